@@ -1,0 +1,218 @@
+"""Checkpoints: (trained state, loop record) -> files -> the same state, on this mesh or another.
+
+A thin layer over orbax's `CheckpointManager`, which writes in the background, commits by renaming and keeps the newest.
+What it adds is a checksum for every array: orbax's files carry none that covers the values, so a flipped bit can come
+back as a wrong weight without an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from spiral_jax.mesh import path_name
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read; the message names the directory, the step and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, one directory a step.
+
+    Every process of a multi-host run opens the same directory and makes the same calls. What a killed process left
+    half written is never listed, and is deleted when the directory is next opened for writing.
+    """
+
+    def __init__(self, directory: str | os.PathLike, keep: int | None):
+        """Opens `directory` for writing (it is created), or for reading only.
+
+        Args:
+          directory: local path, or an object-store address that orbax knows.
+          keep: newest checkpoints that are kept. None: read only; nothing is ever created or deleted.
+
+        Raises:
+          CheckpointError: the directory cannot be created or read, or it is missing and `keep` is None.
+        """
+        name = os.fspath(directory)
+        self.directory = name if "://" in name else os.path.abspath(name)
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+        else:
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        registry.add("state", ocp.args.StandardSave)
+        registry.add("state", ocp.args.StandardRestore)
+        registry.add("record", ocp.args.JsonSave)
+        registry.add("record", ocp.args.JsonRestore)
+        with self._reported("the directory cannot be opened. Is it there, is it a directory, may it be written?"):
+            self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return max(self._manager.all_steps(), default=None)
+
+    def save(self, step: int, state: Any, record: dict) -> None:
+        """Starts saving; returns once `state` has been copied, so that its buffers may be donated.
+
+        Args:
+          step: steps done; above every saved one.
+          state: pytree of jax arrays (no typed keys, none of size zero), sharded in any way.
+          record: JSON types; what else a resumed loop needs.
+
+        Raises:
+          CheckpointError: `step` is not above `latest()`, the directory is read only, or this save or the one before
+            it failed.
+        """
+        header = {
+            "step": step,
+            "record": json.loads(json.dumps(record, allow_nan=False)),
+            "arrays": {name: _describe(leaf) | {"crc32": _crc32(leaf)} for name, leaf in _named(state)},
+        }
+        header["crc32"] = _header_crc32(header)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(header))
+        with self._reported(f"step {step} or the one saved before it could not be written. Free space? Permissions?"):
+            saved = self._manager.save(step, args=args)
+        if not saved:
+            raise CheckpointError(
+                f"{self.directory}: step {step} was not saved: the newest step is {self.latest()} and steps must "
+                f"ascend, or the directory was opened with keep=None, for reading only."
+            )
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
+        """Reads a checkpoint and verifies every array.
+
+        Args:
+          abstract_state: pytree of `jax.ShapeDtypeStruct` with `sharding`, or of arrays: what to restore and where.
+            The shardings need not be those of the saved state, nor the devices.
+          step: None: the newest.
+
+        Returns:
+          (state with the structure, dtypes, shapes and shardings of `abstract_state`, the record that was saved).
+
+        Raises:
+          CheckpointError: no such checkpoint; other arrays, shapes or dtypes than were saved; damaged files.
+          ValueError: a leaf of `abstract_state` has no sharding.
+        """
+        target = jax.tree_util.tree_map_with_path(_target, abstract_state)
+        step = self._existing(step)
+        header = self._read_header(step)
+        self._check_structure(step, header["arrays"], dict(_named(target)))
+        state = self._read(step, "state", ocp.args.StandardRestore(target))
+        wrong = [name for name, leaf in _named(state) if _crc32(leaf) != header["arrays"][name]["crc32"]]
+        if wrong:
+            raise self._damaged(step, f"the checksum of {_few(wrong)} is not the one that was saved")
+        return state, header["record"]
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk. Raises `CheckpointError` when a save failed."""
+        with self._reported("the last save failed. Free space? Permissions?"):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases the threads. Raises `CheckpointError` when a save failed."""
+        with self._reported("the last save failed. Free space? Permissions?"):
+            self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _reported(self, what: str) -> Iterator[None]:
+        # Any exception: orbax, tensorstore and the file system each raise their own.
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(f"{self.directory}: {what} ({type(error).__name__}: {error})") from error
+
+    def _existing(self, step: int | None) -> int:
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise CheckpointError(f"{self.directory} holds no complete checkpoint. Is it the run's directory?")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{self.directory} holds no checkpoint of step {step}; it has {steps}.")
+        return steps[-1] if step is None else step
+
+    def _read(self, step: int, item: str, args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except Exception as error:  # damaged files end in every kind of exception
+            raise self._damaged(step, f"its {item} cannot be read ({type(error).__name__}: {error})") from error
+
+    def _read_header(self, step: int) -> dict:
+        header = self._read(step, "record", ocp.args.JsonRestore())
+        if not isinstance(header, dict) or header.get("crc32") != _header_crc32(header):
+            raise self._damaged(step, "its record has changed since it was saved")
+        if header["step"] != step:
+            raise self._damaged(step, f"its record is that of step {header['step']}: the directory was renamed")
+        return header
+
+    def _check_structure(self, step: int, saved: dict[str, dict], target: dict[str, Any]) -> None:
+        other = [
+            f"{name} is {saved[name]['dtype']}{saved[name]['shape']} there and {leaf.dtype}{list(leaf.shape)} here"
+            for name, leaf in target.items()
+            if name in saved and _describe(leaf) != {key: saved[name][key] for key in ("dtype", "shape")}
+        ]
+        missing, extra = sorted(target.keys() - saved.keys()), sorted(saved.keys() - target.keys())
+        problems = [f"it lacks {_few(missing)}"] * bool(missing)
+        problems += [f"it has {_few(extra)}, for which there is no place"] * bool(extra)
+        problems += [_few(other)] * bool(other)
+        if problems:
+            raise CheckpointError(
+                f"{self.directory}: the checkpoint of step {step} is not one of this model and optimizer: "
+                f"{'; '.join(problems)}. Use the configuration it was written with."
+            )
+
+    def _damaged(self, step: int, what: str) -> CheckpointError:
+        older = [s for s in self._manager.all_steps() if s < step]
+        go_on = f"go on from step {max(older)}" if older else "start again: there is no older one"
+        path = f"{self.directory}/{step}"
+        return CheckpointError(
+            f"{self.directory}: the checkpoint of step {step} is damaged or unreadable: {what}. Put {path} back from "
+            f"a copy, or delete it to {go_on}."
+        )
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _target(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+    if leaf.sharding is None:
+        raise ValueError(f"{path_name(path)}: abstract_state must say where to restore to: give this leaf a sharding.")
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _describe(leaf: Any) -> dict:
+    return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+
+
+def _crc32(x: jax.Array) -> int:
+    """Of the whole array's bytes in C order, so that it does not depend on the sharding."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        whole = np.asarray(x)
+    else:  # lies on several hosts: a collective, called by all of them in the order of the tree
+        whole = multihost_utils.process_allgather(x, tiled=True)
+    return zlib.crc32(np.ascontiguousarray(whole).reshape(-1).view(np.uint8))
+
+
+def _header_crc32(header: dict) -> int:
+    content = {key: value for key, value in header.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _few(names: list[str], limit: int = 5) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,168 @@
+"""Dynamic sampling: waves of rollouts -> the first B problems in cursor order that carry a signal, with loss weights.
+
+A step's batch is a pure function of the policy, the step and the cursor, so a killed step is simply run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from spiral_jax import prompts
+from spiral_jax.config import uses_aggregation
+from spiral_jax.groups import Role, Stop
+from spiral_jax.metrics import Mean
+from spiral_jax.objective import advantages
+from spiral_jax.rollout import Actor, Rollouts, concat_rollouts, roll_out
+from spiral_jax.tasks.problem import Problem
+
+
+class NoSignal(RuntimeError):
+    """Too few problems with a non-zero advantage: the task is too easy, too hard, or its verifier is broken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one optimizer step learns from.
+
+    Attributes:
+      rollouts: the first B kept problems in cursor order, advantages filled in (after the length gate).
+      search_weight_UxC, aggregation_weight_UxC: loss weights of their traces; the latter None without that stage.
+      next_cursor: behind the last kept problem: where the next step starts.
+      sampled_tokens: of everything that was tried for this batch.
+      metrics: (sum, count) metrics and counts for the log.
+    """
+
+    rollouts: Rollouts
+    search_weight_UxC: np.ndarray
+    aggregation_weight_UxC: np.ndarray | None
+    next_cursor: int
+    sampled_tokens: int
+    metrics: dict[str, Mean | float]
+
+
+def collect_batch(actor: Actor, weights: Any, step: int, cursor: int) -> Batch:
+    """Dynamic sampling: tries problems in cursor order, in waves, until B of them have a non-zero advantage.
+
+    The batch is the first B kept ones in cursor order, never in completion order; what a wave keeps beyond them is
+    discarded, counted, and tried again by the next step. At most `sampling.max_ratio` * B problems are tried; then
+    B / 4 kept ones are enough.
+
+    Raises:
+      NoSignal: fewer than that, with the histogram of rewards.
+    """
+    c, B = actor.c, actor.c.batch.problems
+    limit = int(c.sampling.max_ratio * B)
+    parts, counts, kept, tried, too_long = [], Counter(), 0, 0, 0
+    at = cursor
+    while kept < B and tried < limit:
+        problems, cursors, at, skipped = next_problems(actor, at, min(c.sampling.wave, limit - tried))
+        part, counted = roll_out(actor, weights, problems, cursors, step)
+        parts.append(part)
+        counts += counted
+        tried, too_long = tried + len(problems), too_long + skipped
+        kept += int(_advantages(c, part).keep_B.sum())
+    rollouts = concat_rollouts(parts)
+    found = _advantages(c, rollouts)
+    index = np.flatnonzero(found.keep_B)[:B]
+    if len(index) < max(1, B / 4):
+        raise NoSignal(_no_signal_message(c, rollouts, len(index), int(found.starved_B.sum())))
+    next_cursor = int(rollouts.cursor_B[index[-1]]) + 1 if len(index) == B else at
+    counts.update(tried=tried, kept=len(index), surplus=kept - len(index), too_long=too_long,
+                  starved=int(found.starved_B.sum()))  # fmt: skip
+    metrics = _metrics(rollouts, found, counts)
+    batch, search_weight, aggregation_weight = _weigh(c, rollouts.take(index), found, index)
+    return Batch(batch, search_weight, aggregation_weight, next_cursor, rollouts.sampled_tokens, metrics)
+
+
+def next_problems(actor: Actor, cursor: int, count: int) -> tuple[list[Problem], np.ndarray, int, int]:
+    """The next `count` problems whose search prompt fits; (problems, their cursors, cursor behind them, left out)."""
+    limit = actor.c.prompt.max_problem_tokens
+    problems, cursors, start = [], [], cursor
+    while len(problems) < count:
+        problem = actor.task.train(cursor)
+        if len(prompts.search_prompt(actor.scaffold, problem.text)) <= limit:
+            problems.append(problem)
+            cursors.append(cursor)
+        cursor += 1
+        if not problems and cursor - start >= 10_000:
+            raise ValueError(
+                f"none of 10,000 problems from cursor {start} has a search prompt of at most "
+                f"config.prompt.max_problem_tokens = {limit} tokens: raise it."
+            )
+    return problems, np.array(cursors), cursor, cursor - start - count
+
+
+def _advantages(c: ConfigDict, rollouts: Rollouts) -> advantages.Advantages:
+    if uses_aggregation(c):
+        return advantages.compute(c.loss.estimator, rollouts.aggregated_reward_BxKxM(), rollouts.incidence_BxKxN())
+    return advantages.compute(c.loss.estimator, rollouts.search.reward_UxC)
+
+
+def _weigh(
+    c: ConfigDict, kept: Rollouts, found: advantages.Advantages, index: np.ndarray
+) -> tuple[Rollouts, np.ndarray, np.ndarray | None]:
+    """Gates the advantages of the kept problems and turns them into loss weights."""
+    loss, groups = c.loss, kept.search
+    gated = advantages.length_gate(
+        found.search_BxN[index], groups.trace_len_UxC, groups.stop_UxC, c.search.max_tokens, loss.length_gate
+    )
+    kept = dataclasses.replace(kept, search=dataclasses.replace(groups, advantage_UxC=gated))
+    if kept.aggregation is None:
+        weight = advantages.grpo_weights(gated, groups.reward_UxC, groups.trace_len_UxC, loss.search_weight)
+        return kept, weight, None
+    reward = kept.aggregated_reward_BxKxM()
+    search_weight = advantages.search_weights(
+        loss.estimator, loss.normalizer, gated, reward, c.aggregation.subset_size, loss.search_weight
+    )
+    groups = kept.aggregation
+    gated = advantages.length_gate(
+        found.aggregation_BxKxM[index].reshape(groups.trace_len_UxC.shape), groups.trace_len_UxC, groups.stop_UxC,
+        c.aggregation.max_tokens, loss.length_gate,
+    )  # fmt: skip
+    weight = advantages.aggregation_weights(
+        loss.normalizer, gated.reshape(reward.shape), reward, loss.aggregation_weight
+    )
+    kept = dataclasses.replace(kept, aggregation=dataclasses.replace(groups, advantage_UxC=gated))
+    return kept, search_weight, weight.reshape(gated.shape)
+
+
+def _no_signal_message(c: ConfigDict, rollouts: Rollouts, kept: int, starved: int) -> str:
+    reward = rollouts.search.reward_UxC if rollouts.aggregation is None else rollouts.aggregated_reward_BxKxM()
+    per_problem = np.nansum(reward.reshape(len(rollouts), -1), axis=1).astype(int)
+    histogram = ", ".join(f"{right} right: {count}" for right, count in sorted(Counter(per_problem.tolist()).items()))
+    return (
+        f"only {kept} of {len(rollouts)} problems have a non-zero advantage (batch.problems = {c.batch.problems}, at "
+        f"least a quarter is needed; {starved} were lost to verifier failures). Right answers a problem, of "
+        f"{reward[0].size}: {histogram}. The task is too easy, too hard, or its answers are not understood: look at "
+        "the traces, or change the task."
+    )
+
+
+def _metrics(rollouts: Rollouts, found: advantages.Advantages, counts: Counter) -> dict[str, Mean | float]:
+    """What is logged about a batch: rewards and lengths of all that was tried, and every count."""
+    metrics: dict[str, Mean | float] = {f"sampling/{name}": float(counts[name]) for name in
+                                        ("tried", "kept", "surplus", "too_long", "starved")}  # fmt: skip
+    roles = {Role.SEARCH: rollouts.search} | ({Role.AGGREGATION: rollouts.aggregation} if rollouts.aggregation else {})
+    for role, groups in roles.items():
+        traces = groups.trace_len_UxC.size
+        of_role = lambda name: counts[f"{role.label}_{name}"]  # noqa: B023, E731
+        rewards = groups.reward_UxC[~np.isnan(groups.reward_UxC)]
+        name = "reward/aggregated" if role is Role.AGGREGATION else "reward/search"
+        metrics[name] = Mean(float(rewards.sum()), float(rewards.size))
+        metrics[f"length/{role.label}"] = Mean(float(groups.trace_len_UxC.sum()), float(traces))
+        cut_off = float((groups.stop_UxC == Stop.LENGTH).sum())
+        metrics[f"length/cut_off_{role.label}"] = Mean(cut_off, float(traces))
+        metrics[f"verifier/parse_rate_{role.label}"] = Mean(float(of_role("correct") + of_role("wrong")), float(traces))
+        for status in ("correct", "wrong", "unparsed", "timeout", "error"):
+            metrics[f"verifier/{status}_{role.label}"] = float(of_role(status))
+        advantage = found.search_BxN if role is Role.SEARCH else found.aggregation_BxKxM
+        metrics[f"advantage/{role.label}_abs"] = Mean(float(np.abs(advantage).sum()), float(advantage.size))
+        metrics[f"advantage/{role.label}_nonzero"] = Mean(float((advantage != 0).sum()), float(advantage.size))
+    for name in ("removed_special", "dropped", "empty") if rollouts.aggregation else ():
+        metrics[f"candidates/{name}"] = float(counts[f"aggregation_{name}"])
+    return metrics

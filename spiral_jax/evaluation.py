@@ -1,0 +1,82 @@
+"""Held-out accuracy of one policy: single traces, majority vote and aggregation over the same candidates.
+
+held-out problems -> N search traces -> disjoint subsets -> aggregation traces -> one number a problem and measure
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from spiral_jax.estimators import majority_correct, mean_and_interval
+from spiral_jax.groups import Groups, Purpose, Stop
+from spiral_jax.objective import subsets
+from spiral_jax.rollout import Actor, aggregate, search, verify
+from spiral_jax.verifier.verifier import CORRECT_CLASS, Status, Verdict, answer_class
+
+
+def evaluate(actor: Actor, weights: Any, step: int) -> dict[str, Any]:
+    """Evaluates `eval.problems` held-out problems at the training temperature.
+
+    Measures with mean, 95 % interval over problems, standard error and count: `single` (mean own correctness of the N
+    traces), `pass_at_n` (some trace is right), and with an aggregation stage `majority` (tie-aware vote of each
+    aggregated subset's S candidates) and `aggregated` (mean over the `eval.subsets` disjoint subsets and their
+    `eval.traces` traces). Shares: parse rate, cut-off share and mean length of each role.
+    """
+    c, size = actor.c, actor.c.search.traces
+    problems = [actor.task.held_out(index) for index in range(c.eval.problems)]
+    index_B = np.arange(len(problems))
+    found, texts, counts = verify(actor, problems, search(actor, weights, problems, index_B, Purpose.EVALUATION, step))
+    result = {"step": step, "problems": len(problems), "traces": size, "sampled_tokens": found.sampled_tokens}
+    measures = {"single": _mean_reward(found.reward_UxC), "pass_at_n": np.nanmax(found.reward_UxC, axis=1)}
+    result |= _shares("search", found, counts)
+    if c.loss.estimator != "grpo":
+        a = c.aggregation
+        member_BxKxS = np.stack([
+            subsets.disjoint_subsets(c.seed, int(Purpose.EVALUATION), step, int(index), 0, size, a.subset_size,
+                                     c.eval.subsets)
+            for index in index_B
+        ])  # fmt: skip
+        groups, _ = aggregate(actor, weights, problems, found, member_BxKxS, c.eval.traces)
+        groups, _, counts = verify(actor, problems, groups)
+        measures["majority"] = _majority(found, texts, member_BxKxS)
+        measures["aggregated"] = _mean_reward(groups.reward_UxC.reshape(len(problems), -1))
+        result |= _shares("aggregation", groups, counts)
+        result |= {"subsets": c.eval.subsets, "subset_size": a.subset_size, "aggregation_traces": c.eval.traces}
+        result["sampled_tokens"] += groups.sampled_tokens
+    return result | {name: dataclasses.asdict(mean_and_interval(value_B)) for name, value_B in measures.items()}
+
+
+def _mean_reward(reward_BxR: np.ndarray) -> np.ndarray:
+    """Mean over the valid rewards of each problem; NaN where there is none."""
+    valid = ~np.isnan(reward_BxR)
+    total = np.where(valid, reward_BxR, 0.0).sum(axis=1, dtype=np.float64)
+    return np.where(valid.any(axis=1), total / np.maximum(valid.sum(axis=1), 1), np.nan)
+
+
+def _majority(found: Groups, texts: list[list[str]], member_BxKxS: np.ndarray) -> np.ndarray:
+    """[B]: chance that a vote among a subset's candidates is right, mean over the problem's subsets."""
+    status = {1.0: Status.CORRECT, 0.0: Status.WRONG}
+    classes = [
+        [
+            answer_class(text, Verdict(float(r), status.get(float(r), Status.ERROR)))
+            for text, r in zip(texts[b], found.reward_UxC[b], strict=True)
+        ]
+        for b in range(len(found))
+    ]
+    votes = [
+        [majority_correct([classes[b][n] for n in member_S], CORRECT_CLASS) for member_S in member_KxS]
+        for b, member_KxS in enumerate(member_BxKxS)
+    ]
+    return np.array(votes).mean(axis=1)
+
+
+def _shares(role: str, groups: Groups, counts: dict[str, int]) -> dict[str, float]:
+    traces = groups.trace_len_UxC.size
+    return {
+        f"parse_rate_{role}": (counts["correct"] + counts["wrong"]) / traces,
+        f"cut_off_{role}": float((groups.stop_UxC == Stop.LENGTH).mean()),
+        f"length_{role}": float(groups.trace_len_UxC.mean()),
+    }

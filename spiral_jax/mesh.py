@@ -1,0 +1,104 @@
+"""The device mesh and one ordered table: which axis of which parameter lies along which mesh axis.
+
+Groups (the leading U of every batch array) lie along `data` and `fsdp`, heads and feed-forward columns along `tensor`,
+and the other large axis of every matrix along `fsdp`. The table covers parameters, adapters and optimizer state alike,
+because an optimizer's moments carry the path of their parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from spiral_jax.config import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+GROUP_AXES = ("data", "fsdp")
+
+# First match wins; patterns are searched in paths such as "layers/q/kernel" or "opt/0/mu/layers/q/a".
+# Kernels are [in, out], stacked ones [L, in, out]; the specs name the trailing axes.
+_TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"/(q|k|v|gate|up)/kernel$", ("fsdp", "tensor")),
+    (r"/(o|down)/kernel$", ("tensor", "fsdp")),
+    (r"/(q|k|v|gate|up)/a$", ("fsdp", None)),
+    (r"/(q|k|v|gate|up)/b$", (None, "tensor")),
+    (r"/(o|down)/a$", ("tensor", None)),
+    (r"/(o|down)/b$", (None, "fsdp")),
+    (r"(^|/)embed$", ("tensor", "fsdp")),
+    (r"(^|/)head$", ("fsdp", "tensor")),
+    (r"(^|/|_)norm$|count$|step$", ()),
+)
+
+
+def make_mesh(sizes: ConfigDict) -> Mesh:
+    """The mesh of all devices. Raises `ConfigError` when the sizes of `config.mesh` do not match their number."""
+    devices = jax.devices()
+    shape = [sizes[axis] for axis in AXES]
+    stated = "config.mesh = " + ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise ConfigError(f"{stated}: sizes must be >= 1, and at most one may be -1 = all the rest.")
+    known = math.prod(size for size in shape if size != -1)
+    if -1 in shape and len(devices) % known == 0:
+        shape[shape.index(-1)] = len(devices) // known
+    if math.prod(shape) != len(devices):
+        raise ConfigError(
+            f"{stated}: there are {len(devices)} {devices[0].platform} devices; the product of the sizes must be that "
+            f"number (-1 in one of them takes the rest)."
+        )
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A tree path as "a/b/c"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def weight_spec(name: str, shape: tuple[int, ...], mesh: Mesh, decode: bool = False) -> P:
+    """The spec of one array by its path; an axis that a mesh axis does not divide is not cut along it.
+
+    With `decode` nothing lies along `fsdp`: decode weights are replicated over groups, so that no weight is gathered
+    inside the decode loop.
+
+    Raises:
+      KeyError: a path that the table does not know.
+    """
+    trailing = next((spec for pattern, spec in _TABLE if re.search(pattern, name)), None)
+    if trailing is None:
+        raise KeyError(f"{name}: no entry of the sharding table matches this path")
+    spec = (None,) * (len(shape) - len(trailing)) + trailing
+    kept = [
+        None if axis is None or (decode and axis == "fsdp") or size % mesh.shape[axis] else axis
+        for axis, size in zip(spec, shape, strict=True)
+    ]
+    return P(*kept)
+
+
+def weight_shardings(tree: Any, mesh: Mesh, decode: bool = False) -> Any:
+    """The tree of `NamedSharding`s for a tree of arrays or shapes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, weight_spec(path_name(path), leaf.shape, mesh, decode)), tree
+    )
+
+
+def group_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Arrays whose axis number `leading` is U."""
+    return NamedSharding(mesh, P(*(None,) * leading, GROUP_AXES))
+
+
+def group_count_multiple(mesh: Mesh) -> int:
+    """U of every batch must be a multiple of this."""
+    return int(np.prod([mesh.shape[axis] for axis in GROUP_AXES]))
+
+
+def constrain_groups(x: jax.Array) -> jax.Array:
+    """Keeps activations [U, ...] along the group axes of the mesh in context; does nothing outside of one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(GROUP_AXES))

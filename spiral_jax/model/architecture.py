@@ -1,0 +1,130 @@
+"""A checkpoint's architecture, read from its `config.json`: sizes and constants, or an error that names the field."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import pathlib
+from typing import Any
+
+from spiral_jax.config import ConfigError
+
+_SUPPORTED = ("qwen3",)
+# Fields that change the computation, each with the values under which it does not.
+_NEUTRAL = {
+    "rope_scaling": (None,),
+    "attention_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "hidden_act": ("silu",),
+    "attention_dropout": (0, 0.0, None),
+    "quantization_config": (None,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Sizes by their axis letter (see `spiral_jax.groups`) and the constants of a dense Qwen3 decoder."""
+
+    V: int
+    D: int
+    F: int
+    L: int
+    H: int
+    J: int
+    E: int
+    norm_eps: float
+    rope_theta: float
+    tied: bool
+
+    @property
+    def parameters(self) -> int:
+        """Number of base parameters."""
+        attention = self.D * self.E * 2 * (self.H + self.J) + 2 * self.E
+        layer = attention + 3 * self.D * self.F + 2 * self.D
+        return self.L * layer + self.D + self.V * self.D * (1 if self.tied else 2)
+
+
+def read_architecture(path: pathlib.Path) -> Architecture:
+    """Reads `path/config.json`. Raises `ConfigError` for a missing or corrupt file and for what is not supported."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"config.model.hf_path = {str(path)!r}: no config.json there. Give a Hugging Face directory.")
+    try:
+        fields = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid JSON ({error}). Fetch the checkpoint again.") from error
+    return parse_architecture(fields, str(file))
+
+
+def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
+    """`fields` of a config.json -> Architecture; rope_theta is understood in both spellings of transformers 4 and 5."""
+    kind = fields.get("model_type")
+    if kind not in _SUPPORTED:
+        raise ConfigError(f"{where}: model_type = {kind!r} is not supported; supported: {', '.join(_SUPPORTED)}.")
+    for name, neutral in _NEUTRAL.items():
+        if name in fields and fields[name] not in neutral:
+            raise ConfigError(f"{where}: {name} = {fields[name]!r} is not supported; must be {neutral[0]!r} or absent.")
+    windowed = [kind for kind in fields.get("layer_types") or [] if kind != "full_attention"]
+    if windowed:
+        raise ConfigError(f"{where}: layer_types contains {windowed[0]!r}; only 'full_attention' is supported.")
+    return Architecture(
+        V=_positive(fields, "vocab_size", where),
+        D=_positive(fields, "hidden_size", where),
+        F=_positive(fields, "intermediate_size", where),
+        L=_positive(fields, "num_hidden_layers", where),
+        H=_positive(fields, "num_attention_heads", where),
+        J=_positive(fields, "num_key_value_heads", where),
+        E=_positive(fields, "head_dim", where),
+        norm_eps=float(_field(fields, "rms_norm_eps", where)),
+        rope_theta=_rope_theta(fields, where),
+        tied=bool(_field(fields, "tie_word_embeddings", where)),
+    )
+
+
+def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
+    """The config.json that `parse_architecture` reads back as `arch`, in the spelling of the 2507 checkpoints."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": arch.V,
+        "hidden_size": arch.D,
+        "intermediate_size": arch.F,
+        "num_hidden_layers": arch.L,
+        "num_attention_heads": arch.H,
+        "num_key_value_heads": arch.J,
+        "head_dim": arch.E,
+        "rms_norm_eps": arch.norm_eps,
+        "rope_theta": arch.rope_theta,
+        "tie_word_embeddings": arch.tied,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "eos_token_id": list(stop_ids),
+        "torch_dtype": "float32",
+    }
+
+
+def _rope_theta(fields: dict[str, Any], where: str) -> float:
+    rope = fields.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"{where}: rope_parameters.rope_type = {rope['rope_type']!r} is not supported; 'default' is.")
+    stated = {float(source["rope_theta"]) for source in (fields, rope) if source.get("rope_theta") is not None}
+    if len(stated) != 1:
+        found = f"contradicts itself: {sorted(stated)}" if stated else "is missing"
+        raise ConfigError(f"{where}: rope_theta {found}. It must be given once, at the top or in rope_parameters.")
+    return stated.pop()
+
+
+def _positive(fields: dict[str, Any], name: str, where: str) -> int:
+    value = _field(fields, name, where)
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{where}: {name} = {value!r}: must be a positive integer.")
+    return value
+
+
+def _field(fields: dict[str, Any], name: str, where: str) -> Any:
+    if fields.get(name) is None:
+        near = difflib.get_close_matches(name, fields, 1)
+        raise ConfigError(f"{where}: {name} is missing{f'; did you mean {near[0]!r}?' if near else '.'}")
+    return fields[name]

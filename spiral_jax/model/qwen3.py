@@ -1,0 +1,201 @@
+"""Qwen3 in Flax Linen, purely functional: modules used through `init` and `apply`, the cache an explicit argument.
+
+Collections: `params` (the base, or what full fine-tuning trains) and `lora` (adapters; absent at rank 0). Training and
+prefill scan over stacked layers; decoding applies one `Block` per layer on separate per-layer arrays (slicing stacked
+weights inside a loop would copy all of them).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from spiral_jax.mesh import constrain_groups
+from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.attention import prompt_attention, trace_attention
+
+KeysValues = tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """What the program needs to know beside the arrays.
+
+    Attributes:
+      arch: sizes and constants of the checkpoint.
+      param_dtype: of `params`; adapters are always float32.
+      compute_dtype: of activations and caches; norms, rope and softmax are float32.
+      lora_rank: 0 = no adapters.
+      lora_alpha: adapters are scaled by alpha / rank.
+      query_block: see `attention`.
+      remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    arch: Architecture
+    param_dtype: Any = jnp.float32
+    compute_dtype: Any = jnp.float32
+    lora_rank: int = 0
+    lora_alpha: float = 1.0
+    query_block: int = 512
+    remat: bool = True
+
+
+class Linear(nn.Module):
+    """x W, plus (alpha / rank) x A B where the `lora` collection has the layer's adapter (LoRA, arXiv 2106.09685)."""
+
+    config: ModelConfig
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c, width = self.config, x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (width, self.features), c.param_dtype)
+        y = x @ kernel.astype(x.dtype)
+        if c.lora_rank:
+            init_a = nn.initializers.normal(width**-0.5)
+            a = self.variable("lora", "a", lambda: init_a(self.make_rng("params"), (width, c.lora_rank), jnp.float32))
+            b = self.variable("lora", "b", jnp.zeros, (c.lora_rank, self.features), jnp.float32)
+            y += (c.lora_alpha / c.lora_rank) * ((x @ a.value.astype(x.dtype)) @ b.value.astype(x.dtype))
+        return y
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis in float32, returned in x's dtype."""
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
+    """Rotary embedding, halves rotated against each other. x [..., heads, E], position [...] int32."""
+    half = x.shape[-1] // 2
+    angle = position[..., None, None].astype(jnp.float32) * theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate(
+        [a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], axis=-1
+    ).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer. `__call__` runs whole groups, `decode` one token of every trace."""
+
+    config: ModelConfig
+    prompt_tokens: int = 0  # P of the rows that `__call__` gets
+    traces: int = 0  # C
+    keep_keys: bool = False  # return the prompt's keys and values (prefill)
+
+    def setup(self) -> None:
+        c, arch = self.config, self.config.arch
+        self.q = Linear(c, arch.H * arch.E)
+        self.k = Linear(c, arch.J * arch.E)
+        self.v = Linear(c, arch.J * arch.E)
+        self.o = Linear(c, arch.D)
+        self.gate = Linear(c, arch.F)
+        self.up = Linear(c, arch.F)
+        self.down = Linear(c, arch.D)
+        for name, width in (("attention_norm", arch.D), ("mlp_norm", arch.D), ("q_norm", arch.E), ("k_norm", arch.E)):
+            setattr(self, name, self.param(name, nn.initializers.ones, (width,), c.param_dtype))
+
+    def _project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [..., D] at `position` [...] -> q [..., H, E], k and v [..., J, E]."""
+        arch = self.config.arch
+        h = rms_norm(x, self.attention_norm, arch.norm_eps)
+        q, k, v = (linear(h).reshape(*x.shape[:-1], -1, arch.E) for linear in (self.q, self.k, self.v))
+        q = rope(rms_norm(q, self.q_norm, arch.norm_eps), position, arch.rope_theta)
+        k = rope(rms_norm(k, self.k_norm, arch.norm_eps), position, arch.rope_theta)
+        return q, k, v
+
+    def _finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """Residual of attention output [..., H, E], then the feed-forward part."""
+        x += self.o(attended.reshape(*x.shape[:-1], -1))
+        h = rms_norm(x, self.mlp_norm, self.config.arch.norm_eps)
+        with jax.named_scope("mlp"):
+            return x + self.down(nn.silu(self.gate(h)) * self.up(h))
+
+    def __call__(
+        self, x_UxTxD: jax.Array, position_UxT: jax.Array, prompt_len_U: jax.Array
+    ) -> tuple[jax.Array, KeysValues | None]:
+        """Rows of T = P + C * G tokens: the prompt, then its traces one after the other."""
+        P, C, block = self.prompt_tokens, self.traces, self.config.query_block
+        U, T, _ = x_UxTxD.shape
+        x = constrain_groups(x_UxTxD)
+        q, k, v = self._project(x, position_UxT)
+        out = prompt_attention(q[:, :P], k[:, :P], v[:, :P], block)
+        if C:
+            G = (T - P) // C
+            own_q, own_k, own_v = (a[:, P:].reshape(U, C, G, *a.shape[2:]) for a in (q, k, v))
+            own_index_UxG = jnp.broadcast_to(jnp.arange(G), (U, G))
+            of_traces = trace_attention(
+                own_q, (k[:, :P], v[:, :P]), prompt_len_U, (own_k, own_v), own_index_UxG, block
+            )  # fmt: skip
+            out = jnp.concatenate([out, of_traces.reshape(U, C * G, *out.shape[2:])], axis=1)
+        return self._finish(x, out), ((k[:, :P], v[:, :P]) if self.keep_keys else None)
+
+    def decode(
+        self, x_UxCxD: jax.Array, step_U: jax.Array, prompt_len_U: jax.Array, prompt_kv: KeysValues, own_kv: KeysValues
+    ) -> tuple[jax.Array, KeysValues]:
+        """One token of every trace: writes its key and value at index `step_U` of the own cache, then attends.
+
+        prompt_kv: [U, P, J, E] each; own_kv: [U, C, G, J, E] each. Returns x [U, C, D] and the updated own cache.
+        """
+        q, k, v = self._project(x_UxCxD, jnp.broadcast_to((prompt_len_U + step_U)[:, None], x_UxCxD.shape[:2]))
+        write = jax.vmap(lambda cache, new, g: jax.lax.dynamic_update_slice_in_dim(cache, new[:, None], g, axis=1))
+        own_kv = write(own_kv[0], k, step_U), write(own_kv[1], v, step_U)
+        out = trace_attention(q[:, :, None], prompt_kv, prompt_len_U, own_kv, step_U[:, None], self.config.query_block)
+        return self._finish(x_UxCxD, out[:, :, 0]), own_kv
+
+
+class Transformer(nn.Module):
+    """Embedding, stacked layers, final norm. The head is applied where it is needed: see `head_kernel`."""
+
+    config: ModelConfig
+    keep_keys: bool = False
+
+    @nn.compact
+    def __call__(
+        self, prompt_UxP: jax.Array, prompt_len_U: jax.Array, trace_UxCxG: jax.Array | None
+    ) -> tuple[jax.Array, KeysValues | None]:
+        """Runs groups; positions of a trace start at `prompt_len`.
+
+        Returns:
+          hidden states [U, T, D] after the final norm, T = P + C * G; and with `keep_keys` the prompts' keys and
+          values, each [L, U, P, J, E].
+        """
+        c, arch = self.config, self.config.arch
+        embed = self.param("embed", nn.initializers.normal(0.02), (arch.V, arch.D), c.param_dtype)
+        if not arch.tied:
+            self.param("head", nn.initializers.normal(0.02), (arch.D, arch.V), c.param_dtype)
+        U, P = prompt_UxP.shape
+        ids, position = prompt_UxP, jnp.broadcast_to(jnp.arange(P), (U, P))
+        C = 0
+        if trace_UxCxG is not None:
+            _, C, G = trace_UxCxG.shape
+            own = prompt_len_U[:, None, None] + jnp.broadcast_to(jnp.arange(G), (U, C, G))
+            ids = jnp.concatenate([ids, trace_UxCxG.reshape(U, C * G)], axis=1)
+            position = jnp.concatenate([position, own.reshape(U, C * G)], axis=1)
+        x = embed[ids].astype(c.compute_dtype)
+        layers = nn.scan(
+            nn.remat(Block, prevent_cse=False) if c.remat else Block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=arch.L,
+        )
+        x, kv = layers(c, P, C, self.keep_keys, name="layers")(x, position, prompt_len_U)
+        norm = self.param("final_norm", nn.initializers.ones, (arch.D,), c.param_dtype)
+        return rms_norm(x, norm, arch.norm_eps), kv
+
+
+def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Random `{"params": ...}`, with `"lora"` at rank > 0 (B is zero, so a fresh adapter changes nothing)."""
+    ids, length = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
+    return dict(Transformer(config).init(key, ids, length, None))
+
+
+def head_kernel(config: ModelConfig, params: dict[str, Any]) -> jax.Array:
+    """[D, V]: the output projection, which is the embedding transposed where they are tied."""
+    return params["embed"].T if config.arch.tied else params["head"]

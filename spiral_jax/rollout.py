@@ -1,0 +1,191 @@
+"""The stages of a rollout: problems -> search groups -> subsets -> aggregation groups -> rewards.
+
+Each is a function of (actor, weights, ...) that training and evaluation share. Randomness is named by integers:
+purpose, step, cursor, round, role, set, trace.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from spiral_jax import prompts
+from spiral_jax.config import uses_aggregation
+from spiral_jax.groups import (
+    GroupRequests,
+    Groups,
+    Purpose,
+    Role,
+    Stop,
+    concat_groups,
+    pad_rows,
+    take_groups,
+)
+from spiral_jax.objective import subsets
+from spiral_jax.progress import Progress
+from spiral_jax.prompts import Scaffold
+from spiral_jax.sampling.protocol import Sampler
+from spiral_jax.tasks.problem import Problem, Task
+from spiral_jax.verifier.verifier import Verifier, check_error_rate, count_verdicts
+
+
+@dataclasses.dataclass(frozen=True)
+class Actor:
+    """What turns problems into verified traces; the policy's weights are an argument of each stage."""
+
+    c: ConfigDict
+    task: Task
+    scaffold: Scaffold
+    sampler: Sampler
+    verifier: Verifier
+    progress: Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """B problems with all their traces.
+
+    Attributes:
+      problems: B of them, in cursor order.
+      cursor_B: where each stands in the task's stream.
+      search: U = B groups. Their rewards are own correctness: a diagnostic, and the objective of grpo alone.
+      member_BxKxS: which traces each subset holds; None without an aggregation stage.
+      aggregation: U = B * K groups in (problem, subset) order; None without an aggregation stage.
+    """
+
+    problems: list[Problem]
+    cursor_B: np.ndarray
+    search: Groups
+    member_BxKxS: np.ndarray | None
+    aggregation: Groups | None
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @property
+    def sampled_tokens(self) -> int:
+        return self.search.sampled_tokens + (self.aggregation.sampled_tokens if self.aggregation else 0)
+
+    def aggregated_reward_BxKxM(self) -> np.ndarray:
+        return self.aggregation.reward_UxC.reshape(len(self), -1, self.aggregation.requests.traces)
+
+    def incidence_BxKxN(self) -> np.ndarray:
+        return subsets.incidence(self.member_BxKxS, self.search.requests.traces)
+
+    def take(self, index: np.ndarray) -> Rollouts:
+        """The problems at `index`, with their groups."""
+        if self.aggregation is None:
+            member, aggregation = None, None
+        else:
+            K = self.member_BxKxS.shape[1]
+            member = self.member_BxKxS[index]
+            aggregation = take_groups(self.aggregation, (index[:, None] * K + np.arange(K)).reshape(-1))
+        problems = [self.problems[b] for b in index]
+        return Rollouts(problems, self.cursor_B[index], take_groups(self.search, index), member, aggregation)
+
+
+def concat_rollouts(parts: list[Rollouts]) -> Rollouts:
+    """The problems of all parts, one after the other."""
+    with_aggregation = parts[0].aggregation is not None
+    return Rollouts(
+        problems=[problem for part in parts for problem in part.problems],
+        cursor_B=np.concatenate([part.cursor_B for part in parts]),
+        search=concat_groups([part.search for part in parts]),
+        member_BxKxS=np.concatenate([part.member_BxKxS for part in parts]) if with_aggregation else None,
+        aggregation=concat_groups([part.aggregation for part in parts]) if with_aggregation else None,
+    )
+
+
+def search(
+    actor: Actor, weights: Any, problems: list[Problem], cursor_B: np.ndarray, purpose: Purpose, step: int
+) -> Groups:
+    """N traces of each problem: U = B groups."""
+    prompt_UxP, prompt_len_U = pad_rows([prompts.search_prompt(actor.scaffold, p.text) for p in problems])
+    id_Ux6 = np.array([[purpose, step, cursor, 0, Role.SEARCH, 0] for cursor in cursor_B], np.int32)
+    c = actor.c.search
+    with actor.progress.phase("sampling search"):
+        return actor.sampler.sample(weights, GroupRequests(prompt_UxP, prompt_len_U, id_Ux6, c.traces, c.max_tokens))
+
+
+def aggregate(
+    actor: Actor,
+    weights: Any,
+    problems: list[Problem],
+    candidates: Groups,
+    member_BxKxS: np.ndarray,
+    traces: int,
+    round: int = 1,
+) -> tuple[Groups, Counter]:
+    """`traces` aggregation traces for each subset of `candidates`: U = B * K groups, and what cleaning removed.
+
+    Prompts are spliced from sampled ids; the order of the candidates is shuffled by key. `round` is 1 for aggregations
+    of search traces.
+    """
+    rows, ids, cleaned = [], [], Counter()
+    for b, problem in enumerate(problems):
+        purpose, step, cursor = (int(x) for x in candidates.requests.id_Ux6[b, :3])
+        for k, member_S in enumerate(member_BxKxS[b]):
+            shown = [(candidates.trace_ids(b, n), Stop(candidates.stop_UxC[b, n])) for n in member_S]
+            order = prompts.candidate_order(actor.c.seed, Purpose(purpose), step, cursor, round, k, len(shown))
+            prompt = prompts.aggregation_prompt(actor.scaffold, problem.text, shown, order)
+            cleaned.update(
+                removed_special=prompt.removed_special,
+                dropped=prompt.dropped,
+                empty=prompt.empty,
+                candidates=len(shown),
+            )
+            rows.append(prompt.ids)
+            ids.append([purpose, step, cursor, round, Role.AGGREGATION, k])
+    prompt_UxP, prompt_len_U = pad_rows(rows)
+    requests = GroupRequests(prompt_UxP, prompt_len_U, np.array(ids, np.int32), traces, actor.c.aggregation.max_tokens)
+    with actor.progress.phase("sampling aggregation"):
+        return actor.sampler.sample(weights, requests), cleaned
+
+
+def verify(actor: Actor, problems: list[Problem], groups: Groups) -> tuple[Groups, list[list[str]], Counter]:
+    """Rewards every trace against its problem (groups are in problem order).
+
+    Returns:
+      the groups with `reward_UxC`; the traces' texts [U][C]; counts of verdicts.
+
+    Raises:
+      VerifierFailure: our own failures exceed `config.verifier.max_error_rate`.
+    """
+    U, C = groups.trace_len_UxC.shape
+    rows = [groups.trace_ids(u, i) for u in range(U) for i in range(C)]
+    texts = actor.scaffold.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    of_group = np.arange(U) // (U // len(problems))
+    with actor.progress.phase("verifying"):
+        verdicts = actor.verifier.verify([(text, problems[of_group[i // C]]) for i, text in enumerate(texts)])
+    check_error_rate(verdicts, actor.c.verifier.max_error_rate)
+    reward = np.array([verdict.reward for verdict in verdicts], np.float32).reshape(U, C)
+    by_group = [texts[u * C : (u + 1) * C] for u in range(U)]
+    return dataclasses.replace(groups, reward_UxC=reward), by_group, Counter(count_verdicts(verdicts))
+
+
+def roll_out(
+    actor: Actor, weights: Any, problems: list[Problem], cursor_B: np.ndarray, step: int
+) -> tuple[Rollouts, Counter]:
+    """All stages for B training problems, and counts for the log: `search_*` and `aggregation_*`."""
+    c = actor.c
+    found, _, counted = verify(actor, problems, search(actor, weights, problems, cursor_B, Purpose.TRAIN, step))
+    counts = _prefixed(Role.SEARCH, counted)
+    if not uses_aggregation(c):
+        return Rollouts(problems, cursor_B, found, None, None), counts
+    a = c.aggregation
+    draw = lambda cursor: subsets.draw_subsets(  # noqa: E731
+        c.seed, int(Purpose.TRAIN), step, int(cursor), 0, c.search.traces, a.subset_size, a.subsets
+    )
+    member_BxKxS = np.stack([draw(cursor) for cursor in cursor_B])
+    groups, cleaned = aggregate(actor, weights, problems, found, member_BxKxS, a.traces)
+    groups, _, counted = verify(actor, problems, groups)
+    counts += _prefixed(Role.AGGREGATION, counted + cleaned)
+    return Rollouts(problems, cursor_B, found, member_BxKxS, groups), counts
+
+
+def _prefixed(role: Role, counts: Counter) -> Counter:
+    return Counter({f"{role.label}_{name}": count for name, count in counts.items()})

@@ -1,0 +1,117 @@
+"""From a configuration to the objects of a run, every check on the way; nothing is written, nothing is sampled."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from spiral_jax import batching, prompts
+from spiral_jax import mesh as meshes
+from spiral_jax.config import ConfigError, uses_aggregation, validate
+from spiral_jax.groups import Role
+from spiral_jax.model import hf
+from spiral_jax.model.architecture import read_architecture
+from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.prompts import Scaffold
+from spiral_jax.sampling.static import StaticSampler
+from spiral_jax.tasks.load import load_task
+from spiral_jax.tasks.problem import Task
+from spiral_jax.train_step import abstract_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run is made of, before any weight is loaded."""
+
+    c: ConfigDict
+    mesh: Mesh
+    task: Task
+    model: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    scaffold: Scaffold
+    sampler: StaticSampler
+
+    def load_base(self) -> Any:
+        """The checkpoint's parameters, placed on the mesh."""
+        return hf.load_params(hf.resolve_path(self.c.model.hf_path), self.model, self.mesh)
+
+
+def set_up(c: ConfigDict) -> Setup:
+    """Validates `c` and builds everything that it names. Raises `ConfigError` or the data's own errors."""
+    validate(c)
+    mesh = meshes.make_mesh(c.mesh)
+    task = load_task(c)
+    if c.eval.problems > task.held_out_size:
+        raise ConfigError(
+            f"config.eval.problems = {c.eval.problems}: the task has {task.held_out_size} held-out problems."
+        )
+    path = hf.resolve_path(c.model.hf_path)
+    model = hf.model_config(read_architecture(path), c.model)
+    tokenizer = prompts.load_tokenizer(path)
+    if len(tokenizer) > model.arch.V:
+        raise ConfigError(f"{path}: the tokenizer has {len(tokenizer)} ids, its vocab_size is {model.arch.V}.")
+    stop_ids = prompts.stop_ids(tokenizer, path)
+    scaffold = prompts.make_scaffold(tokenizer, c.prompt, stop_ids)
+    _check_prompt_lengths(c, scaffold)
+    _check_mesh(c, mesh)
+    sampler = StaticSampler(
+        config=model,
+        mesh=mesh,
+        seed=c.seed,
+        stop_ids=stop_ids,
+        temperature=c.sampling.temperature,
+        prompt_buckets=tuple(c.sampling.prompt_buckets),
+        groups_per_call={Role.SEARCH: c.sampling.search_groups, Role.AGGREGATION: c.sampling.aggregation_groups},
+    )
+    return Setup(c, mesh, task, model, tokenizer, scaffold, sampler)
+
+
+def check_shapes(setup: Setup) -> None:
+    """Traces the whole train step on shapes alone: what it would reject, it rejects here, without any array."""
+    c, model = setup.c, setup.model
+    base = hf.abstract_params(model) if model.lora_rank else None
+    with jax.set_mesh(setup.mesh):
+        jax.eval_shape(make_train_step(c, model), abstract_state(c, model, setup.mesh), base, abstract_blocks(c))
+
+
+def abstract_blocks(c: ConfigDict) -> list[batching.Block]:
+    """Shapes of the blocks of one step."""
+    roles = [(Role.SEARCH, c.batch.problems, c.search.traces)]
+    if uses_aggregation(c):
+        roles.append((Role.AGGREGATION, c.batch.problems * c.aggregation.subsets, c.aggregation.traces))
+    return [
+        batching.abstract_block(role, groups, c.batch[f"{role.label}_groups"], traces, P, G)
+        for role, groups, traces in roles
+        for P, G in c.batch[f"{role.label}_lengths"]
+    ]
+
+
+def _check_prompt_lengths(c: ConfigDict, scaffold: Scaffold) -> None:
+    """The longest possible prompt of each role fits into the sampler's and the trainer's shapes."""
+    longest = {Role.SEARCH: c.prompt.max_problem_tokens}
+    if uses_aggregation(c):
+        longest[Role.AGGREGATION] = prompts.max_aggregation_prompt(scaffold, c)
+    for role, length in longest.items():
+        for field, widest in (
+            ("sampling.prompt_buckets", c.sampling.prompt_buckets[-1]),
+            (f"batch.{role.label}_lengths", c.batch[f"{role.label}_lengths"][-1][0]),
+        ):
+            if widest < length:
+                raise ConfigError(
+                    f"config.{field}: its widest prompt is {widest} tokens, but {role.label} prompts may have up to "
+                    f"{length}. Widen it, or lower prompt.max_problem_tokens or prompt.keep_tail_tokens."
+                )
+
+
+def _check_mesh(c: ConfigDict, mesh: Mesh) -> None:
+    multiple = meshes.group_count_multiple(mesh)
+    for field in ("search_groups", "aggregation_groups"):
+        if c.batch[field] % multiple:
+            raise ConfigError(
+                f"config.batch.{field} = {c.batch[field]}: must be a multiple of the mesh's data * fsdp = {multiple}."
+            )

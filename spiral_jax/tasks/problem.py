@@ -1,0 +1,43 @@
+"""What a task hands out: problems by cursor, and how an answer to them is rewarded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One problem.
+
+    Attributes:
+      id: stable name, unique in its task; train and held-out problems never share one.
+      text: what is asked; goes into the prompts as `{problem}`.
+      answer: the reference that a reward function compares with.
+      metadata: whatever else a reward function needs; JSON types only, since it crosses a process boundary.
+    """
+
+    id: str
+    text: str
+    answer: str
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A stream of training problems and a list of held-out ones.
+
+    Attributes:
+      train: cursor (0, 1, 2, ... without end) -> problem; a pure function, so that a cursor is all the state there is.
+      held_out: index below `held_out_size` -> problem.
+      held_out_size: number of held-out problems.
+      fingerprint: changes when the data do; a resumed run refuses another one.
+      reward: default for config.task.reward: "math", or the path "package.module:function" of a reward function.
+    """
+
+    train: Callable[[int], Problem]
+    held_out: Callable[[int], Problem]
+    held_out_size: int
+    fingerprint: str
+    reward: str = "math"

@@ -1,0 +1,90 @@
+"""The bundled task: two small sums of which one trace has room for one only.
+
+A problem asks for the last digits of `left` and `right`, each of the form a*b+c:
+
+    left=4*7+5 right=6*3+8                                          answer 36: 4*7+5 = 33, 6*3+8 = 26
+
+A trace works out one half and has to guess the other; an aggregation trace reads what its candidates worked out:
+
+    left=4*7+5=28+5=33, so left:3, maybe right:8, \\boxed{38}
+    right=6*3+8=18+8=26, so right:6, maybe left:1, \\boxed{16}
+    -> left:3, right:6, \\boxed{36}
+
+A set whose traces all work on the same half cannot be aggregated, so search has to cover both: single traces gain
+nothing from it (their guess is right one time in ten either way), only the aggregated answer does. If a trace takes
+the left half with probability p, a set of S traces is complete with probability 1 - p^S - (1-p)^S: at S = 4 0.344 for
+p = 0.9, which is how the bundled model starts, and 0.875 at best.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import numpy as np
+
+from spiral_jax.tasks.problem import Problem, Task
+
+SIDES = ("left", "right")
+_FACTORS, _ADDENDS = 9, 10  # a and b are 1..9, c is 0..9
+_HALVES = _FACTORS * _FACTORS * _ADDENDS
+_HELD_OUT_SHARE = 10  # one pair of halves in ten belongs to the held-out problems
+_HELD_OUT_SIZE = 4096
+_WORKED = re.compile(r"^(left|right)=(\d)\*(\d)\+(\d)=(\d+)\+(\d)=(\d+), so \1:(\d),")
+
+
+def task(seed: int) -> Task:
+    """The task with training and held-out problems drawn by `seed`; no pair of halves is in both."""
+    return Task(
+        train=lambda cursor: _draw(seed, "train", cursor),
+        held_out=lambda index: _draw(seed, "held_out", index),
+        held_out_size=_HELD_OUT_SIZE,
+        fingerprint=hashlib.sha256(f"two_halves v1 seed {seed}".encode()).hexdigest(),
+    )
+
+
+def _draw(seed: int, split: str, index: int) -> Problem:
+    rng = np.random.default_rng([seed, ("train", "held_out").index(split), index])
+    while True:
+        left, right = rng.integers(_HALVES, size=2)
+        if ((left + right) % _HELD_OUT_SHARE == 0) == (split == "held_out"):
+            break
+    halves = [_half(int(left)), _half(int(right))]
+    text = " ".join(f"{side}={a}*{b}+{c}" for side, (a, b, c) in zip(SIDES, halves, strict=True))
+    answer = "".join(str((a * b + c) % 10) for a, b, c in halves)
+    metadata = {"halves": [list(half) for half in halves]}
+    return Problem(id=f"{split}:{index}", text=text, answer=answer, metadata=metadata)
+
+
+def _half(number: int) -> tuple[int, int, int]:
+    ab, c = divmod(number, _ADDENDS)
+    a, b = divmod(ab, _FACTORS)
+    return a + 1, b + 1, c
+
+
+def work_out(problem: Problem, side: str, guess: int) -> str:
+    """A search trace that works out one half rightly and guesses digit `guess` for the other."""
+    a, b, c = problem.metadata["halves"][SIDES.index(side)]
+    digit = (a * b + c) % 10
+    other = SIDES[1 - SIDES.index(side)]
+    answer = f"{digit}{guess}" if side == "left" else f"{guess}{digit}"
+    worked = f"{side}={a}*{b}+{c}={a * b}+{c}={a * b + c}, so {side}:{digit}"
+    return f"{worked}, maybe {other}:{guess}, \\boxed{{{answer}}}"
+
+
+def read_out(problem: Problem, worked: set[str], guess: int) -> str:
+    """The aggregation trace that a perfect reader writes if the halves in `worked` were worked out by a candidate."""
+    digits = [problem.answer[i] if side in worked else str(guess) for i, side in enumerate(SIDES)]
+    said = [f"{'' if side in worked else 'maybe '}{side}:{digits[i]}, " for i, side in enumerate(SIDES)]
+    return f"{''.join(said)}\\boxed{{{''.join(digits)}}}"
+
+
+def worked_half(problem: Problem, text: str) -> str | None:
+    """The half that a trace worked out without an error: "left", "right", or None."""
+    match = _WORKED.match(text)
+    if match is None:
+        return None
+    side = match[1]
+    a, b, c = problem.metadata["halves"][SIDES.index(side)]
+    said = [int(group) for group in match.groups()[1:]]
+    return side if said == [a, b, c, a * b, c, a * b + c, (a * b + c) % 10] else None

@@ -1,0 +1,153 @@
+"""One jitted, sharded train step for both kinds of trace.
+
+    state, blocks -> for each block a loop over its micro-batches (gradients added in float32) -> one Adam step -> state
+
+Gradients of the two roles are accumulated apart, so that their norms can be read; they are added before the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from spiral_jax import mesh as meshes
+from spiral_jax.batching import Block
+from spiral_jax.metrics import Max, Mean, empty, merge
+from spiral_jax.model.qwen3 import ModelConfig, init_variables
+from spiral_jax.objective.logprobs import group_logprobs, length_mask
+from spiral_jax.objective.loss import importance_sampling_loss
+
+Metrics = dict[str, Mean | Max]
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that changes during a run, beside the cursor.
+
+    Attributes:
+      step: int32, optimizer steps done.
+      trained: what the optimizer sees: the `lora` collection, or all `params` when there are no adapters.
+      opt: optimizer state, float32.
+    """
+
+    step: jax.Array
+    trained: Any
+    opt: Any
+
+
+def variables(config: ModelConfig, base: Any, trained: Any) -> dict[str, Any]:
+    """The model's collections from the frozen base (None in full fine-tuning) and what is trained."""
+    return {"params": base, "lora": trained} if config.lora_rank else {"params": trained}
+
+
+def make_optimizer(c: ConfigDict) -> optax.GradientTransformation:
+    """Adam with warm-up and schedule, decoupled weight decay on matrices, optional clipping of the global norm."""
+    o = c.optimizer
+    after = {
+        "constant": lambda steps: optax.constant_schedule(o.lr),
+        "linear": lambda steps: optax.linear_schedule(o.lr, 0.0, steps),
+        "cosine": lambda steps: optax.cosine_decay_schedule(o.lr, steps),
+    }[o.schedule](max(c.train.steps - o.warmup_steps, 1))
+    warmup = optax.linear_schedule(o.lr / (o.warmup_steps + 1), o.lr, max(o.warmup_steps, 1))
+    schedule = optax.join_schedules([warmup, after], [o.warmup_steps])
+    matrices = lambda tree: jax.tree.map(lambda a: a.ndim >= 2, tree)  # noqa: E731
+    return optax.chain(
+        optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
+        optax.scale_by_adam(o.b1, o.b2, o.eps),
+        optax.add_decayed_weights(o.weight_decay, matrices) if o.weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def init_state(c: ConfigDict, config: ModelConfig, base: Any, mesh: Mesh) -> tuple[Any, TrainState]:
+    """(frozen base or None, fresh state) from loaded base parameters; arrays lie as the sharding table says."""
+    if config.lora_rank:
+        make_lora = lambda: init_variables(config, jax.random.key(c.seed))["lora"]  # noqa: E731
+        place = meshes.weight_shardings(jax.eval_shape(make_lora), mesh)
+        trained, frozen = jax.jit(make_lora, out_shardings=place)(), base
+    else:
+        trained, frozen = base, None
+    make = lambda trained: _fresh(c, trained)  # noqa: E731
+    place = meshes.weight_shardings(jax.eval_shape(make, trained), mesh)
+    return frozen, jax.jit(make, out_shardings=place)(trained)
+
+
+def _fresh(c: ConfigDict, trained: Any) -> TrainState:
+    return TrainState(step=jnp.zeros((), jnp.int32), trained=trained, opt=make_optimizer(c).init(trained))
+
+
+def abstract_state(c: ConfigDict, config: ModelConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into, and what memory is planned by."""
+
+    def make() -> TrainState:
+        tree = init_variables(config, jax.random.key(0))
+        return _fresh(c, tree["lora"] if config.lora_rank else tree["params"])
+
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, meshes.weight_shardings(shapes, mesh)
+    )
+
+
+def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Builds `train_step(state, base, blocks) -> (state, metrics)`, jitted; `state` is donated.
+
+    Metrics are (sum, count) pairs by name: those of `objective/loss.py`, loss and gradient norm of each role, and the
+    norm of the whole gradient before clipping.
+    """
+    optimizer = make_optimizer(c)
+
+    def loss(trained: Any, base: Any, micro: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+        trace = micro["trace_UxCxG"]
+        logprob, entropy = group_logprobs(
+            config, variables(config, base, trained), micro["prompt_UxP"], micro["prompt_len_U"], trace,
+            c.sampling.temperature, c.loss.logprob_chunk,
+        )  # fmt: skip
+        mask = length_mask(micro["trace_len_UxC"], trace.shape[-1])
+        return importance_sampling_loss(logprob, entropy, micro["logprob_UxCxG"], micro["weight_UxC"], mask)
+
+    def train_step(state: TrainState, base: Any, blocks: list[Block]) -> tuple[TrainState, Metrics]:
+        gradients, losses, metrics = {}, {}, {}
+        for block in blocks:
+            role = block.role
+            with jax.named_scope(f"{role.label}_block"):
+                gradient, value, found = _accumulate(loss, state.trained, base, block)
+            gradients[role] = gradient if role not in gradients else jax.tree.map(jnp.add, gradients[role], gradient)
+            losses[role] = losses.get(role, 0.0) + value
+            found[f"entropy/{role.label}"] = found.pop("entropy")
+            metrics = merge(metrics, found)
+        total = jax.tree.map(lambda *parts: sum(parts), *gradients.values())
+        with jax.named_scope("optimizer"):
+            updates, opt = optimizer.update(total, state.opt, state.trained)
+            trained = optax.apply_updates(state.trained, updates)
+        for role in gradients:
+            metrics[f"loss/{role.label}"] = Mean(losses[role], jnp.ones(()))
+            metrics[f"grad_norm/{role.label}"] = Mean(optax.global_norm(gradients[role]), jnp.ones(()))
+        metrics["grad_norm"] = Mean(optax.global_norm(total), jnp.ones(()))
+        return TrainState(step=state.step + 1, trained=trained, opt=opt), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def _accumulate(loss: Callable[..., Any], trained: Any, base: Any, block: Block) -> tuple[Any, jax.Array, Metrics]:
+    """Sums gradient (float32), loss and metrics over the block's micro-batches."""
+
+    def one(a: jax.Array) -> tuple[Any, jax.Array, Metrics]:
+        micro = jax.tree.map(meshes.constrain_groups, block.micro_batch(a))
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(trained, base, micro)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), gradient), value, metrics
+
+    def body(a: jax.Array, total: Any) -> Any:
+        gradient, value, metrics = one(a)
+        return jax.tree.map(jnp.add, total[0], gradient), total[1] + value, merge(total[2], metrics)
+
+    gradient, value, metrics = jax.eval_shape(one, jnp.zeros((), jnp.int32))
+    zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), (gradient, value))
+    return jax.lax.fori_loop(0, block.count, body, (*zeros, empty(metrics)))

@@ -1,0 +1,226 @@
+"""Items (text, problem) -> verdicts, in child processes that can be killed.
+
+A worker is a bare Python process that imports the reward function and nothing else: neither jax nor the program that
+started it (multiprocessing's "spawn" would import the main module again, and with it jax). It takes one item at a time
+over a socket, and ends when the other side closes, so it never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, Pipe, wait
+
+from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.rewards import Status, Verdict, judge, load_reward
+
+Item = tuple[str, Problem]
+
+_TRIES = 2  # an item that kills its worker, or outlasts its time, gets one more, on a fresh worker
+_ORPHAN_S = 10.0  # beyond twice the timeout: a worker that is still at an item has lost its parent
+_COMMAND = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from spiral_jax.verifier import pool; pool.serve()"
+
+
+class VerifierFailure(RuntimeError):
+    """Rewards cannot be trusted or had; the message says what to look at."""
+
+
+@dataclasses.dataclass
+class _Worker:
+    process: subprocess.Popen
+    connection: Connection
+    deadline: float  # time.monotonic() when its start, or its item, has taken too long
+    ready: bool = False
+    fresh: bool = True  # has not been handed an item yet
+    item: int | None = None  # index of the item it is at
+
+
+class Pool:
+    """Workers with one reward function. They start when first needed, and stay until `close`.
+
+    Args:
+      reward: as config.task.reward; must have been loadable here.
+      workers: at most this many processes, >= 1.
+      timeout_s: seconds for one item, from when a ready worker is handed it.
+      start_timeout_s: seconds until a worker must be ready.
+    """
+
+    def __init__(self, reward: str, workers: int, timeout_s: float, start_timeout_s: float = 60.0):
+        self._reward = reward
+        self._size = workers
+        self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._workers: list[_Worker] = []
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that there are now."""
+        return [worker.process.pid for worker in self._workers]
+
+    def run(self, items: Sequence[Item]) -> list[Verdict]:
+        """Verdicts of `items`, in their order.
+
+        A worker that takes too long is killed and replaced, one that died is replaced, and the item is tried once more
+        on a fresh worker: a second time-out is `Status.TIMEOUT`, a second death `Status.ERROR`.
+
+        Raises:
+          VerifierFailure: a worker cannot start. All workers have ended then, as after any other exception.
+        """
+        try:
+            batch = _Batch(items)
+            while batch.unfinished:
+                self._replace_idle_dead()
+                while len(self._workers) < min(self._size, batch.unfinished):
+                    self._start()
+                for worker in self._workers:
+                    if worker.ready and worker.item is None:
+                        self._hand(worker, batch)
+                self._collect(batch)
+            return batch.verdicts
+        except BaseException:  # a worker that is left at an item would answer into the next batch
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Kills all workers, and what they have started."""
+        while self._workers:
+            self._kill(self._workers[-1])
+
+    def _start(self) -> None:
+        ours, theirs = Pipe()
+        arguments = [json.dumps([os.path.abspath(entry) for entry in sys.path]), str(theirs.fileno()), self._reward,
+                     str(self._timeout_s)]  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _COMMAND, *arguments],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "JAX_PLATFORMS": "cpu"},  # a user's module that imports jax must not take the device
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # out of Ctrl-C's reach, and killable with all that it starts
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._workers.append(_Worker(process, ours, time.monotonic() + self._start_timeout_s))
+
+    def _kill(self, worker: _Worker) -> int:
+        """Ends a worker for good; returns its exit code."""
+        self._workers.remove(worker)
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # the group is gone (macOS: a zombie)
+            os.killpg(worker.process.pid, signal.SIGKILL)
+        worker.connection.close()
+        return worker.process.wait()
+
+    def _replace_idle_dead(self) -> None:
+        for worker in list(self._workers):
+            if worker.ready and worker.item is None and worker.process.poll() is not None:
+                self._kill(worker)
+                self._start()
+
+    def _hand(self, worker: _Worker, batch: _Batch) -> None:
+        item = batch.next(worker.fresh)
+        if item is None:
+            return
+        with contextlib.suppress(OSError):  # it has just died: `_collect` will see that
+            worker.connection.send(batch.items[item])
+        worker.item, worker.fresh, worker.deadline = item, False, time.monotonic() + self._timeout_s
+
+    def _collect(self, batch: _Batch) -> None:
+        """Waits until a worker has something to say or has run out of time, and deals with all of these."""
+        active = [worker for worker in self._workers if not worker.ready or worker.item is not None]
+        first = min(worker.deadline for worker in active)
+        wait([worker.connection for worker in active], max(0.0, first - time.monotonic()))
+        for worker in active:
+            late = time.monotonic() >= worker.deadline
+            if worker.connection.poll():
+                try:
+                    message = worker.connection.recv()
+                except (EOFError, OSError):
+                    self._failed(worker, batch, Status.ERROR)
+                else:
+                    self._received(worker, batch, message)
+            elif late:
+                self._failed(worker, batch, Status.TIMEOUT)
+
+    def _received(self, worker: _Worker, batch: _Batch, message: tuple[str, str]) -> None:
+        if worker.ready:
+            batch.finish(worker.item, Verdict.of(*message))
+            worker.item = None
+        elif message[0] == "ready":
+            worker.ready = True
+        else:
+            raise VerifierFailure(f"config.task.reward = {self._reward!r}: a worker cannot start.\n{message[1]}")
+
+    def _failed(self, worker: _Worker, batch: _Batch, status: Status) -> None:
+        exit_code = self._kill(worker)
+        if not worker.ready:
+            reason = f"ended with exit code {exit_code}"
+            if status is Status.TIMEOUT:
+                reason = f"was not ready after {self._start_timeout_s:g} s"
+            raise VerifierFailure(
+                f"config.task.reward = {self._reward!r}: a worker {reason} while it imported the reward function. "
+                "Import the module by hand in a new Python process to see why."
+            )
+        batch.fail(worker.item, status, f"worker died with exit code {exit_code}" if status is Status.ERROR else "")
+        self._start()  # for each item to be retried there is a worker that has not been handed one
+
+
+class _Batch:
+    """Which items are waiting, to be retried, and done."""
+
+    def __init__(self, items: Sequence[Item]):
+        self.items = items
+        self.verdicts: list[Verdict | None] = [None] * len(items)
+        self.unfinished = len(items)
+        self._waiting = collections.deque(range(len(items)))
+        self._retries: collections.deque[int] = collections.deque()
+        self._failures: collections.Counter[tuple[int, Status]] = collections.Counter()
+
+    def next(self, fresh: bool) -> int | None:
+        """The item for an idle worker; those to be retried only for a fresh one, and first."""
+        if fresh and self._retries:
+            return self._retries.popleft()
+        return self._waiting.popleft() if self._waiting else None
+
+    def finish(self, item: int, verdict: Verdict) -> None:
+        self.verdicts[item] = verdict
+        self.unfinished -= 1
+
+    def fail(self, item: int, status: Status, detail: str) -> None:
+        self._failures[item, status] += 1
+        if self._failures[item, status] < _TRIES:
+            self._retries.append(item)
+        else:
+            problem = self.items[item][1]
+            self.finish(item, Verdict.of(status, detail and f"{detail} at problem {problem.id!r}"))
+
+
+def serve() -> None:
+    """A worker's whole life. sys.argv: import path (used already), socket's file descriptor, reward, timeout."""
+    connection, path, timeout_s = Connection(int(sys.argv[2])), sys.argv[3], float(sys.argv[4])
+    os.set_inheritable(connection.fileno(), False)
+    try:
+        reward = load_reward(path)
+    except BaseException:
+        connection.send(("failed", traceback.format_exc()))
+        return
+    with contextlib.suppress(EOFError, OSError):  # the other side has closed: done
+        connection.send(("ready", ""))
+        while True:
+            text, problem = connection.recv()
+            # The kernel's own timer ends a worker that hangs without a parent that could kill it.
+            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + _ORPHAN_S)
+            verdict = judge(reward, text, problem)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            connection.send((verdict.status, verdict.detail))

@@ -1,0 +1,183 @@
+"""(text of a trace, problem) -> verdict: our mathematics reward, and how a user's own is loaded and called."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import importlib
+import logging
+import math
+import re
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from spiral_jax.config import ConfigError
+from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.extract import last_boxed
+
+MATH = "math"
+RewardFunction = Callable[[str, Problem], bool | int | None]
+
+_DETAIL_LENGTH = 500
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
+_GAP = r"(?:\s|~|\\[ ,;:!]|\\q?quad)+"
+_SPACED_NUMBERS = re.compile(rf"[-+]?[0-9]+(?:{_GAP}[0-9]+)+(?:\.[0-9]+)?")
+_ROUNDING, _SIGNIFICANT, _PRECISION = 6, 4, 15  # decimals and digits that math-verify compares by default: 6 and 15
+
+
+class Status(enum.StrEnum):
+    """What became of an answer. All five are counted."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNPARSED = "unparsed"  # no final answer, or one that cannot be read: reward 0
+    TIMEOUT = "timeout"  # took too long on two fresh workers: the model's doing, reward 0
+    ERROR = "error"  # our own failure or that of the reward function: reward NaN
+
+
+_REWARD = {Status.CORRECT: 1.0, Status.WRONG: 0.0, Status.UNPARSED: 0.0, Status.TIMEOUT: 0.0, Status.ERROR: math.nan}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The reward of one answer: 1.0, 0.0 or NaN, why, and for an error what happened."""
+
+    reward: float
+    status: Status
+    detail: str = ""
+
+    @classmethod
+    def of(cls, status: Status, detail: str = "") -> Verdict:
+        return cls(_REWARD[status], status, detail)
+
+
+class BrokenReference(ValueError):
+    """A problem's reference answer cannot be parsed; the message names the problem."""
+
+
+def exact_verdict(text: str, problem: Problem) -> Verdict | None:
+    r"""The verdict of reward "math" where it needs no mathematics; None = undecided.
+
+    Without a box, or with an empty one: unparsed. The box equals the reference up to surrounding space: correct. Both
+    are plain integers of at most 18 digits: compared as integers.
+    """
+    box = (last_boxed(text) or "").strip()
+    reference = problem.answer.strip()
+    if not box:
+        return Verdict.of(Status.UNPARSED)
+    if box == reference:
+        return Verdict.of(Status.CORRECT)
+    if _INTEGER.fullmatch(box) and _INTEGER.fullmatch(reference):
+        return Verdict.of(Status.CORRECT if int(box) == int(reference) else Status.WRONG)
+    return None
+
+
+def math_reward(text: str, problem: Problem) -> bool | None:
+    r"""Whether the last \boxed{} of `text` equals `problem.answer` as mathematics, by math-verify; None = unparsed.
+
+    A list or set equals only one with the same elements; of a tuple the order counts. Decimals are compared to 6
+    places, and to 4 significant digits of the reference where those lie beyond (math-verify alone: 1e-7 = 2e-7). May
+    take for ever (9^{9^{9^9}}): belongs in a killable process. math-verify's own time limits are off.
+
+    Raises:
+      BrokenReference: `problem.answer` cannot be parsed.
+    """
+    exact = exact_verdict(text, problem)
+    if exact is not None:
+        return None if exact.status is Status.UNPARSED else exact.status is Status.CORRECT
+    from math_verify import verify  # sympy takes a second to import; only the workers need it
+
+    try:
+        reference, rounding, precision = _parse_reference(problem.answer)
+    except Exception as error:
+        raise BrokenReference(
+            f"problem {problem.id!r}: its reference answer {problem.answer!r} is not mathematics that math-verify can "
+            "parse. Correct the data, or set config.task.reward to a reward function of your own."
+        ) from error
+    try:
+        answer = _parse(last_boxed(text))
+        if not answer:
+            return None
+        return bool(verify(reference, answer, float_rounding=rounding, numeric_precision=precision,
+                           timeout_seconds=None))  # fmt: skip
+    except Exception:  # whatever the model's text does to sympy is the model's doing
+        return False
+
+
+def load_reward(path: str) -> RewardFunction:
+    """The reward function that config.task.reward names: "math" or "package.module:function". Imports all it needs.
+
+    Raises:
+      ConfigError: the path has another form, the module cannot be imported, or it has no such function.
+    """
+    where = f"config.task.reward = {path!r}"
+    if path == MATH:
+        importlib.import_module("math_verify")  # now, so that it is not a part of the first answer's time
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+        return math_reward
+    module_name, colon, function_name = path.partition(":")
+    if not (module_name and colon and function_name):
+        raise ConfigError(f'{where}: must be "math" or "package.module:function".')
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(
+            f"{where}: module {module_name!r} cannot be imported ({_describe(error)}). Is its folder in PYTHONPATH?"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ConfigError(f"{where}: module {module_name!r} has no function {function_name!r}.")
+    return function
+
+
+def judge(reward: RewardFunction, text: str, problem: Problem) -> Verdict:
+    """Calls a reward function. It may return True, False, 1, 0 or None (= unparsed); all else is an error of ours."""
+    try:
+        value = reward(text, problem)
+        if value is None:
+            return Verdict.of(Status.UNPARSED)
+        plain = value.item() if hasattr(value, "item") else value  # numpy's bool, a scalar array
+        if isinstance(plain, bool | int | float) and plain in (0, 1):
+            return Verdict.of(Status.CORRECT if plain else Status.WRONG)
+        detail = f"the reward function returned {value!r} for problem {problem.id!r}; allowed: True, False, 1, 0, None"
+    except Exception as error:
+        detail = _describe(error)
+    return Verdict.of(Status.ERROR, detail[:_DETAIL_LENGTH])
+
+
+def _describe(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{''.join(traceback.format_exception_only(error)).strip()} ({frame.filename}:{frame.lineno})"
+
+
+def _parse(box: str) -> list[Any]:
+    """math-verify's reading of what is inside a box; empty if it has none."""
+    from math_verify import LatexExtractionConfig, parse
+
+    extraction = [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
+    return parse(rf"\boxed{{{_tidy(box)}}}", extraction, fallback_mode="no_fallback", parsing_timeout=None)
+
+
+@functools.lru_cache(maxsize=4096)  # all traces of a problem have the same reference
+def _parse_reference(answer: str) -> tuple[list[Any], int, int]:
+    """math-verify's reading of a reference, and the decimals and digits to compare with."""
+    reference = _parse(answer)
+    if not reference:
+        raise ValueError("nothing parsed")
+    number = reference[0]
+    zeros = 0  # 3 for 0.00012
+    if getattr(number, "is_number", False) and number.is_extended_real:
+        size = abs(float(number.evalf(_PRECISION)))
+        zeros = max(0, math.ceil(-math.log10(size)) - 1) if 0 < size < 1 else 0
+    return reference, max(_ROUNDING, zeros + _SIGNIFICANT), _PRECISION + zeros
+
+
+def _tidy(box: str) -> str:
+    r"""What math-verify misreads: `**73**`, `3.`, and `5 3` (a sum to it) or `1\,000` (1*0), which become lists."""
+    box = box.strip()
+    if box.startswith("**") and box.endswith("**"):
+        box = box.strip("*")
+    box = box.removesuffix(".").strip()
+    return re.sub(_GAP, ",", box) if _SPACED_NUMBERS.fullmatch(box) else box

@@ -1,0 +1,53 @@
+"""What several test files share: the mesh of all devices, and random checkpoints as transformers writes them."""
+
+import functools
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from spiral_jax.mesh import make_mesh
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    """The mesh of all devices: 2 x 2 x 2 in a process with 8 of them, 1 x 1 x 1 with one."""
+    cut = 2 if jax.device_count() % 8 == 0 else 1
+    return make_mesh(ConfigDict({"data": -1, "fsdp": cut, "tensor": cut}))
+
+
+@pytest.fixture(scope="session")
+def qwen3_checkpoint(tmp_path_factory):
+    """(**fields) -> (directory, transformers' model): random, every field off its default, with peaked attention.
+
+    With transformers' own initialisation attention is nearly uniform, and a wrong rope theta would go unnoticed.
+    """
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    @functools.cache
+    def make(**fields):
+        torch.manual_seed(0)
+        own = {
+            "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+            "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "rms_norm_eps": 1e-3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}, "tie_word_embeddings": False,
+            "max_position_embeddings": 640, "eos_token_id": 5,
+        }  # fmt: skip
+        model = Qwen3ForCausalLM(Qwen3Config(**(own | fields))).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "q_norm" in name or "k_norm" in name:
+                    parameter.uniform_(0, 6)
+                elif "norm" in name:
+                    parameter.uniform_(0.5, 1.5)
+                else:  # logits and activations of order one
+                    parameter.normal_(0, 0.1)
+        directory = tmp_path_factory.mktemp("qwen3")
+        model.save_pretrained(directory)
+        return directory, model
+
+    return make

@@ -1,0 +1,130 @@
+"""Evaluation estimators against enumeration, exact fractions and simulation."""
+
+import itertools
+import math
+import statistics
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from spiral_jax.estimators import Estimate, majority_correct, mean_and_interval, pass_at_k
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_is_the_share_of_k_subsets_with_a_correct_sample(n):
+    for k in range(1, n + 1):
+        expected = []
+        for c in range(n + 1):
+            correct = [i < c for i in range(n)]
+            draws = list(itertools.combinations(correct, k))
+            expected.append(sum(any(draw) for draw in draws) / len(draws))
+        # float64 products of at most 7 factors
+        np.testing.assert_allclose(pass_at_k(np.arange(n + 1), n, k), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("k", [1, 2, 17, 128, 512, 1024])
+def test_pass_at_k_does_not_lose_digits_at_a_thousand_samples(k):
+    n, correct = 1024, np.array([0, 1, 2, 511, 1023, 1024])
+    expected = [float(1 - Fraction(math.comb(n - int(c), k), math.comb(n, k))) for c in correct]
+    # 1024 factors, each rounded to 2^-53: relative error of the product below 1024 * 2.3e-16
+    np.testing.assert_allclose(pass_at_k(correct, n, k), expected, rtol=0, atol=3e-13)
+
+
+@pytest.mark.parametrize(("n", "k", "p"), [(4, 4, 0.3), (8, 3, 0.1), (16, 8, 0.05)])
+def test_pass_at_k_is_unbiased(n, k, p):
+    c = np.arange(n + 1)
+    weight = np.array([math.comb(n, int(i)) * p**i * (1 - p) ** (n - i) for i in c])
+    assert (weight * pass_at_k(c, n, k)).sum() == pytest.approx(1 - (1 - p) ** k, abs=1e-12)
+
+
+def test_pass_at_k_takes_any_shape_and_sample_counts_by_problem():
+    rng = np.random.default_rng(0)
+    n = rng.integers(3, 20, size=(2, 5))
+    correct = rng.integers(0, n + 1)
+    result = pass_at_k(correct, n, 3)
+    assert result.shape == (2, 5)
+    assert result.dtype == np.float64
+    for index in np.ndindex(2, 5):
+        assert result[index] == pass_at_k(correct[index], int(n[index]), 3)
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "k", "message"),
+    [
+        ([5], 4, 1, "between 0 and n"),
+        ([-1], 4, 1, "between 0 and n"),
+        ([1], 4, 5, "k = 5"),
+        ([1], 4, 0, "k = 0"),
+        ([1, 1], [4, 2], 3, "k = 3"),
+        ([1.5], 4, 1, "whole"),
+        ([math.nan], 4, 1, "whole"),
+    ],
+)
+def test_pass_at_k_refuses_impossible_counts(correct, n, k, message):
+    with pytest.raises(ValueError, match=message):
+        pass_at_k(np.array(correct), np.array(n), k)
+
+
+@pytest.mark.parametrize("length", range(1, 6))
+def test_majority_agrees_with_a_vote_over_every_list(length):
+    for classes in itertools.product([None, "a", "b", "c"], repeat=length):
+        winners = statistics.multimode([answer for answer in classes if answer is not None])
+        chances = {gold: majority_correct(list(classes), gold) for gold in ("a", "b", "c", "d")}
+        assert chances == {gold: 1 / len(winners) if gold in winners else 0 for gold in chances}
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        (["7", "8", "7"], 1.0),
+        (["7", "8"], 1 / 2),
+        (["7", "8", "9"], 1 / 3),
+        (["8", "8", "7"], 0.0),
+        ([None, None, None, "7"], 1.0),
+        ([None, None, "8", "7"], 1 / 2),
+        ([None, None], 0.0),
+    ],
+)
+def test_unparsed_answers_have_no_vote_and_ties_are_split(classes, expected):
+    assert majority_correct(classes, "7") == expected
+
+
+def test_a_vote_without_candidates_is_an_error():
+    with pytest.raises(ValueError, match="at least one candidate"):
+        majority_correct([], "7")
+
+
+def test_interval_is_the_normal_one_with_the_sample_deviation():
+    values = np.random.default_rng(1).random(37)
+    error = statistics.stdev(values.tolist()) / math.sqrt(37)
+    mean = statistics.fmean(values.tolist())
+    result = mean_and_interval(values)
+    assert result.count == 37
+    got = (result.mean, result.low, result.high, result.standard_error)
+    assert got == pytest.approx((mean, mean - 1.96 * error, mean + 1.96 * error, error), abs=1e-14)
+
+
+def test_interval_covers_the_truth_in_95_of_100_evaluations():
+    draws = np.random.default_rng(2).random((2000, 200)) < 0.4
+    estimates = [mean_and_interval(row) for row in draws]
+    covered = np.mean([estimate.low <= 0.4 <= estimate.high for estimate in estimates])
+    # binomial deviation over 2000 evaluations is 0.005; the normal interval itself is off by up to 0.01 here
+    assert abs(covered - 0.95) < 0.02
+
+
+def test_failed_problems_are_left_out_and_the_count_says_so():
+    values = np.array([1.0, math.nan, 0.0, 1.0, math.nan])
+    assert mean_and_interval(values) == mean_and_interval(np.array([1.0, 0.0, 1.0]))
+    assert mean_and_interval(values).count == 3
+
+
+def test_too_few_problems_have_no_interval_and_never_nan():
+    assert mean_and_interval(np.array([0.5])) == Estimate(0.5, None, None, None, 1)
+    assert mean_and_interval(np.array([])) == Estimate(None, None, None, None, 0)
+    assert mean_and_interval(np.array([math.nan])) == Estimate(None, None, None, None, 0)
+
+
+def test_samples_must_be_averaged_by_problem_first():
+    with pytest.raises(ValueError, match=r"shape \(3, 4\)"):
+        mean_and_interval(np.zeros((3, 4)))

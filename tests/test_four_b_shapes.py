@@ -1,0 +1,124 @@
+"""The 4B experiments on shapes alone: every program traces, nothing is allocated, and the budgets are the paper's."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+
+from configs import grpo_qwen3_4b, qwen3_4b
+from spiral_jax.batching import abstract_block
+from spiral_jax.config import difference, to_plain, uses_aggregation, validate
+from spiral_jax.groups import Role
+from spiral_jax.mesh import AXES, group_count_multiple, path_name, weight_spec
+from spiral_jax.model import hf
+from spiral_jax.model.architecture import Architecture
+from spiral_jax.sampling.static import _generate, _unstack
+from spiral_jax.train_step import abstract_state, make_train_step
+
+# config.json of Qwen3-4B-Instruct-2507
+ARCH = Architecture(V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True)
+CONFIGS = {"spiral": qwen3_4b.get_config, "grpo": grpo_qwen3_4b.get_config}
+
+
+@pytest.fixture(params=CONFIGS)
+def c(request):
+    return CONFIGS[request.param]()
+
+
+def stages(c):
+    """(role, groups of a step, C, longest prompt, longest trace) of each stage of the rollout."""
+    found = [(Role.SEARCH, c.batch.problems, c.search.traces, 1024, c.search.max_tokens)]
+    if uses_aggregation(c):
+        a = c.aggregation
+        longest = 1024 + a.subset_size * c.search.max_tokens
+        found.append((Role.AGGREGATION, c.batch.problems * a.subsets, a.traces, longest, a.max_tokens))
+    return found
+
+
+def blocks_of(c):
+    return [
+        abstract_block(role, groups, c.batch[f"{role.label}_groups"], C, P, G)
+        for role, groups, C, _, _ in stages(c)
+        for P, G in c.batch[f"{role.label}_lengths"]
+    ]
+
+
+def count(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def test_config_is_valid_and_every_longest_group_has_a_bucket(c):
+    validate(c)
+    for role, _, _, P, G in stages(c):
+        assert c.batch[f"{role.label}_lengths"][-1][0] >= P and c.batch[f"{role.label}_lengths"][-1][1] >= G
+        assert c.sampling.prompt_buckets[-1] >= P
+
+
+def test_both_runs_may_sample_98304_tokens_a_problem(c):
+    assert sum(groups // c.batch.problems * C * G for _, groups, C, _, G in stages(c)) == 98_304
+
+
+def test_grpo_differs_from_spiral_in_its_rollout_and_in_nothing_else():
+    changed = {line.split(":")[0] for line in difference(*(to_plain(make()) for make in CONFIGS.values()))}
+    assert changed == {
+        "loss.estimator", "search.traces", "search.max_tokens", "batch.search_lengths",
+        "batch.search_groups", "sampling.search_groups", "sampling.prompt_buckets",
+    }  # fmt: skip
+
+
+def test_parameters_are_4022_million_with_66_million_in_adapters(c, mesh):
+    model = hf.model_config(ARCH, c.model)
+    base, state = hf.abstract_params(model), abstract_state(c, model, mesh)
+    assert count(base) == ARCH.parameters == 4_022_468_096
+    assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
+    assert count(state.trained) == 66_060_288
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.trained)} == {jnp.dtype("float32")}
+    assert count(state.opt) == 2 * 66_060_288 + 2  # two moments, two step counts
+
+
+def test_one_host_of_eight_devices_holds_an_eighth_of_base_and_state(c, mesh):
+    model = hf.model_config(ARCH, c.model)
+    planned = AbstractMesh((1, c.mesh.fsdp, c.mesh.tensor), AXES)
+    assert c.mesh.data == -1 and math.prod(planned.axis_sizes) == 8
+    for tree in (hf.abstract_params(model), abstract_state(c, model, mesh)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            spec = weight_spec(path_name(path), leaf.shape, planned)
+            cut = math.prod(planned.shape[axis] for axis in spec if axis)
+            assert cut == 8 or math.prod(leaf.shape) <= ARCH.L * ARCH.D or leaf.shape[-1] == ARCH.F, path_name(path)
+    for field in ("search_groups", "aggregation_groups"):
+        assert c.batch[field] % group_count_multiple(planned) == c.sampling[field] % group_count_multiple(planned) == 0
+
+
+def test_train_step_returns_the_state_in_its_shapes_and_dtypes(c, mesh):
+    model = hf.model_config(ARCH, c.model)
+    state = abstract_state(c, model, mesh)
+    with jax.set_mesh(mesh):
+        after, metrics = jax.eval_shape(make_train_step(c, model), state, hf.abstract_params(model), blocks_of(c))
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+    assert shapes(after) == shapes(state)
+    roles = [role.label for role, *_ in stages(c)]
+    assert {f"{name}/{role}" for name in ("loss", "grad_norm", "entropy") for role in roles} < set(metrics)
+    assert all(leaf.shape == () and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(metrics))
+
+
+@pytest.mark.parametrize(
+    ("name", "role"), [("spiral", Role.SEARCH), ("spiral", Role.AGGREGATION), ("grpo", Role.SEARCH)]
+)
+def test_sampler_returns_traces_of_the_longest_shapes(mesh, name, role):
+    c = CONFIGS[name]()
+    model = hf.model_config(ARCH, c.model)
+    (C, G) = next((C, G) for stage, _, C, _, G in stages(c) if stage is role)
+    U, P = c.sampling[f"{role.label}_groups"], c.sampling.prompt_buckets[-1]
+    variables = {"params": hf.abstract_params(model), "lora": abstract_state(c, model, mesh).trained}
+    requests = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((U, P), (U,), (U, 6))]
+    generate = functools.partial(
+        _generate, config=model, C=C, G=G, seed=0, temperature=c.sampling.temperature, stop_ids=(151645, 151643)
+    )
+    with jax.set_mesh(mesh):
+        weights = jax.eval_shape(lambda tree: _unstack(tree, ARCH.L, mesh), variables)
+        found = jax.eval_shape(generate, weights, *requests, jax.ShapeDtypeStruct((U,), bool))
+    assert [leaf.shape for leaf in found] == [(U, C, G), (U, C), (U, C, G), (U, C)]
+    assert [leaf.dtype.name for leaf in found] == ["int32", "int32", "float32", "bool"]

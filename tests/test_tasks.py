@@ -1,0 +1,269 @@
+"""Tasks: problems are a pure function of the cursor, train and held-out never meet, bad data fail with their place."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from spiral_jax import config
+from spiral_jax.tasks import jsonl, reasoning_gym_task, two_halves
+from spiral_jax.tasks.jsonl import TaskError
+from spiral_jax.tasks.load import load_task
+from spiral_jax.tasks.problem import Problem
+
+
+def write(path, rows) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def train_path(tmp_path):
+    return write(tmp_path / "train.jsonl", [{"problem": f"What is {i}?", "answer": i} for i in range(7)])
+
+
+@pytest.fixture
+def eval_path(tmp_path):
+    return write(tmp_path / "eval.jsonl", [{"question": f"And {i}?", "answer": str(i)} for i in range(3)])
+
+
+def test_every_epoch_is_a_permutation_and_epochs_and_seeds_differ(train_path):
+    task = jsonl.task(train_path, "", 3)
+    epochs = [[task.train(epoch * 7 + i).answer for i in range(7)] for epoch in range(20)]
+    assert all(sorted(epoch) == [str(i) for i in range(7)] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 15  # 7! = 5040 orders
+    other = jsonl.task(train_path, "", 4)
+    assert [other.train(i).answer for i in range(35)] != sum(epochs[:5], [])
+
+
+def test_train_is_a_pure_function_of_the_cursor(train_path):
+    once, again = jsonl.task(train_path, "", 3), jsonl.task(train_path, "", 3)
+    expected = [once.train(i) for i in range(40)]
+    for i in np.random.default_rng(0).permutation(40):  # also across epochs, out of order
+        assert again.train(int(i)) == expected[i]
+
+
+def test_a_negative_cursor_is_an_error(train_path):
+    with pytest.raises(IndexError, match="-1"):
+        jsonl.task(train_path, "", 0).train(-1)
+
+
+def test_held_out_is_the_second_file_in_order_and_ids_never_meet(train_path, eval_path):
+    task = jsonl.task(train_path, eval_path, 0)
+    held_out = [task.held_out(i) for i in range(task.held_out_size)]
+    assert [p.text for p in held_out] == ["And 0?", "And 1?", "And 2?"]
+    ids = [p.id for p in held_out] + [task.train(i).id for i in range(7)]
+    assert len(set(ids)) == 10
+    assert jsonl.task(train_path, "", 0).held_out_size == 0
+
+
+def test_gsm8k_layout(tmp_path):
+    rows = [
+        {"question": "Ann sells 48 clips.", "answer": "She sold 48/2 = <<48/2=24>>24.\n#### 72"},
+        {"question": "How many?", "answer": "#### 5 is not the last\n####  -1,234,567 "},
+    ]
+    task = jsonl.task(write(tmp_path / "t.jsonl", rows), "", 0)
+    assert {task.train(0).answer, task.train(1).answer} == {"72", "-1234567"}
+
+
+def test_answers_keep_their_text_and_numbers_become_text(tmp_path):
+    answers = ["\\frac{1}{2}", " 1,000 ", 0, -3, 2.5, "x", "0"]
+    task = jsonl.task(write(tmp_path / "t.jsonl", [{"problem": "?", "answer": a} for a in answers]), "", 0)
+    found = {task.train(i).id: task.train(i).answer for i in range(len(answers))}
+    assert [found[f"train:{n}"] for n in range(1, 8)] == ["\\frac{1}{2}", "1,000", "0", "-3", "2.5", "x", "0"]
+
+
+def test_blank_lines_a_byte_order_mark_crlf_and_a_line_separator_in_a_text_are_fine(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"problem": "a", "answer": 1}\r\n\r\n{"problem": "b\xe2\x80\xa8c", "answer": 2, "id": "own"}'
+    )
+    task = jsonl.task(str(path), "", 0)
+    problems = sorted((task.train(i) for i in range(2)), key=lambda p: p.answer)
+    assert [(p.id, p.text) for p in problems] == [("train:1", "a"), ("train:own", "b\u2028c")]
+
+
+def test_fingerprint_follows_the_bytes_of_both_files(tmp_path, train_path, eval_path):
+    prints = [jsonl.task(train_path, eval_path, seed).fingerprint for seed in (0, 1)]
+    assert prints[0] == prints[1]
+    prints += [jsonl.task(train_path, "", 0).fingerprint, jsonl.task(eval_path, train_path, 0).fingerprint]
+    with open(eval_path, "a") as file:
+        file.write("\n")
+    prints.append(jsonl.task(train_path, eval_path, 0).fingerprint)
+    assert len(set(prints)) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"problem": "a", "answer": ', r"t\.jsonl:2: not JSON"),
+        ("[1, 2]", r"t\.jsonl:2: a list"),
+        ('{"problem": "a"}', r"t\.jsonl:2: needs \"answer\".*\['problem'\]"),
+        ('{"problem": "a", "answer": "  "}', r"t\.jsonl:2: needs \"answer\""),
+        ('{"problem": "a", "answer": "work, then ####"}', r"t\.jsonl:2: needs \"answer\""),
+        ('{"problem": "a", "answer": null}', r"t\.jsonl:2: needs \"answer\""),
+        ('{"problem": "a", "answer": true}', r"t\.jsonl:2: needs \"answer\""),
+        ('{"problem": "a", "answer": NaN}', r"t\.jsonl:2: needs \"answer\""),
+        ('{"problem": "a", "answer": [1]}', r"t\.jsonl:2: needs \"answer\""),
+        ('{"prompt": "a", "answer": 1}', r"t\.jsonl:2: needs \"problem\" or \"question\".*\['answer', 'prompt'\]"),
+        ('{"problem": " ", "answer": 1}', r"t\.jsonl:2: needs \"problem\""),
+        ('{"problem": "a", "answer": 1, "id": "x"}\n{"problem": "b", "answer": 1, "id": "x"}', r":3: id .*line 2"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_place_and_keys(tmp_path, line, message):
+    path = write(tmp_path / "t.jsonl", [{"problem": "fine", "answer": 1}, line])
+    with pytest.raises(TaskError, match=message):
+        jsonl.task(path, "", 0)
+
+
+def test_a_line_that_is_not_utf8_a_missing_file_and_an_empty_one_are_errors(tmp_path, train_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(b'{"problem": "\xff", "answer": 1}\n')
+    with pytest.raises(TaskError, match=r"t\.jsonl:1: not JSON in UTF-8"):
+        jsonl.task(str(path), "", 0)
+    with pytest.raises(TaskError, match=r"config\.task\.eval_path.*absent\.jsonl"):
+        jsonl.task(train_path, str(tmp_path / "absent.jsonl"), 0)
+    path.write_bytes(b"\n \n")
+    with pytest.raises(TaskError, match="empty"):
+        jsonl.task(str(path), "", 0)
+
+
+def test_reasoning_gym_train_and_held_out_share_no_text():
+    task = reasoning_gym_task.task("chain_sum", 0)
+    train = {task.train(i).text for i in range(400)}
+    held_out = {task.held_out(i).text for i in range(400)}
+    assert len(train) > 350 and len(held_out) > 350  # short sums repeat within a split
+    assert not train & held_out
+
+
+def test_reasoning_gym_splits_stay_apart_where_texts_repeat_all_the_time():
+    task = reasoning_gym_task.task("coin_flip", 0)
+    train = [task.train(i).text for i in range(600)]
+    held_out = [task.held_out(i).text for i in range(600)]
+    assert len(set(train)) < 600 and len(set(held_out)) < 600  # so disjoint seeds alone would not do
+    assert not set(train) & set(held_out)
+
+
+def test_reasoning_gym_seeds_of_the_splits_never_overlap():
+    task = reasoning_gym_task.task("chain_sum", 5)
+    half = []
+    for problem_of in (task.train, task.held_out):
+        draws = [problem_of(i).metadata for i in [*range(50), 1023, 1024, 2**24 - 1]]
+        half.append([d["dataset_seed"] + d["index"] for d in draws])
+        assert all(0 <= seed < 2**32 for seed in half[-1])  # what numpy's generators accept
+    start = int(np.random.SeedSequence(5).generate_state(1)[0]) // 1024 * 1024
+    assert all((seed - start) % 2**32 < 2**31 for seed in half[0])
+    assert all((seed - start) % 2**32 >= 2**31 for seed in half[1])
+
+
+def test_reasoning_gym_problems_are_a_pure_function_of_seed_and_cursor():
+    def problems(seed, order):
+        task = reasoning_gym_task.task("gsm_symbolic", seed)  # draws its templates when the data set is made
+        return {i: task.train(i) for i in order}
+
+    forwards, backwards = problems(1, range(30)), problems(1, reversed(range(30)))
+    assert forwards == backwards
+    assert {p.text for p in forwards.values()}.isdisjoint(p.text for p in problems(2, range(30)).values())
+    assert len({p.id for p in forwards.values()}) == 30
+    prints = [reasoning_gym_task.task(g, s).fingerprint for g, s in (("gcd", 0), ("gcd", 1), ("lcm", 0), ("gcd", 0))]
+    assert len(set(prints)) == 3 and prints[0] == prints[3]
+
+
+def test_reasoning_gym_metadata_survives_json_and_scores_in_a_process_with_other_string_hashes():
+    problem = reasoning_gym_task.task("countdown", 0).train(3)
+    plain = json.dumps([problem.id, problem.text, problem.answer, dict(problem.metadata)])
+    script = (
+        "import json, sys\n"
+        "from spiral_jax.tasks.problem import Problem\n"
+        "from spiral_jax.tasks.reasoning_gym_task import reward\n"
+        "problem = Problem(*json.loads(sys.argv[1]))\n"
+        "print(reward(f'so \\\\boxed{{{problem.answer}}}', problem), reward('\\\\boxed{1}', problem))\n"
+    )
+    env = {**os.environ, "PYTHONHASHSEED": "12345"}
+    command = [sys.executable, "-c", script, plain]
+    root = pathlib.Path(__file__).parents[1]
+    out = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root, check=True)
+    assert out.stdout.split() == ["True", "False"]
+
+
+@pytest.mark.parametrize("generator", ["chain_sum", "gsm_symbolic", "prime_factorization", "pool_matrix", "sudoku"])
+def test_reasoning_gym_reward_is_true_for_the_reference_and_false_for_another(generator):
+    task = reasoning_gym_task.task(generator, 0)
+    for i in range(5):
+        problem = task.held_out(i)
+        assert reasoning_gym_task.reward(f"\\boxed{{7}} no: \\boxed{{{problem.answer}}}", problem) is True
+        assert reasoning_gym_task.reward(f"\\boxed{{{problem.answer}}} no: \\boxed{{-12345.5}}", problem) is False
+
+
+def test_reasoning_gym_partial_credit_and_a_raising_scorer_are_wrong_and_no_box_is_none():
+    problem = reasoning_gym_task.task("letter_jumble", 0).train(0)
+    entry = reasoning_gym_task._entry_of(problem)
+    dataset = reasoning_gym_task._dataset("letter_jumble", problem.metadata["dataset_seed"])
+    partly = problem.answer.split()[0] + " xx" * (len(problem.answer.split()) - 1)
+    assert 0 < dataset.score_answer(partly, entry) < 1
+    assert reasoning_gym_task.reward(f"\\boxed{{{partly}}}", problem) is False
+
+    problem = reasoning_gym_task.task("prime_factorization", 0).train(0)
+    entry = reasoning_gym_task._entry_of(problem)
+    dataset = reasoning_gym_task._dataset("prime_factorization", problem.metadata["dataset_seed"])
+    with pytest.raises(ValueError):
+        dataset.score_answer("The answer is 139", entry)
+    assert reasoning_gym_task.reward("\\boxed{The answer is 139}", problem) is False
+    assert reasoning_gym_task.reward(f"It is {problem.answer}.", problem) is None
+
+
+def test_reasoning_gym_problem_that_cannot_be_made_again_is_our_error():
+    problem = reasoning_gym_task.task("gcd", 0).train(0)
+    other = Problem(problem.id, problem.text + "!", problem.answer, problem.metadata)
+    with pytest.raises(TaskError, match="not reproducible"):
+        reasoning_gym_task.reward("\\boxed{1}", other)
+
+
+@pytest.mark.parametrize(
+    ("generator", "message"),
+    [("chain_sums", "Nearest: .*chain_sum"), ("word_ladder", "not a function of the seed"), ("composite", "default")],
+)
+def test_reasoning_gym_generators_that_cannot_be_used_are_named(generator, message):
+    with pytest.raises(TaskError, match=f"config.task.generator = '{generator}'.*{message}"):
+        reasoning_gym_task.task(generator, 0)
+
+
+def test_a_generator_with_a_single_problem_says_so(monkeypatch):
+    entry = {"question": "the only one", "answer": "1", "metadata": {}}
+    monkeypatch.setattr(reasoning_gym_task, "_entry", lambda generator, seed, item: entry)
+    task = reasoning_gym_task.task("gcd", 0)
+    made = []
+    for problem_of in (task.train, task.held_out):
+        try:
+            made.append(problem_of(0))
+        except TaskError as error:
+            assert "too few distinct" in str(error)
+    assert len(made) == 1  # it belongs to one split, whichever
+
+
+def test_load_task_hands_each_task_its_fields(train_path, eval_path):
+    c = config.defaults()
+    c.seed, c.task.seed, c.task.train_path, c.task.eval_path = 8, 9, train_path, eval_path
+    c.task.generator = "lcm"
+
+    def same(task, expected):
+        assert task.fingerprint == expected.fingerprint and task.reward == expected.reward
+        assert [task.train(i) for i in range(20)] == [expected.train(i) for i in range(20)]
+        assert task.held_out(1) == expected.held_out(1)
+
+    c.task.name = "jsonl"
+    same(load_task(c), jsonl.task(train_path, eval_path, 8))
+    c.task.name = "two_halves"
+    same(load_task(c), two_halves.task(9))
+    c.task.name = "reasoning_gym"
+    same(load_task(c), reasoning_gym_task.task("lcm", 9))
+    c.task.seed = -1
+    with pytest.raises(config.ConfigError, match="config.task.seed = -1"):
+        load_task(c)
+    c.task.seed, c.task.name = 0, "gsm8k"
+    with pytest.raises(config.ConfigError, match="config.task.name = 'gsm8k'.*jsonl"):
+        load_task(c)
