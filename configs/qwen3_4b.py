@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     c.model.lora_alpha = 32.0  # scale alpha / rank = 1 (ours; unpublished)
     c.model.param_dtype = "bfloat16"  # of the frozen base: 8.0 GB; adapters and Adam's moments: float32 (ours)
 
-    # One host of 8 devices and every multiple of it (ours). fsdp: base and optimizer state are cut in 8. tensor: 1 if a
+    # One host of 8 devices, or several (ours). fsdp: the base is cut in 8, 1.0 GB a device. tensor: 1 if a
     # device holds the decode weights, 8.0 GB in bfloat16, beside its share of the cache (144 KiB a token); else up to
     # 8, the number of key/value heads. All U below must be multiples of data * fsdp.
     c.mesh.data = -1

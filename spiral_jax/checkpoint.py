@@ -44,7 +44,8 @@ class Checkpoints:
           CheckpointError: the directory cannot be created or read, or it is missing and `keep` is None.
         """
         name = os.fspath(directory)
-        self.directory = name if "://" in name else os.path.abspath(name)
+        local = "://" not in name
+        self.directory = os.path.abspath(name) if local else name
         if keep is None:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
@@ -55,6 +56,8 @@ class Checkpoints:
         registry.add("record", ocp.args.JsonSave)
         registry.add("record", ocp.args.JsonRestore)
         with self._reported("the directory cannot be opened. Is it there, is it a directory, may it be written?"):
+            if local:  # orbax notices only at the first save, after a timeout
+                _check_directory(self.directory, writing=keep is not None)
             self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
 
     def latest(self) -> int | None:
@@ -165,10 +168,13 @@ class Checkpoints:
             for name, leaf in target.items()
             if name in saved and _describe(leaf) != {key: saved[name][key] for key in ("dtype", "shape")}
         ]
-        missing, extra = sorted(target.keys() - saved.keys()), sorted(saved.keys() - target.keys())
-        problems = [f"it lacks {_few(missing)}"] * bool(missing)
-        problems += [f"it has {_few(extra)}, for which there is no place"] * bool(extra)
-        problems += [_few(other)] * bool(other)
+        lacking, unplaced = sorted(target.keys() - saved.keys()), sorted(saved.keys() - target.keys())
+        stated = (
+            (lacking, f"it lacks {_few(lacking)}"),
+            (unplaced, f"it has {_few(unplaced)}, for which there is no place"),
+            (other, _few(other)),
+        )
+        problems = [text for names, text in stated if names]
         if problems:
             raise CheckpointError(
                 f"{self.directory}: the checkpoint of step {step} is not one of this model and optimizer: "
@@ -183,6 +189,14 @@ class Checkpoints:
             f"{self.directory}: the checkpoint of step {step} is damaged or unreadable: {what}. Put {path} back from "
             f"a copy, or delete it to {go_on}."
         )
+
+
+def _check_directory(path: str, writing: bool) -> None:
+    if writing:
+        os.makedirs(path, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError("may not be written")
+    os.listdir(path)
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:

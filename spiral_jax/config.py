@@ -87,7 +87,7 @@ def defaults() -> ConfigDict:
     c.batch.aggregation_groups = 16
 
     c.loss = ConfigDict()
-    c.loss.estimator = "marginal_mean"  # one of ESTIMATORS; DESIGN: objective/advantages.py (paper)
+    c.loss.estimator = "marginal_mean"  # one of ESTIMATORS: see objective/advantages.py (paper)
     c.loss.normalizer = "unbiased"  # "unbiased": both terms are gradients of the same J; "sum" (ours; unpublished)
     c.loss.search_weight = 1.0  # w_s (ours; unpublished)
     c.loss.aggregation_weight = 1.0  # w_a (ours; unpublished)
@@ -171,10 +171,12 @@ def _validate_choices(c: ConfigDict) -> None:
         "train.max_sampled_tokens": 0, "eval.problems": 0, "eval.every": 0, "verifier.workers": 1,
         "checkpoint.every": 0, "checkpoint.keep": 1, "model.lora_rank": 0, "model.attention_query_block": 1,
         "trace_log.every": 0, "trace_log.keep_steps": 1, "optimizer.warmup_steps": 0, "prompt.max_problem_tokens": 1,
+        "loss.length_gate": 0, "prompt.keep_tail_tokens": 1, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
     }  # fmt: skip
     for field, least in minima.items():
         room, name = field.split(".")
         _require(c[room][name] >= least, field, c[room][name], f">= {least}")
+    _require(c.seed >= 0, "seed", c.seed, ">= 0")
     for field in ("sampling.temperature", "optimizer.lr", "verifier.timeout_s"):
         room, name = field.split(".")
         _require(c[room][name] > 0, field, c[room][name], "> 0")

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from spiral_jax.config import uses_aggregation
 from spiral_jax.estimators import majority_correct, mean_and_interval
 from spiral_jax.groups import Groups, Purpose, Stop
 from spiral_jax.objective import subsets
 from spiral_jax.rollout import Actor, aggregate, search, verify
-from spiral_jax.verifier.verifier import CORRECT_CLASS, Status, Verdict, answer_class
+from spiral_jax.verifier.rewards import Verdict
+from spiral_jax.verifier.verifier import CORRECT_CLASS, answer_class, count_verdicts
 
 
 def evaluate(actor: Actor, weights: Any, step: int) -> dict[str, Any]:
@@ -28,11 +30,12 @@ def evaluate(actor: Actor, weights: Any, step: int) -> dict[str, Any]:
     c, size = actor.c, actor.c.search.traces
     problems = [actor.task.held_out(index) for index in range(c.eval.problems)]
     index_B = np.arange(len(problems))
-    found, texts, counts = verify(actor, problems, search(actor, weights, problems, index_B, Purpose.EVALUATION, step))
+    found = search(actor, weights, problems, index_B, Purpose.EVALUATION, step)
+    found, texts, verdicts = verify(actor, problems, found)
     result = {"step": step, "problems": len(problems), "traces": size, "sampled_tokens": found.sampled_tokens}
-    measures = {"single": _mean_reward(found.reward_UxC), "pass_at_n": np.nanmax(found.reward_UxC, axis=1)}
-    result |= _shares("search", found, counts)
-    if c.loss.estimator != "grpo":
+    measures = {"single": _mean_reward(found.reward_UxC), "pass_at_n": _any_right(found.reward_UxC)}
+    result |= _shares("search", found, verdicts)
+    if uses_aggregation(c):
         a = c.aggregation
         member_BxKxS = np.stack([
             subsets.disjoint_subsets(c.seed, int(Purpose.EVALUATION), step, int(index), 0, size, a.subset_size,
@@ -40,10 +43,10 @@ def evaluate(actor: Actor, weights: Any, step: int) -> dict[str, Any]:
             for index in index_B
         ])  # fmt: skip
         groups, _ = aggregate(actor, weights, problems, found, member_BxKxS, c.eval.traces)
-        groups, _, counts = verify(actor, problems, groups)
-        measures["majority"] = _majority(found, texts, member_BxKxS)
+        groups, _, of_groups = verify(actor, problems, groups)
+        measures["majority"] = _majority(texts, verdicts, member_BxKxS)
         measures["aggregated"] = _mean_reward(groups.reward_UxC.reshape(len(problems), -1))
-        result |= _shares("aggregation", groups, counts)
+        result |= _shares("aggregation", groups, of_groups)
         result |= {"subsets": c.eval.subsets, "subset_size": a.subset_size, "aggregation_traces": c.eval.traces}
         result["sampled_tokens"] += groups.sampled_tokens
     return result | {name: dataclasses.asdict(mean_and_interval(value_B)) for name, value_B in measures.items()}
@@ -56,25 +59,25 @@ def _mean_reward(reward_BxR: np.ndarray) -> np.ndarray:
     return np.where(valid.any(axis=1), total / np.maximum(valid.sum(axis=1), 1), np.nan)
 
 
-def _majority(found: Groups, texts: list[list[str]], member_BxKxS: np.ndarray) -> np.ndarray:
+def _any_right(reward_BxR: np.ndarray) -> np.ndarray:
+    """1 where some valid reward is 1; NaN where none is valid."""
+    any_right = (reward_BxR == 1).any(axis=1).astype(np.float64)
+    return np.where(np.isnan(reward_BxR).all(axis=1), np.nan, any_right)
+
+
+def _majority(texts: list[str], verdicts: list[Verdict], member_BxKxS: np.ndarray) -> np.ndarray:
     """[B]: chance that a vote among a subset's candidates is right, mean over the problem's subsets."""
-    status = {1.0: Status.CORRECT, 0.0: Status.WRONG}
-    classes = [
-        [
-            answer_class(text, Verdict(float(r), status.get(float(r), Status.ERROR)))
-            for text, r in zip(texts[b], found.reward_UxC[b], strict=True)
-        ]
-        for b in range(len(found))
-    ]
+    classes = [answer_class(text, verdict) for text, verdict in zip(texts, verdicts, strict=True)]
+    N = len(classes) // len(member_BxKxS)
     votes = [
-        [majority_correct([classes[b][n] for n in member_S], CORRECT_CLASS) for member_S in member_KxS]
+        [majority_correct([classes[b * N + n] for n in member_S], CORRECT_CLASS) for member_S in member_KxS]
         for b, member_KxS in enumerate(member_BxKxS)
     ]
     return np.array(votes).mean(axis=1)
 
 
-def _shares(role: str, groups: Groups, counts: dict[str, int]) -> dict[str, float]:
-    traces = groups.trace_len_UxC.size
+def _shares(role: str, groups: Groups, verdicts: list[Verdict]) -> dict[str, float]:
+    counts, traces = count_verdicts(verdicts), groups.trace_len_UxC.size
     return {
         f"parse_rate_{role}": (counts["correct"] + counts["wrong"]) / traces,
         f"cut_off_{role}": float((groups.stop_UxC == Stop.LENGTH).mean()),

@@ -274,8 +274,8 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) ->
     for token in tokenizer.convert_ids_to_tokens(sorted(special)):
         if not (special - {tokenizer.unk_token_id}).isdisjoint(_plain_ids(tokenizer, token).tolist()):
             raise ConfigError(
-                f"config.model.hf_path: its tokenizer turns the text {token!r} into a special id even when told not to, "
-                "so that a problem's text could forge a turn. Use the fast version of the tokenizer (tokenizer.json)."
+                f"config.model.hf_path: its tokenizer turns the text {token!r} into a special id even when told not "
+                "to, so that a problem could forge a turn. Use the fast version of the tokenizer (tokenizer.json)."
             )
     return np.array(sorted({*special, *stop_ids}), np.int32)
 

@@ -30,6 +30,7 @@ from spiral_jax.progress import Progress
 from spiral_jax.prompts import Scaffold
 from spiral_jax.sampling.protocol import Sampler
 from spiral_jax.tasks.problem import Problem, Task
+from spiral_jax.verifier.rewards import Verdict
 from spiral_jax.verifier.verifier import Verifier, check_error_rate, count_verdicts
 
 
@@ -146,11 +147,11 @@ def aggregate(
         return actor.sampler.sample(weights, requests), cleaned
 
 
-def verify(actor: Actor, problems: list[Problem], groups: Groups) -> tuple[Groups, list[list[str]], Counter]:
+def verify(actor: Actor, problems: list[Problem], groups: Groups) -> tuple[Groups, list[str], list[Verdict]]:
     """Rewards every trace against its problem (groups are in problem order).
 
     Returns:
-      the groups with `reward_UxC`; the traces' texts [U][C]; counts of verdicts.
+      the groups with `reward_UxC`, and text and verdict of every trace, U * C of each.
 
     Raises:
       VerifierFailure: our own failures exceed `config.verifier.max_error_rate`.
@@ -158,13 +159,12 @@ def verify(actor: Actor, problems: list[Problem], groups: Groups) -> tuple[Group
     U, C = groups.trace_len_UxC.shape
     rows = [groups.trace_ids(u, i) for u in range(U) for i in range(C)]
     texts = actor.scaffold.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    of_group = np.arange(U) // (U // len(problems))
+    per_problem = len(rows) // len(problems)
     with actor.progress.phase("verifying"):
-        verdicts = actor.verifier.verify([(text, problems[of_group[i // C]]) for i, text in enumerate(texts)])
+        verdicts = actor.verifier.verify([(text, problems[i // per_problem]) for i, text in enumerate(texts)])
     check_error_rate(verdicts, actor.c.verifier.max_error_rate)
-    reward = np.array([verdict.reward for verdict in verdicts], np.float32).reshape(U, C)
-    by_group = [texts[u * C : (u + 1) * C] for u in range(U)]
-    return dataclasses.replace(groups, reward_UxC=reward), by_group, Counter(count_verdicts(verdicts))
+    reward_UxC = np.array([verdict.reward for verdict in verdicts], np.float32).reshape(U, C)
+    return dataclasses.replace(groups, reward_UxC=reward_UxC), texts, verdicts
 
 
 def roll_out(
@@ -172,8 +172,8 @@ def roll_out(
 ) -> tuple[Rollouts, Counter]:
     """All stages for B training problems, and counts for the log: `search_*` and `aggregation_*`."""
     c = actor.c
-    found, _, counted = verify(actor, problems, search(actor, weights, problems, cursor_B, Purpose.TRAIN, step))
-    counts = _prefixed(Role.SEARCH, counted)
+    found, _, verdicts = verify(actor, problems, search(actor, weights, problems, cursor_B, Purpose.TRAIN, step))
+    counts = _prefixed(Role.SEARCH, Counter(count_verdicts(verdicts)))
     if not uses_aggregation(c):
         return Rollouts(problems, cursor_B, found, None, None), counts
     a = c.aggregation
@@ -182,8 +182,8 @@ def roll_out(
     )
     member_BxKxS = np.stack([draw(cursor) for cursor in cursor_B])
     groups, cleaned = aggregate(actor, weights, problems, found, member_BxKxS, a.traces)
-    groups, _, counted = verify(actor, problems, groups)
-    counts += _prefixed(Role.AGGREGATION, counted + cleaned)
+    groups, _, verdicts = verify(actor, problems, groups)
+    counts += _prefixed(Role.AGGREGATION, cleaned + Counter(count_verdicts(verdicts)))
     return Rollouts(problems, cursor_B, found, member_BxKxS, groups), counts
 
 

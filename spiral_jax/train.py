@@ -21,45 +21,58 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from spiral_jax import batching, config, report
 from spiral_jax import mesh as meshes
-from spiral_jax.checkpoint import Checkpoints
-from spiral_jax.collect import Batch, collect_batch
+from spiral_jax.checkpoint import CheckpointError, Checkpoints
+from spiral_jax.collect import Batch, NoSignal, collect_batch
+from spiral_jax.config import ConfigError
 from spiral_jax.evaluation import evaluate
 from spiral_jax.groups import Role
 from spiral_jax.metrics import divide
+from spiral_jax.model.hf import WeightsError
 from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
 from spiral_jax.setup import Setup, check_shapes, set_up
+from spiral_jax.tasks.jsonl import TaskError
 from spiral_jax.trace_log import render_examples, trace_rows
 from spiral_jax.train_step import abstract_state, init_state, make_train_step, variables
+from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import Verifier
-from spiral_jax.workdir import JsonLines, TraceLog, open_workdir
+from spiral_jax.workdir import StepLog, TraceLog, WorkdirError, open_workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the experiment: a file of configs/", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: logs, traces, checkpoints")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "check config, data, tokenizer and shapes; write nothing")
 
 
+# What a user can mend: these end the program with their message alone, without a stack trace.
+USER_ERRORS = (ConfigError, WeightsError, TaskError, WorkdirError, CheckpointError, NoSignal, VerifierFailure)
+
+
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    setup = set_up(CONFIG.value)
-    if DRY_RUN.value:
-        check_shapes(setup)
-        print(f"{config.to_plain(setup.c)}\nconfig, data, tokenizer and shapes are fine; nothing was written")
-        return
-    if WORKDIR.value is None:
-        raise app.UsageError("--workdir is required")
-    train(setup, WORKDIR.value)
+    if WORKDIR.value is None and not DRY_RUN.value:
+        raise app.UsageError("--workdir is required (or --dry_run)")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        setup = set_up(CONFIG.value)
+        if DRY_RUN.value:
+            check_shapes(setup)
+            print(f"{setup.c}\nconfig, data, tokenizer and shapes are fine; nothing was written")
+        else:
+            train(setup, WORKDIR.value)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
 
 
 @dataclasses.dataclass
@@ -133,9 +146,9 @@ def _check_data(fingerprint: str, setup: Setup) -> None:
         )
 
 
-def _open_logs(path: pathlib.Path, c: ConfigDict, step: int) -> tuple[JsonLines, TraceLog, JsonLines]:
+def _open_logs(path: pathlib.Path, c: ConfigDict, step: int) -> tuple[StepLog, TraceLog, StepLog]:
     """Metrics, traces and evaluations, each cut back to what the checkpoint of `step` has seen."""
-    metrics_log, evaluations = JsonLines(path / "metrics.jsonl"), JsonLines(path / "evaluations.jsonl")
+    metrics_log, evaluations = StepLog(path / "metrics.jsonl"), StepLog(path / "evaluations.jsonl")
     traces = TraceLog(path / "traces", c.trace_log.keep_steps)
     metrics_log.cut_back(step)
     traces.cut_back(step)
@@ -143,7 +156,7 @@ def _open_logs(path: pathlib.Path, c: ConfigDict, step: int) -> tuple[JsonLines,
     return metrics_log, traces, evaluations
 
 
-def _evaluate_once(actor: Actor, weights: Any, step: int, evaluations: JsonLines) -> None:
+def _evaluate_once(actor: Actor, weights: Any, step: int, evaluations: StepLog) -> None:
     """Evaluates the policy after `step` steps, unless that was done before."""
     if actor.c.eval.problems and step not in [done["step"] for done in evaluations.read()]:
         with actor.progress.phase("evaluating"):
@@ -184,7 +197,7 @@ def _check_mismatch(c: ConfigDict, step: int, metrics: dict[str, float | None]) 
         )
 
 
-def _report(path: pathlib.Path, at: Cursor, evaluations: JsonLines) -> None:
+def _report(path: pathlib.Path, at: Cursor, evaluations: StepLog) -> None:
     """Draws the curves, writes and prints the table."""
     done = evaluations.read()
     report.draw_curves(path / "metrics.jsonl", done, path / "curves.png")

@@ -94,7 +94,7 @@ def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:
         ) from error
 
 
-class MetricsLog:
+class StepLog:
     """JSON lines, one object a step: strict JSON, so a NaN or infinity is written as null."""
 
     def __init__(self, path: str | os.PathLike):
@@ -105,6 +105,10 @@ class MetricsLog:
         _step_of(row)
         with open(self.path, "ab") as file:
             file.write(_line(row))
+
+    def read(self) -> list[dict]:
+        """All rows; none if nothing was written yet. Call `cut_back` first, which repairs a torn last line."""
+        return [json.loads(line) for line in self.path.read_bytes().splitlines()] if self.path.exists() else []
 
     def cut_back(self, step: int) -> int:
         """Keeps only the rows below `step`; returns how many lines were dropped.
@@ -143,7 +147,7 @@ class TraceLog:
     def write(self, step: int, rows: Iterable[dict]) -> Path:
         """Writes the file of `step`, which appears only when it is complete, then deletes the oldest beyond the limit.
 
-        Values of `rows` are those that `MetricsLog.append` takes.
+        Values of `rows` are those that `StepLog.append` takes.
         """
         self.directory.mkdir(exist_ok=True)
         path = self.directory / f"step_{step:06d}.jsonl.gz"
@@ -179,7 +183,8 @@ def _step_of(row: Any) -> int:
 
 
 def _line(row: dict) -> bytes:
-    return (json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n").encode(errors="backslashreplace")
+    # ASCII: some readers of lines split at U+2028 too, and a lone surrogate in a decoded text has no UTF-8 form.
+    return (json.dumps(_plain(row), allow_nan=False) + "\n").encode("ascii")
 
 
 def _plain(value: Any) -> Any:

@@ -87,25 +87,26 @@ def test_with_one_visible_key_the_output_is_its_value():
     np.testing.assert_array_equal(first, np.repeat(own_kv[1][:, :, 0], 3, axis=2))
 
 
-@pytest.mark.parametrize("huge, block", [(1e6, 1), (-1e6, 512)])
-def test_keys_and_values_of_padding_never_leak_into_outputs_or_gradients(block, huge):
-    q, prompt_kv, prompt_len, own_kv = trace_arrays(4, 2)
-    index = np.array([[0], [2], [4]], np.int32)  # decoding: what is behind the index is not written yet
-    at = jnp.asarray(index)
+DECODING = np.array([[0], [2], [4]], np.int32)  # what is behind a group's index is not written yet
+
+
+@pytest.mark.parametrize("index, block, huge", [(IN_TRAINING, 2, 1e6), (DECODING, 512, -1e6)])
+def test_keys_and_values_of_padding_never_leak_into_outputs_or_gradients(index, block, huge):
+    q, prompt_kv, prompt_len, own_kv = trace_arrays(4, 2, Q=index.shape[1])
     padded_UxP = np.arange(P) >= prompt_len[:, None]
-    unwritten_UxG = np.arange(G) > index
+    unwritten_UxG = np.arange(G) > index[:, -1:]
     poisoned_prompt = tuple(np.where(padded_UxP[..., None, None], np.float32(huge), a) for a in prompt_kv)
     poisoned_own = tuple(np.where(unwritten_UxG[:, None, :, None, None], np.float32(huge), a) for a in own_kv)
-    assert padded_UxP.any() and unwritten_UxG.any()
-    one = q[:, :, :1]
 
-    def total(one, prompt_kv, own_kv):
-        return jnp.sum(jnp.sin(trace_attention(one, prompt_kv, prompt_len, own_kv, at, block)))
+    def total(q, prompt_kv, own_kv):
+        return jnp.sum(jnp.sin(trace_attention(q, prompt_kv, prompt_len, own_kv, index, block)))
 
     both = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
-    clean, poisoned = both(one, prompt_kv, own_kv), both(one, poisoned_prompt, poisoned_own)
+    clean, poisoned = both(q, prompt_kv, own_kv), both(q, poisoned_prompt, poisoned_own)
     jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
-    assert not np.any(np.asarray(poisoned[1][1][0])[padded_UxP]), "padding has a gradient"
+    of_keys, of_values = poisoned[1][1]
+    assert not np.any(np.asarray(of_keys)[padded_UxP]) and not np.any(np.asarray(of_values)[padded_UxP])
+    assert np.any(np.asarray(of_keys)[~padded_UxP]), "the real prompt has a gradient"
 
 
 def test_a_padded_prompt_token_changes_no_real_one():
@@ -117,24 +118,20 @@ def test_a_padded_prompt_token_changes_no_real_one():
     assert np.isfinite(poisoned).all()
 
 
-@pytest.mark.parametrize("block", [1, 3])
-def test_gradients_with_blocks_are_those_without(block):
-    q, k, v = prompt_arrays(6, 2)
-    trace_q, prompt_kv, prompt_len, own_kv = trace_arrays(6, 2)
-    target = np.random.default_rng(1).normal(size=q.shape)
-    trace_target = np.random.default_rng(2).normal(size=trace_q.shape)
+def test_gradients_with_blocks_are_those_without():
+    arrays, trace = prompt_arrays(6, 2), trace_arrays(6, 2)
+    rng = np.random.default_rng(1)
+    target, trace_target = rng.normal(size=arrays[0].shape), rng.normal(size=trace[0].shape)
 
-    def of_prompt(block, q, k, v):
-        return jnp.sum(target * prompt_attention(q, k, v, block))
+    def total(block, arrays, q, prompt_kv, own_kv):
+        out = trace_attention(q, prompt_kv, PROMPT_LEN, own_kv, IN_TRAINING, block)
+        return jnp.sum(target * prompt_attention(*arrays, block)) + jnp.sum(trace_target * out)
 
-    def of_trace(block, q, prompt_kv, own_kv):
-        return jnp.sum(trace_target * trace_attention(q, prompt_kv, prompt_len, own_kv, IN_TRAINING, block))
-
-    for total, arrays in ((of_prompt, (q, k, v)), (of_trace, (trace_q, prompt_kv, own_kv))):
-        gradient = jax.jit(jax.grad(total, argnums=(1, 2, 3)), static_argnums=0)
-        # Sums over queries run in another order: 1e-5 relative to entries of order 1, plus 1e-5 for those near zero.
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
-        jax.tree.map(close, gradient(block, *arrays), gradient(512, *arrays))
+    gradient = jax.jit(jax.grad(total, argnums=(1, 2, 3, 4)), static_argnums=0)
+    floats = (arrays, trace[0], trace[1], trace[3])
+    # Sums over queries run in another order: 1e-5 relative to entries of order 1, plus 1e-5 for those near zero.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, gradient(3, *floats), gradient(512, *floats))
 
 
 @pytest.mark.parametrize("differentiate", [False, True])

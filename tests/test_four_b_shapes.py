@@ -79,15 +79,24 @@ def test_parameters_are_4022_million_with_66_million_in_adapters(c, mesh):
     assert count(state.opt) == 2 * 66_060_288 + 2  # two moments, two step counts
 
 
-def test_one_host_of_eight_devices_holds_an_eighth_of_base_and_state(c, mesh):
+def test_one_host_of_eight_devices_holds_an_eighth_of_the_base_and_a_small_state(c, mesh):
     model = hf.model_config(ARCH, c.model)
     planned = AbstractMesh((1, c.mesh.fsdp, c.mesh.tensor), AXES)
     assert c.mesh.data == -1 and math.prod(planned.axis_sizes) == 8
-    for tree in (hf.abstract_params(model), abstract_state(c, model, mesh)):
+
+    def bytes_a_device(tree):
+        total = 0
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             spec = weight_spec(path_name(path), leaf.shape, planned)
-            cut = math.prod(planned.shape[axis] for axis in spec if axis)
-            assert cut == 8 or math.prod(leaf.shape) <= ARCH.L * ARCH.D or leaf.shape[-1] == ARCH.F, path_name(path)
+            total += math.prod(leaf.shape) * leaf.dtype.itemsize // math.prod(planned.shape[a] for a in spec if a)
+        return total
+
+    norms = ARCH.L * (2 * ARCH.D + 2 * ARCH.E) + ARCH.D  # alone whole on every device
+    assert bytes_a_device(hf.abstract_params(model)) == 2 * ((ARCH.parameters - norms) // 8 + norms)
+    # an adapter's [in, rank] or [rank, out] is cut along D alone; of o, down: b, of the others: a
+    whole = ARCH.L * 32 * (ARCH.H * ARCH.E + ARCH.F + (ARCH.H + 2 * ARCH.J) * ARCH.E + 2 * ARCH.F)
+    adapters = whole + (66_060_288 - whole) // 8
+    assert bytes_a_device(abstract_state(c, model, mesh)) == 4 * (3 * adapters + 3)  # weights, two moments; counts
     for field in ("search_groups", "aggregation_groups"):
         assert c.batch[field] % group_count_multiple(planned) == c.sampling[field] % group_count_multiple(planned) == 0
 

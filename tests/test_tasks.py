@@ -155,7 +155,7 @@ def test_reasoning_gym_seeds_of_the_splits_never_overlap():
         draws = [problem_of(i).metadata for i in [*range(50), 1023, 1024, 2**24 - 1]]
         half.append([d["dataset_seed"] + d["index"] for d in draws])
         assert all(0 <= seed < 2**32 for seed in half[-1])  # what numpy's generators accept
-    start = int(np.random.SeedSequence(5).generate_state(1)[0]) // 1024 * 1024
+    start = int(np.random.SeedSequence(5).generate_state(1)[0]) * 1024
     assert all((seed - start) % 2**32 < 2**31 for seed in half[0])
     assert all((seed - start) % 2**32 >= 2**31 for seed in half[1])
 
@@ -214,6 +214,19 @@ def test_reasoning_gym_partial_credit_and_a_raising_scorer_are_wrong_and_no_box_
         dataset.score_answer("The answer is 139", entry)
     assert reasoning_gym_task.reward("\\boxed{The answer is 139}", problem) is False
     assert reasoning_gym_task.reward(f"It is {problem.answer}.", problem) is None
+
+
+def test_reasoning_gym_reward_reads_the_box_without_its_space_and_text_command():
+    problem = reasoning_gym_task.task("coin_flip", 0).train(0)
+    for box in (
+        problem.answer,
+        f" {problem.answer}\n",
+        f"\\text{{{problem.answer}}}",
+        f" \\text{{ {problem.answer} }}",
+    ):
+        assert reasoning_gym_task.reward(f"\\boxed{{{box}}}", problem) is True
+    assert reasoning_gym_task.reward(f"\\boxed{{{problem.answer}x}}", problem) is False
+    assert reasoning_gym_task.reward("\\boxed{ }", problem) is None
 
 
 def test_reasoning_gym_problem_that_cannot_be_made_again_is_our_error():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -54,6 +55,8 @@ def read_architecture(path: pathlib.Path) -> Architecture:
         fields = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid JSON ({error}). Fetch the checkpoint again.") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{file}: not valid JSON of a config (no object at the top). Fetch the checkpoint again.")
     return parse_architecture(fields, str(file))
 
 
@@ -68,7 +71,7 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
     windowed = [kind for kind in fields.get("layer_types") or [] if kind != "full_attention"]
     if windowed:
         raise ConfigError(f"{where}: layer_types contains {windowed[0]!r}; only 'full_attention' is supported.")
-    return Architecture(
+    arch = Architecture(
         V=_positive(fields, "vocab_size", where),
         D=_positive(fields, "hidden_size", where),
         F=_positive(fields, "intermediate_size", where),
@@ -76,10 +79,15 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
         H=_positive(fields, "num_attention_heads", where),
         J=_positive(fields, "num_key_value_heads", where),
         E=_positive(fields, "head_dim", where),
-        norm_eps=float(_field(fields, "rms_norm_eps", where)),
+        norm_eps=_number(fields, "rms_norm_eps", where),
         rope_theta=_rope_theta(fields, where),
-        tied=bool(_field(fields, "tie_word_embeddings", where)),
+        tied=_boolean(fields, "tie_word_embeddings", where),
     )
+    if arch.H % arch.J:
+        raise ConfigError(f"{where}: num_key_value_heads = {arch.J}: must divide num_attention_heads = {arch.H}.")
+    if arch.E % 2:
+        raise ConfigError(f"{where}: head_dim = {arch.E}: must be even, as rope rotates its halves.")
+    return arch
 
 
 def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
@@ -109,7 +117,8 @@ def _rope_theta(fields: dict[str, Any], where: str) -> float:
     rope = fields.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise ConfigError(f"{where}: rope_parameters.rope_type = {rope['rope_type']!r} is not supported; 'default' is.")
-    stated = {float(source["rope_theta"]) for source in (fields, rope) if source.get("rope_theta") is not None}
+    sources = [source for source in (fields, rope) if source.get("rope_theta") is not None]
+    stated = {_number(source, "rope_theta", where) for source in sources}
     if len(stated) != 1:
         found = f"contradicts itself: {sorted(stated)}" if stated else "is missing"
         raise ConfigError(f"{where}: rope_theta {found}. It must be given once, at the top or in rope_parameters.")
@@ -118,8 +127,22 @@ def _rope_theta(fields: dict[str, Any], where: str) -> float:
 
 def _positive(fields: dict[str, Any], name: str, where: str) -> int:
     value = _field(fields, name, where)
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:  # a bool is an int to isinstance
         raise ConfigError(f"{where}: {name} = {value!r}: must be a positive integer.")
+    return value
+
+
+def _number(fields: dict[str, Any], name: str, where: str) -> float:
+    value = _field(fields, name, where)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ConfigError(f"{where}: {name} = {value!r}: must be a positive number.")
+    return float(value)
+
+
+def _boolean(fields: dict[str, Any], name: str, where: str) -> bool:
+    value = _field(fields, name, where)
+    if type(value) is not bool:
+        raise ConfigError(f"{where}: {name} = {value!r}: must be true or false.")
     return value
 
 

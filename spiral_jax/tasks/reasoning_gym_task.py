@@ -13,6 +13,7 @@ import difflib
 import functools
 import hashlib
 import importlib.metadata
+import re
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,7 @@ _HELD_OUT_SIZE = 4096
 _DATASET_SIZE = 1024  # items of one data set: some generators build them all at once
 _TRIES = 128  # of each split's 2**31 seeds each try has 2**24; (3/4)**128 = 1e-16
 _INDEX_RANGE = 2**31 // _TRIES
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _CORRECT = 1.0 - 1e-9  # scorers give partial credit, e.g. by length; only a full score is correct
 
 
@@ -78,17 +80,19 @@ def task(generator: str, seed: int) -> Task:
 
 
 def reward(text: str, problem: Problem) -> bool | None:
-    """Whether the last complete \\boxed{} of `text` gets the full score of the generator's own scorer.
+    r"""Whether what is in the last \boxed{} of `text` gets the full score of the generator's own scorer.
 
-    None: there is no box. Partial credit and a scorer that raises on the answer are both False. Some scorers evaluate
-    the answer as Python or sympy code, so this belongs in a child process.
+    None: there is no box, or an empty one. Of `\text{word}` the word counts. Partial credit and a scorer that raises on
+    the answer are both False. Some scorers evaluate the answer as Python or sympy code: run this in a child process.
 
     Raises:
       TaskError: the problem cannot be made again from its metadata (our failure, not the model's).
     """
-    answer = last_boxed(text)
-    if answer is None:
+    answer = (last_boxed(text) or "").strip()
+    if not answer:
         return None
+    if worded := _TEXT.fullmatch(answer):
+        answer = worded[1].strip()
     entry = _entry_of(problem)
     dataset = _dataset(problem.metadata["generator"], problem.metadata["dataset_seed"])
     try:
@@ -100,7 +104,7 @@ def reward(text: str, problem: Problem) -> bool | None:
 def _draw(generator: str, seed: int, split: str, index: int) -> Problem:
     if index < 0:
         raise IndexError(f"index = {index}: must be >= 0")
-    start = int(np.random.SeedSequence(seed).generate_state(1)[0]) // _DATASET_SIZE
+    start = int(np.random.SeedSequence(seed).generate_state(1)[0])
     for attempt in range(_TRIES):
         number = _SPLITS.index(split) * 2**31 + attempt * _INDEX_RANGE + index % _INDEX_RANGE
         block, item = divmod(number, _DATASET_SIZE)

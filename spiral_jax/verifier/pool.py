@@ -26,7 +26,6 @@ from spiral_jax.verifier.rewards import Status, Verdict, judge, load_reward
 Item = tuple[str, Problem]
 
 _TRIES = 2  # an item that kills its worker, or outlasts its time, gets one more, on a fresh worker
-_ORPHAN_S = 10.0  # beyond twice the timeout: a worker that is still at an item has lost its parent
 _COMMAND = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from spiral_jax.verifier import pool; pool.serve()"
 
 
@@ -78,7 +77,6 @@ class Pool:
         try:
             batch = _Batch(items)
             while batch.unfinished:
-                self._replace_idle_dead()
                 while len(self._workers) < min(self._size, batch.unfinished):
                     self._start()
                 for worker in self._workers:
@@ -101,7 +99,7 @@ class Pool:
                      str(self._timeout_s)]  # fmt: skip
         try:
             process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND, *arguments],
+                [sys.executable, "-P", "-c", _COMMAND, *arguments],
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "JAX_PLATFORMS": "cpu"},  # a user's module that imports jax must not take the device
                 pass_fds=[theirs.fileno()],
@@ -122,17 +120,11 @@ class Pool:
         worker.connection.close()
         return worker.process.wait()
 
-    def _replace_idle_dead(self) -> None:
-        for worker in list(self._workers):
-            if worker.ready and worker.item is None and worker.process.poll() is not None:
-                self._kill(worker)
-                self._start()
-
     def _hand(self, worker: _Worker, batch: _Batch) -> None:
         item = batch.next(worker.fresh)
         if item is None:
             return
-        with contextlib.suppress(OSError):  # it has just died: `_collect` will see that
+        with contextlib.suppress(OSError):  # it died while idle: `_collect` will see that
             worker.connection.send(batch.items[item])
         worker.item, worker.fresh, worker.deadline = item, False, time.monotonic() + self._timeout_s
 
@@ -172,6 +164,8 @@ class Pool:
                 f"config.task.reward = {self._reward!r}: a worker {reason} while it imported the reward function. "
                 "Import the module by hand in a new Python process to see why."
             )
+        if exit_code == -signal.SIGALRM:  # its own timer, while this process was held up
+            status = Status.TIMEOUT
         batch.fail(worker.item, status, f"worker died with exit code {exit_code}" if status is Status.ERROR else "")
         self._start()  # for each item to be retried there is a worker that has not been handed one
 
@@ -219,8 +213,7 @@ def serve() -> None:
         connection.send(("ready", ""))
         while True:
             text, problem = connection.recv()
-            # The kernel's own timer ends a worker that hangs without a parent that could kill it.
-            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + _ORPHAN_S)
+            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)  # the kernel ends a worker that hangs without a parent
             verdict = judge(reward, text, problem)
             signal.setitimer(signal.ITIMER_REAL, 0)
             connection.send((verdict.status, verdict.detail))

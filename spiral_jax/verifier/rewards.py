@@ -24,6 +24,7 @@ _DETAIL_LENGTH = 500
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _GAP = r"(?:\s|~|\\[ ,;:!]|\\q?quad)+"
 _SPACED_NUMBERS = re.compile(rf"[-+]?[0-9]+(?:{_GAP}[0-9]+)+(?:\.[0-9]+)?")
+_UNIT = re.compile(r"\\text\{[^{}]*\}\Z")
 _ROUNDING, _SIGNIFICANT, _PRECISION = 6, 4, 15  # decimals and digits that math-verify compares by default: 6 and 15
 
 
@@ -114,8 +115,8 @@ def load_reward(path: str) -> RewardFunction:
     """
     where = f"config.task.reward = {path!r}"
     if path == MATH:
-        importlib.import_module("math_verify")  # now, so that it is not a part of the first answer's time
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+        _parse("1")  # the imports and tables take seconds: now, so that they are no part of the first answer's time
         return math_reward
     module_name, colon, function_name = path.partition(":")
     if not (module_name and colon and function_name):
@@ -166,18 +167,23 @@ def _parse_reference(answer: str) -> tuple[list[Any], int, int]:
     reference = _parse(answer)
     if not reference:
         raise ValueError("nothing parsed")
-    number = reference[0]
-    zeros = 0  # 3 for 0.00012
-    if getattr(number, "is_number", False) and number.is_extended_real:
-        size = abs(float(number.evalf(_PRECISION)))
-        zeros = max(0, math.ceil(-math.log10(size)) - 1) if 0 < size < 1 else 0
+    try:
+        size = abs(float(reference[0].evalf(_PRECISION)))
+    except Exception:  # not a real number: a set, a matrix, an equation, something with a letter in it
+        size = 1.0
+    zeros = max(0, math.ceil(-math.log10(size)) - 1) if 0 < size < 1 else 0  # after the point: 3 for 0.00012
     return reference, max(_ROUNDING, zeros + _SIGNIFICANT), _PRECISION + zeros
 
 
 def _tidy(box: str) -> str:
-    r"""What math-verify misreads: `**73**`, `3.`, and `5 3` (a sum to it) or `1\,000` (1*0), which become lists."""
+    r"""Rewrites what math-verify misreads.
+
+    `**73**` and `3.` would not be parsed; of `5\text{ cm or }3\text{ cm}` all after the 5 would be a unit; `5 3` would
+    be the sum 8 and `1\,000` the product 0: with commas the one is a list and the other 1,000.
+    """
     box = box.strip()
     if box.startswith("**") and box.endswith("**"):
         box = box.strip("*")
-    box = box.removesuffix(".").strip()
+    box = box.removesuffix(".")
+    box = (_UNIT.sub("", box) or box).strip()
     return re.sub(_GAP, ",", box) if _SPACED_NUMBERS.fullmatch(box) else box

@@ -1,8 +1,10 @@
-"""Answers -> rewards, with a count of everything that went wrong.
+"""(text of a trace, problem) pairs -> verdicts: a reward each, and a count of everything that went wrong.
 
     with Verifier(reward="math", workers=2, timeout_s=5.0) as verifier:
         verdicts = verifier.verify([(text, problem), ...])
     check_error_rate(verdicts, max_error_rate=0.05)
+
+Nothing is silent: a verdict is correct, wrong, unparsed, timeout or error, and too many errors stop the run.
 """
 
 from __future__ import annotations

@@ -1,0 +1,136 @@
+"""config.json is read in both spellings of transformers, and whatever is not supported is an error that names it."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import pytest
+
+from spiral_jax.config import ConfigError
+from spiral_jax.model.architecture import Architecture, hf_fields, parse_architecture, read_architecture
+from spiral_jax.model.qwen3 import ModelConfig, init_variables
+
+# The config.json of Qwen3-4B-Instruct-2507, as transformers 4 wrote it.
+FOUR_B = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560, "initializer_range": 0.02,
+    "intermediate_size": 9728, "max_position_embeddings": 262144, "max_window_layers": 36, "model_type": "qwen3",
+    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 5000000, "sliding_window": None, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+ARCH = Architecture(V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True)
+ABSENT = object()
+
+
+def changed(**fields):
+    return {name: value for name, value in (FOUR_B | fields).items() if value is not ABSENT}
+
+
+NEW_SPELLING = changed(
+    rope_theta=ABSENT, rope_scaling=ABSENT, torch_dtype=ABSENT, dtype="bfloat16",
+    rope_parameters={"rope_theta": 5000000, "rope_type": "default"}, layer_types=["full_attention"] * 36,
+)  # fmt: skip
+
+
+def test_both_spellings_are_the_same_architecture():
+    assert parse_architecture(FOUR_B, "config.json") == parse_architecture(NEW_SPELLING, "config.json") == ARCH
+    both = changed(rope_parameters={"rope_theta": 5e6, "rope_type": "default"})
+    assert parse_architecture(both, "config.json") == ARCH
+
+
+@pytest.mark.parametrize(
+    "name, other, field",
+    [
+        ("vocab_size", 99, "V"), ("hidden_size", 99, "D"), ("intermediate_size", 99, "F"),
+        ("num_hidden_layers", 99, "L"), ("num_attention_heads", 24, "H"), ("num_key_value_heads", 4, "J"),
+        ("head_dim", 64, "E"), ("rms_norm_eps", 1e-3, "norm_eps"), ("rope_theta", 777, "rope_theta"),
+        ("tie_word_embeddings", False, "tied"),
+    ],
+)  # fmt: skip
+def test_each_field_sets_its_own_size_or_constant(name, other, field):
+    assert parse_architecture(changed(**{name: other}), "here") == dataclasses.replace(ARCH, **{field: other})
+
+
+UNSUPPORTED = [
+    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+    ("use_sliding_window", True),
+    ("model_type", "llama"),
+    ("model_type", "qwen3_moe"),
+    ("model_type", ABSENT),
+    ("attention_bias", True),
+    ("attention_dropout", 0.1),
+    ("hidden_act", "gelu"),
+    ("quantization_config", {"bits": 4}),
+    ("layer_types", ["full_attention"] * 35 + ["sliding_attention"]),
+    ("rope_parameters", {"rope_theta": 5e6, "rope_type": "yarn", "factor": 4.0}),
+    ("rope_theta", ABSENT),
+    ("rms_norm_eps", "small"),
+    ("rms_norm_eps", None),
+    ("rms_norm_eps", -1e-6),
+    ("rope_theta", "5e6"),
+    ("rope_theta", 0),
+    ("tie_word_embeddings", "false"),  # bool("false") is True
+    ("vocab_size", True),
+    ("hidden_size", 0),
+    ("hidden_size", 2560.0),
+    ("num_key_value_heads", 5),  # 32 query heads cannot share 5
+    ("head_dim", 127),  # rope rotates halves
+] + [
+    (name, ABSENT)
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", UNSUPPORTED)
+def test_an_unsupported_or_missing_field_is_an_error_that_names_field_and_file(name, value):
+    with pytest.raises(ConfigError, match=name) as error:
+        parse_architecture(changed(**{name: value}), "models/x/config.json")
+    assert "models/x/config.json" in str(error.value)
+    if value is not ABSENT and name not in ("layer_types", "rope_parameters"):
+        assert repr(value) in str(error.value) or "missing" in str(error.value)
+
+
+def test_a_rope_theta_that_contradicts_itself_is_an_error_with_both_values():
+    fields = changed(rope_parameters={"rope_theta": 1e4, "rope_type": "default"})
+    with pytest.raises(ConfigError, match=r"rope_theta contradicts itself: \[10000.0, 5000000.0\]"):
+        parse_architecture(fields, "config.json")
+
+
+def test_a_misspelt_field_is_met_with_the_right_one():
+    with pytest.raises(ConfigError, match="head_dim is missing; did you mean 'head_dims'"):
+        parse_architecture(changed(head_dim=ABSENT, head_dims=128), "config.json")
+
+
+def test_a_window_that_is_not_used_is_ignored():
+    assert parse_architecture(changed(sliding_window=4096, max_window_layers=10), "config.json") == ARCH
+
+
+def test_a_file_is_read_and_a_missing_or_corrupt_one_is_an_error_with_its_path(tmp_path):
+    file = tmp_path / "config.json"
+    with pytest.raises(ConfigError, match=f"{tmp_path}.*no config.json"):
+        read_architecture(tmp_path)
+    file.write_text(json.dumps(FOUR_B))
+    assert read_architecture(tmp_path) == ARCH
+    for content in (b"", json.dumps(FOUR_B).encode()[:-1], b"\xff\xfe", b"[]", b"null"):
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=f"{file}: not valid JSON"):
+            read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_we_write_is_read_back(tied):
+    arch = Architecture(V=97, D=48, F=80, L=3, H=6, J=3, E=16, norm_eps=1e-3, rope_theta=777.0, tied=tied)
+    fields = json.loads(json.dumps(hf_fields(arch, (5, 6))))
+    assert parse_architecture(fields, "config.json") == arch
+    assert fields["eos_token_id"] == [5, 6]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_number_of_parameters_is_that_of_the_initialised_tree(tied):
+    arch = Architecture(V=97, D=48, F=80, L=3, H=6, J=3, E=16, norm_eps=1e-3, rope_theta=777.0, tied=tied)
+    tree = jax.eval_shape(lambda: init_variables(ModelConfig(arch), jax.random.key(0)))["params"]
+    assert arch.parameters == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

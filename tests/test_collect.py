@@ -1,0 +1,193 @@
+"""Dynamic sampling and the stages of a rollout, with a sampler that needs no model: it writes what it is told to."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from configs import tiny
+from spiral_jax import prompts
+from spiral_jax.collect import NoSignal, collect_batch
+from spiral_jax.groups import GroupRequests, Groups, Purpose, Role, Stop
+from spiral_jax.model import hf
+from spiral_jax.objective import advantages, subsets
+from spiral_jax.progress import Progress
+from spiral_jax.rollout import Actor, aggregate, search, verify
+from spiral_jax.tasks.problem import Problem, Task
+from spiral_jax.verifier.verifier import Verifier
+
+TOKENIZER = prompts.load_tokenizer(hf.resolve_path("bundled:tiny"))
+
+
+@dataclasses.dataclass
+class ScriptedSampler:
+    """A `Sampler` whose traces are texts: `script(role, cursor, set, trace)`; "..." at the end means cut off."""
+
+    script: object
+    calls: list = dataclasses.field(default_factory=list)
+
+    def prepare(self, variables):
+        return variables
+
+    def sample(self, weights, requests: GroupRequests) -> Groups:
+        self.calls.append(requests)
+        U, C, G = len(requests), requests.traces, requests.max_tokens
+        trace, length = np.zeros((U, C, G), np.int32), np.zeros((U, C), np.int32)
+        stop = np.zeros((U, C), np.int32)
+        for u in range(U):
+            _, _, cursor, _, role, k = requests.id_Ux6[u]
+            for i in range(C):
+                text = self.script(Role(role), int(cursor), int(k), i)
+                ids = TOKENIZER.encode(text, add_special_tokens=False)
+                ids = ids if text.endswith("...") else [*ids, TOKENIZER.eos_token_id]
+                stop[u, i] = Stop.LENGTH if text.endswith("...") else Stop.STOP
+                trace[u, i, : len(ids)], length[u, i] = ids, len(ids)
+        return Groups(requests, trace, length, np.zeros((U, C, G), np.float32), stop)
+
+
+def number_task() -> Task:
+    """Problem "left=CURSOR": the answer is always 7."""
+    problem = lambda cursor: Problem(id=f"p{cursor}", text=f"left={cursor}", answer="7")  # noqa: E731
+    return Task(train=problem, held_out=problem, held_out_size=100, fingerprint="numbers")
+
+
+def make_actor(script, task=None, **overrides) -> Actor:
+    c = tiny.get_config()
+    c.batch.problems, c.batch.search_groups, c.batch.aggregation_groups, c.sampling.wave = 4, 4, 16, 6
+    c.search.max_tokens = 32
+    for field, value in overrides.items():
+        room, name = field.split("__")
+        c[room][name] = value
+    scaffold = prompts.make_scaffold(TOKENIZER, c.prompt, (TOKENIZER.eos_token_id,))
+    verifier = Verifier("math", workers=1, timeout_s=5.0)
+    return Actor(c, task or number_task(), scaffold, ScriptedSampler(script), verifier, Progress(1, 0))
+
+
+def answers(right_share):
+    """Aggregation traces of a problem are right with the given pattern; search traces always wrong."""
+
+    def script(role, cursor, k, i):
+        if role is Role.SEARCH:
+            return f"trace {i} \\boxed{{{i}1}}"
+        return "\\boxed{7}" if right_share(cursor, k, i) else "\\boxed{8}"
+
+    return script
+
+
+def test_the_batch_is_the_first_kept_problems_in_cursor_order_and_the_cursor_stands_behind_the_last():
+    # Odd cursors are informative (set 0 right only); even ones are flat.
+    actor = make_actor(answers(lambda cursor, k, i: cursor % 2 == 1 and k == 0))
+    batch = collect_batch(actor, None, step=0, cursor=10)
+    assert batch.rollouts.cursor_B.tolist() == [11, 13, 15, 17]
+    assert batch.next_cursor == 18
+    counts = {name: batch.metrics[f"sampling/{name}"] for name in ("tried", "kept", "surplus", "starved")}
+    assert counts == {"tried": 12, "kept": 4, "surplus": 2, "starved": 0}
+
+
+def test_the_batch_does_not_depend_on_the_size_of_the_waves():
+    script = answers(lambda cursor, k, i: cursor % 3 != 0 and k == 0)
+    batches = [collect_batch(make_actor(script, sampling__wave=wave), None, 2, 5) for wave in (1, 4, 7, 16)]
+    for batch in batches[1:]:
+        assert batch.rollouts.cursor_B.tolist() == batches[0].rollouts.cursor_B.tolist()
+        assert batch.next_cursor == batches[0].next_cursor
+        np.testing.assert_array_equal(batch.search_weight_UxC, batches[0].search_weight_UxC)
+        np.testing.assert_array_equal(batch.aggregation_weight_UxC, batches[0].aggregation_weight_UxC)
+
+
+def test_weights_are_those_of_the_objective_on_the_kept_problems():
+    rng = np.random.default_rng(0)
+    right = rng.random((200, 4, 4)) < 0.5
+    actor = make_actor(answers(lambda cursor, k, i: right[cursor, k, i]))
+    batch = collect_batch(actor, None, step=1, cursor=0)
+    kept = batch.rollouts
+    reward = right[kept.cursor_B].astype(np.float32)
+    np.testing.assert_array_equal(kept.aggregated_reward_BxKxM(), reward)
+    found = advantages.compute("marginal_mean", reward, subsets.incidence(kept.member_BxKxS, 8))
+    np.testing.assert_allclose(batch.search_weight_UxC, found.search_BxN / (4 * 0.886), rtol=1e-3)  # c to 3 digits
+    weight_BxKxM = batch.aggregation_weight_UxC.reshape(4, 4, 4)
+    np.testing.assert_allclose(weight_BxKxM, found.aggregation_BxKxM / (4 * 4 * 3), rtol=1e-6)
+
+
+def test_a_short_batch_is_trained_on_when_the_cap_is_reached_with_a_quarter_kept():
+    actor = make_actor(answers(lambda cursor, k, i: cursor == 9 and k == 0), sampling__max_ratio=4.0)
+    batch = collect_batch(actor, None, step=0, cursor=0)
+    assert batch.rollouts.cursor_B.tolist() == [9]
+    assert batch.next_cursor == 16
+    assert batch.metrics["sampling/tried"] == 16
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_a_task_without_signal_stops_the_run_with_the_histogram(right):
+    actor = make_actor(answers(lambda cursor, k, i: right))
+    with pytest.raises(NoSignal, match=f"only 0 of 16 problems.*{16 if right else 0} right: 16"):
+        collect_batch(actor, None, step=0, cursor=0)
+
+
+def test_problems_that_are_too_long_are_left_out_and_counted():
+    task = number_task()
+    long_text = "left=" + "1+" * 40
+    longer = dataclasses.replace(
+        task, train=lambda i: dataclasses.replace(task.train(i), text=long_text) if i % 2 else task.train(i)
+    )
+    actor = make_actor(answers(lambda cursor, k, i: k == 0), longer)
+    batch = collect_batch(actor, None, step=0, cursor=0)
+    assert batch.rollouts.cursor_B.tolist() == [0, 2, 4, 6]
+    assert batch.metrics["sampling/too_long"] == 6
+
+
+def test_a_task_of_nothing_but_too_long_problems_is_an_error_that_names_the_field():
+    task = number_task()
+    longer = dataclasses.replace(task, train=lambda i: dataclasses.replace(task.train(i), text="left=" + "1+" * 40))
+    with pytest.raises(ValueError, match="prompt.max_problem_tokens = 16"):
+        collect_batch(make_actor(answers(lambda *_: True), longer), None, step=0, cursor=0)
+
+
+def test_aggregation_prompts_hold_the_sampled_ids_of_their_subset_in_the_keyed_order():
+    actor = make_actor(answers(lambda cursor, k, i: k == 0))
+    problems, cursor_B = [actor.task.train(i) for i in (3, 4)], np.array([3, 4])
+    found = search(actor, None, problems, cursor_B, Purpose.TRAIN, step=6)
+    member = np.array([[[0, 1, 2, 5], [2, 3, 4, 7]]] * 2)
+    groups, cleaned = aggregate(actor, None, problems, found, member, traces=2)
+    assert len(groups) == 4 and groups.trace_len_UxC.shape == (4, 2)
+    marker = TOKENIZER.encode("#", add_special_tokens=False)
+    for u in range(4):
+        b, k = divmod(u, 2)
+        order = prompts.candidate_order(actor.c.seed, Purpose.TRAIN, 6, int(cursor_B[b]), 1, k, 4)
+        expected = [[*marker, *found.trace_ids(b, n)[:-1]] for n in member[b, k][order]]
+        prompt = groups.requests.prompt_UxP[u, : groups.requests.prompt_len_U[u]].tolist()
+        assert sum(expected, []) == prompt[-2 - sum(map(len, expected)) : -2]  # before <|end|><|assistant|>
+        assert groups.requests.id_Ux6[u].tolist() == [Purpose.TRAIN, 6, cursor_B[b], 1, Role.AGGREGATION, k]
+    assert cleaned["removed_special"] == 0
+
+
+def test_rewards_stay_with_their_problem_and_trace():
+    actor = make_actor(lambda role, cursor, k, i: f"\\boxed{{{7 if (cursor + i) % 3 == 0 else 9}}}")
+    problems = [actor.task.train(i) for i in range(5)]
+    found, texts, verdicts = verify(actor, problems, search(actor, None, problems, np.arange(5), Purpose.TRAIN, 0))
+    expected = (np.arange(5)[:, None] + np.arange(8)) % 3 == 0
+    np.testing.assert_array_equal(found.reward_UxC, expected.astype(np.float32))
+    assert len(texts) == len(verdicts) == 40
+
+
+def test_cut_off_traces_keep_no_positive_advantage():
+    def script(role, cursor, k, i):
+        if role is Role.SEARCH:
+            return "left=1" + ("..." if i % 2 else "")
+        return "\\boxed{7}" if k == 0 else "\\boxed{8}"
+
+    batch = collect_batch(make_actor(script), None, step=0, cursor=0)
+    cut_off = batch.rollouts.search.stop_UxC == Stop.LENGTH
+    assert cut_off.any() and not cut_off.all()
+    assert (batch.search_weight_UxC[cut_off] <= 0).all() and (batch.search_weight_UxC[cut_off] < 0).any()
+    assert (batch.search_weight_UxC[~cut_off] > 0).any()
+
+
+def test_grpo_uses_the_traces_own_rewards_and_no_aggregation():
+    script = lambda role, cursor, k, i: f"\\boxed{{{7 if i < cursor % 3 else 8}}}"  # noqa: E731
+    actor = make_actor(script, loss__estimator="grpo")
+    batch = collect_batch(actor, None, step=0, cursor=0)
+    assert batch.rollouts.aggregation is None and batch.aggregation_weight_UxC is None
+    assert batch.rollouts.cursor_B.tolist() == [1, 2, 4, 5]  # cursor % 3 == 0: all wrong
+    reward = batch.rollouts.search.reward_UxC
+    tokens = batch.rollouts.search.trace_len_UxC.sum()
+    np.testing.assert_allclose(batch.search_weight_UxC, advantages.grpo(reward) / tokens, rtol=1e-6)

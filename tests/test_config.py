@@ -1,0 +1,119 @@
+"""Configurations: locked, complete, checked early, with messages that name the field and what to do."""
+
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import grpo_qwen3_4b, qwen3_4b, tiny
+from spiral_jax.config import ConfigError, defaults, difference, digest, to_plain, validate
+
+CONFIGS = {"tiny": tiny, "qwen3_4b": qwen3_4b, "grpo_qwen3_4b": grpo_qwen3_4b}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_file_is_valid_and_locked(name):
+    c = CONFIGS[name].get_config()
+    validate(c)
+    assert c.is_locked
+
+
+def test_an_unknown_field_is_an_error_that_names_the_nearest_one():
+    c = tiny.get_config()
+    with pytest.raises(AttributeError, match="learning_rate"):
+        c.optimizer.learning_rate = 1.0
+    with pytest.raises(AttributeError, match='Did you mean "subsets"'):
+        c.aggregation.subset = 3
+
+
+def test_a_value_of_another_type_is_an_error():
+    with pytest.raises(TypeError):
+        tiny.get_config().train.steps = "many"
+
+
+def test_every_field_has_a_comment_with_its_origin():
+    source = (pathlib.Path(__file__).parent.parent / "spiral_jax" / "config.py").read_text()
+    body = source[source.index("def defaults") : source.index("return c.lock()")]
+    lines = body.splitlines()
+    for i, line in enumerate(lines):
+        if line.strip().startswith("c.") and " = " in line and "ConfigDict()" not in line and not line.endswith("("):
+            comment = line.partition("#")[2] or lines[i + 1].partition("#")[2]
+            assert comment.strip(), line
+
+
+BAD = {
+    "aggregation.subset_size": (9, "between 1 and search.traces = 8"),
+    "aggregation.subsets": (71, "C(N=8, S=4) = 70"),
+    "aggregation.traces": (1, "every aggregation advantage is zero"),
+    "batch.search_groups": (7, "divisor"),
+    "batch.aggregation_groups": (24, "divisor"),
+    "loss.estimator": ("reinforce", "marginal_mean, with_without"),
+    "loss.normalizer": ("mean", "unbiased, sum"),
+    "prompt.truncated": ("skip", "keep_tail, drop, mark"),
+    "prompt.thinking": ("none", "answer_only, full"),
+    "optimizer.schedule": ("step", "constant, linear, cosine"),
+    "optimizer.lr": (0.0, "> 0"),
+    "sampling.temperature": (0.0, "> 0"),
+    "sampling.prompt_buckets": ((124, 16), "ascending"),
+    "sampling.wave": (100, "batch.problems * sampling.max_ratio"),
+    "search.max_tokens": (27, None),
+    "model.hf_path": ("", "directory"),
+    "model.compute_dtype": ("float16", "float32, bfloat16"),
+    "task.name": ("gsm", "jsonl, two_halves, reasoning_gym"),
+    "task.reward": ("my_reward", "package.module:function"),
+    "eval.subsets": (3, "between 1 and"),
+    "train.steps": (0, ">= 1"),
+    "verifier.timeout_s": (0.0, "> 0"),
+    "loss.length_gate": (-1.0, ">= 0"),
+}
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_a_bad_value_is_refused_with_field_value_and_what_is_allowed(field):
+    c, (value, allowed) = tiny.get_config(), BAD[field]
+    room, name = field.split(".")
+    c[room][name] = value
+    with pytest.raises(ConfigError) as caught:
+        validate(c)
+    message = str(caught.value)
+    assert "config." in message
+    if allowed is None:  # the message names the field that has to grow with it
+        assert "batch.search_lengths" in message and str(value) in message
+    else:
+        assert f"config.{field} = " in message and allowed in message
+
+
+def test_one_subset_gives_search_no_signal():
+    c = tiny.get_config()
+    c.aggregation.subsets = 1
+    with pytest.raises(ConfigError, match="every set advantage is zero"):
+        validate(c)
+    c.loss.estimator = "aggregator_only"
+    c.batch.aggregation_groups = 16
+    validate(c)
+
+
+def test_jsonl_needs_a_training_file_and_a_held_out_one_unless_nothing_is_evaluated():
+    c = defaults()
+    c.model.hf_path = "somewhere"
+    with pytest.raises(ConfigError, match="task.train_path"):
+        validate(c)
+    c.task.train_path = "train.jsonl"
+    with pytest.raises(ConfigError, match="eval.problems = 0"):
+        validate(c)
+    c.eval.problems = 0
+    validate(c)
+
+
+def test_difference_lists_each_changed_field_once():
+    a, b = tiny.get_config(), tiny.get_config()
+    b.optimizer.lr, b.seed = 0.5, 3
+    assert difference(to_plain(a), to_plain(b)) == [f"optimizer.lr: {a.optimizer.lr} -> 0.5", "seed: 0 -> 3"]
+    assert difference(to_plain(a), to_plain(a)) == []
+
+
+def test_digest_is_that_of_the_values_alone():
+    assert digest(tiny.get_config()) == digest(ConfigDict(to_plain(tiny.get_config())))
+    changed = tiny.get_config()
+    changed.seed = 1
+    assert digest(changed) != digest(tiny.get_config())

@@ -1,0 +1,202 @@
+"""The run's directory: what is refused, what a resume keeps, and which bytes are written."""
+
+import gzip
+import hashlib
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spiral_jax import config
+from spiral_jax.workdir import StepLog, TraceLog, WorkdirError, open_workdir, read_config
+
+
+def settings(**changes):
+    c = config.defaults()
+    c.update_from_flattened_dict(changes)
+    return config.to_plain(c), config.digest(c)
+
+
+def test_a_new_directory_holds_the_config_and_is_opened_again_by_the_same_one(tmp_path):
+    plain, digest = settings()
+    workdir = open_workdir(tmp_path / "a" / "b", plain, digest)
+    assert workdir == tmp_path / "a" / "b" and [path.name for path in workdir.iterdir()] == ["config.json"]
+    before = (workdir / "config.json").read_bytes()
+    (workdir / "metrics.jsonl").write_text("")
+    assert open_workdir(str(workdir), plain, digest) == workdir
+    assert (workdir / "config.json").read_bytes() == before
+    assert read_config(workdir) == (plain, digest)
+    written = json.loads(before)
+    assert written["search"]["traces"] == 8 and written["config_digest"] == digest
+
+
+def test_an_empty_directory_and_one_whose_first_start_was_killed_are_used(tmp_path):
+    (tmp_path / ".config.json.tmp").write_text('{"seed"')
+    open_workdir(tmp_path, *settings())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_another_config_is_refused_with_every_field_and_both_values(tmp_path):
+    open_workdir(tmp_path, *settings())
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(WorkdirError, match="holds a run with another config") as raised:
+        open_workdir(tmp_path, *settings(**{"optimizer.lr": 0.125, "loss.estimator": "grpo"}))
+    for text in (
+        str(tmp_path),
+        "optimizer.lr: 2e-05 -> 0.125",
+        "loss.estimator: 'marginal_mean' -> 'grpo'",
+        "another --workdir",
+    ):
+        assert text in str(raised.value)
+    assert str(raised.value).count("->") == 3  # the two fields and the legend
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_another_digest_of_equal_values_is_refused(tmp_path):
+    plain, digest = settings()
+    open_workdir(tmp_path, plain, digest)
+    with pytest.raises(WorkdirError, match="config_digest: .* -> 'other'"):
+        open_workdir(tmp_path, plain, "other")
+
+
+def test_a_directory_with_other_files_is_refused_and_left_alone(tmp_path):
+    for number in range(7):
+        (tmp_path / f"file{number}").write_text("")
+    with pytest.raises(WorkdirError, match="not empty: file0, file1, file2, file3, file4 and 2 more"):
+        open_workdir(tmp_path, *settings())
+    assert len(list(tmp_path.iterdir())) == 7
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", "\xff"])
+def test_a_damaged_config_is_an_error_that_names_the_file(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(WorkdirError, match=r"config\.json: damaged"):
+        open_workdir(tmp_path, *settings())
+
+
+def test_paths_that_cannot_be_a_directory_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc/none"):
+        with pytest.raises(WorkdirError, match="not a directory that can be written"):
+            open_workdir(path, *settings())
+    with pytest.raises(WorkdirError, match="mounted file system"):
+        open_workdir("gs://bucket/run", *settings())
+    with pytest.raises(WorkdirError, match="holds no run"):
+        read_config(tmp_path)
+
+
+def rows_of(path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_metrics_are_strict_json_lines_whatever_number_type_comes_in(tmp_path):
+    log = StepLog(tmp_path / "metrics.jsonl")
+    log.append({"step": 0, "nan": math.nan, "inf": -math.inf, "np": np.float32(np.nan), "list": [np.inf, 1.5]})
+    log.append({"step": 1, "jax": jnp.float32(0.5), "bf16": jnp.bfloat16(2.5), "n": np.int64(3), "a": np.arange(2)})
+    log.append({"step": 2, "text": "x\ny\u2028\udc80", "nested": {"b": jnp.nan}, "flag": np.bool_(True)})
+    assert rows_of(log.path) == [
+        {"step": 0, "nan": None, "inf": None, "np": None, "list": [None, 1.5]},
+        {"step": 1, "jax": 0.5, "bf16": 2.5, "n": 3, "a": [0, 1]},
+        {"step": 2, "text": "x\ny\u2028\udc80", "nested": {"b": None}, "flag": True},
+    ]
+    with pytest.raises(ValueError, match='integer "step"'):
+        log.append({"loss": 1.0})
+
+
+@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("torn", [b"", b'{"step": 1', b'{"step": 3, "a": "\xc3', b"\0\0\0\0", b"7"])
+def test_cutting_back_keeps_the_rows_below_the_step_and_drops_a_torn_line(tmp_path, step, torn):
+    log = StepLog(tmp_path / "metrics.jsonl")
+    for number in range(5):
+        log.append({"step": number, "loss": number / 2})
+    complete = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(b"".join(complete) + torn)
+    assert log.cut_back(step) == 5 - min(step, 5) + bool(torn)
+    assert log.path.read_bytes() == b"".join(complete[:step])
+    log.append({"step": step})
+    assert rows_of(log.path)[-1] == {"step": step}
+    assert log.read() == [{"step": number, "loss": number / 2} for number in range(min(step, 5))] + [{"step": step}]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_complete_last_row_without_its_newline_is_kept(tmp_path):
+    log = StepLog(tmp_path / "metrics.jsonl")
+    log.path.write_text('{"step": 0}\n{"step": 1}')
+    assert log.cut_back(2) == 0
+    log.append({"step": 2})
+    assert rows_of(log.path) == [{"step": 0}, {"step": 1}, {"step": 2}]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_and_nothing_changes(tmp_path):
+    log = StepLog(tmp_path / "metrics.jsonl")
+    log.path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    before = log.path.read_bytes()
+    with pytest.raises(WorkdirError, match=r"metrics\.jsonl, line 2: damaged"):
+        log.cut_back(3)
+    assert log.path.read_bytes() == before
+
+
+def test_cutting_back_what_is_not_there_does_nothing(tmp_path):
+    assert StepLog(tmp_path / "metrics.jsonl").cut_back(3) == 0
+    assert StepLog(tmp_path / "metrics.jsonl").read() == []
+    assert TraceLog(tmp_path / "traces", 3).cut_back(3) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+ROWS = [{"problem": 3, "role": "search", "text": "√2 \u2028", "ids": np.arange(5, dtype=np.int32), "logprob": math.nan}]
+
+
+def digest_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_same_rows_give_the_same_bytes_and_read_back(tmp_path, monkeypatch):
+    first = TraceLog(tmp_path / "one", 3).write(7, ROWS)
+    monkeypatch.setattr("time.time", lambda: 2e9)  # gzip stores a time unless told not to
+    second = TraceLog(tmp_path / "two", 3).write(7, iter(ROWS))
+    other_step = TraceLog(tmp_path / "two", 3).write(8, ROWS)
+    assert first.name == "step_000007.jsonl.gz"
+    assert digest_of(first) == digest_of(second) == digest_of(other_step)
+    assert digest_of(TraceLog(tmp_path / "two", 3).write(9, ROWS * 2)) != digest_of(first)
+    with gzip.open(first, "rt", encoding="utf-8", newline="\n") as file:
+        assert [json.loads(line) for line in file] == [
+            {"problem": 3, "role": "search", "text": "√2 \u2028", "ids": [0, 1, 2, 3, 4], "logprob": None}
+        ]
+
+
+def test_only_the_newest_trace_files_are_kept_and_others_are_left_alone(tmp_path):
+    log = TraceLog(tmp_path / "traces", 2)
+    log.write(999_999, ROWS)
+    (tmp_path / "traces" / "notes.txt").write_text("")
+    for step in (1_000_000, 2_000_000):  # one digit more: name order is not step order
+        log.write(step, ROWS)
+    names = sorted(path.name for path in log.directory.iterdir())
+    assert names == ["notes.txt", "step_1000000.jsonl.gz", "step_2000000.jsonl.gz"]
+
+
+def test_cutting_back_deletes_the_trace_files_from_the_step_on(tmp_path):
+    log = TraceLog(tmp_path / "traces", 10)
+    for step in (0, 10, 20, 30):
+        log.write(step, ROWS)
+    assert log.cut_back(20) == 2
+    assert sorted(path.name for path in log.directory.iterdir()) == ["step_000000.jsonl.gz", "step_000010.jsonl.gz"]
+
+
+def test_a_trace_file_whose_writing_fails_does_not_appear_or_replace_one(tmp_path):
+    log = TraceLog(tmp_path / "traces", 10)
+    before = digest_of(log.write(4, ROWS))
+
+    def rows():
+        yield ROWS[0]
+        raise RuntimeError("killed")
+
+    for step in (4, 5):
+        with pytest.raises(RuntimeError):
+            log.write(step, rows())
+    assert [path.name for path in log.directory.iterdir()] == ["step_000004.jsonl.gz"]
+    assert digest_of(log.directory / "step_000004.jsonl.gz") == before
