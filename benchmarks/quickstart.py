@@ -9,14 +9,14 @@ OUT.json and OUT.md: every seed, first and last held-out evaluation with 95 % in
 from __future__ import annotations
 
 import json
-import os
 import pathlib
-import platform
 import subprocess
 import sys
 import time
 
 from absl import app, flags
+
+from benchmarks.machine import machine
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "where the runs go; finished ones are not run again")
 OUT = flags.DEFINE_string("out", "docs/quickstart", "the report, without its ending")
@@ -85,10 +85,6 @@ def table(rows: list[dict]) -> str:
         cells.append(f"{100 * lowest['search']:.1f} / {100 * lowest['aggregation']:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def machine() -> str:
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
 
 
 if __name__ == "__main__":

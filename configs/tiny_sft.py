@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     c.data.left_shares = (0.5, 0.5, 0.9, 0.1, 1.0, 0.0)  # a set's own chance of a left candidate is one of these
 
     c.optimizer = ConfigDict()
-    c.optimizer.steps = 4000
+    c.optimizer.steps = 1500
     c.optimizer.lr = 3e-3  # peak of a cosine to zero
     c.optimizer.warmup_steps = 100
     c.optimizer.b2 = 0.98

@@ -1,0 +1,121 @@
+"""What the bundled model can do before any RL: how its search leans, how well it works out a half, how well it reads.
+
+    python -m benchmarks.tiny_model --out=docs/tiny_model
+
+On held-out problems at T = 1. A set is complete if its candidates worked out both halves without an error. A wrong
+candidate's digit is accepted if a half that one candidate worked out rightly is answered by another digit, which some
+candidate only guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from benchmarks.machine import machine
+from spiral_jax.estimators import mean_and_interval
+from spiral_jax.groups import Groups, Purpose
+from spiral_jax.objective import subsets
+from spiral_jax.progress import Progress
+from spiral_jax.rollout import Actor, aggregate, search, verify
+from spiral_jax.setup import set_up
+from spiral_jax.tasks import two_halves
+from spiral_jax.train_step import variables
+from spiral_jax.verifier.verifier import Verifier
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py", "model and scaffold", lock_config=True)
+OUT = flags.DEFINE_string("out", "docs/tiny_model", "the report, without its ending")
+PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
+
+_SAID = re.compile(r"maybe (left|right):(\d)")
+
+
+def main(argv: list[str]) -> None:
+    setup = set_up(CONFIG.value)
+    c, base = setup.c, setup.load_base()
+    problems = [setup.task.held_out(index) for index in range(PROBLEMS.value)]
+    with Verifier("math", 1, c.verifier.timeout_s) as verifier, jax.set_mesh(setup.mesh):
+        actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, Progress(1, 0))
+        weights = setup.sampler.prepare(variables(setup.model, None, base))
+        index_B = np.arange(len(problems))
+        found, texts, verdicts = verify(
+            actor, problems, search(actor, weights, problems, index_B, Purpose.EVALUATION, 0)
+        )
+        report = {"machine": machine(), "problems": len(problems)} | search_report(problems, texts, verdicts)
+        fair = demonstrate(setup, problems, found)
+        for name, (candidates, shown) in {"own": (found, texts), "fair": fair}.items():
+            read = reader(actor, weights, problems, candidates, shown)
+            report |= {f"{name} candidates: {measure}": value for measure, value in read.items()}
+    out = pathlib.Path(OUT.value)
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+def search_report(problems: list, texts: list[str], verdicts: list) -> dict[str, float]:
+    """Shares over all search traces."""
+    N = len(texts) // len(problems)
+    worked = [two_halves.worked_half(problems[i // N], text) for i, text in enumerate(texts)]
+    return {
+        "search traces that parse": float(np.mean([v.status.value in ("correct", "wrong") for v in verdicts])),
+        "search traces that are right": float(np.mean([v.reward for v in verdicts])),
+        "search traces that work out a half without an error": float(np.mean([side is not None for side in worked])),
+        "search traces that start with the left half": float(np.mean([text.startswith("left") for text in texts])),
+    }
+
+
+def demonstrate(setup, problems: list, like: Groups) -> tuple[Groups, list[str]]:
+    """Groups in place of `like` whose traces are demonstrations, left or right with even chances."""
+    rng = np.random.default_rng(0)
+    trace, length = np.zeros_like(like.trace_UxCxG), np.zeros_like(like.trace_len_UxC)
+    texts = []
+    for b, problem in enumerate(problems):
+        for n in range(trace.shape[1]):
+            text = two_halves.work_out(problem, two_halves.SIDES[rng.integers(2)], int(rng.integers(10)))
+            ids = [*setup.tokenizer.encode(text, add_special_tokens=False), setup.tokenizer.eos_token_id]
+            trace[b, n, : len(ids)], length[b, n] = ids, len(ids)
+            texts.append(text)
+    return Groups(like.requests, trace, length, like.logprob_UxCxG, np.zeros_like(like.stop_UxC)), texts
+
+
+def reader(actor: Actor, weights, problems: list, candidates: Groups, texts: list[str]) -> dict:
+    """How aggregation traces of one set a problem do, by whether the set is complete."""
+    c, N = actor.c, candidates.trace_len_UxC.shape[1]
+    member_BxKxS = np.stack([
+        subsets.disjoint_subsets(c.seed, int(Purpose.EVALUATION), 0, b, 0, N, c.aggregation.subset_size, 1)
+        for b in range(len(problems))
+    ])  # fmt: skip
+    groups, _ = aggregate(actor, weights, problems, candidates, member_BxKxS, c.aggregation.traces)
+    groups, said, verdicts = verify(actor, problems, groups)
+    complete, accepted, exposed = [], 0, 0
+    for b, problem in enumerate(problems):
+        shown = [texts[b * N + n] for n in member_BxKxS[b, 0]]
+        worked = {two_halves.worked_half(problem, text) for text in shown} - {None}
+        complete.append(len(worked) == 2)
+        guesses = [(match[1], match[2]) for text in shown if (match := _SAID.search(text))]
+        for text in said[b * c.aggregation.traces : (b + 1) * c.aggregation.traces]:
+            answer = text[text.rfind("{") + 1 : text.rfind("}")]
+            for i, side in enumerate(two_halves.SIDES):
+                wrong = {digit for guessed, digit in guesses if guessed == side and digit != problem.answer[i]}
+                if side in worked and wrong and len(answer) == 2:
+                    exposed += 1
+                    accepted += answer[i] in wrong
+    complete = np.array(complete)
+    right_B = groups.reward_UxC.mean(axis=1)
+    share = lambda values: {k: round(v, 4) for k, v in vars(mean_and_interval(values)).items()}  # noqa: E731
+    return {
+        "aggregation traces that parse": float(np.mean([v.status.value in ("correct", "wrong") for v in verdicts])),
+        "complete sets": share(complete.astype(float)),
+        "complete sets read right": share(right_B[complete]),
+        "other sets answered right": share(right_B[~complete]),
+        "wrong candidate's digit accepted": accepted / exposed,
+    }
+
+
+if __name__ == "__main__":
+    app.run(main)
