@@ -33,10 +33,11 @@ def get_config() -> ConfigDict:
     c.batch.aggregation_groups = 32
     c.loss.logprob_chunk = 32
 
-    c.optimizer.lr = 5e-4
+    c.optimizer.lr = 3e-4
+    c.optimizer.schedule = "cosine"  # a constant rate overshoots the even split of the halves again and again
     c.optimizer.warmup_steps = 5
-    c.train.steps = 80
+    c.train.steps = 40
     c.train.mismatch_limit = 1e-4  # float32: sampler and trainer must agree to this
-    c.checkpoint.every = 20
+    c.checkpoint.every = 10
     c.trace_log.every = 10
     return c

@@ -48,8 +48,10 @@ def defaults() -> ConfigDict:
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one (ours)
     c.task.reward = ""  # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function" (ours)
 
-    c.prompt = ConfigDict()  # own wording; the paper's is unpublished
+    c.prompt = ConfigDict()
+    # asks for a search trace; {problem} is the task's text (ours; the paper's wording is unpublished)
     c.prompt.search = "{problem}\n\nReason step by step, and put your final answer within \\boxed{{}}."
+    # asks for an aggregation trace; {candidates} are those below one after the other, {count} their number (ours)
     c.prompt.aggregation = (
         "{problem}\n\nBelow are {count} independent attempts at this problem. Any number of them may be wrong.\n\n"
         "{candidates}\n\nFirst audit every attempt: name its errors. Then verify which parts can be used. Finally "
@@ -84,7 +86,7 @@ def defaults() -> ConfigDict:
     c.batch.search_lengths = ((1024, 4096),)  # (P, G) of the search micro-batches, ascending (ours)
     c.batch.search_groups = 16  # U of a search micro-batch (ours)
     c.batch.aggregation_lengths = ((2048, 4096), (9216, 4096), (17920, 4096))  # the same for aggregation (ours)
-    c.batch.aggregation_groups = 16
+    c.batch.aggregation_groups = 16  # U of an aggregation micro-batch (ours)
 
     c.loss = ConfigDict()
     c.loss.estimator = "marginal_mean"  # one of ESTIMATORS: see objective/advantages.py (paper)
@@ -100,8 +102,8 @@ def defaults() -> ConfigDict:
     c.optimizer.schedule = "constant"  # after warm-up: "constant", "linear" or "cosine" to zero at train.steps (ours)
     c.optimizer.warmup_steps = 0  # linear from lr / (warmup_steps + 1) (ours)
     c.optimizer.b1 = 0.9  # Adam (ours: the paper's framework's default)
-    c.optimizer.b2 = 0.95
-    c.optimizer.eps = 1e-8
+    c.optimizer.b2 = 0.95  # (ours: the same default)
+    c.optimizer.eps = 1e-8  # (ours: the same default)
     c.optimizer.weight_decay = 0.0  # decoupled, on matrices only (ours)
     c.optimizer.clip_norm = 0.0  # of the global gradient; 0 = no clipping (ours)
 

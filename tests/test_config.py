@@ -31,14 +31,13 @@ def test_a_value_of_another_type_is_an_error():
         tiny.get_config().train.steps = "many"
 
 
-def test_every_field_has_a_comment_with_its_origin():
+def test_every_field_has_a_comment():
     source = (pathlib.Path(__file__).parent.parent / "spiral_jax" / "config.py").read_text()
-    body = source[source.index("def defaults") : source.index("return c.lock()")]
-    lines = body.splitlines()
-    for i, line in enumerate(lines):
-        if line.strip().startswith("c.") and " = " in line and "ConfigDict()" not in line and not line.endswith("("):
-            comment = line.partition("#")[2] or lines[i + 1].partition("#")[2]
-            assert comment.strip(), line
+    lines = source[source.index("def defaults") : source.index("return c.lock()")].splitlines()
+    fields = [i for i, line in enumerate(lines) if line.startswith("    c.") and "ConfigDict()" not in line]
+    assert len(fields) > 60
+    for i in fields:
+        assert "#" in lines[i] or lines[i - 1].lstrip().startswith("#"), lines[i]
 
 
 BAD = {

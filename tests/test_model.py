@@ -219,7 +219,7 @@ def grown(ids, seed=9, **by):
     return Ids(prompt, length, trace)
 
 
-@pytest.mark.parametrize("by", [{}, {"P": 7}, {"U": 4, "C": 1, "G": 3}], ids=str)
+@pytest.mark.parametrize("by", [{}, {"P": 7, "U": 4, "C": 1, "G": 3}], ids=str)
 def test_padding_changes_no_hidden_state_of_a_real_token(mesh, by):
     variables, ids = random_variables(BASE, mesh), random_ids()
     wide = grown(ids, **by)
@@ -233,14 +233,14 @@ def test_padding_changes_no_hidden_state_of_a_real_token(mesh, by):
 
 
 def test_padding_changes_neither_logprobs_nor_gradient(mesh):
-    variables, ids = random_variables(BASE, mesh), random_ids()
+    variables, ids = random_variables(LORA, mesh), random_ids()
     wide = grown(ids, P=7, G=3, U=4, C=1)
     length = np.array([[5, 2], [1, 5], [3, 0], [4, 5]], np.int32)
     weight = np.random.default_rng(1).normal(size=(U, C, 1)) * length_mask(length, G)
     wide_weight = np.zeros((U + 4, C + 1, G + 3), np.float32)
     wide_weight[:U, :C, :G] = weight
-    (_, logprob), gradient = on_mesh(loss_and_gradient, mesh, BASE, variables, ids, weight)
-    (_, wide_logprob), wide_gradient = on_mesh(loss_and_gradient, mesh, BASE, variables, wide, wide_weight)
+    (_, logprob), gradient = on_mesh(loss_and_gradient, mesh, LORA, variables, ids, weight)
+    (_, wide_logprob), wide_gradient = on_mesh(loss_and_gradient, mesh, LORA, variables, wide, wide_weight)
     assert np.isfinite(wide_logprob).all()
     np.testing.assert_allclose(wide_logprob[:U, :C, :G], logprob, rtol=0, atol=SAME)
     assert relative_l2(wide_gradient, gradient) <= 2e-6

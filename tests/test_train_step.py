@@ -1,7 +1,4 @@
-"""The train step: its gradient against an oracle without groups, and what must not change it.
-
-Adam's first moment after one step is (1 - b1) times the gradient; with b1 = 0 it is the gradient itself.
-"""
+"""The train step's gradient against an oracle that knows no groups, and what must not change it."""
 
 import dataclasses
 import functools
@@ -11,110 +8,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh
+from small_steps import (
+    ARCH,
+    MODELS,
+    QUICK,
+    G,
+    P,
+    blocks_of,
+    both_roles,
+    one_device,
+    random_trees,
+    run,
+    search_alone,
+    start,
+)
 
 from spiral_jax import mesh as meshes
-from spiral_jax.batching import make_blocks
-from spiral_jax.config import defaults
-from spiral_jax.groups import GroupRequests, Groups, Role, take_groups
-from spiral_jax.metrics import divide
-from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.qwen3 import ModelConfig, Transformer, head_kernel, init_variables
-from spiral_jax.train_step import init_state, make_train_step, variables
+from spiral_jax.groups import Role, take_groups
+from spiral_jax.model.qwen3 import Transformer, head_kernel
+from spiral_jax.train_step import variables
 
-ARCH = Architecture(V=97, D=32, F=48, L=2, H=4, J=2, E=8, norm_eps=1e-5, rope_theta=500.0, tied=True)
-MODELS = {
-    "lora": ModelConfig(ARCH, lora_rank=4, lora_alpha=8.0, query_block=4, remat=True),
-    "full": ModelConfig(dataclasses.replace(ARCH, tied=False), remat=False),
-}
-P, G = 6, 8
-TRACES = {Role.SEARCH: 3, Role.AGGREGATION: 2}
 # fp32 sums in another order, as DESIGN section 8 states them
 SAME_GRADIENT, SAME_LOSS = 2e-6, 1e-6
-
-
-# ---- material
-
-
-def config(**optimizer):
-    c = defaults()
-    c.sampling.temperature = 0.7
-    c.loss.logprob_chunk = 3  # does not divide G
-    c.optimizer.b1 = 0.0
-    c.optimizer.update(optimizer)
-    return c
-
-
-@functools.cache
-def random_trees(kind):
-    """(base, trained or None) on the host, far from initialisation: logits and attention scores of order one."""
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        if meshes.path_name(path).endswith("norm"):
-            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        return (0.15 * rng.normal(size=leaf.shape)).astype(np.float32)
-
-    shapes = jax.eval_shape(lambda: init_variables(MODELS[kind], jax.random.key(0)))
-    trees = jax.tree_util.tree_map_with_path(fill, shapes)
-    return trees["params"], trees.get("lora")
-
-
-def start(kind, mesh, c):
-    """(frozen, state) on `mesh` from `random_trees`; a fresh adapter's B of zero would hide the gradient of A."""
-    base, lora = random_trees(kind)
-    frozen, state = init_state(c, MODELS[kind], jax.device_put(base, meshes.weight_shardings(base, mesh)), mesh)
-    if lora is not None:
-        state = state.replace(trained=jax.device_put(lora, meshes.weight_shardings(lora, mesh)))
-    return frozen, state
-
-
-def random_groups(seed, role, U=8):
-    """(groups, weights): prompts of 1 to 6 tokens, traces of 1 to 8; prompt and trace are 6 or 9 together, so that the
-    oracle compiles for two lengths only."""
-    rng = np.random.default_rng([seed, role])
-    C = TRACES[role]
-    prompt_len = rng.integers(1, 6, U).astype(np.int32)
-    trace_len = (rng.choice([6, 9], (U, C)) - prompt_len[:, None]).astype(np.int32)
-    trace_len[0, 0] = 6 - prompt_len[0]
-    ids = lambda *shape: rng.integers(0, ARCH.V, shape).astype(np.int32)  # noqa: E731
-    groups = Groups(
-        GroupRequests(ids(U, P), prompt_len, np.zeros((U, 6), np.int32), C, G),
-        trace_UxCxG=ids(U, C, G),
-        trace_len_UxC=trace_len,
-        logprob_UxCxG=rng.uniform(-5.5, -3.5, (U, C, G)).astype(np.float32),  # about -log V: ratios of order one
-        stop_UxC=np.zeros((U, C), np.int32),
-    )
-    return groups, rng.normal(size=(U, C)).astype(np.float32)
-
-
-def both_roles(seed=0):
-    return {role: random_groups(seed, role) for role in Role}
-
-
-def blocks_of(material, micro=4, lengths=((P, G),), most=8):
-    blocks = [make_blocks(role, *pair, list(lengths), micro, most) for role, pair in material.items()]
-    return [block for of_role in blocks for block in of_role]
-
-
-def one_device():
-    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), meshes.AXES)
-
-
-@functools.cache
-def step_of(kind, **optimizer):
-    return make_train_step(config(**optimizer), MODELS[kind])
-
-
-def run(kind, blocks, mesh=None, **optimizer):
-    """One step from the start: (gradient as numpy, divided metrics, state)."""
-    mesh = mesh or one_device()
-    frozen, state = start(kind, mesh, config(**optimizer))
-    place = lambda a: jax.device_put(a, meshes.group_sharding(mesh, leading=1)) if np.ndim(a) else a  # noqa: E731
-    with jax.set_mesh(mesh):
-        state, metrics = step_of(kind, **optimizer)(state, frozen, jax.tree.map(place, blocks))
-    gradient = jax.device_get(optax.tree_utils.tree_get(state.opt, "mu"))
-    return gradient, divide(jax.device_get(metrics)), state
 
 
 def norm(tree):
@@ -137,7 +52,7 @@ def assert_same(found, reference):
 # ---- the oracle: one row a trace, no padding, no sharing, whole logits
 
 
-@functools.partial(jax.jit, static_argnames="kind")
+@functools.partial(jax.jit, static_argnames="kind", compiler_options=QUICK)
 def row_loss_and_gradient(base, trained, row_T, prompt_len, recorded_T, weight, kind):
     """-weight * sum_t exp(log pi(t) - recorded(t)) over the tokens behind the prompt, of one row."""
 
@@ -183,9 +98,8 @@ def test_gradient_and_loss_are_those_of_a_loop_over_unpadded_rows(kind, mesh):
 
 
 def test_grpo_has_search_blocks_alone():
-    groups, weight = random_groups(3, Role.SEARCH)
-    gradient, metrics, _ = run("lora", blocks_of({Role.SEARCH: (groups, weight)}))
-    loss, expected = oracle("lora", groups, weight)
+    gradient, metrics, _ = whole()
+    loss, expected = oracle("lora", *search_alone()[Role.SEARCH])
     assert distance(gradient, expected) <= 1e-5
     assert metrics["loss/search"] == pytest.approx(loss, rel=1e-5)
     assert metrics["grad_norm"] == metrics["grad_norm/search"]
@@ -196,51 +110,48 @@ def test_grpo_has_search_blocks_alone():
 
 
 @functools.cache
-def reference(kind):
-    return run(kind, blocks_of(both_roles(), micro=8))
+def whole():
+    """Search traces in one micro-batch: what every cut is compared with."""
+    return run("lora", blocks_of(search_alone(), micro=8, most=8))
 
 
 @pytest.mark.parametrize(
     "cut",
     [
-        {"micro": 1},
-        {"micro": 2},
-        {"micro": 4},
-        {"micro": 5},
+        {"micro": 1, "most": 8},
+        {"micro": 2, "most": 8},
         {"micro": 4, "most": 24},
-        {"micro": 4, "lengths": ((P, 5), (P, G))},
-        {"micro": 4, "lengths": ((3, G), (9, 11))},
+        {"micro": 3, "lengths": ((P, 5), (P + 3, G + 1))},
     ],
     ids=str,
 )
 def test_any_cut_into_micro_batches_and_buckets_gives_the_same_gradient_and_metrics(cut):
-    assert_same(run("lora", blocks_of(both_roles(), **cut)), reference("lora"))
+    blocks = blocks_of(search_alone(), **cut)
+    assert all(block.count > 0 for block in blocks)
+    assert_same(run("lora", blocks), whole())
 
 
-def test_the_order_of_groups_and_of_blocks_changes_nothing():
-    order = np.random.default_rng(1).permutation(8)
-    material = {role: (take_groups(groups, order), weight[order]) for role, (groups, weight) in both_roles().items()}
-    assert_same(run("lora", blocks_of(material, micro=8)[::-1]), reference("lora"))
+def test_the_order_of_groups_changes_nothing():
+    (groups, weight), order = search_alone()[Role.SEARCH], np.random.default_rng(1).permutation(8)
+    blocks = blocks_of({Role.SEARCH: (take_groups(groups, order), weight[order])}, micro=8, most=8)
+    assert_same(run("lora", blocks), whole())
 
 
-def test_a_group_split_in_two_gives_the_same_gradient():
-    def split(groups, weight):
-        """Each group as C groups of one trace each."""
-        C = weight.shape[1]
-        many = take_groups(groups, np.repeat(np.arange(len(groups)), C))
-        pick = np.tile(np.arange(C), len(groups))[:, None]
-        own = lambda a: np.take_along_axis(a, pick.reshape(-1, *[1] * (a.ndim - 1)), axis=1)  # noqa: E731
-        names = ("trace_UxCxG", "trace_len_UxC", "logprob_UxCxG", "stop_UxC")
-        requests = dataclasses.replace(many.requests, traces=1)
-        many = dataclasses.replace(many, requests=requests, **{name: own(getattr(many, name)) for name in names})
-        return many, weight.reshape(-1, 1)
-
-    material = {role: split(*pair) for role, pair in both_roles().items()}
-    assert_same(run("lora", blocks_of(material, micro=8, most=24)), reference("lora"))
+def test_a_group_split_into_groups_of_one_trace_gives_the_same_gradient():
+    groups, weight = search_alone()[Role.SEARCH]
+    C = weight.shape[1]
+    many = take_groups(groups, np.repeat(np.arange(len(groups)), C))
+    own = {
+        name: getattr(groups, name).reshape(-1, 1, *getattr(groups, name).shape[2:])
+        for name in ("trace_UxCxG", "trace_len_UxC", "logprob_UxCxG", "stop_UxC")
+    }
+    many = dataclasses.replace(many, requests=dataclasses.replace(many.requests, traces=1), **own)
+    blocks = blocks_of({Role.SEARCH: (many, weight.reshape(-1, 1))}, micro=8, most=24)
+    assert_same(run("lora", blocks), whole())
 
 
 def test_padding_of_any_content_changes_no_bit():
-    clean, dirty = blocks_of(both_roles(), most=16), blocks_of(both_roles(), most=16)
+    clean, dirty = blocks_of(both_roles()), blocks_of(both_roles())
     rng = np.random.default_rng(2)
     for block in dirty:
         past_prompt = np.arange(P) >= block.prompt_len_AxU[..., None]
@@ -248,8 +159,8 @@ def test_padding_of_any_content_changes_no_bit():
         block.prompt_AxUxP[past_prompt] = rng.integers(0, ARCH.V, past_prompt.sum())
         block.trace_AxUxCxG[past_trace] = rng.integers(0, ARCH.V, past_trace.sum())
         block.logprob_AxUxCxG[past_trace] = np.nan
+        assert block.count == 2
         block.weight_AxUxC[2:] = 7.0  # micro-batches beyond `count`
-    assert all(int(block.count) == 2 for block in dirty)
     (gradient, metrics, state), (expected, same_metrics, same_state) = run("full", clean), run("full", dirty)
     jax.tree.map(np.testing.assert_array_equal, gradient, expected)
     jax.tree.map(np.testing.assert_array_equal, state.trained, same_state.trained)
@@ -284,9 +195,9 @@ CUTS = {  # the mesh axis of every dimension; embed's 97 rows are odd, so they s
 @pytest.mark.devices8
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_device_holds_its_share_of_each_array_before_and_after_a_step(kind, mesh):
-    _, fresh = start(kind, mesh, config())
+    _, before = start(kind, mesh)
     _, _, after = run(kind, blocks_of(both_roles()), mesh)
-    for state in (fresh, after):
+    for state in (before, after):
         seen = set()
         for path, array in jax.tree_util.tree_leaves_with_path(state):
             name = meshes.path_name(path)
@@ -298,3 +209,32 @@ def test_every_device_holds_its_share_of_each_array_before_and_after_a_step(kind
                 assert shard.data.nbytes == 4 * np.prod(shape, initial=1, dtype=int), name
         adapters = {key for key in CUTS if key.endswith(("/a", "/b"))}
         assert seen == (adapters if kind == "lora" else CUTS.keys() - adapters) | {"step", "count"}
+
+
+# ---- degenerate batches
+
+
+def test_single_token_traces_are_learnt_from():
+    groups, weight = search_alone()[Role.SEARCH]
+    groups.requests.prompt_len_U[:], groups.trace_len_UxC[:] = 5, 1
+    gradient, metrics, _ = run("lora", blocks_of({Role.SEARCH: (groups, weight)}, micro=8, most=8))
+    loss, expected = oracle("lora", groups, weight)
+    assert distance(gradient, expected) <= 1e-5 and metrics["loss/search"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("lacking", ["tokens", "weight", "groups"])
+def test_without_anything_to_learn_only_the_step_moves(lacking):
+    material = both_roles()
+    for role, (groups, weight) in material.items():
+        if lacking == "tokens":
+            groups.trace_len_UxC[:] = 0
+        elif lacking == "weight":
+            weight[:] = 0
+        else:
+            material[role] = take_groups(groups, np.arange(0)), weight[:0]
+    gradient, metrics, state = run("full", blocks_of(material))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+    jax.tree.map(np.testing.assert_array_equal, state.trained, random_trees("full")[0])
+    assert int(state.step) == 1 and set(map(int, optax.tree_utils.tree_get_all_with_path(state.opt, "count"))) == {1}
+    assert all(value is None or np.isfinite(value) for value in metrics.values())
+    assert metrics["grad_norm"] == metrics["loss/search"] == metrics["loss/aggregation"] == 0

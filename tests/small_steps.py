@@ -1,0 +1,133 @@
+"""Material of the train step's tests: two small models away from initialisation, random groups, one step.
+
+Adam's first moment after one step is (1 - b1) times the gradient; with b1 = 0 it is the gradient itself.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from spiral_jax import mesh as meshes
+from spiral_jax.batching import make_blocks
+from spiral_jax.config import defaults
+from spiral_jax.groups import GroupRequests, Groups, Role
+from spiral_jax.metrics import divide
+from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.qwen3 import ModelConfig, init_variables
+from spiral_jax.train_step import init_state, make_train_step
+
+ARCH = Architecture(V=97, D=32, F=48, L=2, H=4, J=2, E=8, norm_eps=1e-5, rope_theta=500.0, tied=True)
+MODELS = {
+    "lora": ModelConfig(ARCH, lora_rank=4, lora_alpha=8.0, query_block=4, remat=True),
+    "full": ModelConfig(dataclasses.replace(ARCH, tied=False), remat=False),
+}
+P, G = 6, 8
+TRACES = {Role.SEARCH: 3, Role.AGGREGATION: 2}
+# Another code generator for the same program: compiles four times as fast.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+
+def config(**optimizer):
+    c = defaults()
+    c.sampling.temperature = 0.7
+    c.loss.logprob_chunk = 3  # does not divide G
+    c.optimizer.b1 = 0.0
+    c.optimizer.update(optimizer)
+    return c
+
+
+@functools.cache
+def random_trees(kind):
+    """(base, adapters or None) on the host, far from initialisation: attention is peaked, ratios are of order one."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        name = meshes.path_name(path)
+        if name.endswith("norm"):
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        return rng.normal(0, 0.15 if "layers" in name else 0.06, leaf.shape).astype(np.float32)
+
+    shapes = jax.eval_shape(lambda: init_variables(MODELS[kind], jax.random.key(0)))
+    trees = jax.tree_util.tree_map_with_path(fill, shapes)
+    return trees["params"], trees.get("lora")
+
+
+@functools.cache
+def fresh(kind, mesh, **optimizer):
+    """(frozen, state on the host, its shardings) from `random_trees`; B of a new adapter is zero, which would hide A's
+    gradient."""
+    base, lora = random_trees(kind)
+    placed = jax.device_put(base, meshes.weight_shardings(base, mesh))
+    frozen, state = init_state(config(**optimizer), MODELS[kind], placed, mesh)
+    host = jax.device_get(state if lora is None else state.replace(trained=lora))
+    return frozen, host, jax.tree.map(lambda a: a.sharding, state)
+
+
+def start(kind, mesh, **optimizer):
+    """(frozen, state) on `mesh`."""
+    frozen, host, shardings = fresh(kind, mesh, **optimizer)
+    return frozen, jax.device_put(host, shardings)
+
+
+def random_groups(seed, role, U=8):
+    """(groups, weights): prompts of 1 to 5 tokens, traces of 1 to 8, together 6 or 9: two lengths for the oracle.
+
+    Weights lean to one side, so that the loss is no small difference of large sums, whose rounding would show.
+    """
+    rng = np.random.default_rng([seed, role])
+    C = TRACES[role]
+    prompt_len = rng.integers(1, 6, U).astype(np.int32)
+    trace_len = (rng.choice([6, 9], (U, C)) - prompt_len[:, None]).astype(np.int32)
+    ids = lambda *shape: rng.integers(0, ARCH.V, shape).astype(np.int32)  # noqa: E731
+    groups = Groups(
+        GroupRequests(ids(U, P), prompt_len, np.zeros((U, 6), np.int32), C, G),
+        trace_UxCxG=ids(U, C, G),
+        trace_len_UxC=trace_len,
+        logprob_UxCxG=rng.uniform(-5, -4, (U, C, G)).astype(np.float32),  # about -log V
+        stop_UxC=np.zeros((U, C), np.int32),
+    )
+    return groups, rng.uniform(-0.5, 1.5, (U, C)).astype(np.float32)
+
+
+def both_roles(seed=0):
+    return {role: random_groups(seed, role) for role in Role}
+
+
+def search_alone(seed=0):
+    return {Role.SEARCH: random_groups(seed, Role.SEARCH)}
+
+
+def blocks_of(material, micro=4, lengths=((P, G),), most=16):
+    """By default four micro-batches of a role, of which eight groups fill two."""
+    blocks = [make_blocks(role, *pair, list(lengths), micro, most) for role, pair in material.items()]
+    return [block for of_role in blocks for block in of_role]
+
+
+def one_device():
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), meshes.AXES)
+
+
+@functools.cache
+def step_of(kind, **optimizer):
+    step = make_train_step(config(**optimizer), MODELS[kind])
+    return jax.jit(step, donate_argnums=0, compiler_options=QUICK)
+
+
+def place(blocks, mesh):
+    return jax.tree.map(
+        lambda a: jax.device_put(a, meshes.group_sharding(mesh, leading=1)) if np.ndim(a) else a, blocks
+    )
+
+
+def run(kind, blocks, mesh=None, **optimizer):
+    """One step from the start: (gradient as numpy, divided metrics, state)."""
+    mesh = mesh or one_device()
+    frozen, state = start(kind, mesh, **optimizer)
+    with jax.set_mesh(mesh):
+        state, metrics = step_of(kind, **optimizer)(state, frozen, place(blocks, mesh))
+    gradient = jax.device_get(optax.tree_utils.tree_get(state.opt, "mu"))
+    return gradient, divide(jax.device_get(metrics)), state
