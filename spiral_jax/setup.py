@@ -22,15 +22,17 @@ from spiral_jax.sampling.static import StaticSampler
 from spiral_jax.tasks.load import load_task
 from spiral_jax.tasks.problem import Task
 from spiral_jax.train_step import abstract_state, make_train_step
+from spiral_jax.verifier.rewards import MATH, load_reward
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run is made of, before any weight is loaded."""
+    """What a run is made of, before any weight is loaded; `reward` is that of config.task.reward, or the task's own."""
 
     c: ConfigDict
     mesh: Mesh
     task: Task
+    reward: str
     model: ModelConfig
     tokenizer: PreTrainedTokenizerBase
     scaffold: Scaffold
@@ -50,6 +52,9 @@ def set_up(c: ConfigDict) -> Setup:
         raise ConfigError(
             f"config.eval.problems = {c.eval.problems}: the task has {task.held_out_size} held-out problems."
         )
+    reward = c.task.reward or task.reward
+    if reward != MATH:
+        load_reward(reward)
     path = hf.resolve_path(c.model.hf_path)
     model = hf.model_config(read_architecture(path), c.model)
     tokenizer = prompts.load_tokenizer(path)
@@ -68,7 +73,7 @@ def set_up(c: ConfigDict) -> Setup:
         prompt_buckets=tuple(c.sampling.prompt_buckets),
         groups_per_call={Role.SEARCH: c.sampling.search_groups, Role.AGGREGATION: c.sampling.aggregation_groups},
     )
-    return Setup(c, mesh, task, model, tokenizer, scaffold, sampler)
+    return Setup(c, mesh, task, reward, model, tokenizer, scaffold, sampler)
 
 
 def check_shapes(setup: Setup) -> None:

@@ -98,7 +98,7 @@ def train(setup: Setup, workdir: str) -> None:
     metrics_log, traces, evaluations = _open_logs(path, c, at.step)
     train_step = make_train_step(c, setup.model)
 
-    with Verifier(c.task.reward or setup.task.reward, c.verifier.workers, c.verifier.timeout_s) as verifier, \
+    with Verifier(setup.reward, c.verifier.workers, c.verifier.timeout_s) as verifier, \
             Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(mesh):  # fmt: skip
         actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, progress)
         weights = setup.sampler.prepare(variables(setup.model, frozen, state.trained))

@@ -57,7 +57,8 @@ def make_optimizer(c: ConfigDict) -> optax.GradientTransformation:
     }[o.schedule](max(c.train.steps - o.warmup_steps, 1))
     warmup = optax.linear_schedule(o.lr / (o.warmup_steps + 1), o.lr, max(o.warmup_steps, 1))
     schedule = optax.join_schedules([warmup, after], [o.warmup_steps])
-    matrices = lambda tree: jax.tree.map(lambda a: a.ndim >= 2, tree)  # noqa: E731
+    is_matrix = lambda path, _: not meshes.path_name(path).endswith("norm")  # stacked norms have two axes too  # noqa: E731
+    matrices = lambda tree: jax.tree_util.tree_map_with_path(is_matrix, tree)  # noqa: E731
     return optax.chain(
         optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
         optax.scale_by_adam(o.b1, o.b2, o.eps),

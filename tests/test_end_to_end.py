@@ -14,6 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from configs import tiny
+from spiral_jax.config import ConfigError, digest, to_plain
+from spiral_jax.setup import set_up
+from spiral_jax.workdir import open_workdir
+
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = [
     "--config=configs/tiny.py", "--config.batch.problems=4", "--config.batch.search_groups=4",
@@ -132,10 +137,6 @@ def test_a_finished_run_prints_its_table_and_changes_nothing(finished):
 
 
 def test_another_config_in_the_same_workdir_is_refused_with_the_difference(tmp_path):
-    from configs import tiny
-    from spiral_jax.config import digest, to_plain
-    from spiral_jax.workdir import open_workdir
-
     c = tiny.get_config()
     open_workdir(tmp_path / "run", to_plain(c), digest(c))
     refused = run(tmp_path / "run", "--config.seed=5")
@@ -143,29 +144,42 @@ def test_another_config_in_the_same_workdir_is_refused_with_the_difference(tmp_p
     assert "seed: 0 -> 5" in refused.stderr and "workdir" in refused.stderr
 
 
-BAD = {
-    "unknown field": (["--config.optimizer.learning=1"], "learning"),
-    "unknown field, nearest": (["--config.search.trace=4"], "traces"),
-    "not a number": (["--config.train.steps=many"], "steps"),
-    "S > N": (["--config.aggregation.subset_size=9"], "config.aggregation.subset_size = 9"),
-    "one subset": (["--config.aggregation.subsets=1"], "config.aggregation.subsets = 1"),
-    "no such model": (["--config.model.hf_path=/no/such"], "config.model.hf_path"),
-    "mesh of other devices": (["--config.mesh.tensor=3"], "config.mesh"),
-    "micro-batch": (["--config.batch.search_groups=3"], "config.batch.search_groups = 3"),
-    "no such file": (["--config.task.name=jsonl", "--config.task.train_path=/no/such", "--config.task.eval_path=/x"],
-                     "/no/such"),
-    "no such reward": (["--config.task.reward=no_such_module:f"], "config.task.reward"),
-    "prompts do not fit": (["--config.sampling.prompt_buckets=(16,64)"], "config.sampling.prompt_buckets"),
-}  # fmt: skip
+FLAGS = {
+    "unknown field": ("--config.optimizer.learning=1", "learning"),
+    "not a number": ("--config.train.steps=many", "steps"),
+    "S > N": ("--config.aggregation.subset_size=9", "error: config.aggregation.subset_size = 9"),
+}
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_at_once_with_a_message_that_names_the_field(name, tmp_path):
-    more, expected = BAD[name]
-    refused = run(tmp_path / "run", *more)
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_bad_flag_ends_the_program_with_a_message_and_writes_nothing(name, tmp_path):
+    flag, expected = FLAGS[name]
+    refused = run(tmp_path / "run", flag)
     assert refused.returncode != 0
     assert expected in refused.stderr + refused.stdout, refused.stderr[-2000:]
     assert not (tmp_path / "run").exists()
+
+
+BAD = {
+    "model.hf_path": ("/no/such", "no such directory"),
+    "mesh.tensor": (3, "product of the sizes must be"),
+    "batch.search_groups": (3, "divisor"),
+    "task.reward": ("no_such_module:f", "no_such_module"),
+    "sampling.prompt_buckets": ((16, 64), "aggregation prompts may have up to"),
+    "batch.aggregation_lengths": (((64, 12),), "aggregation prompts may have up to"),
+    "eval.problems": (10**6, "held-out problems"),
+    "prompt.candidate": ("#", "{candidate}"),
+}
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_set_up_refuses_what_does_not_fit_and_names_the_field(field):
+    c, (value, expected) = tiny.get_config(), BAD[field]
+    room, name = field.split(".")
+    c[room][name] = value
+    with pytest.raises(ConfigError) as caught:
+        set_up(c)
+    assert f"config.{room}" in str(caught.value) and expected in str(caught.value)
 
 
 @pytest.mark.slow

@@ -29,6 +29,12 @@ BASE = ModelConfig(ARCH, query_block=4)
 LORA = ModelConfig(ARCH, lora_rank=4, lora_alpha=6.0)
 
 
+# Programs that are compiled for one run: machine code without LLVM's optimisations takes half the time.
+quickly_compiled = functools.partial(
+    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Ids:
     """Random groups whose padding is arbitrary ids, not zeros."""
@@ -63,7 +69,7 @@ def logprobs(config, variables, prompt, prompt_len, trace):
     return group_logprobs(config, variables, prompt, prompt_len, trace, 1.0, 2)[0]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@quickly_compiled
 def loss_and_gradient(config, variables, prompt, prompt_len, trace, weight):
     """(weighted sum of trace log-probs, those), and its gradient with respect to every collection."""
 
@@ -329,7 +335,7 @@ def layer_of(variables, layer):
     return {name: jax.tree.map(lambda a: a[layer], tree["layers"]) for name, tree in variables.items()}
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@quickly_compiled
 def unrolled(config, variables, prompt, prompt_len, trace):
     """One `Block.apply` a layer instead of a scan over stacked layers."""
     params = variables["params"]
@@ -343,12 +349,12 @@ def unrolled(config, variables, prompt, prompt_len, trace):
     return rms_norm(x, params["final_norm"], config.arch.norm_eps), prompt_kv
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@quickly_compiled
 def prefill(config, variables, prompt, prompt_len, trace):
     return Transformer(config, keep_keys=True).apply(variables, prompt, prompt_len, None)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@quickly_compiled
 def teacher_forced(config, variables, prompt, prompt_len, trace, late_U):
     """Hidden states [U, C, G, D] of decoding the given tokens; group u starts `late_U[u]` rounds after the first."""
     arch, params = config.arch, variables["params"]

@@ -1,0 +1,176 @@
+"""What a train step does to its state: optimizer, donation, compilation; and how far trainer and sampler are apart."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+from small_steps import (
+    MODELS,
+    G,
+    P,
+    blocks_of,
+    config,
+    one_device,
+    place,
+    random_trees,
+    run,
+    search_alone,
+    start,
+    step_of,
+)
+
+from spiral_jax.batching import make_blocks
+from spiral_jax.groups import Role, take_groups
+from spiral_jax.mesh import path_name, weight_shardings
+from spiral_jax.sampling.static import StaticSampler
+from spiral_jax.train_step import init_state, make_optimizer, make_train_step, variables
+
+# ---- optimizer
+
+
+def updates_of(c, gradient, trained):
+    """The updates of c.train.steps steps with one and the same gradient and parameters."""
+    optimizer = make_optimizer(c)
+    state, updates = optimizer.init(trained), []
+    update = jax.jit(optimizer.update)
+    for _ in range(c.train.steps):
+        update_now, state = update(gradient, state, trained)
+        updates.append(update_now)
+    return updates
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("schedule", "share"),
+    [
+        ("constant", lambda done: 1.0),
+        ("linear", lambda done: 1 - done),
+        ("cosine", lambda done: (1 + math.cos(math.pi * done)) / 2),
+    ],
+)
+def test_learning_rate_rises_linearly_to_its_peak_and_then_follows_the_schedule(schedule, share, warmup):
+    # Under a constant gradient of one Adam's update is -lr, up to rounding of its bias correction.
+    c = config(lr=0.5, schedule=schedule, warmup_steps=warmup, b1=0.9)
+    c.train.steps = steps = 9
+    one = {"kernel": np.ones((2, 2), np.float32)}
+    lr = [-float(update["kernel"][0, 0]) for update in updates_of(c, one, one)]
+    rise = [0.5 * (step + 1) / (warmup + 1) for step in range(warmup)]
+    fall = [0.5 * share((step - warmup) / (steps - warmup)) for step in range(warmup, steps)]
+    assert lr == pytest.approx(rise + fall, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_weight_decay_shrinks_every_matrix_and_no_norm(kind):
+    base, lora = random_trees(kind)
+    trained = base if lora is None else lora
+    c = config(lr=0.5, weight_decay=0.1)
+    c.train.steps = 1
+    (update,) = updates_of(c, jax.tree.map(np.zeros_like, trained), trained)
+    for (path, change), value in zip(
+        jax.tree_util.tree_leaves_with_path(update), jax.tree.leaves(trained), strict=True
+    ):
+        factor = 0.0 if path_name(path).endswith("norm") else -0.5 * 0.1
+        np.testing.assert_allclose(change, factor * value, rtol=1e-6, err_msg=path_name(path))
+
+
+def test_clipping_scales_the_gradient_but_not_the_logged_norm():
+    blocks = blocks_of(search_alone(), micro=8, most=8)
+    gradient, metrics, _ = run("lora", blocks)
+    clipped, clipped_metrics, _ = run("lora", blocks, clip_norm=0.5)
+    assert metrics["grad_norm"] > 1
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b * (0.5 / metrics["grad_norm"]), rtol=1e-5, atol=1e-8),
+        clipped, gradient,
+    )  # fmt: skip
+    assert clipped_metrics["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-6)
+
+
+# ---- buffers and programs
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_state_alone_is_donated_and_only_what_is_trained_has_moments(kind):
+    frozen, state = start(kind, one_device())
+    lowered = make_train_step(config(), MODELS[kind]).lower(state, frozen, blocks_of(search_alone()))
+    donated, *kept = (jax.tree.leaves(argument) for argument in lowered.args_info[0])
+    assert len(donated) == len(jax.tree.leaves(state)) and all(leaf.donated for leaf in donated)
+    assert not any(leaf.donated for leaf in sum(kept, []))
+    base, lora = random_trees(kind)
+    assert (frozen is None) == (lora is None)
+    for tree in (state.trained, *(optax.tree_utils.tree_get(state.opt, moment) for moment in ("mu", "nu"))):
+        assert jax.tree.structure(tree) == jax.tree.structure(base if lora is None else lora)
+
+
+@pytest.mark.devices8
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_step_leaves_the_loaded_base_alone(kind, mesh):
+    base, _ = random_trees(kind)
+    loaded = jax.device_put(base, weight_shardings(base, mesh))
+    frozen, state = init_state(config(), MODELS[kind], loaded, mesh)
+    with jax.set_mesh(mesh):
+        after, _ = step_of(kind)(state, frozen, place(blocks_of(search_alone(), most=8), mesh))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trained))
+    jax.tree.map(np.testing.assert_array_equal, loaded, base)
+    if kind == "full":  # so that the comparison says something
+        assert all(np.any(now != was) for now, was in zip(*map(jax.tree.leaves, (after.trained, base)), strict=True))
+
+
+@pytest.mark.devices8
+def test_other_lengths_and_counts_in_the_same_shapes_compile_nothing(mesh):
+    compiled = []
+    listen = lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
+    frozen, state = start("lora", mesh)
+    step = step_of("lora")
+    with jax.set_mesh(mesh):
+        state, _ = step(state, frozen, place(blocks_of(search_alone(), most=8), mesh))
+        jax.block_until_ready(state)
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            for seed, groups in enumerate((8, 3, 1, 0)):
+                found, weight = search_alone(seed + 1)[Role.SEARCH]
+                fewer = take_groups(found, np.arange(groups)), weight[:groups]
+                state, _ = step(state, frozen, place(blocks_of({Role.SEARCH: fewer}, most=8), mesh))
+            jax.block_until_ready(state)
+            assert compiled == []
+            jax.jit(lambda x: x + len(compiled))(1.0)
+            assert compiled, "the listener hears nothing"
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+    assert int(state.step) == 5
+
+
+# ---- sampler against trainer
+
+
+def test_sampled_logprobs_give_ratio_one_and_shifted_ones_the_ratio_of_the_shift():
+    mesh, kind = one_device(), "lora"
+    frozen, state = start(kind, mesh)
+    sampler = StaticSampler(MODELS[kind], mesh, 0, (5, 6, 7), 0.7, (P,), {Role.SEARCH: 8})
+    requests = search_alone()[Role.SEARCH][0].requests
+    requests.id_Ux6[:, 2] = np.arange(8)
+    groups = sampler.sample(sampler.prepare(variables(MODELS[kind], frozen, state.trained)), requests)
+    length = groups.trace_len_UxC
+    assert length.min() < G
+
+    def mismatch(logprob_UxCxG):
+        replaced = dataclasses.replace(groups, logprob_UxCxG=logprob_UxCxG)
+        blocks = make_blocks(Role.SEARCH, replaced, np.ones(length.shape, np.float32), [(P, G)], 8, 8)
+        return {name.removeprefix("mismatch/"): value for name, value in run(kind, blocks)[1].items()}
+
+    found = mismatch(groups.logprob_UxCxG)
+    assert 0 < found["max_abs_log_ratio"] <= 1e-4  # DESIGN 5.7; 0 would mean that nothing was compared
+    assert found["ratio"] == pytest.approx(1, abs=1e-5) and found["kl"] == pytest.approx(0, abs=1e-6)
+
+    shift = np.random.default_rng(3).normal(0, 0.5, groups.logprob_UxCxG.shape).astype(np.float32)
+    found = mismatch(groups.logprob_UxCxG - shift)
+    d = shift[np.arange(G) < length[..., None]].astype(np.float64)
+    expected = {
+        "max_abs_log_ratio": np.abs(d).max(),
+        "kl": (np.exp(d) - 1 - d).mean(),
+        "ratio": np.exp(d).mean(),
+        "ratio_squared": np.exp(2 * d).mean(),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)  # as the log-ratio above
