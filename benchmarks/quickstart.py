@@ -24,6 +24,7 @@ SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of the runs")
 
 MEASURES = ("aggregated", "majority", "single", "pass_at_n")
 ARMS = ("marginal_mean", "aggregator_only")
+CONTROL_STEPS = 44  # at most: a tenth more than the default run, since a step's tokens differ; the budget ends the run
 
 
 def main(argv: list[str]) -> None:
@@ -47,8 +48,8 @@ def run(workdir: pathlib.Path, seed: str, arm: str, max_tokens: int) -> dict:
         sys.executable, "-m", "spiral_jax.train", "--config=configs/tiny.py", f"--workdir={workdir}",
         f"--config.seed={seed}", f"--config.loss.estimator={arm}",
     ]  # fmt: skip
-    if max_tokens:  # as many steps as the budget pays for
-        command += [f"--config.train.max_sampled_tokens={max_tokens}", "--config.train.steps=10000"]
+    if max_tokens:  # the schedule's length is about what the budget pays for
+        command += [f"--config.train.max_sampled_tokens={max_tokens}", f"--config.train.steps={CONTROL_STEPS}"]
     start = time.monotonic()
     subprocess.run(command, check=True)
     seconds = time.monotonic() - start

@@ -33,7 +33,7 @@ def defaults() -> ConfigDict:
     c.model.lora_rank = 32  # adapters on all seven projections; 0 = full fine-tuning (paper)
     c.model.lora_alpha = 32.0  # adapter output is scaled by alpha / rank (ours; unpublished)
     c.model.remat = True  # recompute each layer in the backward pass instead of keeping its activations (ours)
-    c.model.attention_query_block = 512  # queries a block: scores in memory are [.., block, keys] (ours)
+    c.model.attention_query_block = 256  # queries a block: scores in memory are [.., block, keys] (ours)
 
     c.mesh = ConfigDict()  # devices along each axis; one of them may be -1 = all the rest (ours)
     c.mesh.data = -1  # groups

@@ -130,8 +130,8 @@ def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[T
             trained = optax.apply_updates(state.trained, updates)
         for role in gradients:
             metrics[f"loss/{role.label}"] = Mean(losses[role], jnp.ones(()))
-            metrics[f"grad_norm/{role.label}"] = Mean(optax.global_norm(gradients[role]), jnp.ones(()))
-        metrics["grad_norm"] = Mean(optax.global_norm(total), jnp.ones(()))
+            metrics[f"grad_norm/{role.label}"] = Mean(optax.tree.norm(gradients[role]), jnp.ones(()))
+        metrics["grad_norm"] = Mean(optax.tree.norm(total), jnp.ones(()))
         return TrainState(step=state.step + 1, trained=trained, opt=opt), metrics
 
     return jax.jit(train_step, donate_argnums=0)

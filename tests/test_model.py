@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +31,11 @@ LORA = ModelConfig(ARCH, lora_rank=4, lora_alpha=6.0)
 
 
 # Programs that are compiled for one run: machine code without LLVM's optimisations takes half the time.
-quickly_compiled = functools.partial(
-    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
-)  # fmt: skip
+UNOPTIMISED = {"xla_backend_optimization_level": 0}
+quickly_compiled = functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMISED)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ids:
+class Ids(typing.NamedTuple):
     """Random groups whose padding is arbitrary ids, not zeros."""
 
     prompt: np.ndarray
@@ -44,16 +43,15 @@ class Ids:
     trace: np.ndarray
 
 
-def random_ids(seed=0):
-    rng = np.random.default_rng(seed)
+def random_ids():
+    rng = np.random.default_rng(0)
     return Ids(rng.integers(0, 97, (U, P), np.int32), PROMPT_LEN, rng.integers(0, 97, (U, C, G), np.int32))
 
 
 def on_mesh(program, mesh, config, variables, ids, *rest):
     """Runs a jitted `program(config, variables, prompt, prompt_len, trace)` with groups along the mesh."""
-    place = functools.partial(jax.device_put, device=meshes.group_sharding(mesh))
     with jax.set_mesh(mesh):
-        return program(config, variables, place(ids.prompt), place(ids.prompt_len), place(ids.trace), *rest)
+        return program(config, variables, *jax.device_put(tuple(ids), meshes.group_sharding(mesh)), *rest)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,23 +106,19 @@ def random_variables(config, mesh):
 
 
 def relative_l2(tree, expected):
-    difference, norm = (
-        math.sqrt(sum(float(np.sum(np.square(np.asarray(a, np.float64)))) for a in jax.tree.leaves(t)))
-        for t in (jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, tree, expected), expected)
-    )
-    return difference / norm
+    flat = lambda t: np.concatenate([np.ravel(a) for a in jax.tree.leaves(t)], dtype=np.float64)  # noqa: E731
+    return np.linalg.norm(flat(tree) - flat(expected)) / np.linalg.norm(flat(expected))
 
 
 # Parity with transformers
 
 
 @functools.cache
-def their_logits(model, ids_key):
+def their_logits(model):
     """(u, c) -> logits [prompt_len + G, V] of the concatenated row, run alone and without padding."""
     import torch
 
-    ids = random_ids(ids_key)
-    logits = {}
+    ids, logits = random_ids(), {}
     for u, c in np.ndindex(U, C):
         row = np.concatenate([ids.prompt[u, : ids.prompt_len[u]], ids.trace[u, c]])
         with torch.no_grad():
@@ -136,7 +130,7 @@ def gap_to_transformers(model, mesh, config, params):
     """Largest difference of logits, over prompt and trace positions."""
     ids = random_ids()
     logits = np.asarray(on_mesh(forward, mesh, config, {"params": params}, ids)[1])
-    return max(np.abs(theirs - rows_of(logits, ids, *at)).max() for at, theirs in their_logits(model, 0).items())
+    return max(np.abs(theirs - rows_of(logits, ids, *at)).max() for at, theirs in their_logits(model).items())
 
 
 def logprob_gap_to_transformers(model, mesh, config, params):
@@ -144,7 +138,7 @@ def logprob_gap_to_transformers(model, mesh, config, params):
     ids = random_ids()
     found = np.asarray(on_mesh(logprobs, mesh, config, {"params": params}, ids))
     gaps = []
-    for (u, c), theirs in their_logits(model, 0).items():
+    for (u, c), theirs in their_logits(model).items():
         log_softmax = theirs - np.log(np.exp(theirs.astype(np.float64)).sum(-1, keepdims=True))
         expected = log_softmax[ids.prompt_len[u] - 1 + np.arange(G), ids.trace[u, c]]
         gaps.append(np.abs(expected - found[u, c]).max())
@@ -210,9 +204,9 @@ def test_parity_would_fail_with_one_field_changed(qwen3_checkpoint, mesh, mutati
 # Padding
 
 
-def grown(ids, seed=9, **by):
+def grown(ids, **by):
     """`ids` with more of some axes, filled with arbitrary ids, and other ids where there was padding."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(9)
     more = {"U": 0, "C": 0, "P": 0, "G": 0} | by
     u, p = ids.prompt.shape
     prompt = rng.integers(0, 97, (u + more["U"], p + more["P"]), np.int32)
@@ -323,8 +317,7 @@ def test_rematerialisation_changes_neither_loss_nor_gradient(mesh):
     weight = np.random.default_rng(1).normal(size=(U, C, G)).astype(np.float32)
     assert LORA.remat
     kept = on_mesh(loss_and_gradient, mesh, dataclasses.replace(LORA, remat=False), variables, ids, weight)
-    again = on_mesh(loss_and_gradient, mesh, LORA, variables, ids, weight)
-    assert relative_l2(again, kept) <= 2e-6
+    assert relative_l2(on_mesh(loss_and_gradient, mesh, LORA, variables, ids, weight), kept) <= 2e-6
 
 
 def of_traces(hidden_UxTxD):
@@ -365,10 +358,8 @@ def teacher_forced(config, variables, prompt, prompt_len, trace, late_U):
         step_U = jnp.clip(now - late_U, 0, G - 1)  # waiting and ended groups repeat a step
         x = params["embed"][trace[np.arange(U), :, step_U]].astype(config.compute_dtype)
         for layer, (kv, own_kv) in enumerate(zip(zip(*prompt_kv, strict=True), caches, strict=True)):
-            variables_of_layer = layer_of(variables, layer)
-            x, caches[layer] = Block(config).apply(
-                variables_of_layer, x, step_U, prompt_len, kv, own_kv, method="decode"
-            )  # fmt: skip
+            own = layer_of(variables, layer)
+            x, caches[layer] = Block(config).apply(own, x, step_U, prompt_len, kv, own_kv, method="decode")
         return caches, hidden.at[np.arange(U), :, step_U].set(rms_norm(x, params["final_norm"], arch.norm_eps))
 
     unwritten = jnp.full((U, C, G, arch.J, arch.E), 1e4, config.compute_dtype)  # what an earlier group left there
@@ -383,9 +374,8 @@ def test_scan_over_stacked_layers_is_a_loop_over_layers(mesh):
     prefilled, kv_L = on_mesh(prefill, mesh, LORA, variables, ids)
     np.testing.assert_allclose(prefilled, hidden[:, :P], rtol=0, atol=SAME)
     for part in (0, 1):
-        expected = np.stack([kv[part] for kv in prompt_kv])
         assert kv_L[part].shape == (3, U, P, ARCH.J, ARCH.E)
-        np.testing.assert_allclose(kv_L[part], expected, rtol=0, atol=SAME)
+        np.testing.assert_allclose(kv_L[part], np.stack([kv[part] for kv in prompt_kv]), rtol=0, atol=SAME)
 
 
 @pytest.mark.parametrize("late", [(0, 0, 0, 0), (0, 2, 1, 3)])

@@ -12,9 +12,11 @@ from small_steps import (
     G,
     P,
     blocks_of,
+    both_roles,
     config,
     one_device,
     place,
+    random_groups,
     random_trees,
     run,
     search_alone,
@@ -23,7 +25,7 @@ from small_steps import (
 )
 
 from spiral_jax.batching import make_blocks
-from spiral_jax.groups import Role, take_groups
+from spiral_jax.groups import Role
 from spiral_jax.mesh import path_name, weight_shardings
 from spiral_jax.sampling.static import StaticSampler
 from spiral_jax.train_step import init_state, make_optimizer, make_train_step, variables
@@ -111,7 +113,7 @@ def test_a_step_leaves_the_loaded_base_alone(kind, mesh):
     loaded = jax.device_put(base, weight_shardings(base, mesh))
     frozen, state = init_state(config(), MODELS[kind], loaded, mesh)
     with jax.set_mesh(mesh):
-        after, _ = step_of(kind)(state, frozen, place(blocks_of(search_alone(), most=8), mesh))
+        after, _ = step_of(kind)(state, frozen, place(blocks_of(both_roles()), mesh))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trained))
     jax.tree.map(np.testing.assert_array_equal, loaded, base)
     if kind == "full":  # so that the comparison says something
@@ -125,14 +127,13 @@ def test_other_lengths_and_counts_in_the_same_shapes_compile_nothing(mesh):
     frozen, state = start("lora", mesh)
     step = step_of("lora")
     with jax.set_mesh(mesh):
-        state, _ = step(state, frozen, place(blocks_of(search_alone(), most=8), mesh))
+        state, _ = step(state, frozen, place(blocks_of(both_roles()), mesh))
         jax.block_until_ready(state)
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
-            for seed, groups in enumerate((8, 3, 1, 0)):
-                found, weight = search_alone(seed + 1)[Role.SEARCH]
-                fewer = take_groups(found, np.arange(groups)), weight[:groups]
-                state, _ = step(state, frozen, place(blocks_of({Role.SEARCH: fewer}, most=8), mesh))
+            for seed, groups in enumerate((8, 11, 1, 0), start=1):
+                material = {role: random_groups(seed, role, groups) for role in Role}
+                state, _ = step(state, frozen, place(blocks_of(material), mesh))
             jax.block_until_ready(state)
             assert compiled == []
             jax.jit(lambda x: x + len(compiled))(1.0)

@@ -159,7 +159,7 @@ def test_padding_of_any_content_changes_no_bit():
         block.trace_AxUxCxG[past_trace] = rng.integers(0, ARCH.V, past_trace.sum())
         block.logprob_AxUxCxG[past_trace] = np.nan
         assert block.count == 2
-        block.weight_AxUxC[2:] = 7.0  # micro-batches beyond `count`
+        block.trace_len_AxUxC[2:], block.weight_AxUxC[2:] = G, 7.0  # micro-batches beyond `count`
     (gradient, metrics, state), (expected, same_metrics, same_state) = run("full", clean), run("full", dirty)
     jax.tree.map(np.testing.assert_array_equal, gradient, expected)
     jax.tree.map(np.testing.assert_array_equal, state.trained, same_state.trained)

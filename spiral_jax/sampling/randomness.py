@@ -54,16 +54,20 @@ def inverse_cdf(logits: jax.Array, uniform: jax.Array, temperature: float) -> tu
         mass = mass.reshape(*x.shape[:-1], -1, block)
         coarse = jnp.cumsum(mass.sum(-1), axis=-1)
         target = (uniform * coarse[..., -1])[..., None]
-        at_block = _first_above(coarse, target)
+        at_block = _first_above(coarse, mass.sum(-1), target)
         before = jnp.where(at_block > 0, jnp.take_along_axis(coarse, jnp.maximum(at_block - 1, 0), axis=-1), 0.0)
         inside = jnp.take_along_axis(mass, at_block[..., None], axis=-2)[..., 0, :]
-        token = (at_block * block + _first_above(before + jnp.cumsum(inside, axis=-1), target))[..., 0]
+        token = (at_block * block + _first_above(before + jnp.cumsum(inside, axis=-1), inside, target))[..., 0]
         logprob = jnp.take_along_axis(x - top, token[..., None], axis=-1)[..., 0] - jnp.log(coarse[..., -1])
         return token.astype(jnp.int32), logprob
 
 
-def _first_above(cumulative: jax.Array, target: jax.Array) -> jax.Array:
-    """Index [..., 1] of the first entry above target; rounding may leave none, then of the last entry with mass."""
-    index = jnp.sum(cumulative <= target, axis=-1, keepdims=True)
-    last_with_mass = jnp.sum(cumulative < cumulative[..., -1:], axis=-1, keepdims=True)
-    return jnp.minimum(index, last_with_mass)
+def _first_above(cumulative: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
+    """Index [..., 1] of the first entry with mass above target; rounding may leave none, then of the last with mass.
+
+    A parallel cumulative sum adds in another order at each entry, so it may step, even up, where the mass is zero.
+    """
+    has_mass = mass > 0
+    above = has_mass & (cumulative > target)
+    last_with_mass = mass.shape[-1] - 1 - jnp.argmax(has_mass[..., ::-1], axis=-1, keepdims=True)
+    return jnp.where(above.any(-1, keepdims=True), jnp.argmax(above, axis=-1, keepdims=True), last_with_mass)
