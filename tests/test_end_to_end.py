@@ -32,8 +32,16 @@ def command(workdir, *more):
     return [sys.executable, "-m", "spiral_jax.train", *SMALL, f"--workdir={workdir}", *more]
 
 
-def run(workdir, *more, **kwargs):
-    return subprocess.run(command(workdir, *more), cwd=ROOT, capture_output=True, text=True, timeout=900, **kwargs)
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The processes share what they compile, as they would with a cache directory of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
+def run(workdir, *more):
+    return subprocess.run(command(workdir, *more), cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 def metrics_of(workdir):
