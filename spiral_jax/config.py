@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from typing import Any
 
+from absl import app
 from ml_collections import ConfigDict
 
 ESTIMATORS = ("marginal_mean", "with_without", "aggregator_only", "grpo")
@@ -132,6 +134,16 @@ def defaults() -> ConfigDict:
     c.trace_log.fraction = 1.0  # share of a step's problems that are written (ours)
     c.trace_log.keep_steps = 50  # newest files that are kept (ours)
     return c.lock()
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """`flags_parser` of `app.run`: an unknown field in `--config.a.b=c` ends the program with the nearest name."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # what ml_collections raises on its way to the field
+        cause = error.args[0]
+        message = cause.args[0] if isinstance(cause, Exception) else cause
+        sys.exit(f"error: --config has no such field: {' '.join(str(message).split())}")
 
 
 def uses_aggregation(c: ConfigDict) -> bool:

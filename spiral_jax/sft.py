@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from transformers import PreTrainedTokenizerBase
 
 from spiral_jax import prompts
+from spiral_jax.config import parse_flags
 from spiral_jax.groups import Stop, pad_rows
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
@@ -148,4 +149,4 @@ def _architecture(m: ConfigDict, vocab: int) -> Architecture:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

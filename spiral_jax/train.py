@@ -54,8 +54,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: logs, trac
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "check config, data, tokenizer and shapes; write nothing")
 
 
+class Mismatch(RuntimeError):
+    """Sampler and trainer give different log-probs for the same policy."""
+
+
 # What a user can mend: these end the program with their message alone, without a stack trace.
-USER_ERRORS = (ConfigError, WeightsError, TaskError, WorkdirError, CheckpointError, NoSignal, VerifierFailure)
+USER_ERRORS = (ConfigError, WeightsError, TaskError, WorkdirError, CheckpointError, NoSignal, VerifierFailure, Mismatch)
 
 
 def main(argv: list[str]) -> None:
@@ -76,8 +80,8 @@ def main(argv: list[str]) -> None:
 
 
 @dataclasses.dataclass
-class Cursor:
-    """What a run is, beside its weights: it is saved with them, and a resumed run goes on from it."""
+class Position:
+    """Where a run stands, beside its weights: it is saved with them, and a resumed run goes on from it."""
 
     step: int = 0
     cursor: int = 0
@@ -90,10 +94,10 @@ def train(setup: Setup, workdir: str) -> None:
     path = open_workdir(workdir, config.to_plain(c), config.digest(c))
     frozen, state = init_state(c, setup.model, setup.load_base(), mesh)
     checkpoints = Checkpoints(path / "checkpoints", c.checkpoint.keep)
-    at = Cursor()
+    at = Position()
     if checkpoints.latest() is not None:
         state, record = checkpoints.restore(abstract_state(c, setup.model, mesh))
-        at = Cursor(**record["at"])
+        at = Position(**record["at"])
         _check_data(record["data"], setup)
     metrics_log, traces, evaluations = _open_logs(path, c, at.step)
     train_step = make_train_step(c, setup.model)
@@ -122,7 +126,7 @@ def train(setup: Setup, workdir: str) -> None:
             seconds = time.monotonic() - start
             metrics |= progress.take_times() | {"time/step": seconds, "tokens_per_s": batch.sampled_tokens / seconds}
             metrics_log.append({"step": at.step} | metrics)
-            at = Cursor(at.step + 1, batch.next_cursor, at.sampled_tokens + batch.sampled_tokens)
+            at = Position(at.step + 1, batch.next_cursor, at.sampled_tokens + batch.sampled_tokens)
             reward = metrics.get("reward/aggregated", metrics["reward/search"])
             progress.step_done(at.step, reward, batch.sampled_tokens, seconds)
             if _finished(c, at) or (c.checkpoint.every and at.step % c.checkpoint.every == 0):
@@ -133,14 +137,14 @@ def train(setup: Setup, workdir: str) -> None:
     _report(path, at, evaluations)
 
 
-def _finished(c: ConfigDict, at: Cursor) -> bool:
+def _finished(c: ConfigDict, at: Position) -> bool:
     spent = c.train.max_sampled_tokens and at.sampled_tokens >= c.train.max_sampled_tokens
     return at.step >= c.train.steps or bool(spent)
 
 
 def _check_data(fingerprint: str, setup: Setup) -> None:
     if fingerprint != setup.task.fingerprint:
-        raise ValueError(
+        raise WorkdirError(
             f"the task's data have changed since the checkpoint ({fingerprint[:12]} -> {setup.task.fingerprint[:12]}): "
             "restore the files, or start in another --workdir."
         )
@@ -191,13 +195,13 @@ def _check_mismatch(c: ConfigDict, step: int, metrics: dict[str, float | None]) 
     """At the first step both sides run the same policy: a difference beyond rounding is a bug, so the run stops."""
     limit, worst = c.train.mismatch_limit, metrics["mismatch/max_abs_log_ratio"]
     if limit and step == 0 and worst > limit:
-        raise RuntimeError(
+        raise Mismatch(
             f"sampler and trainer disagree at the first step: |log ratio| up to {worst:.2e} a token, "
             f"config.train.mismatch_limit = {limit:g}. Check model.compute_dtype (bfloat16 needs a wider limit)."
         )
 
 
-def _report(path: pathlib.Path, at: Cursor, evaluations: StepLog) -> None:
+def _report(path: pathlib.Path, at: Position, evaluations: StepLog) -> None:
     """Draws the curves, writes and prints the table."""
     done = evaluations.read()
     report.draw_curves(path / "metrics.jsonl", done, path / "curves.png")
@@ -210,4 +214,4 @@ def _report(path: pathlib.Path, at: Cursor, evaluations: StepLog) -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=config.parse_flags)
