@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax import prompts
-from spiral_jax.config import uses_aggregation
+from spiral_jax.config import ConfigError, uses_aggregation
 from spiral_jax.groups import Role, Stop
 from spiral_jax.metrics import Mean
 from spiral_jax.objective import advantages
-from spiral_jax.rollout import Actor, Rollouts, concat_rollouts, roll_out
+from spiral_jax.rollout import Actor, Rollouts, concat_rollouts, fits, roll_out
 from spiral_jax.tasks.problem import Problem
 
 
@@ -81,18 +80,17 @@ def collect_batch(actor: Actor, weights: Any, step: int, cursor: int) -> Batch:
 
 def next_problems(actor: Actor, cursor: int, count: int) -> tuple[list[Problem], np.ndarray, int, int]:
     """The next `count` problems whose search prompt fits; (problems, their cursors, cursor behind them, left out)."""
-    limit = actor.c.prompt.max_problem_tokens
     problems, cursors, start = [], [], cursor
     while len(problems) < count:
         problem = actor.task.train(cursor)
-        if len(prompts.search_prompt(actor.scaffold, problem.text)) <= limit:
+        if fits(actor, problem):
             problems.append(problem)
             cursors.append(cursor)
         cursor += 1
         if not problems and cursor - start >= 10_000:
-            raise ValueError(
+            raise ConfigError(
                 f"none of 10,000 problems from cursor {start} has a search prompt of at most "
-                f"config.prompt.max_problem_tokens = {limit} tokens: raise it."
+                f"config.prompt.max_problem_tokens = {actor.c.prompt.max_problem_tokens} tokens: raise it."
             )
     return problems, np.array(cursors), cursor, cursor - start - count
 

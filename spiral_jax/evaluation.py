@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.config import uses_aggregation
+from spiral_jax.config import ConfigError, uses_aggregation
 from spiral_jax.estimators import majority_correct, mean_and_interval
 from spiral_jax.groups import Groups, Purpose, Stop
 from spiral_jax.objective import subsets
-from spiral_jax.rollout import Actor, aggregate, search, verify
+from spiral_jax.rollout import Actor, aggregate, fits, search, verify
 from spiral_jax.verifier.rewards import Verdict
 from spiral_jax.verifier.verifier import CORRECT_CLASS, answer_class, count_verdicts
 
@@ -25,14 +25,22 @@ def evaluate(actor: Actor, weights: Any, step: int) -> dict[str, Any]:
     Measures with mean, 95 % interval over problems, standard error and count: `single` (mean own correctness of the N
     traces), `pass_at_n` (some trace is right), and with an aggregation stage `majority` (tie-aware vote of each
     aggregated subset's S candidates) and `aggregated` (mean over the `eval.subsets` disjoint subsets and their
-    `eval.traces` traces). Shares: parse rate, cut-off share and mean length of each role.
+    `eval.traces` traces). Shares: parse rate, cut-off share and mean length of each role. Problems whose prompt is too
+    long are left out and counted (`too_long`).
     """
     c, size = actor.c, actor.c.search.traces
-    problems = [actor.task.held_out(index) for index in range(c.eval.problems)]
-    index_B = np.arange(len(problems))
+    asked = {index: actor.task.held_out(index) for index in range(c.eval.problems)}
+    asked = {index: problem for index, problem in asked.items() if fits(actor, problem)}
+    if not asked:
+        raise ConfigError(
+            f"none of the {c.eval.problems} held-out problems has a search prompt of at most "
+            f"config.prompt.max_problem_tokens = {c.prompt.max_problem_tokens} tokens: raise it."
+        )
+    problems, index_B = list(asked.values()), np.array(list(asked))
     found = search(actor, weights, problems, index_B, Purpose.EVALUATION, step)
     found, texts, verdicts = verify(actor, problems, found)
-    result = {"step": step, "problems": len(problems), "traces": size, "sampled_tokens": found.sampled_tokens}
+    result = {"step": step, "problems": len(problems), "too_long": c.eval.problems - len(problems), "traces": size}
+    result["sampled_tokens"] = found.sampled_tokens
     measures = {"single": _mean_reward(found.reward_UxC), "pass_at_n": _any_right(found.reward_UxC)}
     result |= _shares("search", found, verdicts)
     if uses_aggregation(c):

@@ -101,6 +101,11 @@ def concat_rollouts(parts: list[Rollouts]) -> Rollouts:
     )
 
 
+def fits(actor: Actor, problem: Problem) -> bool:
+    """Whether its search prompt is within `config.prompt.max_problem_tokens`; others are left out and counted."""
+    return len(prompts.search_prompt(actor.scaffold, problem.text)) <= actor.c.prompt.max_problem_tokens
+
+
 def search(
     actor: Actor, weights: Any, problems: list[Problem], cursor_B: np.ndarray, purpose: Purpose, step: int
 ) -> Groups:

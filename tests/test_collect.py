@@ -1,66 +1,17 @@
-"""Dynamic sampling and the stages of a rollout, with a sampler that needs no model: it writes what it is told to."""
+"""Dynamic sampling and the stages of a rollout, with a sampler that needs no model."""
 
 import dataclasses
 
 import numpy as np
 import pytest
+from scripted_sampler import TOKENIZER, make_actor, number_task
 
-from configs import tiny
 from spiral_jax import prompts
 from spiral_jax.collect import NoSignal, collect_batch
-from spiral_jax.groups import GroupRequests, Groups, Purpose, Role, Stop
-from spiral_jax.model import hf
+from spiral_jax.config import ConfigError
+from spiral_jax.groups import Purpose, Role, Stop
 from spiral_jax.objective import advantages, subsets
-from spiral_jax.progress import Progress
-from spiral_jax.rollout import Actor, aggregate, search, verify
-from spiral_jax.tasks.problem import Problem, Task
-from spiral_jax.verifier.verifier import Verifier
-
-TOKENIZER = prompts.load_tokenizer(hf.resolve_path("bundled:tiny"))
-
-
-@dataclasses.dataclass
-class ScriptedSampler:
-    """A `Sampler` whose traces are texts: `script(role, cursor, set, trace)`; "..." at the end means cut off."""
-
-    script: object
-    calls: list = dataclasses.field(default_factory=list)
-
-    def prepare(self, variables):
-        return variables
-
-    def sample(self, weights, requests: GroupRequests) -> Groups:
-        self.calls.append(requests)
-        U, C, G = len(requests), requests.traces, requests.max_tokens
-        trace, length = np.zeros((U, C, G), np.int32), np.zeros((U, C), np.int32)
-        stop = np.zeros((U, C), np.int32)
-        for u in range(U):
-            _, _, cursor, _, role, k = requests.id_Ux6[u]
-            for i in range(C):
-                text = self.script(Role(role), int(cursor), int(k), i)
-                ids = TOKENIZER.encode(text, add_special_tokens=False)
-                ids = ids if text.endswith("...") else [*ids, TOKENIZER.eos_token_id]
-                stop[u, i] = Stop.LENGTH if text.endswith("...") else Stop.STOP
-                trace[u, i, : len(ids)], length[u, i] = ids, len(ids)
-        return Groups(requests, trace, length, np.zeros((U, C, G), np.float32), stop)
-
-
-def number_task() -> Task:
-    """Problem "left=CURSOR": the answer is always 7."""
-    problem = lambda cursor: Problem(id=f"p{cursor}", text=f"left={cursor}", answer="7")  # noqa: E731
-    return Task(train=problem, held_out=problem, held_out_size=100, fingerprint="numbers")
-
-
-def make_actor(script, task=None, **overrides) -> Actor:
-    c = tiny.get_config()
-    c.batch.problems, c.batch.search_groups, c.batch.aggregation_groups, c.sampling.wave = 4, 4, 16, 6
-    c.search.max_tokens = 32
-    for field, value in overrides.items():
-        room, name = field.split("__")
-        c[room][name] = value
-    scaffold = prompts.make_scaffold(TOKENIZER, c.prompt, (TOKENIZER.eos_token_id,))
-    verifier = Verifier("math", workers=1, timeout_s=5.0)
-    return Actor(c, task or number_task(), scaffold, ScriptedSampler(script), verifier, Progress(1, 0))
+from spiral_jax.rollout import aggregate, search, verify
 
 
 def answers(right_share):
@@ -138,7 +89,7 @@ def test_problems_that_are_too_long_are_left_out_and_counted():
 def test_a_task_of_nothing_but_too_long_problems_is_an_error_that_names_the_field():
     task = number_task()
     longer = dataclasses.replace(task, train=lambda i: dataclasses.replace(task.train(i), text="left=" + "1+" * 40))
-    with pytest.raises(ValueError, match="prompt.max_problem_tokens = 16"):
+    with pytest.raises(ConfigError, match="prompt.max_problem_tokens = 16"):
         collect_batch(make_actor(answers(lambda *_: True), longer), None, step=0, cursor=0)
 
 

@@ -1,12 +1,13 @@
 """The static sampler: what it records is what it sampled from, and a trace depends on its request alone."""
 
 import functools
+import math
+import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from scipy import stats
 
 from spiral_jax import mesh as meshes
@@ -36,6 +37,10 @@ def random_variables(config, mesh):
 
     tree = jax.tree_util.tree_map_with_path(make, jax.eval_shape(lambda: init_variables(config, jax.random.key(0))))
     return jax.device_put(tree, meshes.weight_shardings(tree, mesh))
+
+
+def one_device():
+    return jax.make_mesh((1, 1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
 
 def make_sampler(mesh, stop_ids, buckets=(8, 16), size=4, config=MODEL, **other):
@@ -214,9 +219,8 @@ def test_another_number_of_groups_a_call_gives_the_same_tokens(mesh, stop_ids, w
 def test_another_device_mesh_gives_the_same_tokens(mesh, stop_ids, sampled):
     if mesh.size == 1:
         pytest.skip("needs more than one device")
-    one = jax.make_mesh((1, 1, 1), meshes.AXES, axis_types=mesh.axis_types, devices=jax.devices()[:1])
-    sampler = make_sampler(one, stop_ids, buckets=(16,))
-    found = sampler.sample(sampler.prepare(random_variables(MODEL, one)), mixed_requests())
+    sampler = make_sampler(one_device(), stop_ids, buckets=(16,))
+    found = sampler.sample(sampler.prepare(random_variables(MODEL, sampler.mesh)), mixed_requests())
     assert_same_up_to_rounding(found, sampled)
 
 
@@ -231,7 +235,6 @@ def test_another_step_cursor_or_trace_gives_other_tokens(sampler, weights, sampl
 
 def test_dead_groups_do_not_keep_the_loop_alive(monkeypatch):
     config = ModelConfig(Architecture(V=4, D=8, F=8, L=1, H=1, J=1, E=8, norm_eps=1e-6, rope_theta=10.0, tied=False))
-    mesh = jax.make_mesh((1, 1, 1), meshes.AXES, devices=jax.devices()[:1])
     draws = []
 
     def counted(*args):
@@ -241,20 +244,17 @@ def test_dead_groups_do_not_keep_the_loop_alive(monkeypatch):
     draw = static.inverse_cdf
     monkeypatch.setattr(static, "inverse_cdf", counted)
     # This seed is no other test's, so nobody finds the counting program in the cache.
-    sampler = make_sampler(mesh, (3,), buckets=(4,), config=config, seed=4321)
-    weights = sampler.prepare(random_variables(config, mesh))
-    dead = requests_of([[0]] * 4, max_tokens=64)
-    dead.id_Ux6[:] = 0
-    for cursor in range(1, 20):
-        live = requests_of([[2, 1]], cursor=cursor, max_tokens=64)
+    sampler = make_sampler(one_device(), (3,), buckets=(4,), config=config, seed=4321)
+    weights = sampler.prepare(random_variables(config, sampler.mesh))
+    lengths = []
+    for cursor in range(1, 11):
         draws.clear()
-        length = sampler.sample(weights, live).trace_len_UxC.max()
+        lengths.append(sampler.sample(weights, requests_of([[2, 1]], cursor, max_tokens=64)).trace_len_UxC.max())
         jax.effects_barrier()
-        assert len(draws) == length
-    draws.clear()
-    longest = sampler.sample(weights, dead).trace_len_UxC.max()
-    jax.effects_barrier()
-    assert len(draws) == longest > length  # were they alive, they would have gone on for longer
+        assert len(draws) == lengths[-1]
+    dead = requests_of([[0]], max_tokens=64)  # the prompt and the ids that fill up a batch
+    longer = sampler.sample(weights, dead).trace_len_UxC.max()
+    assert min(lengths) < longer  # were they alive, some call would have gone on for longer
 
 
 # Bad input
@@ -294,7 +294,7 @@ def test_frequencies_of_whole_traces_are_their_exact_probabilities(mesh):
     weights, prompts = sampler.prepare(variables), [[0], [1, 3, 2], [2, 2], [3, 1, 0, 3]]
     sequence_Nx2, length_N = every_sequence(stop)
     count_UxN = np.zeros((4, len(length_N)))
-    for step in range(4):
+    for step in range(10):
         done = sampler.sample(weights, requests_of(prompts, step=step, traces=traces, max_tokens=2))
         same = (done.trace_UxCxG[:, :, None] == sequence_Nx2).all(-1) & (done.trace_len_UxC[..., None] == length_N)
         assert (same.sum(-1) == 1).all()
@@ -307,16 +307,81 @@ def test_frequencies_of_whole_traces_are_their_exact_probabilities(mesh):
     p_UxN = np.exp(np.where(np.arange(2) < length_N[:, None], logprob, 0).sum(-1))
     np.testing.assert_allclose(p_UxN.sum(1), 1, atol=1e-5)
     assert np.abs(p_UxN - p_UxN[0]).max() > 0.05  # the prompts matter
-    expected = 4 * traces * p_UxN
-    merged = [
-        (count_UxN[u][cells].sum(), expected[u][cells].sum()) for u in range(4) for cells in cells_of(expected[u])
-    ]
-    statistic = sum((n - e) ** 2 / e for n, e in merged)
-    assert statistic < stats.chi2.ppf(0.999, len(merged) - 4)
+    cells = []
+    for count_N, expected_N in zip(count_UxN, 10 * traces * p_UxN, strict=True):
+        assert expected_N.min() >= 5  # enough for chi-square
+        cells += [(count_N - expected_N) ** 2 / expected_N]
+    assert np.sum(cells) < stats.chi2.ppf(0.999, 4 * (len(length_N) - 1))
 
 
-def cells_of(expected_N):
-    """Cells of at least 5 expected counts: each sequence its own, the rare ones together."""
-    common = [[n] for n in np.flatnonzero(expected_N >= 5)]
-    rare = np.flatnonzero(expected_N < 5)
-    return [*common, rare] if expected_N[rare].sum() >= 5 else [*common[:-1], [*common[-1], *rare]]
+# The compiled program
+
+WIDE = ModelConfig(Architecture(**(vars(ARCH) | {"D": 128, "F": 512, "L": 4, "H": 4, "J": 2, "E": 32})))
+DECODE = {"U": 8, "C": 1, "P": 32, "G": 64}  # two groups a device: with one, XLA's CPU backend copies its caches
+MOVES = ("copy", "transpose", "convert", "concatenate", "dynamic-slice", "gather", "all-gather", "all-to-all")
+
+
+def shape_of(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def compiled_decode(mesh, change_layers=lambda variables, layers: layers):
+    """The program for shapes alone, and the bytes of one device's (base weights, one layer of them, caches)."""
+    U, C, P, G = DECODE.values()
+    tree = jax.eval_shape(lambda: init_variables(WIDE, jax.random.key(0)))
+    tree = jax.tree.map(shape_of, tree, meshes.weight_shardings(tree, mesh))
+    rows = [((U, P), np.int32), ((U,), np.int32), ((U, 6), np.int32), ((U,), bool)]
+    rows = [jax.ShapeDtypeStruct(*row, sharding=meshes.group_sharding(mesh)) for row in rows]
+    with jax.set_mesh(mesh):
+        prepare = static._unstack.lower(tree, WIDE.arch.L, mesh).compile()
+        weights = jax.eval_shape(lambda v: static._unstack(v, WIDE.arch.L, mesh), tree)
+        weights = jax.tree.map(shape_of, weights, prepare.output_shardings)
+        weights = weights.replace(layers=change_layers(tree, weights.layers))
+        return static._generate.lower(
+            weights, *rows, config=WIDE, C=C, G=G, seed=0, temperature=1.0, stop_ids=(1,)
+        ).compile()  # fmt: skip
+
+
+def moves_in_decode_loop(program):
+    """Elements of every array that the body of the decode loop, and all it calls, copies or gathers."""
+    text = program.as_text()
+    found = re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S)
+    computations = {match[1]: match[2] for match in found}
+
+    def reach(name, seen):
+        if name not in seen:
+            seen.add(name)
+            called = r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)"
+            for callee in re.findall(called, computations[name]):
+                reach(callee, seen)
+        return seen
+
+    bodies = [reach(name, set()) for name in re.findall(r" while\([^\n]*body=%?([\w.\-]+)", text)]
+    (loop,) = [names for names in bodies if any("Block.decode" in computations[name] for name in names)]
+    operation = rf"= \w+\[([\d,]*)\]\S* ({'|'.join(MOVES)})\("
+    moves = [match for name in loop for match in re.findall(operation, computations[name])]
+    return [math.prod(int(size) for size in shape.split(",") if size) for shape, _ in moves]
+
+
+def on_one_device(mesh):
+    """Elements of (the smallest kernel, one of the own caches, one of the prompt caches)."""
+    arch, (U, C, P, G), U_cut = WIDE.arch, DECODE.values(), meshes.group_count_multiple(mesh)
+    heads = arch.J * arch.E // mesh.shape["tensor"]
+    return arch.D * heads, U // U_cut * C * G * heads, U // U_cut * P * heads
+
+
+@pytest.fixture(scope="module")
+def program(mesh):
+    return compiled_decode(mesh)
+
+
+@pytest.mark.devices8
+def test_decode_loop_moves_no_weight(mesh, program):
+    kernel, own_cache, prompt_cache = on_one_device(mesh)
+    moved = [size for size in moves_in_decode_loop(program) if size not in (own_cache, prompt_cache)]
+    assert moved and max(moved) < kernel
+
+
+@pytest.mark.devices8
+def test_decode_loop_moves_no_cache(mesh, program):
+    assert max(moves_in_decode_loop(program)) < min(on_one_device(mesh))
