@@ -129,7 +129,14 @@ def take_groups(groups: Groups, index: np.ndarray) -> Groups:
 
 
 def concat_groups(parts: list[Groups]) -> Groups:
-    """The groups of all parts, one after the other; prompts are padded to the widest. C and G must agree."""
+    """The groups of all parts, one after the other; prompts are padded to the widest.
+
+    Raises:
+      ValueError: the parts differ in C, in G, or in which of rewards and advantages they have.
+    """
+    kinds = {(p.requests.traces, p.requests.max_tokens, p.reward_UxC is None, p.advantage_UxC is None) for p in parts}
+    if len(kinds) > 1:
+        raise ValueError(f"groups of several kinds (traces, max_tokens, no rewards, no advantages): {sorted(kinds)}")
     width = max(part.requests.prompt_UxP.shape[1] for part in parts)
     requests = dataclasses.replace(
         parts[0].requests,

@@ -145,3 +145,17 @@ def test_joining_groups_of_unequal_trace_shapes_is_an_error():
 def test_values_that_are_part_of_random_keys_and_logs_are_fixed():
     assert (Role.SEARCH, Role.AGGREGATION) == (0, 1) and Role.AGGREGATION.label == "aggregation"
     assert (Stop.STOP, Stop.LENGTH) == (0, 1)
+
+
+@pytest.mark.parametrize("change", ["reward", "limit"])
+def test_groups_of_several_kinds_are_not_joined_in_silence(change):
+    requests = GroupRequests(np.zeros((1, 2), np.int32), np.ones(1, np.int32), np.zeros((1, 6), np.int32), 2, 3)
+    arrays = np.zeros((1, 2, 3), np.int32), np.ones((1, 2), np.int32), np.zeros((1, 2, 3), np.float32)
+    plain = Groups(requests, *arrays, np.zeros((1, 2), np.int32))
+    assert len(concat_groups([plain, plain])) == 2
+    if change == "reward":
+        other = dataclasses.replace(plain, reward_UxC=np.zeros((1, 2), np.float32))
+    else:
+        other = dataclasses.replace(plain, requests=dataclasses.replace(requests, max_tokens=4))
+    with pytest.raises(ValueError, match="several kinds"):
+        concat_groups([plain, other])
