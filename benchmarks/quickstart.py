@@ -57,7 +57,7 @@ def run(workdir: pathlib.Path, seed: str, arm: str, max_tokens: int) -> dict:
         "arm": arm,
         "seed": int(seed),
         "steps": len(steps),
-        "sampled_tokens": round(sum(step["sampling/tokens"] for step in steps)),
+        "sampled_tokens": round(sum(step["sampling/generated_tokens"] for step in steps)),
         "seconds": round(sum(step["time/step"] for step in steps)),
         "first": evaluations[0],
         "last": evaluations[-1],

@@ -32,9 +32,9 @@ def get_config() -> ConfigDict:
     c.search.max_tokens = 8192  # tokens a trace (paper)
 
     c.sampling.temperature = 1.0  # (ours: SPIRAL's)
-    c.sampling.search_groups = 16  # U a call; cache at the limit: 14.6 GB a group, against 5.0 in SPIRAL (ours)
-    c.sampling.prompt_buckets = (256, 512, 1024)  # tokens; there are no aggregation prompts (ours)
-    c.sampling.wave = 256  # problems at once until the batch is full (ours)
+    # Slots (slots, C, P, G); there are no aggregation prompts. At the limit a group's cache is 14.6 GB, against 5.0 in
+    # SPIRAL (ours).
+    c.sampling.classes = ((16, 12, 1024, 2048), (16, 12, 1024, 8192), (16, 6, 1024, 8192))
     c.sampling.max_ratio = 4.0  # problems tried / batch.problems, at most (ours)
 
     c.batch.problems = 256  # B, with a non-zero advantage (ours: SPIRAL's)

@@ -39,10 +39,9 @@ def get_config() -> ConfigDict:
     c.aggregation.max_tokens = 4096  # tokens an aggregation trace (paper)
 
     c.sampling.temperature = 1.0  # (paper)
-    c.sampling.search_groups = 32  # U a call; cache at the limit: 5.0 GB a group (ours)
-    c.sampling.aggregation_groups = 32  # U a call; the same at the limit: 5.1 GB a group (ours)
-    c.sampling.prompt_buckets = (256, 512, 1024, 2048, 4096, 9216, 17920)  # tokens; last: 1,024 + 4 * 4,096 + words
-    c.sampling.wave = 256  # problems at once until the batch is full (ours)
+    # Slots (slots, C, P, G), 144 KiB of cache a token in bfloat16: 20, 76, 40 and 79 GB over all devices (ours). The
+    # last P: 1,024 + 4 * 4,096 + words. Lower the slots for devices of 16 GB.
+    c.sampling.classes = ((16, 8, 1024, 1024), (16, 8, 1024, 4096), (16, 4, 1024, 4096), (16, 4, 17920, 4096))
     c.sampling.max_ratio = 4.0  # problems tried / batch.problems, at most (ours)
 
     c.batch.problems = 256  # B, with a non-zero advantage (paper)

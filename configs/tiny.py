@@ -22,10 +22,12 @@ def get_config() -> ConfigDict:
     c.search.max_tokens = 26  # one half costs 16 tokens, the answer 8: there is no room for both halves
     c.aggregation.max_tokens = 12  # below the cost of one half: an aggregation trace can read, not compute
 
-    c.sampling.search_groups = 24
-    c.sampling.aggregation_groups = 96
-    c.sampling.prompt_buckets = (16, 124)
-    c.sampling.wave = 24
+    c.sampling.classes = ((32, 8, 16, 26), (128, 4, 124, 12))  # (slots, C, P, G): search, aggregation
+    c.sampling.chunk = 8
+    c.sampling.prefill_tokens = 4096
+    c.sampling.prefill_chunk = 64
+    c.sampling.keep_rate = 0.75  # at the start; it rises with training
+    c.sampling.shrink = True  # two CPU cores: rows cost
     c.batch.problems = 16
     c.batch.search_lengths = ((16, 26),)
     c.batch.search_groups = 16

@@ -1,4 +1,4 @@
-"""Dynamic sampling: waves of rollouts -> the first B problems in cursor order that carry a signal, with loss weights.
+"""Dynamic sampling: a stream of rollouts -> the first B problems in cursor order that carry a signal, with loss weights.
 
 A step's batch is a pure function of the policy, the step and the cursor, so a killed step is simply run again.
 """
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax.config import ConfigError, uses_aggregation
+from spiral_jax.config import uses_aggregation
 from spiral_jax.groups import Role, Stop
 from spiral_jax.metrics import Mean
 from spiral_jax.objective import advantages
-from spiral_jax.rollout import Actor, Rollouts, concat_rollouts, fits, roll_out
-from spiral_jax.tasks.problem import Problem
+from spiral_jax.rollout import Actor, Rollouts
+from spiral_jax.rollout_feed import RolloutFeed
+from spiral_jax.verifier.verifier import check_error_rate
 
 
 class NoSignal(RuntimeError):
@@ -32,7 +33,7 @@ class Batch:
       rollouts: the first B kept problems in cursor order, advantages filled in (after the length gate).
       search_weight_UxC, aggregation_weight_UxC: loss weights of their traces; the latter None without that stage.
       next_cursor: behind the last kept problem: where the next step starts.
-      sampled_tokens: of everything that was tried for this batch.
+      sampled_tokens: of everything that was drawn for this batch, abandoned traces too.
       metrics: (sum, count) metrics and counts for the log.
     """
 
@@ -45,54 +46,34 @@ class Batch:
 
 
 def collect_batch(actor: Actor, weights: Any, step: int, cursor: int) -> Batch:
-    """Dynamic sampling: tries problems in cursor order, in waves, until B of them have a non-zero advantage.
+    """Dynamic sampling: tries problems in cursor order until B of them have a non-zero advantage.
 
-    The batch is the first B kept ones in cursor order, never in completion order; what a wave keeps beyond them is
-    discarded, counted, and tried again by the next step. At most `sampling.max_ratio` * B problems are tried; then
-    B / 4 kept ones are enough.
+    The batch is the first B kept ones in cursor order, never in completion order; what is kept beyond them, and what
+    still runs when they are known, is discarded, counted, and tried again by the next step. At most
+    `sampling.max_ratio` * B problems are tried; then B / 4 kept ones are enough.
 
     Raises:
       NoSignal: fewer than that, with the histogram of rewards.
+      VerifierFailure: our own failures exceed `config.verifier.max_error_rate`.
     """
     c, B = actor.c, actor.c.batch.problems
-    limit = int(c.sampling.max_ratio * B)
-    parts, counts, kept, tried, too_long = [], Counter(), 0, 0, 0
-    at = cursor
-    while kept < B and tried < limit:
-        problems, cursors, at, skipped = next_problems(actor, at, min(c.sampling.wave, limit - tried))
-        part, counted = roll_out(actor, weights, problems, cursors, step)
-        parts.append(part)
-        counts += counted
-        tried, too_long = tried + len(problems), too_long + skipped
-        kept += int(_advantages(c, part).keep_B.sum())
-    rollouts = concat_rollouts(parts)
+    with RolloutFeed(actor, step, cursor, keep=lambda rollouts: bool(_advantages(c, rollouts).keep_B[0])) as feed:
+        with actor.progress.phase("sampling"):
+            of_sampler = actor.sampler.stream(weights, feed)
+        rollouts, counts, verdicts = feed.decided()
+    check_error_rate(verdicts, c.verifier.max_error_rate)
     found = _advantages(c, rollouts)
-    index = np.flatnonzero(found.keep_B)[:B]
+    kept = np.flatnonzero(found.keep_B)
+    index = kept[:B]
     if len(index) < max(1, B / 4):
         raise NoSignal(_no_signal_message(c, rollouts, len(index), int(found.starved_B.sum())))
-    next_cursor = int(rollouts.cursor_B[index[-1]]) + 1 if len(index) == B else at
-    counts.update(tried=tried, kept=len(index), surplus=kept - len(index), too_long=too_long,
-                  starved=int(found.starved_B.sum()))  # fmt: skip
-    metrics = _metrics(rollouts, found, counts)
+    next_cursor = int(rollouts.cursor_B[index[-1]]) + 1 if len(index) == B else feed.next_cursor
+    counts.update(tried=feed.tried, kept=len(index), surplus=len(kept) - len(index), too_long=feed.too_long,
+                  undecided=feed.tried - len(rollouts), starved=int(found.starved_B.sum()))  # fmt: skip
+    metrics = _metrics(rollouts, found, counts) | of_sampler
     batch, search_weight, aggregation_weight = _weigh(c, rollouts.take(index), found, index)
-    return Batch(batch, search_weight, aggregation_weight, next_cursor, rollouts.sampled_tokens, metrics)
-
-
-def next_problems(actor: Actor, cursor: int, count: int) -> tuple[list[Problem], np.ndarray, int, int]:
-    """The next `count` problems whose search prompt fits; (problems, their cursors, cursor behind them, left out)."""
-    problems, cursors, start = [], [], cursor
-    while len(problems) < count:
-        problem = actor.task.train(cursor)
-        if fits(actor, problem):
-            problems.append(problem)
-            cursors.append(cursor)
-        cursor += 1
-        if not problems and cursor - start >= 10_000:
-            raise ConfigError(
-                f"none of 10,000 problems from cursor {start} has a search prompt of at most "
-                f"config.prompt.max_problem_tokens = {actor.c.prompt.max_problem_tokens} tokens: raise it."
-            )
-    return problems, np.array(cursors), cursor, cursor - start - count
+    sampled_tokens = int(of_sampler["sampling/generated_tokens"])
+    return Batch(batch, search_weight, aggregation_weight, next_cursor, sampled_tokens, metrics)
 
 
 def _advantages(c: ConfigDict, rollouts: Rollouts) -> advantages.Advantages:
@@ -144,7 +125,7 @@ def _no_signal_message(c: ConfigDict, rollouts: Rollouts, kept: int, starved: in
 def _metrics(rollouts: Rollouts, found: advantages.Advantages, counts: Counter) -> dict[str, Mean | float]:
     """What is logged about a batch: rewards and lengths of all that was tried, and every count."""
     metrics: dict[str, Mean | float] = {f"sampling/{name}": float(counts[name]) for name in
-                                        ("tried", "kept", "surplus", "too_long", "starved")}  # fmt: skip
+                                        ("tried", "kept", "surplus", "undecided", "too_long", "starved")}  # fmt: skip
     roles = {Role.SEARCH: rollouts.search} | ({Role.AGGREGATION: rollouts.aggregation} if rollouts.aggregation else {})
     for role, groups in roles.items():
         traces = groups.trace_len_UxC.size

@@ -77,10 +77,18 @@ def defaults() -> ConfigDict:
 
     c.sampling = ConfigDict()
     c.sampling.temperature = 1.0  # (paper); top-p and top-k do not exist in training: their log-probs would be others
-    c.sampling.search_groups = 32  # U of a sampler call for search (ours)
-    c.sampling.aggregation_groups = 32  # U of a sampler call for aggregation (ours)
-    c.sampling.prompt_buckets = (256, 512, 1024, 2048, 4096, 9216, 17920)  # P of the sampler's programs (ours)
-    c.sampling.wave = 256  # problems sampled at once while a batch is filled (ours)
+    # Slots of the rollout engine: rows of (slots, C, P, G) tokens. A group enters the widest class of the shortest P
+    # that holds its prompt (cut into pieces if it is wider), goes on in a longer one when G is full, and in a narrower
+    # one as its traces end. Every P needs its widest C also with its longest G. (ours)
+    c.sampling.classes = ((32, 8, 1024, 1024), (32, 8, 1024, 4096), (32, 4, 1024, 4096), (64, 4, 17920, 4096))
+    c.sampling.cache_dtype = "compute"  # of keys and values: "compute" (model.compute_dtype) or "int8" (ours)
+    c.sampling.chunk = 64  # decode steps between two looks at who has ended, at most (ours)
+    c.sampling.exit_groups = 4  # a chunk ends early when this many groups could leave their slot (ours)
+    c.sampling.prefill_tokens = 16384  # prompt tokens, padding included, prefilled at once on each shard (ours)
+    c.sampling.prefill_chunk = 256  # of them in each prompt, as many as run, and attend to each other, at once (ours)
+    c.sampling.shrink = False  # also compile decode programs for parts of the classes: pays where rows cost, on CPUs
+    c.sampling.verdict_delay = 2  # chunks after its last trace at which a problem's verdict counts, however late (ours)
+    c.sampling.keep_rate = 0.5  # share of problems that are expected to carry a signal, until some are decided (ours)
     c.sampling.max_ratio = 4.0  # at most this many times batch.problems are tried for one batch (ours)
 
     c.batch = ConfigDict()
@@ -119,6 +127,10 @@ def defaults() -> ConfigDict:
     c.eval.every = 0  # steps between evaluations beside those at the start and the end; 0 = only those (ours)
     c.eval.subsets = 2  # disjoint subsets of a problem's N traces that are aggregated (ours)
     c.eval.traces = 2  # aggregation traces for each of them (ours)
+    c.eval.temperature = 1.0  # 0 = greedy (ours: as in training)
+    c.eval.top_k = 0  # only the k most likely tokens; 0 = all. These cuts exist in evaluation alone (ours)
+    c.eval.top_p = 1.0  # only the most likely tokens that together hold this mass; 1 = all (ours)
+    c.eval.min_p = 0.0  # only tokens at least this fraction as likely as the most likely one; 0 = all (ours)
 
     c.verifier = ConfigDict()
     c.verifier.workers = 2  # child processes (ours)
@@ -156,6 +168,7 @@ def validate(c: ConfigDict) -> None:
     _validate_choices(c)
     _validate_sets(c)
     _validate_batch(c)
+    _validate_sampling(c)
 
 
 def _require(ok: bool, field: str, value: Any, allowed: str, advice: str = "") -> None:
@@ -168,6 +181,7 @@ def _validate_choices(c: ConfigDict) -> None:
         "model.param_dtype": ("float32", "bfloat16"),
         "model.compute_dtype": ("float32", "bfloat16"),
         "task.name": ("jsonl", "two_halves", "reasoning_gym"),
+        "sampling.cache_dtype": ("compute", "int8"),
         "prompt.truncated": ("keep_tail", "drop", "mark"),
         "prompt.thinking": ("answer_only", "full"),
         "loss.estimator": ESTIMATORS,
@@ -179,8 +193,10 @@ def _validate_choices(c: ConfigDict) -> None:
         _require(c[room][name] in allowed, field, c[room][name], f"one of {', '.join(allowed)}")
     _require(bool(c.model.hf_path), "model.hf_path", c.model.hf_path, "a directory with config.json and weights")
     minima = {
-        "search.traces": 1, "search.max_tokens": 1, "aggregation.max_tokens": 1, "sampling.search_groups": 1,
-        "sampling.aggregation_groups": 1, "sampling.wave": 1, "sampling.max_ratio": 1, "batch.problems": 1,
+        "search.traces": 1, "search.max_tokens": 1, "aggregation.max_tokens": 1,
+        "sampling.chunk": 1, "sampling.exit_groups": 1, "sampling.prefill_tokens": 1, "sampling.prefill_chunk": 1,
+        "sampling.verdict_delay": 0, "sampling.max_ratio": 1, "batch.problems": 1,
+        "eval.temperature": 0, "eval.top_k": 0, "eval.min_p": 0,
         "batch.search_groups": 1, "batch.aggregation_groups": 1, "loss.logprob_chunk": 1, "train.steps": 1,
         "train.max_sampled_tokens": 0, "eval.problems": 0, "eval.every": 0, "verifier.workers": 1,
         "checkpoint.every": 0, "checkpoint.keep": 1, "model.lora_rank": 0, "model.attention_query_block": 1,
@@ -191,7 +207,7 @@ def _validate_choices(c: ConfigDict) -> None:
         room, name = field.split(".")
         _require(c[room][name] >= least, field, c[room][name], f">= {least}")
     _require(c.seed >= 0, "seed", c.seed, ">= 0")
-    for field in ("sampling.temperature", "optimizer.lr", "verifier.timeout_s"):
+    for field in ("sampling.temperature", "sampling.keep_rate", "optimizer.lr", "verifier.timeout_s"):
         room, name = field.split(".")
         _require(c[room][name] > 0, field, c[room][name], "> 0")
     if c.task.name == "jsonl":
@@ -242,10 +258,21 @@ def _validate_batch(c: ConfigDict) -> None:
         limit = c[role].max_tokens
         _require(lengths[-1][1] >= limit, f"batch.{role}_lengths", lengths,
                  f"wide enough in its last entry for {role}.max_tokens = {limit}")  # fmt: skip
-    buckets = list(c.sampling.prompt_buckets)
-    _require(bool(buckets) and buckets == sorted(set(buckets)), "sampling.prompt_buckets", buckets, "ascending lengths")
-    _require(c.sampling.wave <= c.batch.problems * c.sampling.max_ratio, "sampling.wave", c.sampling.wave,
-             f"at most batch.problems * sampling.max_ratio = {c.batch.problems * c.sampling.max_ratio:g}")  # fmt: skip
+
+
+def _validate_sampling(c: ConfigDict) -> None:
+    rows = [tuple(row) for row in c.sampling.classes]
+    ok = bool(rows) and all(len(row) == 4 and all(type(n) is int and n >= 1 for n in row) for row in rows)
+    _require(ok and len(set(rows)) == len(rows), "sampling.classes", rows,
+             "different rows (slots, C, P, G) of whole numbers >= 1")  # fmt: skip
+    for prompt in sorted({P for _, _, P, _ in rows}):
+        of_prompt = [(C, G) for _, C, P, G in rows if prompt == P]
+        widest, longest = max(C for C, _ in of_prompt), max(G for _, G in of_prompt)
+        _require((widest, longest) in of_prompt, "sampling.classes", rows,
+                 f"with a class of C = {widest} and G = {longest} for P = {prompt}",
+                 "Else a group that stays wide has nowhere to go on.")  # fmt: skip
+    _require(0 < c.eval.top_p <= 1, "eval.top_p", c.eval.top_p, "above 0 and at most 1")
+    _require(c.eval.min_p < 1, "eval.min_p", c.eval.min_p, "below 1")
 
 
 def digest(c: ConfigDict) -> str:

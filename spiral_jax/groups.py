@@ -56,6 +56,7 @@ class GroupRequests:
         all that a group's random numbers depend on, so a trace does not know its neighbours or its slot.
       traces: C.
       max_tokens: limit on a trace's length G, its stop id included.
+      limit_UxC: int32 limits of single traces, 1 ... max_tokens. None: `max_tokens` for all.
     """
 
     prompt_UxP: np.ndarray
@@ -63,9 +64,15 @@ class GroupRequests:
     id_Ux6: np.ndarray
     traces: int
     max_tokens: int
+    limit_UxC: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_len_U)
+
+    def take(self, index: np.ndarray | list[int]) -> GroupRequests:
+        """The requests at `index` (integers into U), in that order."""
+        arrays = {name: getattr(self, name) for name in ("prompt_UxP", "prompt_len_U", "id_Ux6", "limit_UxC")}
+        return dataclasses.replace(self, **{n: a[index] for n, a in arrays.items() if a is not None})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,29 +121,27 @@ def pad_rows(rows: list[np.ndarray], width: int | None = None) -> tuple[np.ndarr
 
 def take_groups(groups: Groups, index: np.ndarray) -> Groups:
     """The groups at `index` (integers into U), in that order."""
-    requests = dataclasses.replace(
-        groups.requests,
-        prompt_UxP=groups.requests.prompt_UxP[index],
-        prompt_len_U=groups.requests.prompt_len_U[index],
-        id_Ux6=groups.requests.id_Ux6[index],
-    )
     arrays = {
         field.name: None if getattr(groups, field.name) is None else getattr(groups, field.name)[index]
         for field in dataclasses.fields(groups)
         if field.name != "requests"
     }
-    return Groups(requests=requests, **arrays)
+    return Groups(requests=groups.requests.take(index), **arrays)
 
 
 def concat_groups(parts: list[Groups]) -> Groups:
     """The groups of all parts, one after the other; prompts are padded to the widest.
 
     Raises:
-      ValueError: the parts differ in C, in G, or in which of rewards and advantages they have.
+      ValueError: the parts differ in C, in G, or in which of rewards, advantages and limits they have.
     """
-    kinds = {(p.requests.traces, p.requests.max_tokens, p.reward_UxC is None, p.advantage_UxC is None) for p in parts}
+    kinds = {
+        (p.requests.traces, p.requests.max_tokens)
+        + tuple(a is None for a in (p.reward_UxC, p.advantage_UxC, p.requests.limit_UxC))
+        for p in parts
+    }
     if len(kinds) > 1:
-        raise ValueError(f"groups of several kinds (traces, max_tokens, no rewards, no advantages): {sorted(kinds)}")
+        raise ValueError(f"groups of several kinds (traces, max_tokens, no rewards, advantages, limits): {sorted(kinds)}")
     width = max(part.requests.prompt_UxP.shape[1] for part in parts)
     requests = dataclasses.replace(
         parts[0].requests,
@@ -145,6 +150,9 @@ def concat_groups(parts: list[Groups]) -> Groups:
         ),
         prompt_len_U=np.concatenate([part.requests.prompt_len_U for part in parts]),
         id_Ux6=np.concatenate([part.requests.id_Ux6 for part in parts]),
+        limit_UxC=None
+        if parts[0].requests.limit_UxC is None
+        else np.concatenate([part.requests.limit_UxC for part in parts]),
     )
     arrays = {
         field.name: None

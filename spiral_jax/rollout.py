@@ -14,7 +14,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from spiral_jax import prompts
-from spiral_jax.config import uses_aggregation
 from spiral_jax.groups import (
     GroupRequests,
     Groups,
@@ -28,10 +27,10 @@ from spiral_jax.groups import (
 from spiral_jax.objective import subsets
 from spiral_jax.progress import Progress
 from spiral_jax.prompts import Scaffold
-from spiral_jax.sampling.protocol import Sampler
+from spiral_jax.sampling.protocol import Sampler, sample
 from spiral_jax.tasks.problem import Problem, Task
 from spiral_jax.verifier.rewards import Verdict
-from spiral_jax.verifier.verifier import Verifier, check_error_rate, count_verdicts
+from spiral_jax.verifier.verifier import Verifier, check_error_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +109,18 @@ def search(
     actor: Actor, weights: Any, problems: list[Problem], cursor_B: np.ndarray, purpose: Purpose, step: int
 ) -> Groups:
     """N traces of each problem: U = B groups."""
+    with actor.progress.phase("sampling search"):
+        return sample(actor.sampler, weights, search_requests(actor, problems, cursor_B, purpose, step))
+
+
+def search_requests(
+    actor: Actor, problems: list[Problem], cursor_B: np.ndarray, purpose: Purpose, step: int
+) -> GroupRequests:
+    """What `search` asks for: U = B."""
     prompt_UxP, prompt_len_U = pad_rows([prompts.search_prompt(actor.scaffold, p.text) for p in problems])
     id_Ux6 = np.array([[purpose, step, cursor, 0, Role.SEARCH, 0] for cursor in cursor_B], np.int32)
     c = actor.c.search
-    with actor.progress.phase("sampling search"):
-        return actor.sampler.sample(weights, GroupRequests(prompt_UxP, prompt_len_U, id_Ux6, c.traces, c.max_tokens))
+    return GroupRequests(prompt_UxP, prompt_len_U, id_Ux6, c.traces, c.max_tokens)
 
 
 def aggregate(
@@ -126,7 +132,21 @@ def aggregate(
     traces: int,
     round: int = 1,
 ) -> tuple[Groups, Counter]:
-    """`traces` aggregation traces for each subset of `candidates`: U = B * K groups, and what cleaning removed.
+    """`traces` aggregation traces for each subset of `candidates`: U = B * K groups, and what cleaning removed."""
+    requests, cleaned = aggregation_requests(actor, problems, candidates, member_BxKxS, traces, round)
+    with actor.progress.phase("sampling aggregation"):
+        return sample(actor.sampler, weights, requests), cleaned
+
+
+def aggregation_requests(
+    actor: Actor,
+    problems: list[Problem],
+    candidates: Groups,
+    member_BxKxS: np.ndarray,
+    traces: int,
+    round: int = 1,
+) -> tuple[GroupRequests, Counter]:
+    """What `aggregate` asks for: U = B * K.
 
     Prompts are spliced from sampled ids; the order of the candidates is shuffled by key. `round` is 1 for aggregations
     of search traces.
@@ -147,9 +167,8 @@ def aggregate(
             rows.append(prompt.ids)
             ids.append([purpose, step, cursor, round, Role.AGGREGATION, k])
     prompt_UxP, prompt_len_U = pad_rows(rows)
-    requests = GroupRequests(prompt_UxP, prompt_len_U, np.array(ids, np.int32), traces, actor.c.aggregation.max_tokens)
-    with actor.progress.phase("sampling aggregation"):
-        return actor.sampler.sample(weights, requests), cleaned
+    max_tokens = actor.c.aggregation.max_tokens
+    return GroupRequests(prompt_UxP, prompt_len_U, np.array(ids, np.int32), traces, max_tokens), cleaned
 
 
 def verify(actor: Actor, problems: list[Problem], groups: Groups) -> tuple[Groups, list[str], list[Verdict]]:
@@ -161,36 +180,22 @@ def verify(actor: Actor, problems: list[Problem], groups: Groups) -> tuple[Group
     Raises:
       VerifierFailure: our own failures exceed `config.verifier.max_error_rate`.
     """
-    U, C = groups.trace_len_UxC.shape
-    rows = [groups.trace_ids(u, i) for u in range(U) for i in range(C)]
-    texts = actor.scaffold.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    per_problem = len(rows) // len(problems)
+    texts = trace_texts(actor, groups)
+    per_problem = len(texts) // len(problems)
     with actor.progress.phase("verifying"):
         verdicts = actor.verifier.verify([(text, problems[i // per_problem]) for i, text in enumerate(texts)])
     check_error_rate(verdicts, actor.c.verifier.max_error_rate)
-    reward_UxC = np.array([verdict.reward for verdict in verdicts], np.float32).reshape(U, C)
-    return dataclasses.replace(groups, reward_UxC=reward_UxC), texts, verdicts
+    return rewarded(groups, verdicts), texts, verdicts
 
 
-def roll_out(
-    actor: Actor, weights: Any, problems: list[Problem], cursor_B: np.ndarray, step: int
-) -> tuple[Rollouts, Counter]:
-    """All stages for B training problems, and counts for the log: `search_*` and `aggregation_*`."""
-    c = actor.c
-    found, _, verdicts = verify(actor, problems, search(actor, weights, problems, cursor_B, Purpose.TRAIN, step))
-    counts = _prefixed(Role.SEARCH, Counter(count_verdicts(verdicts)))
-    if not uses_aggregation(c):
-        return Rollouts(problems, cursor_B, found, None, None), counts
-    a = c.aggregation
-    draw = lambda cursor: subsets.draw_subsets(  # noqa: E731
-        c.seed, int(Purpose.TRAIN), step, int(cursor), 0, c.search.traces, a.subset_size, a.subsets
-    )
-    member_BxKxS = np.stack([draw(cursor) for cursor in cursor_B])
-    groups, cleaned = aggregate(actor, weights, problems, found, member_BxKxS, a.traces)
-    groups, _, verdicts = verify(actor, problems, groups)
-    counts += _prefixed(Role.AGGREGATION, cleaned + Counter(count_verdicts(verdicts)))
-    return Rollouts(problems, cursor_B, found, member_BxKxS, groups), counts
+def trace_texts(actor: Actor, groups: Groups) -> list[str]:
+    """Text of every trace without special tokens, U * C."""
+    U, C = groups.trace_len_UxC.shape
+    rows = [groups.trace_ids(u, i) for u in range(U) for i in range(C)]
+    return actor.scaffold.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def _prefixed(role: Role, counts: Counter) -> Counter:
-    return Counter({f"{role.label}_{name}": count for name, count in counts.items()})
+def rewarded(groups: Groups, verdicts: list[Verdict]) -> Groups:
+    """The groups with the rewards of their traces' verdicts."""
+    reward_UxC = np.array([verdict.reward for verdict in verdicts], np.float32).reshape(groups.trace_len_UxC.shape)
+    return dataclasses.replace(groups, reward_UxC=reward_UxC)

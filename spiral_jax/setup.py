@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,10 @@ from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.qwen3 import ModelConfig
 from spiral_jax.prompts import Scaffold
-from spiral_jax.sampling.static import StaticSampler
+from spiral_jax.sampling.draw import Draw
+from spiral_jax.sampling.engine import Engine
+from spiral_jax.sampling.programs import Schedule
+from spiral_jax.sampling.slots import DecodeSettings, SlotClass
 from spiral_jax.tasks.load import load_task
 from spiral_jax.tasks.problem import Task
 from spiral_jax.train_step import abstract_state, make_train_step
@@ -27,7 +31,11 @@ from spiral_jax.verifier.rewards import MATH, load_reward
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run is made of, before any weight is loaded; `reward` is that of config.task.reward, or the task's own."""
+    """What a run is made of, before any weight is loaded.
+
+    `reward` is that of config.task.reward, or the task's own. `eval_sampler` is `sampler` unless config.eval draws in
+    another way.
+    """
 
     c: ConfigDict
     mesh: Mesh
@@ -36,7 +44,8 @@ class Setup:
     model: ModelConfig
     tokenizer: PreTrainedTokenizerBase
     scaffold: Scaffold
-    sampler: StaticSampler
+    sampler: Engine
+    eval_sampler: Engine
 
     def load_base(self) -> Any:
         """The checkpoint's parameters, placed on the mesh."""
@@ -64,16 +73,29 @@ def set_up(c: ConfigDict) -> Setup:
     scaffold = prompts.make_scaffold(tokenizer, c.prompt, stop_ids)
     _check_prompt_lengths(c, scaffold)
     _check_mesh(c, mesh)
-    sampler = StaticSampler(
+    sampler, eval_sampler = make_samplers(c, model, mesh, stop_ids)
+    return Setup(c, mesh, task, reward, model, tokenizer, scaffold, sampler, eval_sampler)
+
+
+def make_samplers(c: ConfigDict, model: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...]) -> tuple[Engine, Engine]:
+    """The samplers of training and of evaluation: one and the same unless `config.eval` draws in another way."""
+    s, e = c.sampling, c.eval
+    settings = DecodeSettings(
         config=model,
-        mesh=mesh,
+        cache_dtype=jnp.int8 if s.cache_dtype == "int8" else model.compute_dtype,
+        draw=Draw(temperature=s.temperature),
         seed=c.seed,
         stop_ids=stop_ids,
-        temperature=c.sampling.temperature,
-        prompt_buckets=tuple(c.sampling.prompt_buckets),
-        groups_per_call={Role.SEARCH: c.sampling.search_groups, Role.AGGREGATION: c.sampling.aggregation_groups},
+        prefill_chunk=s.prefill_chunk,
+        mesh=mesh,
     )
-    return Setup(c, mesh, task, reward, model, tokenizer, scaffold, sampler)
+    classes = tuple(SlotClass(*row) for row in s.classes)
+    schedule = Schedule(classes, s.chunk, s.exit_groups, s.prefill_tokens, s.shrink)
+    sampler = Engine(settings, schedule)
+    eval_draw = Draw(e.temperature, e.top_k, e.top_p, e.min_p)
+    if eval_draw == settings.draw:
+        return sampler, sampler
+    return sampler, Engine(dataclasses.replace(settings, draw=eval_draw), schedule)
 
 
 def check_shapes(setup: Setup) -> None:
@@ -103,7 +125,7 @@ def _check_prompt_lengths(c: ConfigDict, scaffold: Scaffold) -> None:
         longest[Role.AGGREGATION] = prompts.max_aggregation_prompt(scaffold, c)
     for role, length in longest.items():
         for field, widest in (
-            ("sampling.prompt_buckets", c.sampling.prompt_buckets[-1]),
+            ("sampling.classes", max(P for _, _, P, G in c.sampling.classes if G >= c[role.label].max_tokens)),
             (f"batch.{role.label}_lengths", c.batch[f"{role.label}_lengths"][-1][0]),
         ):
             if widest < length:

@@ -5,10 +5,10 @@
 One step, in the order of the code below:
 
     problems          the next ones from the task's stream (`cursor` is all the state there is)
-    search groups     N traces of each problem                                                  rollout.search
+    search groups     N traces of each problem                                                  rollout_feed
     subsets           K distinct S-subsets of them, drawn by key                                objective.subsets
-    aggregation       M traces for each subset, which reads its candidates                      rollout.aggregate
-    rewards           0 / 1 on the final answer of every aggregation trace                      rollout.verify
+    aggregation       M traces for each subset, which reads its candidates                      rollout_feed
+    rewards           0 / 1 on the final answer of every aggregation trace                      verifier
     advantages        set RL for search, the set's own mean as baseline for aggregation         objective.advantages
     kept batch        the first B problems in cursor order with a non-zero advantage            collect
     train step        both kinds of trace, one gradient, one Adam step                          train_step
@@ -105,10 +105,11 @@ def train(setup: Setup, workdir: str) -> None:
     with Verifier(setup.reward, c.verifier.workers, c.verifier.timeout_s) as verifier, \
             Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(mesh):  # fmt: skip
         actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, progress)
+        evaluator = dataclasses.replace(actor, sampler=setup.eval_sampler)
         weights = setup.sampler.prepare(variables(setup.model, frozen, state.trained))
         while not _finished(c, at):
             if at.step == 0 or (c.eval.every and at.step % c.eval.every == 0):
-                _evaluate_once(actor, weights, at.step, evaluations)
+                _evaluate_once(evaluator, weights, at.step, evaluations)
             start = time.monotonic()
 
             batch = collect_batch(actor, weights, at.step, at.cursor)
@@ -133,7 +134,7 @@ def train(setup: Setup, workdir: str) -> None:
                 with progress.phase("checkpoint"):
                     checkpoints.save(at.step, state, {"at": dataclasses.asdict(at), "data": setup.task.fingerprint})
         checkpoints.wait()
-        _evaluate_once(actor, weights, at.step, evaluations)
+        _evaluate_once(evaluator, weights, at.step, evaluations)
     _report(path, at, evaluations)
 
 
@@ -187,7 +188,6 @@ def _step_metrics(batch: Batch, found: dict[str, Any]) -> dict[str, float | None
     metrics = divide(batch.metrics | found)
     mean, square = metrics.pop("mismatch/ratio"), metrics.pop("mismatch/ratio_squared")
     metrics["mismatch/effective_share"] = mean**2 / square
-    metrics["sampling/tokens"] = float(batch.sampled_tokens)
     return metrics
 
 

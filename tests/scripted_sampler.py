@@ -21,25 +21,39 @@ class ScriptedSampler:
     """A `Sampler` whose traces are texts: `script(role, cursor, set, trace)`; "..." at the end means cut off."""
 
     script: object
+    at_once: int = 6
     calls: list = dataclasses.field(default_factory=list)
 
     def prepare(self, variables):
         return variables
 
-    def sample(self, weights, requests: GroupRequests) -> Groups:
-        self.calls.append(requests)
-        U, C, G = len(requests), requests.traces, requests.max_tokens
-        trace, length = np.zeros((U, C, G), np.int32), np.zeros((U, C), np.int32)
-        stop = np.zeros((U, C), np.int32)
-        for u in range(U):
-            _, _, cursor, _, role, k = requests.id_Ux6[u]
-            for i in range(C):
-                text = self.script(Role(role), int(cursor), int(k), i)
-                ids = TOKENIZER.encode(text, add_special_tokens=False)
-                ids = ids if text.endswith("...") else [*ids, TOKENIZER.eos_token_id]
-                stop[u, i] = Stop.LENGTH if text.endswith("...") else Stop.STOP
-                trace[u, i, : len(ids)], length[u, i] = ids, len(ids)
-        return Groups(requests, trace, length, np.zeros((U, C, G), np.float32), stop)
+    def stream(self, weights, feed):
+        """Takes up to `at_once` groups, then hands them back; one round is one unit of virtual time."""
+        now, tokens = 0, 0
+        while not feed.finished(now):
+            taken = []
+            while len(taken) < self.at_once and (request := feed.next(now)) is not None:
+                taken.append(request)
+            self.calls += taken
+            for request in taken:
+                group = self.write(request)
+                tokens += group.sampled_tokens
+                feed.done(group, now)
+            now += 1
+        return {"sampling/generated_tokens": float(tokens)}
+
+    def write(self, request: GroupRequests) -> Groups:
+        C, G = request.traces, request.max_tokens
+        trace, length = np.zeros((1, C, G), np.int32), np.zeros((1, C), np.int32)
+        stop = np.zeros((1, C), np.int32)
+        _, _, cursor, _, role, k = request.id_Ux6[0]
+        for i in range(C):
+            text = self.script(Role(role), int(cursor), int(k), i)
+            ids = TOKENIZER.encode(text, add_special_tokens=False)
+            ids = ids if text.endswith("...") else [*ids, TOKENIZER.eos_token_id]
+            stop[0, i] = Stop.LENGTH if text.endswith("...") else Stop.STOP
+            trace[0, i, : len(ids)], length[0, i] = ids, len(ids)
+        return Groups(request, trace, length, np.zeros((1, C, G), np.float32), stop)
 
 
 def number_task() -> Task:
@@ -48,13 +62,13 @@ def number_task() -> Task:
     return Task(train=problem, held_out=problem, held_out_size=100, fingerprint="numbers")
 
 
-def make_actor(script, task=None, **overrides) -> Actor:
+def make_actor(script, task=None, at_once=6, **overrides) -> Actor:
     c = tiny.get_config()
-    c.batch.problems, c.batch.search_groups, c.batch.aggregation_groups, c.sampling.wave = 4, 4, 16, 6
+    c.batch.problems, c.batch.search_groups, c.batch.aggregation_groups = 4, 4, 16
     c.search.max_tokens = 32
     for field, value in overrides.items():
         room, name = field.split("__")
         c[room][name] = value
     scaffold = prompts.make_scaffold(TOKENIZER, c.prompt, (TOKENIZER.eos_token_id,))
     verifier = Verifier("math", workers=1, timeout_s=5.0)
-    return Actor(c, task or number_task(), scaffold, ScriptedSampler(script), verifier, Progress(1, 0))
+    return Actor(c, task or number_task(), scaffold, ScriptedSampler(script, at_once), verifier, Progress(1, 0))

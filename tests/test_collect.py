@@ -31,13 +31,18 @@ def test_the_batch_is_the_first_kept_problems_in_cursor_order_and_the_cursor_sta
     batch = collect_batch(actor, None, step=0, cursor=10)
     assert batch.rollouts.cursor_B.tolist() == [11, 13, 15, 17]
     assert batch.next_cursor == 18
-    counts = {name: batch.metrics[f"sampling/{name}"] for name in ("tried", "kept", "surplus", "starved")}
-    assert counts == {"tried": 12, "kept": 4, "surplus": 2, "starved": 0}
+    counts = {name: batch.metrics[f"sampling/{name}"] for name in ("kept", "surplus", "starved", "undecided")}
+    assert counts == {"kept": 4, "surplus": 0, "starved": 0, "undecided": batch.metrics["sampling/tried"] - 8}
 
 
-def test_the_batch_does_not_depend_on_the_size_of_the_waves():
+def test_the_batch_does_not_depend_on_how_many_groups_run_at_once_or_are_expected_to_be_kept():
     script = answers(lambda cursor, k, i: cursor % 3 != 0 and k == 0)
-    batches = [collect_batch(make_actor(script, sampling__wave=wave), None, 2, 5) for wave in (1, 4, 7, 16)]
+    batches = [
+        collect_batch(make_actor(script, at_once=at_once, sampling__keep_rate=rate), None, 2, 5)
+        for at_once in (1, 7, 40)
+        for rate in (0.1, 1.0)
+    ]
+    assert len({batch.metrics["sampling/tried"] for batch in batches}) > 1
     for batch in batches[1:]:
         assert batch.rollouts.cursor_B.tolist() == batches[0].rollouts.cursor_B.tolist()
         assert batch.next_cursor == batches[0].next_cursor
@@ -83,7 +88,7 @@ def test_problems_that_are_too_long_are_left_out_and_counted():
     actor = make_actor(answers(lambda cursor, k, i: k == 0), longer)
     batch = collect_batch(actor, None, step=0, cursor=0)
     assert batch.rollouts.cursor_B.tolist() == [0, 2, 4, 6]
-    assert batch.metrics["sampling/too_long"] == 5  # 1, 3, 5, 7 and 9, between the six problems of the wave
+    assert batch.metrics["sampling/too_long"] == 5  # 1, 3, 5 ... before each of the problems tried
 
 
 def test_a_task_of_nothing_but_too_long_problems_is_an_error_that_names_the_field():

@@ -1,7 +1,7 @@
 """Qwen3 in Flax Linen, purely functional: modules used through `init` and `apply`, the cache an explicit argument.
 
-Collections: `params` (the base, or what full fine-tuning trains) and `lora` (adapters; absent at rank 0). Training and
-prefill scan over stacked layers; decoding applies one `Block` per layer on separate per-layer arrays (slicing stacked
+Collections: `params` (the base, or what full fine-tuning trains) and `lora` (adapters; absent at rank 0). Training
+scans over stacked layers; the sampler applies one `Block` per layer on separate per-layer arrays (slicing stacked
 weights inside a loop would copy all of them).
 """
 
@@ -18,8 +18,6 @@ from spiral_jax.mesh import constrain_groups
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.attention import prompt_attention, trace_attention
 
-KeysValues = tuple[jax.Array, jax.Array]
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -31,7 +29,7 @@ class ModelConfig:
       compute_dtype: of activations and caches; norms, rope and softmax are float32.
       lora_rank: 0 = no adapters.
       lora_alpha: adapters are scaled by alpha / rank.
-      query_block: see `attention`.
+      query_block: queries whose scores exist at once in training (see `attention`).
       remat: recompute each layer in the backward pass instead of keeping its activations.
     """
 
@@ -81,12 +79,11 @@ def rope(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
 
 
 class Block(nn.Module):
-    """One layer. `__call__` runs whole groups, `decode` one token of every trace."""
+    """One layer. `__call__` runs whole groups; the sampler puts its own attention between `project` and `finish`."""
 
     config: ModelConfig
     prompt_tokens: int = 0  # P of the rows that `__call__` gets
     traces: int = 0  # C
-    keep_keys: bool = False  # return the prompt's keys and values (prefill)
 
     def setup(self) -> None:
         c, arch = self.config, self.config.arch
@@ -100,7 +97,7 @@ class Block(nn.Module):
         for name, width in (("attention_norm", arch.D), ("mlp_norm", arch.D), ("q_norm", arch.E), ("k_norm", arch.E)):
             setattr(self, name, self.param(name, nn.initializers.ones, (width,), c.param_dtype))
 
-    def _project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., D] at `position` [...] -> q [..., H, E], k and v [..., J, E]."""
         arch = self.config.arch
         h = rms_norm(x, self.attention_norm, arch.norm_eps)
@@ -109,7 +106,7 @@ class Block(nn.Module):
         k = rope(rms_norm(k, self.k_norm, arch.norm_eps), position, arch.rope_theta)
         return q, k, v
 
-    def _finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Residual of attention output [..., H, E], then the feed-forward part."""
         x += self.o(attended.reshape(*x.shape[:-1], -1))
         h = rms_norm(x, self.mlp_norm, self.config.arch.norm_eps)
@@ -118,12 +115,12 @@ class Block(nn.Module):
 
     def __call__(
         self, x_UxTxD: jax.Array, position_UxT: jax.Array, prompt_len_U: jax.Array
-    ) -> tuple[jax.Array, KeysValues | None]:
-        """Rows of T = P + C * G tokens: the prompt, then its traces one after the other."""
+    ) -> tuple[jax.Array, None]:
+        """Rows of T = P + C * G tokens: the prompt, then its traces one after the other. (x, nothing), as scan asks."""
         P, C, block = self.prompt_tokens, self.traces, self.config.query_block
         U, T, _ = x_UxTxD.shape
         x = constrain_groups(x_UxTxD)
-        q, k, v = self._project(x, position_UxT)
+        q, k, v = self.project(x, position_UxT)
         out = prompt_attention(q[:, :P], k[:, :P], v[:, :P], block)
         if C:
             G = (T - P) // C
@@ -133,38 +130,17 @@ class Block(nn.Module):
                 own_q, (k[:, :P], v[:, :P]), prompt_len_U, (own_k, own_v), own_index_UxG, block
             )  # fmt: skip
             out = jnp.concatenate([out, of_traces.reshape(U, C * G, *out.shape[2:])], axis=1)
-        return self._finish(x, out), ((k[:, :P], v[:, :P]) if self.keep_keys else None)
-
-    def decode(
-        self, x_UxCxD: jax.Array, step_U: jax.Array, prompt_len_U: jax.Array, prompt_kv: KeysValues, own_kv: KeysValues
-    ) -> tuple[jax.Array, KeysValues]:
-        """One token of every trace: writes its key and value at index `step_U` of the own cache, then attends.
-
-        prompt_kv: [U, P, J, E] each; own_kv: [U, C, G, J, E] each. Returns x [U, C, D] and the updated own cache.
-        """
-        q, k, v = self._project(x_UxCxD, jnp.broadcast_to((prompt_len_U + step_U)[:, None], x_UxCxD.shape[:2]))
-        write = jax.vmap(lambda cache, new, g: jax.lax.dynamic_update_slice_in_dim(cache, new[:, None], g, axis=1))
-        own_kv = write(own_kv[0], k, step_U), write(own_kv[1], v, step_U)
-        out = trace_attention(q[:, :, None], prompt_kv, prompt_len_U, own_kv, step_U[:, None], self.config.query_block)
-        return self._finish(x_UxCxD, out[:, :, 0]), own_kv
+        return self.finish(x, out), None
 
 
 class Transformer(nn.Module):
     """Embedding, stacked layers, final norm. The head is applied where it is needed: see `head_kernel`."""
 
     config: ModelConfig
-    keep_keys: bool = False
 
     @nn.compact
-    def __call__(
-        self, prompt_UxP: jax.Array, prompt_len_U: jax.Array, trace_UxCxG: jax.Array | None
-    ) -> tuple[jax.Array, KeysValues | None]:
-        """Runs groups; positions of a trace start at `prompt_len`.
-
-        Returns:
-          hidden states [U, T, D] after the final norm, T = P + C * G; and with `keep_keys` the prompts' keys and
-          values, each [L, U, P, J, E].
-        """
+    def __call__(self, prompt_UxP: jax.Array, prompt_len_U: jax.Array, trace_UxCxG: jax.Array | None) -> jax.Array:
+        """Hidden states [U, T, D] of groups after the final norm, T = P + C * G; a trace starts at `prompt_len`."""
         c, arch = self.config, self.config.arch
         embed = self.param("embed", nn.initializers.normal(0.02), (arch.V, arch.D), c.param_dtype)
         if not arch.tied:
@@ -185,9 +161,9 @@ class Transformer(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast),
             length=arch.L,
         )
-        x, kv = layers(c, P, C, self.keep_keys, name="layers")(x, position, prompt_len_U)
+        x, _ = layers(c, P, C, name="layers")(x, position, prompt_len_U)
         norm = self.param("final_norm", nn.initializers.ones, (arch.D,), c.param_dtype)
-        return rms_norm(x, norm, arch.norm_eps), kv
+        return rms_norm(x, norm, arch.norm_eps)
 
 
 def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

@@ -1,20 +1,73 @@
-"""What a sampler is: group requests in, completed groups out.
+"""What a sampler is: it takes groups from a feed, and hands each back when its last trace has ended.
 
-The static sampler (`static.py`) is one implementation, the tests' fake that needs no model is another.
+The engine (`engine.py`) is one implementation, the tests' script that needs no model is another.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, Protocol
 
-from spiral_jax.groups import GroupRequests, Groups
+from spiral_jax.groups import GroupRequests, Groups, concat_groups
+from spiral_jax.metrics import Mean
+
+
+class Feed(Protocol):
+    """Where groups come from and go to. `now` is virtual time: decode chunks since the start, never a clock."""
+
+    def next(self, now: int) -> GroupRequests | None:
+        """The next group to admit (U = 1), in this order; None if there is none at this time."""
+
+    def done(self, group: Groups, now: int) -> None:
+        """Takes a completed group (U = 1)."""
+
+    def finished(self, now: int) -> bool:
+        """Whether nothing more is wanted, asked once a chunk; what still runs is then abandoned."""
 
 
 class Sampler(Protocol):
-    """Turns requests into completed groups; a pure function of (weights, requests)."""
+    """Samples groups; what comes out, and when in virtual time, is a pure function of weights and feed."""
 
     def prepare(self, variables: dict[str, Any]) -> Any:
         """Lays out the policy's variables for decoding: called once after each update."""
 
-    def sample(self, weights: Any, requests: GroupRequests) -> Groups:
-        """Samples `requests.traces` traces for each group, in the order of the requests."""
+    def stream(self, weights: Any, feed: Feed) -> dict[str, Mean | float]:
+        """Samples what `feed` gives until it is finished.
+
+        Returns:
+          metrics of the sampling itself, `sampling/generated_tokens` (abandoned ones too) among them.
+        """
+
+
+class _Listed:
+    """A feed of requests that are all there from the start."""
+
+    def __init__(self, requests: GroupRequests):
+        self._waiting = deque(range(len(requests)))
+        self._requests = requests
+        self._place = {tuple(ids): u for u, ids in enumerate(requests.id_Ux6.tolist())}
+        self.groups: dict[int, Groups] = {}
+
+    def next(self, now: int) -> GroupRequests | None:
+        return self._requests.take([self._waiting.popleft()]) if self._waiting else None
+
+    def done(self, group: Groups, now: int) -> None:
+        self.groups[self._place[tuple(group.requests.id_Ux6[0].tolist())]] = group
+
+    def finished(self, now: int) -> bool:
+        return len(self.groups) == len(self._requests)
+
+
+def sample(sampler: Sampler, weights: Any, requests: GroupRequests) -> Groups:
+    """Samples all requests and waits for the last; the groups are in the order of the requests.
+
+    Raises:
+      ValueError: there are none, or two have the same id, so that they would get the same random numbers.
+    """
+    if len(requests) == 0:
+        raise ValueError("requests: none; at least one group must be asked for.")
+    feed = _Listed(requests)
+    if len(feed._place) != len(requests):
+        raise ValueError("requests.id_Ux6: two groups have the same id, so they would get the same random numbers.")
+    sampler.stream(weights, feed)
+    return concat_groups([feed.groups[u] for u in range(len(requests))])

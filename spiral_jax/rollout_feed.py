@@ -1,0 +1,187 @@
+"""The rollouts of one step as a stream: problems enter in cursor order, and each goes through its stages by itself.
+
+    problem -> search group -> subsets -> aggregation groups -> verdicts -> kept or not
+
+Nothing waits for another problem's stage. Admission knows the time only as decode chunks, and a verdict only
+`sampling.verdict_delay` chunks after its group ended (it waits for a late one), so what is tried, kept and discarded
+depends on data, keys and token counts alone, never on how quick verifier or device are.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections import Counter, deque
+from collections.abc import Callable
+
+import numpy as np
+
+from spiral_jax.config import ConfigError, uses_aggregation
+from spiral_jax.groups import GroupRequests, Groups, Purpose, Role, concat_groups
+from spiral_jax.objective import subsets
+from spiral_jax.rollout import (
+    Actor,
+    Rollouts,
+    aggregation_requests,
+    concat_rollouts,
+    fits,
+    rewarded,
+    search_requests,
+    trace_texts,
+)
+from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.rewards import Verdict
+from spiral_jax.verifier.verifier import count_verdicts
+
+_PRIOR = 8  # decided problems that config.sampling.keep_rate weighs as much as
+_Verdicts = concurrent.futures.Future[list[Verdict]]
+
+
+@dataclasses.dataclass
+class _Tried:
+    """One problem on its way."""
+
+    problem: Problem
+    cursor: int
+    search: Groups | None = None
+    member_1xKxS: np.ndarray | None = None
+    aggregation: dict[int, Groups] = dataclasses.field(default_factory=dict)  # by set
+    verdicts: dict[Role, _Verdicts] = dataclasses.field(default_factory=dict)
+    due: int | None = None  # when its verdicts may be known
+    rollouts: Rollouts | None = None  # B = 1, rewards filled in
+    kept: bool = False
+
+    @property
+    def decided(self) -> bool:
+        return self.rollouts is not None
+
+
+class RolloutFeed:
+    """A `sampling.protocol.Feed` of one training step, finished when the first B kept problems are known.
+
+    Args:
+      keep: whether the rollouts of one problem (B = 1) carry a signal.
+    """
+
+    def __init__(self, actor: Actor, step: int, cursor: int, keep: Callable[[Rollouts], bool]):
+        self._actor, self._step, self._keep = actor, step, keep
+        self._limit = int(actor.c.sampling.max_ratio * actor.c.batch.problems)
+        self._tried: list[_Tried] = []
+        self._by_cursor: dict[int, _Tried] = {}
+        self._ready: deque[GroupRequests] = deque()  # aggregation groups: they go before new problems
+        self._counts: Counter[str] = Counter()
+        self._verifying = concurrent.futures.ThreadPoolExecutor(max_workers=1)  # the verifier serves one call at a time
+        self.next_cursor = cursor  # behind the last problem that was tried
+        self.too_long = 0  # problems that were left out
+
+    def __enter__(self) -> RolloutFeed:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._verifying.shutdown(cancel_futures=True)
+
+    @property
+    def tried(self) -> int:
+        return len(self._tried)
+
+    def finished(self, now: int) -> bool:
+        """The first B kept problems are known, or all that may be tried has been. Takes in the verdicts due by now."""
+        for tried in self._tried:
+            if tried.due is not None and tried.due <= now and not tried.decided:
+                self._decide(tried)
+        kept = 0
+        for tried in self._tried:
+            if not tried.decided:
+                return False
+            kept += tried.kept
+            if kept == self._actor.c.batch.problems:
+                return True
+        return self.tried >= self._limit
+
+    def next(self, now: int) -> GroupRequests | None:
+        """An aggregation group that is due, else a new problem's search group, else None."""
+        if self._ready:
+            return self._ready.popleft()
+        return self._admit() if self._wants_more() else None
+
+    def done(self, group: Groups, now: int) -> None:
+        """A search group becomes aggregation groups; the last group of a problem goes to the verifier."""
+        _, _, cursor, _, role, k = (int(x) for x in group.requests.id_Ux6[0])
+        tried, last_stage = self._by_cursor[cursor], True
+        if role == Role.SEARCH:
+            tried.search = group
+            self._submit(tried, Role.SEARCH, group)
+            if uses_aggregation(self._actor.c):
+                self._aggregate(tried)
+                last_stage = False
+        else:
+            tried.aggregation[k] = group
+            if len(tried.aggregation) < tried.member_1xKxS.shape[1]:
+                return
+            self._submit(tried, Role.AGGREGATION, self._aggregation_of(tried))
+        if last_stage:
+            tried.due = now + self._actor.c.sampling.verdict_delay
+
+    def decided(self) -> tuple[Rollouts, Counter, list[Verdict]]:
+        """All decided problems in cursor order, counts for the log (`search_*`, `aggregation_*`), and all verdicts."""
+        found = [tried for tried in self._tried if tried.decided]
+        counts, all_verdicts = self._counts.copy(), []
+        for tried in found:
+            for role, verdicts in tried.verdicts.items():
+                all_verdicts += verdicts.result()
+                for status, count in count_verdicts(verdicts.result()).items():
+                    counts[f"{role.label}_{status}"] += count
+        return concat_rollouts([tried.rollouts for tried in found]), counts, all_verdicts
+
+    def _wants_more(self) -> bool:
+        """Whether those on the way will probably not fill the batch, at the rate at which problems are kept so far."""
+        decided = sum(tried.decided for tried in self._tried)
+        kept = sum(tried.kept for tried in self._tried)
+        rate = (kept + _PRIOR * self._actor.c.sampling.keep_rate) / (decided + _PRIOR)
+        expected = kept + (self.tried - decided) * rate
+        return self.tried < self._limit and expected < self._actor.c.batch.problems
+
+    def _admit(self) -> GroupRequests:
+        start = self.next_cursor
+        while not fits(self._actor, problem := self._actor.task.train(self.next_cursor)):
+            self.next_cursor += 1
+            self.too_long += 1
+            if self.next_cursor - start >= 10_000:
+                raise ConfigError(
+                    f"none of 10,000 problems from cursor {start} has a search prompt of at most "
+                    f"config.prompt.max_problem_tokens = {self._actor.c.prompt.max_problem_tokens} tokens: raise it."
+                )
+        tried = _Tried(problem, self.next_cursor)
+        self._tried.append(tried)
+        self._by_cursor[tried.cursor] = tried
+        self.next_cursor += 1
+        return search_requests(self._actor, [problem], np.array([tried.cursor]), Purpose.TRAIN, self._step)
+
+    def _aggregate(self, tried: _Tried) -> None:
+        c, a = self._actor.c, self._actor.c.aggregation
+        member_KxS = subsets.draw_subsets(
+            c.seed, int(Purpose.TRAIN), self._step, tried.cursor, 0, c.search.traces, a.subset_size, a.subsets
+        )
+        tried.member_1xKxS = member_KxS[None]
+        requests, cleaned = aggregation_requests(
+            self._actor, [tried.problem], tried.search, tried.member_1xKxS, a.traces
+        )
+        self._ready.extend(requests.take([u]) for u in range(len(requests)))
+        self._counts.update({f"aggregation_{name}": count for name, count in cleaned.items()})
+
+    def _aggregation_of(self, tried: _Tried) -> Groups:
+        return concat_groups([tried.aggregation[k] for k in range(len(tried.aggregation))])
+
+    def _submit(self, tried: _Tried, role: Role, groups: Groups) -> None:
+        """Texts are decoded here: a tokenizer does not serve two threads."""
+        items = [(text, tried.problem) for text in trace_texts(self._actor, groups)]
+        tried.verdicts[role] = self._verifying.submit(self._actor.verifier.verify, items)
+
+    def _decide(self, tried: _Tried) -> None:
+        search = rewarded(tried.search, tried.verdicts[Role.SEARCH].result())
+        aggregation = None
+        if tried.aggregation:
+            aggregation = rewarded(self._aggregation_of(tried), tried.verdicts[Role.AGGREGATION].result())
+        cursor_1 = np.array([tried.cursor])
+        tried.rollouts = Rollouts([tried.problem], cursor_1, search, tried.member_1xKxS, aggregation)
+        tried.kept = self._keep(tried.rollouts)

@@ -1,0 +1,272 @@
+"""The rollout engine: groups enter free slots, decode together, narrow as their traces end, and leave.
+
+feed -> admit (prefill, first token) -> [ decode a chunk -> collect tokens -> leave or move -> admit ] -> feed
+
+Search and aggregation groups run side by side, and nothing waits for the longest trace of anything but its own group.
+Time is counted in chunks and every choice depends on token counts alone, so a replayed step does the same again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter, deque
+from typing import Any
+
+import jax
+import numpy as np
+
+from spiral_jax import mesh as meshes
+from spiral_jax.config import ConfigError
+from spiral_jax.groups import GroupRequests
+from spiral_jax.metrics import Mean
+from spiral_jax.sampling.programs import Program, Schedule, admission_shapes, compile_programs
+from spiral_jax.sampling.protocol import Feed
+from spiral_jax.sampling.seating import Job, Piece, Seats, cut
+from spiral_jax.sampling.slots import Admission, DecodeSettings
+from spiral_jax.sampling.weights import DecodeWeights, lay_out
+
+
+class Engine:
+    """A `Sampler` with continuous admission.
+
+    Args:
+      settings: model, draws, mesh.
+      schedule: classes of slots and how long they are decoded at a time.
+
+    Raises:
+      ConfigError: slots that the mesh does not divide, a stop id outside the vocabulary.
+    """
+
+    def __init__(self, settings: DecodeSettings, schedule: Schedule):
+        self.settings = settings
+        self.schedule = schedule
+        self._shards = meshes.group_count_multiple(settings.mesh)
+        self._entries = schedule.entries()
+        self._targets = {i: [j for a, j in schedule.moves() if a == i] for i in range(len(schedule.classes))}
+        self._programs: dict[tuple[Any, ...], Program] = {}
+        for i, slots in enumerate(schedule.classes):
+            if slots.slots % self._shards:
+                raise ConfigError(
+                    f"config.sampling.classes[{i}]: its {slots.slots} slots must be a multiple of the mesh's "
+                    f"data * fsdp = {self._shards}."
+                )
+        V = settings.config.arch.V
+        if outside := [stop for stop in settings.stop_ids if not 0 <= stop < V]:
+            raise ConfigError(f"stop ids {outside} are outside the vocabulary of {V} ids: mend generation_config.json.")
+
+    @property
+    def programs(self) -> dict[tuple[Any, ...], Program]:
+        """All compiled programs; compiles them at the first use."""
+        if not self._programs:
+            self._programs = compile_programs(self.settings, self.schedule)
+        return self._programs
+
+    def prepare(self, variables: dict[str, Any]) -> DecodeWeights:
+        """Separate per-layer weights, replicated over groups and cut along `tensor` only."""
+        with jax.set_mesh(self.settings.mesh):
+            return lay_out(variables, self.settings.config, self.settings.mesh)
+
+    def stream(self, weights: DecodeWeights, feed: Feed) -> dict[str, Mean | float]:
+        """Samples what `feed` gives until it is finished; see `protocol.Sampler`.
+
+        Raises:
+          ValueError: a request that no class can hold; the message names the field.
+        """
+        run = _Run(self, weights, feed)
+        while not feed.finished(run.now):
+            while run.admit():
+                run.settle()
+            if run.seated:
+                run.decode()
+                run.settle()
+            run.now += 1
+        return run.metrics()
+
+    def entry_of(self, request: GroupRequests) -> list[int]:
+        """Entry classes that can hold a request (U = 1), the shortest prompts first. Raises `ValueError` if none."""
+        classes, P, G = self.schedule.classes, int(request.prompt_len_U[0]), request.max_tokens
+        if P < 1 or request.traces < 1:
+            raise ValueError(f"a request with a prompt of {P} tokens and {request.traces} traces: both must be >= 1.")
+        longest = {slots.P: max(c.G for c in classes if c.P == slots.P) for slots in classes}
+        fit = [i for i in self._entries if classes[i].P >= P and longest[classes[i].P] >= G]
+        if not fit:
+            raise ValueError(
+                f"a prompt of {P} tokens with traces of up to {G} fits into none of config.sampling.classes = "
+                f"{[tuple(vars(slots).values()) for slots in classes]} (slots, C, P, G): add a longer one."
+            )
+        return fit
+
+
+class _Run:
+    """One call of `Engine.stream`: device states, who sits where, and what is counted."""
+
+    def __init__(self, engine: Engine, weights: DecodeWeights, feed: Feed):
+        self.engine, self.weights, self.feed, self.now = engine, weights, feed, 0
+        self.schedule, self.settings, self.shards = engine.schedule, engine.settings, engine._shards
+        self.programs = engine.programs
+        self.seats = Seats(self.schedule.classes, self.shards)
+        self.seated: list[Piece] = []
+        self.waiting: deque[tuple[Piece, list[int]]] = deque()
+        self.states = [self.programs["clear", i].run() for i in range(len(self.schedule.classes))]
+        self.counts: Counter[str] = Counter()
+
+    def admit(self) -> bool:
+        """Seats waiting pieces, then new requests, as long as an entry class has a free slot; prefills them.
+
+        Returns:
+          whether anybody took a seat.
+        """
+        entered: dict[int, list[Piece]] = {}
+        for _ in range(len(self.waiting)):
+            self._seat(*self.waiting.popleft(), entered)
+        room = sum(self.schedule.classes[i].slots for i in self.engine._entries)
+        while len(self.waiting) < room and any(self.seats.has_free(i) for i in self.engine._entries):
+            request = self.feed.next(self.now)
+            if request is None:
+                break
+            entries = self.engine.entry_of(request)
+            for piece in cut(Job(request, self.settings.stop_ids), self.schedule.classes[entries[0]].C):
+                self._seat(piece, entries, entered)
+        start = time.monotonic()
+        for i, pieces in entered.items():
+            self._prefill(i, pieces)
+        self.counts["prefill_seconds"] += time.monotonic() - start
+        return bool(entered)
+
+    def _seat(self, piece: Piece, entries: list[int], entered: dict[int, list[Piece]]) -> None:
+        classes = self.schedule.classes
+        for i in entries:
+            if classes[i].C >= len(piece.traces) and (place := self.seats.take(i)):
+                piece.place = place
+                piece.traces += [-1] * (classes[i].C - len(piece.traces))
+                self.seated.append(piece)
+                entered.setdefault(i, []).append(piece)
+                return
+        self.waiting.append((piece, entries))
+
+    def _prefill(self, i: int, pieces: list[Piece]) -> None:
+        """Runs as many admissions into class i as the fullest shard needs."""
+        shapes = admission_shapes(self.settings, self.schedule, i)
+        W, by_shard = shapes.slot_ZxW.shape[1], [[p for p in pieces if p.place[1] == z] for z in range(self.shards)]
+        for start in range(0, max(map(len, by_shard)), W):
+            batch = {(z, w): piece for z, of in enumerate(by_shard) for w, piece in enumerate(of[start : start + W])}
+            new = _admission(shapes, batch)
+            place = jax.tree.map(lambda a: a.sharding, shapes)
+            self.states[i], tokens, logprobs = self.programs["admit", i].run(
+                self.weights, self.states[i], jax.device_put(new, place)
+            )
+            token_ZxWxC, logprob_ZxWxC = jax.device_get((tokens, logprobs))
+            for (z, w), piece in batch.items():
+                self._collect(piece, token_ZxWxC[z, w][None], logprob_ZxWxC[z, w][None])
+                self.counts["generated"] += int((token_ZxWxC[z, w] >= 0).sum())
+                self.counts["prefilled"] += piece.job.prompt_len
+                self.counts["shared"] += piece.job.prompt_len * (sum(trace >= 0 for trace in piece.traces) - 1)
+            chunk = self.settings.chunk_of(self.schedule.classes[i].P)
+            chunks = -(-int(new.prompt_len_ZxW.max()) // chunk)
+            self.counts["prefill_computed"] += new.slot_ZxW.size * chunks * chunk
+
+    def decode(self) -> None:
+        """One chunk of the smallest program that holds every class with a group in it."""
+        start = time.monotonic()
+        occupied = {piece.place[0] for piece in self.seated}
+        chosen = next(classes for classes in self.schedule.decode_sets() if occupied <= set(classes))
+        states, tokens, logprobs, steps = self.programs["decode", chosen].run(
+            self.weights, tuple(self.states[i] for i in chosen)
+        )
+        for i, state in zip(chosen, states, strict=True):
+            self.states[i] = state
+        token_NxZxR, logprob_NxZxR, steps = jax.device_get((tokens, logprobs, steps))
+        self.counts["decode_seconds"] += time.monotonic() - start
+        offset = 0
+        offsets = {}
+        for i in chosen:
+            offsets[i] = offset
+            offset += self.schedule.classes[i].rows // self.shards
+        for piece in self.seated:
+            i, z, slot = piece.place
+            rows = slice(offsets[i] + slot * len(piece.traces), offsets[i] + (slot + 1) * len(piece.traces))
+            self._collect(piece, token_NxZxR[:steps, z, rows], logprob_NxZxR[:steps, z, rows])
+        self.counts["chunks"] += 1
+        self.counts["queue_depth"] += len(self.waiting)
+        self.counts["rows_computed"] += int(steps) * token_NxZxR.shape[1] * token_NxZxR.shape[2]
+        self.counts["rows_live"] += int((token_NxZxR[:steps] >= 0).sum())
+
+    def _collect(self, piece: Piece, token_NxC: np.ndarray, logprob_NxC: np.ndarray) -> None:
+        drawn_C = (token_NxC >= 0).sum(axis=0)
+        for row, trace in enumerate(piece.traces):
+            if trace >= 0 and drawn_C[row]:
+                n = drawn_C[row]
+                piece.job.append(trace, token_NxC[:n, row], logprob_NxC[:n, row])
+
+    def settle(self) -> None:
+        """Lets ended groups go, and moves the others to where they waste fewer rows, oldest first."""
+        self._leave()
+        for piece in self.seated:
+            i, shard, _ = piece.place
+            j = self.seats.better_class(piece, self.engine._targets[i])
+            if j is not None:
+                place = self.seats.take(j, shard)
+                rows = piece.running + [-1] * (self.schedule.classes[j].C - len(piece.running))
+                self._move(piece, place, rows)
+
+    def _move(self, piece: Piece, place: tuple[int, int, int], rows: list[int]) -> None:
+        (i, shard, slot), (j, _, to) = piece.place, place
+        from_Z, to_Z = np.full((2, self.shards), -1, np.int32)
+        row_ZxC = np.full((self.shards, len(rows)), -1, np.int32)
+        from_Z[shard], to_Z[shard], row_ZxC[shard] = slot, to, rows
+        along = meshes.group_sharding(self.settings.mesh)
+        self.states[i], self.states[j] = self.programs["move", i, j].run(
+            self.states[i], self.states[j], *jax.device_put((from_Z, to_Z, row_ZxC), along)
+        )
+        self.seats.give_back(piece.place)
+        piece.place, piece.traces = place, [piece.traces[row] if row >= 0 else -1 for row in rows]
+        self.counts["moves"] += 1
+
+    def _leave(self) -> None:
+        still = []
+        for piece in self.seated:
+            if piece.running:
+                still.append(piece)
+                continue
+            self.seats.give_back(piece.place)
+            piece.job.pieces -= 1
+            if piece.job.pieces == 0:
+                self.feed.done(piece.job.group(), self.now)
+        self.seated = still
+
+    def metrics(self) -> dict[str, Mean | float]:
+        """What the log says about the sampling, as (sum, count) pairs and counts."""
+        n = self.counts
+        return {
+            "sampling/generated_tokens": float(n["generated"] + n["rows_live"]),
+            "sampling/row_occupancy": Mean(float(n["rows_live"]), float(n["rows_computed"])),
+            "sampling/prefill_padding": Mean(float(n["prefill_computed"] - n["prefilled"]), float(n["prefill_computed"])),
+            "sampling/decode_tokens_per_s": Mean(float(n["rows_live"]), n["decode_seconds"]),
+            "sampling/prefill_tokens_per_s": Mean(float(n["prefilled"]), n["prefill_seconds"]),
+            "sampling/queue_depth": Mean(float(n["queue_depth"]), float(n["chunks"])),
+            "sampling/shared_prompt_tokens": float(n["shared"]),
+            "sampling/prefilled_tokens": float(n["prefilled"]),
+            "sampling/moves": float(n["moves"]),
+            "sampling/chunks": float(n["chunks"]),
+            "sampling/abandoned_groups": float(len({id(p.job) for p in self.seated} | {id(p.job) for p, _ in self.waiting})),
+            "time/decode": n["decode_seconds"],
+            "time/prefill": n["prefill_seconds"],
+        }
+
+
+def _admission(shapes: Admission, batch: dict[tuple[int, int], Piece]) -> Admission:
+    """Host arrays of an admission; (shard, w) -> piece."""
+    new = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+    new.prompt_len_ZxW[...] = 1
+    new.slot_ZxW[...] = -1
+    for at, piece in batch.items():
+        request, length = piece.job.request, piece.job.prompt_len
+        new.prompt_ZxWxP[at][:length] = request.prompt_UxP[0, :length]
+        new.prompt_len_ZxW[at] = length
+        new.id_ZxWx6[at] = request.id_Ux6[0]
+        new.first_trace_ZxW[at] = piece.traces[0]
+        new.slot_ZxW[at] = piece.place[2]
+        for row, trace in enumerate(piece.traces):
+            new.limit_ZxWxC[at][row] = piece.job.limit_C[trace] if trace >= 0 else 0
+    return new

@@ -1,0 +1,142 @@
+"""All programs of a sampler, compiled once from shapes alone; a shape that is not among them is an error, never a
+compilation.
+
+    decode[classes]   one for all classes; with `shrink` also for parts of them, so that empty ones are not computed
+    admit[i]          into the entry class of each prompt length
+    move[i, j]        from a class to one that is narrower or longer
+    clear[i]          a class without groups
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.stages import Compiled
+
+from spiral_jax import mesh as meshes
+from spiral_jax.sampling.decode import decode_chunk
+from spiral_jax.sampling.slots import Admission, DecodeSettings, SlotClass, admit, empty_state, move, state_shardings
+from spiral_jax.sampling.weights import abstract_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Static shape of the work.
+
+    Attributes:
+      classes: of slots; within one prompt length a group may move from class to class.
+      chunk: decode steps a call, at most.
+      exit_groups: a chunk ends early when this many groups can leave their slot.
+      prefill_tokens: prompt tokens, padding included, of one admission a shard.
+      shrink: compile decode programs for parts of the classes too.
+    """
+
+    classes: tuple[SlotClass, ...]
+    chunk: int
+    exit_groups: int
+    prefill_tokens: int
+    shrink: bool
+
+    def entries(self) -> list[int]:
+        """The class in which groups of each prompt length begin: the widest, of those the one with the least G."""
+        of_length = itertools.groupby(self._by_prompt(), lambda i: self.classes[i].P)
+        return [min(members, key=lambda i: (-self.classes[i].C, self.classes[i].G)) for _, members in of_length]
+
+    def moves(self) -> list[tuple[int, int]]:
+        """Pairs (from, to) of classes: the same prompt length, no wider, no shorter."""
+
+        def may(a: SlotClass, b: SlotClass) -> bool:
+            return a.P == b.P and b.C <= a.C and b.G >= a.G and (b.C, b.G) != (a.C, a.G)
+
+        return [(i, j) for i, j in itertools.permutations(range(len(self.classes)), 2)
+                if may(self.classes[i], self.classes[j])]  # fmt: skip
+
+    def leave_at(self, i: int) -> int:
+        """Running traces at which a group can move from class i to a narrower one; 0 where there is none."""
+        return max((self.classes[j].C for a, j in self.moves() if a == i and self.classes[j].C < self.classes[i].C),
+                   default=0)  # fmt: skip
+
+    def decode_sets(self) -> list[tuple[int, ...]]:
+        """Which classes each decode program computes, fewest rows first; the last holds all."""
+        sets = {tuple(range(len(self.classes)))}
+        if self.shrink:
+            for _, members in itertools.groupby(self._by_prompt(), lambda i: self.classes[i].P):
+                members = sorted(members, key=lambda i: (-self.classes[i].C, self.classes[i].G))
+                sets |= {tuple(sorted(members[start:])) for start in range(len(members))}
+        return sorted(sets, key=lambda chosen: (sum(self.classes[i].rows for i in chosen), len(chosen)))
+
+    def _by_prompt(self) -> list[int]:
+        return sorted(range(len(self.classes)), key=lambda i: self.classes[i].P)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program, with what compiling it took and what running it needs beside its arguments."""
+
+    run: Compiled
+    seconds: float
+
+    @property
+    def temp_bytes(self) -> int:
+        analysis = self.run.memory_analysis()
+        return analysis.temp_size_in_bytes if analysis else 0
+
+
+def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...], Program]:
+    """Every program, by ("decode", classes), ("admit", i), ("move", i, j) and ("clear", i)."""
+    mesh, classes = settings.mesh, schedule.classes
+    shards = meshes.group_count_multiple(mesh)
+    along = meshes.group_sharding(mesh)
+    weights = abstract_weights(settings.config, mesh)
+    states = [abstract_state(settings, slots) for slots in classes]
+    places = [jax.tree.map(lambda a: a.sharding, state) for state in states]
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=along)  # noqa: E731
+    programs = {}
+
+    def add(name: tuple[Any, ...], function: Any, *shapes: Any, out: Any = None, donate: tuple[int, ...] = ()) -> None:
+        start = time.monotonic()
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(function, out_shardings=out, donate_argnums=donate).lower(*shapes).compile()
+        programs[name] = Program(compiled, time.monotonic() - start)
+
+    for i, slots in enumerate(classes):
+        add(("clear", i), functools.partial(empty_state, settings, slots), out=places[i])
+    for i in schedule.entries():
+        new = admission_shapes(settings, schedule, i)
+        add(("admit", i), functools.partial(admit, settings), weights, states[i], new,
+            out=(places[i], along, along), donate=(1,))  # fmt: skip
+    for i, j in schedule.moves():
+        rows = ints(shards, classes[j].C)
+        add(("move", i, j), functools.partial(move, settings), states[i], states[j], ints(shards), ints(shards), rows,
+            out=(places[i], places[j]), donate=(0, 1))  # fmt: skip
+    for chosen in schedule.decode_sets():
+        function = functools.partial(
+            decode_chunk, settings, tuple(classes[i] for i in chosen), tuple(schedule.leave_at(i) for i in chosen),
+            schedule.chunk, schedule.exit_groups, shards,
+        )  # fmt: skip
+        add(("decode", chosen), function, weights, tuple(states[i] for i in chosen),
+            out=(tuple(places[i] for i in chosen), None, None, None), donate=(1,))  # fmt: skip
+    return programs
+
+
+def abstract_state(settings: DecodeSettings, slots: SlotClass) -> Any:
+    """Shapes, dtypes and shardings of a class's `SlotState`."""
+    state = jax.eval_shape(functools.partial(empty_state, settings, slots))
+    place = state_shardings(state, settings.mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, place)
+
+
+def admission_shapes(settings: DecodeSettings, schedule: Schedule, i: int) -> Admission:
+    """Shapes of an admission into class i: as many prompts as `prefill_tokens` pays for, at least one a shard."""
+    slots, shards = schedule.classes[i], meshes.group_count_multiple(settings.mesh)
+    prompt = settings.cached_prompt(slots.P)
+    W = max(1, min(schedule.prefill_tokens // prompt, slots.slots // shards))
+    along = meshes.group_sharding(settings.mesh)
+    ints = lambda *shape: jax.ShapeDtypeStruct((shards, W, *shape), jnp.int32, sharding=along)  # noqa: E731
+    return Admission(ints(prompt), ints(), ints(6), ints(), ints(slots.C), ints())

@@ -1,0 +1,137 @@
+"""Who sits where: the host's picture of the slots. NumPy and integers only; every choice is a function of token counts.
+
+A `Job` is a requested group; it is cut into pieces as wide as its entry class, and each `Piece` sits in one slot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from spiral_jax.groups import GroupRequests, Groups, Stop
+from spiral_jax.sampling.slots import SlotClass
+
+
+@dataclasses.dataclass
+class Job:
+    """A requested group (U = 1) and what has been drawn for it so far.
+
+    Attributes:
+      limit_C: int32 tokens of each trace.
+      trace_CxG, length_C, logprob_CxG, stop_C: as in `Groups`.
+      pieces: of it that have not ended.
+    """
+
+    request: GroupRequests
+    stop_ids: tuple[int, ...]
+    limit_C: np.ndarray = dataclasses.field(init=False)
+    trace_CxG: np.ndarray = dataclasses.field(init=False)
+    logprob_CxG: np.ndarray = dataclasses.field(init=False)
+    length_C: np.ndarray = dataclasses.field(init=False)
+    stop_C: np.ndarray = dataclasses.field(init=False)
+    pieces: int = 0
+
+    def __post_init__(self) -> None:
+        C, G = self.request.traces, self.request.max_tokens
+        limits = self.request.limit_UxC
+        self.limit_C = np.full(C, G, np.int32) if limits is None else limits[0]
+        self.trace_CxG = np.zeros((C, G), np.int32)
+        self.logprob_CxG = np.zeros((C, G), np.float32)
+        self.length_C = np.zeros(C, np.int32)
+        self.stop_C = np.full(C, Stop.LENGTH, np.int32)
+
+    @property
+    def prompt_len(self) -> int:
+        return int(self.request.prompt_len_U[0])
+
+    def append(self, trace: int, token_n: np.ndarray, logprob_n: np.ndarray) -> None:
+        """Adds drawn tokens to a trace."""
+        start, end = self.length_C[trace], self.length_C[trace] + len(token_n)
+        self.trace_CxG[trace, start:end], self.logprob_CxG[trace, start:end] = token_n, logprob_n
+        self.length_C[trace] = end
+        if len(token_n) and token_n[-1] in self.stop_ids:
+            self.stop_C[trace] = Stop.STOP
+
+    def runs(self, trace: int) -> bool:
+        return self.stop_C[trace] == Stop.LENGTH and self.length_C[trace] < self.limit_C[trace]
+
+    def group(self) -> Groups:
+        """The completed group (U = 1)."""
+        return Groups(self.request, self.trace_CxG[None], self.length_C[None], self.logprob_CxG[None], self.stop_C[None])
+
+
+@dataclasses.dataclass
+class Piece:
+    """Some traces of a job, which sit in one slot.
+
+    Attributes:
+      traces: index of the job's trace in each row of the slot; -1 where a row holds none.
+      place: (class, shard, slot within the shard); None while it waits.
+    """
+
+    job: Job
+    traces: list[int]
+    place: tuple[int, int, int] | None = None
+
+    @property
+    def running(self) -> list[int]:
+        """Rows whose trace has not ended."""
+        return [row for row, trace in enumerate(self.traces) if trace >= 0 and self.job.runs(trace)]
+
+    @property
+    def step(self) -> int:
+        """Tokens that the longest of its traces has."""
+        return max(int(self.job.length_C[trace]) for trace in self.traces if trace >= 0)
+
+
+class Seats:
+    """The free slots of all classes, by shard."""
+
+    def __init__(self, classes: tuple[SlotClass, ...], shards: int):
+        self._classes = classes
+        self._free = [[list(range(slots.slots // shards)) for _ in range(shards)] for slots in classes]
+
+    def take(self, i: int, shard: int | None = None) -> tuple[int, int, int] | None:
+        """The lowest free slot of class i, on the shard with the most free ones unless one is named; None if full."""
+        free = self._free[i]
+        if shard is None:
+            shard = max(range(len(free)), key=lambda z: (len(free[z]), -z))
+        return (i, shard, free[shard].pop(0)) if free[shard] else None
+
+    def give_back(self, place: tuple[int, int, int]) -> None:
+        i, shard, slot = place
+        self._free[i][shard] = sorted([*self._free[i][shard], slot])
+
+    def has_free(self, i: int) -> bool:
+        return any(self._free[i])
+
+    def better_class(self, piece: Piece, targets: list[int]) -> int | None:
+        """Where a piece should move: the narrowest class with room for its running traces, then the shortest.
+
+        Args:
+          targets: classes that its own may move to.
+
+        Returns:
+          None if it does best where it is, or no such slot is free on its shard.
+        """
+        i, shard, _ = piece.place
+        here, running, step = self._classes[i], len(piece.running), piece.step
+        full = step >= here.G
+        fit = [
+            j
+            for j in targets
+            if self._free[j][shard]
+            and self._classes[j].C >= running
+            and self._classes[j].G > (step if full else 0)
+            and (full or self._classes[j].C < here.C)
+        ]
+        return min(fit, key=lambda j: (self._classes[j].C, self._classes[j].G), default=None)
+
+
+def cut(job: Job, width: int) -> list[Piece]:
+    """The job's traces as pieces of at most `width`."""
+    traces = range(job.request.traces)
+    pieces = [Piece(job, list(traces[start : start + width])) for start in range(0, len(traces), width)]
+    job.pieces = len(pieces)
+    return pieces

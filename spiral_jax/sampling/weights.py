@@ -1,0 +1,53 @@
+"""The policy as the sampler reads it: laid out once after each update."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+from flax import struct
+from jax.sharding import Mesh
+
+from spiral_jax import mesh as meshes
+from spiral_jax.model.qwen3 import ModelConfig, head_kernel, init_variables
+
+
+@struct.dataclass
+class DecodeWeights:
+    """Replicated over groups and cut along `tensor` only, in the compute dtype; adapters stay apart from the base.
+
+    Attributes:
+      embed: [V, D].
+      head: [D, V]; a transposed copy where they are tied, so that no step transposes it.
+      final_norm: [D].
+      layers: L trees of variables; stacked weights, sliced inside the decode loop, would be copied whole.
+    """
+
+    embed: jax.Array
+    head: jax.Array
+    final_norm: jax.Array
+    layers: tuple[dict[str, Any], ...]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def lay_out(variables: dict[str, Any], config: ModelConfig, mesh: Mesh) -> DecodeWeights:
+    """`DecodeWeights` from the model's collections, wherever those lie."""
+    variables = jax.tree.map(lambda a: a.astype(config.compute_dtype), variables)
+    params = variables["params"]
+    stacked = {name: tree["layers"] for name, tree in variables.items() if "layers" in tree}
+    weights = DecodeWeights(
+        embed=params["embed"],
+        head=head_kernel(config, params),
+        final_norm=params["final_norm"],
+        layers=tuple(jax.tree.map(lambda a: a[i], stacked) for i in range(config.arch.L)),  # noqa: B023
+    )
+    return jax.lax.with_sharding_constraint(weights, meshes.weight_shardings(weights, mesh, decode=True))
+
+
+def abstract_weights(config: ModelConfig, mesh: Mesh) -> DecodeWeights:
+    """Shapes, dtypes and shardings of `DecodeWeights`."""
+    variables = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    weights = jax.eval_shape(lambda tree: lay_out(tree, config, mesh), variables)
+    place = meshes.weight_shardings(weights, mesh, decode=True)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), weights, place)
