@@ -38,7 +38,7 @@ from spiral_jax.config import ConfigError
 from spiral_jax.evaluation import evaluate
 from spiral_jax.groups import Role
 from spiral_jax.metrics import divide
-from spiral_jax.model.hf import WeightsError
+from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
 from spiral_jax.setup import Setup, check_shapes, set_up
