@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from spiral_jax import batching, prompts
+from spiral_jax import batching, initial, prompts
 from spiral_jax import mesh as meshes
 from spiral_jax.config import ConfigError, uses_aggregation, validate
 from spiral_jax.groups import Role
@@ -30,6 +31,7 @@ class Setup:
     """What a run is made of, before any weight is loaded; `reward` is that of config.task.reward, or the task's own."""
 
     c: ConfigDict
+    path: pathlib.Path  # of the checkpoint that config.model.hf_path names
     mesh: Mesh
     task: Task
     reward: str
@@ -40,7 +42,11 @@ class Setup:
 
     def load_base(self) -> Any:
         """The checkpoint's parameters, placed on the mesh."""
-        return hf.load_params(hf.resolve_path(self.c.model.hf_path), self.model, self.mesh)
+        return hf.load_params(self.path, self.model, self.mesh)
+
+    def load_start(self) -> tuple[Any, Any | None]:
+        """What a new run starts from: (parameters, adapters or None); see `initial.load_start`."""
+        return initial.load_start(self.c, self.path, self.model, self.mesh)
 
 
 def set_up(c: ConfigDict) -> Setup:
@@ -73,12 +79,13 @@ def set_up(c: ConfigDict) -> Setup:
         prompt_buckets=tuple(c.sampling.prompt_buckets),
         groups_per_call={Role.SEARCH: c.sampling.search_groups, Role.AGGREGATION: c.sampling.aggregation_groups},
     )
-    return Setup(c, mesh, task, reward, model, tokenizer, scaffold, sampler)
+    return Setup(c, path, mesh, task, reward, model, tokenizer, scaffold, sampler)
 
 
 def check_shapes(setup: Setup) -> None:
     """Traces the whole train step on shapes alone: what it would reject, it rejects here, without any array."""
     c, model = setup.c, setup.model
+    initial.check_start(c, setup.path, model)
     base = hf.abstract_params(model) if model.lora_rank else None
     with jax.set_mesh(setup.mesh):
         jax.eval_shape(make_train_step(c, model), abstract_state(c, model, setup.mesh), base, abstract_blocks(c))

@@ -219,6 +219,36 @@ def test_a_directory_that_is_not_there_is_an_error_that_names_the_field(tmp_path
             hf.resolve_path(missing)
 
 
+def test_a_hub_id_is_downloaded_unless_there_is_such_a_directory(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, **options):
+        asked.append(name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(hf, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert hf.resolve_path("org/Model-1.5B") == tmp_path / "snapshot"
+    (tmp_path / "org" / "Model-1.5B").mkdir(parents=True)
+    assert hf.resolve_path("org/Model-1.5B").resolve() == (tmp_path / "org" / "Model-1.5B").resolve()
+    assert asked == ["org/Model-1.5B"]
+    for no_id in ("org/model/file", "../model", "model", "/org/model"):
+        with pytest.raises(ConfigError, match="no such directory. Give"):
+            hf.resolve_path(no_id)
+    assert asked == ["org/Model-1.5B"]
+
+
+def test_what_the_hub_does_not_give_is_an_error_with_its_reason(monkeypatch):
+    def download(name, **options):
+        raise OSError("no route to host\nand much more")
+
+    monkeypatch.setattr(hf, "snapshot_download", download)
+    with pytest.raises(
+        ConfigError, match=r"'org/model': no such directory, and the Hub did not .*\(no route to host\)"
+    ):
+        hf.resolve_path("org/model")
+
+
 # Saving
 
 

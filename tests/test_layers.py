@@ -13,7 +13,7 @@ FLOORS = {
     0: {"groups", "config", "metrics", "mesh"},
     1: {"model", "tasks", "prompts", "verifier", "estimators", "objective.subsets", "objective.advantages"},
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
-    3: {"setup", "rollout", "collect", "train_step", "evaluation"}
+    3: {"setup", "initial", "rollout", "collect", "train_step", "evaluation"}
     | {"checkpoint", "workdir", "trace_log", "report", "progress"},
     4: {"train", "sft"},
 }

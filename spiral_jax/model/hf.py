@@ -31,7 +31,7 @@ _FROM_HUB = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merg
 _COMPARED_ROWS = 8192  # of the embedding at once: a few hundred MB at most
 
 # Our path -> (their name, transposed); {} is the layer.
-_PROJECTIONS = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {
+PROJECTIONS = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {
     name: f"mlp.{name}_proj" for name in ("gate", "up", "down")
 }
 _TOP = {
@@ -45,7 +45,7 @@ _LAYER = {
     "q_norm": ("model.layers.{}.self_attn.q_norm.weight", False),
     "k_norm": ("model.layers.{}.self_attn.k_norm.weight", False),
 }
-for _name, _theirs in _PROJECTIONS.items():
+for _name, _theirs in PROJECTIONS.items():
     _LAYER[f"{_name}/kernel"] = (f"model.layers.{{}}.{_theirs}.weight", True)
     _LAYER[f"{_name}/a"] = (f"base_model.model.model.layers.{{}}.{_theirs}.lora_A.weight", True)  # as PEFT names them
     _LAYER[f"{_name}/b"] = (f"base_model.model.model.layers.{{}}.{_theirs}.lora_B.weight", True)
