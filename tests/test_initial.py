@@ -3,17 +3,17 @@
 import jax
 import numpy as np
 import pytest
+from small_runs import make_run, random_like
 
 from configs import tiny
 from spiral_jax.checkpoint import CheckpointError, Checkpoints
-from spiral_jax.config import ConfigError, digest, to_plain, validate
+from spiral_jax.config import ConfigError, validate
 from spiral_jax.initial import check_start, load_start
 from spiral_jax.mesh import weight_shardings
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, save_adapter
 from spiral_jax.model.architecture import read_architecture
-from spiral_jax.train_step import abstract_state, init_state
-from spiral_jax.workdir import open_workdir
+from spiral_jax.train_step import init_state
 
 PATH = hf.BUNDLED["bundled:tiny"]
 
@@ -29,29 +29,13 @@ def model_of(c):
     return hf.model_config(read_architecture(PATH), c.model)
 
 
-def random_like(shapes, mesh, seed):
-    rng = np.random.default_rng(seed)
-    tree = jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(a.dtype), shapes)
-    return jax.device_put(tree, weight_shardings(tree, mesh))
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, mesh):
     """Workdirs of a LoRA run and of a full one with checkpoints of steps 1 and 2, and what was trained in them."""
     made = {}
     for kind, rank in (("lora", 4), ("full", 0)):
-        c = config(lora_rank=rank, lora_alpha=6.0)
-        model, path = model_of(c), tmp_path_factory.mktemp(kind) / "run"
-        open_workdir(path, to_plain(c), digest(c))
-        shapes = abstract_lora(model) if rank else hf.abstract_params(model)
-        trained = {}
-        with Checkpoints(path / "checkpoints", 2) as checkpoints:
-            for step in (1, 2):
-                state = jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding),
-                                     abstract_state(c, model, mesh))  # fmt: skip
-                trained[step] = random_like(shapes, mesh, step)
-                checkpoints.save(step, state.replace(trained=trained[step]), {})
-        made[kind] = path, trained
+        c, path = config(lora_rank=rank, lora_alpha=6.0), tmp_path_factory.mktemp(kind) / "run"
+        made[kind] = path, make_run(path, c, model_of(c), mesh, steps=(1, 2))
     return made
 
 

@@ -15,7 +15,7 @@ FLOORS = {
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
     3: {"setup", "initial", "rollout", "collect", "train_step", "evaluation"}
     | {"checkpoint", "workdir", "trace_log", "report", "progress"},
-    4: {"train", "sft"},
+    4: {"train", "sft", "export", "spiral_infer"},
 }
 # Within a floor a module may import its neighbours; commands may not import each other.
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

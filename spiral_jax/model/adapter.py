@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spiral_jax.config import ConfigError
-from spiral_jax.model.hf import MAX_SHARD_BYTES, PROJECTIONS, load_tree, outputs_of
+from spiral_jax.model.hf import MAX_SHARD_BYTES, PROJECTIONS, check_tensors, outputs_of, read_tree
 from spiral_jax.model.qwen3 import ModelConfig, init_variables
 from spiral_jax.model.tensor_files import open_tensors, write_tensors
 
@@ -69,11 +69,12 @@ def load_adapter(path: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Any:
 
     Raises:
       ConfigError: see `check_adapter`.
-      WeightsError: see `load_tree`.
+      WeightsError: see `check_tensors`.
     """
     check_adapter(path, config)
     with open_tensors(path, STEM) as files:
-        return load_tree(files, abstract_lora(config), mesh, ignored=set())
+        check_tensors(files, abstract_lora(config), tied=False)
+        return read_tree(files, abstract_lora(config), mesh)
 
 
 def save_adapter(path: pathlib.Path, lora: Any, config: ModelConfig, base: str) -> None:

@@ -90,18 +90,18 @@ def load_params(path: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Any:
         an unsupported dtype; an `lm_head` stored beside tied embeddings that contradicts them.
     """
     with open_tensors(path, STEM) as files:
-        if config.arch.tied:
-            _check_tied(files)
-        return load_tree(files, abstract_params(config), mesh, ignored={_TOP["head"][0]} if config.arch.tied else set())
+        check_tensors(files, abstract_params(config), config.arch.tied)
+        return read_tree(files, abstract_params(config), mesh)
 
 
-def load_tree(files: TensorFiles, expected: Any, mesh: Mesh, ignored: set[str]) -> Any:
-    """The arrays of `expected` (shapes and dtypes of `params` or `lora`) from `files`, placed on `mesh`.
+def check_tensors(files: TensorFiles, expected: Any, tied: bool) -> None:
+    """`files` hold every array of `expected` (shapes of `params` or `lora`), and nothing that would be ignored.
 
     Raises:
-      WeightsError: a tensor is missing or of another shape or dtype, or one that is not `ignored` has no place.
+      WeightsError: a tensor is missing, of another shape or of an unsupported dtype, or it has no place; a head that is
+        stored although it is `tied` differs from the embedding.
     """
-    used = set(ignored)
+    used = {_TOP["head"][0]} if tied else set()
     for at, leaf in jax.tree_util.tree_leaves_with_path(expected):
         names, transposed = tensor_names(path_name(at), leaf.shape[0])
         shape = _stored_shape(path_name(at), leaf.shape, transposed)
@@ -118,6 +118,12 @@ def load_tree(files: TensorFiles, expected: Any, mesh: Mesh, ignored: set[str]) 
             used.add(name)
     if extra := sorted(files.names - used):
         raise WeightsError(f"{files.where}: {len(extra)} tensors are not part of this architecture, first {extra[0]}.")
+    if tied and _TOP["head"][0] in files.names:
+        _check_tied(files)
+
+
+def read_tree(files: TensorFiles, expected: Any, mesh: Mesh) -> Any:
+    """The arrays of `expected` (shapes and dtypes) from checked files, placed on `mesh` as the sharding table says."""
     return jax.tree_util.tree_map_with_path(lambda at, leaf: _read_leaf(files, path_name(at), leaf, mesh), expected)
 
 
@@ -168,8 +174,6 @@ def _stored_shape(name: str, shape: tuple[int, ...], transposed: bool) -> tuple[
 def _check_tied(files: TensorFiles) -> None:
     """A head stored beside tied embeddings must be the embedding: compared in blocks of rows."""
     head, embed = _TOP["head"][0], _TOP["embed"][0]
-    if head not in files.names or embed not in files.names:
-        return
     same, V = files.shape(head) == files.shape(embed), files.shape(embed)[0]
     for start in range(0, V if same else 0, _COMPARED_ROWS):
         rows = (slice(start, min(start + _COMPARED_ROWS, V)), slice(None))
