@@ -5,10 +5,10 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from configs import grpo_qwen3_4b, qwen3_4b, tiny
+from configs import grpo_qwen3_4b, qwen3_4b, smollm2_135m, tiny
 from spiral_jax.config import ConfigError, defaults, difference, digest, to_plain, validate
 
-CONFIGS = {"tiny": tiny, "qwen3_4b": qwen3_4b, "grpo_qwen3_4b": grpo_qwen3_4b}
+CONFIGS = {"tiny": tiny, "qwen3_4b": qwen3_4b, "grpo_qwen3_4b": grpo_qwen3_4b, "smollm2_135m": smollm2_135m}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
