@@ -53,6 +53,7 @@ class Checkpoints:
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add("state", ocp.args.StandardSave)
         registry.add("state", ocp.args.StandardRestore)
+        registry.add("state", ocp.args.PyTreeRestore)  # the one that can restore a part
         registry.add("record", ocp.args.JsonSave)
         registry.add("record", ocp.args.JsonRestore)
         with self._reported("the directory cannot be opened. Is it there, is it a directory, may it be written?"):
@@ -107,14 +108,33 @@ class Checkpoints:
           ValueError: a leaf of `abstract_state` has no sharding.
         """
         target = jax.tree_util.tree_map_with_path(_target, abstract_state)
-        step = self._existing(step)
+        step = self.existing(step)
         header = self._read_header(step)
         self._check_structure(step, header["arrays"], dict(_named(target)))
         state = self._read(step, "state", ocp.args.StandardRestore(target))
-        wrong = [name for name, leaf in _named(state) if _crc32(leaf) != header["arrays"][name]["crc32"]]
-        if wrong:
-            raise self._damaged(step, f"the checksum of {_few(wrong)} is not the one that was saved")
+        self._check_values(step, state, header["arrays"])
         return state, header["record"]
+
+    def restore_part(self, abstract_part: Any, step: int | None = None) -> Any:
+        """Reads some arrays of a checkpoint, such as its weights without the optimizer's state, and verifies them.
+
+        Args:
+          abstract_part: the saved pytree, as dicts, without what is not wanted: `{"trained": ...}`. Leaves as in
+            `restore`.
+          step: None: the newest.
+
+        Raises:
+          CheckpointError: as in `restore`, except that arrays of which `abstract_part` says nothing are not read.
+        """
+        target = jax.tree_util.tree_map_with_path(_target, abstract_part)
+        step = self.existing(step)
+        header = self._read_header(step)
+        wanted = dict(_named(target))
+        self._check_structure(step, {n: a for n, a in header["arrays"].items() if n in wanted}, wanted)
+        where = ocp.checkpoint_utils.construct_restore_args(target)
+        part = self._read(step, "state", ocp.args.PyTreeRestore(target, restore_args=where, partial_restore=True))
+        self._check_values(step, part, header["arrays"])
+        return part
 
     def wait(self) -> None:
         """Returns when everything saved is on disk. Raises `CheckpointError` when a save failed."""
@@ -140,7 +160,8 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(f"{self.directory}: {what} ({type(error).__name__}: {error})") from error
 
-    def _existing(self, step: int | None) -> int:
+    def existing(self, step: int | None) -> int:
+        """`step` if there is a checkpoint of it; the newest for None. Raises `CheckpointError` if there is none."""
         steps = sorted(self._manager.all_steps())
         if not steps:
             raise CheckpointError(f"{self.directory} holds no complete checkpoint. Is it the run's directory?")
@@ -180,6 +201,11 @@ class Checkpoints:
                 f"{self.directory}: the checkpoint of step {step} is not one of this model and optimizer: "
                 f"{'; '.join(problems)}. Use the configuration it was written with."
             )
+
+    def _check_values(self, step: int, restored: Any, saved: dict[str, dict]) -> None:
+        wrong = [name for name, leaf in _named(restored) if _crc32(leaf) != saved[name]["crc32"]]
+        if wrong:
+            raise self._damaged(step, f"the checksum of {_few(wrong)} is not the one that was saved")
 
     def _damaged(self, step: int, what: str) -> CheckpointError:
         older = [s for s in self._manager.all_steps() if s < step]

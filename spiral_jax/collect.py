@@ -1,4 +1,4 @@
-"""Dynamic sampling: a stream of rollouts -> the first B problems in cursor order that carry a signal, with loss weights.
+"""Dynamic sampling: a stream of rollouts -> the first B problems in cursor order with a signal, and loss weights.
 
 A step's batch is a pure function of the policy, the step and the cursor, so a killed step is simply run again.
 """

@@ -29,7 +29,9 @@ def defaults() -> ConfigDict:
     c.seed = 0  # all randomness of a run: data order, subsets, candidate order, sampling (ours)
 
     c.model = ConfigDict()
-    c.model.hf_path = ""  # directory with config.json, model.safetensors and the tokenizer; "bundled:tiny" is ours
+    c.model.hf_path = ""  # Qwen3 or Llama: a Hugging Face directory or Hub id; "bundled:tiny" is ours
+    c.model.adapter_path = ""  # PEFT LoRA directory that a new run starts from; "" = a fresh adapter (ours)
+    c.model.init_from = ""  # WORKDIR or WORKDIR@step of another run whose trained weights a new run starts from (ours)
     c.model.param_dtype = "bfloat16"  # of a frozen base; what is trained is always float32 (ours)
     c.model.compute_dtype = "bfloat16"  # of activations and caches; norms, rope and softmax are float32 (ours)
     c.model.lora_rank = 32  # adapters on all seven projections; 0 = full fine-tuning (paper)
@@ -192,6 +194,10 @@ def _validate_choices(c: ConfigDict) -> None:
         room, name = field.split(".")
         _require(c[room][name] in allowed, field, c[room][name], f"one of {', '.join(allowed)}")
     _require(bool(c.model.hf_path), "model.hf_path", c.model.hf_path, "a directory with config.json and weights")
+    _require(not c.model.adapter_path or c.model.lora_rank > 0, "model.adapter_path", c.model.adapter_path,
+             "empty at model.lora_rank = 0", "Set model.lora_rank to the adapter's r.")  # fmt: skip
+    _require(not (c.model.adapter_path and c.model.init_from), "model.init_from", c.model.init_from,
+             "empty beside model.adapter_path", "A run starts from one of the two.")  # fmt: skip
     minima = {
         "search.traces": 1, "search.max_tokens": 1, "aggregation.max_tokens": 1,
         "sampling.chunk": 1, "sampling.exit_groups": 1, "sampling.prefill_tokens": 1, "sampling.prefill_chunk": 1,
@@ -283,6 +289,20 @@ def digest(c: ConfigDict) -> str:
 def to_plain(c: ConfigDict) -> dict:
     """The configuration as plain JSON types (tuples become lists)."""
     return json.loads(c.to_json_best_effort())
+
+
+def from_plain(plain: dict) -> ConfigDict:
+    """The configuration that `to_plain` wrote; a field that did not exist then has its default.
+
+    Raises:
+      ConfigError: a field that this version does not know, or a value of another type.
+    """
+    c = defaults()
+    try:
+        c.update(plain)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"a configuration of another version of spiral_jax: {error.args[0]}") from error
+    return c
 
 
 def difference(old: dict, new: dict, prefix: str = "") -> list[str]:

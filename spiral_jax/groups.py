@@ -141,7 +141,9 @@ def concat_groups(parts: list[Groups]) -> Groups:
         for p in parts
     }
     if len(kinds) > 1:
-        raise ValueError(f"groups of several kinds (traces, max_tokens, no rewards, advantages, limits): {sorted(kinds)}")
+        raise ValueError(
+            f"groups of several kinds (traces, max_tokens, no rewards, advantages, limits): {sorted(kinds)}"
+        )
     width = max(part.requests.prompt_UxP.shape[1] for part in parts)
     requests = dataclasses.replace(
         parts[0].requests,

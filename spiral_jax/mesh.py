@@ -37,6 +37,11 @@ _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+def host_mesh() -> Mesh:
+    """A mesh of one CPU device: for programs that only move weights, and leave accelerators alone."""
+    return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices("cpu")[:1])
+
+
 def make_mesh(sizes: ConfigDict) -> Mesh:
     """The mesh of all devices. Raises `ConfigError` when the sizes of `config.mesh` do not match their number."""
     devices = jax.devices()

@@ -23,7 +23,7 @@ from spiral_jax.config import ConfigError
 from spiral_jax.groups import Purpose, Stop
 
 _THINK, _END_THINK = "<think>", "</think>"
-_EMPTY, _CUT_OFF = "(empty)", "[cut off]\n"
+EMPTY, CUT_OFF = "(empty)", "[cut off]\n"
 # field of config.prompt -> its placeholders and whether it must have them
 _PLACEHOLDERS = {
     "search": {"problem": True},
@@ -137,8 +137,8 @@ def make_scaffold(tokenizer: PreTrainedTokenizerBase, prompt: ConfigDict, stop_i
         aggregation=aggregation,
         candidate=tuple(part if is_slot else _ids(tokenizer, part) for part, is_slot in candidate),
         special_ids=special,
-        empty_ids=_ids(tokenizer, _EMPTY),
-        cut_off_ids=_ids(tokenizer, _CUT_OFF),
+        empty_ids=_ids(tokenizer, EMPTY),
+        cut_off_ids=_ids(tokenizer, CUT_OFF),
         think_id=_single_id(tokenizer, _THINK),
         end_think_id=_single_id(tokenizer, _END_THINK),
         opens_thinking=tail.rfind(_THINK) > tail.rfind(_END_THINK),

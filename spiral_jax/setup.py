@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from spiral_jax import batching, prompts
+from spiral_jax import batching, initial, prompts
 from spiral_jax import mesh as meshes
 from spiral_jax.config import ConfigError, uses_aggregation, validate
 from spiral_jax.groups import Role
@@ -38,6 +39,7 @@ class Setup:
     """
 
     c: ConfigDict
+    path: pathlib.Path  # of the checkpoint that config.model.hf_path names
     mesh: Mesh
     task: Task
     reward: str
@@ -49,7 +51,11 @@ class Setup:
 
     def load_base(self) -> Any:
         """The checkpoint's parameters, placed on the mesh."""
-        return hf.load_params(hf.resolve_path(self.c.model.hf_path), self.model, self.mesh)
+        return hf.load_params(self.path, self.model, self.mesh)
+
+    def load_start(self) -> tuple[Any, Any | None]:
+        """What a new run starts from: (parameters, adapters or None); see `initial.load_start`."""
+        return initial.load_start(self.c, self.path, self.model, self.mesh)
 
 
 def set_up(c: ConfigDict) -> Setup:
@@ -74,7 +80,7 @@ def set_up(c: ConfigDict) -> Setup:
     _check_prompt_lengths(c, scaffold)
     _check_mesh(c, mesh)
     sampler, eval_sampler = make_samplers(c, model, mesh, stop_ids)
-    return Setup(c, mesh, task, reward, model, tokenizer, scaffold, sampler, eval_sampler)
+    return Setup(c, path, mesh, task, reward, model, tokenizer, scaffold, sampler, eval_sampler)
 
 
 def make_samplers(c: ConfigDict, model: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...]) -> tuple[Engine, Engine]:
@@ -101,6 +107,7 @@ def make_samplers(c: ConfigDict, model: ModelConfig, mesh: Mesh, stop_ids: tuple
 def check_shapes(setup: Setup) -> None:
     """Traces the whole train step on shapes alone: what it would reject, it rejects here, without any array."""
     c, model = setup.c, setup.model
+    initial.check_start(c, setup.path, model)
     base = hf.abstract_params(model) if model.lora_rank else None
     with jax.set_mesh(setup.mesh):
         jax.eval_shape(make_train_step(c, model), abstract_state(c, model, setup.mesh), base, abstract_blocks(c))
@@ -125,7 +132,7 @@ def _check_prompt_lengths(c: ConfigDict, scaffold: Scaffold) -> None:
         longest[Role.AGGREGATION] = prompts.max_aggregation_prompt(scaffold, c)
     for role, length in longest.items():
         for field, widest in (
-            ("sampling.classes", max(P for _, _, P, G in c.sampling.classes if G >= c[role.label].max_tokens)),
+            ("sampling.classes", max(P for _, _, P, G in c.sampling.classes if c[role.label].max_tokens <= G)),
             (f"batch.{role.label}_lengths", c.batch[f"{role.label}_lengths"][-1][0]),
         ):
             if widest < length:

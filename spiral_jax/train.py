@@ -30,7 +30,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from spiral_jax import batching, config, report
+from spiral_jax import batching, config, initial, report
 from spiral_jax import mesh as meshes
 from spiral_jax.checkpoint import CheckpointError, Checkpoints
 from spiral_jax.collect import Batch, NoSignal, collect_batch
@@ -38,7 +38,7 @@ from spiral_jax.config import ConfigError
 from spiral_jax.evaluation import evaluate
 from spiral_jax.groups import Role
 from spiral_jax.metrics import divide
-from spiral_jax.model.hf import WeightsError
+from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
 from spiral_jax.setup import Setup, check_shapes, set_up
@@ -91,9 +91,12 @@ class Position:
 def train(setup: Setup, workdir: str) -> None:
     """Trains until `train.steps`, or until `train.max_sampled_tokens` are spent, from scratch or where it stopped."""
     c, mesh = setup.c, setup.mesh
+    if not pathlib.Path(workdir, "checkpoints").exists():  # a resumed run no longer needs what it started from
+        initial.check_start(c, setup.path, setup.model)
     path = open_workdir(workdir, config.to_plain(c), config.digest(c))
-    frozen, state = init_state(c, setup.model, setup.load_base(), mesh)
     checkpoints = Checkpoints(path / "checkpoints", c.checkpoint.keep)
+    base, lora = setup.load_start() if checkpoints.latest() is None else (setup.load_base(), None)
+    frozen, state = init_state(c, setup.model, base, mesh, lora)
     at = Position()
     if checkpoints.latest() is not None:
         state, record = checkpoints.restore(abstract_state(c, setup.model, mesh))

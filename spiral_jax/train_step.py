@@ -67,9 +67,16 @@ def make_optimizer(c: ConfigDict) -> optax.GradientTransformation:
     )
 
 
-def init_state(c: ConfigDict, config: ModelConfig, base: Any, mesh: Mesh) -> tuple[Any, TrainState]:
-    """(frozen base or None, fresh state) from loaded base parameters; arrays lie as the sharding table says."""
-    if config.lora_rank:
+def init_state(
+    c: ConfigDict, config: ModelConfig, base: Any, mesh: Mesh, lora: Any | None = None
+) -> tuple[Any, TrainState]:
+    """(frozen base or None, fresh state) from loaded base parameters; arrays lie as the sharding table says.
+
+    `lora`: adapters to start from; None: fresh ones, which change nothing yet.
+    """
+    if lora is not None:
+        trained, frozen = lora, base
+    elif config.lora_rank:
         make_lora = lambda: init_variables(config, jax.random.key(c.seed))["lora"]  # noqa: E731
         place = meshes.weight_shardings(jax.eval_shape(make_lora), mesh)
         trained, frozen = jax.jit(make_lora, out_shardings=place)(), base

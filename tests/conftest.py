@@ -19,35 +19,59 @@ def mesh():
     return make_mesh(ConfigDict({"data": -1, "fsdp": cut, "tensor": cut}))
 
 
+# Every field off its default; two families that differ in the norms of queries and keys alone.
+FIELDS = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "head_dim": 16, "rms_norm_eps": 1e-3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}, "tie_word_embeddings": False,
+    "max_position_embeddings": 640, "eos_token_id": 5,
+}  # fmt: skip
+
+
+def randomise(model):
+    """Peaked attention: with transformers' own initialisation a wrong rope theta would go unnoticed."""
+    import torch
+
+    torch.manual_seed(0)
+    normed = any("q_norm" in name for name, _ in model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_norm" in name or "k_norm" in name:
+                parameter.uniform_(0, 6)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif not normed and ("q_proj" in name or "k_proj" in name):
+                parameter.normal_(0, 0.25)  # scores of order three without any norm
+            else:  # logits and activations of order one
+                parameter.normal_(0, 0.1)
+    return model.eval()
+
+
 @pytest.fixture(scope="session")
 def qwen3_checkpoint(tmp_path_factory):
-    """(**fields) -> (directory, transformers' model): random, every field off its default, with peaked attention.
-
-    With transformers' own initialisation attention is nearly uniform, and a wrong rope theta would go unnoticed.
-    """
-    import torch
+    """(shard="5GB", **fields) -> (directory, transformers' model): random, in files of at most `shard`."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     @functools.cache
-    def make(**fields):
-        torch.manual_seed(0)
-        own = {
-            "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
-            "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "rms_norm_eps": 1e-3,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}, "tie_word_embeddings": False,
-            "max_position_embeddings": 640, "eos_token_id": 5,
-        }  # fmt: skip
-        model = Qwen3ForCausalLM(Qwen3Config(**(own | fields))).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "q_norm" in name or "k_norm" in name:
-                    parameter.uniform_(0, 6)
-                elif "norm" in name:
-                    parameter.uniform_(0.5, 1.5)
-                else:  # logits and activations of order one
-                    parameter.normal_(0, 0.1)
+    def make(shard="5GB", **fields):
+        model = randomise(Qwen3ForCausalLM(Qwen3Config(**(FIELDS | fields))))
         directory = tmp_path_factory.mktemp("qwen3")
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, max_shard_size=shard)
+        return directory, model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama_checkpoint(tmp_path_factory):
+    """The same for Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    @functools.cache
+    def make(shard="5GB", **fields):
+        model = randomise(LlamaForCausalLM(LlamaConfig(**(FIELDS | fields))))
+        directory = tmp_path_factory.mktemp("llama")
+        model.save_pretrained(directory, max_shard_size=shard)
         return directory, model
 
     return make

@@ -22,6 +22,20 @@ FOUR_B = {
     "vocab_size": 151936,
 }  # fmt: skip
 ARCH = Architecture(V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True)
+# The config.json of SmolLM2-135M-Instruct.
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+    "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+    "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
+    "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.42.3",
+    "use_cache": True, "vocab_size": 49152,
+}  # fmt: skip
+SMALL = Architecture(V=97, D=48, F=80, L=3, H=6, J=3, E=16, norm_eps=1e-3, rope_theta=777.0, tied=True)
+SMOLLM2_ARCH = Architecture(
+    V=49152, D=576, F=1536, L=30, H=9, J=3, E=64, norm_eps=1e-5, rope_theta=1e5, tied=True, qk_norm=False
+)
 ABSENT = object()
 
 
@@ -57,7 +71,7 @@ def test_each_field_sets_its_own_size_or_constant(name, other, field):
 UNSUPPORTED = [
     ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
     ("use_sliding_window", True),
-    ("model_type", "llama"),
+    ("model_type", "qwen2"),
     ("model_type", "qwen3_moe"),
     ("model_type", ABSENT),
     ("attention_bias", True),
@@ -90,8 +104,42 @@ def test_an_unsupported_or_missing_field_is_an_error_that_names_field_and_file(n
     with pytest.raises(ConfigError, match=name) as error:
         parse_architecture(changed(**{name: value}), "models/x/config.json")
     assert "models/x/config.json" in str(error.value)
-    if value is not ABSENT and name not in ("layer_types", "rope_parameters"):
+    if value is not ABSENT and name not in ("layer_types", "rope_parameters", "rope_scaling"):
         assert repr(value) in str(error.value) or "missing" in str(error.value)
+
+
+def test_llama_is_qwen3_without_norms_of_heads_and_its_head_width_may_be_implied():
+    assert parse_architecture(SMOLLM2, "config.json") == SMOLLM2_ARCH
+    assert parse_architecture(SMOLLM2 | {"head_dim": 32}, "config.json") == dataclasses.replace(SMOLLM2_ARCH, E=32)
+    assert parse_architecture(SMOLLM2 | {"rope_scaling": {"type": "default"}}, "config.json") == SMOLLM2_ARCH
+
+
+def test_what_old_llama_files_leave_out_has_the_value_it_had():
+    old = {"num_key_value_heads", "rope_theta", "tie_word_embeddings", "pretraining_tp", "mlp_bias", "attention_bias"}
+    fields = {name: value for name, value in SMOLLM2.items() if name not in old}
+    expected = dataclasses.replace(SMOLLM2_ARCH, J=9, rope_theta=1e4, tied=False)
+    assert parse_architecture(fields, "config.json") == expected
+
+
+UNSUPPORTED_LLAMA = [
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+    ("rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("rope_scaling", {"factor": 2.0}),
+    ("rope_parameters", {"rope_theta": 1e5, "rope_type": "default", "partial_rotary_factor": 0.5}),
+    ("rope_parameters", "yarn"),
+    ("rope_interleaved", True),
+    ("attention_bias", True),
+    ("mlp_bias", True),
+    ("pretraining_tp", 2),
+    ("hidden_act", "gelu"),
+    ("num_attention_heads", 7),  # does not divide 576, and head_dim is absent
+]
+
+
+@pytest.mark.parametrize("name, value", UNSUPPORTED_LLAMA)
+def test_what_is_not_supported_of_llama_is_an_error_that_names_the_field(name, value):
+    with pytest.raises(ConfigError, match=f"here: .*{name}"):
+        parse_architecture(SMOLLM2 | {name: value}, "here")
 
 
 def test_a_rope_theta_that_contradicts_itself_is_an_error_with_both_values():
@@ -121,16 +169,16 @@ def test_a_file_is_read_and_a_missing_or_corrupt_one_is_an_error_with_its_path(t
             read_architecture(tmp_path)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_what_we_write_is_read_back(tied):
-    arch = Architecture(V=97, D=48, F=80, L=3, H=6, J=3, E=16, norm_eps=1e-3, rope_theta=777.0, tied=tied)
+@pytest.mark.parametrize("tied, qk_norm", [(True, True), (False, True), (True, False)])
+def test_what_we_write_is_read_back(tied, qk_norm):
+    arch = dataclasses.replace(SMALL, tied=tied, qk_norm=qk_norm)
     fields = json.loads(json.dumps(hf_fields(arch, (5, 6))))
     assert parse_architecture(fields, "config.json") == arch
     assert fields["eos_token_id"] == [5, 6]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_number_of_parameters_is_that_of_the_initialised_tree(tied):
-    arch = Architecture(V=97, D=48, F=80, L=3, H=6, J=3, E=16, norm_eps=1e-3, rope_theta=777.0, tied=tied)
+@pytest.mark.parametrize("tied, qk_norm", [(True, True), (False, True), (True, False)])
+def test_the_number_of_parameters_is_that_of_the_initialised_tree(tied, qk_norm):
+    arch = dataclasses.replace(SMALL, tied=tied, qk_norm=qk_norm)
     tree = jax.eval_shape(lambda: init_variables(ModelConfig(arch), jax.random.key(0)))["params"]
     assert arch.parameters == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

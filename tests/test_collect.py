@@ -1,6 +1,7 @@
 """Dynamic sampling and the stages of a rollout, with a sampler that needs no model."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -147,3 +148,52 @@ def test_grpo_uses_the_traces_own_rewards_and_no_aggregation():
     reward = batch.rollouts.search.reward_UxC
     tokens = batch.rollouts.search.trace_len_UxC.sum()
     np.testing.assert_allclose(batch.search_weight_UxC, advantages.grpo(reward) / tokens, rtol=1e-6)
+
+
+# Virtual time
+
+
+class SlowVerifier:
+    """Answers late, and later for some than for others."""
+
+    def __init__(self, verifier, seconds):
+        self.verifier, self.seconds = verifier, seconds
+
+    def verify(self, items):
+        time.sleep(self.seconds * (int(items[0][1].id[1:]) % 3))
+        return self.verifier.verify(items)
+
+
+def test_how_long_the_verifier_takes_changes_nothing():
+    script = answers(lambda cursor, k, i: cursor % 2 == 1 and k == 0)
+    found = []
+    for seconds in (0.0, 0.02):
+        actor = make_actor(script, at_once=3)
+        actor = dataclasses.replace(actor, verifier=SlowVerifier(actor.verifier, seconds))
+        batch = collect_batch(actor, None, step=0, cursor=0)
+        asked = [tuple(call.id_Ux6[0].tolist()) for call in actor.sampler.calls]
+        found.append((asked, batch.metrics, batch.rollouts.cursor_B.tolist(), batch.next_cursor))
+    assert found[0] == found[1]
+
+
+def test_a_verdict_counts_only_after_its_delay():
+    script = answers(lambda cursor, k, i: k == 0)
+    tried = []
+    for delay in (0, 500):
+        actor = make_actor(script, at_once=1, sampling__verdict_delay=delay, sampling__keep_rate=0.25)
+        tried.append(collect_batch(actor, None, step=0, cursor=0).metrics["sampling/tried"])
+    assert tried[0] < tried[1] == 16  # nothing is known until all that may be tried, 4 / 0.25, are on their way
+
+
+def test_what_still_runs_when_the_batch_is_full_is_abandoned_and_counted():
+    actor = make_actor(answers(lambda cursor, k, i: k == 0), at_once=1, sampling__keep_rate=0.25)
+    batch = collect_batch(actor, None, step=0, cursor=0)
+    assert batch.rollouts.cursor_B.tolist() == [0, 1, 2, 3] and batch.next_cursor == 4
+    assert batch.metrics["sampling/undecided"] == batch.metrics["sampling/tried"] - 4 > 0
+
+
+def test_aggregation_groups_enter_before_new_problems():
+    actor = make_actor(answers(lambda cursor, k, i: k == 0), at_once=1)
+    collect_batch(actor, None, step=0, cursor=0)
+    roles = [int(call.id_Ux6[0, 4]) for call in actor.sampler.calls]
+    assert roles[:10] == [Role.SEARCH, *[Role.AGGREGATION] * 4] * 2

@@ -5,10 +5,10 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from configs import grpo_qwen3_4b, qwen3_4b, tiny
+from configs import grpo_qwen3_4b, qwen3_4b, smollm2_135m, tiny
 from spiral_jax.config import ConfigError, defaults, difference, digest, to_plain, validate
 
-CONFIGS = {"tiny": tiny, "qwen3_4b": qwen3_4b, "grpo_qwen3_4b": grpo_qwen3_4b}
+CONFIGS = {"tiny": tiny, "qwen3_4b": qwen3_4b, "grpo_qwen3_4b": grpo_qwen3_4b, "smollm2_135m": smollm2_135m}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -53,8 +53,13 @@ BAD = {
     "optimizer.schedule": ("step", "constant, linear, cosine"),
     "optimizer.lr": (0.0, "> 0"),
     "sampling.temperature": (0.0, "> 0"),
-    "sampling.prompt_buckets": ((124, 16), "ascending"),
-    "sampling.wave": (100, "batch.problems * sampling.max_ratio"),
+    "sampling.classes": (((4, 8, 16, 26), (4, 4, 16, 52)), "with a class of C = 8 and G = 52 for P = 16"),
+    "sampling.cache_dtype": ("int4", "compute, int8"),
+    "sampling.keep_rate": (0.0, "> 0"),
+    "sampling.verdict_delay": (-1, ">= 0"),
+    "eval.temperature": (-0.5, ">= 0"),
+    "eval.top_p": (0.0, "above 0 and at most 1"),
+    "eval.min_p": (1.0, "below 1"),
     "search.max_tokens": (27, None),
     "model.hf_path": ("", "directory"),
     "model.compute_dtype": ("float16", "float32, bfloat16"),

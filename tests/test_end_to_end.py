@@ -22,8 +22,8 @@ from spiral_jax.workdir import open_workdir
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = [
     "--config=configs/tiny.py", "--config.batch.problems=4", "--config.batch.search_groups=4",
-    "--config.batch.aggregation_groups=8", "--config.sampling.wave=8", "--config.sampling.search_groups=8",
-    "--config.sampling.aggregation_groups=32", "--config.eval.problems=8", "--config.checkpoint.every=1",
+    "--config.batch.aggregation_groups=8", "--config.sampling.classes=((8, 8, 16, 26), (32, 4, 124, 12))",
+    "--config.eval.problems=8", "--config.checkpoint.every=1",
     "--config.trace_log.every=1", "--config.train.steps=4", "--config.optimizer.lr=1e-3",
 ]  # fmt: skip
 
@@ -174,7 +174,7 @@ BAD = {
     "mesh.tensor": (3, "product of the sizes must be"),
     "batch.search_groups": (3, "divisor"),
     "task.reward": ("no_such_module:f", "no_such_module"),
-    "sampling.prompt_buckets": ((16, 64), "aggregation prompts may have up to"),
+    "sampling.classes": (((8, 8, 16, 26), (32, 4, 64, 12)), "aggregation prompts may have up to"),
     "batch.aggregation_lengths": (((64, 12),), "aggregation prompts may have up to"),
     "eval.problems": (10**6, "held-out problems"),
     "prompt.candidate": ("#", "{candidate}"),

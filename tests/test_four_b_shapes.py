@@ -15,7 +15,12 @@ from spiral_jax.groups import Role
 from spiral_jax.mesh import AXES, group_count_multiple, path_name, weight_spec
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.sampling.static import _generate, _unstack
+from spiral_jax.sampling.decode import decode_step
+from spiral_jax.sampling.programs import abstract_state as abstract_state_of
+from spiral_jax.sampling.programs import admission_shapes
+from spiral_jax.sampling.slots import SlotClass, admit
+from spiral_jax.sampling.weights import abstract_weights
+from spiral_jax.setup import make_samplers
 from spiral_jax.train_step import abstract_state, make_train_step
 
 # config.json of Qwen3-4B-Instruct-2507
@@ -46,6 +51,10 @@ def blocks_of(c):
     ]
 
 
+def classes_of(c):
+    return tuple(SlotClass(*row) for row in c.sampling.classes)
+
+
 def count(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
@@ -54,7 +63,7 @@ def test_config_is_valid_and_every_longest_group_has_a_bucket(c):
     validate(c)
     for role, _, _, P, G in stages(c):
         assert c.batch[f"{role.label}_lengths"][-1][0] >= P and c.batch[f"{role.label}_lengths"][-1][1] >= G
-        assert c.sampling.prompt_buckets[-1] >= P
+        assert any(slots.P >= P and slots.G >= G for slots in classes_of(c))
 
 
 def test_both_runs_may_sample_98304_tokens_a_problem(c):
@@ -65,7 +74,7 @@ def test_grpo_differs_from_spiral_in_its_rollout_and_in_nothing_else():
     changed = {line.split(":")[0] for line in difference(*(to_plain(make()) for make in CONFIGS.values()))}
     assert changed == {
         "loss.estimator", "search.traces", "search.max_tokens", "batch.search_lengths",
-        "batch.search_groups", "sampling.search_groups", "sampling.prompt_buckets",
+        "batch.search_groups", "sampling.classes",
     }  # fmt: skip
 
 
@@ -97,8 +106,9 @@ def test_one_host_of_eight_devices_holds_an_eighth_of_the_base_and_a_small_state
     whole = ARCH.L * 32 * (ARCH.H * ARCH.E + ARCH.F + (ARCH.H + 2 * ARCH.J) * ARCH.E + 2 * ARCH.F)
     adapters = whole + (66_060_288 - whole) // 8
     assert bytes_a_device(abstract_state(c, model, mesh)) == 4 * (3 * adapters + 3)  # weights, two moments; counts
-    for field in ("search_groups", "aggregation_groups"):
-        assert c.batch[field] % group_count_multiple(planned) == c.sampling[field] % group_count_multiple(planned) == 0
+    multiple = group_count_multiple(planned)
+    assert c.batch.search_groups % multiple == c.batch.aggregation_groups % multiple == 0
+    assert not any(slots.slots % multiple for slots in classes_of(c))
 
 
 def test_train_step_returns_the_state_in_its_shapes_and_dtypes(c, mesh):
@@ -113,21 +123,22 @@ def test_train_step_returns_the_state_in_its_shapes_and_dtypes(c, mesh):
     assert all(leaf.shape == () and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(metrics))
 
 
-@pytest.mark.parametrize(
-    ("name", "role"), [("spiral", Role.SEARCH), ("spiral", Role.AGGREGATION), ("grpo", Role.SEARCH)]
-)
-def test_sampler_returns_traces_of_the_longest_shapes(mesh, name, role):
-    c = CONFIGS[name]()
+def test_every_program_of_the_sampler_traces_at_its_full_shapes(c, mesh):
     model = hf.model_config(ARCH, c.model)
-    (C, G) = next((C, G) for stage, _, C, _, G in stages(c) if stage is role)
-    U, P = c.sampling[f"{role.label}_groups"], c.sampling.prompt_buckets[-1]
-    variables = {"params": hf.abstract_params(model), "lora": abstract_state(c, model, mesh).trained}
-    requests = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((U, P), (U,), (U, 6))]
-    generate = functools.partial(
-        _generate, config=model, C=C, G=G, seed=0, temperature=c.sampling.temperature, stop_ids=(151645, 151643)
-    )
+    sampler, eval_sampler = make_samplers(c, model, mesh, (151645, 151643))
+    assert sampler is eval_sampler
+    settings, schedule, classes = sampler.settings, sampler.schedule, classes_of(c)
+    weights = abstract_weights(model, mesh)
+    states = [abstract_state_of(settings, slots) for slots in classes]
     with jax.set_mesh(mesh):
-        weights = jax.eval_shape(lambda tree: _unstack(tree, ARCH.L, mesh), variables)
-        found = jax.eval_shape(generate, weights, *requests, jax.ShapeDtypeStruct((U,), bool))
-    assert [leaf.shape for leaf in found] == [(U, C, G), (U, C), (U, C, G), (U, C)]
-    assert [leaf.dtype.name for leaf in found] == ["int32", "int32", "float32", "bool"]
+        for i in schedule.entries():
+            new = admission_shapes(settings, schedule, i)
+            state, token, logprob = jax.eval_shape(functools.partial(admit, settings), weights, states[i], new)
+            assert token.shape == logprob.shape == (*new.slot_ZxW.shape, classes[i].C)
+        chosen = schedule.decode_sets()[-1]
+        step = functools.partial(decode_step, settings, classes, group_count_multiple(mesh))
+        after, token, logprob = jax.eval_shape(step, weights, tuple(states))
+    assert len(chosen) == len(classes) and schedule.moves()
+    assert math.prod(token.shape) == sum(slots.rows for slots in classes) and logprob.dtype == jnp.float32
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+    assert shapes(after) == shapes(tuple(states))

@@ -44,9 +44,9 @@ def rewrite(qwen3_checkpoint, tmp_path):
     def write(change, tied=False):
         source, _ = qwen3_checkpoint(num_key_value_heads=2, tie_word_embeddings=tied)
         (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
-        tensors = load_file(source / hf.WEIGHTS)
+        tensors = load_file(source / "model.safetensors")
         change(tensors)
-        save_file(tensors, tmp_path / hf.WEIGHTS)
+        save_file(tensors, tmp_path / "model.safetensors")
         return tmp_path
 
     return write
@@ -118,7 +118,7 @@ def test_files_of_every_dtype_load_in_the_dtype_of_the_parameters(rewrite, mesh,
 
     directory = rewrite(narrow)
     _, params = load(directory, mesh, param_dtype=jnp.dtype(wanted))
-    file = load_file(directory / hf.WEIGHTS)
+    file = load_file(directory / "model.safetensors")
     for name, theirs, transposed in (
         ("embed", "model.embed_tokens.weight", False),
         ("head", "lm_head.weight", True),
@@ -180,7 +180,7 @@ def test_a_tensor_of_another_shape_is_an_error_with_both_shapes(rewrite, mesh, n
 
 def test_a_corrupt_file_is_an_error_with_its_path(rewrite, mesh):
     directory = rewrite(lambda tensors: None)
-    file = directory / hf.WEIGHTS
+    file = directory / "model.safetensors"
     whole = file.read_bytes()
     header = int.from_bytes(whole[:8], "little")
     for content in (whole[:-1], whole[: 8 + header + 100], whole[: 8 + header // 2], whole[:5], b"", b"\xff" * 100):
@@ -217,6 +217,36 @@ def test_a_directory_that_is_not_there_is_an_error_that_names_the_field(tmp_path
     for missing in (str(tmp_path / "nowhere"), "bundled:huge"):
         with pytest.raises(ConfigError, match=f"config.model.hf_path = {missing!r}: no such directory"):
             hf.resolve_path(missing)
+
+
+def test_a_hub_id_is_downloaded_unless_there_is_such_a_directory(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, **options):
+        asked.append(name)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(hf, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert hf.resolve_path("org/Model-1.5B") == tmp_path / "snapshot"
+    (tmp_path / "org" / "Model-1.5B").mkdir(parents=True)
+    assert hf.resolve_path("org/Model-1.5B").resolve() == (tmp_path / "org" / "Model-1.5B").resolve()
+    assert asked == ["org/Model-1.5B"]
+    for no_id in ("org/model/file", "../model", "model", "/org/model"):
+        with pytest.raises(ConfigError, match="no such directory. Give"):
+            hf.resolve_path(no_id)
+    assert asked == ["org/Model-1.5B"]
+
+
+def test_what_the_hub_does_not_give_is_an_error_with_its_reason(monkeypatch):
+    def download(name, **options):
+        raise OSError("no route to host\nand much more")
+
+    monkeypatch.setattr(hf, "snapshot_download", download)
+    with pytest.raises(
+        ConfigError, match=r"'org/model': no such directory, and the Hub did not .*\(no route to host\)"
+    ):
+        hf.resolve_path("org/model")
 
 
 # Saving
@@ -257,7 +287,7 @@ def test_saved_parameters_of_an_unusual_layout_are_written_in_full(qwen3_checkpo
     config, params = load(directory, mesh)
     views = jax.tree.map(lambda a: np.asfortranarray(np.asarray(a)), params)
     hf.save_params(tmp_path, views, config, (5,))
-    source, saved = load_file(directory / hf.WEIGHTS), load_file(tmp_path / hf.WEIGHTS)
+    source, saved = load_file(directory / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert saved.keys() == source.keys()
     for name, array in source.items():
         np.testing.assert_array_equal(saved[name], array, err_msg=name)

@@ -1,70 +1,28 @@
-"""The model against transformers on random peaked checkpoints, and against itself along every other way to run it."""
+"""The model against itself along every way to run it: padding, adapters, scan, decoding, narrow numbers."""
 
 import dataclasses
-import functools
 import math
-import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import ARCH, C, G, Ids, P, U, forward, on_mesh, quickly_compiled, random_ids, rows_of
 
 from spiral_jax import mesh as meshes
-from spiral_jax.model import hf
-from spiral_jax.model.architecture import Architecture, read_architecture
-from spiral_jax.model.qwen3 import Block, ModelConfig, Transformer, head_kernel, init_variables, rms_norm
+from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.attention import decode_attention, prefix_attention
+from spiral_jax.model.cache import cache_entries, empty_cache, write_entries
+from spiral_jax.model.qwen3 import Block, ModelConfig, init_variables, rms_norm
 from spiral_jax.objective.logprobs import group_logprobs, length_mask
 
 pytestmark = pytest.mark.devices8
 
-PARITY = 1e-4  # float32 against float32 in another order of sums, logits up to about 3
-MUTATED = 10 * PARITY  # a wrong constant must stand out from that
 SAME = 1e-5  # the same sums in another shape of program; hidden states up to about 5
 
-U, C, P, G = 4, 2, 9, 5
-PROMPT_LEN = np.array([9, 6, 1, 4], np.int32)
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-ARCH = Architecture(V=97, D=48, F=80, L=3, H=6, J=3, E=16, norm_eps=1e-3, rope_theta=777.0, tied=False)
 BASE = ModelConfig(ARCH, query_block=4)
 LORA = ModelConfig(ARCH, lora_rank=4, lora_alpha=6.0)
-
-
-# Programs that are compiled for one run: machine code without LLVM's optimisations takes half the time.
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
-quickly_compiled = functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMISED)
-
-
-class Ids(typing.NamedTuple):
-    """Random groups whose padding is arbitrary ids, not zeros."""
-
-    prompt: np.ndarray
-    prompt_len: np.ndarray
-    trace: np.ndarray
-
-
-def random_ids():
-    rng = np.random.default_rng(0)
-    return Ids(rng.integers(0, 97, (U, P), np.int32), PROMPT_LEN, rng.integers(0, 97, (U, C, G), np.int32))
-
-
-def on_mesh(program, mesh, config, variables, ids, *rest):
-    """Runs a jitted `program(config, variables, prompt, prompt_len, trace)` with groups along the mesh."""
-    with jax.set_mesh(mesh):
-        return program(config, variables, *jax.device_put(tuple(ids), meshes.group_sharding(mesh)), *rest)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def forward(config, variables, prompt, prompt_len, trace):
-    """Hidden states [U, T, D] and logits [U, T, V]."""
-    hidden, _ = Transformer(config).apply(variables, prompt, prompt_len, trace)
-    return hidden, hidden @ head_kernel(config, variables["params"])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logprobs(config, variables, prompt, prompt_len, trace):
-    """Log-probs of trace tokens [U, C, G], their logits in chunks of 2."""
-    return group_logprobs(config, variables, prompt, prompt_len, trace, 1.0, 2)[0]
 
 
 @quickly_compiled
@@ -76,13 +34,6 @@ def loss_and_gradient(config, variables, prompt, prompt_len, trace, weight):
         return jnp.sum(weight * logprob), logprob
 
     return jax.value_and_grad(loss, has_aux=True)(variables)
-
-
-def rows_of(out_UxTx, ids, u, c):
-    """The entries of the real tokens of (prompt u, trace c), one after the other."""
-    start = ids.prompt.shape[1] + c * ids.trace.shape[2]
-    prompt, trace = out_UxTx[u, : ids.prompt_len[u]], out_UxTx[u, start : start + ids.trace.shape[2]]
-    return np.concatenate([prompt, trace])
 
 
 def random_variables(config, mesh):
@@ -108,97 +59,6 @@ def random_variables(config, mesh):
 def relative_l2(tree, expected):
     flat = lambda t: np.concatenate([np.ravel(a) for a in jax.tree.leaves(t)], dtype=np.float64)  # noqa: E731
     return np.linalg.norm(flat(tree) - flat(expected)) / np.linalg.norm(flat(expected))
-
-
-# Parity with transformers
-
-
-@functools.cache
-def their_logits(model):
-    """(u, c) -> logits [prompt_len + G, V] of the concatenated row, run alone and without padding."""
-    import torch
-
-    ids, logits = random_ids(), {}
-    for u, c in np.ndindex(U, C):
-        row = np.concatenate([ids.prompt[u, : ids.prompt_len[u]], ids.trace[u, c]])
-        with torch.no_grad():
-            logits[u, c] = model(torch.tensor(row, dtype=torch.long)[None]).logits[0].numpy()
-    return logits
-
-
-def gap_to_transformers(model, mesh, config, params):
-    """Largest difference of logits, over prompt and trace positions."""
-    ids = random_ids()
-    logits = np.asarray(on_mesh(forward, mesh, config, {"params": params}, ids)[1])
-    return max(np.abs(theirs - rows_of(logits, ids, *at)).max() for at, theirs in their_logits(model).items())
-
-
-def logprob_gap_to_transformers(model, mesh, config, params):
-    """Largest difference of the log-probs of trace tokens."""
-    ids = random_ids()
-    found = np.asarray(on_mesh(logprobs, mesh, config, {"params": params}, ids))
-    gaps = []
-    for (u, c), theirs in their_logits(model).items():
-        log_softmax = theirs - np.log(np.exp(theirs.astype(np.float64)).sum(-1, keepdims=True))
-        expected = log_softmax[ids.prompt_len[u] - 1 + np.arange(G), ids.trace[u, c]]
-        gaps.append(np.abs(expected - found[u, c]).max())
-    return max(gaps)
-
-
-def load(directory, mesh, **options):
-    config = ModelConfig(read_architecture(directory), **options)
-    return config, hf.load_params(directory, config, mesh)
-
-
-@pytest.mark.parametrize("kv_heads, tied, block", [(6, True, 512), (3, False, 4), (2, True, 2)])
-def test_logits_and_logprobs_are_those_of_transformers(qwen3_checkpoint, mesh, kv_heads, tied, block):
-    directory, model = qwen3_checkpoint(num_key_value_heads=kv_heads, tie_word_embeddings=tied)
-    config, params = load(directory, mesh, query_block=block)
-    assert config.arch == dataclasses.replace(ARCH, J=kv_heads, tied=tied) and 16 != 48 / 6
-    assert gap_to_transformers(model, mesh, config, params) <= PARITY
-    assert logprob_gap_to_transformers(model, mesh, config, params) <= PARITY
-
-
-def of_layers(name, change):
-    return lambda params: params | {"layers": params["layers"] | {name: change(params["layers"][name])}}
-
-
-def interleaved_heads(params):
-    """Key/value heads in an order that gives query head h another one than h // (H / J)."""
-    layers = dict(params["layers"])
-    for name in ("k", "v"):
-        kernel = layers[name]["kernel"]
-        layers[name] = {"kernel": kernel.reshape(3, 48, 3, 16)[:, :, [1, 2, 0]].reshape(kernel.shape)}
-    return params | {"layers": layers}
-
-
-def eight_wide_heads(params):
-    """Norm scales for heads of half the width, so that twice as many of them fit the same kernels."""
-    halve = lambda scale: scale[:, :8]  # noqa: E731
-    return of_layers("q_norm", halve)(of_layers("k_norm", halve)(params))
-
-
-MUTATIONS = {
-    "norm_eps": ({"norm_eps": 1e-6}, None),
-    "rope_theta": ({"rope_theta": 1e4}, None),
-    "tied": ({"tied": True}, None),
-    "H, J and E with the same products": ({"H": 12, "J": 6, "E": 8}, eight_wide_heads),
-    "which heads share a key": ({}, interleaved_heads),
-    "no q_norm": ({}, of_layers("q_norm", jnp.ones_like)),
-    "no k_norm": ({}, of_layers("k_norm", jnp.ones_like)),
-    "no attention_norm": ({}, of_layers("attention_norm", jnp.ones_like)),
-    "no mlp_norm": ({}, of_layers("mlp_norm", jnp.ones_like)),
-    "no final_norm": ({}, lambda params: params | {"final_norm": jnp.ones_like(params["final_norm"])}),
-}
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_parity_would_fail_with_one_field_changed(qwen3_checkpoint, mesh, mutation):
-    directory, model = qwen3_checkpoint(num_key_value_heads=3, tie_word_embeddings=False)
-    config, params = load(directory, mesh, query_block=4)
-    fields, change = MUTATIONS[mutation]
-    mutated = dataclasses.replace(config, arch=dataclasses.replace(config.arch, **fields))
-    assert gap_to_transformers(model, mesh, mutated, change(params) if change else params) > MUTATED
 
 
 # Padding
@@ -335,47 +195,45 @@ def unrolled(config, variables, prompt, prompt_len, trace):
     own = prompt_len[:, None, None] + np.arange(G) + np.zeros((U, C, 1), np.int32)
     position = jnp.concatenate([np.tile(np.arange(P), (U, 1)), own.reshape(U, -1)], axis=1)
     x = params["embed"][jnp.concatenate([prompt, trace.reshape(U, -1)], axis=1)].astype(config.compute_dtype)
-    prompt_kv = []
     for layer in range(config.arch.L):
-        x, kv = Block(config, P, C, keep_keys=True).apply(layer_of(variables, layer), x, position, prompt_len)
-        prompt_kv.append(kv)
-    return rms_norm(x, params["final_norm"], config.arch.norm_eps), prompt_kv
-
-
-@quickly_compiled
-def prefill(config, variables, prompt, prompt_len, trace):
-    return Transformer(config, keep_keys=True).apply(variables, prompt, prompt_len, None)
+        x, _ = Block(config, P, C).apply(layer_of(variables, layer), x, position, prompt_len)
+    return rms_norm(x, params["final_norm"], config.arch.norm_eps)
 
 
 @quickly_compiled
 def teacher_forced(config, variables, prompt, prompt_len, trace, late_U):
     """Hidden states [U, C, G, D] of decoding the given tokens; group u starts `late_U[u]` rounds after the first."""
-    arch, params = config.arch, variables["params"]
-    _, prompt_kv = Transformer(config, keep_keys=True).apply(variables, prompt, prompt_len, None)
+    arch, params, block = config.arch, variables["params"], Block(config)
+    layers = [layer_of(variables, layer) for layer in range(arch.L)]
+    x, prompts = params["embed"][prompt].astype(config.compute_dtype), []
+    for layer in layers:
+        q, k, v = block.apply(layer, x, jnp.broadcast_to(np.arange(P), (U, P)), method="project")
+        prompts.append(cache_entries(k, v, config.compute_dtype))
+        x = block.apply(layer, x, prefix_attention(q, prompts[-1], jnp.int32(0)), method="finish")
 
     def one_round(now, state):
         caches, hidden = state
         step_U = jnp.clip(now - late_U, 0, G - 1)  # waiting and ended groups repeat a step
         x = params["embed"][trace[np.arange(U), :, step_U]].astype(config.compute_dtype)
-        for layer, (kv, own_kv) in enumerate(zip(zip(*prompt_kv, strict=True), caches, strict=True)):
-            own = layer_of(variables, layer)
-            x, caches[layer] = Block(config).apply(own, x, step_U, prompt_len, kv, own_kv, method="decode")
+        position = jnp.broadcast_to((prompt_len + step_U)[:, None], (U, C))
+        for i, layer in enumerate(layers):
+            q, k, v = block.apply(layer, x, position, method="project")
+            new = cache_entries(k[:, :, None], v[:, :, None], config.compute_dtype)
+            caches[i] = jax.vmap(write_entries)(caches[i], new, step_U)
+            out = decode_attention(q, prompts[i], prompt_len, caches[i], step_U)
+            x = block.apply(layer, x, out, method="finish")
         return caches, hidden.at[np.arange(U), :, step_U].set(rms_norm(x, params["final_norm"], arch.norm_eps))
 
-    unwritten = jnp.full((U, C, G, arch.J, arch.E), 1e4, config.compute_dtype)  # what an earlier group left there
+    empty = empty_cache((U, C, arch.J), arch.E, G, config.compute_dtype)
+    unwritten = jax.tree.map(lambda a: jnp.full_like(a, 1e4), empty)  # what an earlier group left there
     hidden = jnp.zeros((U, C, G, arch.D), config.compute_dtype)
-    return jax.lax.fori_loop(0, 2 * G, one_round, ([(unwritten, unwritten)] * arch.L, hidden))[1]
+    return jax.lax.fori_loop(0, 2 * G, one_round, ([unwritten] * arch.L, hidden))[1]
 
 
 def test_scan_over_stacked_layers_is_a_loop_over_layers(mesh):
     variables, ids = random_variables(LORA, mesh), random_ids()
-    hidden, prompt_kv = on_mesh(unrolled, mesh, LORA, variables, ids)
+    hidden = on_mesh(unrolled, mesh, LORA, variables, ids)
     np.testing.assert_allclose(on_mesh(forward, mesh, LORA, variables, ids)[0], hidden, rtol=0, atol=SAME)
-    prefilled, kv_L = on_mesh(prefill, mesh, LORA, variables, ids)
-    np.testing.assert_allclose(prefilled, hidden[:, :P], rtol=0, atol=SAME)
-    for part in (0, 1):
-        assert kv_L[part].shape == (3, U, P, ARCH.J, ARCH.E)
-        np.testing.assert_allclose(kv_L[part], np.stack([kv[part] for kv in prompt_kv]), rtol=0, atol=SAME)
 
 
 @pytest.mark.parametrize("late", [(0, 0, 0, 0), (0, 2, 1, 3)])

@@ -326,10 +326,10 @@ def test_no_prompt_exceeds_the_bound_and_the_bound_is_reached(tokenizer):
     assert min(slack) == 0  # "q" is one token here, and no trace is shortened in the fullest case
 
 
-def test_the_papers_settings_fit_their_widest_prompt_bucket(tokenizer):
+def test_the_papers_settings_fit_their_longest_slots(tokenizer):
     c = config.defaults()
     scaffold = prompts.make_scaffold(tokenizer, c.prompt, [tokenizer.eos_token_id])
-    assert 4 * 4096 < prompts.max_aggregation_prompt(scaffold, c) <= c.sampling.prompt_buckets[-1]
+    assert 4 * 4096 < prompts.max_aggregation_prompt(scaffold, c) <= max(P for _, _, P, _ in c.sampling.classes)
 
 
 # ---- templates, tokenizers and stop ids that cannot work

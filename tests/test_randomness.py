@@ -8,14 +8,21 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spiral_jax.sampling.randomness import inverse_cdf, trace_keys, uniforms
+from spiral_jax.sampling.draw import Draw, draw_token
+from spiral_jax.sampling.randomness import trace_keys, uniforms
 
-draw = jax.jit(inverse_cdf, static_argnums=2)
+
+@functools.partial(jax.jit, static_argnums=2)
+def draw(logits, uniform, temperature):
+    return draw_token(Draw(temperature), logits, uniform)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def numbers(seed, id_Ux6, traces, position):
-    return uniforms(trace_keys(seed, id_Ux6, traces), position)
+    shape = len(id_Ux6), traces
+    id_UxCx6 = jnp.broadcast_to(id_Ux6[:, None], (*shape, 6))
+    keys = trace_keys(seed, id_UxCx6, jnp.broadcast_to(jnp.arange(traces), shape))
+    return uniforms(keys, jnp.full(shape, position))
 
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))

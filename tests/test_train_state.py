@@ -4,11 +4,13 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from small_steps import (
     MODELS,
+    TRACES,
     G,
     P,
     blocks_of,
@@ -27,7 +29,11 @@ from small_steps import (
 from spiral_jax.batching import make_blocks
 from spiral_jax.groups import Role
 from spiral_jax.mesh import path_name, weight_shardings
-from spiral_jax.sampling.static import StaticSampler
+from spiral_jax.sampling.draw import Draw
+from spiral_jax.sampling.engine import Engine
+from spiral_jax.sampling.programs import Schedule
+from spiral_jax.sampling.protocol import sample
+from spiral_jax.sampling.slots import DecodeSettings, SlotClass
 from spiral_jax.train_step import init_state, make_optimizer, make_train_step, variables
 
 # ---- optimizer
@@ -149,10 +155,11 @@ def test_other_lengths_and_counts_in_the_same_shapes_compile_nothing(mesh):
 def test_sampled_logprobs_give_ratio_one_and_shifted_ones_the_ratio_of_the_shift():
     mesh, kind = one_device(), "lora"
     frozen, state = start(kind, mesh)
-    sampler = StaticSampler(MODELS[kind], mesh, 0, (5, 6, 7), 0.7, (P,), {Role.SEARCH: 8})
+    settings = DecodeSettings(MODELS[kind], jnp.float32, Draw(0.7), 0, (5, 6, 7), 4, mesh)
+    sampler = Engine(settings, Schedule((SlotClass(8, TRACES[Role.SEARCH], P, G),), 8, 1, 64, False))
     requests = search_alone()[Role.SEARCH][0].requests
     requests.id_Ux6[:, 2] = np.arange(8)
-    groups = sampler.sample(sampler.prepare(variables(MODELS[kind], frozen, state.trained)), requests)
+    groups = sample(sampler, sampler.prepare(variables(MODELS[kind], frozen, state.trained)), requests)
     length = groups.trace_len_UxC
     assert length.min() < G
 

@@ -11,21 +11,28 @@ from typing import Any
 
 from spiral_jax.config import ConfigError
 
-_SUPPORTED = ("qwen3",)
+# model_type -> whether queries and keys of each head are normalised; the families differ in nothing else that runs.
+_QK_NORM = {"qwen3": True, "llama": False}
 # Fields that change the computation, each with the values under which it does not.
 _NEUTRAL = {
-    "rope_scaling": (None,),
     "attention_bias": (False, None),
+    "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
     "hidden_act": ("silu",),
     "attention_dropout": (0, 0.0, None),
     "quantization_config": (None,),
+    "pretraining_tp": (1, None),
+    "rope_interleaved": (False, None),
+    "partial_rotary_factor": (1, 1.0, None),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Sizes by their axis letter (see `spiral_jax.groups`) and the constants of a dense Qwen3 decoder."""
+    """Sizes by their axis letter (see `spiral_jax.groups`) and the constants of a dense Qwen3 or Llama decoder.
+
+    `qk_norm`: queries and keys are normalised per head (Qwen3) or not (Llama).
+    """
 
     V: int
     D: int
@@ -37,11 +44,12 @@ class Architecture:
     norm_eps: float
     rope_theta: float
     tied: bool
+    qk_norm: bool = True
 
     @property
     def parameters(self) -> int:
         """Number of base parameters."""
-        attention = self.D * self.E * 2 * (self.H + self.J) + 2 * self.E
+        attention = self.D * self.E * 2 * (self.H + self.J) + (2 * self.E if self.qk_norm else 0)
         layer = attention + 3 * self.D * self.F + 2 * self.D
         return self.L * layer + self.D + self.V * self.D * (1 if self.tied else 2)
 
@@ -61,16 +69,21 @@ def read_architecture(path: pathlib.Path) -> Architecture:
 
 
 def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
-    """`fields` of a config.json -> Architecture; rope_theta is understood in both spellings of transformers 4 and 5."""
+    """`fields` of a config.json -> Architecture; rope is understood in both spellings of transformers 4 and 5.
+
+    Fields that older Llama files leave out have the values that their authors' code gave them: see `_complete_llama`.
+    Raises `ConfigError`, which begins with `where` and names the field.
+    """
     kind = fields.get("model_type")
-    if kind not in _SUPPORTED:
-        raise ConfigError(f"{where}: model_type = {kind!r} is not supported; supported: {', '.join(_SUPPORTED)}.")
+    if kind not in _QK_NORM:
+        raise ConfigError(f"{where}: model_type = {kind!r} is not supported; supported: {', '.join(_QK_NORM)}.")
     for name, neutral in _NEUTRAL.items():
         if name in fields and fields[name] not in neutral:
             raise ConfigError(f"{where}: {name} = {fields[name]!r} is not supported; must be {neutral[0]!r} or absent.")
     windowed = [kind for kind in fields.get("layer_types") or [] if kind != "full_attention"]
     if windowed:
         raise ConfigError(f"{where}: layer_types contains {windowed[0]!r}; only 'full_attention' is supported.")
+    fields = _complete_llama(fields, where) if kind == "llama" else fields
     arch = Architecture(
         V=_positive(fields, "vocab_size", where),
         D=_positive(fields, "hidden_size", where),
@@ -80,8 +93,9 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
         J=_positive(fields, "num_key_value_heads", where),
         E=_positive(fields, "head_dim", where),
         norm_eps=_number(fields, "rms_norm_eps", where),
-        rope_theta=_rope_theta(fields, where),
+        rope_theta=_rope_theta(fields, where, unstated=10_000.0 if kind == "llama" else None),
         tied=_boolean(fields, "tie_word_embeddings", where),
+        qk_norm=_QK_NORM[kind],
     )
     if arch.H % arch.J:
         raise ConfigError(f"{where}: num_key_value_heads = {arch.J}: must divide num_attention_heads = {arch.H}.")
@@ -92,9 +106,10 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
 
 def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
     """The config.json that `parse_architecture` reads back as `arch`, in the spelling of the 2507 checkpoints."""
+    family = "qwen3" if arch.qk_norm else "llama"
     return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family]],
+        "model_type": family,
         "vocab_size": arch.V,
         "hidden_size": arch.D,
         "intermediate_size": arch.F,
@@ -107,18 +122,39 @@ def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
         "tie_word_embeddings": arch.tied,
         "hidden_act": "silu",
         "attention_bias": False,
-        "use_sliding_window": False,
+        **({"use_sliding_window": False} if arch.qk_norm else {"mlp_bias": False}),
         "eos_token_id": list(stop_ids),
         "torch_dtype": "float32",
     }
 
 
-def _rope_theta(fields: dict[str, Any], where: str) -> float:
-    rope = fields.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"{where}: rope_parameters.rope_type = {rope['rope_type']!r} is not supported; 'default' is.")
-    sources = [source for source in (fields, rope) if source.get("rope_theta") is not None]
-    stated = {_number(source, "rope_theta", where) for source in sources}
+def _complete_llama(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """Files from before grouped queries and tying say nothing of them."""
+    heads, width = (_positive(fields, name, where) for name in ("num_attention_heads", "hidden_size"))
+    missing = {name for name in ("head_dim", "num_key_value_heads", "tie_word_embeddings") if fields.get(name) is None}
+    if "head_dim" in missing and width % heads:
+        raise ConfigError(f"{where}: head_dim is missing, and num_attention_heads = {heads} does not divide "
+                          f"hidden_size = {width}.")  # fmt: skip
+    implied = {"head_dim": width // heads, "num_key_value_heads": heads, "tie_word_embeddings": False}
+    return fields | {name: implied[name] for name in missing}
+
+
+def _rope_theta(fields: dict[str, Any], where: str, unstated: float | None) -> float:
+    """Plain rope alone: any other type, or a field that a scaled type would read, is an error."""
+    sources = [fields]
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = fields.get(name) or {}
+        if not isinstance(rope, dict):
+            raise ConfigError(f"{where}: {name} = {rope!r}: must be an object or absent.")
+        for key, value in rope.items():
+            neutral = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}.get(key)
+            if key != "rope_theta" and (neutral is None or value != neutral):
+                need = f"must be {neutral!r}" if neutral else "only unscaled rope is"
+                raise ConfigError(f"{where}: {name}.{key} = {value!r} is not supported; {need}.")
+        sources.append(rope)
+    stated = {_number(source, "rope_theta", where) for source in sources if source.get("rope_theta") is not None}
+    if not stated and unstated is not None:
+        return unstated
     if len(stated) != 1:
         found = f"contradicts itself: {sorted(stated)}" if stated else "is missing"
         raise ConfigError(f"{where}: rope_theta {found}. It must be given once, at the top or in rope_parameters.")

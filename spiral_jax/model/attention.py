@@ -129,7 +129,9 @@ def prefix_attention(q_UxQxHxE: jax.Array, prompt: Cache, start: jax.Array) -> j
 
 
 def _attend(q_xNxE: jax.Array, cache: Cache, visible_xNxT: jax.Array) -> Partial:
-    score = jnp.einsum("...ne,...et->...nt", q_xNxE, cache["k"].astype(q_xNxE.dtype), preferred_element_type=jnp.float32)
+    score = jnp.einsum(
+        "...ne,...et->...nt", q_xNxE, cache["k"].astype(q_xNxE.dtype), preferred_element_type=jnp.float32
+    )
     if "k_scale" in cache:
         score *= cache["k_scale"]
     score = jnp.where(visible_xNxT, score, _MASKED)
@@ -138,7 +140,6 @@ def _attend(q_xNxE: jax.Array, cache: Cache, visible_xNxT: jax.Array) -> Partial
     total = jnp.sum(weight, axis=-1)
     if "v_scale" in cache:
         weight *= jnp.swapaxes(cache["v_scale"], -1, -2)
-    value = cache["v"].astype(q_xNxE.dtype)
     out = jnp.einsum("...nt,...te->...ne", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
     return out, top, total
 

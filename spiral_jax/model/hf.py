@@ -1,59 +1,78 @@
-"""Hugging Face directories: safetensors to parameters and back, by one table.
+"""Hugging Face directories: safetensors to parameters or adapters and back, by one table.
 
 We iterate over our own leaves, not over the file's keys, and read lazily: each device's slice comes straight from the
-file. Stacked layers [L, ...] are L tensors there, and our kernels are [in, out] where theirs are [out, in].
+files. Stacked layers [L, ...] are L tensors there, and our kernels are [in, out] where theirs are [out, in].
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import snapshot_download
 from jax.sharding import Mesh, NamedSharding
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from spiral_jax.config import ConfigError
 from spiral_jax.mesh import path_name, weight_spec
 from spiral_jax.model.architecture import hf_fields
 from spiral_jax.model.qwen3 import ModelConfig, init_variables
+from spiral_jax.model.tensor_files import Output, TensorFiles, WeightsError, open_tensors, write_tensors
 
-WEIGHTS = "model.safetensors"
+STEM = "model"  # of the weight files' names
+MAX_SHARD_BYTES = 5 * 10**9  # larger files are awkward to copy and to resume
 BUNDLED = {"bundled:tiny": pathlib.Path(__file__).parent.parent / "assets" / "tiny"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FROM_HUB = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges*", "LICENSE*", "NOTICE*"]
+_COMPARED_ROWS = 8192  # of the embedding at once: a few hundred MB at most
 
 # Our path -> (their name, transposed); {} is the layer.
+PROJECTIONS = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {
+    name: f"mlp.{name}_proj" for name in ("gate", "up", "down")
+}
 _TOP = {
     "embed": ("model.embed_tokens.weight", False),
     "final_norm": ("model.norm.weight", False),
     "head": ("lm_head.weight", True),
 }
 _LAYER = {
-    "attention_norm": ("input_layernorm.weight", False),
-    "mlp_norm": ("post_attention_layernorm.weight", False),
-    "q_norm": ("self_attn.q_norm.weight", False),
-    "k_norm": ("self_attn.k_norm.weight", False),
-    **{f"{name}/kernel": (f"self_attn.{name}_proj.weight", True) for name in "qkvo"},
-    **{f"{name}/kernel": (f"mlp.{name}_proj.weight", True) for name in ("gate", "up", "down")},
+    "attention_norm": ("model.layers.{}.input_layernorm.weight", False),
+    "mlp_norm": ("model.layers.{}.post_attention_layernorm.weight", False),
+    "q_norm": ("model.layers.{}.self_attn.q_norm.weight", False),
+    "k_norm": ("model.layers.{}.self_attn.k_norm.weight", False),
 }
-
-
-class WeightsError(ValueError):
-    """A weights file that does not hold what its config.json promises; the message names the tensor."""
+for _name, _theirs in PROJECTIONS.items():
+    _LAYER[f"{_name}/kernel"] = (f"model.layers.{{}}.{_theirs}.weight", True)
+    _LAYER[f"{_name}/a"] = (f"base_model.model.model.layers.{{}}.{_theirs}.lora_A.weight", True)  # as PEFT names them
+    _LAYER[f"{_name}/b"] = (f"base_model.model.model.layers.{{}}.{_theirs}.lora_B.weight", True)
 
 
 def resolve_path(hf_path: str) -> pathlib.Path:
-    """`config.model.hf_path` -> directory. Raises `ConfigError` if there is none."""
+    """`config.model.hf_path` -> directory: a local one, a bundled one, or else a Hub id that is downloaded once.
+
+    Raises:
+      ConfigError: there is none, or the Hub cannot give it.
+    """
     path = BUNDLED.get(hf_path, pathlib.Path(hf_path))
-    if not path.is_dir():
+    if path.is_dir():
+        return path
+    advice = (
+        f"Give a Hugging Face directory (config.json, {STEM}.safetensors or shards with their index, tokenizer files), "
+        f"the Hub's organisation/name, or one of {', '.join(BUNDLED)}."
+    )
+    if not _HUB_ID.fullmatch(hf_path):
+        raise ConfigError(f"config.model.hf_path = {hf_path!r}: no such directory. {advice}")
+    try:
+        return pathlib.Path(snapshot_download(hf_path, allow_patterns=_FROM_HUB, ignore_patterns=["*/*"]))
+    except Exception as error:  # no network, no such repository, no permission: each has its own class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"config.model.hf_path = {hf_path!r}: no such directory. Give a Hugging Face directory (config.json, "
-            f"{WEIGHTS}, tokenizer files) or one of {', '.join(BUNDLED)}."
-        )
-    return path
+            f"config.model.hf_path = {hf_path!r}: no such directory, and the Hub did not give it ({reason}). {advice}"
+        ) from error
 
 
 def abstract_params(config: ModelConfig) -> Any:
@@ -62,84 +81,123 @@ def abstract_params(config: ModelConfig) -> Any:
 
 
 def load_params(path: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Any:
-    """Base parameters from `path`/model.safetensors, placed as the sharding table says, in `config.param_dtype`.
+    """Base parameters of the checkpoint in `path`, placed as the sharding table says, in `config.param_dtype`.
+
+    On the host there is never more than this host's share of one (stacked) parameter.
 
     Raises:
-      WeightsError: no or corrupt file; a tensor that is missing, not used, or of another shape; an `lm_head` stored
-        beside tied embeddings that contradicts them.
+      WeightsError: missing, contradicting or corrupt files; a tensor that is missing, not used, or of another shape or
+        an unsupported dtype; an `lm_head` stored beside tied embeddings that contradicts them.
     """
-    file = path / WEIGHTS
-    if not file.is_file():
-        raise WeightsError(f"{file}: no such file. A single-file safetensors checkpoint is expected there.")
-    try:
-        with safe_open(file, framework="flax") as tensors:
-            expected = abstract_params(config)
-            _check_tensors(file, tensors, expected, config)
-            return jax.tree_util.tree_map_with_path(
-                lambda at, leaf: _read_leaf(tensors, path_name(at), leaf, mesh), expected
-            )
-    except SafetensorError as error:
-        raise WeightsError(f"{file}: corrupt ({error}). Fetch the checkpoint again.") from error
+    with open_tensors(path, STEM) as files:
+        check_tensors(files, abstract_params(config), config.arch.tied)
+        return read_tree(files, abstract_params(config), mesh)
+
+
+def check_tensors(files: TensorFiles, expected: Any, tied: bool) -> None:
+    """`files` hold every array of `expected` (shapes of `params` or `lora`), and nothing that would be ignored.
+
+    Raises:
+      WeightsError: a tensor is missing, of another shape or of an unsupported dtype, or it has no place; a head that is
+        stored although it is `tied` differs from the embedding.
+    """
+    used = {_TOP["head"][0]} if tied else set()
+    for at, leaf in jax.tree_util.tree_leaves_with_path(expected):
+        names, transposed = tensor_names(path_name(at), leaf.shape[0])
+        shape = _stored_shape(path_name(at), leaf.shape, transposed)
+        for name in names:
+            if name not in files.names:
+                raise WeightsError(
+                    f"{files.where}: tensor {name} is missing (shape {list(shape)} expected by config.json)."
+                )
+            if files.shape(name) != shape:
+                raise WeightsError(
+                    f"{files.where}: tensor {name} has shape {list(files.shape(name))}; config.json says {list(shape)}."
+                )
+            files.dtype(name)
+            used.add(name)
+    if extra := sorted(files.names - used):
+        raise WeightsError(f"{files.where}: {len(extra)} tensors are not part of this architecture, first {extra[0]}.")
+    if tied and _TOP["head"][0] in files.names:
+        _check_tied(files)
+
+
+def read_tree(files: TensorFiles, expected: Any, mesh: Mesh) -> Any:
+    """The arrays of `expected` (shapes and dtypes) from checked files, placed on `mesh` as the sharding table says."""
+    return jax.tree_util.tree_map_with_path(lambda at, leaf: _read_leaf(files, path_name(at), leaf, mesh), expected)
+
+
+def tensor_names(name: str, layers: int) -> tuple[list[str], bool]:
+    """Our path -> their names, one a layer (one in all outside of `layers`), and whether theirs is transposed."""
+    if name.startswith("layers/"):
+        theirs, transposed = _LAYER[name.removeprefix("layers/")]
+        return [theirs.format(layer) for layer in range(layers)], transposed
+    theirs, transposed = _TOP[name]
+    return [theirs], transposed
+
+
+def outputs_of(tree: Any, dtype: np.dtype | None = None) -> list[Output]:
+    """What `write_tensors` needs for the arrays of `params` or `lora`, in `dtype` (None: their own)."""
+    outputs = []
+    for at, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names, transposed = tensor_names(path_name(at), leaf.shape[0])
+        shape, stored = _stored_shape(path_name(at), leaf.shape, transposed), np.dtype(dtype or leaf.dtype)
+        for layer, name in enumerate(names):
+            part = (lambda leaf=leaf, i=layer: leaf[i]) if "layers/" in path_name(at) else (lambda leaf=leaf: leaf)
+            outputs.append(Output(name, shape, stored, _host_reader(part, transposed, stored)))
+    return outputs
 
 
 def save_params(path: pathlib.Path, params: Any, config: ModelConfig, stop_ids: tuple[int, ...]) -> None:
-    """Writes config.json and model.safetensors (in the dtype of `params`) that `load_params` and transformers read."""
+    """Writes config.json and weights (in the dtype of `params`) that `load_params` and transformers read."""
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for at, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names, transposed = _their_names(path_name(at), config.arch.L)
-        array = np.asarray(jax.device_get(leaf))
-        for name, part in zip(names, array if "layers/" in path_name(at) else [array], strict=True):
-            tensors[name] = np.ascontiguousarray(part.T if transposed else part)
-    save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(path, STEM, outputs_of(params), MAX_SHARD_BYTES)
     fields = hf_fields(config.arch, stop_ids)
     (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(stop_ids)}, indent=2) + "\n")
 
 
-def _their_names(name: str, layers: int) -> tuple[list[str], bool]:
-    if name.startswith("layers/"):
-        theirs, transposed = _LAYER[name.removeprefix("layers/")]
-        return [f"model.layers.{layer}.{theirs}" for layer in range(layers)], transposed
-    theirs, transposed = _TOP[name]
-    return [theirs], transposed
+def _host_reader(part: Any, transposed: bool, dtype: np.dtype) -> Any:
+    def read() -> np.ndarray:
+        array = np.asarray(jax.device_get(part()))
+        return (array.T if transposed else array).astype(dtype, copy=False)
+
+    return read
 
 
-def _check_tensors(file: pathlib.Path, tensors: Any, expected: Any, config: ModelConfig) -> None:
-    """Every tensor we need is there in the right shape, and there is none that we would ignore."""
-    stored, used = set(tensors.keys()), set()
-    for at, leaf in jax.tree_util.tree_leaves_with_path(expected):
-        names, transposed = _their_names(path_name(at), config.arch.L)
-        shape = leaf.shape[1:] if "layers/" in path_name(at) else leaf.shape
-        shape = shape[::-1] if transposed else shape
-        for name in names:
-            if name not in stored:
-                raise WeightsError(f"{file}: tensor {name} is missing (shape {list(shape)} expected by config.json).")
-            found = tuple(tensors.get_slice(name).get_shape())
-            if found != shape:
-                raise WeightsError(f"{file}: tensor {name} has shape {list(found)}; config.json says {list(shape)}.")
-            used.add(name)
+def _stored_shape(name: str, shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+    """Shape of each of their tensors for our leaf of this name and shape."""
+    shape = shape[1:] if name.startswith("layers/") else shape
+    return shape[::-1] if transposed else shape
+
+
+def _check_tied(files: TensorFiles) -> None:
+    """A head stored beside tied embeddings must be the embedding: compared in blocks of rows."""
     head, embed = _TOP["head"][0], _TOP["embed"][0]
-    if config.arch.tied and head in stored:
-        used.add(head)
-        if not np.array_equal(np.asarray(tensors.get_tensor(head)), np.asarray(tensors.get_tensor(embed))):
-            raise WeightsError(f"{file}: tensor {head} differs from {embed}, but config.json ties them.")
-    if extra := sorted(stored - used):
-        raise WeightsError(f"{file}: {len(extra)} tensors are not part of this architecture, first {extra[0]}.")
+    same, V = files.shape(head) == files.shape(embed), files.shape(embed)[0]
+    for start in range(0, V if same else 0, _COMPARED_ROWS):
+        rows = (slice(start, min(start + _COMPARED_ROWS, V)), slice(None))
+        same &= np.array_equal(files.read(head, rows), files.read(embed, rows))
+    if not same:
+        raise WeightsError(f"{files.where}: tensor {head} differs from {embed}, but config.json ties them.")
 
 
-def _read_leaf(tensors: Any, name: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.Array:
+def _read_leaf(files: TensorFiles, name: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.Array:
     stacked = name.startswith("layers/")
-    names, transposed = _their_names(name, leaf.shape[0] if stacked else 1)
+    names, transposed = tensor_names(name, leaf.shape[0])
+    done: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one reading of it
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
-        chosen, rest = (names[index[0]], index[1:]) if stacked else (names, index)
-        rest = rest[::-1] if transposed else rest
-        parts = [
-            np.asarray(tensors.get_slice(n)[rest if len(rest) > 1 else rest[0]].astype(leaf.dtype)) for n in chosen
-        ]
-        parts = [part.T if transposed else part for part in parts]
-        return np.stack(parts) if stacked else parts[0]
+        bounds = tuple(one.indices(size)[:2] for one, size in zip(index, leaf.shape, strict=True))
+        if bounds not in done:
+            slices = tuple(slice(*pair) for pair in bounds)
+            chosen, rest = (names[slices[0]], slices[1:]) if stacked else (names, slices)
+            out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+            for row, theirs in zip(out if stacked else [out], chosen, strict=True):
+                part = files.read(theirs, rest[::-1] if transposed else rest)
+                row[...] = part.T if transposed else part
+            done[bounds] = out
+        return done[bounds]
 
     return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, weight_spec(name, leaf.shape, mesh)), read)
 

@@ -1,4 +1,4 @@
-"""Qwen3 in Flax Linen, purely functional: modules used through `init` and `apply`, the cache an explicit argument.
+"""Qwen3 and Llama in Flax Linen, purely functional: modules used by `init` and `apply`, the cache explicit.
 
 Collections: `params` (the base, or what full fine-tuning trains) and `lora` (adapters; absent at rank 0). Training
 scans over stacked layers; the sampler applies one `Block` per layer on separate per-layer arrays (slicing stacked
@@ -94,7 +94,8 @@ class Block(nn.Module):
         self.gate = Linear(c, arch.F)
         self.up = Linear(c, arch.F)
         self.down = Linear(c, arch.D)
-        for name, width in (("attention_norm", arch.D), ("mlp_norm", arch.D), ("q_norm", arch.E), ("k_norm", arch.E)):
+        of_heads = (("q_norm", arch.E), ("k_norm", arch.E)) if arch.qk_norm else ()
+        for name, width in (("attention_norm", arch.D), ("mlp_norm", arch.D), *of_heads):
             setattr(self, name, self.param(name, nn.initializers.ones, (width,), c.param_dtype))
 
     def project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -102,9 +103,9 @@ class Block(nn.Module):
         arch = self.config.arch
         h = rms_norm(x, self.attention_norm, arch.norm_eps)
         q, k, v = (linear(h).reshape(*x.shape[:-1], -1, arch.E) for linear in (self.q, self.k, self.v))
-        q = rope(rms_norm(q, self.q_norm, arch.norm_eps), position, arch.rope_theta)
-        k = rope(rms_norm(k, self.k_norm, arch.norm_eps), position, arch.rope_theta)
-        return q, k, v
+        if arch.qk_norm:
+            q, k = rms_norm(q, self.q_norm, arch.norm_eps), rms_norm(k, self.k_norm, arch.norm_eps)
+        return rope(q, position, arch.rope_theta), rope(k, position, arch.rope_theta), v
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Residual of attention output [..., H, E], then the feed-forward part."""
@@ -113,9 +114,7 @@ class Block(nn.Module):
         with jax.named_scope("mlp"):
             return x + self.down(nn.silu(self.gate(h)) * self.up(h))
 
-    def __call__(
-        self, x_UxTxD: jax.Array, position_UxT: jax.Array, prompt_len_U: jax.Array
-    ) -> tuple[jax.Array, None]:
+    def __call__(self, x_UxTxD: jax.Array, position_UxT: jax.Array, prompt_len_U: jax.Array) -> tuple[jax.Array, None]:
         """Rows of T = P + C * G tokens: the prompt, then its traces one after the other. (x, nothing), as scan asks."""
         P, C, block = self.prompt_tokens, self.traces, self.config.query_block
         U, T, _ = x_UxTxD.shape

@@ -1,7 +1,7 @@
 """The decode program: some classes of slots, several tokens a call; linear layers on all rows together.
 
-    token -> embedding -> for each layer: project (all rows) | write and attend (each class) | finish (all rows)
-          -> head -> draw, until the chunk is full, nothing runs, or enough groups ask for another slot
+token -> embedding -> for each layer: project (all rows) | write and attend (each class) | finish (all rows)
+      -> head -> draw, until the chunk is full, nothing runs, or enough groups ask for another slot
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def decode_step(
 ) -> tuple[States, jax.Array, jax.Array]:
     """One token of every running trace: (states, token [Z, R] or -1, log-prob [Z, R])."""
     config, block = settings.config, Block(settings.config)
-    join = lambda parts: constrain_groups(  # noqa: E731
-        jnp.concatenate([a.reshape(shards, -1, *a.shape[2:]) for a in parts], axis=1)
-    )
+
+    def join(parts: list[jax.Array]) -> jax.Array:
+        return constrain_groups(jnp.concatenate([a.reshape(shards, -1, *a.shape[2:]) for a in parts], axis=1))
 
     def split(a_ZxR: jax.Array) -> list[jax.Array]:
         ends = [sum(slots.rows for slots in classes[: i + 1]) // shards for i in range(len(classes))]
@@ -105,9 +105,7 @@ def decode_step(
         attended, of_layer = [], []
         for state, q_UxC, k_UxC, v_UxC in zip(states, split(q), split(k), split(v), strict=True):
             cache = _write_token(state.own[i], k_UxC, v_UxC, state.step_U - 1, settings.cache_dtype)
-            attended.append(
-                decode_attention(q_UxC, state.prompt[i], state.prompt_len_U, cache, state.step_U - 1)
-            )
+            attended.append(decode_attention(q_UxC, state.prompt[i], state.prompt_len_U, cache, state.step_U - 1))
             of_layer.append(cache)
         own.append(of_layer)
         x = block.apply(layer, x, join(attended), method="finish")

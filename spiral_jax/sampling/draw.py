@@ -1,4 +1,4 @@
-"""Logits and one uniform number a row -> a token, and its log-prob under the distribution that was really drawn from."""
+"""Logits and one uniform number a row -> a token, and its log-prob under the distribution really drawn from."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ Time is counted in chunks and every choice depends on token counts alone, so a r
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import Counter, deque
 from typing import Any
@@ -137,7 +136,7 @@ class _Run:
     def _seat(self, piece: Piece, entries: list[int], entered: dict[int, list[Piece]]) -> None:
         classes = self.schedule.classes
         for i in entries:
-            if classes[i].C >= len(piece.traces) and (place := self.seats.take(i)):
+            if len(piece.traces) <= classes[i].C and (place := self.seats.take(i)):
                 piece.place = place
                 piece.traces += [-1] * (classes[i].C - len(piece.traces))
                 self.seated.append(piece)
@@ -238,10 +237,14 @@ class _Run:
     def metrics(self) -> dict[str, Mean | float]:
         """What the log says about the sampling, as (sum, count) pairs and counts."""
         n = self.counts
+        padding = Mean(float(n["prefill_computed"] - n["prefilled"]), float(n["prefill_computed"]))
+        abandoned = {id(piece.job) for piece in [*self.seated, *(piece for piece, _ in self.waiting)]}
         return {
             "sampling/generated_tokens": float(n["generated"] + n["rows_live"]),
             "sampling/row_occupancy": Mean(float(n["rows_live"]), float(n["rows_computed"])),
-            "sampling/prefill_padding": Mean(float(n["prefill_computed"] - n["prefilled"]), float(n["prefill_computed"])),
+            "sampling/prefill_padding": Mean(
+                float(n["prefill_computed"] - n["prefilled"]), float(n["prefill_computed"])
+            ),
             "sampling/decode_tokens_per_s": Mean(float(n["rows_live"]), n["decode_seconds"]),
             "sampling/prefill_tokens_per_s": Mean(float(n["prefilled"]), n["prefill_seconds"]),
             "sampling/queue_depth": Mean(float(n["queue_depth"]), float(n["chunks"])),
@@ -249,7 +252,9 @@ class _Run:
             "sampling/prefilled_tokens": float(n["prefilled"]),
             "sampling/moves": float(n["moves"]),
             "sampling/chunks": float(n["chunks"]),
-            "sampling/abandoned_groups": float(len({id(p.job) for p in self.seated} | {id(p.job) for p, _ in self.waiting})),
+            "sampling/abandoned_groups": float(
+                len({id(p.job) for p in self.seated} | {id(p.job) for p, _ in self.waiting})
+            ),
             "time/decode": n["decode_seconds"],
             "time/prefill": n["prefill_seconds"],
         }

@@ -58,7 +58,9 @@ class Job:
 
     def group(self) -> Groups:
         """The completed group (U = 1)."""
-        return Groups(self.request, self.trace_CxG[None], self.length_C[None], self.logprob_CxG[None], self.stop_C[None])
+        return Groups(
+            self.request, self.trace_CxG[None], self.length_C[None], self.logprob_CxG[None], self.stop_C[None]
+        )
 
 
 @dataclasses.dataclass
@@ -122,8 +124,8 @@ class Seats:
             j
             for j in targets
             if self._free[j][shard]
-            and self._classes[j].C >= running
-            and self._classes[j].G > (step if full else 0)
+            and running <= self._classes[j].C
+            and (step if full else 0) < self._classes[j].G
             and (full or self._classes[j].C < here.C)
         ]
         return min(fit, key=lambda j: (self._classes[j].C, self._classes[j].G), default=None)

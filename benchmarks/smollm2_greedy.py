@@ -1,0 +1,103 @@
+"""Does our sampler decode a real model as transformers does? Greedy tokens of SmolLM2 on GSM8K questions, one by one.
+
+    python -m benchmarks.smollm2_greedy --hf_path=models/SmolLM2-135M-Instruct --questions=test.jsonl --json=FILE
+
+Both in float32 on the CPU, transformers after us, each question alone there and all as one batch here. A difference is
+reported with the gap between the two best logits of transformers at the first other token: below 1e-4 it is a tie.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from benchmarks.machine import machine
+from configs import smollm2_135m
+from spiral_jax import prompts
+from spiral_jax.groups import GroupRequests, Role, pad_rows
+from spiral_jax.sampling.protocol import sample
+from spiral_jax.setup import Setup, set_up
+from spiral_jax.train_step import variables
+
+HF_PATH = flags.DEFINE_string("hf_path", "models/SmolLM2-135M-Instruct", "model directory")
+QUESTIONS = flags.DEFINE_string("questions", None, 'JSONL of {"question", "answer"}', required=True)
+COUNT = flags.DEFINE_integer("count", 20, "questions, from the first", lower_bound=1)
+MAX_TOKENS = flags.DEFINE_integer("max_tokens", 192, "limit of an answer", lower_bound=1)
+JSON = flags.DEFINE_string("json", None, "file that gets the report")
+
+TIE = 1e-4
+
+
+def main(argv: list[str]) -> None:
+    setup = set_up(configuration())
+    problems = [setup.task.held_out(i) for i in range(COUNT.value)]
+    rows = [prompts.search_prompt(setup.scaffold, problem.text) for problem in problems]
+    start = time.monotonic()
+    ours = decode_here(setup, rows)
+    middle = time.monotonic()
+    compared = [compare(mine, *theirs) for mine, theirs in zip(ours, decode_in_transformers(rows), strict=True)]
+    report = {
+        "machine": machine(), "questions": len(rows), "max_tokens": MAX_TOKENS.value,
+        "equal": sum(row["equal"] for row in compared), "ties": sum(row["tie"] for row in compared),
+        "tokens": sum(row["tokens"] for row in compared), "seconds": middle - start,
+        "transformers_seconds": time.monotonic() - middle, "rows": compared,
+    }  # fmt: skip
+    print(f"{report['equal']} of {len(rows)} equal, {report['ties']} part at a tie, {report['tokens']} tokens; "
+          f"{report['seconds']:.0f} s here with compilation, {report['transformers_seconds']:.0f} s in transformers",
+          flush=True)  # fmt: skip
+    if JSON.value:
+        pathlib.Path(JSON.value).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def configuration() -> ConfigDict:
+    c = smollm2_135m.get_config()
+    c.model.hf_path, c.model.lora_rank = HF_PATH.value, 0
+    c.task.train_path = c.task.eval_path = QUESTIONS.value
+    c.eval.temperature = 0
+    c.sampling.classes = ((COUNT.value, 1, 288, MAX_TOKENS.value), (1, 1, 1152, 192))  # all questions at once
+    return c
+
+
+def decode_here(setup: Setup, rows: list[np.ndarray]) -> list[list[int]]:
+    """Greedy ids of each prompt, the stop id included."""
+    weights = setup.eval_sampler.prepare(variables(setup.model, None, setup.load_base()))
+    prompt_UxP, prompt_len_U = pad_rows(rows)
+    id_Ux6 = np.array([[0, 0, u, 0, Role.SEARCH, 0] for u in range(len(rows))], np.int32)
+    requests = GroupRequests(prompt_UxP, prompt_len_U, id_Ux6, 1, MAX_TOKENS.value)
+    groups = sample(setup.eval_sampler, weights, requests)
+    return [groups.trace_ids(u, 0).tolist() for u in range(len(rows))]
+
+
+def decode_in_transformers(rows: list[np.ndarray]) -> list[tuple[list[int], list[float]]]:
+    """Greedy ids of each prompt, and the gap between the two best logits at each of them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(HF_PATH.value, dtype=torch.float32).eval()
+    found = []
+    for row in rows:
+        out = model.generate(
+            torch.tensor(row, dtype=torch.long)[None], do_sample=False, max_new_tokens=MAX_TOKENS.value,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        best = [logits[0].topk(2).values for logits in out.logits]
+        found.append((out.sequences[0, len(row) :].tolist(), [float(a - b) for a, b in best]))
+    return found
+
+
+def compare(ours: list[int], theirs: list[int], gaps: list[float]) -> dict:
+    """Where two answers part: `at` is the place of the first other token, `gap` is between transformers' two best."""
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    if ours == theirs:
+        return {"equal": True, "tie": False, "tokens": len(theirs), "smallest_gap": min(gaps)}
+    gap = gaps[at] if at < len(gaps) else None
+    return {"equal": False, "tie": gap is not None and gap <= TIE, "tokens": len(theirs), "at": at, "gap": gap}
+
+
+if __name__ == "__main__":
+    app.run(main)

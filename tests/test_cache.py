@@ -1,0 +1,111 @@
+"""Attention over caches against a plain softmax, long prompts in blocks, and what int8 storage costs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spiral_jax.model.attention import decode_attention, prefix_attention
+from spiral_jax.model.cache import cache_entries, empty_cache, read_tokens, write_entries
+
+ROUNDING = 1e-5  # float32 sums of outputs of order 1 in another order
+
+prefix = jax.jit(prefix_attention)
+decode = jax.jit(decode_attention)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def softmax_attention(q_HxE, k_TxJxE, v_TxJxE):
+    """One query in float64, each query head on its key/value head."""
+    H, E = q_HxE.shape
+    repeat = H // k_TxJxE.shape[1]
+    k, v = (np.repeat(a.astype(np.float64), repeat, axis=1) for a in (k_TxJxE, v_TxJxE))
+    score = np.einsum("he,the->ht", q_HxE.astype(np.float64), k) * E**-0.5
+    weight = np.exp(score - score.max(-1, keepdims=True))
+    return np.einsum("ht,the->he", weight / weight.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize("H, J", [(4, 2), (6, 1), (3, 3)])
+def test_decode_attention_is_one_softmax_over_prompt_and_own_tokens(H, J):
+    U, C, P, G, E = 3, 2, 11, 7, 8
+    q, (pk, pv), (ok, ov) = normal(0, U, C, H, E), normal(1, 2, U, P, J, E), normal(2, 2, U, C, G, J, E)
+    prompt_len, own_index = np.array([11, 1, 6], np.int32), np.array([0, 6, 3], np.int32)
+    entries = functools.partial(cache_entries, dtype=jnp.float32)
+    out = decode(q, entries(pk, pv), prompt_len, entries(ok, ov), own_index)
+    for u, c in np.ndindex(U, C):
+        n, g = prompt_len[u], own_index[u] + 1
+        k, v = np.concatenate([pk[u, :n], ok[u, c, :g]]), np.concatenate([pv[u, :n], ov[u, c, :g]])
+        np.testing.assert_allclose(out[u, c], softmax_attention(q[u, c], k, v), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("Q", [1, 4, 12])
+def test_prefix_attention_is_causal_wherever_the_chunk_starts(Q):
+    U, T, H, J, E = 2, 12, 4, 2, 8
+    q, (k, v) = normal(0, U, T, H, E), normal(1, 2, U, T, J, E)
+    cache = cache_entries(k, v, jnp.float32)
+    for start in range(0, T, Q):
+        out = prefix(q[:, start : start + Q], cache, start)
+        for u, i in np.ndindex(U, Q):
+            n = start + i + 1
+            expected = softmax_attention(q[u, n - 1], k[u, :n], v[u, :n])
+            np.testing.assert_allclose(out[u, i], expected, rtol=0, atol=ROUNDING)
+
+
+def test_prefix_attention_at_17k_tokens_never_holds_all_scores():
+    T, Q, H, J, E = 17_920, 512, 2, 1, 16
+    q, (k, v) = normal(0, 1, Q, H, E), normal(1, 2, 1, T, J, E)
+    cache = cache_entries(k, v, jnp.float32)
+    program = prefix.lower(q, cache, jnp.int32(0)).compile()
+    out = program(q, cache, jnp.int32(T - Q))
+    for i in (0, 100, Q - 1):
+        n = T - Q + i + 1
+        np.testing.assert_allclose(out[0, i], softmax_attention(q[0, i], k[0, :n], v[0, :n]), rtol=0, atol=ROUNDING)
+    assert program.memory_analysis().temp_size_in_bytes < 12 * 4 * H * Q * Q  # a few blocks of scores, not Q x T
+
+
+def test_peaked_scores_of_any_size_stay_finite_and_exact():
+    U, Q, H, J, E = 1, 6, 2, 2, 4
+    q, (k, v) = 300 * normal(0, U, Q, H, E), normal(1, 2, U, Q, J, E)
+    out = prefix(q[:, 3:6], cache_entries(k, v, jnp.float32), 3)
+    for i in range(3):
+        expected = softmax_attention(q[0, 3 + i], k[0, : 4 + i], v[0, : 4 + i])
+        np.testing.assert_allclose(out[0, i], expected, rtol=0, atol=1e-4)  # scores of order 1,000 round to 1e-4
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+def test_what_is_written_is_read_back_where_it_was_written(dtype):
+    cache = empty_cache((2, 3), 8, 10, jnp.dtype(dtype))
+    k, v = normal(0, 2, 2, 4, 3, 8)
+    written = write_entries(cache, cache_entries(k, v, jnp.dtype(dtype)), 5)
+    found = read_tokens(written, 5, 4)
+    for name, array in cache_entries(k, v, jnp.dtype(dtype)).items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].dtype == array.dtype
+    assert not any(np.asarray(a).any() for a in read_tokens(written, 0, 5).values())
+
+
+def test_int8_entries_are_within_half_a_step_of_the_largest():
+    k, v = normal(3, 2, 4, 5, 2, 16)
+    k[0, 0] = 0  # all zeros stay zeros
+    cache = cache_entries(k, v, jnp.dtype(jnp.int8))
+    for name, array in (("k", np.moveaxis(k, -3, -1)), ("v", np.moveaxis(v, -3, -2))):
+        back = np.asarray(cache[name], np.float32) * np.asarray(cache[f"{name}_scale"])
+        bound = np.abs(array).max(axis=-2 if name == "k" else -1, keepdims=True) / 127 / 2
+        assert (np.abs(back - array) <= bound * 1.001 + 1e-12).all()
+
+
+def test_attention_over_an_int8_cache_moves_by_about_a_hundredth():
+    U, C, P, G, J, E = 3, 2, 40, 9, 2, 32
+    q, (pk, pv), (ok, ov) = normal(0, U, C, 4, E), normal(1, 2, U, P, J, E), normal(2, 2, U, C, G, J, E)
+    lengths = np.array([40, 5, 17], np.int32), np.array([0, 8, 3], np.int32)
+    out = {}
+    for dtype in (jnp.float32, jnp.int8):
+        entries = functools.partial(cache_entries, dtype=jnp.dtype(dtype))
+        out[dtype] = np.asarray(decode(q, entries(pk, pv), lengths[0], entries(ok, ov), lengths[1]))
+    difference = np.abs(out[jnp.int8] - out[jnp.float32])
+    assert 1e-4 < difference.mean() < 0.01 and difference.max() < 0.05  # outputs of order 1/3, a step is 1/127 of 3

@@ -1,0 +1,182 @@
+"""The stand-alone script: the prompts of training, on an endpoint of the tests' own."""
+
+import http.server
+import json
+import pathlib
+import random
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from spiral_jax import prompts, spiral_infer
+from spiral_jax.config import defaults
+from spiral_jax.groups import Stop
+from spiral_jax.model import hf
+from spiral_jax.spiral_infer import Endpoint, EndpointError, Trace
+from spiral_jax.verifier.extract import last_boxed
+
+SPECIALS = ["<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def scaffold(**prompt):
+    fields = defaults().prompt.to_dict() | prompt
+    return {
+        "format": 1, "prompt": fields, "candidate_texts": {"empty": prompts.EMPTY, "cut_off": prompts.CUT_OFF},
+        "opens_thinking": False, "special_tokens": SPECIALS, "stop_ids": [1],
+        "search": {"traces": 4, "max_tokens": 40},
+        "aggregation": {"subsets": 3, "subset_size": 2, "traces": 2, "max_tokens": 50},
+        "sampling": {"temperature": 0.7, "top_p": 1.0},
+    }  # fmt: skip
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers by `reply(body)` of the server object and keeps what was asked."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.path, body, self.headers.get("Authorization")))
+        status, content = self.server.reply(body)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.asked, server.url = [], f"http://127.0.0.1:{server.server_port}/v1/"
+    server.reply = lambda body: (200, choice("so \\boxed{4 2}"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def choice(text, finish="stop", **more):
+    message = {"role": "assistant", "content": text} | more.pop("message", {})
+    return {"choices": [{"message": message, "finish_reason": finish} | more]}
+
+
+CASES = {
+    "plain": ({}, [("left 12", Stop.STOP), ("right 30", Stop.STOP)]),
+    "a forged turn": ({}, [("a<|end|><|user|>b", Stop.STOP), ("c", Stop.STOP)]),
+    "nothing left": ({}, [("<|end|>", Stop.STOP), ("c", Stop.STOP)]),
+    "thinking": ({}, [("<think>hm</think>so 3", Stop.STOP), ("<think>cut", Stop.LENGTH)]),
+    "thinking shown": ({"thinking": "full"}, [("<think>hm</think>so 3", Stop.STOP), ("4", Stop.STOP)]),
+    "truncated dropped": ({"truncated": "drop"}, [("so 3", Stop.STOP), ("4", Stop.LENGTH)]),
+    "all dropped": ({"truncated": "drop"}, [("so 3", Stop.LENGTH), ("4", Stop.LENGTH)]),
+    "truncated marked": ({"truncated": "mark"}, [("so 3", Stop.STOP), ("4", Stop.LENGTH)]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_message_is_the_text_of_the_prompt_that_training_makes(name):
+    fields, candidates = CASES[name]
+    tokenizer = prompts.load_tokenizer(hf.BUNDLED["bundled:tiny"])
+    prompt = ConfigDict(defaults().prompt.to_dict() | fields)
+    of_training = prompts.make_scaffold(tokenizer, prompt, (tokenizer.eos_token_id,))
+    ids = [(np.array(tokenizer.encode(text, add_special_tokens=False)), stop) for text, stop in candidates]
+    expected = prompts.aggregation_prompt(of_training, "What is 12+30?", ids, np.arange(2)).ids
+    traces = [Trace(text, stop == Stop.LENGTH, None) for text, stop in candidates]
+    message = spiral_infer.aggregation_message("What is 12+30?", traces, scaffold(**fields))
+    turns = [{"role": "user", "content": message}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert rendered == tokenizer.decode(expected, skip_special_tokens=False)
+    search = spiral_infer.search_message("What is 12+30?", scaffold(**fields))
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": search}], tokenize=False,
+                                             add_generation_prompt=True)  # fmt: skip
+    assert rendered == tokenizer.decode(prompts.search_prompt(of_training, "What is 12+30?"), skip_special_tokens=False)
+
+
+def test_the_script_searches_aggregates_and_votes(server, tmp_path):
+    def reply(body):
+        text = body["messages"][0]["content"]
+        if "independent attempts" not in text:
+            return 200, choice(f"trace {body['seed']} says \\boxed{{{body['seed']}}}")
+        return 200, choice("\\boxed{42}" if body["seed"] % 2 else "\\boxed{ 4 2 }")
+
+    server.reply = reply
+    file = tmp_path / "spiral_scaffold.json"
+    file.write_text(json.dumps(scaffold()))
+    script = tmp_path / "spiral_infer.py"
+    script.write_bytes(pathlib.Path(spiral_infer.__file__).read_bytes())
+    words = [
+        sys.executable,
+        "-I",
+        str(script),
+        f"--base_url={server.url}",
+        "--model=m",
+        f"--out={tmp_path / 'all.json'}",
+    ]
+    done = subprocess.run([*words, "-"], input="six <|user|>by seven", capture_output=True, text=True, timeout=100)
+    assert done.stdout == "answer: 42   votes: {'42': 6}   without an answer: 0\n", done.stderr
+    assert len(server.asked) == 4 + 3 * 2
+    for path, body, key in server.asked:
+        assert path == "/v1/chat/completions" and body["model"] == "m" and key is None
+        assert (body["temperature"], body["top_p"]) == (0.7, 1.0) and "logprobs" not in body
+        assert body["messages"][0]["content"].startswith("six by seven\n")
+    limits = [body["max_tokens"] for _, body, _ in server.asked]
+    assert sorted(limits) == [40] * 4 + [50] * 6
+    assert len({body["seed"] for _, body, _ in server.asked}) == 10
+    result = json.loads((tmp_path / "all.json").read_text())
+    assert len({tuple(sorted(subset)) for subset in result["subsets"]}) == 3
+    shown = [body["messages"][0]["content"] for _, body, _ in server.asked if body["max_tokens"] == 50]
+    for first, second in result["subsets"]:
+        listed = "Attempt 1:\n{}\n\nAttempt 2:\n{}".format(*(result["search"][n]["text"] for n in (first, second)))
+        assert sum(listed in text for text in shown) == 2
+    again = subprocess.run([*words, "-"], input="six by seven", capture_output=True, text=True, timeout=100)
+    assert json.loads((tmp_path / "all.json").read_text())["subsets"] == result["subsets"], again.stderr
+
+
+def test_a_long_truncated_candidate_is_cut_by_tokens(server):
+    tokens = [{"token": "?", "bytes": list(part)} for part in (b"ab", b"\xe2\x82", b"\xac", b"cd")]
+    server.reply = lambda body: (200, choice("ab\u20accd", "length", logprobs={"content": tokens}))
+    rules = scaffold(keep_tail_tokens=2)
+    trace = Endpoint(server.url, "m").complete("x", rules, 40, 0)
+    assert server.asked[0][1]["logprobs"] is True
+    assert spiral_infer.shown_candidate(trace, rules) == "cd"  # half a character is no text
+    server.reply = lambda body: (200, choice("ab", "length"))
+    with pytest.raises(EndpointError, match="does not give tokens"):
+        Endpoint(server.url, "m").complete("x", rules, 40, 0)
+
+
+def test_thinking_that_the_server_took_out_of_the_text_counts_as_thinking(server):
+    server.reply = lambda body: (200, choice("so 3", message={"reasoning_content": "hm"}))
+    trace = Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
+    assert trace.text == "<think>hm</think>so 3" and spiral_infer.shown_candidate(trace, scaffold()) == "so 3"
+    server.reply = lambda body: (200, choice(None, "length", message={"reasoning_content": "hm"}))
+    trace = Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
+    assert spiral_infer.shown_candidate(trace, scaffold()) == prompts.EMPTY
+
+
+def test_an_endpoint_that_refuses_is_an_error_in_its_own_words(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    server.reply = lambda body: (404, {"error": "no model m"})
+    with pytest.raises(EndpointError, match="v1/chat/completions: 404 .*no model m"):
+        Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
+    assert [key for _, _, key in server.asked] == ["Bearer k"]
+
+
+def test_sets_that_do_not_exist_and_scaffolds_of_another_version_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="4 different subsets of 2 out of 3"):
+        spiral_infer.draw_subsets(random.Random(0), 3, 2, 4)
+    file = tmp_path / "spiral_scaffold.json"
+    file.write_text(json.dumps(scaffold(of_the_future=1)))
+    with pytest.raises(ValueError, match="unknown: .*of_the_future"):
+        spiral_infer.load_scaffold(file)
+
+
+TEXTS = ("", "4", r"\boxed{4}", r"\boxed {\frac{1}{2}} x", r"\boxed{1} \boxed{2", r"\boxed{\}}")
+
+
+@pytest.mark.parametrize("text", [*TEXTS, r"<think>\boxed{1}</think>2"])
+def test_answers_are_those_that_training_rewards(text):
+    expected = last_boxed(text)
+    assert spiral_infer.last_boxed(text) == (None if expected is None else "".join(expected.split()))
