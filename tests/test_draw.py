@@ -55,9 +55,8 @@ def test_truncated_draws_have_the_frequencies_and_log_probs_of_what_is_left(draw
     expected = np.append(expected[~rare], expected[rare].sum())
     live = expected > 0
     if live.sum() > 1:
-        assert ((observed - expected) ** 2 / np.where(live, expected, 1))[live].sum() < stats.chi2.ppf(
-            0.999, live.sum() - 1
-        )
+        statistic = ((observed - expected)[live] ** 2 / expected[live]).sum()
+        assert statistic < stats.chi2.ppf(0.999, live.sum() - 1)
 
 
 def test_cuts_agree_with_transformers():

@@ -129,9 +129,8 @@ def prefix_attention(q_UxQxHxE: jax.Array, prompt: Cache, start: jax.Array) -> j
 
 
 def _attend(q_xNxE: jax.Array, cache: Cache, visible_xNxT: jax.Array) -> Partial:
-    score = jnp.einsum(
-        "...ne,...et->...nt", q_xNxE, cache["k"].astype(q_xNxE.dtype), preferred_element_type=jnp.float32
-    )
+    key, value = cache["k"].astype(q_xNxE.dtype), cache["v"].astype(q_xNxE.dtype)
+    score = jnp.einsum("...ne,...et->...nt", q_xNxE, key, preferred_element_type=jnp.float32)
     if "k_scale" in cache:
         score *= cache["k_scale"]
     score = jnp.where(visible_xNxT, score, _MASKED)

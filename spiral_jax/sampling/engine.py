@@ -242,9 +242,7 @@ class _Run:
         return {
             "sampling/generated_tokens": float(n["generated"] + n["rows_live"]),
             "sampling/row_occupancy": Mean(float(n["rows_live"]), float(n["rows_computed"])),
-            "sampling/prefill_padding": Mean(
-                float(n["prefill_computed"] - n["prefilled"]), float(n["prefill_computed"])
-            ),
+            "sampling/prefill_padding": padding,
             "sampling/decode_tokens_per_s": Mean(float(n["rows_live"]), n["decode_seconds"]),
             "sampling/prefill_tokens_per_s": Mean(float(n["prefilled"]), n["prefill_seconds"]),
             "sampling/queue_depth": Mean(float(n["queue_depth"]), float(n["chunks"])),
@@ -252,9 +250,7 @@ class _Run:
             "sampling/prefilled_tokens": float(n["prefilled"]),
             "sampling/moves": float(n["moves"]),
             "sampling/chunks": float(n["chunks"]),
-            "sampling/abandoned_groups": float(
-                len({id(p.job) for p in self.seated} | {id(p.job) for p, _ in self.waiting})
-            ),
+            "sampling/abandoned_groups": float(len(abandoned)),
             "time/decode": n["decode_seconds"],
             "time/prefill": n["prefill_seconds"],
         }

@@ -58,9 +58,8 @@ class Job:
 
     def group(self) -> Groups:
         """The completed group (U = 1)."""
-        return Groups(
-            self.request, self.trace_CxG[None], self.length_C[None], self.logprob_CxG[None], self.stop_C[None]
-        )
+        arrays = (self.trace_CxG, self.length_C, self.logprob_CxG, self.stop_C)
+        return Groups(self.request, *(array[None] for array in arrays))
 
 
 @dataclasses.dataclass
