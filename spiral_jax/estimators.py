@@ -10,7 +10,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-MOST_SAMPLES = 1000  # C(n, n/2) is a float64 up to here
+from spiral_jax.config import MOST_EVAL_TRACES
+
 _BOOTSTRAP_STREAM = 0x626F6F74  # keeps these draws apart from others that are made from the same seed
 
 
@@ -107,13 +108,13 @@ def majority_at_k(correct: int, wrong: Sequence[int], unparsed: int) -> np.ndarr
       float64 [n], n = correct + sum(wrong) + unparsed; entry k - 1 belongs to k. Relative error about n * 1e-16.
 
     Raises:
-      ValueError: n is 0 or above `MOST_SAMPLES`, or a count is out of range.
+      ValueError: n is 0 or above `MOST_EVAL_TRACES`, or a count is out of range.
     """
     n = correct + sum(wrong) + unparsed
-    if not 1 <= n <= MOST_SAMPLES or min(correct, unparsed, 0) < 0 or min(wrong, default=1) < 1:
+    if not 1 <= n <= MOST_EVAL_TRACES or min(correct, unparsed, 0) < 0 or min(wrong, default=1) < 1:
         raise ValueError(
             f"correct = {correct}, wrong = {list(wrong)}, unparsed = {unparsed}: counts must be >= 0 (classes >= 1) "
-            f"and add up to between 1 and {MOST_SAMPLES}."
+            f"and add up to between 1 and {MOST_EVAL_TRACES}."
         )
     won = np.zeros(n + 1)  # number of k-subsets that are won, by k
     for j in range(1, correct + 1):
@@ -139,11 +140,11 @@ def longest_of_k(lengths: Sequence[float] | np.ndarray) -> np.ndarray:
     sum_i C(i-1, k-1) / C(n, k) l_(i) over the ascending order: the critical path of k traces that run side by side.
 
     Raises:
-      ValueError: not one-dimensional, or not between 1 and `MOST_SAMPLES` of them.
+      ValueError: not one-dimensional, or not between 1 and `MOST_EVAL_TRACES` of them.
     """
     ordered = np.sort(np.asarray(lengths, np.float64))
-    if ordered.ndim != 1 or not 1 <= len(ordered) <= MOST_SAMPLES:
-        raise ValueError(f"lengths has shape {np.shape(lengths)}: must be [n] with n from 1 to {MOST_SAMPLES}.")
+    if ordered.ndim != 1 or not 1 <= len(ordered) <= MOST_EVAL_TRACES:
+        raise ValueError(f"lengths has shape {np.shape(lengths)}: must be [n] with n from 1 to {MOST_EVAL_TRACES}.")
     return _longest_weights(len(ordered)) @ ordered
 
 
