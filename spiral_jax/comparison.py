@@ -216,10 +216,10 @@ def tables(found: dict[str, Any]) -> list[Table]:
         efficiency.add_row(at, f"{row['samples_a']:.1f}", f"{row['samples_b']:.1f}", ratio)
     gaps = make_table("gaps, B - A (paired over problems)", "measure", "A (%)", "B (%)", "points [95 %]")
     for row in found["gaps"]:
-        gaps.add_row(row["measure"], _share(row["a"]), _share(row["b"]), percent(row["gap"]))
+        gaps.add_row(row["measure"], _share(row["a"]), _share(row["b"]), percent(row["gap"], "+"))
     equal = make_table("gaps at equal sampled tokens a problem", "method", "tokens", "A (%)", "B (%)", "points [95 %]")
     for row in found["equal_tokens"]:
-        cells = (f"{row['tokens']:,.0f}", _share(row["a"]), _share(row["b"]), percent(row["gap"]))
+        cells = (f"{row['tokens']:,.0f}", _share(row["a"]), _share(row["b"]), percent(row["gap"], "+"))
         equal.add_row(row["method"], *cells)
     equal.caption = "; ".join(f"left out: {reason}" for reason in found["left_out"]) or None
     return [efficiency, gaps, equal]

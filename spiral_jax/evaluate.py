@@ -24,8 +24,9 @@ from collections import Counter
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from rich.console import Console
+from rich.table import Table
 
 from spiral_jax import comparison, config, results, scaling_plots
 from spiral_jax.config import ConfigError
@@ -60,32 +61,38 @@ def main(argv: list[str]) -> None:
             raise app.UsageError(f"unknown arguments: {argv[1:]}")
         if CONFIG.value is None or WORKDIR.value is None:
             raise app.UsageError("--config and --workdir are required (or --compare A/results.json B/results.json)")
-        evaluate(WORKDIR.value)
+        evaluate(CONFIG.value, WORKDIR.value)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
 
 
-def evaluate(workdir: str) -> None:
-    """Evaluates what --config names, or goes on with it; writes results.json and pictures, prints the table."""
-    given = CONFIG.value
-    config.validate_evaluation(given)
-    setup = set_up(config.for_evaluation(given), training=False)
-    path = open_workdir(workdir, config.to_plain(given), config.digest(given))
-    model = model_fingerprint(hf.resolve_path(given.model.hf_path))
+def evaluate(c: ConfigDict, workdir: str) -> None:
+    """Evaluates what `c` names, or goes on with it; writes results.json and pictures, prints the table.
+
+    Raises:
+      WorkdirError: `workdir` holds an evaluation with another config, other weights or other data.
+    """
+    config.validate_evaluation(c)
+    setup = set_up(config.for_evaluation(c), training=False)
+    path = open_workdir(workdir, config.to_plain(c), config.digest(c))
+    model = model_fingerprint(hf.resolve_path(c.model.hf_path))
     journal = StepLog(path / "waves.jsonl")
-    with Verifier(setup.reward, given.verifier.workers, given.verifier.timeout_s) as verifier:
+    with Verifier(setup.reward, c.verifier.workers, c.verifier.timeout_s) as verifier:
         problems = run_waves(setup, journal, model, verifier)
     waves = journal.read()
     records = [record for wave in waves for record in wave["records"]]
     counts = sum((Counter(wave["counts"]) for wave in waves), Counter())
     found = results.make_results(setup.c, model, problems, records, counts)
     results.write_results(path / "results.json", found)
+    _show(results.results_tables(found), path / "results.json", scaling_plots.draw({path.name: found}, path))
+
+
+def _show(tables: list[Table], file: pathlib.Path, pictures: list[pathlib.Path]) -> None:
     console = Console()
-    for table in results.results_table(found):
+    for table in tables:
         console.print(table)
-    pictures = scaling_plots.draw({path.name: found}, path)
-    console.print(f"{path / 'results.json'}; pictures: {', '.join(picture.name for picture in pictures)}",
-                  soft_wrap=True, highlight=False)  # fmt: skip
+    names = ", ".join(picture.name for picture in pictures)
+    console.print(f"\n{file}; pictures beside it: {names}", soft_wrap=True, highlight=False)
 
 
 def run_waves(setup: Setup, journal: StepLog, model: str, verifier: Verifier) -> dict[int, Problem]:
@@ -151,12 +158,8 @@ def compare(path_a: str, path_b: str, workdir: str | None) -> None:
     except OSError as error:
         raise WorkdirError(f"--workdir={out}: not a directory that can be written ({error}).") from error
     comparison.write(out / "comparison.json", found)
-    console = Console()
-    for table in comparison.tables(found):
-        console.print(table)
     pictures = scaling_plots.draw(comparison.names(path_a, a, path_b, b), out, found["efficiency"][-1])
-    console.print(f"{out / 'comparison.json'}; pictures: {', '.join(picture.name for picture in pictures)}",
-                  soft_wrap=True, highlight=False)  # fmt: skip
+    _show(comparison.tables(found), out / "comparison.json", pictures)
 
 
 if __name__ == "__main__":

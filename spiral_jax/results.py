@@ -61,12 +61,22 @@ def make_results(
         },
         "scaffold": scaffold,
         "settings": settings,
-        "counts": dict(sorted(counts.items())),
+        "counts": {stage: _stage_counts(counts, stage) for stage in STAGES},
         "measures": summarise(records, c.seed),
         "records": list(records),
     }
 
 
+def _stage_counts(counts: Mapping[str, int], stage: str) -> dict[str, int]:
+    """The counts of a stage without its name in front, zeros too."""
+    names = [*_VERDICTS, *(_CLEANED if stage != "search" else ()), "sampled_tokens"]
+    found = {name.removeprefix(f"{stage}_"): count for name, count in counts.items() if name.startswith(f"{stage}_")}
+    return dict.fromkeys(names, 0) | found
+
+
+STAGES = ("search", "aggregation", "rsa")
+_VERDICTS = {"correct": "right", "wrong": "wrong", "unparsed": "unparsed", "timeout": "timeout", "error": "error"}
+_CLEANED = {"candidates": "read", "dropped": "dropped", "empty": "empty", "removed_special": "special ids"}
 _SETTINGS = ("n", "subsets", "traces", "population", "set_size", "rounds", "limits")
 
 
@@ -104,7 +114,7 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
     return results
 
 
-def results_table(results: dict[str, Any]) -> list[Table]:
+def results_tables(results: dict[str, Any]) -> list[Table]:
     """What a reader wants first, in percent with 95 % intervals, as tables for a `rich` console."""
     measures, settings, problems = results["measures"], results["settings"], results["problems"]
     n, S, M = settings["n"], settings["subset_size"], settings["traces"]
@@ -144,12 +154,21 @@ def results_table(results: dict[str, Any]) -> list[Table]:
             shares = [number(row[name], 1, scale=100) for name in ("pass_at_n", "majority", "cut_off")]
             limits.add_row(str(row["limit"]), percent(row["single"]), *shares, f"{row['tokens']:,.0f}")
         tables.append(limits)
-    return tables
+    return [*tables, _counts_table(results["counts"])]
+
+
+def _counts_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
+    """What became of all traces, and what cleaning removed from them where they were candidates."""
+    title = "all traces, and how often they were read as candidates"
+    table = make_table(title, "stage", *_VERDICTS.values(), *_CLEANED.values())
+    for stage in STAGES:
+        table.add_row(stage, *(f"{counts[stage].get(name, 0):,}" for name in (*_VERDICTS, *_CLEANED)))
+    return table
 
 
 _RATES = {
-    "rescue_vote_wrong": "  rescue: right where the vote is wrong",
-    "spoil_vote_right": "  spoil: wrong where the vote is right",
+    "rescue_vote_wrong": "  rescue: right when the vote is not",
+    "spoil_vote_right": "  spoil: wrong when the vote is right",
     "rescue_none_right": "  rescue: right, no candidate is",
     "spoil_some_right": "  spoil: wrong, a candidate is right",
 }
@@ -163,12 +182,17 @@ def make_table(title: str, *heads: str) -> Table:
     return table
 
 
-def percent(estimate: Mapping[str, Any]) -> str:
-    """An estimate (fields of `Estimate`) as percent with its interval, a dash where it is not defined."""
+def percent(estimate: Mapping[str, Any], sign: str = "") -> str:
+    """An estimate (fields of `Estimate`) as percent with its interval, a dash where it is not defined.
+
+    `sign` is "+" for differences, which then always have one.
+    """
     if estimate["mean"] is None:
         return "–"
-    text = f"{100 * estimate['mean']:.1f}"
-    return text if estimate["low"] is None else f"{text} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+    mean, low, high = (
+        None if estimate[name] is None else f"{100 * estimate[name]:{sign}z.1f}" for name in ("mean", "low", "high")
+    )
+    return mean if low is None else f"{mean} [{low}, {high}]"
 
 
 def number(estimate: Mapping[str, Any], decimals: int, scale: float = 1) -> str:

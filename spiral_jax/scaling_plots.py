@@ -24,8 +24,8 @@ _STYLES = {
     "RSA": (BLUE, "-", "o"),
     "aggregated once": (VERMILION, "None", "D"),
     "single trace by limit": (ORANGE, ":", "s"),
-    "maj@N of the population": (GREEN, "--", "^"),
-    "pass@N of the population": (ORANGE, ":", "s"),
+    "maj@N": (GREEN, "--", "^"),
+    "pass@N": (ORANGE, ":", "s"),
 }
 _SIDES = (ORANGE, BLUE)  # A, B
 _INTERVALS = "bands and bars: 95 % bootstrap interval over problems"
@@ -53,17 +53,21 @@ def _pass_at_k(results: Mapping[str, dict], efficiency: Mapping[str, Any] | None
         rows = found["measures"]["pass_at_k"]
         _curve(axes, results, name, "pass@k", [row["k"] for row in rows], rows)
     if efficiency:
-        level = 100 * efficiency["coverage"]
-        ends = (efficiency["samples_b"], efficiency["samples_a"])
-        axes.annotate("", xy=(ends[0], level), xytext=(ends[1], level),
-                      arrowprops={"arrowstyle": "<->", "color": "black", "linewidth": 1.2})  # fmt: skip
-        bound = f"{efficiency['bound']} " if efficiency["bound"] else ""
-        text = f"{bound}{efficiency['ratio']:.1f}x [{efficiency['low']:.1f}, {efficiency['high']:.1f}]"
-        axes.annotate(text, xy=(np.sqrt(ends[0] * ends[1]), level), xytext=(0, 6), textcoords="offset points",
-                      ha="center", fontsize="small", fontweight="bold",
-                      bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1})  # fmt: skip
+        _mark_efficiency(axes, list(results), efficiency)
     _log2_axis(axes, "k, traces sampled for a problem", _powers(results, "n"))
     return _finish(figure, axes, results)
+
+
+def _mark_efficiency(axes: Axes, names: Sequence[str], row: Mapping[str, Any]) -> None:
+    """An arrow between the two curves at the highest coverage that both reach, and what its length means."""
+    level, ends = 100 * row["coverage"], (row["samples_b"], row["samples_a"])
+    axes.annotate("", xy=(ends[0], level), xytext=(ends[1], level),
+                  arrowprops={"arrowstyle": "<->", "color": "black", "linewidth": 1.2})  # fmt: skip
+    bound = f"{row['bound']} " if row["bound"] else ""
+    ratio = f"{bound}{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]"
+    axes.annotate(f"{names[0]} needs {ratio}\nthe samples of {names[1]}", xy=(max(ends), level), xytext=(0, 7),
+                  textcoords="offset points", ha="right", fontsize="small", fontweight="bold",
+                  bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1})  # fmt: skip
 
 
 def _rsa(results: Mapping[str, dict]) -> Figure:
@@ -74,8 +78,8 @@ def _rsa(results: Mapping[str, dict]) -> Figure:
     for name, found in results.items():
         rows = found["measures"]["rsa"]
         rounds = [row["round"] for row in rows]
-        _curve(axes, results, name, "RSA", rounds, [row["single"] for row in rows], "mean of the population")
-        for way, key in (("pass@N of the population", "pass_at_n"), ("maj@N of the population", "majority")):
+        _curve(axes, results, name, "RSA", rounds, [row["single"] for row in rows], "mean")
+        for way, key in (("pass@N", "pass_at_n"), ("maj@N", "majority")):
             _curve(axes, results, name, way, rounds, [row[key] for row in rows], band=False)
         values = [row["entropy"] for row in rows]
         _curve(entropy, results, name, "RSA", rounds, values, "mean over problems", scale=1)
