@@ -211,7 +211,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     efficiency = make_table(title, "coverage", "samples of A", "samples of B", "A / B [95 %]")
     for row in found["efficiency"]:
         bound = f"{row['bound']} " if row["bound"] else ""
-        at = f"{100 * row['coverage']:.1f} %" + (", highest that both reach" if row["at"] == "both" else "")
+        at = f"{100 * row['coverage']:.1f} %" + (" (highest of both)" if row["at"] == "both" else "")
         ratio = f"{bound}{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
         efficiency.add_row(at, f"{row['samples_a']:.1f}", f"{row['samples_b']:.1f}", ratio)
     gaps = make_table("gaps, B - A (paired over problems)", "measure", "A (%)", "B (%)", "points [95 %]")

@@ -16,6 +16,7 @@ one waits for when all traces of a stage run side by side.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -205,8 +206,12 @@ def _all_k(answers: Answers, curve: Callable[[Answers], np.ndarray]) -> np.ndarr
 
 
 def _pass(answers: Answers) -> np.ndarray:
-    n, correct = len(answers), np.array(answers.count(CORRECT))
-    return np.array([pass_at_k(correct, n, k) for k in range(1, n + 1)])
+    return _pass_curve(answers.count(CORRECT), len(answers))
+
+
+@functools.lru_cache(maxsize=1024)  # problems share counts
+def _pass_curve(correct: int, n: int) -> np.ndarray:
+    return np.array([pass_at_k(np.array(correct), n, k) for k in range(1, n + 1)])
 
 
 def _majority(answers: Answers) -> np.ndarray:

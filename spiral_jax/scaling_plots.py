@@ -65,9 +65,8 @@ def _mark_efficiency(axes: Axes, names: Sequence[str], row: Mapping[str, Any]) -
                   arrowprops={"arrowstyle": "<->", "color": "black", "linewidth": 1.2})  # fmt: skip
     bound = f"{row['bound']} " if row["bound"] else ""
     ratio = f"{bound}{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]"
-    axes.annotate(f"{names[0]} needs {ratio}\nthe samples of {names[1]}", xy=(max(ends), level), xytext=(0, 7),
-                  textcoords="offset points", ha="right", fontsize="small", fontweight="bold",
-                  bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1})  # fmt: skip
+    axes.set_title(f"For {level:.1f} % coverage {names[0]} needs {ratio} the samples of {names[1]}",
+                   fontsize="medium", loc="left", fontweight="bold")  # fmt: skip
 
 
 def _rsa(results: Mapping[str, dict]) -> Figure:

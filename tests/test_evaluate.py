@@ -51,10 +51,8 @@ def scripted(monkeypatch):
 
 
 def test_results_are_those_of_the_golden_file(scripted, tmp_path, capsys):
-    """Layout and numbers are an interface: when this fails on purpose, raise `results.VERSION` and write the file anew.
-
-    python -c "import tests.test_evaluate" shows how it was made: `small_config`, `script`, `number_task`.
-    """
+    """Layout and numbers are an interface: when they change on purpose, raise `results.VERSION` (if a field goes or
+    means something else) and copy this run's results.json over the golden file."""
     evaluate.evaluate(small_config(), str(tmp_path / "run"))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.json",
