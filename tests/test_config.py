@@ -130,10 +130,10 @@ def test_digest_is_that_of_the_values_alone():
 BAD_EVALUATIONS = {
     "eval.problems": (0, ">= 1"),
     "eval.n": (1001, "at most 1000"),
-    "eval.subset_size": (65, "at most eval.n = 64"),
-    "eval.subsets": (17, "at most eval.n // eval.subset_size = 16"),
+    "eval.subset_size": (33, "at most eval.n = 32"),
+    "eval.subsets": (9, "at most eval.n // eval.subset_size = 8"),
     "eval.traces": (0, ">= 1"),
-    "eval.population": (65, "at most eval.n = 64"),
+    "eval.population": (33, "at most eval.n = 32"),
     "eval.set_size": (9, "at most eval.population = 8"),
     "eval.rounds": (0, ">= 1"),
     "eval.wave": (0, ">= 1"),
