@@ -5,9 +5,10 @@
 
 Held-out problems are evaluated in waves of `config.eval.wave`; each finished wave is a line of W/waves.jsonl, so that
 the same command goes on where it was stopped and ends with the same W/results.json (layout: `spiral_jax.results`), a
-table, and four pictures. A finished evaluation prints its table again. No field of the config but those of `model`,
-`task`, `prompt`, `search.max_tokens`, `aggregation.max_tokens`, `sampling`, `eval` and `seed` has an influence; the
-model is the checkpoint's, without adapters.
+table, and four pictures. The first wave prints one prompt and one trace of each role, as they really were: a wrong chat
+template shows there. A finished evaluation prints its table again. Of the config it uses `model`, `mesh`,
+`task`, `prompt`, `search.max_tokens`, `aggregation.max_tokens`, `sampling`, `verifier`, `eval` and `seed`; the model is
+the checkpoint's, without adapters.
 
 `--compare` sets two results on the same problems and scaffold side by side: samples that B needs for what A reaches,
 gaps with paired intervals, the same four pictures with both (in B's directory, `compare/`, unless --workdir is given).
@@ -37,6 +38,7 @@ from spiral_jax.rollout import Actor
 from spiral_jax.setup import Setup, set_up
 from spiral_jax.tasks.jsonl import TaskError
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.trace_log import render_examples
 from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import CORRECT, Verifier
 from spiral_jax.workdir import StepLog, WorkdirError, open_workdir
@@ -117,7 +119,10 @@ def run_waves(setup: Setup, journal: StepLog, model: str, verifier: Verifier) ->
             weights = setup.sampler.prepare({"params": setup.load_base()})
         for number in range(len(done), len(waves)):
             start, index_B = time.monotonic(), np.array(waves[number])
-            records, counts = evaluate_wave(actor, weights, [problems[index] for index in waves[number]], index_B)
+            asked = [problems[index] for index in waves[number]]
+            records, counts, rollouts = evaluate_wave(actor, weights, asked, index_B)
+            if number == 0:
+                print(render_examples(rollouts, setup.tokenizer), flush=True)
             journal.append({"step": number, **stamp, "records": records, "counts": counts})
             tokens = sum(count for name, count in counts.items() if name.endswith("sampled_tokens"))
             right = np.mean([answer == CORRECT for record in records for answer in record["aggregation"]["answer"]])

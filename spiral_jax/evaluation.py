@@ -20,7 +20,7 @@ from spiral_jax.estimators import mean_and_interval
 from spiral_jax.groups import Groups, Purpose, Stop
 from spiral_jax.measures import Answers, accuracy, any_correct, set_votes
 from spiral_jax.objective import subsets
-from spiral_jax.rollout import Actor, aggregate, fits, search, verify
+from spiral_jax.rollout import Actor, Rollouts, aggregate, fits, search, verify
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.rewards import Verdict
 from spiral_jax.verifier.verifier import count_verdicts, number_classes
@@ -108,14 +108,14 @@ def evaluate(actor: Actor, weights: Any, step: int) -> dict[str, Any]:
 
 def evaluate_wave(
     actor: Actor, weights: Any, problems: list[Problem], index_B: np.ndarray
-) -> tuple[list[dict[str, Any]], Counter]:
+) -> tuple[list[dict[str, Any]], Counter, Rollouts]:
     """All stages of `python -m spiral_jax.evaluate` for B held-out problems; `actor.c` is that of `for_evaluation`.
 
     Search and plain aggregation draw the random numbers of an evaluation at step 0 of training.
 
     Returns:
-      a record of each problem, and counts: verdicts, sampled tokens and what cleaning removed from candidates, by
-      stage (`search_*`, `aggregation_*`, `rsa_*`).
+      a record of each problem; counts: verdicts, sampled tokens and what cleaning removed from candidates, by stage
+      (`search_*`, `aggregation_*`, `rsa_*`); and the traces of search and plain aggregation, for a person to read.
     """
     c, step = actor.c, 0
     found = _searched(actor, weights, problems, index_B, step)
@@ -136,7 +136,7 @@ def evaluate_wave(
         }
         for b, problem in enumerate(problems)
     ]
-    return records, counts + of_rounds
+    return records, counts + of_rounds, Rollouts(problems, index_B, found.groups, member_BxKxS, read.groups)
 
 
 def cut_at(groups: Groups, limit: int) -> Groups:

@@ -63,8 +63,9 @@ def test_results_are_those_of_the_golden_file(scripted, tmp_path, capsys):
     assert_equal(found, golden, "results")
     assert found["version"] == 1
     printed = capsys.readouterr().out
-    for part in ("5 problems", "pass@6", "maj@4", "aggregated pass@1 (n=6, S=3, M=2)", "population 4, set 2", "rescue",
-                 "wave 3 of 3", str(tmp_path / "run" / "results.json")):  # fmt: skip
+    parts = ["5 problems", "pass@6", "maj@4", "aggregated pass@1 (n=6, S=3, M=2)", "population 4, set 2", "rescue"]
+    parts += ["wave 3 of 3", "--- search prompt", "--- aggregation trace, reward"]
+    for part in [*parts, str(tmp_path / "run" / "results.json")]:
         assert part in printed, part
     assert "nan" not in printed.lower() and "None" not in printed
 

@@ -92,7 +92,7 @@ def test_each_round_reads_the_population_before_it_and_draws_its_own_sets():
     )  # fmt: skip
     actor = dataclasses.replace(actor, sampler=ReadingSampler(actor.sampler.script))
     index_B = np.array([4, 9])
-    records, counts = evaluate_wave(actor, None, [actor.task.held_out(i) for i in index_B], index_B)
+    records, counts, rollouts = evaluate_wave(actor, None, [actor.task.held_out(i) for i in index_B], index_B)
     for record, index in zip(records, index_B, strict=True):
         assert record["index"] == index and record["id"] == f"p{index}"
         assert record["search"]["answer"] == [1, 2, 3, 4, 5, 6, 7, 0, 8]  # 7 is the answer; wrong ones in order
@@ -106,6 +106,7 @@ def test_each_round_reads_the_population_before_it_and_draws_its_own_sets():
             population = [max(population[n] for n in member_S) for member_S in member]
             assert [answer == 0 for answer in found["answer"]] == [value == 7 for value in population]
             assert len(set(found["answer"])) == len(set(population))
+    assert len(rollouts) == 2 and rollouts.aggregated_reward_BxKxM().shape == (2, 3, 2)
     keys = [tuple(ids[3:]) for call in actor.sampler.calls for ids in call.id_Ux6 if ids[2] == 4]
     assert len(set(keys)) == len(keys)  # no two groups of a problem share random numbers
     assert counts["rsa_candidates"] == 2 * 3 * 8 * 2 and counts["aggregation_candidates"] == 2 * 9
@@ -122,7 +123,7 @@ def test_smaller_limits_score_prefixes_of_the_same_traces():
         lambda role, cursor, k, i: texts[i] if role is Role.SEARCH else "\\boxed{7}",
         eval__n=4, eval__subsets=1, eval__population=2, eval__set_size=1, eval__rounds=1, eval__limits=limits,
     )  # fmt: skip
-    (record,), _ = evaluate_wave(actor, None, [actor.task.held_out(0)], np.array([0]))
+    (record,), _, _ = evaluate_wave(actor, None, [actor.task.held_out(0)], np.array([0]))
     assert record["search"]["length"] == lengths and record["search"]["cut_off"] == [0, 0, 1, 0]
     answers = {stage["limit"]: stage["answer"] for stage in record["limits"]}
     assert answers[2] == [None] * 4
