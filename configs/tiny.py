@@ -42,4 +42,7 @@ def get_config() -> ConfigDict:
     c.train.mismatch_limit = 1e-4  # float32: sampler and trainer must agree to this
     c.checkpoint.every = 10
     c.trace_log.every = 10
+
+    c.eval.n = 32
+    c.eval.rounds = 2  # the first gains; the second shows that candidates that are aggregations are new to this model
     return c

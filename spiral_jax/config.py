@@ -16,6 +16,7 @@ from typing import Any
 from absl import app
 from ml_collections import ConfigDict
 
+MOST_EVAL_TRACES = 1000  # above, binomials leave float64: see estimators.py
 ESTIMATORS = ("marginal_mean", "with_without", "aggregator_only", "grpo")
 
 
@@ -127,12 +128,20 @@ def defaults() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.problems = 512  # held-out problems; 0 = no evaluation (ours)
     c.eval.every = 0  # steps between evaluations beside those at the start and the end; 0 = only those (ours)
-    c.eval.subsets = 2  # disjoint subsets of a problem's N traces that are aggregated (ours)
-    c.eval.traces = 2  # aggregation traces for each of them (ours)
+    c.eval.subsets = 2  # disjoint subsets of a problem's traces that are aggregated (ours)
+    c.eval.subset_size = 0  # S traces in each of them; 0 = aggregation.subset_size, as in training (ours)
+    c.eval.traces = 2  # M aggregation traces for each of them (ours)
     c.eval.temperature = 1.0  # 0 = greedy (ours: as in training)
     c.eval.top_k = 0  # only the k most likely tokens; 0 = all. These cuts exist in evaluation alone (ours)
     c.eval.top_p = 1.0  # only the most likely tokens that together hold this mass; 1 = all (ours)
     c.eval.min_p = 0.0  # only tokens at least this fraction as likely as the most likely one; 0 = all (ours)
+    # The rest is for `python -m spiral_jax.evaluate` alone; evaluations during training sample search.traces.
+    c.eval.n = 64  # search traces of a problem: pass@k and maj@k up to k = n (ours; the paper draws 256)
+    c.eval.limits = ()  # tokens, ascending: the search traces once more, cut off here; up to search.max_tokens (ours)
+    c.eval.population = 8  # traces in the population of recursive self-aggregation, RSA (paper)
+    c.eval.set_size = 4  # of which each member of the next population reads so many (paper)
+    c.eval.rounds = 10  # of RSA, after the search traces (paper: up to 10)
+    c.eval.wave = 32  # problems sampled at once; a stopped evaluation goes on after the last whole wave (ours)
 
     c.verifier = ConfigDict()
     c.verifier.workers = 2  # child processes (ours)
@@ -165,12 +174,50 @@ def uses_aggregation(c: ConfigDict) -> bool:
     return c.loss.estimator != "grpo"
 
 
+def eval_subset_size(c: ConfigDict) -> int:
+    """S of the subsets that evaluation aggregates."""
+    return c.eval.subset_size or c.aggregation.subset_size
+
+
+def for_evaluation(c: ConfigDict) -> ConfigDict:
+    """The configuration that `spiral_jax.evaluate` runs with: its own numbers where stages read those of training."""
+    c = c.copy_and_resolve_references()
+    c.search.traces, c.aggregation.subset_size = c.eval.n, eval_subset_size(c)
+    return c
+
+
 def validate(c: ConfigDict) -> None:
-    """Checks everything that needs neither data nor devices; raises `ConfigError`."""
+    """Checks everything that training needs and that needs neither data nor devices; raises `ConfigError`."""
     _validate_choices(c)
+    _validate_task(c)
     _validate_sets(c)
     _validate_batch(c)
     _validate_sampling(c)
+
+
+def validate_evaluation(c: ConfigDict) -> None:
+    """The same for `spiral_jax.evaluate`, which needs no training data and no batches."""
+    _validate_choices(c)
+    _validate_sampling(c)
+    _require(not c.model.init_from or "@" in c.model.init_from, "model.init_from", c.model.init_from,
+             "WORKDIR@step in evaluations", "The newest step may be another one when the evaluation goes on.")  # fmt: skip
+    _require(c.task.name != "jsonl" or bool(c.task.eval_path), "task.eval_path", c.task.eval_path, "a JSONL file")
+    e, s = c.eval, eval_subset_size(c)
+    for field in ("problems", "subsets", "traces", "n", "population", "set_size", "rounds", "wave"):
+        _require(e[field] >= 1, f"eval.{field}", e[field], ">= 1")
+    _require(e.n <= MOST_EVAL_TRACES, "eval.n", e.n, f"at most {MOST_EVAL_TRACES}")
+    _require(s <= e.n, "eval.subset_size" if e.subset_size else "aggregation.subset_size", s,
+             f"at most eval.n = {e.n}")  # fmt: skip
+    _require(e.subsets * s <= e.n, "eval.subsets", e.subsets, f"at most eval.n // eval.subset_size = {e.n // s}",
+             "The subsets are disjoint: raise eval.n.")  # fmt: skip
+    _require(e.population <= e.n, "eval.population", e.population, f"at most eval.n = {e.n}",
+             "The first population are search traces.")  # fmt: skip
+    _require(e.set_size <= e.population, "eval.set_size", e.set_size, f"at most eval.population = {e.population}")
+    limits = list(e.limits)
+    in_range = all(isinstance(limit, int) and 1 <= limit <= c.search.max_tokens for limit in limits)
+    _require(in_range and limits == sorted(set(limits)), "eval.limits", limits,
+             f"ascending whole numbers of tokens between 1 and search.max_tokens = {c.search.max_tokens}",
+             "Longer traces need a larger search.max_tokens.")  # fmt: skip
 
 
 def _require(ok: bool, field: str, value: Any, allowed: str, advice: str = "") -> None:
@@ -208,6 +255,7 @@ def _validate_choices(c: ConfigDict) -> None:
         "checkpoint.every": 0, "checkpoint.keep": 1, "model.lora_rank": 0, "model.attention_query_block": 1,
         "trace_log.every": 0, "trace_log.keep_steps": 1, "optimizer.warmup_steps": 0, "prompt.max_problem_tokens": 1,
         "loss.length_gate": 0, "prompt.keep_tail_tokens": 1, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
+        "aggregation.subset_size": 1, "eval.subset_size": 0,
     }  # fmt: skip
     for field, least in minima.items():
         room, name = field.split(".")
@@ -216,15 +264,18 @@ def _validate_choices(c: ConfigDict) -> None:
     for field in ("sampling.temperature", "sampling.keep_rate", "optimizer.lr", "verifier.timeout_s"):
         room, name = field.split(".")
         _require(c[room][name] > 0, field, c[room][name], "> 0")
+    if c.task.name == "reasoning_gym":
+        _require(bool(c.task.generator), "task.generator", c.task.generator, "the name of a reasoning-gym generator")
+    _require(c.task.reward in ("", "math") or ":" in c.task.reward, "task.reward", c.task.reward,
+             'empty, "math" or "package.module:function"')  # fmt: skip
+
+
+def _validate_task(c: ConfigDict) -> None:
     if c.task.name == "jsonl":
         _require(bool(c.task.train_path), "task.train_path", c.task.train_path, "a JSONL file")
         if c.eval.problems:
             _require(bool(c.task.eval_path), "task.eval_path", c.task.eval_path, "a JSONL file",
                      "Set eval.problems = 0 to train without evaluation.")  # fmt: skip
-    if c.task.name == "reasoning_gym":
-        _require(bool(c.task.generator), "task.generator", c.task.generator, "the name of a reasoning-gym generator")
-    _require(c.task.reward in ("", "math") or ":" in c.task.reward, "task.reward", c.task.reward,
-             'empty, "math" or "package.module:function"')  # fmt: skip
 
 
 def _validate_sets(c: ConfigDict) -> None:
@@ -244,8 +295,10 @@ def _validate_sets(c: ConfigDict) -> None:
     _require(m >= 2, "aggregation.traces", m, ">= 2",
              "With one trace a subset every aggregation advantage is zero.")  # fmt: skip
     if c.eval.problems:
-        _require(1 <= c.eval.subsets <= n // s, "eval.subsets", c.eval.subsets,
-                 f"between 1 and search.traces // aggregation.subset_size = {n // s}")  # fmt: skip
+        size = eval_subset_size(c)
+        _require(c.eval.subset_size <= n, "eval.subset_size", c.eval.subset_size, f"at most search.traces = {n}")
+        _require(1 <= c.eval.subsets <= n // size, "eval.subsets", c.eval.subsets,
+                 f"between 1 and search.traces // aggregation.subset_size = {n // size}")  # fmt: skip
         _require(c.eval.traces >= 1, "eval.traces", c.eval.traces, ">= 1")
 
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import math
+from collections.abc import Hashable, Sequence
 
 import numpy as np
+
+from spiral_jax.config import MOST_EVAL_TRACES
+
+_BOOTSTRAP_STREAM = 0x626F6F74  # keeps these draws apart from others that are made from the same seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with its 95 % normal interval. None: not defined with this many problems.
+    """A mean over problems with its 95 % interval. None: not defined with this many problems.
 
     Attributes:
       mean: None if count is 0.
-      low: mean - 1.96 standard errors; not clipped to [0, 1]. None if count < 2.
-      high: mean + 1.96 standard errors.
-      standard_error: sd / sqrt(count), sd with ddof = 1. None if count < 2.
+      low: lower end of the interval, normal (`mean_and_interval`) or bootstrap (`ratios_and_intervals`). None if
+        count < 2.
+      high: upper end.
+      standard_error: over problems. None if count < 2.
       count: problems that have a value.
     """
 
@@ -57,7 +65,7 @@ def pass_at_k(correct: np.ndarray, n: np.ndarray | int, k: int) -> np.ndarray:
     return 1 - missed.prod(axis=-1)
 
 
-def majority_correct(classes: list[str | None], gold_class: str) -> float:
+def majority_correct(classes: Sequence[Hashable | None], gold_class: Hashable) -> float:
     """The chance that a plurality vote over `classes` picks `gold_class`, ties broken uniformly.
 
     Args:
@@ -77,6 +85,92 @@ def majority_correct(classes: list[str | None], gold_class: str) -> float:
     most = max(votes.values(), default=0)
     winners = [answer for answer, count in votes.items() if count == most]
     return 1 / len(winners) if gold_class in winners else 0.0
+
+
+def majority_at_k(correct: int, wrong: Sequence[int], unparsed: int) -> np.ndarray:
+    """The chance that a plurality vote among k of n samples, drawn without replacement, is right, for k = 1..n.
+
+    Exact, ties split evenly: with j correct ones drawn, all other classes must have at most j, and of t classes with
+    exactly j each wins with the same chance, so
+
+        maj@k = sum_j C(c, j) sum_t W_j(k - j, t) / (t + 1) / C(n, k)
+
+    where W_j(s, t) counts the ways to draw s other samples with at most j of a class and exactly t classes at j: a
+    product over classes. Classes smaller than j, and unparsed samples, which have no vote but take a place, bind
+    nothing and are one factor together, so that at most n / j classes are multiplied out.
+
+    Args:
+      correct: c, samples in the correct class.
+      wrong: sizes of the wrong classes, each >= 1.
+      unparsed: samples without an answer.
+
+    Returns:
+      float64 [n], n = correct + sum(wrong) + unparsed; entry k - 1 belongs to k. Relative error about n * 1e-16.
+
+    Raises:
+      ValueError: n is 0 or above `MOST_EVAL_TRACES`, or a count is out of range.
+    """
+    n = correct + sum(wrong) + unparsed
+    if not 1 <= n <= MOST_EVAL_TRACES or min(correct, unparsed, 0) < 0 or min(wrong, default=1) < 1:
+        raise ValueError(
+            f"correct = {correct}, wrong = {list(wrong)}, unparsed = {unparsed}: counts must be >= 0 (classes >= 1) "
+            f"and add up to between 1 and {MOST_EVAL_TRACES}."
+        )
+    won = np.zeros(n + 1)  # number of k-subsets that are won, by k
+    for j in range(1, correct + 1):
+        large = [count for count in wrong if count >= j]
+        ways = np.zeros((len(large) + 1, n + 1))  # [t, s]
+        free = n - correct - sum(large)
+        ways[0, : free + 1] = _binomials(free)
+        for count in large:
+            choices = _binomials(count)
+            longer = np.zeros_like(ways)
+            for i in range(j):
+                longer[:, i:] += choices[i] * ways[:, : n + 1 - i]
+            longer[1:, j:] += choices[j] * ways[:-1, : n + 1 - j]
+            ways = longer
+        split = (ways / np.arange(1, len(large) + 2)[:, None]).sum(axis=0)
+        won[j:] += _binomials(correct)[j] * split[: n + 1 - j]
+    return (won / _binomials(n))[1:]
+
+
+def longest_of_k(lengths: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The mean of the longest among k of n samples, drawn without replacement, for k = 1..n: float64 [n].
+
+    sum_i C(i-1, k-1) / C(n, k) l_(i) over the ascending order: the critical path of k traces that run side by side.
+
+    Raises:
+      ValueError: not one-dimensional, or not between 1 and `MOST_EVAL_TRACES` of them.
+    """
+    ordered = np.sort(np.asarray(lengths, np.float64))
+    if ordered.ndim != 1 or not 1 <= len(ordered) <= MOST_EVAL_TRACES:
+        raise ValueError(f"lengths has shape {np.shape(lengths)}: must be [n] with n from 1 to {MOST_EVAL_TRACES}.")
+    return _longest_weights(len(ordered)) @ ordered
+
+
+@functools.lru_cache(maxsize=8)
+def _longest_weights(n: int) -> np.ndarray:
+    """[k - 1, i - 1]: the chance that the i-th smallest is the longest of k."""
+    weights = np.zeros((n, n))
+    for i in range(1, n + 1):
+        weights[:i, i - 1] = _binomials(i - 1)
+    return weights / _binomials(n)[1:, None]
+
+
+@functools.lru_cache(maxsize=4096)
+def _binomials(n: int) -> np.ndarray:
+    """C(n, 0..n) as float64 [n + 1]."""
+    return np.array([math.comb(n, k) for k in range(n + 1)], np.float64)
+
+
+def answer_entropy(classes: Sequence[Hashable | None]) -> float:
+    """Entropy in nats of the shares of answer classes among parsed answers (not None); NaN if none was parsed.
+
+    0: all agree; log(number of answers): all differ. The plug-in estimate, biased downwards.
+    """
+    counts = np.array(list(collections.Counter(answer for answer in classes if answer is not None).values()), float)
+    shares = counts / counts.sum()
+    return float(-(shares * np.log(shares)).sum()) + 0.0 if len(counts) else math.nan
 
 
 def mean_and_interval(values_B: np.ndarray) -> Estimate:
@@ -102,3 +196,46 @@ def mean_and_interval(values_B: np.ndarray) -> Estimate:
         return Estimate(mean, None, None, None, 1)
     error = float(values.std(ddof=1) / np.sqrt(len(values)))
     return Estimate(mean, mean - 1.96 * error, mean + 1.96 * error, error, len(values))
+
+
+def bootstrap_weights(seed: int, problems: int, draws: int) -> np.ndarray:
+    """How often each problem is drawn in each of `draws` resamples of as many problems: float64 [R, B].
+
+    One array for all measures, and for both sides of a comparison, makes their resamples the same: paired.
+    From PCG64's raw words, whose stream NumPy keeps fixed between versions.
+    """
+    words = np.random.PCG64(np.random.SeedSequence((seed, _BOOTSTRAP_STREAM))).random_raw(draws * problems)
+    drawn_RxB = (words % np.uint64(problems)).astype(np.int64).reshape(draws, problems)
+    cells = drawn_RxB + problems * np.arange(draws)[:, None]
+    return np.bincount(cells.ravel(), minlength=draws * problems).reshape(draws, problems).astype(np.float64)
+
+
+def ratios_and_intervals(total_BxQ: np.ndarray, count_BxQ: np.ndarray, weight_RxB: np.ndarray) -> list[Estimate]:
+    """Sum of totals / sum of counts over problems, for each of Q measures, with its 95 % interval.
+
+    With counts of 1 (0 where a problem has no value) this is the mean over problems and its ordinary standard error
+    sd / sqrt(count). Other counts make it a ratio of sums, such as a rate among sets of a certain kind; its standard
+    error is that of the linearised ratio.
+
+    Args:
+      total_BxQ: finite; 0 where the count is 0.
+      count_BxQ: >= 0.
+      weight_RxB: of `bootstrap_weights`; the interval is from the 2.5th to the 97.5th percentile of its resamples,
+        those without any count left out.
+    """
+    sums_Q, counts_Q = total_BxQ.sum(axis=0), count_BxQ.sum(axis=0)
+    problems_Q = (count_BxQ > 0).sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean_Q = sums_Q / counts_Q
+        spread_Q = ((total_BxQ - mean_Q * count_BxQ) ** 2).sum(axis=0)
+        error_Q = np.sqrt(spread_Q * problems_Q / (problems_Q - 1)) / counts_Q
+        resampled_RxQ = (weight_RxB @ total_BxQ) / (weight_RxB @ count_BxQ)
+    estimates = []
+    for q, problems in enumerate(problems_Q):
+        if problems < 2:
+            mean = float(mean_Q[q]) if problems else None
+            estimates.append(Estimate(mean, None, None, None, int(problems)))
+            continue
+        low, high = np.nanpercentile(resampled_RxQ[:, q], (2.5, 97.5))
+        estimates.append(Estimate(float(mean_Q[q]), float(low), float(high), float(error_Q[q]), int(problems)))
+    return estimates

@@ -31,10 +31,13 @@ class Progress:
       total_steps: steps of the whole run, those before a resume included.
       first_step: steps that are done already: 0, or the checkpoint's step.
       console: where to print; default: standard output. `Console(quiet=True)` on all processes but the first.
+      unit: what a step is called.
     """
 
-    def __init__(self, total_steps: int, first_step: int, console: rich.console.Console | None = None):
-        self._total_steps = total_steps
+    def __init__(
+        self, total_steps: int, first_step: int, console: rich.console.Console | None = None, unit: str = "step"
+    ):
+        self._total_steps, self._unit = total_steps, unit
         self._console = console or rich.console.Console()
         self._times: dict[str, float] = {}
         self._rewards: collections.deque[float] = collections.deque(maxlen=WINDOW)
@@ -42,7 +45,7 @@ class Progress:
         whole = rich.table.Column(no_wrap=True)
         self._bar = rich.progress.Progress(
             rich.progress.BarColumn(bar_width=12),
-            rich.progress.TextColumn("step {task.completed:.0f}/{task.total:.0f}", markup=False, table_column=whole),
+            rich.progress.TextColumn(unit + " {task.completed:.0f}/{task.total:.0f}", markup=False, table_column=whole),
             rich.progress.TextColumn("{task.fields[status]}", markup=False, table_column=whole),
             rich.progress.TextColumn("{task.fields[phase]}", style="bold", markup=False, table_column=whole),
             console=self._console,
@@ -96,5 +99,5 @@ class Progress:
         status = f"reward {average}  {speed} tokens/s  left {datetime.timedelta(seconds=round(left))}"
         self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_interactive:
-            line = f"step {step} of {self._total_steps}  {status}  {seconds:.1f} s"
+            line = f"{self._unit} {step} of {self._total_steps}  {status}  {seconds:.1f} s"
             self._console.print(line, soft_wrap=True, markup=False, highlight=False)

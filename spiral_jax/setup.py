@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spiral_jax import batching, initial, prompts
 from spiral_jax import mesh as meshes
-from spiral_jax.config import ConfigError, uses_aggregation, validate
+from spiral_jax.config import ConfigError, eval_subset_size, uses_aggregation, validate, validate_evaluation
 from spiral_jax.groups import Role
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
@@ -54,13 +54,17 @@ class Setup:
         return hf.load_params(self.path, self.model, self.mesh)
 
     def load_start(self) -> tuple[Any, Any | None]:
-        """What a new run starts from: (parameters, adapters or None); see `initial.load_start`."""
+        """What a run starts from, or what is evaluated: (parameters, adapters or None); see `initial.load_start`."""
         return initial.load_start(self.c, self.path, self.model, self.mesh)
 
 
-def set_up(c: ConfigDict) -> Setup:
-    """Validates `c` and builds everything that it names. Raises `ConfigError` or the data's own errors."""
-    validate(c)
+def set_up(c: ConfigDict, training: bool = True) -> Setup:
+    """Validates `c` and builds everything that it names. Raises `ConfigError` or the data's own errors.
+
+    Args:
+      training: False: for `spiral_jax.evaluate`, `c` as `config.for_evaluation` returns it.
+    """
+    validate(c) if training else validate_evaluation(c)
     mesh = meshes.make_mesh(c.mesh)
     task = load_task(c)
     if c.eval.problems > task.held_out_size:
@@ -72,13 +76,16 @@ def set_up(c: ConfigDict) -> Setup:
         load_reward(reward)
     path = hf.resolve_path(c.model.hf_path)
     model = hf.model_config(read_architecture(path), c.model)
+    if not (training or c.model.adapter_path or c.model.init_from):
+        model = dataclasses.replace(model, lora_rank=0)  # the checkpoint as it is; a frozen base keeps its dtype
     tokenizer = prompts.load_tokenizer(path)
     if len(tokenizer) > model.arch.V:
         raise ConfigError(f"{path}: the tokenizer has {len(tokenizer)} ids, its vocab_size is {model.arch.V}.")
     stop_ids = prompts.stop_ids(tokenizer, path)
     scaffold = prompts.make_scaffold(tokenizer, c.prompt, stop_ids)
-    _check_prompt_lengths(c, scaffold)
-    _check_mesh(c, mesh)
+    _check_prompt_lengths(c, scaffold, training)
+    if training:
+        _check_mesh(c, mesh)
     sampler, eval_sampler = make_samplers(c, model, mesh, stop_ids)
     return Setup(c, path, mesh, task, reward, model, tokenizer, scaffold, sampler, eval_sampler)
 
@@ -125,21 +132,40 @@ def abstract_blocks(c: ConfigDict) -> list[batching.Block]:
     ]
 
 
-def _check_prompt_lengths(c: ConfigDict, scaffold: Scaffold) -> None:
+def _check_prompt_lengths(c: ConfigDict, scaffold: Scaffold, training: bool) -> None:
     """The longest possible prompt of each role fits into the sampler's and the trainer's shapes."""
-    longest = {Role.SEARCH: c.prompt.max_problem_tokens}
-    if uses_aggregation(c):
-        longest[Role.AGGREGATION] = prompts.max_aggregation_prompt(scaffold, c)
-    for role, length in longest.items():
-        for field, widest in (
-            ("sampling.classes", max(P for _, _, P, G in c.sampling.classes if c[role.label].max_tokens <= G)),
-            (f"batch.{role.label}_lengths", c.batch[f"{role.label}_lengths"][-1][0]),
-        ):
-            if widest < length:
-                raise ConfigError(
-                    f"config.{field}: its widest prompt is {widest} tokens, but {role.label} prompts may have up to "
-                    f"{length}. Widen it, or lower prompt.max_problem_tokens or prompt.keep_tail_tokens."
-                )
+    slots = "sampling.classes"
+    longest = [(Role.SEARCH, slots, c.prompt.max_problem_tokens)]
+    if training:
+        longest.append((Role.SEARCH, "batch.search_lengths", c.prompt.max_problem_tokens))
+    if not training or uses_aggregation(c):
+        length = prompts.max_aggregation_prompt(scaffold, _largest_sets(c, training))
+        longest.append((Role.AGGREGATION, slots, length))
+    if training and uses_aggregation(c):
+        length = prompts.max_aggregation_prompt(scaffold, c)
+        longest.append((Role.AGGREGATION, "batch.aggregation_lengths", length))
+    for role, field, length in longest:
+        room, name = field.split(".")
+        if field == slots:
+            widest = max((P for _, _, P, G in c.sampling.classes if c[role.label].max_tokens <= G), default=0)
+        else:
+            widest = c[room][name][-1][0]
+        if widest < length:
+            raise ConfigError(
+                f"config.{field}: its widest prompt is {widest} tokens, but {role.label} prompts may have up to "
+                f"{length}. Widen it, or lower prompt.max_problem_tokens or prompt.keep_tail_tokens."
+            )
+
+
+def _largest_sets(c: ConfigDict, training: bool) -> ConfigDict:
+    """`c` with the largest sets and the longest candidates that are aggregated, those of evaluation included."""
+    sizes = [c.aggregation.subset_size, eval_subset_size(c)]
+    c = c.copy_and_resolve_references()
+    if not training:
+        sizes.append(c.eval.set_size)
+        c.search.max_tokens = max(c.search.max_tokens, c.aggregation.max_tokens)  # RSA reads aggregation traces
+    c.aggregation.subset_size = max(sizes)
+    return c
 
 
 def _check_mesh(c: ConfigDict, mesh: Mesh) -> None:

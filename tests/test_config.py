@@ -6,7 +6,16 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import grpo_qwen3_4b, qwen3_4b, smollm2_135m, tiny
-from spiral_jax.config import ConfigError, defaults, difference, digest, to_plain, validate
+from spiral_jax.config import (
+    ConfigError,
+    defaults,
+    difference,
+    digest,
+    for_evaluation,
+    to_plain,
+    validate,
+    validate_evaluation,
+)
 
 CONFIGS = {"tiny": tiny, "qwen3_4b": qwen3_4b, "grpo_qwen3_4b": grpo_qwen3_4b, "smollm2_135m": smollm2_135m}
 
@@ -121,3 +130,62 @@ def test_digest_is_that_of_the_values_alone():
     changed = tiny.get_config()
     changed.seed = 1
     assert digest(changed) != digest(tiny.get_config())
+
+
+BAD_EVALUATIONS = {
+    "eval.problems": (0, ">= 1"),
+    "eval.n": (1001, "at most 1000"),
+    "eval.subset_size": (33, "at most eval.n = 32"),
+    "eval.subsets": (9, "at most eval.n // eval.subset_size = 8"),
+    "eval.traces": (0, ">= 1"),
+    "eval.population": (33, "at most eval.n = 32"),
+    "eval.set_size": (9, "at most eval.population = 8"),
+    "eval.rounds": (0, ">= 1"),
+    "eval.wave": (0, ">= 1"),
+    "eval.limits": ((8, 8), "ascending"),
+    "sampling.temperature": (0.0, "> 0"),
+}
+
+
+@pytest.mark.parametrize("field", BAD_EVALUATIONS)
+def test_an_evaluation_that_cannot_be_is_refused_with_field_value_and_what_is_allowed(field):
+    c, (value, allowed) = tiny.get_config(), BAD_EVALUATIONS[field]
+    validate_evaluation(c)
+    room, name = field.split(".")
+    c[room][name] = value
+    with pytest.raises(ConfigError) as caught:
+        validate_evaluation(c)
+    assert f"config.{field} = " in str(caught.value) and allowed in str(caught.value)
+
+
+@pytest.mark.parametrize("limits", [(0, 8), (8, 27), (16, 8), ("a",)])
+def test_limits_are_within_what_is_sampled(limits):
+    c = tiny.get_config()
+    c.eval.limits = limits
+    with pytest.raises(ConfigError, match="between 1 and search.max_tokens = 26"):
+        validate_evaluation(c)
+
+
+def test_fewer_traces_than_a_set_holds_are_refused():
+    c = tiny.get_config()
+    c.eval.n = 3
+    with pytest.raises(ConfigError, match="config.aggregation.subset_size = 4: must be at most eval.n = 3"):
+        validate_evaluation(c)
+
+
+def test_an_evaluation_needs_no_training_data_and_no_batches():
+    c = defaults()
+    c.model.hf_path, c.task.eval_path = "somewhere", "test.jsonl"
+    c.batch.search_lengths, c.loss.estimator = ((1, 1),), "grpo"
+    validate_evaluation(c)
+    c.task.eval_path = ""
+    with pytest.raises(ConfigError, match="config.task.eval_path"):
+        validate_evaluation(c)
+
+
+def test_the_evaluation_samples_its_own_numbers_and_leaves_the_given_config_alone():
+    c = tiny.get_config()
+    c.eval.n, c.eval.subset_size = 12, 3
+    run = for_evaluation(c)
+    assert (run.search.traces, run.aggregation.subset_size) == (12, 3)
+    assert (c.search.traces, c.aggregation.subset_size) == (8, 4)

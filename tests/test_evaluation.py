@@ -1,13 +1,16 @@
 """What an evaluation reports, against counts made by hand on scripted traces."""
 
 import dataclasses
+import re
 
+import numpy as np
 import pytest
-from scripted_sampler import make_actor, number_task
+from scripted_sampler import TOKENIZER, ScriptedSampler, make_actor, number_task
 
-from spiral_jax.config import ConfigError
-from spiral_jax.evaluation import evaluate
-from spiral_jax.groups import Purpose, Role
+from spiral_jax.config import ConfigError, for_evaluation
+from spiral_jax.evaluation import cut_at, evaluate, evaluate_wave
+from spiral_jax.groups import GroupRequests, Purpose, Role, Stop
+from spiral_jax.objective.subsets import independent_subsets
 
 
 def script(role, cursor, k, i):
@@ -57,3 +60,86 @@ def test_held_out_problems_that_are_too_long_are_left_out_and_counted():
     nothing = dataclasses.replace(longer, held_out=lambda i: longer.held_out(0))
     with pytest.raises(ConfigError, match="prompt.max_problem_tokens = 16"):
         evaluate(make_actor(script, nothing, eval__problems=8), None, step=0)
+
+
+class ReadingSampler(ScriptedSampler):
+    """Aggregation traces repeat the largest box that their prompt shows; search traces follow the script."""
+
+    def sample(self, weights, requests):
+        if requests.id_Ux6[0, 4] == Role.SEARCH:
+            return super().sample(weights, requests)
+        texts = [TOKENIZER.decode(requests.prompt_UxP[u, : requests.prompt_len_U[u]]) for u in range(len(requests))]
+        shown = [max((int(box) for box in re.findall(r"boxed\{(\d)\}", text)), default=0) for text in texts]
+        writer = ScriptedSampler(lambda role, cursor, u, i: f"\\boxed{{{shown[u]}}}")
+        self.calls.append(requests)
+        ids = requests.id_Ux6.copy()
+        ids[:, 5] = np.arange(len(ids))
+        groups = writer.sample(weights, dataclasses.replace(requests, id_Ux6=ids))
+        return dataclasses.replace(groups, requests=requests)
+
+
+def evaluation_actor(script, **overrides):
+    actor = make_actor(script, **overrides)
+    return dataclasses.replace(actor, c=for_evaluation(actor.c))
+
+
+def test_each_round_reads_the_population_before_it_and_draws_its_own_sets():
+    # Trace i answers i, so the reader's answer to a set is its largest member, and everything can be worked out.
+    actor = evaluation_actor(
+        lambda role, cursor, k, i: f"\\boxed{{{i}}}",
+        eval__n=9, eval__population=8, eval__set_size=2, eval__rounds=3, eval__subsets=3, eval__traces=2,
+        eval__subset_size=3,
+    )  # fmt: skip
+    actor = dataclasses.replace(actor, sampler=ReadingSampler(actor.sampler.script))
+    index_B = np.array([4, 9])
+    records, counts, rollouts = evaluate_wave(actor, None, [actor.task.held_out(i) for i in index_B], index_B)
+    for record, index in zip(records, index_B, strict=True):
+        assert record["index"] == index and record["id"] == f"p{index}"
+        assert record["search"]["answer"] == [1, 2, 3, 4, 5, 6, 7, 0, 8]  # 7 is the answer; wrong ones in order
+        for k, member_S in enumerate(record["aggregation"]["member"]):
+            pair = record["aggregation"]["answer"][2 * k : 2 * k + 2]
+            assert pair[0] == pair[1] and (pair[0] == 0) == (max(member_S) == 7)
+        assert sorted(n for member_S in record["aggregation"]["member"] for n in member_S) == list(range(9))
+        population = list(range(8))
+        for round, found in enumerate(record["rsa"], start=1):
+            member = independent_subsets(actor.c.seed, int(Purpose.EVALUATION), 0, int(index), round, 8, 2, 8)
+            population = [max(population[n] for n in member_S) for member_S in member]
+            assert [answer == 0 for answer in found["answer"]] == [value == 7 for value in population]
+            assert len(set(found["answer"])) == len(set(population))
+    assert len(rollouts) == 2 and rollouts.aggregated_reward_BxKxM().shape == (2, 3, 2)
+    keys = [tuple(ids[3:]) for call in actor.sampler.calls for ids in call.id_Ux6 if ids[2] == 4]
+    assert len(set(keys)) == len(keys)  # no two groups of a problem share random numbers
+    assert counts["rsa_candidates"] == 2 * 3 * 8 * 2 and counts["aggregation_candidates"] == 2 * 9
+    assert counts["search_sampled_tokens"] == sum(sum(record["search"]["length"]) for record in records)
+    assert sum(counts[f"rsa_{name}"] for name in ("correct", "wrong")) == 2 * 3 * 8
+
+
+def test_smaller_limits_score_prefixes_of_the_same_traces():
+    texts = ["\\boxed{7}", "left=1 \\boxed{8} left \\boxed{7}", "\\boxed{7} left=1...", "right"]
+    lengths = [len(TOKENIZER.encode(text, add_special_tokens=False)) + (not text.endswith("...")) for text in texts]
+    first_box = len(TOKENIZER.encode("left=1 \\boxed{8}", add_special_tokens=False))
+    limits = (2, lengths[0], first_box + 1, 32)
+    actor = evaluation_actor(
+        lambda role, cursor, k, i: texts[i] if role is Role.SEARCH else "\\boxed{7}",
+        eval__n=4, eval__subsets=1, eval__population=2, eval__set_size=1, eval__rounds=1, eval__limits=limits,
+    )  # fmt: skip
+    (record,), _, _ = evaluate_wave(actor, None, [actor.task.held_out(0)], np.array([0]))
+    assert record["search"]["length"] == lengths and record["search"]["cut_off"] == [0, 0, 1, 0]
+    answers = {stage["limit"]: stage["answer"] for stage in record["limits"]}
+    assert answers[2] == [None] * 4
+    assert answers[lengths[0]][0] == 0  # its stop id is the last token that fits
+    assert answers[first_box + 1] == [0, 1, 0, None]  # of the second trace only the first, wrong box
+    assert answers[32] == record["search"]["answer"]
+
+
+def test_a_cut_keeps_the_stop_of_traces_that_fit():
+    requests = GroupRequests(np.zeros((1, 1), np.int32), np.ones(1, np.int32), np.zeros((1, 6), np.int32), 3, 12)
+    texts = ["7", "left=1...", "left=1+2+3"]
+    groups = ScriptedSampler(lambda role, cursor, k, i: texts[i]).sample(None, requests)
+    length = groups.trace_len_UxC[0]
+    cut = cut_at(groups, int(length[1]))
+    assert cut.trace_len_UxC[0].tolist() == [length[0], length[1], length[1]]
+    assert cut.stop_UxC[0].tolist() == [Stop.STOP, Stop.LENGTH, Stop.LENGTH]
+    assert cut.trace_UxCxG.shape == cut.logprob_UxCxG.shape == (1, 3, length[1])
+    np.testing.assert_array_equal(cut.trace_ids(0, 2), groups.trace_ids(0, 2)[: length[1]])
+    assert cut_at(groups, 12).stop_UxC.tolist() == groups.stop_UxC.tolist()

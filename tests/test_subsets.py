@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spiral_jax.objective.subsets import bias_factor, disjoint_subsets, draw_subsets, incidence
+from spiral_jax.objective.subsets import bias_factor, disjoint_subsets, draw_subsets, incidence, independent_subsets
 
 IDS = (0, 0, 3, 17, 1)  # seed, purpose, step, cursor, round
 
@@ -124,3 +124,20 @@ def test_bias_factor_over_all_subsets_is_that_of_the_complete_estimators():
 def test_impossible_sizes_are_refused_with_the_numbers(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_independent_draws_are_uniform_and_may_repeat():
+    draws = [tuple(row) for cursor in range(2000) for row in independent_subsets(7, 1, 0, cursor, 2, 5, 2, 5)]
+    counts = Counter(draws)
+    assert set(counts) == set(itertools.combinations(range(5), 2))
+    statistic = sum((count - 1000) ** 2 / 1000 for count in counts.values())
+    assert statistic < stats.chi2.ppf(0.999, 9)
+    # more draws than there are subsets: every member of a population has its own
+    assert independent_subsets(*IDS, 3, 3, 8).tolist() == [[0, 1, 2]] * 8
+    assert not np.array_equal(independent_subsets(7, 1, 0, 0, 1, 8, 4, 8), independent_subsets(7, 1, 0, 0, 2, 8, 4, 8))
+
+
+@pytest.mark.parametrize(("n", "s", "k"), [(4, 5, 1), (4, 0, 1), (4, 2, 0)])
+def test_independent_draws_refuse_impossible_sizes(n, s, k):
+    with pytest.raises(ValueError, match="between 1 and"):
+        independent_subsets(*IDS, n, s, k)

@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
-_DRAWN, _DISJOINT = 0, 1  # spawn keys: the two kinds of draw never share random words
+_DRAWN, _DISJOINT, _INDEPENDENT = 0, 1, 2  # spawn keys: the kinds of draw never share random words
 
 
 def _bits(kind: int, seed: int, purpose: int, step: int, cursor: int, round_: int) -> np.random.PCG64:
@@ -63,6 +63,22 @@ def disjoint_subsets(
         )
     order = np.argsort(_bits(_DISJOINT, seed, purpose, step, cursor, round_).random_raw(n))
     return np.sort(order[: k * s].reshape(k, s), axis=-1).astype(np.int32)
+
+
+def independent_subsets(
+    seed: int, purpose: int, step: int, cursor: int, round_: int, n: int, s: int, k: int
+) -> np.ndarray:
+    """K S-subsets of range(N), each drawn by itself, so that some may be equal: one for each member of a population.
+
+    Recursive self-aggregation (arXiv 2509.26626) draws like this. Arguments and result as in `draw_subsets`.
+
+    Raises:
+      ValueError: s is not in 1..n, or k < 1.
+    """
+    if not 1 <= s <= n or k < 1:
+        raise ValueError(f"{k} subsets of {s} traces out of {n}: needs >= 1 subset and between 1 and {n} traces.")
+    words_KxN = _bits(_INDEPENDENT, seed, purpose, step, cursor, round_).random_raw(k * n).reshape(k, n)
+    return np.sort(np.argsort(words_KxN, axis=-1)[:, :s], axis=-1).astype(np.int32)
 
 
 def incidence(member_KxS: np.ndarray, n: int) -> np.ndarray:

@@ -26,7 +26,7 @@ def task(train_path: str, eval_path: str, seed: int) -> Task:
     """Training problems of one file in an order drawn anew each epoch, held-out problems of another in file order.
 
     Args:
-      train_path: UTF-8 JSONL file. Blank lines are allowed.
+      train_path: UTF-8 JSONL file. Blank lines are allowed. "" = none, for evaluation: `train` must not be called.
       eval_path: the same for held-out problems; "" = none.
       seed: >= 0; with the epoch it decides the order.
 
@@ -37,9 +37,9 @@ def task(train_path: str, eval_path: str, seed: int) -> Task:
     Raises:
       TaskError: a file is missing or empty, a line is malformed, or two lines have the same id.
     """
-    train_bytes = _read(train_path, "train_path")
+    train_bytes = _read(train_path, "train_path") if train_path else b""
     eval_bytes = _read(eval_path, "eval_path") if eval_path else b""
-    train = _parse(train_bytes, train_path, "train")
+    train = _parse(train_bytes, train_path, "train") if train_path else []
     held_out = _parse(eval_bytes, eval_path, "held_out") if eval_path else []
 
     @functools.lru_cache(maxsize=2)

@@ -1,0 +1,191 @@
+"""Two results side by side: known efficiency ratios, paired gaps, refusals."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from spiral_jax import comparison, evaluate
+from spiral_jax.comparison import compare, samples_needed, scaling_efficiency
+from spiral_jax.results import VERSION, ResultsError, write_results
+
+SETTINGS = {"n": 4, "subsets": 1, "traces": 1, "population": 2, "set_size": 1, "rounds": 2, "limits": [], "seed": 0,
+            "temperature": 1.0, "subset_size": 2, "search_max_tokens": 8, "aggregation_max_tokens": 8}  # fmt: skip
+
+
+def results(correct_B, n, rsa_right_B=None, tokens=10, **settings):
+    """Results whose problem b has correct_B[b] of n right search traces; RSA is right on the problems given."""
+    records = []
+    for b, correct in enumerate(correct_B):
+        right = 0 if rsa_right_B is not None and rsa_right_B[b] else 1
+        population = {"answer": [right] * 2, "length": [tokens] * 2, "cut_off": [0, 0]}
+        records.append({
+            "index": b,
+            "id": f"held_out:{b}",
+            "search": {
+                "answer": [0] * correct + list(range(1, n - correct + 1)), "length": [tokens] * n, "cut_off": [0] * n
+            },
+            "limits": [],
+            "aggregation": {"member": [[0, 1]], "answer": [right], "length": [tokens], "cut_off": [0]},
+            "rsa": [population] * 2,
+        })  # fmt: skip
+    return {
+        "version": VERSION,
+        "model": {"hf_path": "m", "fingerprint": "f"},
+        "problems": {"task": "t", "reward": "", "asked": len(records), "too_long": 0, "count": len(records),
+                     "fingerprint": "same"},
+        "scaffold": {"search": "{problem}", "thinking": "full"},
+        "settings": SETTINGS | {"n": n} | settings,
+        "counts": {},
+        "records": records,
+    }  # fmt: skip
+
+
+def exact_curve(miss, n):
+    """[1, n]: pass@k of problems that a trace misses with these chances."""
+    return (1 - np.array(miss)[:, None] ** np.arange(1, n + 1)).mean(axis=0)[None]
+
+
+def repeated(curve, rows=3):
+    return np.repeat(curve, rows, axis=0)
+
+
+def test_efficiency_is_exactly_four_where_a_trace_of_a_is_worth_four_of_b():
+    # 1 - (m^4)^k = 1 - m^(4k) for every problem: B needs 4 k samples for what A has with k, so A / B = 1/4.
+    miss = np.random.default_rng(0).uniform(0.6, 0.999, 40)
+    strong, weak = repeated(exact_curve(miss**4, 32)), repeated(exact_curve(miss, 128))
+    for row in scaling_efficiency(strong, weak):
+        assert row["samples_b"] == pytest.approx(4 * row["samples_a"], rel=1e-9)
+        assert row["ratio"] == row["low"] == row["high"] == pytest.approx(0.25, rel=1e-9)
+        assert row["bound"] is None
+    reversed_rows = scaling_efficiency(weak, strong)
+    assert [row["at"] for row in reversed_rows][-2:] == ["A at k=128", "both"]
+    assert reversed_rows[-1]["ratio"] == pytest.approx(4)
+    assert reversed_rows[0]["bound"] == "at least" and reversed_rows[0]["ratio"] == pytest.approx(1)
+    assert reversed_rows[2]["ratio"] == pytest.approx(4) and reversed_rows[2]["bound"] is None  # B reaches it at k = 1
+
+
+def test_efficiency_of_sampled_counts_has_the_true_ratio_in_its_interval():
+    rng = np.random.default_rng(1)
+    miss = rng.uniform(0.7, 0.99, 300)
+    a, b = (results(rng.binomial(64, 1 - chance), 64) for chance in (miss, miss**4))
+    rows = {row["at"]: row for row in compare(a, b)["efficiency"]}
+    assert rows["both"]["bound"] is None and rows["both"]["low"] < 4 < rows["both"]["high"]
+    assert rows["A at k=16"]["ratio"] == pytest.approx(4, rel=0.1)
+    assert 3 < rows["A at k=16"]["low"] < 4 < rows["A at k=16"]["high"] < 5
+
+
+def test_interpolation_is_linear_in_log_k_and_takes_the_first_k_of_a_flat_stretch():
+    curve = np.array([[0.2, 0.4, 0.4, 0.8]])
+    needed = lambda level: samples_needed(curve, np.array([level]))  # noqa: E731
+    for level, k, bound in [(0.2, 1, 0), (0.3, 2**0.5, 0), (0.4, 2, 0), (0.6, (3 * 4) ** 0.5, 0), (0.8, 4, 0),
+                            (0.1, 1, -1), (0.9, 4, 1)]:  # fmt: skip
+        (k_found,), (bound_found,) = needed(level)
+        assert k_found == pytest.approx(k) and bound_found == bound, level
+    fallen = np.array([[0.2, 0.5, 0.45, 0.8]])  # problems with fewer samples have left the mean
+    assert samples_needed(fallen, np.array([0.5]))[0][0] == 2
+
+
+def test_gaps_are_paired_over_problems():
+    rng = np.random.default_rng(2)
+    correct = rng.integers(0, 8, 60)
+    a = results(correct, 8, rsa_right_B=rng.random(60) < 0.3)
+    b = results(correct + 1, 8, rsa_right_B=np.ones(60, bool))
+    found = compare(a, b)
+    gaps = {row["measure"]: row for row in found["gaps"]}
+    single = gaps["single trace"]
+    assert single["b"] - single["a"] == pytest.approx(1 / 8)
+    # each problem gains the same, so paired there is nothing uncertain, however much problems differ
+    assert single["gap"]["low"] == single["gap"]["high"] == pytest.approx(1 / 8)
+    assert gaps["RSA round 2"]["gap"]["mean"] == pytest.approx(1 - gaps["RSA round 2"]["a"])
+    assert list(gaps) == ["single trace", "pass@8", "maj@8", "aggregated pass@1, S=2", "RSA round 1", "RSA round 2"]
+    same = compare(a, copy.deepcopy(a))
+    assert all(row["gap"]["mean"] == row["gap"]["low"] == row["gap"]["high"] == 0 for row in same["gaps"])
+
+
+def test_gaps_at_equal_tokens_are_at_equal_tokens():
+    # A's traces are twice as long, with the same answers
+    a, b = results([1] * 6, 8, tokens=20), results([1] * 6, 8, tokens=10)
+    rows = [row for row in compare(a, b)["equal_tokens"] if row["method"] == "RSA"]
+    assert rows[-1]["tokens"] == 60  # what both have: B's three rounds of two traces
+    votes = [row for row in compare(a, b)["equal_tokens"] if row["method"] == "majority vote"]
+    assert [row["tokens"] for row in votes] == [20, 40, 80]  # 10 is less than one trace of A
+    assert all(row["gap"]["mean"] == pytest.approx(row["b"] - row["a"]) for row in rows + votes)
+
+
+def test_what_was_not_sampled_alike_is_left_out_and_named():
+    found = compare(results([1, 2], 4), results([1, 2], 4, population=4, subset_size=1))
+    assert not any("RSA" in row["measure"] or "aggregated" in row["measure"] for row in found["gaps"])
+    assert found["left_out"] == ["aggregated pass@1 (subset_size: 2 -> 1)", "RSA by round (population: 2 -> 4)"]
+    assert "left out: RSA by round (population: 2 -> 4)" in comparison.tables(found)[-1].caption
+
+
+def changed(**parts):
+    other = results([1, 2, 0], 4)
+    for room, fields in parts.items():
+        other[room] = other[room] | fields
+    return other
+
+
+def other_problems():
+    other = changed(problems={"fingerprint": "other"})
+    other["records"] = other["records"][:2]
+    other["records"][1] = other["records"][1] | {"id": "held_out:77"}
+    return other
+
+
+REFUSED = {
+    "scaffold": (changed(scaffold={"thinking": "answer_only"}), ["prompt.thinking: 'full' -> 'answer_only'"]),
+    "reward": (changed(problems={"reward": "a:b"}), ["task.reward: '' -> 'a:b'"]),
+    "texts": (changed(problems={"fingerprint": "other"}), ["the same ids, other texts, answers or order"]),
+    "problems": (other_problems(), ["problems: 3 of t -> 2 of t", "only in A: 2, first held_out:1",
+                                    "only in B: 1, first held_out:77"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_results_of_other_problems_or_scaffolds_are_refused_with_what_differs(name):
+    other, parts = REFUSED[name]
+    with pytest.raises(ResultsError) as caught:
+        compare(results([1, 2, 0], 4), other)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_compare_writes_its_findings_and_pictures_beside_b(tmp_path, capsys):
+    rng = np.random.default_rng(3)
+    for name, low in (("grpo", 1), ("spiral", 3)):
+        (tmp_path / name).mkdir()
+        found = results(rng.integers(low, low + 4, 30), 8, rsa_right_B=rng.random(30) < low / 4)
+        found["measures"] = evaluate.results.summarise(found["records"], 0)
+        write_results(tmp_path / name / "results.json", found)
+    paths = [str(tmp_path / name / "results.json") for name in ("grpo", "spiral")]
+    evaluate.compare(*paths, None)
+    out = tmp_path / "spiral" / "compare"
+    assert {path.name for path in out.iterdir()} == {
+        "comparison.json", "pass_at_k.png", "rsa.png", "tokens.png", "voting.png"
+    }  # fmt: skip
+    found = json.loads((out / "comparison.json").read_text())
+    assert found["version"] == comparison.VERSION and found["efficiency"][-1]["ratio"] > 1
+    printed = capsys.readouterr().out
+    assert (
+        "samples for equal coverage" in printed and "gaps at equal sampled tokens" in printed and "nan" not in printed
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "not a results.json"), ("[]", "not a results.json"), ('{"version": 99}', "version 99"), (None, "cannot be")],
+)
+def test_files_that_are_no_results_are_refused(content, message, tmp_path):
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ResultsError, match=message):
+        evaluate.compare(str(path), str(path), None)
+
+
+def test_names_in_legends_are_directories_and_never_equal():
+    assert list(comparison.names("x/grpo/results.json", {}, "x/spiral/results.json", {})) == ["grpo", "spiral"]
+    assert list(comparison.names("a/run/results.json", {}, "b/run/results.json", {})) == ["A: run", "B: run"]
