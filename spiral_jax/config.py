@@ -200,7 +200,7 @@ def validate_evaluation(c: ConfigDict) -> None:
     _validate_choices(c)
     _validate_sampling(c)
     _require(not c.model.init_from or "@" in c.model.init_from, "model.init_from", c.model.init_from,
-             "WORKDIR@step in evaluations", "The newest step may be another one when the evaluation goes on.")  # fmt: skip
+             "WORKDIR@step in evaluations", "The newest one may change while an evaluation is stopped.")  # fmt: skip
     _require(c.task.name != "jsonl" or bool(c.task.eval_path), "task.eval_path", c.task.eval_path, "a JSONL file")
     e, s = c.eval, eval_subset_size(c)
     for field in ("problems", "subsets", "traces", "n", "population", "set_size", "rounds", "wave"):

@@ -45,12 +45,13 @@ def make_results(
     """
     stated = [[problem.id, problem.text, problem.answer] for problem in problems.values()]
     settings = {name: config.to_plain(c.eval)[name] for name in _SETTINGS}
-    settings |= {"seed": c.seed, "temperature": c.sampling.temperature, "subset_size": c.aggregation.subset_size}
+    settings |= {"seed": c.seed, "subset_size": c.aggregation.subset_size}
     settings |= {f"{role}_max_tokens": c[role].max_tokens for role in ("search", "aggregation")}
     scaffold = {name: value for name, value in config.to_plain(c.prompt).items() if name != "max_problem_tokens"}
     return {
         "version": VERSION,
-        "model": {"hf_path": c.model.hf_path, "fingerprint": model_fingerprint},
+        "model": {name: c.model[name] for name in ("hf_path", "adapter_path", "init_from")}
+        | {"fingerprint": model_fingerprint},
         "problems": {
             "task": c.task.name,
             "reward": c.task.reward,
@@ -77,7 +78,9 @@ def _stage_counts(counts: Mapping[str, int], stage: str) -> dict[str, int]:
 STAGES = ("search", "aggregation", "rsa")
 _VERDICTS = {"correct": "right", "wrong": "wrong", "unparsed": "unparsed", "timeout": "timeout", "error": "error"}
 _CLEANED = {"candidates": "read", "dropped": "dropped", "empty": "empty", "removed_special": "special ids"}
-_SETTINGS = ("n", "subsets", "traces", "population", "set_size", "rounds", "limits")
+_SETTINGS = (
+    "n", "subsets", "traces", "population", "set_size", "rounds", "limits", "temperature", "top_k", "top_p", "min_p",
+)  # fmt: skip
 
 
 def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:

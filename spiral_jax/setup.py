@@ -152,8 +152,9 @@ def _check_prompt_lengths(c: ConfigDict, scaffold: Scaffold, training: bool) -> 
             widest = c[room][name][-1][0]
         if widest < length:
             raise ConfigError(
-                f"config.{field}: its widest prompt is {widest} tokens, but {role.label} prompts may have up to "
-                f"{length}. Widen it, or lower prompt.max_problem_tokens or prompt.keep_tail_tokens."
+                f"config.{field}: its widest prompt with traces of {c[role.label].max_tokens} tokens is {widest}, but "
+                f"{role.label} prompts may have up to {length}. Widen it, or lower prompt.max_problem_tokens or "
+                "prompt.keep_tail_tokens."
             )
 
 

@@ -34,6 +34,7 @@ def script(role, cursor, k, i):
 def small_config():
     c = tiny.get_config()
     c.search.max_tokens, c.eval.limits = 32, (6, 12)
+    c.sampling.classes = ((4, 8, 16, 32), (4, 4, 124, 12))
     c.eval.problems, c.eval.wave, c.eval.n, c.eval.population, c.eval.set_size = 5, 2, 6, 4, 2
     c.eval.rounds, c.eval.subset_size, c.eval.subsets, c.eval.traces = 2, 3, 2, 2
     return c
@@ -45,7 +46,7 @@ def scripted(monkeypatch):
 
     def fake(c, training):
         setup = set_up(c, training)
-        return dataclasses.replace(setup, task=number_task(), sampler=ScriptedSampler(script))
+        return dataclasses.replace(setup, task=number_task(), eval_sampler=ScriptedSampler(script))
 
     monkeypatch.setattr(evaluate, "set_up", fake)
 
@@ -130,7 +131,7 @@ def test_another_config_in_the_same_workdir_is_refused_with_the_difference(scrip
 def test_other_weights_or_data_under_the_same_names_are_refused(scripted, monkeypatch, tmp_path):
     evaluate.evaluate(small_config(), str(tmp_path / "run"))
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "model_fingerprint", lambda directory: "f" * 64)
+        patch.setattr(evaluate, "model_fingerprint", lambda directories: "f" * 64)
         with pytest.raises(WorkdirError, match="wave 0 was evaluated with other model"):
             evaluate.evaluate(small_config(), str(tmp_path / "run"))
     changed = dataclasses.replace(number_task(), fingerprint="others")
@@ -142,12 +143,12 @@ def test_other_weights_or_data_under_the_same_names_are_refused(scripted, monkey
 def test_the_fingerprint_of_weights_shows_what_changed_inside_a_file(tmp_path):
     content = np.random.default_rng(0).bytes(3_000_000)
     (tmp_path / "model.safetensors").write_bytes(content)
-    before = evaluate.model_fingerprint(tmp_path)
-    assert before == evaluate.model_fingerprint(tmp_path)
+    before = evaluate.model_fingerprint([tmp_path])
+    assert before == evaluate.model_fingerprint([tmp_path])
     (tmp_path / "model.safetensors").write_bytes(np.random.default_rng(1).bytes(3_000_000))
-    assert evaluate.model_fingerprint(tmp_path) != before
+    assert evaluate.model_fingerprint([tmp_path]) != before
     (tmp_path / "model.safetensors").write_bytes(content[:-1])
-    assert evaluate.model_fingerprint(tmp_path) != before
+    assert evaluate.model_fingerprint([tmp_path]) != before
 
 
 @pytest.mark.parametrize("limits", [(), (6, 12)])
@@ -179,7 +180,7 @@ def test_set_up_sizes_prompts_for_the_largest_sets_and_needs_no_training_data(tm
         set_up(for_evaluation(c), training=False)
 
 
-def test_adapters_are_no_part_of_what_is_evaluated():
+def test_without_a_trained_adapter_none_is_part_of_what_is_evaluated():
     c = tiny.get_config()
     c.model.lora_rank, c.model.param_dtype = 4, "bfloat16"
     setup = set_up(for_evaluation(c), training=False)

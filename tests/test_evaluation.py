@@ -65,17 +65,12 @@ def test_held_out_problems_that_are_too_long_are_left_out_and_counted():
 class ReadingSampler(ScriptedSampler):
     """Aggregation traces repeat the largest box that their prompt shows; search traces follow the script."""
 
-    def sample(self, weights, requests):
-        if requests.id_Ux6[0, 4] == Role.SEARCH:
-            return super().sample(weights, requests)
-        texts = [TOKENIZER.decode(requests.prompt_UxP[u, : requests.prompt_len_U[u]]) for u in range(len(requests))]
-        shown = [max((int(box) for box in re.findall(r"boxed\{(\d)\}", text)), default=0) for text in texts]
-        writer = ScriptedSampler(lambda role, cursor, u, i: f"\\boxed{{{shown[u]}}}")
-        self.calls.append(requests)
-        ids = requests.id_Ux6.copy()
-        ids[:, 5] = np.arange(len(ids))
-        groups = writer.sample(weights, dataclasses.replace(requests, id_Ux6=ids))
-        return dataclasses.replace(groups, requests=requests)
+    def write(self, request):
+        if request.id_Ux6[0, 4] == Role.SEARCH:
+            return super().write(request)
+        text = TOKENIZER.decode(request.prompt_UxP[0, : request.prompt_len_U[0]])
+        shown = max((int(box) for box in re.findall(r"boxed\{(\d)\}", text)), default=0)
+        return ScriptedSampler(lambda role, cursor, k, i: f"\\boxed{{{shown}}}").write(request)
 
 
 def evaluation_actor(script, **overrides):
@@ -135,7 +130,7 @@ def test_smaller_limits_score_prefixes_of_the_same_traces():
 def test_a_cut_keeps_the_stop_of_traces_that_fit():
     requests = GroupRequests(np.zeros((1, 1), np.int32), np.ones(1, np.int32), np.zeros((1, 6), np.int32), 3, 12)
     texts = ["7", "left=1...", "left=1+2+3"]
-    groups = ScriptedSampler(lambda role, cursor, k, i: texts[i]).sample(None, requests)
+    groups = ScriptedSampler(lambda role, cursor, k, i: texts[i]).write(requests)
     length = groups.trace_len_UxC[0]
     cut = cut_at(groups, int(length[1]))
     assert cut.trace_len_UxC[0].tolist() == [length[0], length[1], length[1]]
