@@ -115,6 +115,8 @@ def run_waves(setup: Setup, journal: StepLog, model: str, verifier: Verifier) ->
         return problems
     with Progress(len(waves), len(done), unit="wave") as progress, jax.set_mesh(setup.mesh):
         actor = Actor(c, setup.task, setup.scaffold, setup.eval_sampler, verifier, progress)
+        with progress.phase("compiling"):
+            print(setup.eval_sampler.start_report(), flush=True)
         with progress.phase("loading weights"):
             params, adapters = setup.load_start()
             collections = {"params": params} if adapters is None else {"params": params, "lora": adapters}

@@ -107,6 +107,7 @@ def train(setup: Setup, workdir: str) -> None:
 
     with Verifier(setup.reward, c.verifier.workers, c.verifier.timeout_s) as verifier, \
             Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(mesh):  # fmt: skip
+        print(setup.sampler.start_report(), flush=True)
         actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, progress)
         evaluator = dataclasses.replace(actor, sampler=setup.eval_sampler)
         weights = setup.sampler.prepare(variables(setup.model, frozen, state.trained))

@@ -35,6 +35,7 @@ from spiral_jax.groups import Stop, pad_rows
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.objective.logprobs import group_logprobs, length_mask
 from spiral_jax.sampling.draw import Draw
+from spiral_jax.sampling.programs import check_room
 from spiral_jax.sampling.protocol import sample
 
 
@@ -349,3 +350,21 @@ def test_frequencies_of_whole_traces_are_their_exact_probabilities(mesh, tempera
         for cell in [order[:rare], *np.split(order[rare:], len(order) - rare)]:
             cells.append((count_N[cell].sum() - expected_N[cell].sum()) ** 2 / expected_N[cell].sum())
     assert np.sum(cells) < stats.chi2.ppf(0.999, len(cells) - 4)
+
+
+# Start-up
+
+
+def test_the_start_report_names_every_program_with_its_classes(moving):
+    lines = moving.start_report().splitlines()
+    assert f"{len(moving.programs)} programs" in lines[0] and "GiB of keys and values" in lines[0]
+    assert len(lines) == 1 + len(moving.programs)
+    assert any(line.startswith("  move") and "(4, 3, 8, 4) -> (4, 3, 8, 12)" in line for line in lines)
+    assert any(line.startswith("  admit") and line.endswith("(4, 2, 16, 12)") for line in lines)
+
+
+def test_devices_without_room_are_refused_with_what_is_missing_and_what_to_lower(mesh):
+    engine = make_engine(mesh)
+    check_room(engine.settings, engine.schedule, 2**20)
+    with pytest.raises(ConfigError, match=r"classes need .* 0\.00 GiB more than its .*slots, C, P or G.*int8.*tensor"):
+        check_room(engine.settings, engine.schedule, 2**10)

@@ -19,7 +19,15 @@ from spiral_jax import mesh as meshes
 from spiral_jax.config import ConfigError
 from spiral_jax.groups import GroupRequests
 from spiral_jax.metrics import Mean
-from spiral_jax.sampling.programs import Program, Schedule, admission_shapes, compile_programs
+from spiral_jax.sampling.programs import (
+    Program,
+    Schedule,
+    admission_shapes,
+    check_room,
+    compile_programs,
+    describe,
+    device_bytes,
+)
 from spiral_jax.sampling.protocol import Feed
 from spiral_jax.sampling.seating import Job, Piece, Seats, cut
 from spiral_jax.sampling.slots import Admission, DecodeSettings
@@ -34,7 +42,8 @@ class Engine:
       schedule: classes of slots and how long they are decoded at a time.
 
     Raises:
-      ConfigError: slots that the mesh does not divide, a stop id outside the vocabulary.
+      ConfigError: slots that the mesh does not divide, a stop id outside the vocabulary; and when the programs are
+        compiled, devices without room for weights and slots.
     """
 
     def __init__(self, settings: DecodeSettings, schedule: Schedule):
@@ -58,8 +67,13 @@ class Engine:
     def programs(self) -> dict[tuple[Any, ...], Program]:
         """All compiled programs; compiles them at the first use."""
         if not self._programs:
+            check_room(self.settings, self.schedule, device_bytes(self.settings.mesh))
             self._programs = compile_programs(self.settings, self.schedule)
         return self._programs
+
+    def start_report(self) -> str:
+        """Compiles what is not compiled yet, and says what there is: programs, compile times, memory."""
+        return describe(self.programs, self.settings, self.schedule)
 
     def prepare(self, variables: dict[str, Any]) -> DecodeWeights:
         """Separate per-layer weights, replicated over groups and cut along `tensor` only."""
@@ -250,6 +264,7 @@ class _Run:
             "sampling/prefilled_tokens": float(n["prefilled"]),
             "sampling/moves": float(n["moves"]),
             "sampling/chunks": float(n["chunks"]),
+            "sampling/programs": float(len(self.programs)),
             "sampling/abandoned_groups": float(len(abandoned)),
             "time/decode": n["decode_seconds"],
             "time/prefill": n["prefill_seconds"],

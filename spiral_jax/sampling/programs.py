@@ -12,14 +12,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
+import os
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from spiral_jax import mesh as meshes
+from spiral_jax.config import ConfigError
 from spiral_jax.sampling.decode import decode_chunk
 from spiral_jax.sampling.slots import Admission, DecodeSettings, SlotClass, admit, empty_state, move, state_shardings
 from spiral_jax.sampling.weights import abstract_weights
@@ -123,6 +127,52 @@ def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[tuple
         add(("decode", chosen), function, weights, tuple(states[i] for i in chosen),
             out=(tuple(places[i] for i in chosen), None, None, None), donate=(1,))  # fmt: skip
     return programs
+
+
+def describe(programs: dict[tuple[Any, ...], Program], settings: DecodeSettings, schedule: Schedule) -> str:
+    """What a person should know before the first token: every program, its compile time and memory, and the caches."""
+    total = sum(program.seconds for program in programs.values())
+    needed = _needed_bytes(settings, schedule)
+    lines = [
+        f"sampler: {len(programs)} programs, compiled in {total:.1f} s; a device holds {needed['weights'] / 2**30:.2f} GiB "
+        f"of decode weights and {needed['slots'] / 2**30:.2f} GiB of keys and values"
+    ]
+    for (kind, *what), program in programs.items():
+        classes = what[0] if kind == "decode" else tuple(what)
+        shown = " -> ".join if kind == "move" else " + ".join
+        sizes = shown(str(tuple(vars(schedule.classes[i]).values())) for i in classes)
+        lines.append(f"  {kind:6} {program.seconds:6.1f} s {program.temp_bytes / 2**20:9.1f} MiB temporary  {sizes}")
+    return "\n".join(lines)
+
+
+def check_room(settings: DecodeSettings, schedule: Schedule, device_bytes: int) -> None:
+    """Raises `ConfigError` if decode weights and slots alone need more than a device has."""
+    needed = _needed_bytes(settings, schedule)
+    missing = sum(needed.values()) - device_bytes
+    if missing > 0:
+        raise ConfigError(
+            f"config.sampling.classes need {needed['slots'] / 2**30:.2f} GiB of keys and values a device, beside "
+            f"{needed['weights'] / 2**30:.2f} GiB of decode weights: {missing / 2**30:.2f} GiB more than its "
+            f"{device_bytes / 2**30:.2f} GiB. Lower slots, C, P or G of the largest class, set sampling.cache_dtype = "
+            "'int8', or raise mesh.tensor."
+        )
+
+
+def device_bytes(mesh: Mesh) -> int:
+    """Memory of one device: what it reports, or its share of the host's on a CPU."""
+    stats = mesh.devices.flat[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+
+
+def _needed_bytes(settings: DecodeSettings, schedule: Schedule) -> dict[str, int]:
+    def on_a_device(tree: Any) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+
+    states = [abstract_state(settings, slots) for slots in schedule.classes]
+    return {"weights": on_a_device(abstract_weights(settings.config, settings.mesh)), "slots": on_a_device(states)}
 
 
 def abstract_state(settings: DecodeSettings, slots: SlotClass) -> Any:
