@@ -149,6 +149,7 @@ def test_a_missing_or_damaged_adapter_is_an_error_with_its_path(saved, mesh, tmp
         load_adapter(directory, config, mesh)
 
 
+@pytest.mark.devices8
 def test_adapters_are_placed_as_the_table_says(saved, mesh):
     directory, config = saved
     lora = load_adapter(directory, config, mesh)

@@ -140,6 +140,29 @@ def test_no_flipped_bit_in_any_file_restores_something_else(tmp_path):
     assert outcomes.count("error") >= 4 and outcomes.count("same") >= 4
 
 
+def test_a_part_is_restored_alone_and_verified(tmp_path):
+    part = {"params": {"layers": make_state(1)["params"]["layers"]}}
+    save(tmp_path / "c", 1)
+
+    def restored():
+        with Checkpoints(tmp_path / "c", None) as checkpoints:
+            return checkpoints.restore_part(abstract(part))
+
+    assert same_bits(restored(), part)
+    refused = 0
+    for file in [path for path in (tmp_path / "c" / "1" / "state").rglob("*") if path.is_file()]:
+        whole = file.read_bytes()
+        content = bytearray(whole)
+        content[len(content) // 2] ^= 16
+        file.write_bytes(content)
+        try:
+            assert same_bits(restored(), part), file
+        except CheckpointError:
+            refused += 1
+        file.write_bytes(whole)
+    assert refused and same_bits(restored(), part)
+
+
 def test_no_missing_file_restores_something_else(tmp_path):
     save(tmp_path / "c", 1)
     files = sorted(path.relative_to(tmp_path / "c") for path in (tmp_path / "c").rglob("*") if path.is_file())

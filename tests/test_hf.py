@@ -155,6 +155,11 @@ def test_a_tensor_that_we_would_ignore_is_an_error_that_names_it(rewrite, mesh, 
         load(directory, mesh)
 
 
+def test_the_rope_constants_that_old_files_store_are_no_weights(rewrite, mesh):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    load(rewrite(lambda tensors: tensors.update({name: np.zeros(8, np.float32)})), mesh)
+
+
 @pytest.mark.parametrize(
     "name, change",
     [

@@ -28,6 +28,7 @@ MAX_SHARD_BYTES = 5 * 10**9  # larger files are awkward to copy and to resume
 BUNDLED = {"bundled:tiny": pathlib.Path(__file__).parent.parent / "assets" / "tiny"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FROM_HUB = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges*", "LICENSE*", "NOTICE*"]
+_ROPE_CONSTANT = ".self_attn.rotary_emb.inv_freq"  # old Llama files store what rope_theta already says
 _COMPARED_ROWS = 8192  # of the embedding at once: a few hundred MB at most
 
 # Our path -> (their name, transposed); {} is the layer.
@@ -116,7 +117,8 @@ def check_tensors(files: TensorFiles, expected: Any, tied: bool) -> None:
                 )
             files.dtype(name)
             used.add(name)
-    if extra := sorted(files.names - used):
+    constants = {name for name in files.names if name.endswith(_ROPE_CONSTANT)}
+    if extra := sorted(files.names - used - constants):
         raise WeightsError(f"{files.where}: {len(extra)} tensors are not part of this architecture, first {extra[0]}.")
     if tied and _TOP["head"][0] in files.names:
         _check_tied(files)

@@ -1,0 +1,167 @@
+"""Does a checkpoint of Qwen3-4B's true size load on a small host, and does bfloat16 cost us more than transformers?
+
+    python -m benchmarks.qwen3_4b_weights --dir=/tmp/qwen3_4b --json=docs/qwen3_4b_weights.json
+
+1. Random weights in bfloat16 are streamed into three shards (8 GB of disk) and loaded: seconds and peak memory.
+2. The same weights cut to four layers: KL of our bfloat16 logits to those of transformers, beside the KL of its own
+   bfloat16 to its float32. Each program runs in a process of its own, one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from benchmarks.machine import machine
+from spiral_jax.mesh import host_mesh
+from spiral_jax.model import hf
+from spiral_jax.model.architecture import hf_fields, parse_architecture, read_architecture
+from spiral_jax.model.qwen3 import ModelConfig, Transformer, head_kernel
+from spiral_jax.model.tensor_files import Output, write_tensors
+
+DIR = flags.DEFINE_string("dir", None, "where the checkpoints and logits go: 10 GB", required=True)
+JSON = flags.DEFINE_string("json", None, "file that gets the report")
+PART = flags.DEFINE_enum("part", None, ["load", "ours", "theirs"], "one part alone, as the program calls itself")
+
+FIELDS = {
+    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
+    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "rms_norm_eps": 1e-6, "rope_theta": 5e6, "tie_word_embeddings": True,
+}  # fmt: skip
+SHARD_BYTES = 3 * 10**9
+CUT = 4  # layers of the second checkpoint
+ROWS, TOKENS = 2, 64
+
+
+def main(argv: list[str]) -> None:
+    root = pathlib.Path(DIR.value)
+    whole, cut = root / "whole", root / f"cut_{CUT}"
+    if PART.value == "load":
+        print(json.dumps(load(whole)))
+    elif PART.value == "ours":
+        np.save(root / "ours.npy", our_logits(cut))
+    elif PART.value == "theirs":
+        for dtype in ("bfloat16", "float32"):
+            np.save(root / f"theirs_{dtype}.npy", their_logits(cut, dtype))
+    else:
+        report = {"machine": machine()} | measure(whole, cut)
+        print(json.dumps(report, indent=1), flush=True)
+        if JSON.value:
+            pathlib.Path(JSON.value).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def measure(whole: pathlib.Path, cut: pathlib.Path) -> dict:
+    root = whole.parent
+    shards = make(whole, FIELDS)
+    make(cut, FIELDS | {"num_hidden_layers": CUT})
+    loading = json.loads(run("load"))
+    run("ours")
+    run("theirs")
+    ours, theirs, exact = (np.load(root / f"{name}.npy") for name in ("ours", "theirs_bfloat16", "theirs_float32"))
+    return {
+        "shards": len(shards), "stored_gb": sum(shard.stat().st_size for shard in shards) / 1e9, **loading,
+        "kl_ours_to_transformers_bfloat16": kl(theirs, ours), "kl_transformers_bfloat16_to_float32": kl(exact, theirs),
+        "kl_ours_to_transformers_float32": kl(exact, ours), "layers": CUT, "positions": ROWS * TOKENS,
+    }  # fmt: skip
+
+
+def run(part: str) -> str:
+    words = [sys.executable, "-m", "benchmarks.qwen3_4b_weights", f"--dir={DIR.value}", f"--part={part}"]
+    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def make(path: pathlib.Path, fields: dict) -> list[pathlib.Path]:
+    """Random weights by name, so that fewer layers are the first of many; peaked attention, logits of order three."""
+    path.mkdir(parents=True, exist_ok=True)
+    arch = parse_architecture(fields, str(path))
+    written = hf_fields(arch, (151645,)) | {"torch_dtype": "bfloat16"}
+    (path / "config.json").write_text(json.dumps(written, indent=1))
+    scale = {"q_norm": 3.0, "k_norm": 3.0, "norm": 1.0, "layernorm": 1.0, "embed_tokens": 0.06}
+
+    def array(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        rng = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
+        kind = next((kind for kind in scale if name.endswith(f"{kind}.weight")), None)
+        if len(shape) == 1:
+            return (scale[kind or "layernorm"] * rng.uniform(0.5, 1.5, shape)).astype(jnp.bfloat16)
+        return (scale.get(kind, 0.03) * rng.standard_normal(shape, np.float32)).astype(jnp.bfloat16)
+
+    shapes = hf.abstract_params(ModelConfig(arch, jnp.bfloat16))
+    outputs = [
+        Output(o.name, o.shape, o.dtype, lambda o=o: array(o.name, o.shape)) for o in hf.outputs_of(shapes)
+    ]  # fmt: skip
+    return write_tensors(path, hf.STEM, outputs, SHARD_BYTES)
+
+
+def memory(field: str) -> float:
+    """GB of `field` of this process."""
+    return int(re.search(rf"{field}:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+
+
+def load(path: pathlib.Path) -> dict:
+    """Seconds, GB of the arrays, and the peak of all other memory that is not the mapped files."""
+    config, peak, done = ModelConfig(read_architecture(path), jnp.bfloat16), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            peak[0] = max(peak[0], memory("RssAnon"))
+
+    jax.block_until_ready(jnp.zeros(4))
+    before, start = memory("RssAnon"), time.monotonic()
+    threading.Thread(target=watch, daemon=True).start()
+    params = jax.block_until_ready(hf.load_params(path, config, host_mesh()))
+    done.set()
+    sizes = [leaf.nbytes / 1e9 for leaf in jax.tree.leaves(params)]
+    return {
+        "load_seconds": time.monotonic() - start, "arrays_gb": sum(sizes), "largest_array_gb": max(sizes),
+        "peak_beside_arrays_gb": peak[0] - before - sum(sizes), "peak_with_mapped_files_gb": memory("VmHWM"),
+    }  # fmt: skip
+
+
+def token_ids() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, FIELDS["vocab_size"], (ROWS, TOKENS), np.int32)
+
+
+def our_logits(path: pathlib.Path) -> np.ndarray:
+    config = ModelConfig(read_architecture(path), jnp.bfloat16, jnp.bfloat16, remat=False)
+    params = hf.load_params(path, config, host_mesh())
+    lengths = jnp.full((ROWS,), TOKENS, jnp.int32)
+
+    @jax.jit
+    def logits(params: dict) -> jax.Array:
+        hidden, _ = Transformer(config).apply({"params": params}, jnp.asarray(token_ids()), lengths, None)
+        return jnp.einsum("utd,dv->utv", hidden, head_kernel(config, params), preferred_element_type=jnp.float32)
+
+    return np.asarray(logits(params))
+
+
+def their_logits(path: pathlib.Path, dtype: str) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        return model(torch.tensor(token_ids(), dtype=torch.long)).logits.float().numpy()
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    """Mean over positions of KL(p | q), both logits, in nats."""
+    total = 0.0
+    for row_p, row_q in zip(p.reshape(-1, p.shape[-1]), q.reshape(-1, q.shape[-1]), strict=True):
+        a, b = (row.astype(np.float64) - np.logaddexp.reduce(row.astype(np.float64)) for row in (row_p, row_q))
+        total += float(np.sum(np.exp(a) * (a - b)))
+    return total / (p.size // p.shape[-1])
+
+
+if __name__ == "__main__":
+    app.run(main)
