@@ -139,7 +139,7 @@ def our_logits(path: pathlib.Path) -> np.ndarray:
 
     @jax.jit
     def logits(params: dict) -> jax.Array:
-        hidden, _ = Transformer(config).apply({"params": params}, jnp.asarray(token_ids()), lengths, None)
+        hidden = Transformer(config).apply({"params": params}, jnp.asarray(token_ids()), lengths, None)
         return jnp.einsum("utd,dv->utv", hidden, head_kernel(config, params), preferred_element_type=jnp.float32)
 
     return np.asarray(logits(params))

@@ -57,7 +57,7 @@ def row_loss_and_gradient(base, trained, row_T, prompt_len, recorded_T, weight, 
 
     def loss(trained):
         tree = variables(MODELS[kind], base, trained)
-        hidden, _ = Transformer(MODELS[kind]).apply(tree, row_T[None], jnp.array([row_T.size]), None)
+        hidden = Transformer(MODELS[kind]).apply(tree, row_T[None], jnp.array([row_T.size]), None)
         logits = hidden[0] @ head_kernel(MODELS[kind], tree["params"]) / 0.7
         logprob = jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), row_T[1:, None], axis=1)[:, 0]
         ratio = jnp.where(jnp.arange(1, row_T.size) >= prompt_len, jnp.exp(logprob - recorded_T[1:]), 0.0)

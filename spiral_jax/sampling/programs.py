@@ -134,8 +134,8 @@ def describe(programs: dict[tuple[Any, ...], Program], settings: DecodeSettings,
     total = sum(program.seconds for program in programs.values())
     needed = _needed_bytes(settings, schedule)
     lines = [
-        f"sampler: {len(programs)} programs, compiled in {total:.1f} s; a device holds {needed['weights'] / 2**30:.2f} GiB "
-        f"of decode weights and {needed['slots'] / 2**30:.2f} GiB of keys and values"
+        f"sampler: {len(programs)} programs, compiled in {total:.1f} s; a device holds "
+        f"{needed['weights'] / 2**30:.2f} GiB of weights and {needed['slots'] / 2**30:.2f} GiB of keys and values"
     ]
     for (kind, *what), program in programs.items():
         classes = what[0] if kind == "decode" else tuple(what)
