@@ -1,0 +1,100 @@
+"""What does the decode program of a 4B run do on a TPU? Compiled for a slice that need not exist, read from its HLO.
+
+    pip install 'libtpu==0.0.42.*'       # the one that belongs to jax 0.10.2; needs no TPU
+    python -m benchmarks.decode_tpu --topology=v5p:2x2x2 --json=docs/decode_tpu.json
+
+Reports, for the program of all slot classes of `configs/qwen3_4b.py` on one chip:
+  copies      arrays as large as the smallest cache or weight that the program copies or gathers, beside its arguments
+  temporary   memory beside the arguments, as a share of them; the bar is 5 %
+  bytes       that one decode step reads and writes, against weights + allocated keys and values; the bar is 1.3
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import re
+import time
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from benchmarks.machine import machine
+from configs import qwen3_4b
+from spiral_jax import mesh as meshes
+from spiral_jax.model import hf
+from spiral_jax.model.architecture import Architecture
+from spiral_jax.sampling.programs import abstract_state, decode_program
+from spiral_jax.sampling.weights import abstract_weights
+from spiral_jax.setup import make_samplers
+
+TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x2", "a TPU slice that libtpu knows")
+JSON = flags.DEFINE_string("json", None, "file that gets the report")
+
+# config.json of Qwen3-4B-Instruct-2507
+ARCH = Architecture(V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True)
+MOVES = ("copy", "copy-start", "transpose", "all-gather", "all-gather-start", "all-to-all", "collective-permute")
+
+
+def main(argv: list[str]) -> None:
+    c = qwen3_4b.get_config()
+    devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY.value).devices)
+    mesh = Mesh(devices.reshape(-1, c.mesh.fsdp, c.mesh.tensor), meshes.AXES, axis_types=(AxisType.Auto,) * 3)
+    engine, _ = make_samplers(c, hf.model_config(ARCH, c.model), mesh, (151645, 151643))
+    start = time.monotonic()
+    with jax.set_mesh(mesh):
+        program = decode_program(engine.settings, engine.schedule, engine.schedule.decode_sets()[-1]).compile()
+    report = {"machine": machine(), "topology": TOPOLOGY.value, "classes": [list(row) for row in c.sampling.classes]}
+    report |= {"compile_seconds": round(time.monotonic() - start), **read(program, engine)}
+    print(json.dumps(report, indent=1))
+    if JSON.value:
+        pathlib.Path(JSON.value).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def read(program: jax.stages.Compiled, engine: object) -> dict:
+    """The report's numbers; bytes and counts are those of one chip."""
+    settings, memory = engine.settings, program.memory_analysis()
+    weights = jax.tree.leaves(abstract_weights(settings.config, settings.mesh))
+    caches = [
+        leaf
+        for slots in engine.schedule.classes
+        for state in [abstract_state(settings, slots)]
+        for leaf in jax.tree.leaves((state.prompt, state.own))
+    ]
+    on_chip = lambda leaf: math.prod(leaf.sharding.shard_shape(leaf.shape))  # noqa: E731
+    smallest = min(on_chip(leaf) for leaf in weights + caches if len(leaf.shape) > 1 and min(leaf.shape) > 64)
+    ideal = sum(on_chip(leaf) * leaf.dtype.itemsize for leaf in weights + caches)
+    cost = program.cost_analysis()
+    step_bytes = (cost[0] if isinstance(cost, list) else cost)["bytes accessed"]
+    return {
+        "copies": copies(program.as_text(), smallest),
+        "argument_gb": memory.argument_size_in_bytes / 1e9,
+        "temporary_share": memory.temp_size_in_bytes / memory.argument_size_in_bytes,
+        "aliased_gb": memory.alias_size_in_bytes / 1e9,
+        "weights_and_caches_gb": ideal / 1e9,
+        "step_gb": step_bytes / 1e9,
+        "step_over_ideal": step_bytes / ideal,
+    }
+
+
+def copies(text: str, smallest: int) -> dict[str, int]:
+    """How often the program moves an array of at least `smallest` elements, by operation and shape."""
+    found: dict[str, int] = {}
+    for kind, shape, operation in re.findall(rf"= (\w+)\[([\d,]*)\]\S* ({'|'.join(MOVES)})\(", text):
+        if math.prod(int(size) for size in shape.split(",") if size) >= smallest:
+            name = f"{operation} {kind}[{shape}]"
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
+if __name__ == "__main__":
+    app.run(main)
