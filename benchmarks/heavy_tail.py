@@ -1,6 +1,6 @@
 """Trace lengths as reasoning has them: most are short, some are very long. Log-normal, clipped, from a seed.
 
-    python -m benchmarks.heavy_tail        # writes benchmarks/heavy_tail.json, which the benchmarks read
+python -m benchmarks.heavy_tail        # writes benchmarks/heavy_tail.json, which the benchmarks read
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ class TransformersGenerate:
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
         ids = torch.tensor([prompt])
         chosen = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0)
-        return self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=chosen
-        )[0, len(prompt) :].tolist()
+        return self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=chosen)[
+            0, len(prompt) :
+        ].tolist()
 
     @torch.inference_mode()
     def sample(self, work: dict[str, Any], groups_per_batch: int, seed: int) -> int:

@@ -59,7 +59,7 @@ class TunixSampler:
         self.samplers: dict[int, Sampler] = {}
         return {
             "versions": {name: importlib.metadata.version(name) for name in ("google-tunix", "jax", "flax")},
-            "settings": "vanilla sampler, top_p = 1 without top-k (no sort), cache of prompt + longest trace of the batch",
+            "settings": "vanilla sampler, top_p 1 without top-k (no sort), cache = prompt + longest trace of the batch",
         }
 
     def _sampler(self, cache_tokens: int) -> Sampler:
