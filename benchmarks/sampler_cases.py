@@ -48,7 +48,8 @@ def make_case(name: str, groups_c: int) -> Case:
     limit_UxC = heavy_tail.limits()[:groups_c]
     title = f"heavy tail: {len(limit_UxC)} groups x {limit_UxC.shape[1]} traces, 128 + {limit_UxC.mean():.0f} tokens"
     title += f" (longest {limit_UxC.max()})"
-    return Case(title, Work(_prompts(len(limit_UxC), 128), limit_UxC), (1, 2, 4, 8), 8)
+    sizes = tuple(groups for groups in (1, 2, 4, 8) if groups <= len(limit_UxC))
+    return Case(title, Work(_prompts(len(limit_UxC), 128), limit_UxC), sizes, trial_groups=8)
 
 
 def memory_work(traces: int) -> Work:

@@ -34,10 +34,8 @@ def case_section(name: str, entry: dict[str, Any]) -> str:
 def memory_section(entry: dict[str, Any]) -> str:
     peaks = ", ".join(f"{traces}: {peak / 2**20:.1f}" for traces, peak in entry["peak_bytes_by_traces"].items())
     added, arithmetic = entry["bytes_per_added_trace"], entry["arithmetic_bytes_per_trace"]
-    text = (
-        f"Peak memory of our program for (b) by traces a group, MiB: {peaks}. An added trace costs {added:,.0f} bytes; "
-    )
-    text += f"its own keys and values are 2 L J E G x 4 = {arithmetic:,} bytes ({added / arithmetic:.3f}x)."
+    text = f"Peak memory of our program for (b) by traces a group, MiB: {peaks}. An added trace costs {added:,.0f} "
+    text += f"bytes; its own keys and values are 2 L J E G x 4 = {arithmetic:,} bytes ({added / arithmetic:.3f}x)."
     return "\n".join(["## Memory of (b) by traces", "", place(entry), "", text])
 
 
