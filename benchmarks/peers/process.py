@@ -1,0 +1,45 @@
+"""The driver's end: a contestant in an interpreter of its own, started once and kept, idle while another one works."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+PEERS = ("transformers_generate", "tunix_sampler")
+OURS = "spiral"
+VENVS = pathlib.Path(".venv-peers")
+
+
+class ContestantProcess:
+    """Runs benchmarks/peers/NAME.py; what it prints goes to LOGS/NAME.log."""
+
+    def __init__(self, name: str, logs: pathlib.Path) -> None:
+        python = VENVS / name / "bin" / "python" if name in PEERS else pathlib.Path(sys.executable)
+        if not python.exists():
+            raise FileNotFoundError(f"{python}: no such file. Run: bash benchmarks/peers/venvs.sh")
+        self.log = logs / f"{name}.log"
+        self._process = subprocess.Popen(
+            [str(python), "-m", f"benchmarks.peers.{name}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+            text=True,
+        )
+
+    def call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        """Returns {"returned", "seconds", "cpu_seconds", "peak_rss_bytes"} of one call of the contestant's method."""
+        self._process.stdin.write(json.dumps({"do": method, **arguments}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the contestant ended with code {self._process.wait()} in {method}: see {self.log}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()

@@ -1,0 +1,155 @@
+"""How fast is the sampler? Ours, transformers' `generate` and tunix's sampler on the same weights and the same work.
+
+    bash benchmarks/peers/venvs.sh                            # once: an interpreter for each peer
+    python -m benchmarks.sampler --json=docs/sampler.json     # also writes docs/sampler.md
+
+Each contestant is a process of its own that stays; one works at a time and may use every core. They take turns, run by
+run, so that all see the same machine. Everything is compiled in warm-up runs. The files are written after every round;
+cases that are not run this time keep what the JSON has of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import statistics
+import subprocess
+from typing import Any
+
+from absl import app, flags
+
+from benchmarks import sampler_cases, sampler_table
+from benchmarks.machine import machine
+from benchmarks.peers.process import OURS, PEERS, ContestantProcess
+from benchmarks.sampler_cases import Case
+
+JSON = flags.DEFINE_string("json", "docs/sampler.json", "the report; its table goes beside it as .md")
+ONLY = flags.DEFINE_list("only", ["a", "b", "c", "memory"], "what to measure")
+WORKDIR = flags.DEFINE_string("workdir", "runs/sampler", "where the model and the contestants' logs go")
+REPEATS = flags.DEFINE_integer("repeats", 5, "measured runs of (a) and (b)")
+WARMUPS = flags.DEFINE_integer("warmups", 2, "unmeasured runs before them")
+REPEATS_C = flags.DEFINE_integer("repeats_c", 5, "measured runs of (c), which take many minutes")
+WARMUPS_C = flags.DEFINE_integer("warmups_c", 2, "unmeasured runs before them")
+GROUPS_C = flags.DEFINE_integer("groups_c", 64, "groups of (c); fewer for a quick look")
+
+GREEDY_TOKENS = 32
+MEMORY_TRACES = (1, 2, 4, 8)
+
+Contestants = dict[str, ContestantProcess]
+
+
+def main(argv: list[str]) -> None:
+    workdir, out = pathlib.Path(WORKDIR.value), pathlib.Path(JSON.value)
+    sampler_cases.write_model(workdir / "model")
+    report = json.loads(out.read_text()) if out.exists() else {"cases": {}}
+    with contextlib.ExitStack() as stack:
+        contestants = {name: ContestantProcess(name, workdir) for name in (OURS, *PEERS)}
+        for contestant in contestants.values():
+            stack.callback(contestant.close)
+        where = {"machine": machine(), "commit": commit()} | load(contestants, workdir / "model")
+        for name in ONLY.value:
+            if name == "memory":
+                report["memory"] = where | measure_memory(contestants[OURS])
+                write(report, out)
+                continue
+            case = sampler_cases.make_case(name, GROUPS_C.value)
+            repeats, warmups = (REPEATS_C, WARMUPS_C) if name == "c" else (REPEATS, WARMUPS)
+            entry = report["cases"][name] = where | start_case(case, contestants)
+            for round_ in range(warmups.value + repeats.value):
+                run_round(case, entry, contestants, round_, "warmups" if round_ < warmups.value else "runs")
+                write(report, out)
+
+
+def commit() -> str:
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def load(contestants: Contestants, model: pathlib.Path) -> dict[str, Any]:
+    """Loads the model everywhere and makes sure that all compute the same function; their versions and settings."""
+    loaded = {name: contestant.call("load", model=str(model))["returned"] for name, contestant in contestants.items()}
+    prompt = sampler_cases.greedy_prompt()
+    greedy = {
+        name: contestant.call("greedy", prompt=prompt, tokens=GREEDY_TOKENS)["returned"]
+        for name, contestant in contestants.items()
+    }
+    if any(ids != greedy[OURS] for ids in greedy.values()):
+        raise RuntimeError(f"greedy tokens differ, so speeds cannot be compared: {greedy}")
+    return {key: {name: fields[key] for name, fields in loaded.items()} for key in ("versions", "settings")}
+
+
+def start_case(case: Case, contestants: Contestants) -> dict[str, Any]:
+    """The case's entry without runs; each peer has tried its batch sizes."""
+    entry = {"title": case.title, "useful_tokens": case.work.useful_tokens, "contestants": {}}
+    for name, contestant in contestants.items():
+        tried = try_batch_sizes(case, contestant) if name in PEERS else {}
+        best = int(max(tried, key=tried.get)) if tried else case.groups_per_batch[-1]
+        print(f"{case.title}; {name}: useful tokens/s by groups per batch {tried}", flush=True)
+        entry["contestants"][name] = {"groups_per_batch": best, "tried": tried, "warmups": [], "runs": []}
+    return entry
+
+
+def try_batch_sizes(case: Case, contestant: ContestantProcess) -> dict[str, float]:
+    """Useful tokens/s of the case's first groups by groups per batch (keys as JSON has them), compilation excluded."""
+    work, tried = case.work.first(case.trial_groups), {}
+    for groups in case.groups_per_batch:
+        for _ in range(2):  # the first one compiles
+            seconds = contestant.call("sample", work=work.to_json(), groups_per_batch=groups, seed=0)["seconds"]
+        tried[str(groups)] = work.useful_tokens / seconds
+    return tried
+
+
+def run_round(case: Case, entry: dict[str, Any], contestants: Contestants, round_: int, kind: str) -> None:
+    """One run of each contestant, appended to its `kind` of runs."""
+    for name, contestant in contestants.items():
+        row = entry["contestants"][name]
+        answer = contestant.call(
+            "sample", work=case.work.to_json(), groups_per_batch=row["groups_per_batch"], seed=round_
+        )
+        row[kind].append({"computed_rows": answer.pop("returned"), **answer})
+        tokens_per_s = case.work.useful_tokens / answer["seconds"]
+        print(f"{case.title}; {kind} {len(row[kind])}; {name}: {tokens_per_s:.1f} useful tokens/s", flush=True)
+
+
+def measure_memory(ours: ContestantProcess) -> dict[str, Any]:
+    """Peak bytes of (b) by traces, and what each added trace costs beside its own keys and values in arithmetic."""
+    peak = {}
+    for traces in MEMORY_TRACES:
+        work = sampler_cases.memory_work(traces)
+        peak[str(traces)] = ours.call("peak_bytes", work=work.to_json(), groups_per_batch=len(work.prompt_UxP))[
+            "returned"
+        ]
+    added = (MEMORY_TRACES[-1] - MEMORY_TRACES[0]) * len(work.prompt_UxP)
+    return {
+        "peak_bytes_by_traces": peak,
+        "bytes_per_added_trace": (peak[str(MEMORY_TRACES[-1])] - peak[str(MEMORY_TRACES[0])]) / added,
+        "arithmetic_bytes_per_trace": sampler_cases.bytes_per_trace(work.longest),
+    }
+
+
+def summarise(entry: dict[str, Any]) -> None:
+    """Adds to a case's entry what follows from its measured runs; nothing before the first one is complete."""
+    for row in entry["contestants"].values():
+        if not row["runs"]:
+            return
+        speeds = [entry["useful_tokens"] / run["seconds"] for run in row["runs"]]
+        row["tokens_per_s"] = {"median": statistics.median(speeds), "min": min(speeds), "max": max(speeds)}
+        row["cores_used"] = statistics.median(run["cpu_seconds"] / run["seconds"] for run in row["runs"])
+        row["occupancy"] = entry["useful_tokens"] / row["runs"][-1]["computed_rows"]
+        row["peak_rss_bytes"] = row["runs"][-1]["peak_rss_bytes"]
+    median = {name: row["tokens_per_s"]["median"] for name, row in entry["contestants"].items()}
+    entry["ours_over_better_peer"] = median[OURS] / max(median[peer] for peer in PEERS)
+
+
+def write(report: dict[str, Any], out: pathlib.Path) -> None:
+    for entry in report["cases"].values():
+        summarise(entry)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    out.with_suffix(".md").write_text(sampler_table.table(report))
+
+
+if __name__ == "__main__":
+    app.run(main)
