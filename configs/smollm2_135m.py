@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     c.sampling.chunk = 16
     c.sampling.exit_groups = 1
     c.sampling.prefill_tokens = 2304
-    c.sampling.shrink = True
+    c.sampling.row_counts = (2, 4, 8, 12, 16, 24, 32, 48)
     c.batch.problems = 4
     c.batch.search_lengths = ((288, 192),)
     c.batch.search_groups = 2

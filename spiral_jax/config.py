@@ -89,7 +89,9 @@ def defaults() -> ConfigDict:
     c.sampling.exit_groups = 4  # a chunk ends early when this many groups could leave their slot (ours)
     c.sampling.prefill_tokens = 16384  # prompt tokens, padding included, prefilled at once on each shard (ours)
     c.sampling.prefill_chunk = 256  # of them in each prompt, as many as run, and attend to each other, at once (ours)
-    c.sampling.shrink = False  # also compile decode programs for parts of the classes: pays where rows cost, on CPUs
+    # Rows of a device shard, ascending, for which decode programs are compiled beside the one for all rows of all
+    # classes. Pays where rows cost: on CPUs; accelerators need none (ours).
+    c.sampling.row_counts = ()
     c.sampling.verdict_delay = 2  # chunks after its last trace at which a problem's verdict counts, however late (ours)
     c.sampling.keep_rate = 0.5  # share of problems that are expected to carry a signal, until some are decided (ours)
     c.sampling.max_ratio = 4.0  # at most this many times batch.problems are tried for one batch (ours)
@@ -330,6 +332,9 @@ def _validate_sampling(c: ConfigDict) -> None:
         _require((widest, longest) in of_prompt, "sampling.classes", rows,
                  f"with a class of C = {widest} and G = {longest} for P = {prompt}",
                  "Else a group that stays wide has nowhere to go on.")  # fmt: skip
+    counts = list(c.sampling.row_counts)
+    ok = all(type(count) is int and count >= 1 for count in counts) and counts == sorted(set(counts))
+    _require(ok, "sampling.row_counts", counts, "ascending whole numbers >= 1")
     _require(0 < c.eval.top_p <= 1, "eval.top_p", c.eval.top_p, "above 0 and at most 1")
     _require(c.eval.min_p < 1, "eval.min_p", c.eval.min_p, "below 1")
 

@@ -103,7 +103,7 @@ def make_samplers(c: ConfigDict, model: ModelConfig, mesh: Mesh, stop_ids: tuple
         mesh=mesh,
     )
     classes = tuple(SlotClass(*row) for row in s.classes)
-    schedule = Schedule(classes, s.chunk, s.exit_groups, s.prefill_tokens, s.shrink)
+    schedule = Schedule(classes, s.chunk, s.exit_groups, s.prefill_tokens, tuple(s.row_counts))
     sampler = Engine(settings, schedule)
     eval_draw = Draw(e.temperature, e.top_k, e.top_p, e.min_p)
     if eval_draw == settings.draw:

@@ -47,9 +47,11 @@ def make_settings(mesh, stop_ids=(), **changes):
     return dataclasses.replace(settings, **changes)
 
 
-def make_engine(mesh, stop_ids=(), classes=ONE_SIZE, chunk=5, exit_groups=2, shrink=True, prefill_tokens=32, **changes):
+def make_engine(
+    mesh, stop_ids=(), classes=ONE_SIZE, chunk=5, exit_groups=2, row_counts=(), prefill_tokens=32, **changes
+):
     classes = tuple(SlotClass(*row) for row in classes)
-    schedule = Schedule(classes, chunk, exit_groups, prefill_tokens, shrink)
+    schedule = Schedule(classes, chunk, exit_groups, prefill_tokens, row_counts)
     return Engine(make_settings(mesh, stop_ids, **changes), schedule)
 
 

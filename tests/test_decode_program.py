@@ -28,10 +28,10 @@ MOVES = ("copy", "transpose", "convert", "concatenate", "dynamic-slice", "gather
 def compiled_decode(mesh, donate=True, weights=lambda weights: weights, decode=decode_chunk):
     """The program, compiled from shapes alone; `weights(abstract weights)` replaces what it reads."""
     settings = DecodeSettings(ModelConfig(ARCH), jnp.float32, Draw(), 0, (1,), 16, mesh)
-    shards = meshes.group_count_multiple(mesh)
+    rows = sum(slots.rows for slots in CLASSES) // meshes.group_count_multiple(mesh)
     states = tuple(abstract_state(settings, slots) for slots in CLASSES)
     out = (jax.tree.map(lambda a: a.sharding, states), None, None, None)
-    program = functools.partial(decode, settings, CLASSES, (0, 0), 8, 1, shards)
+    program = functools.partial(decode, settings, CLASSES, (0, 0), 8, 1, rows, 0)
     with jax.set_mesh(mesh):
         jitted = jax.jit(program, out_shardings=out, donate_argnums=(1,) if donate else ())
         return jitted.lower(weights(abstract_weights(settings.config, mesh)), states).compile()
@@ -108,12 +108,12 @@ def test_a_loop_that_slices_stacked_weights_would_fail_these_tests():
                                *weights.layers)  # fmt: skip
         return dataclasses.replace(weights, layers=stacked)
 
-    def sliced(settings, classes, leave_at, chunk, exit_groups, shards, weights, states):
+    def sliced(settings, classes, leave_at, chunk, exit_groups, rows, fewer, weights, states):
         def body(carry):
             index, states = carry
             own = [jax.tree.map(lambda a: a[jnp.where(index < 0, 0, i)], weights.layers) for i in range(ARCH.L)]  # noqa: B023
             unstacked = dataclasses.replace(weights, layers=tuple(own))
-            out = decode_chunk(settings, classes, leave_at, 1, 1, shards, unstacked, states)
+            out = decode_chunk(settings, classes, leave_at, 1, 1, rows, fewer, unstacked, states)
             return index + 1, out[0]
 
         states = jax.lax.while_loop(lambda carry: carry[0] < chunk, body, (jnp.int32(0), states))[1]

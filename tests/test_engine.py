@@ -78,8 +78,11 @@ def engine(mesh, stop_ids):
 
 @pytest.fixture(scope="module")
 def moving(mesh, stop_ids):
-    """An engine of many classes: groups start in a short one, go on in a longer one, and narrow; wide ones are cut."""
-    return make_engine(mesh, stop_ids, MANY_SIZES, exit_groups=1)
+    """An engine of many classes: groups start in a short one, go on in a longer one, and narrow; wide ones are cut.
+
+    Its decode programs compute a few packed rows, or all.
+    """
+    return make_engine(mesh, stop_ids, MANY_SIZES, exit_groups=1, row_counts=(3, 9))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,7 @@ def test_the_engine_draws_what_the_definition_draws(sampled, expected, stop_ids)
 
 
 @pytest.mark.devices8
-def test_moving_between_classes_and_being_cut_into_pieces_changes_no_token(moving, weights, expected):
+def test_moving_being_cut_into_pieces_and_packing_rows_changes_no_token(moving, weights, expected):
     run, metrics = recording(moving, weights)
     assert_same_up_to_rounding(run(mixed_requests()), expected)
     assert metrics["sampling/moves"] > 5  # longer slots, narrower ones
@@ -155,12 +158,11 @@ def test_greedy_takes_the_most_likely_token_with_log_prob_0(mesh, variables, wei
     assert not found.logprob_UxCxG.any() and (found.trace_UxCxG == found.trace_UxCxG[:, :1]).all()
 
 
-@pytest.mark.devices8
 def test_an_int8_cache_moves_log_probs_by_little(mesh, variables, weights, stop_ids):
-    engine = make_engine(mesh, stop_ids, MANY_SIZES, cache_dtype=np.dtype("int8"))
+    engine = make_engine(mesh, stop_ids, ONE_SIZE, cache_dtype=np.dtype("int8"))
     found = sample(engine, weights, mixed_requests())
     with jax.set_mesh(mesh):
-        index = np.arange(12) % 9
+        index = np.arange(12) % 9  # a multiple of the mesh's groups
         arrays = (found.requests.prompt_UxP, found.requests.prompt_len_U, found.trace_UxCxG)
         placed = jax.device_put(tuple(a[index] for a in arrays), meshes.group_sharding(mesh))
         forced = np.asarray(teacher_forced(MODEL, variables, *placed, DRAW.temperature))[:9]
@@ -261,6 +263,15 @@ def test_rows_tokens_and_shared_prompts_are_counted_exactly(mesh, weights):
     assert (occupancy.total, occupancy.count) == (limit_UxC.sum() - 6, 8 * 4 * 3)  # 8 steps of all 12 rows
     assert metrics["sampling/prefill_padding"].count == 16 if mesh.size == 1 else True
     assert metrics["sampling/chunks"] == 2
+
+
+def test_only_rows_that_run_are_computed_where_there_are_programs_for_fewer(mesh, weights):
+    limit_UxC = np.tile(np.array([12, 1, 1], np.int32), (4, 1))
+    requests = requests_of([[1, 2]] * 4, limit_UxC=limit_UxC)
+    run, metrics = recording(make_engine(mesh, (), row_counts=(2, 4), chunk=12), weights)
+    run(requests)
+    occupancy = metrics["sampling/row_occupancy"]  # one row of each group after its first tokens
+    assert (occupancy.total, occupancy.count) == (4 * 11, 4 * 11)
 
 
 def test_narrowing_keeps_rows_busy(mesh, weights):

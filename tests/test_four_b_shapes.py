@@ -135,10 +135,9 @@ def test_every_program_of_the_sampler_traces_at_its_full_shapes(c, mesh):
             new = admission_shapes(settings, schedule, i)
             state, token, logprob = jax.eval_shape(functools.partial(admit, settings), weights, states[i], new)
             assert token.shape == logprob.shape == (*new.slot_ZxW.shape, classes[i].C)
-        chosen = schedule.decode_sets()[-1]
-        step = functools.partial(decode_step, settings, classes, group_count_multiple(mesh))
+        step = functools.partial(decode_step, settings, classes, None)
         after, token, logprob = jax.eval_shape(step, weights, tuple(states))
-    assert len(chosen) == len(classes) and schedule.moves()
+    assert schedule.moves()
     assert math.prod(token.shape) == sum(slots.rows for slots in classes) and logprob.dtype == jnp.float32
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
     assert shapes(after) == shapes(tuple(states))

@@ -156,7 +156,7 @@ def test_sampled_logprobs_give_ratio_one_and_shifted_ones_the_ratio_of_the_shift
     mesh, kind = one_device(), "lora"
     frozen, state = start(kind, mesh)
     settings = DecodeSettings(MODELS[kind], jnp.float32, Draw(0.7), 0, (5, 6, 7), 4, mesh)
-    sampler = Engine(settings, Schedule((SlotClass(8, TRACES[Role.SEARCH], P, G),), 8, 1, 64, False))
+    sampler = Engine(settings, Schedule((SlotClass(8, TRACES[Role.SEARCH], P, G),), 8, 1, 64))
     requests = search_alone()[Role.SEARCH][0].requests
     requests.id_Ux6[:, 2] = np.arange(8)
     groups = sample(sampler, sampler.prepare(variables(MODELS[kind], frozen, state.trained)), requests)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
+from spiral_jax.sampling.static import StaticSampler
 
 from benchmarks.peers.contestant import Work, serve
 from spiral_jax import mesh as meshes
@@ -18,7 +19,6 @@ from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.qwen3 import ModelConfig
 from spiral_jax.sampling import static
-from spiral_jax.sampling.static import StaticSampler
 
 NEARLY_GREEDY = 1e-5  # a temperature at which the best candidate has all the mass
 

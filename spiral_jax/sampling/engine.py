@@ -123,6 +123,8 @@ class _Run:
         self.waiting: deque[tuple[Piece, list[int]]] = deque()
         self.states = [self.programs["clear", i].run() for i in range(len(self.schedule.classes))]
         self.counts: Counter[str] = Counter()
+        rows = [slots.rows // self.shards for slots in self.schedule.classes]
+        self.first_rows = [sum(rows[:i]) for i in range(len(rows))]  # of each class, among those of a shard
 
     def admit(self) -> bool:
         """Seats waiting pieces, then new requests, as long as an entry class has a free slot; prefills them.
@@ -180,29 +182,24 @@ class _Run:
             self.counts["prefill_computed"] += new.slot_ZxW.size * chunks * chunk
 
     def decode(self) -> None:
-        """One chunk of the smallest program that holds every class with a group in it."""
+        """One chunk of the program with the fewest rows that hold all running ones of each shard."""
         start = time.monotonic()
-        occupied = {piece.place[0] for piece in self.seated}
-        chosen = next(classes for classes in self.schedule.decode_sets() if occupied <= set(classes))
-        states, tokens, logprobs, steps = self.programs["decode", chosen].run(
-            self.weights, tuple(self.states[i] for i in chosen)
-        )
-        for i, state in zip(chosen, states, strict=True):
-            self.states[i] = state
+        running = [0] * self.shards
+        for piece in self.seated:
+            running[piece.place[1]] += len(piece.running)
+        rows = next(rows for rows in self.schedule.decode_rows(self.shards) if rows >= max(running))
+        states, tokens, logprobs, steps = self.programs["decode", rows].run(self.weights, tuple(self.states))
+        self.states = list(states)
         token_NxZxR, logprob_NxZxR, steps = jax.device_get((tokens, logprobs, steps))
         self.counts["decode_seconds"] += time.monotonic() - start
-        offset = 0
-        offsets = {}
-        for i in chosen:
-            offsets[i] = offset
-            offset += self.schedule.classes[i].rows // self.shards
         for piece in self.seated:
             i, z, slot = piece.place
-            rows = slice(offsets[i] + slot * len(piece.traces), offsets[i] + (slot + 1) * len(piece.traces))
-            self._collect(piece, token_NxZxR[:steps, z, rows], logprob_NxZxR[:steps, z, rows])
+            first = self.first_rows[i] + slot * len(piece.traces)
+            at = (slice(int(steps)), z, slice(first, first + len(piece.traces)))
+            self._collect(piece, token_NxZxR[at], logprob_NxZxR[at])
         self.counts["chunks"] += 1
         self.counts["queue_depth"] += len(self.waiting)
-        self.counts["rows_computed"] += int(steps) * token_NxZxR.shape[1] * token_NxZxR.shape[2]
+        self.counts["rows_computed"] += int(steps) * self.shards * rows
         self.counts["rows_live"] += int((token_NxZxR[:steps] >= 0).sum())
 
     def _collect(self, piece: Piece, token_NxC: np.ndarray, logprob_NxC: np.ndarray) -> None:

@@ -1,10 +1,10 @@
 """All programs of a sampler, compiled once from shapes alone; a shape that is not among them is an error, never a
 compilation.
 
-    decode[classes]   one for all classes; with `shrink` also for parts of them, so that empty ones are not computed
-    admit[i]          into the entry class of each prompt length
-    move[i, j]        from a class to one that is narrower or longer
-    clear[i]          a class without groups
+    decode[rows]   for all rows, and for fewer of them as `Schedule.row_counts` says
+    admit[i]       into the entry class of each prompt length
+    move[i, j]     from a class to one that is narrower or longer
+    clear[i]       a class without groups
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
 from spiral_jax import mesh as meshes
 from spiral_jax.config import ConfigError
@@ -38,14 +38,14 @@ class Schedule:
       chunk: decode steps a call, at most.
       exit_groups: a chunk ends early when this many groups can leave their slot.
       prefill_tokens: prompt tokens, padding included, of one admission a shard.
-      shrink: compile decode programs for parts of the classes too.
+      row_counts: rows of a shard, ascending, for which there are decode programs beside the one for all rows.
     """
 
     classes: tuple[SlotClass, ...]
     chunk: int
     exit_groups: int
     prefill_tokens: int
-    shrink: bool
+    row_counts: tuple[int, ...] = ()
 
     def entries(self) -> list[int]:
         """The class in which groups of each prompt length begin: the widest, of those the one with the least G."""
@@ -66,14 +66,10 @@ class Schedule:
         return max((self.classes[j].C for a, j in self.moves() if a == i and self.classes[j].C < self.classes[i].C),
                    default=0)  # fmt: skip
 
-    def decode_sets(self) -> list[tuple[int, ...]]:
-        """Which classes each decode program computes, fewest rows first; the last holds all."""
-        sets = {tuple(range(len(self.classes)))}
-        if self.shrink:
-            for _, members in itertools.groupby(self._by_prompt(), lambda i: self.classes[i].P):
-                members = sorted(members, key=lambda i: (-self.classes[i].C, self.classes[i].G))
-                sets |= {tuple(sorted(members[start:])) for start in range(len(members))}
-        return sorted(sets, key=lambda chosen: (sum(self.classes[i].rows for i in chosen), len(chosen)))
+    def decode_rows(self, shards: int) -> list[int]:
+        """Rows of a shard that each decode program computes, ascending; the last computes all."""
+        everything = sum(slots.rows for slots in self.classes) // shards
+        return [*(rows for rows in self.row_counts if rows < everything), everything]
 
     def _by_prompt(self) -> list[int]:
         return sorted(range(len(self.classes)), key=lambda i: self.classes[i].P)
@@ -93,7 +89,7 @@ class Program:
 
 
 def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...], Program]:
-    """Every program, by ("decode", classes), ("admit", i), ("move", i, j) and ("clear", i)."""
+    """Every program, by ("decode", rows), ("admit", i), ("move", i, j) and ("clear", i)."""
     mesh, classes = settings.mesh, schedule.classes
     shards = meshes.group_count_multiple(mesh)
     along = meshes.group_sharding(mesh)
@@ -119,14 +115,26 @@ def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[tuple
         rows = ints(shards, classes[j].C)
         add(("move", i, j), functools.partial(move, settings), states[i], states[j], ints(shards), ints(shards), rows,
             out=(places[i], places[j]), donate=(0, 1))  # fmt: skip
-    for chosen in schedule.decode_sets():
-        function = functools.partial(
-            decode_chunk, settings, tuple(classes[i] for i in chosen), tuple(schedule.leave_at(i) for i in chosen),
-            schedule.chunk, schedule.exit_groups, shards,
-        )  # fmt: skip
-        add(("decode", chosen), function, weights, tuple(states[i] for i in chosen),
-            out=(tuple(places[i] for i in chosen), None, None, None), donate=(1,))  # fmt: skip
+    for rows in schedule.decode_rows(shards):
+        start = time.monotonic()
+        with jax.set_mesh(mesh):
+            compiled = lower_decode(settings, schedule, rows).compile()
+        programs["decode", rows] = Program(compiled, time.monotonic() - start)
     return programs
+
+
+def lower_decode(settings: DecodeSettings, schedule: Schedule, rows: int) -> Lowered:
+    """The decode program for `rows` rows a shard, not compiled yet."""
+    states = tuple(abstract_state(settings, slots) for slots in schedule.classes)
+    counts = schedule.decode_rows(meshes.group_count_multiple(settings.mesh))
+    fewer = max((count for count in counts if count < rows), default=0)
+    function = functools.partial(
+        decode_chunk, settings, schedule.classes, tuple(schedule.leave_at(i) for i in range(len(states))),
+        schedule.chunk, schedule.exit_groups, rows, fewer,
+    )  # fmt: skip
+    out = (jax.tree.map(lambda a: a.sharding, states), None, None, None)
+    weights = abstract_weights(settings.config, settings.mesh)
+    return jax.jit(function, out_shardings=out, donate_argnums=(1,)).lower(weights, states)
 
 
 def describe(programs: dict[tuple[Any, ...], Program], settings: DecodeSettings, schedule: Schedule) -> str:
@@ -138,9 +146,8 @@ def describe(programs: dict[tuple[Any, ...], Program], settings: DecodeSettings,
         f"{needed['weights'] / 2**30:.2f} GiB of weights and {needed['slots'] / 2**30:.2f} GiB of keys and values"
     ]
     for (kind, *what), program in programs.items():
-        classes = what[0] if kind == "decode" else tuple(what)
-        shown = " -> ".join if kind == "move" else " + ".join
-        sizes = shown(str(tuple(vars(schedule.classes[i]).values())) for i in classes)
+        sizes = [str(tuple(vars(schedule.classes[i]).values())) for i in what] if kind != "decode" else []
+        sizes = " -> ".join(sizes) or f"{what[0]} rows a shard"
         lines.append(f"  {kind:6} {program.seconds:6.1f} s {program.temp_bytes / 2**20:9.1f} MiB temporary  {sizes}")
     return "\n".join(lines)
 
