@@ -185,6 +185,7 @@ def for_evaluation(c: ConfigDict) -> ConfigDict:
     """The configuration that `spiral_jax.evaluate` runs with: its own numbers where stages read those of training."""
     c = c.copy_and_resolve_references()
     c.search.traces, c.aggregation.subset_size = c.eval.n, eval_subset_size(c)
+    c.task.train_path = ""  # no training data are read
     return c
 
 

@@ -170,6 +170,7 @@ def test_set_up_sizes_prompts_for_the_largest_sets_and_needs_no_training_data(tm
     held_out.write_text('{"problem": "left=1", "answer": "7"}\n')
     c = tiny.get_config()
     c.task.name, c.task.eval_path, c.eval.problems = "jsonl", str(held_out), 1
+    c.task.train_path = "/no/such/file"
     setup = set_up(for_evaluation(c), training=False)
     assert setup.task.held_out(0).answer == "7"
     c.eval.problems = 2
