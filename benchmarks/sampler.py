@@ -25,7 +25,7 @@ from benchmarks.peers.process import OURS, PEERS, ContestantProcess
 from benchmarks.sampler_cases import Case
 
 JSON = flags.DEFINE_string("json", "docs/sampler.json", "the report; its table goes beside it as .md")
-ONLY = flags.DEFINE_list("only", ["a", "b", "c", "memory"], "what to measure")
+ONLY = flags.DEFINE_list("only", ["a", "b", "c", "memory", "draw"], "what to measure")
 WORKDIR = flags.DEFINE_string("workdir", "runs/sampler", "where the model and the contestants' logs go")
 REPEATS = flags.DEFINE_integer("repeats", 5, "measured runs of (a) and (b)")
 WARMUPS = flags.DEFINE_integer("warmups", 2, "unmeasured runs before them")
@@ -51,6 +51,10 @@ def main(argv: list[str]) -> None:
         for name in ONLY.value:
             if name == "memory":
                 report["memory"] = where | measure_memory(contestants[OURS])
+                write(report, out)
+                continue
+            if name == "draw":
+                report["draw"] = where | measure_draw(contestants[OURS])
                 write(report, out)
                 continue
             case = sampler_cases.make_case(name, GROUPS_C.value)
@@ -127,6 +131,20 @@ def measure_memory(ours: ContestantProcess) -> dict[str, Any]:
         "bytes_per_added_trace": (peak[str(MEMORY_TRACES[-1])] - peak[str(MEMORY_TRACES[0])]) / added,
         "arithmetic_bytes_per_trace": sampler_cases.bytes_per_trace(work.longest),
     }
+
+
+def measure_draw(ours: ContestantProcess) -> dict[str, Any]:
+    """What drawing costs: seconds of (a) at T = 1 and greedy, in turns."""
+    work, seconds = sampler_cases.make_case("a", 0).work.to_json(), {"1.0": [], "0.0": []}
+    for round_ in range(WARMUPS.value + REPEATS.value):
+        for temperature, runs in seconds.items():
+            answer = ours.call(
+                "sample", work=work, groups_per_batch=1, seed=round_, temperature=float(temperature)
+            )  # fmt: skip
+            if round_ >= WARMUPS.value:
+                runs.append(answer["seconds"])
+    medians = {temperature: statistics.median(runs) for temperature, runs in seconds.items()}
+    return {"seconds_by_temperature": seconds, "drawing_over_greedy": medians["1.0"] / medians["0.0"] - 1}
 
 
 def summarise(entry: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ def table(report: dict[str, Any]) -> str:
     sections = [case_section(*item) for item in sorted(report["cases"].items())]
     if "memory" in report:
         sections.append(memory_section(report["memory"]))
+    if "draw" in report:
+        sections.append(draw_section(report["draw"]))
     return "\n\n".join(["# Sampler", *sections]) + "\n"
 
 
@@ -37,6 +39,14 @@ def memory_section(entry: dict[str, Any]) -> str:
     text = f"Peak memory of our program for (b) by traces a group, MiB: {peaks}. An added trace costs {added:,.0f} "
     text += f"bytes; its own keys and values are 2 L J E G x 4 = {arithmetic:,} bytes ({added / arithmetic:.3f}x)."
     return "\n".join(["## Memory of (b) by traces", "", place(entry), "", text])
+
+
+def draw_section(entry: dict[str, Any]) -> str:
+    """(a) with drawn and with greedy tokens."""
+    runs = {t: ", ".join(f"{s:.2f}" for s in seconds) for t, seconds in entry["seconds_by_temperature"].items()}
+    text = f"Seconds of (a), ours: {runs['1.0']} at T = 1; {runs['0.0']} greedy. Drawing adds "
+    text += f"{100 * entry['drawing_over_greedy']:.1f} % (medians)."
+    return "\n".join(["## What drawing costs", "", place(entry), "", text])
 
 
 def place(entry: dict[str, Any]) -> str:

@@ -27,6 +27,9 @@ class ScriptedSampler:
     def prepare(self, variables):
         return variables
 
+    def start_report(self):
+        return "a script"
+
     def stream(self, weights, feed):
         """Takes up to `at_once` groups, then hands them back; one round is one unit of virtual time."""
         now, tokens = 0, 0

@@ -1,4 +1,4 @@
-"""spiral_jax's own sampler: fp32, prompt keys and values once a group. It also records log-probs, as training needs."""
+"""spiral_jax's own engine: fp32, prompt keys and values once a group. It also records log-probs, as training needs."""
 
 from __future__ import annotations
 
@@ -9,26 +9,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
-from spiral_jax.sampling.static import StaticSampler
+from jax.sharding import AxisType
 
 from benchmarks.peers.contestant import Work, serve
 from spiral_jax import mesh as meshes
 from spiral_jax.groups import GroupRequests, Groups, Purpose, Role
+from spiral_jax.metrics import Mean
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.qwen3 import ModelConfig
-from spiral_jax.sampling import static
+from spiral_jax.sampling.draw import Draw
+from spiral_jax.sampling.engine import Engine
+from spiral_jax.sampling.programs import Schedule
+from spiral_jax.sampling.protocol import Feed, sample
+from spiral_jax.sampling.slots import DecodeSettings, SlotClass
 
-NEARLY_GREEDY = 1e-5  # a temperature at which the best candidate has all the mass
+# (slots, C, P, G) for work of one prompt length, by (groups, traces): what a user would write into a config.
+EQUAL_LENGTHS = lambda U, C, P, G: ((U, C, P, G // 2), (U, C, P, G)) if G > 128 else ((U, C, P, G),)  # noqa: E731
+HEAVY_TAIL = lambda P, G: ((4, 8, P, G), (4, 4, P, G), (4, 2, P, G), (8, 1, P, G))  # noqa: E731
+HEAVY_TAIL_ROWS = tuple(range(4, 64, 4))
 
 
-def make_sampler(config: ModelConfig, mesh: Mesh, prompt_tokens: int, groups: int, temperature: float) -> StaticSampler:
-    """The sampler of work with prompts of `prompt_tokens` tokens, `groups` at a time, without stop ids."""
-    return StaticSampler(
-        config=config, mesh=mesh, seed=0, stop_ids=(), temperature=temperature, prompt_buckets=(prompt_tokens,),
-        groups_per_call={Role.SEARCH: groups},
-    )  # fmt: skip
+def make_schedule(work: Work) -> Schedule:
+    """Slots for all groups at once where traces are of one length, else narrowing classes for a few."""
+    (U, P), C, G = work.prompt_UxP.shape, work.limit_UxC.shape[1], work.longest
+    if work.limit_UxC.min() == G:
+        rows = [SlotClass(*row) for row in EQUAL_LENGTHS(U, C, P, G)]
+        return Schedule(tuple(rows), chunk=max(1, G // 2), exit_groups=1, prefill_tokens=U * P, row_counts=(U * C,))
+    classes = tuple(SlotClass(*row) for row in HEAVY_TAIL(P, G))
+    return Schedule(classes, chunk=64, exit_groups=1, prefill_tokens=P, row_counts=HEAVY_TAIL_ROWS)
 
 
 def make_requests(work: Work, seed: int) -> GroupRequests:
@@ -36,7 +45,20 @@ def make_requests(work: Work, seed: int) -> GroupRequests:
     id_Ux6 = np.zeros((U, 6), np.int32)
     id_Ux6[:] = (Purpose.EVALUATION, seed, 0, 0, Role.SEARCH, 0)
     id_Ux6[:, 2] = np.arange(U)
-    return GroupRequests(work.prompt_UxP, np.full(U, P, np.int32), id_Ux6, work.limit_UxC.shape[1], work.longest)
+    C, G = work.limit_UxC.shape[1], work.longest
+    return GroupRequests(work.prompt_UxP, np.full(U, P, np.int32), id_Ux6, C, G, work.limit_UxC)
+
+
+class Counting:
+    """An engine that keeps the metrics of its last stream."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.metrics: dict[str, Mean | float] = {}
+
+    def stream(self, weights: Any, feed: Feed) -> dict[str, Mean | float]:
+        self.metrics = self.engine.stream(weights, feed)
+        return self.metrics
 
 
 class Spiral:
@@ -45,44 +67,46 @@ class Spiral:
         self.config = ModelConfig(read_architecture(path))
         self.mesh = jax.make_mesh((1, 1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 3)
         self.params = hf.load_params(path, self.config, self.mesh)
-        self.weights = self._sampler(1, 1, 1.0).prepare({"params": self.params})
+        self.engines: dict[tuple[Schedule, float], Engine] = {}
         return {
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
-            "settings": "StaticSampler, all groups of a batch in one call",
+            "settings": "engine; equal lengths: all groups at once; heavy tail: slots of 8, 4, 2 and 1 traces",
         }
 
-    def _sampler(self, prompt_tokens: int, groups: int, temperature: float) -> StaticSampler:
-        return make_sampler(self.config, self.mesh, prompt_tokens, groups, temperature)
+    def _engine(self, work: Work, temperature: float) -> Engine:
+        key = make_schedule(work), temperature
+        if key not in self.engines:
+            settings = DecodeSettings(self.config, jnp.float32, Draw(temperature), 0, (), 256, self.mesh)
+            self.engines[key] = Engine(settings, key[0])
+            self.weights = self.engines[key].prepare({"params": self.params})
+        return self.engines[key]
 
-    def _groups(self, work: Work, groups_per_batch: int, seed: int, temperature: float) -> Groups:
-        sampler = self._sampler(work.prompt_UxP.shape[1], groups_per_batch, temperature)
-        return sampler.sample(self.weights, make_requests(work, seed))
+    def _groups(self, work: Work, seed: int, temperature: float) -> tuple[Groups, dict[str, Mean | float]]:
+        counting = Counting(self._engine(work, temperature))
+        return sample(counting, self.weights, make_requests(work, seed)), counting.metrics
 
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
         work = Work(np.array([prompt], np.int32), np.array([[tokens]], np.int32))
-        return self._groups(work, 1, 0, NEARLY_GREEDY).trace_ids(0, 0).tolist()
+        return self._groups(work, 0, 0.0)[0].trace_ids(0, 0).tolist()
 
-    def sample(self, work: dict[str, Any], groups_per_batch: int, seed: int) -> int:
+    def sample(self, work: dict[str, Any], groups_per_batch: int, seed: int, temperature: float = 1.0) -> int:
+        """`groups_per_batch` is for peers with static batches."""
         work = Work.from_json(work)
-        groups = self._groups(work, groups_per_batch, seed, 1.0)
+        groups, metrics = self._groups(work, seed, temperature)
         if (groups.trace_len_UxC < work.limit_UxC).any():
             raise RuntimeError("traces shorter than their limits")
-        return groups.trace_len_UxC.size * work.longest
+        first_tokens = groups.trace_len_UxC.size  # drawn by prefill
+        return int(metrics["sampling/row_occupancy"].count) + first_tokens
 
     def peak_bytes(self, work: dict[str, Any], groups_per_batch: int) -> int:
-        """Of the compiled program that samples this work, weights included."""
-        requests = make_requests(Work.from_json(work), 0)
-        sampler = self._sampler(requests.prompt_UxP.shape[1], groups_per_batch, 1.0)
-        memory = (
-            static._generate.lower(
-                self.weights, requests.prompt_UxP, requests.prompt_len_U, requests.id_Ux6,
-                jnp.ones(len(requests), bool), config=self.config, C=requests.traces, G=requests.max_tokens,
-                seed=sampler.seed, temperature=sampler.temperature, stop_ids=sampler.stop_ids,
-            )
-            .compile()
-            .memory_analysis()
-        )  # fmt: skip
-        return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        """Of the program that needs most, with every slot and the weights."""
+        programs = self._engine(Work.from_json(work), 1.0).programs
+        needed = []
+        for program in programs.values():
+            memory = program.run.memory_analysis()
+            in_and_out = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            needed.append(in_and_out + memory.temp_size_in_bytes)
+        return max(needed)
 
 
 if __name__ == "__main__":
