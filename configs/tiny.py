@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.sampling.prefill_tokens = 4096
     c.sampling.prefill_chunk = 64
     c.sampling.keep_rate = 0.75  # at the start; it rises with training
-    c.sampling.row_counts = (32, 64, 128, 192, 256, 384, 512)  # two CPU cores: rows cost
+    c.sampling.row_counts = (64, 128, 256, 512)  # two CPU cores: rows cost
     c.batch.problems = 16
     c.batch.search_lengths = ((16, 26),)
     c.batch.search_groups = 16
