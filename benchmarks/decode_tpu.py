@@ -104,10 +104,9 @@ def copies(text: str, smallest: int) -> dict[str, int]:
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-]+)\((.*)$")
-MOVES_NOTHING = {
-    "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "iota", "copy-done",
-    "after-all",
-}  # fmt: skip
+MOVES_NOTHING = (
+    "parameter tuple get-tuple-element bitcast constant while conditional call iota copy-done after-all".split()
+)
 
 
 def decode_step_bytes(text: str) -> int:

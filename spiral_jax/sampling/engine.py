@@ -49,15 +49,15 @@ class Engine:
     def __init__(self, settings: DecodeSettings, schedule: Schedule):
         self.settings = settings
         self.schedule = schedule
-        self._shards = meshes.group_count_multiple(settings.mesh)
-        self._entries = schedule.entries()
-        self._targets = {i: [j for a, j in schedule.moves() if a == i] for i in range(len(schedule.classes))}
+        self.shards = meshes.group_count_multiple(settings.mesh)
+        self.entries = schedule.entries()
+        self.targets = {i: [j for a, j in schedule.moves() if a == i] for i in range(len(schedule.classes))}
         self._programs: dict[tuple[Any, ...], Program] = {}
         for i, slots in enumerate(schedule.classes):
-            if slots.slots % self._shards:
+            if slots.slots % self.shards:
                 raise ConfigError(
                     f"config.sampling.classes[{i}]: its {slots.slots} slots must be a multiple of the mesh's "
-                    f"data * fsdp = {self._shards}."
+                    f"data * fsdp = {self.shards}."
                 )
         V = settings.config.arch.V
         if outside := [stop for stop in settings.stop_ids if not 0 <= stop < V]:
@@ -102,7 +102,7 @@ class Engine:
         if P < 1 or request.traces < 1:
             raise ValueError(f"a request with a prompt of {P} tokens and {request.traces} traces: both must be >= 1.")
         longest = {slots.P: max(c.G for c in classes if c.P == slots.P) for slots in classes}
-        fit = [i for i in self._entries if classes[i].P >= P and longest[classes[i].P] >= G]
+        fit = [i for i in self.entries if classes[i].P >= P and longest[classes[i].P] >= G]
         if not fit:
             raise ValueError(
                 f"a prompt of {P} tokens with traces of up to {G} fits into none of config.sampling.classes = "
@@ -116,7 +116,7 @@ class _Run:
 
     def __init__(self, engine: Engine, weights: DecodeWeights, feed: Feed):
         self.engine, self.weights, self.feed, self.now = engine, weights, feed, 0
-        self.schedule, self.settings, self.shards = engine.schedule, engine.settings, engine._shards
+        self.schedule, self.settings, self.shards = engine.schedule, engine.settings, engine.shards
         self.programs = engine.programs
         self.seats = Seats(self.schedule.classes, self.shards)
         self.seated: list[Piece] = []
@@ -135,8 +135,8 @@ class _Run:
         entered: dict[int, list[Piece]] = {}
         for _ in range(len(self.waiting)):
             self._seat(*self.waiting.popleft(), entered)
-        room = sum(self.schedule.classes[i].slots for i in self.engine._entries)
-        while len(self.waiting) < room and any(self.seats.has_free(i) for i in self.engine._entries):
+        room = sum(self.schedule.classes[i].slots for i in self.engine.entries)
+        while len(self.waiting) < room and any(self.seats.has_free(i) for i in self.engine.entries):
             request = self.feed.next(self.now)
             if request is None:
                 break
@@ -214,7 +214,7 @@ class _Run:
         self._leave()
         for piece in self.seated:
             i, shard, _ = piece.place
-            j = self.seats.better_class(piece, self.engine._targets[i])
+            j = self.seats.better_class(piece, self.engine.targets[i])
             if j is not None:
                 place = self.seats.take(j, shard)
                 rows = piece.running + [-1] * (self.schedule.classes[j].C - len(piece.running))

@@ -45,14 +45,13 @@ class _Listed:
     def __init__(self, requests: GroupRequests):
         self._waiting = deque(range(len(requests)))
         self._requests = requests
-        self._place = {tuple(ids): u for u, ids in enumerate(requests.id_Ux6.tolist())}
-        self.groups: dict[int, Groups] = {}
+        self.groups: dict[tuple[int, ...], Groups] = {}  # by id
 
     def next(self, now: int) -> GroupRequests | None:
         return self._requests.take([self._waiting.popleft()]) if self._waiting else None
 
     def done(self, group: Groups, now: int) -> None:
-        self.groups[self._place[tuple(group.requests.id_Ux6[0].tolist())]] = group
+        self.groups[tuple(group.requests.id_Ux6[0].tolist())] = group
 
     def finished(self, now: int) -> bool:
         return len(self.groups) == len(self._requests)
@@ -66,8 +65,9 @@ def sample(sampler: Sampler, weights: Any, requests: GroupRequests) -> Groups:
     """
     if len(requests) == 0:
         raise ValueError("requests: none; at least one group must be asked for.")
-    feed = _Listed(requests)
-    if len(feed._place) != len(requests):
+    ids = [tuple(group_id) for group_id in requests.id_Ux6.tolist()]
+    if len(set(ids)) != len(ids):
         raise ValueError("requests.id_Ux6: two groups have the same id, so they would get the same random numbers.")
+    feed = _Listed(requests)
     sampler.stream(weights, feed)
-    return concat_groups([feed.groups[u] for u in range(len(requests))])
+    return concat_groups([feed.groups[group_id] for group_id in ids])
