@@ -104,9 +104,8 @@ def copies(text: str, smallest: int) -> dict[str, int]:
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-]+)\((.*)$")
-MOVES_NOTHING = (
-    "parameter tuple get-tuple-element bitcast constant while conditional call iota copy-done after-all".split()
-)
+MOVES_NOTHING = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "iota", "copy-done", "after-all")
+ENTERS = ("while", "conditional", "call")
 
 
 def decode_step_bytes(text: str) -> int:
@@ -131,12 +130,12 @@ def _bytes_of(parts: dict[str, str], name: str) -> int:
             continue
         result, kind, operation, rest = match.groups()
         types[result] = kind
-        if operation in ("while", "conditional", "call"):
+        if operation in ENTERS:
             keys = r"(?:body|to_apply|true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
             called = [callee for group in re.findall(keys, rest) for callee in re.findall(r"[\w.\-]+", group)]
             branches = [_bytes_of(parts, callee) for callee in called if callee in parts]
             total += max(branches, default=0)
-        if operation in MOVES_NOTHING:
+        if operation in MOVES_NOTHING + ENTERS:
             continue
         operands = [_hbm_bytes(types.get(operand, "")) for operand in re.findall(r"%([\w.\-]+)", rest.split("), ")[0])]
         moved = sum(operands) + (

@@ -35,7 +35,7 @@ from spiral_jax.evaluation import evaluate_wave, held_out
 from spiral_jax.model import hf
 from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
-from spiral_jax.setup import Setup, set_up
+from spiral_jax.setup import Setup, keep_compiled_programs, set_up
 from spiral_jax.tasks.jsonl import TaskError
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.trace_log import render_examples
@@ -75,6 +75,7 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
       WorkdirError: `workdir` holds an evaluation with another config, other weights or other data.
     """
     config.validate_evaluation(c)
+    keep_compiled_programs()
     setup = set_up(config.for_evaluation(c), training=False)
     path = open_workdir(workdir, config.to_plain(c), config.digest(c))
     model = model_fingerprint([setup.path, *([pathlib.Path(c.model.adapter_path)] if c.model.adapter_path else [])])

@@ -58,6 +58,15 @@ class Setup:
         return initial.load_start(self.c, self.path, self.model, self.mesh)
 
 
+def keep_compiled_programs() -> None:
+    """Turns on JAX's persistent compilation cache, so that a restart compiles nothing: in ~/.cache/spiral_jax.
+
+    JAX_COMPILATION_CACHE_DIR names another place. Off on CPUs unless it is set: their programs fit one kind of machine.
+    """
+    if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "spiral_jax"))
+
+
 def set_up(c: ConfigDict, training: bool = True) -> Setup:
     """Validates `c` and builds everything that it names. Raises `ConfigError` or the data's own errors.
 

@@ -41,7 +41,7 @@ from spiral_jax.metrics import divide
 from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
-from spiral_jax.setup import Setup, check_shapes, set_up
+from spiral_jax.setup import Setup, check_shapes, keep_compiled_programs, set_up
 from spiral_jax.tasks.jsonl import TaskError
 from spiral_jax.trace_log import render_examples, trace_rows
 from spiral_jax.train_step import abstract_state, init_state, make_train_step, variables
@@ -69,6 +69,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--workdir is required (or --dry_run)")
     logging.set_verbosity(logging.WARNING)
     try:
+        keep_compiled_programs()
         setup = set_up(CONFIG.value)
         if DRY_RUN.value:
             check_shapes(setup)
@@ -107,7 +108,8 @@ def train(setup: Setup, workdir: str) -> None:
 
     with Verifier(setup.reward, c.verifier.workers, c.verifier.timeout_s) as verifier, \
             Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(mesh):  # fmt: skip
-        print(setup.sampler.start_report(), flush=True)
+        if not _finished(c, at):
+            print(setup.sampler.start_report(), flush=True)
         actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, progress)
         evaluator = dataclasses.replace(actor, sampler=setup.eval_sampler)
         weights = setup.sampler.prepare(variables(setup.model, frozen, state.trained))
