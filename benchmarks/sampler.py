@@ -5,7 +5,7 @@
 
 Each contestant is a process of its own that stays; one works at a time and may use every core. They take turns, run by
 run, so that all see the same machine. Everything is compiled in warm-up runs. The files are written after every round;
-cases that are not run this time keep what the JSON has of them.
+cases that are not run this time keep what the JSON has of them. `--against=` measures ours alone.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ REPEATS_C = flags.DEFINE_integer("repeats_c", 5, "measured runs of (c), which ta
 WARMUPS_C = flags.DEFINE_integer("warmups_c", 2, "unmeasured runs before them")
 GROUPS_C = flags.DEFINE_integer("groups_c", 64, "groups of (c); fewer for a quick look")
 
+AGAINST = flags.DEFINE_list("against", list(PEERS), "peers to measure; none: ours alone, without a ratio")
+
 GREEDY_TOKENS = 32
 MEMORY_TRACES = (1, 2, 4, 8)
 
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> None:
     sampler_cases.write_model(workdir / "model")
     report = json.loads(out.read_text()) if out.exists() else {"cases": {}}
     with contextlib.ExitStack() as stack:
-        contestants = {name: ContestantProcess(name, workdir) for name in (OURS, *PEERS)}
+        contestants = {name: ContestantProcess(name, workdir) for name in (OURS, *AGAINST.value)}
         for contestant in contestants.values():
             stack.callback(contestant.close)
         where = {"machine": machine(), "commit": commit()} | load(contestants, workdir / "model")
@@ -158,7 +160,8 @@ def summarise(entry: dict[str, Any]) -> None:
         row["occupancy"] = entry["useful_tokens"] / row["runs"][-1]["computed_rows"]
         row["peak_rss_bytes"] = row["runs"][-1]["peak_rss_bytes"]
     median = {name: row["tokens_per_s"]["median"] for name, row in entry["contestants"].items()}
-    entry["ours_over_better_peer"] = median[OURS] / max(median[peer] for peer in PEERS)
+    if peers := [median[name] for name in PEERS if name in median]:
+        entry["ours_over_better_peer"] = median[OURS] / max(peers)
 
 
 def write(report: dict[str, Any], out: pathlib.Path) -> None:

@@ -18,7 +18,7 @@ def table(report: dict[str, Any]) -> str:
 def case_section(name: str, entry: dict[str, Any]) -> str:
     """Speed is useful tokens over wall time, prefill and drain included."""
     lines = [f"## ({name}) {entry['title']}", "", place(entry), ""]
-    if "ours_over_better_peer" not in entry:
+    if not all("tokens_per_s" in row for row in entry["contestants"].values()):
         return "\n".join([*lines, "Not measured: only warm-up runs so far."])
     heads = ["contestant", "useful tokens/s: median [min, max]", "runs (warm-ups)", "row occupancy"]
     heads += ["groups a batch (tried: tokens/s)", "cores used", "peak RSS, GiB"]
@@ -30,7 +30,9 @@ def case_section(name: str, entry: dict[str, Any]) -> str:
         cells += [f"{len(row['runs'])} ({len(row['warmups'])})", f"{100 * row['occupancy']:.1f} %"]
         cells += [f"{row['groups_per_batch']} ({tried})" if tried else "", f"{row['cores_used']:.2f}"]
         lines.append("| " + " | ".join([*cells, f"{row['peak_rss_bytes'] / 2**30:.2f}"]) + " |")
-    return "\n".join([*lines, "", f"Ours over the better peer: **{entry['ours_over_better_peer']:.2f}x**."])
+    ratio = entry.get("ours_over_better_peer")
+    verdict = f"Ours over the better peer: **{ratio:.2f}x**." if ratio else "Peers were not measured on this case."
+    return "\n".join([*lines, "", verdict])
 
 
 def memory_section(entry: dict[str, Any]) -> str:
