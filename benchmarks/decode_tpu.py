@@ -37,7 +37,7 @@ from configs import qwen3_4b
 from spiral_jax import mesh as meshes
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.sampling.programs import abstract_state, lower_decode
+from spiral_jax.sampling.programs import abstract_state, decode_program
 from spiral_jax.sampling.weights import abstract_weights
 from spiral_jax.setup import make_samplers
 
@@ -56,8 +56,7 @@ def main(argv: list[str]) -> None:
     engine, _ = make_samplers(c, hf.model_config(ARCH, c.model), mesh, (151645, 151643))
     shards = meshes.group_count_multiple(mesh)
     start = time.monotonic()
-    with jax.set_mesh(mesh):
-        program = lower_decode(engine.settings, engine.schedule, engine.schedule.decode_rows(shards)[-1]).compile()
+    program = decode_program(engine.settings, engine.schedule, engine.schedule.decode_rows(shards)[-1]).run
     report = {"machine": machine(), "topology": TOPOLOGY.value, "classes": [list(row) for row in c.sampling.classes]}
     report |= {"compile_seconds": round(time.monotonic() - start), **read(program, engine)}
     print(json.dumps(report, indent=1))

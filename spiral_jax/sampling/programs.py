@@ -15,12 +15,13 @@ import itertools
 import math
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled
 
 from spiral_jax import mesh as meshes
 from spiral_jax.config import ConfigError
@@ -77,54 +78,43 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program, with what compiling it took and what running it needs beside its arguments."""
+    """A compiled program, and what compiling it took. Under JAX_DISABLE_JIT it is the Python function itself."""
 
-    run: Compiled
+    run: Callable[..., Any]
     seconds: float
 
     @property
     def temp_bytes(self) -> int:
-        analysis = self.run.memory_analysis()
+        """Device memory that it needs beside arguments and results."""
+        analysis = self.run.memory_analysis() if isinstance(self.run, Compiled) else None
         return analysis.temp_size_in_bytes if analysis else 0
 
 
 def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...], Program]:
     """Every program, by ("decode", rows), ("admit", i), ("move", i, j) and ("clear", i)."""
     mesh, classes = settings.mesh, schedule.classes
-    shards = meshes.group_count_multiple(mesh)
-    along = meshes.group_sharding(mesh)
+    shards, along = meshes.group_count_multiple(mesh), meshes.group_sharding(mesh)
     weights = abstract_weights(settings.config, mesh)
     states = [abstract_state(settings, slots) for slots in classes]
-    places = [jax.tree.map(lambda a: a.sharding, state) for state in states]
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=along)  # noqa: E731
     programs = {}
-
-    def add(name: tuple[Any, ...], function: Any, *shapes: Any, out: Any = None, donate: tuple[int, ...] = ()) -> None:
-        start = time.monotonic()
-        with jax.set_mesh(mesh):
-            compiled = jax.jit(function, out_shardings=out, donate_argnums=donate).lower(*shapes).compile()
-        programs[name] = Program(compiled, time.monotonic() - start)
-
     for i, slots in enumerate(classes):
-        add(("clear", i), functools.partial(empty_state, settings, slots), out=places[i])
+        programs["clear", i] = _compile(mesh, functools.partial(empty_state, settings, slots), (), _places(states[i]))
     for i in schedule.entries():
-        new = admission_shapes(settings, schedule, i)
-        add(("admit", i), functools.partial(admit, settings), weights, states[i], new,
-            out=(places[i], along, along), donate=(1,))  # fmt: skip
+        shapes = weights, states[i], admission_shapes(settings, schedule, i)
+        out = _places(states[i]), along, along
+        programs["admit", i] = _compile(mesh, functools.partial(admit, settings), shapes, out, donate=(1,))
     for i, j in schedule.moves():
-        rows = ints(shards, classes[j].C)
-        add(("move", i, j), functools.partial(move, settings), states[i], states[j], ints(shards), ints(shards), rows,
-            out=(places[i], places[j]), donate=(0, 1))  # fmt: skip
+        shapes = states[i], states[j], ints(shards), ints(shards), ints(shards, classes[j].C)
+        out = _places(states[i]), _places(states[j])
+        programs["move", i, j] = _compile(mesh, functools.partial(move, settings), shapes, out, donate=(0, 1))
     for rows in schedule.decode_rows(shards):
-        start = time.monotonic()
-        with jax.set_mesh(mesh):
-            compiled = lower_decode(settings, schedule, rows).compile()
-        programs["decode", rows] = Program(compiled, time.monotonic() - start)
+        programs["decode", rows] = decode_program(settings, schedule, rows)
     return programs
 
 
-def lower_decode(settings: DecodeSettings, schedule: Schedule, rows: int) -> Lowered:
-    """The decode program for `rows` rows a shard, not compiled yet."""
+def decode_program(settings: DecodeSettings, schedule: Schedule, rows: int) -> Program:
+    """The decode program for `rows` rows a shard."""
     states = tuple(abstract_state(settings, slots) for slots in schedule.classes)
     counts = schedule.decode_rows(meshes.group_count_multiple(settings.mesh))
     fewer = max((count for count in counts if count < rows), default=0)
@@ -132,9 +122,22 @@ def lower_decode(settings: DecodeSettings, schedule: Schedule, rows: int) -> Low
         decode_chunk, settings, schedule.classes, tuple(schedule.leave_at(i) for i in range(len(states))),
         schedule.chunk, schedule.exit_groups, rows, fewer,
     )  # fmt: skip
-    out = (jax.tree.map(lambda a: a.sharding, states), None, None, None)
-    weights = abstract_weights(settings.config, settings.mesh)
-    return jax.jit(function, out_shardings=out, donate_argnums=(1,)).lower(weights, states)
+    shapes = abstract_weights(settings.config, settings.mesh), states
+    return _compile(settings.mesh, function, shapes, (_places(states), None, None, None), donate=(1,))
+
+
+def _compile(mesh: Mesh, function: Any, shapes: Any, out: Any, donate: tuple[int, ...] = ()) -> Program:
+    """Compiles for arguments of these shapes and shardings; `out`: the results' shardings, None: up to the compiler."""
+    if jax.config.jax_disable_jit:
+        return Program(function, 0.0)
+    start = time.monotonic()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(function, out_shardings=out, donate_argnums=donate).lower(*shapes).compile()
+    return Program(compiled, time.monotonic() - start)
+
+
+def _places(tree: Any) -> Any:
+    return jax.tree.map(lambda a: a.sharding, tree)
 
 
 def describe(programs: dict[tuple[Any, ...], Program], settings: DecodeSettings, schedule: Schedule) -> str:

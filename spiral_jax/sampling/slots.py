@@ -219,6 +219,8 @@ def is_stop(stop_ids: tuple[int, ...], token: jax.Array) -> jax.Array:
 
 def _over_shards(mesh: Mesh, function: Any, parts: int) -> Any:
     """`function` on each shard's own slots; every argument and result has its shard or slot axis first."""
+    if meshes.group_count_multiple(mesh) == 1:
+        return function
     along = P(GROUP_AXES)
     return jax.shard_map(
         function, mesh=mesh, in_specs=(along,) * parts, out_specs=along, axis_names=set(GROUP_AXES), check_vma=False
