@@ -54,6 +54,15 @@ def defaults() -> ConfigDict:
     c.task.reward = ""  # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function" (ours)
 
     c.prompt = ConfigDict()
+    # "chat": a user's turn in the tokenizer's chat template; "plain", for base models without one: the texts below as
+    # they are, behind the BOS token if the tokenizer begins texts with it (ours)
+    c.prompt.template = "chat"
+    c.prompt.system = ""  # system message before the user's turn; "" = none but what the chat template adds (ours)
+    # variables of the chat template, such as {"enable_thinking": False}; {} = its own defaults (ours)
+    c.prompt.template_kwargs = ConfigDict()
+    # tokens that end a trace beside those of generation_config.json and the tokenizer: each a text or id, such as
+    # ("<|eot_id|>", 151643) (ours)
+    c.prompt.stop = ()
     # asks for a search trace; {problem} is the task's text (ours; the paper's wording is unpublished)
     c.prompt.search = "{problem}\n\nReason step by step, and put your final answer within \\boxed{{}}."
     # asks for an aggregation trace; {candidates} are those below one after the other, {count} their number (ours)
@@ -231,6 +240,7 @@ def _validate_choices(c: ConfigDict) -> None:
         "model.compute_dtype": ("float32", "bfloat16"),
         "task.name": ("jsonl", "two_halves", "reasoning_gym"),
         "sampling.cache_dtype": ("compute", "int8"),
+        "prompt.template": ("chat", "plain"),
         "prompt.truncated": ("keep_tail", "drop", "mark"),
         "prompt.thinking": ("answer_only", "full"),
         "loss.estimator": ESTIMATORS,
@@ -240,6 +250,7 @@ def _validate_choices(c: ConfigDict) -> None:
     for field, allowed in choices.items():
         room, name = field.split(".")
         _require(c[room][name] in allowed, field, c[room][name], f"one of {', '.join(allowed)}")
+    _validate_prompt(c)
     _require(bool(c.model.hf_path), "model.hf_path", c.model.hf_path, "a directory with config.json and weights")
     _require(not c.model.adapter_path or c.model.lora_rank > 0, "model.adapter_path", c.model.adapter_path,
              "empty at model.lora_rank = 0", "Set model.lora_rank to the adapter's r.")  # fmt: skip
@@ -268,6 +279,18 @@ def _validate_choices(c: ConfigDict) -> None:
         _require(bool(c.task.generator), "task.generator", c.task.generator, "the name of a reasoning-gym generator")
     _require(c.task.reward in ("", "math") or ":" in c.task.reward, "task.reward", c.task.reward,
              'empty, "math" or "package.module:function"')  # fmt: skip
+
+
+def _validate_prompt(c: ConfigDict) -> None:
+    stop = list(c.prompt.stop)
+    _require(all(isinstance(token, str) or type(token) is int for token in stop), "prompt.stop", stop,
+             "a tuple of texts or ids of tokens")  # fmt: skip
+    if c.prompt.template == "plain":
+        _require(not c.prompt.system, "prompt.system", c.prompt.system, 'empty at prompt.template = "plain"',
+                 "Write its words into prompt.search and prompt.aggregation.")  # fmt: skip
+        given = c.prompt.template_kwargs.to_dict()
+        _require(not given, "prompt.template_kwargs", given, '{} at prompt.template = "plain"',
+                 "There is no chat template to read them.")  # fmt: skip
 
 
 def _validate_task(c: ConfigDict) -> None:
@@ -352,7 +375,8 @@ def from_plain(plain: dict) -> ConfigDict:
     """
     c = defaults()
     try:
-        c.update(plain)
+        with c.prompt.template_kwargs.unlocked():  # the one room whose names are not ours
+            c.update(plain)
     except (KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"a configuration of another version of spiral_jax: {error.args[0]}") from error
     return c

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from spiral_jax import prompts
 from spiral_jax.checkpoint import CheckpointError
-from spiral_jax.config import ConfigError, digest, parse_flags
+from spiral_jax.config import ConfigError, digest, parse_flags, to_plain
 from spiral_jax.initial import Trained, find_trained
 from spiral_jax.mesh import host_mesh, path_name
 from spiral_jax.model import hf
@@ -79,7 +79,7 @@ def export(trained: Trained, out: pathlib.Path, adapter: bool, max_shard_bytes: 
     base = hf.resolve_path(c.model.hf_path)
     model = hf.model_config(read_architecture(base), c.model)
     tokenizer = prompts.load_tokenizer(base)
-    stop_ids = prompts.stop_ids(tokenizer, base)
+    stop_ids = prompts.stop_ids(tokenizer, base, c.prompt.stop)
     scaffold = prompts.make_scaffold(tokenizer, c.prompt, stop_ids)
     out.mkdir(parents=True, exist_ok=True)
     for pattern in _TOKENIZER_FILES:
@@ -143,7 +143,7 @@ def scaffold_fields(trained: Trained, scaffold: Scaffold, stop_ids: tuple[int, .
     decode = lambda i: scaffold.tokenizer.decode([int(i)], skip_special_tokens=False)  # noqa: E731
     return {
         "format": 1,
-        "prompt": c.prompt.to_dict(),
+        "prompt": to_plain(c.prompt),
         "candidate_texts": {"empty": EMPTY, "cut_off": CUT_OFF},
         "opens_thinking": scaffold.opens_thinking,
         "special_tokens": sorted({decode(i) for i in scaffold.special_ids} - {""}),

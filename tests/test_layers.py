@@ -11,7 +11,17 @@ ROOT = pathlib.Path(spiral_jax.__file__).parent
 
 FLOORS = {
     0: {"groups", "config", "metrics", "mesh"},
-    1: {"model", "tasks", "prompts", "verifier", "estimators", "measures", "objective.subsets", "objective.advantages"},
+    1: {
+        "model",
+        "tasks",
+        "prompts",
+        "templates",
+        "verifier",
+        "estimators",
+        "measures",
+        "objective.subsets",
+        "objective.advantages",
+    },
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
     3: {"setup", "initial", "rollout", "rollout_feed", "collect", "train_step", "evaluation", "results", "comparison"}
     | {"checkpoint", "workdir", "trace_log", "report", "progress", "scaling_plots"},
