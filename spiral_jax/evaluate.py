@@ -36,8 +36,7 @@ from spiral_jax.model import hf
 from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
 from spiral_jax.setup import Setup, set_up
-from spiral_jax.tasks.jsonl import TaskError
-from spiral_jax.tasks.problem import Problem
+from spiral_jax.tasks.problem import Problem, TaskError
 from spiral_jax.trace_log import render_examples
 from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import CORRECT, Verifier
@@ -116,7 +115,7 @@ def run_waves(setup: Setup, journal: StepLog, model: str, verifier: Verifier) ->
     with Progress(len(waves), len(done), unit="wave") as progress, jax.set_mesh(setup.mesh):
         actor = Actor(c, setup.task, setup.scaffold, setup.eval_sampler, verifier, progress)
         with progress.phase("compiling"):
-            print(setup.eval_sampler.start_report(), flush=True)
+            print(*filter(None, (setup.task.report, setup.eval_sampler.start_report())), sep="\n", flush=True)
         with progress.phase("loading weights"):
             params, adapters = setup.load_start()
             collections = {"params": params} if adapters is None else {"params": params, "lora": adapters}

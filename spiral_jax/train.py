@@ -42,7 +42,7 @@ from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
 from spiral_jax.setup import Setup, check_shapes, set_up
-from spiral_jax.tasks.jsonl import TaskError
+from spiral_jax.tasks.problem import TaskError
 from spiral_jax.trace_log import render_examples, trace_rows
 from spiral_jax.train_step import abstract_state, init_state, make_train_step, variables
 from spiral_jax.verifier.pool import VerifierFailure
@@ -72,7 +72,8 @@ def main(argv: list[str]) -> None:
         setup = set_up(CONFIG.value)
         if DRY_RUN.value:
             check_shapes(setup)
-            print(f"{setup.c}\nconfig, data, tokenizer and shapes are fine; nothing was written")
+            print(setup.c, *filter(None, [setup.task.report]), sep="\n")
+            print("config, data, tokenizer and shapes are fine; nothing was written")
         else:
             train(setup, WORKDIR.value)
     except USER_ERRORS as error:
@@ -107,7 +108,7 @@ def train(setup: Setup, workdir: str) -> None:
 
     with Verifier(setup.reward, c.verifier.workers, c.verifier.timeout_s) as verifier, \
             Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(mesh):  # fmt: skip
-        print(setup.sampler.start_report(), flush=True)
+        print(*filter(None, (setup.task.report, setup.sampler.start_report())), sep="\n", flush=True)
         actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, progress)
         evaluator = dataclasses.replace(actor, sampler=setup.eval_sampler)
         weights = setup.sampler.prepare(variables(setup.model, frozen, state.trained))
