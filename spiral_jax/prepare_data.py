@@ -91,7 +91,7 @@ def fetch(name: str, dataset: str, file: pathlib.Path) -> tuple[list[Problem], d
             for problem in distinct(rows, source)
         ]
         unfinished = file.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
         unfinished.replace(file)
     content = file.read_bytes()
     problems = jsonl.parse(content, str(file), name)
