@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from spiral_jax.config import difference
+from spiral_jax.config import defaults, difference, to_plain
 from spiral_jax.estimators import bootstrap_weights, ratios_and_intervals
 from spiral_jax.measures import BOOTSTRAP_DRAWS, Column, columns
 from spiral_jax.results import ResultsError, make_table, percent, powers_of_two
@@ -61,7 +61,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
     """Raises `ResultsError` that names what differs: problems, scaffold or reward."""
-    reasons = difference(a["scaffold"], b["scaffold"], "prompt.")
+    usual = to_plain(defaults().prompt)  # stands for fields that did not exist when a file was written
+    reasons = difference(usual | a["scaffold"], usual | b["scaffold"], "prompt.")
     reasons += difference({"reward": a["problems"]["reward"]}, {"reward": b["problems"]["reward"]}, "task.")
     if a["problems"]["fingerprint"] != b["problems"]["fingerprint"]:
         ids = [[record["id"] for record in results["records"]] for results in (a, b)]

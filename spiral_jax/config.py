@@ -17,6 +17,7 @@ from absl import app
 from ml_collections import ConfigDict
 
 MOST_EVAL_TRACES = 1000  # above, binomials leave float64: see estimators.py
+TASKS = ("jsonl", "parquet", "hf", "two_halves", "reasoning_gym")
 ESTIMATORS = ("marginal_mean", "with_without", "aggregator_only", "grpo")
 
 
@@ -46,14 +47,30 @@ def defaults() -> ConfigDict:
     c.mesh.tensor = 1  # heads and feed-forward columns
 
     c.task = ConfigDict()
-    c.task.name = "jsonl"  # "jsonl", "two_halves" or "reasoning_gym" (ours)
-    c.task.train_path = ""  # jsonl: file of {"problem" or "question", "answer"}; GSM8K's `#### 42` is understood
-    c.task.eval_path = ""  # jsonl: held-out file, same layout
+    c.task.name = "jsonl"  # one of TASKS (ours)
+    # jsonl: file of {"problem" or "question", "answer"}, GSM8K's `#### 42` is understood; parquet: verl's layout
+    c.task.train_path = ""
+    c.task.eval_path = ""  # jsonl, parquet: held-out file, same layout
+    c.task.dataset = ""  # hf: name on the Hugging Face Hub, or a local directory of data files
+    c.task.subset = ""  # hf: configuration of the data set; "" = its only one
+    c.task.split_train = "train"  # hf: split to train on, such as "train" or "train[:1000]" (ours)
+    c.task.split_eval = "test"  # hf: held-out split (ours)
+    c.task.problem_column = "problem"  # hf: column of the problem's text (ours)
+    c.task.answer_column = "answer"  # hf: column of its reference answer (ours)
     c.task.generator = ""  # reasoning_gym: generator's name, e.g. "chain_sum"
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one (ours)
     c.task.reward = ""  # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function" (ours)
 
     c.prompt = ConfigDict()
+    # "chat": a user's turn in the tokenizer's chat template; "plain", for base models without one: the texts below as
+    # they are, behind the BOS token if the tokenizer begins texts with it (ours)
+    c.prompt.template = "chat"
+    c.prompt.system = ""  # system message before the user's turn; "" = none but what the chat template adds (ours)
+    # variables of the chat template, such as {"enable_thinking": False}; {} = its own defaults (ours)
+    c.prompt.template_kwargs = ConfigDict()
+    # tokens that end a trace beside those of generation_config.json and the tokenizer: each a text or id, such as
+    # ("<|eot_id|>", 151643) (ours)
+    c.prompt.stop = ()
     # asks for a search trace; {problem} is the task's text (ours; the paper's wording is unpublished)
     c.prompt.search = "{problem}\n\nReason step by step, and put your final answer within \\boxed{{}}."
     # asks for an aggregation trace; {candidates} are those below one after the other, {count} their number (ours)
@@ -192,7 +209,7 @@ def for_evaluation(c: ConfigDict) -> ConfigDict:
 def validate(c: ConfigDict) -> None:
     """Checks everything that training needs and that needs neither data nor devices; raises `ConfigError`."""
     _validate_choices(c)
-    _validate_task(c)
+    _validate_task(c, training=True)
     _validate_sets(c)
     _validate_batch(c)
     _validate_sampling(c)
@@ -204,7 +221,7 @@ def validate_evaluation(c: ConfigDict) -> None:
     _validate_sampling(c)
     _require(not c.model.init_from or "@" in c.model.init_from, "model.init_from", c.model.init_from,
              "WORKDIR@step in evaluations", "The newest one may change while an evaluation is stopped.")  # fmt: skip
-    _require(c.task.name != "jsonl" or bool(c.task.eval_path), "task.eval_path", c.task.eval_path, "a JSONL file")
+    _validate_task(c, training=False)
     e, s = c.eval, eval_subset_size(c)
     for field in ("problems", "subsets", "traces", "n", "population", "set_size", "rounds", "wave"):
         _require(e[field] >= 1, f"eval.{field}", e[field], ">= 1")
@@ -232,8 +249,9 @@ def _validate_choices(c: ConfigDict) -> None:
     choices = {
         "model.param_dtype": ("float32", "bfloat16"),
         "model.compute_dtype": ("float32", "bfloat16"),
-        "task.name": ("jsonl", "two_halves", "reasoning_gym"),
+        "task.name": TASKS,
         "sampling.cache_dtype": ("compute", "int8"),
+        "prompt.template": ("chat", "plain"),
         "prompt.truncated": ("keep_tail", "drop", "mark"),
         "prompt.thinking": ("answer_only", "full"),
         "loss.estimator": ESTIMATORS,
@@ -243,6 +261,7 @@ def _validate_choices(c: ConfigDict) -> None:
     for field, allowed in choices.items():
         room, name = field.split(".")
         _require(c[room][name] in allowed, field, c[room][name], f"one of {', '.join(allowed)}")
+    _validate_prompt(c)
     _require(bool(c.model.hf_path), "model.hf_path", c.model.hf_path, "a directory with config.json and weights")
     _require(not c.model.adapter_path or c.model.lora_rank > 0, "model.adapter_path", c.model.adapter_path,
              "empty at model.lora_rank = 0", "Set model.lora_rank to the adapter's r.")  # fmt: skip
@@ -273,12 +292,31 @@ def _validate_choices(c: ConfigDict) -> None:
              'empty, "math" or "package.module:function"')  # fmt: skip
 
 
-def _validate_task(c: ConfigDict) -> None:
-    if c.task.name == "jsonl":
-        _require(bool(c.task.train_path), "task.train_path", c.task.train_path, "a JSONL file")
-        if c.eval.problems:
-            _require(bool(c.task.eval_path), "task.eval_path", c.task.eval_path, "a JSONL file",
-                     "Set eval.problems = 0 to train without evaluation.")  # fmt: skip
+def _validate_prompt(c: ConfigDict) -> None:
+    stop = list(c.prompt.stop)
+    _require(all(isinstance(token, str) or type(token) is int for token in stop), "prompt.stop", stop,
+             "a tuple of texts or ids of tokens")  # fmt: skip
+    if c.prompt.template == "plain":
+        _require(not c.prompt.system, "prompt.system", c.prompt.system, 'empty at prompt.template = "plain"',
+                 "Write its words into prompt.search and prompt.aggregation.")  # fmt: skip
+        given = c.prompt.template_kwargs.to_dict()
+        _require(not given, "prompt.template_kwargs", given, '{} at prompt.template = "plain"',
+                 "There is no chat template to read them.")  # fmt: skip
+
+
+def _validate_task(c: ConfigDict, training: bool) -> None:
+    """What the task reads is named: the training split for training, the held-out one where it is evaluated."""
+    if c.task.name == "hf":
+        for field in ("dataset", "problem_column", "answer_column"):
+            _require(bool(c.task[field]), f"task.{field}", c.task[field], "a name")
+        fields, allowed = ("split_train", "split_eval"), "a split of the data set"
+    elif c.task.name in ("jsonl", "parquet"):
+        fields, allowed = ("train_path", "eval_path"), f"a {c.task.name} file"
+    else:
+        return
+    _require(not training or bool(c.task[fields[0]]), f"task.{fields[0]}", c.task[fields[0]], allowed)
+    _require(not c.eval.problems or bool(c.task[fields[1]]), f"task.{fields[1]}", c.task[fields[1]], allowed,
+             "Set eval.problems = 0 to train without evaluation." if training else "")  # fmt: skip
 
 
 def _validate_sets(c: ConfigDict) -> None:
@@ -358,7 +396,8 @@ def from_plain(plain: dict) -> ConfigDict:
     """
     c = defaults()
     try:
-        c.update(plain)
+        with c.prompt.template_kwargs.unlocked():  # the one room whose names are not ours
+            c.update(plain)
     except (KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"a configuration of another version of spiral_jax: {error.args[0]}") from error
     return c

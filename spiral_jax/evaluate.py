@@ -36,34 +36,37 @@ from spiral_jax.model import hf
 from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
 from spiral_jax.setup import Setup, keep_compiled_programs, set_up
-from spiral_jax.tasks.jsonl import TaskError
-from spiral_jax.tasks.problem import Problem
+from spiral_jax.tasks.problem import Problem, TaskError
 from spiral_jax.trace_log import render_examples
 from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import CORRECT, Verifier
 from spiral_jax.workdir import StepLog, WorkdirError, open_workdir
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "model, task and what to sample", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the evaluation, or of the comparison's pictures")
-COMPARE = flags.DEFINE_bool("compare", False, "compare two results.json: A, the baseline, and B")
-
 # What a user can mend: these end the program with their message alone, without a stack trace.
 USER_ERRORS = (ConfigError, hf.WeightsError, TaskError, WorkdirError, VerifierFailure, results.ResultsError)
 
 
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "model, task and what to sample", lock_config=True)
+    flags.DEFINE_string("workdir", None, "directory of the evaluation, or of the comparison's pictures")
+    flags.DEFINE_bool("compare", False, "compare two results.json: A, the baseline, and B")
+    flags.FLAGS.set_gnu_getopt(True)  # flags may follow the two files
+
+
 def main(argv: list[str]) -> None:
+    given = flags.FLAGS
     logging.set_verbosity(logging.WARNING)
     try:
-        if COMPARE.value:
+        if given.compare:
             if len(argv) != 3:
                 raise app.UsageError(f"--compare takes two results.json, got {argv[1:]}")
-            compare(argv[1], argv[2], WORKDIR.value)
+            compare(argv[1], argv[2], given.workdir)
             return
         if len(argv) > 1:
             raise app.UsageError(f"unknown arguments: {argv[1:]}")
-        if CONFIG.value is None or WORKDIR.value is None:
+        if given.config is None or given.workdir is None:
             raise app.UsageError("--config and --workdir are required (or --compare A/results.json B/results.json)")
-        evaluate(CONFIG.value, WORKDIR.value)
+        evaluate(given.config, given.workdir)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
 
@@ -117,7 +120,7 @@ def run_waves(setup: Setup, journal: StepLog, model: str, verifier: Verifier) ->
     with Progress(len(waves), len(done), unit="wave") as progress, jax.set_mesh(setup.mesh):
         actor = Actor(c, setup.task, setup.scaffold, setup.eval_sampler, verifier, progress)
         with progress.phase("compiling"):
-            print(setup.eval_sampler.start_report(), flush=True)
+            print(*filter(None, (setup.task.report, setup.eval_sampler.start_report())), sep="\n", flush=True)
         with progress.phase("loading weights"):
             params, adapters = setup.load_start()
             collections = {"params": params} if adapters is None else {"params": params, "lora": adapters}
@@ -173,5 +176,5 @@ def compare(path_a: str, path_b: str, workdir: str | None) -> None:
 
 
 if __name__ == "__main__":
-    flags.FLAGS.set_gnu_getopt(True)  # flags may follow the two files
+    define_flags()
     app.run(main, flags_parser=config.parse_flags)

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from spiral_jax import prompts
 from spiral_jax.checkpoint import CheckpointError
-from spiral_jax.config import ConfigError, digest, parse_flags
+from spiral_jax.config import ConfigError, digest, parse_flags, to_plain
 from spiral_jax.initial import Trained, find_trained
 from spiral_jax.mesh import host_mesh, path_name
 from spiral_jax.model import hf
@@ -36,12 +36,6 @@ from spiral_jax.model.tensor_files import Output, TensorFiles, WeightsError, ope
 from spiral_jax.prompts import CUT_OFF, EMPTY, Scaffold
 from spiral_jax.workdir import WorkdirError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run", required=True)
-STEP = flags.DEFINE_integer("step", None, "step of the checkpoint; default: the newest")
-OUT = flags.DEFINE_string("out", None, "directory that is written; must be missing or empty", required=True)
-ADAPTER = flags.DEFINE_bool("adapter", False, "write the LoRA adapter alone, in PEFT's format")
-MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "10^9 bytes of weights in a file, at most", lower_bound=1e-6)
-
 SCAFFOLD = "spiral_scaffold.json"
 INFER = pathlib.Path(__file__).parent / "spiral_infer.py"
 _TOKENIZER_FILES = (
@@ -50,17 +44,26 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "directory of the run", required=True)
+    flags.DEFINE_integer("step", None, "step of the checkpoint; default: the newest")
+    flags.DEFINE_string("out", None, "directory that is written; must be missing or empty", required=True)
+    flags.DEFINE_bool("adapter", False, "write the LoRA adapter alone, in PEFT's format")
+    flags.DEFINE_float("max_shard_gb", 5.0, "10^9 bytes of weights in a file, at most", lower_bound=1e-6)
+
+
 def main(argv: list[str]) -> None:
+    given = flags.FLAGS
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     try:
-        trained = find_trained(pathlib.Path(WORKDIR.value), STEP.value)
-        files = export(trained, pathlib.Path(OUT.value), ADAPTER.value, int(MAX_SHARD_GB.value * 1e9))
+        trained = find_trained(pathlib.Path(given.workdir), given.step)
+        files = export(trained, pathlib.Path(given.out), given.adapter, int(given.max_shard_gb * 1e9))
     except (ConfigError, WeightsError, WorkdirError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     size = sum(file.stat().st_size for file in files)
-    print(f"step {trained.step}: {size / 1e9:.2f} GB of weights in {len(files)} files in {OUT.value}", flush=True)
+    print(f"step {trained.step}: {size / 1e9:.2f} GB of weights in {len(files)} files in {given.out}", flush=True)
 
 
 def export(trained: Trained, out: pathlib.Path, adapter: bool, max_shard_bytes: int) -> list[pathlib.Path]:
@@ -79,7 +82,7 @@ def export(trained: Trained, out: pathlib.Path, adapter: bool, max_shard_bytes: 
     base = hf.resolve_path(c.model.hf_path)
     model = hf.model_config(read_architecture(base), c.model)
     tokenizer = prompts.load_tokenizer(base)
-    stop_ids = prompts.stop_ids(tokenizer, base)
+    stop_ids = prompts.stop_ids(tokenizer, base, c.prompt.stop)
     scaffold = prompts.make_scaffold(tokenizer, c.prompt, stop_ids)
     out.mkdir(parents=True, exist_ok=True)
     for pattern in _TOKENIZER_FILES:
@@ -143,7 +146,7 @@ def scaffold_fields(trained: Trained, scaffold: Scaffold, stop_ids: tuple[int, .
     decode = lambda i: scaffold.tokenizer.decode([int(i)], skip_special_tokens=False)  # noqa: E731
     return {
         "format": 1,
-        "prompt": c.prompt.to_dict(),
+        "prompt": to_plain(c.prompt),
         "candidate_texts": {"empty": EMPTY, "cut_off": CUT_OFF},
         "opens_thinking": scaffold.opens_thinking,
         "special_tokens": sorted({decode(i) for i in scaffold.special_ids} - {""}),
@@ -174,4 +177,5 @@ def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main, flags_parser=parse_flags)

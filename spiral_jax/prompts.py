@@ -1,7 +1,7 @@
 """Problem texts and sampled traces -> prompt token ids (numpy, host).
 
-Token in, token out: the wording around problems and candidates is rendered through the chat template and tokenised
-once, candidates are spliced in as the ids that were sampled. Their text is never encoded again, since most id sequences
+Token in, token out: the wording around problems and candidates is rendered (`templates`) and tokenised once, candidates
+are spliced in as the ids that were sampled. Their text is never encoded again, since most id sequences
 do not survive decoding and encoding.
 """
 
@@ -11,8 +11,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
-import string
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -21,15 +19,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spiral_jax.config import ConfigError
 from spiral_jax.groups import Purpose, Stop
+from spiral_jax.templates import END_THINK, THINK, render, split_template
 
-_THINK, _END_THINK = "<think>", "</think>"
 EMPTY, CUT_OFF = "(empty)", "[cut off]\n"
-# field of config.prompt -> its placeholders and whether it must have them
-_PLACEHOLDERS = {
-    "search": {"problem": True},
-    "aggregation": {"problem": True, "count": False, "candidates": True},
-    "candidate": {"index": False, "candidate": True},
-}
 _ORDER_STREAM = 0x6F72646572  # keeps these draws apart from others that are made from the same six numbers
 
 
@@ -44,7 +36,7 @@ class Scaffold:
       empty_ids: int32, stands for a candidate of which nothing is left.
       cut_off_ids: int32, precedes a truncated candidate under config.prompt.truncated = "mark".
       think_id, end_think_id: ids of <think> and </think> where they are single tokens.
-      opens_thinking: the chat template itself begins the answer with <think>.
+      opens_thinking: the prompt itself begins the answer with <think>.
       truncated, keep_tail_tokens, thinking: fields of config.prompt.
     """
 
@@ -81,67 +73,85 @@ class AggregationPrompt:
 
 
 def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local checkpoint directory. Raises `ConfigError` if it or its chat template is missing."""
+    """The tokenizer of a local checkpoint directory. Raises `ConfigError` if it cannot be loaded."""
     field = f"config.model.hf_path = {str(path)!r}"
     if not pathlib.Path(path).is_dir():
         raise ConfigError(f"{field}: not a directory.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{field}: its tokenizer cannot be loaded ({error}).") from error
-    if not tokenizer.chat_template:
-        raise ConfigError(f"{field}: its tokenizer has no chat template. Add chat_template.jinja, e.g. from the "
-                          "instruct version of the model.")  # fmt: skip
-    return tokenizer
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike) -> tuple[int, ...]:
-    """Ids that end a trace: `eos_token_id` of generation_config.json (a number or a list), then the tokenizer's.
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike, more: Sequence[str | int] = ()
+) -> tuple[int, ...]:
+    """Ids that end a trace: `eos_token_id` of generation_config.json (a number or a list), the tokenizer's, and `more`.
 
     Args:
       path: generation_config.json or the directory that may hold it.
+      more: config.prompt.stop: texts of single tokens, or ids.
 
     Raises:
-      ConfigError: neither names a stop id.
+      ConfigError: there is no stop id, generation_config.json is damaged, or an entry of `more` is not a single id.
     """
     file = pathlib.Path(path)
     file = file / "generation_config.json" if file.is_dir() else file
-    named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    ids = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
-    ids = list(dict.fromkeys(int(i) for i in ids if i is not None))
+    try:
+        named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+        named = [int(i) for i in (named if isinstance(named, list) else [named]) if i is not None]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file}: its eos_token_id must be an id or a list of ids ({error}).") from error
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = dict.fromkeys([*named, *own, *(_stop_id(tokenizer, stop) for stop in more)])
     if not ids:
         raise ConfigError(f"{path}: neither generation_config.json nor the tokenizer has an eos_token_id, so that no "
-                          "trace would ever stop. Set eos_token in tokenizer_config.json.")  # fmt: skip
+                          "trace would ever stop. Name the token that ends answers in config.prompt.stop.")  # fmt: skip
     return tuple(ids)
+
+
+def _stop_id(tokenizer: PreTrainedTokenizerBase, stop: str | int) -> int:
+    if isinstance(stop, str):
+        found = _single_id(tokenizer, stop)
+    else:
+        found = stop if stop in tokenizer.get_vocab().values() else None
+    if found is None:
+        raise ConfigError(f"config.prompt.stop has {stop!r}: must be the text of one token, or an id, of the tokenizer "
+                          f"in {tokenizer.name_or_path}. A text of several tokens ends no trace.")  # fmt: skip
+    return found
 
 
 def make_scaffold(tokenizer: PreTrainedTokenizerBase, prompt: ConfigDict, stop_ids: Iterable[int]) -> Scaffold:
     """Tokenises the constant parts of all prompts.
 
     Args:
-      tokenizer: has a chat template.
       prompt: config.prompt.
       stop_ids: ids that end a trace.
 
     Raises:
-      ConfigError: a template has a placeholder too many or too few, the chat template alters the message, or the
-        tokenizer cannot treat the special tokens in a problem's text as plain text.
+      ConfigError: a template has a placeholder too many or too few, the prompts cannot be rendered (see
+        `templates.render`), only one of the two opens thinking, or the tokenizer cannot treat the special tokens in a
+        problem's text as plain text.
     """
     special = _special_ids(tokenizer, stop_ids)
-    search, tail = _chat_pieces(tokenizer, "search", prompt.search)
-    aggregation, _ = _chat_pieces(tokenizer, "aggregation", prompt.aggregation)
-    candidate = _split_template("candidate", prompt.candidate)
+    search, opens_thinking = render(tokenizer, prompt, "search")
+    aggregation, opens_too = render(tokenizer, prompt, "aggregation")
+    if opens_thinking != opens_too:
+        raise ConfigError("config.prompt.search and config.prompt.aggregation: one ends inside <think>, the other does "
+                          "not; candidates of both are read by one rule. Let both or neither open it.")  # fmt: skip
+    candidate = split_template("candidate", prompt.candidate)
+    start = _first_ids(tokenizer) if prompt.template == "plain" else _ids(tokenizer, "")
     return Scaffold(
         tokenizer=tokenizer,
-        search=search,
-        aggregation=aggregation,
-        candidate=tuple(part if is_slot else _ids(tokenizer, part) for part, is_slot in candidate),
+        search=(start, *_pieces(tokenizer, search)),
+        aggregation=(start, *_pieces(tokenizer, aggregation)),
+        candidate=_pieces(tokenizer, candidate),
         special_ids=special,
         empty_ids=_ids(tokenizer, EMPTY),
         cut_off_ids=_ids(tokenizer, CUT_OFF),
-        think_id=_single_id(tokenizer, _THINK),
-        end_think_id=_single_id(tokenizer, _END_THINK),
-        opens_thinking=tail.rfind(_THINK) > tail.rfind(_END_THINK),
+        think_id=_single_id(tokenizer, THINK),
+        end_think_id=_single_id(tokenizer, END_THINK),
+        opens_thinking=opens_thinking,
         truncated=prompt.truncated,
         keep_tail_tokens=prompt.keep_tail_tokens,
         thinking=prompt.thinking,
@@ -250,6 +260,17 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
+def _pieces(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]]) -> tuple[np.ndarray | str, ...]:
+    """(text or placeholder's name, whether it is the latter) -> ids of the texts, names as they are."""
+    return tuple(part if is_slot else _ids(tokenizer, part) for part, is_slot in parts)
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The BOS id if the tokenizer begins texts with one, else nothing; some have a BOS that they never use."""
+    first = tokenizer("")["input_ids"][:1]
+    return np.array(first if first == [tokenizer.bos_token_id] else [], np.int32)
+
+
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     """As `_ids`, but the strings of special tokens are text like any other."""
     return np.array(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], np.int32)
@@ -280,53 +301,11 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) ->
     return np.array(sorted({*special, *stop_ids}), np.int32)
 
 
-def _split_template(field: str, template: str) -> list[tuple[str, bool]]:
-    """(literal text or placeholder's name, whether it is the latter) in order."""
-    allowed = _PLACEHOLDERS[field]
-    names = ", ".join(f"{{{name}}}" for name in allowed)
-    try:
-        parsed = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ConfigError(f"config.prompt.{field}: {error}. Write braces of the text as {{{{ and }}}}.") from error
-    parts = []
-    for literal, name, spec, conversion in parsed:
-        if literal:
-            parts.append((literal, False))
-        if name is None:
-            continue
-        if name not in allowed or spec or conversion:
-            raise ConfigError(f"config.prompt.{field} has the placeholder {{{name}}}: allowed are {names}, without "
-                              "format or conversion. Write braces of the text as {{ and }}.")  # fmt: skip
-        parts.append((name, True))
-    for name, required in allowed.items():
-        if required and (name, True) not in parts:
-            raise ConfigError(f"config.prompt.{field} lacks {{{name}}}.")
-    return parts
-
-
-def _chat_pieces(
-    tokenizer: PreTrainedTokenizerBase, field: str, template: str
-) -> tuple[tuple[np.ndarray | str, ...], str]:
-    """A user turn of `template` in the chat template, with the names of its placeholders, and the text of its end."""
-    parts = _split_template(field, template)
-    names = [part for part, is_slot in parts if is_slot]
-    message = "".join(f"\ue000{part}\ue001" if is_slot else part for part, is_slot in parts)  # private use: no template
-    # knows these characters, and no tokenizer sees them
-    turns = [{"role": "user", "content": message}]
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    pieces = re.split("\ue000(.*?)\ue001", rendered)
-    if pieces[1::2] != names:
-        raise ConfigError(f"config.prompt.{field}: the chat template changes the message: its placeholders were "
-                          f"{names} and became {pieces[1::2]}.")  # fmt: skip
-    filled = [piece if j % 2 else _ids(tokenizer, piece) for j, piece in enumerate(pieces) if piece]
-    return tuple(filled), pieces[-1]
-
-
 def _after_thinking(scaffold: Scaffold, ids: np.ndarray) -> np.ndarray:
     """What follows the last </think>; nothing if thinking was never closed; everything if there was none."""
-    closed = _end_of_last(scaffold, ids, _END_THINK, scaffold.end_think_id)
+    closed = _end_of_last(scaffold, ids, END_THINK, scaffold.end_think_id)
     rest = ids[closed:]
-    unclosed = _end_of_last(scaffold, rest, _THINK, scaffold.think_id) > 0 or (scaffold.opens_thinking and not closed)
+    unclosed = _end_of_last(scaffold, rest, THINK, scaffold.think_id) > 0 or (scaffold.opens_thinking and not closed)
     return rest[:0] if unclosed else rest
 
 

@@ -90,7 +90,7 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
     tokenizer = prompts.load_tokenizer(path)
     if len(tokenizer) > model.arch.V:
         raise ConfigError(f"{path}: the tokenizer has {len(tokenizer)} ids, its vocab_size is {model.arch.V}.")
-    stop_ids = prompts.stop_ids(tokenizer, path)
+    stop_ids = prompts.stop_ids(tokenizer, path, c.prompt.stop)
     scaffold = prompts.make_scaffold(tokenizer, c.prompt, stop_ids)
     _check_prompt_lengths(c, scaffold, training)
     if training:

@@ -32,17 +32,19 @@ from spiral_jax.tasks import two_halves
 from spiral_jax.tasks.problem import Problem, Task
 from spiral_jax.tasks.tiny_tokenizer import train_tokenizer
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny_sft.py", "what to make", lock_config=True)
-OUT = flags.DEFINE_string("out", None, "directory that gets the model", required=True)
-
 _TOKENIZER_PROBLEMS = 2000
 _LOG_EVERY = 100
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", "configs/tiny_sft.py", "what to make", lock_config=True)
+    flags.DEFINE_string("out", None, "directory that gets the model", required=True)
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    c, out = CONFIG.value, pathlib.Path(OUT.value)
+    c, out = flags.FLAGS.config, pathlib.Path(flags.FLAGS.out)
     task = two_halves.task(c.task_seed)
     tokenizer = train_tokenizer(tokenizer_texts(task, c.seed), c.model.vocab_size, out)
     config = ModelConfig(_architecture(c.model, len(tokenizer)), remat=False)
@@ -149,4 +151,5 @@ def _architecture(m: ConfigDict, vocab: int) -> Architecture:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main, flags_parser=parse_flags)

@@ -7,7 +7,9 @@ aggregation traces for each, then a vote among the aggregated answers. Needs Pyt
 one is needed, comes from the environment: OPENAI_API_KEY.
 
 In training candidates are spliced into prompts as token ids. An endpoint takes text, so the strings of special tokens
-are removed from problem and candidates here: otherwise they would become turns of the conversation.
+are removed from problem and candidates here: otherwise they would become turns of the conversation. Two things are
+beyond OpenAI's fields and sent only where the scaffold needs them, as vLLM and SGLang read them: chat_template_kwargs
+and stop_token_ids.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ import urllib.error
 import urllib.request
 
 _KNOWN_PROMPT_FIELDS = {
-    "search", "aggregation", "candidate", "truncated", "keep_tail_tokens", "thinking", "max_problem_tokens",
+    "template", "system", "template_kwargs", "stop", "search", "aggregation", "candidate", "truncated",
+    "keep_tail_tokens", "thinking", "max_problem_tokens",
 }  # fmt: skip
 _ATTEMPTS = 4
 _TIMEOUT_S = 1800.0
@@ -56,18 +59,31 @@ class Endpoint:
     model: str
 
     def complete(self, message: str, scaffold: dict, max_tokens: int, seed: int) -> Trace:
-        """One trace of at most `max_tokens` tokens for a user's message, sampled as in training."""
+        """One trace of at most `max_tokens` tokens for a message, prompted and sampled as in training."""
         rule = scaffold["prompt"]
-        body = {"model": self.model, "messages": [{"role": "user", "content": message}], "seed": seed}
-        body |= {"max_tokens": max_tokens, **scaffold["sampling"]}
+        body = {"model": self.model, "seed": seed, "max_tokens": max_tokens, **scaffold["sampling"]}
+        if rule["stop"]:  # the model's own stop ids are known to the server
+            body["stop_token_ids"] = scaffold["stop_ids"]
         needs_tail = rule["truncated"] != "drop" and rule["keep_tail_tokens"] < max_tokens
-        choice = self._post(body | ({"logprobs": True} if needs_tail else {}))["choices"][0]
-        text, thought = choice["message"].get("content") or "", choice["message"].get("reasoning_content")
+        if rule["template"] == "plain":
+            body |= {"prompt": message} | ({"logprobs": 1} if needs_tail else {})
+            choice = self._post("completions", body)["choices"][0]
+            answer = {"content": choice["text"]}
+            tokens = [{"token": token} for token in (choice.get("logprobs") or {}).get("tokens", [])]
+        else:
+            turns = [{"role": "system", "content": rule["system"]}] if rule["system"] else []
+            body["messages"] = [*turns, {"role": "user", "content": message}]
+            if rule["template_kwargs"]:
+                body["chat_template_kwargs"] = rule["template_kwargs"]
+            body |= {"logprobs": True} if needs_tail else {}
+            choice = self._post("chat/completions", body)["choices"][0]
+            answer = choice["message"]
+            tokens = (choice.get("logprobs") or {}).get("content")
+        text, thought = answer.get("content") or "", answer.get("reasoning_content")
         if thought is not None:  # the server has cut it out of the text
             text = ("" if scaffold["opens_thinking"] else "<think>") + thought + ("</think>" + text if text else "")
         truncated, tail = choice["finish_reason"] == "length", None
         if truncated and needs_tail:
-            tokens = (choice.get("logprobs") or {}).get("content")
             if not tokens:
                 raise EndpointError("the scaffold keeps the last tokens of truncated candidates, but the endpoint does "
                                     "not give tokens (logprobs). Serve the model with log-probs.")  # fmt: skip
@@ -75,11 +91,11 @@ class Endpoint:
             tail = b"".join(bytes(t.get("bytes") or t["token"].encode()) for t in last).decode(errors="ignore")
         return Trace(text, truncated, tail)
 
-    def _post(self, body: dict) -> dict:
+    def _post(self, path: str, body: dict) -> dict:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
-        url = f"{self.base_url.rstrip('/')}/chat/completions"
+        url = f"{self.base_url.rstrip('/')}/{path}"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for attempt in range(_ATTEMPTS):
             try:
@@ -189,9 +205,10 @@ def load_scaffold(path: pathlib.Path) -> dict:
     """Reads the scaffold. Raises `ValueError` for one that this script does not understand in full."""
     scaffold = json.loads(path.read_text())
     unknown = sorted(scaffold["prompt"].keys() - _KNOWN_PROMPT_FIELDS)
-    if scaffold["format"] != 1 or unknown:
-        raise ValueError(f"{path}: made by another version (format {scaffold['format']}, unknown: {unknown}). Use the "
-                         "script that was exported with it.")  # fmt: skip
+    missing = sorted(_KNOWN_PROMPT_FIELDS - scaffold["prompt"].keys())
+    if scaffold["format"] != 1 or unknown or missing:
+        raise ValueError(f"{path}: made by another version (format {scaffold['format']}, unknown: {unknown}, missing: "
+                         f"{missing}). Use the script that was exported with it.")  # fmt: skip
     return scaffold
 
 

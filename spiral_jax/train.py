@@ -42,16 +42,12 @@ from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
 from spiral_jax.setup import Setup, check_shapes, keep_compiled_programs, set_up
-from spiral_jax.tasks.jsonl import TaskError
+from spiral_jax.tasks.problem import TaskError
 from spiral_jax.trace_log import render_examples, trace_rows
 from spiral_jax.train_step import abstract_state, init_state, make_train_step, variables
 from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import Verifier
 from spiral_jax.workdir import StepLog, TraceLog, WorkdirError, open_workdir
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "the experiment: a file of configs/", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: logs, traces, checkpoints")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "check config, data, tokenizer and shapes; write nothing")
 
 
 class Mismatch(RuntimeError):
@@ -62,20 +58,29 @@ class Mismatch(RuntimeError):
 USER_ERRORS = (ConfigError, WeightsError, TaskError, WorkdirError, CheckpointError, NoSignal, VerifierFailure, Mismatch)
 
 
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "the experiment: a file of configs/", lock_config=True)
+    flags.DEFINE_string("workdir", None, "directory of the run: logs, traces, checkpoints")
+    flags.DEFINE_bool("dry_run", False, "check config, data, tokenizer and shapes; write nothing")
+    flags.mark_flag_as_required("config")
+
+
 def main(argv: list[str]) -> None:
+    given = flags.FLAGS
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    if WORKDIR.value is None and not DRY_RUN.value:
+    if given.workdir is None and not given.dry_run:
         raise app.UsageError("--workdir is required (or --dry_run)")
     logging.set_verbosity(logging.WARNING)
     try:
         keep_compiled_programs()
-        setup = set_up(CONFIG.value)
-        if DRY_RUN.value:
+        setup = set_up(given.config)
+        if given.dry_run:
             check_shapes(setup)
-            print(f"{setup.c}\nconfig, data, tokenizer and shapes are fine; nothing was written")
+            print(setup.c, *filter(None, [setup.task.report]), sep="\n")
+            print("config, data, tokenizer and shapes are fine; nothing was written")
         else:
-            train(setup, WORKDIR.value)
+            train(setup, given.workdir)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
 
@@ -109,7 +114,7 @@ def train(setup: Setup, workdir: str) -> None:
     with Verifier(setup.reward, c.verifier.workers, c.verifier.timeout_s) as verifier, \
             Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(mesh):  # fmt: skip
         if not _finished(c, at):
-            print(setup.sampler.start_report(), flush=True)
+            print(*filter(None, (setup.task.report, setup.sampler.start_report())), sep="\n", flush=True)
         actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, progress)
         evaluator = dataclasses.replace(actor, sampler=setup.eval_sampler)
         weights = setup.sampler.prepare(variables(setup.model, frozen, state.trained))
@@ -219,5 +224,5 @@ def _report(path: pathlib.Path, at: Position, evaluations: StepLog) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
+    define_flags()
     app.run(main, flags_parser=config.parse_flags)

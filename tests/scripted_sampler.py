@@ -24,11 +24,11 @@ class ScriptedSampler:
     at_once: int = 6
     calls: list = dataclasses.field(default_factory=list)
 
+    def start_report(self):
+        return "scripted: nothing to compile"
+
     def prepare(self, variables):
         return variables
-
-    def start_report(self):
-        return "a script"
 
     def stream(self, weights, feed):
         """Takes up to `at_once` groups, then hands them back; one round is one unit of virtual time."""

@@ -137,6 +137,7 @@ def other_problems():
 
 REFUSED = {
     "scaffold": (changed(scaffold={"thinking": "answer_only"}), ["prompt.thinking: 'full' -> 'answer_only'"]),
+    "a field that one file has": (changed(scaffold={"system": "Be brief."}), ["prompt.system: '' -> 'Be brief.'"]),
     "reward": (changed(problems={"reward": "a:b"}), ["task.reward: '' -> 'a:b'"]),
     "texts": (changed(problems={"fingerprint": "other"}), ["the same ids, other texts, answers or order"]),
     "problems": (other_problems(), ["problems: 3 of t -> 2 of t", "only in A: 2, first held_out:1",
@@ -151,6 +152,11 @@ def test_results_of_other_problems_or_scaffolds_are_refused_with_what_differs(na
         compare(results([1, 2, 0], 4), other)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_results_from_before_a_field_existed_count_as_its_default():
+    newer = changed(scaffold={"system": "", "template_kwargs": {}, "stop": [], "template": "chat"})
+    comparison.check_comparable(results([1, 2, 0], 4), newer)
 
 
 def test_compare_writes_its_findings_and_pictures_beside_b(tmp_path, capsys):

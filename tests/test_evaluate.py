@@ -177,7 +177,7 @@ def test_set_up_sizes_prompts_for_the_largest_sets_and_needs_no_training_data(tm
     with pytest.raises(ConfigError, match="the task has 1 held-out problems"):
         set_up(for_evaluation(c), training=False)
     held_out.write_text("")
-    with pytest.raises(jsonl.TaskError, match="the file is empty"):
+    with pytest.raises(jsonl.TaskError, match="test.jsonl: it is empty"):
         set_up(for_evaluation(c), training=False)
 
 

@@ -16,7 +16,7 @@ from small_runs import make_run
 from small_steps import QUICK, blocks_of, place, search_alone
 
 from configs import tiny
-from spiral_jax.config import ConfigError
+from spiral_jax.config import ConfigError, to_plain
 from spiral_jax.export import export, merged_outputs
 from spiral_jax.initial import find_trained
 from spiral_jax.metrics import divide
@@ -172,7 +172,7 @@ def test_tokenizer_stop_ids_sampling_and_scaffold_travel_along(run_of, tmp_path)
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation["do_sample"] and [generation[name] for name in ("temperature", "top_p", "top_k")] == [1, 1, 0]
     scaffold = json.loads((out / "spiral_scaffold.json").read_text())
-    assert scaffold["prompt"] == c.prompt.to_dict()
+    assert scaffold["prompt"] == to_plain(c.prompt)
     assert (scaffold["search"]["traces"], scaffold["aggregation"]["subsets"]) == (8, 4)
     assert scaffold["trained"]["step"] == 5 and "<|end|>" in scaffold["special_tokens"]
 

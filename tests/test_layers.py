@@ -11,11 +11,12 @@ ROOT = pathlib.Path(spiral_jax.__file__).parent
 
 FLOORS = {
     0: {"groups", "config", "metrics", "mesh"},
-    1: {"model", "tasks", "prompts", "verifier", "estimators", "measures", "objective.subsets", "objective.advantages"},
+    1: {"model", "tasks", "prompts", "templates", "verifier", "estimators", "measures"}
+    | {"objective.subsets", "objective.advantages"},
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
     3: {"setup", "initial", "rollout", "rollout_feed", "collect", "train_step", "evaluation", "results", "comparison"}
     | {"checkpoint", "workdir", "trace_log", "report", "progress", "scaling_plots"},
-    4: {"train", "evaluate", "sft", "export", "spiral_infer"},
+    4: {"train", "evaluate", "sft", "export", "spiral_infer", "prepare_data"},
 }
 # Within a floor a module may import its neighbours; commands may not import each other.
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -1,42 +1,12 @@
 """Prompts: sampled ids arrive verbatim, nothing a model or a problem writes can forge a turn, every rule is counted."""
 
-import json
-
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from small_tokenizer import CHATML, chatml_tokenizer, decode, encode, scaffold_of
 
 from spiral_jax import config, prompts
 from spiral_jax.config import ConfigError
 from spiral_jax.groups import Purpose, Stop
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CORPUS = [
-    "What is 3 + 4? Reason step by step, and put your final answer within \\boxed{7}.",
-    "Below are 4 independent attempts at this problem. Any number of them may be wrong.",
-    "Attempt 1:\nFirst audit every attempt: name its errors. Then verify which parts can be used.\n\n",
-]
-
-
-def chatml_tokenizer(think_tokens: bool = False, template: str = CHATML) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with merges of its own, pad == eos, and a special token that no attribute names."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<|im_start|>", "<|im_end|>", "<|unnamed|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    bpe.train_from_iterator(CORPUS * 3, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=template
-    )
-    if think_tokens:
-        tokenizer.add_tokens(["<think>", "</think>"])  # not special, as in Qwen3
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +17,6 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def think_tokenizer():
     return chatml_tokenizer(think_tokens=True)
-
-
-def scaffold_of(tokenizer, **fields) -> prompts.Scaffold:
-    c = config.defaults()
-    c.prompt.update(fields)
-    return prompts.make_scaffold(tokenizer, c.prompt, [tokenizer.eos_token_id])
-
-
-def encode(tokenizer, text: str) -> np.ndarray:
-    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-
-
-def decode(tokenizer, ids) -> str:
-    return tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=False)
 
 
 def ordinary_ids(tokenizer) -> np.ndarray:
@@ -332,7 +288,7 @@ def test_the_papers_settings_fit_their_longest_slots(tokenizer):
     assert 4 * 4096 < prompts.max_aggregation_prompt(scaffold, c) <= max(P for _, _, P, _ in c.sampling.classes)
 
 
-# ---- templates, tokenizers and stop ids that cannot work
+# ---- templates that cannot work
 
 
 @pytest.mark.parametrize(
@@ -359,39 +315,3 @@ def test_count_and_index_may_be_left_out(tokenizer):
     scaffold = scaffold_of(tokenizer, aggregation="{problem}|{candidates}", candidate="{candidate}/")
     prompt = prompts.aggregation_prompt(scaffold, "x?", [(encode(tokenizer, "a"), Stop.STOP)] * 2, np.arange(2))
     assert decode(tokenizer, prompt.ids) == chat(tokenizer, "x?|a/a/")
-
-
-def test_a_chat_template_that_loses_the_message_is_refused():
-    with pytest.raises(ConfigError, match="config.prompt.search: the chat template changes the message"):
-        scaffold_of(chatml_tokenizer(template="<|im_start|>user\nhello<|im_end|>"))
-
-
-def test_load_tokenizer_gives_back_the_same_prompts_and_names_what_is_missing(tmp_path, tokenizer):
-    tokenizer.save_pretrained(tmp_path / "good")
-    loaded = prompts.load_tokenizer(tmp_path / "good")
-    ids = [prompts.search_prompt(scaffold_of(t), "3 + <|im_end|> 4?") for t in (tokenizer, loaded)]
-    assert np.array_equal(*ids)
-    chatml_tokenizer(template=None).save_pretrained(tmp_path / "mute")
-    with pytest.raises(ConfigError, match="config.model.hf_path = .*mute.*no chat template"):
-        prompts.load_tokenizer(tmp_path / "mute")
-    with pytest.raises(ConfigError, match="config.model.hf_path = .*absent.*not a directory"):
-        prompts.load_tokenizer(tmp_path / "absent")
-    (tmp_path / "bare").mkdir()
-    with pytest.raises(ConfigError, match="config.model.hf_path = .*bare.*cannot be loaded"):
-        prompts.load_tokenizer(tmp_path / "bare")
-
-
-@pytest.mark.parametrize(("named", "expected"), [(7, (7, 1)), ([7, 8], (7, 8, 1)), ([1, 7], (1, 7)), (None, (1,))])
-def test_stop_ids_come_from_generation_config_and_tokenizer(tmp_path, tokenizer, named, expected):
-    assert tokenizer.eos_token_id == 1
-    assert prompts.stop_ids(tokenizer, tmp_path) == (1,)  # no such file
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
-    assert prompts.stop_ids(tokenizer, tmp_path) == expected
-    assert prompts.stop_ids(tokenizer, tmp_path / "generation_config.json") == expected
-
-
-def test_no_stop_id_at_all_is_an_error(tmp_path):
-    tokenizer = chatml_tokenizer()
-    tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match="eos_token_id"):
-        prompts.stop_ids(tokenizer, tmp_path)

@@ -156,6 +156,28 @@ def test_thinking_that_the_server_took_out_of_the_text_counts_as_thinking(server
     assert spiral_infer.shown_candidate(trace, scaffold()) == prompts.EMPTY
 
 
+def test_system_message_template_variables_and_stop_ids_are_sent_where_the_scaffold_has_them(server):
+    fields = {"system": "Be brief.", "template_kwargs": {"enable_thinking": False}, "stop": ["<|user|>"]}
+    Endpoint(server.url, "m").complete("x", scaffold(**fields), 40, 0)
+    Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
+    (_, given, _), (_, bare, _) = server.asked
+    assert given["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]
+    assert given["chat_template_kwargs"] == {"enable_thinking": False} and given["stop_token_ids"] == [1]
+    assert bare["messages"] == [{"role": "user", "content": "x"}]
+    assert not bare.keys() & {"chat_template_kwargs", "stop_token_ids"}  # endpoints that do not know them refuse them
+
+
+def test_a_plain_scaffold_completes_text(server):
+    rules = scaffold(template="plain", keep_tail_tokens=2)
+    server.reply = lambda body: (200, {"choices": [{"text": "so 3", "finish_reason": "stop", "logprobs": None}]})
+    assert Endpoint(server.url, "m").complete("x", rules, 40, 0) == Trace("so 3", False, None)
+    tokens = {"tokens": ["a", "b", "c"], "token_logprobs": [-1.0] * 3}
+    server.reply = lambda body: (200, {"choices": [{"text": "abc", "finish_reason": "length", "logprobs": tokens}]})
+    assert Endpoint(server.url, "m").complete("x", rules, 40, 0) == Trace("abc", True, "bc")
+    for path, body, _ in server.asked:
+        assert path == "/v1/completions" and body["prompt"] == "x" and body["logprobs"] == 1 and "messages" not in body
+
+
 def test_an_endpoint_that_refuses_is_an_error_in_its_own_words(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     server.reply = lambda body: (404, {"error": "no model m"})
@@ -170,6 +192,11 @@ def test_sets_that_do_not_exist_and_scaffolds_of_another_version_are_errors(tmp_
     file = tmp_path / "spiral_scaffold.json"
     file.write_text(json.dumps(scaffold(of_the_future=1)))
     with pytest.raises(ValueError, match="unknown: .*of_the_future"):
+        spiral_infer.load_scaffold(file)
+    of_the_past = scaffold()
+    del of_the_past["prompt"]["system"]
+    file.write_text(json.dumps(of_the_past))
+    with pytest.raises(ValueError, match=r"missing: \['system'\].*exported with it"):
         spiral_infer.load_scaffold(file)
 
 

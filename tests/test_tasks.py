@@ -11,9 +11,8 @@ import pytest
 
 from spiral_jax import config
 from spiral_jax.tasks import jsonl, reasoning_gym_task, two_halves
-from spiral_jax.tasks.jsonl import TaskError
 from spiral_jax.tasks.load import load_task
-from spiral_jax.tasks.problem import Problem
+from spiral_jax.tasks.problem import Problem, TaskError
 
 
 def write(path, rows) -> str:
@@ -111,7 +110,11 @@ def test_fingerprint_follows_the_bytes_of_both_files(tmp_path, train_path, eval_
         ('{"problem": "a", "answer": [1]}', r"t\.jsonl:2: needs \"answer\""),
         ('{"prompt": "a", "answer": 1}', r"t\.jsonl:2: needs \"problem\" or \"question\".*\['answer', 'prompt'\]"),
         ('{"problem": " ", "answer": 1}', r"t\.jsonl:2: needs \"problem\""),
-        ('{"problem": "a", "answer": 1, "id": "x"}\n{"problem": "b", "answer": 1, "id": "x"}', r":3: id .*line 2"),
+        (
+            '{"problem": "a", "answer": 1, "id": "x"}\n{"problem": "b", "answer": 1, "id": "x"}',
+            r":3: id .*t\.jsonl:2 too",
+        ),
+        ('{"problem": "\\ud800", "answer": 1}', r"t\.jsonl:2: holds what is neither JSON nor Unicode"),
     ],
 )
 def test_a_bad_line_is_named_with_its_place_and_keys(tmp_path, line, message):

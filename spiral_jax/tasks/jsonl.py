@@ -5,21 +5,11 @@ GSM8K's layout is understood: of an answer `... #### 1,234` the reference is `12
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
-import math
-from typing import Any
+from collections.abc import Iterator
 
-import numpy as np
-
-from spiral_jax.tasks.problem import Problem, Task
-
-_GSM8K_MARK = "####"
-
-
-class TaskError(ValueError):
-    """Problems that cannot be had; the message names the file and line or the field, and what to do."""
+from spiral_jax.tasks.finite import HELD_OUT, TRAIN, distinct, fingerprint_of, finite_task, make_problem, read_file
+from spiral_jax.tasks.problem import Problem, Task, TaskError
 
 
 def task(train_path: str, eval_path: str, seed: int) -> Task:
@@ -37,52 +27,23 @@ def task(train_path: str, eval_path: str, seed: int) -> Task:
     Raises:
       TaskError: a file is missing or empty, a line is malformed, or two lines have the same id.
     """
-    train_bytes = _read(train_path, "train_path") if train_path else b""
-    eval_bytes = _read(eval_path, "eval_path") if eval_path else b""
-    train = _parse(train_bytes, train_path, "train") if train_path else []
-    held_out = _parse(eval_bytes, eval_path, "held_out") if eval_path else []
-
-    @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(len(train))
-
-    def at(cursor: int) -> Problem:
-        if cursor < 0:
-            raise IndexError(f"cursor = {cursor}: must be >= 0")
-        epoch, position = divmod(cursor, len(train))
-        return train[order(epoch)[position]]
-
-    parts = b"".join(hashlib.sha256(data).digest() for data in (train_bytes, eval_bytes))
-    return Task(
-        train=at,
-        held_out=held_out.__getitem__,
-        held_out_size=len(held_out),
-        fingerprint=hashlib.sha256(parts).hexdigest(),
-    )
+    train_bytes = read_file(train_path, "train_path") if train_path else b""
+    eval_bytes = read_file(eval_path, "eval_path") if eval_path else b""
+    train = parse(train_bytes, train_path, TRAIN) if train_path else []
+    held_out = parse(eval_bytes, eval_path, HELD_OUT) if eval_path else []
+    return finite_task(train, held_out, seed, fingerprint_of([train_bytes, eval_bytes]))
 
 
-def _read(path: str, field: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise TaskError(f"config.task.{field} = {path!r}: cannot be read ({error.strerror}).") from error
+def parse(data: bytes, path: str, split: str) -> list[Problem]:
+    """The problems of a file's bytes; `split` is the first part of their ids. Raises `TaskError`."""
+    return distinct(_problems(data, path, split), path)
 
 
-def _parse(data: bytes, path: str, split: str) -> list[Problem]:
-    problems, line_of_id = [], {}
+def _problems(data: bytes, path: str, split: str) -> Iterator[tuple[str, Problem]]:
     for number, raw in enumerate(data.split(b"\n"), start=1):  # bytes: str.splitlines cuts at U+2028 inside a text too
-        if not raw.strip():
-            continue
-        where = f"{path}:{number}"
-        problem = _problem(raw, where, split, number)
-        if problem.id in line_of_id:
-            raise TaskError(f"{where}: id {problem.id!r} is that of line {line_of_id[problem.id]} too; ids are unique.")
-        line_of_id[problem.id] = number
-        problems.append(problem)
-    if not problems:
-        raise TaskError(f"{path}: the file is empty; expected one JSON object a line.")
-    return problems
+        if raw.strip():
+            where = f"{path}:{number}"
+            yield where, _problem(raw, where, split, number)
 
 
 def _problem(raw: bytes, where: str, split: str, number: int) -> Problem:
@@ -92,20 +53,6 @@ def _problem(raw: bytes, where: str, split: str, number: int) -> Problem:
         raise TaskError(f"{where}: not JSON in UTF-8 ({error}).") from error
     if not isinstance(row, dict):
         raise TaskError(f'{where}: a {type(row).__name__}, not an object {{"problem": ..., "answer": ...}}.')
-    text = row.get("problem", row.get("question"))
-    if not isinstance(text, str) or not text.strip():
-        raise TaskError(f'{where}: needs "problem" or "question", a non-empty string; keys found: {sorted(row)}.')
-    answer = _answer(row.get("answer"))
-    if not answer:
-        raise TaskError(f'{where}: needs "answer", a non-empty string or a finite number; keys found: {sorted(row)}.')
-    name = row.get("id")
-    return Problem(id=f"{split}:{number if name is None else name}", text=text, answer=answer)
-
-
-def _answer(value: Any) -> str:
-    """The reference as text; "" where there is none."""
-    if isinstance(value, str):
-        _, mark, last = value.rpartition(_GSM8K_MARK)
-        return last.replace(",", "").strip() if mark else value.strip()
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return str(value) if number else ""
+    name, text = row.get("id"), row.get("problem", row.get("question"))
+    needs = tuple(f"{name} (keys found: {sorted(row)})" for name in ('"problem" or "question"', '"answer"'))
+    return make_problem(where, f"{split}:{number if name is None else name}", text, row.get("answer"), needs)

@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
+class TaskError(ValueError):
+    """Problems that cannot be had; the message names the file and row or the field, and what to do."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One problem.
@@ -34,6 +38,8 @@ class Task:
       held_out_size: number of held-out problems.
       fingerprint: changes when the data do; a resumed run refuses another one.
       reward: default for config.task.reward: "math", or the path "package.module:function" of a reward function.
+      report: what a user should know of the data (sizes, duplicates, overlap), for the terminal; "" where problems are
+        made without end.
     """
 
     train: Callable[[int], Problem]
@@ -41,3 +47,4 @@ class Task:
     held_out_size: int
     fingerprint: str
     reward: str = "math"
+    report: str = ""

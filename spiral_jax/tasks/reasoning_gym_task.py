@@ -20,8 +20,7 @@ import numpy as np
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from spiral_jax.tasks.jsonl import TaskError
-from spiral_jax.tasks.problem import Problem, Task
+from spiral_jax.tasks.problem import Problem, Task, TaskError
 from spiral_jax.verifier.extract import last_boxed
 
 # Generators of 0.1.25 whose items also depend on Python's string hashes or on the global `random` state: another

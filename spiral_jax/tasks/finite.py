@@ -1,0 +1,124 @@
+"""Rows of a file or data set -> checked problems -> `Task`. What the formats share."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from spiral_jax.tasks.overlap import describe, find_overlap
+from spiral_jax.tasks.problem import Problem, Task, TaskError
+
+TRAIN, HELD_OUT = "train", "held_out"  # first part of the ids, so that the splits never share one
+_GSM8K_MARK = "####"
+
+
+def make_problem(
+    where: str, id: str, text: Any, answer: Any, needs: tuple[str, str], metadata: Mapping[str, Any] | None = None
+) -> Problem:
+    """A problem, its parts checked.
+
+    Args:
+      where: file and row, for errors.
+      id: with the split in front.
+      text: a non-empty string.
+      answer: a non-empty string or a finite number. Of GSM8K's `... #### 1,234` the reference is `1234`.
+      needs: what text and answer are called in the row.
+      metadata: JSON types.
+
+    Raises:
+      TaskError: something is missing, of another type, or not Unicode.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise TaskError(f"{where}: needs {needs[0]}, a non-empty string, not {_short(text)}.")
+    answer = _answer(answer)
+    if not answer:
+        raise TaskError(f"{where}: needs {needs[1]}, a non-empty string or a finite number.")
+    try:
+        json.dumps([id, text, answer, metadata], ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:  # JSON's \ud800 alone is no character: no tokenizer takes it
+        raise TaskError(f"{where}: holds what is neither JSON nor Unicode ({error}).") from error
+    return Problem(id=id, text=text, answer=answer, metadata=dict(metadata or {}))
+
+
+def distinct(problems: Iterable[tuple[str, Problem]], source: str) -> list[Problem]:
+    """All problems of a split.
+
+    Args:
+      problems: with the place (file and row) of each.
+      source: what it was read from, for errors.
+
+    Raises:
+      TaskError: there is none, or two have the same id.
+    """
+    place_of: dict[str, str] = {}
+    found = []
+    for where, problem in problems:
+        if problem.id in place_of:
+            raise TaskError(f"{where}: id {problem.id!r} is that of {place_of[problem.id]} too; ids are unique.")
+        place_of[problem.id] = where
+        found.append(problem)
+    if not found:
+        raise TaskError(f"{source}: it is empty; a set of problems has at least one.")
+    return found
+
+
+def finite_task(train: list[Problem], held_out: list[Problem], seed: int, fingerprint: str) -> Task:
+    """Training problems in an order drawn anew each epoch, held-out problems in their own order.
+
+    Args:
+      train: may be empty for evaluations: `Task.train` must not be called then.
+      seed: >= 0; with the epoch it decides the order.
+      fingerprint: of the data.
+    """
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(len(train))
+
+    def at(cursor: int) -> Problem:
+        if cursor < 0:
+            raise IndexError(f"cursor = {cursor}: must be >= 0")
+        epoch, position = divmod(cursor, len(train))
+        return train[order(epoch)[position]]
+
+    return Task(
+        train=at,
+        held_out=held_out.__getitem__,
+        held_out_size=len(held_out),
+        fingerprint=fingerprint,
+        report=describe(find_overlap(train, held_out)),
+    )
+
+
+def read_file(path: str, field: str) -> bytes:
+    """The bytes of the file that config.task.`field` names. Raises `TaskError`."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise TaskError(f"config.task.{field} = {path!r}: cannot be read ({error.strerror}).") from error
+
+
+def fingerprint_of(parts: Iterable[bytes]) -> str:
+    """SHA-256 of the SHA-256 of each part."""
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def _answer(value: Any) -> str:
+    """The reference as text; "" where there is none."""
+    if isinstance(value, str):
+        _, mark, last = value.rpartition(_GSM8K_MARK)
+        return last.replace(",", "").strip() if mark else value.strip()
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return str(value) if number else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
