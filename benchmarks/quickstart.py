@@ -24,7 +24,7 @@ SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of the runs")
 
 MEASURES = ("aggregated", "majority", "single", "pass_at_n")
 ARMS = ("marginal_mean", "aggregator_only")
-CONTROL_STEPS = 56  # at most: tokens a step vary by a fifth, and the budget is to end the run
+CONTROL_STEPS = 64  # at most: tokens a step vary by a fifth, and the budget is to end the run
 
 
 def main(argv: list[str]) -> None:
