@@ -261,7 +261,7 @@ def test_rows_tokens_and_shared_prompts_are_counted_exactly(mesh, weights):
     assert metrics["sampling/shared_prompt_tokens"] == (3 + 7) * 2
     occupancy = metrics["sampling/row_occupancy"]  # the first token of each trace comes from prefill
     assert (occupancy.total, occupancy.count) == (limit_UxC.sum() - 6, 8 * 4 * 3)  # 8 steps of all 12 rows
-    assert metrics["sampling/prefill_padding"].count == 16 if mesh.size == 1 else True
+    assert metrics["sampling/prefill_padding"].count == 16
     assert metrics["sampling/chunks"] == 2
 
 
@@ -272,6 +272,12 @@ def test_only_rows_that_run_are_computed_where_there_are_programs_for_fewer(mesh
     run(requests)
     occupancy = metrics["sampling/row_occupancy"]  # one row of each group after its first tokens
     assert (occupancy.total, occupancy.count) == (4 * 11, 4 * 11)
+
+
+def test_groups_that_wait_for_a_longer_slot_hold_nobody_up(mesh, weights, endless):
+    """Their rows do not run, so the program for the one group that does must not be ended by their number."""
+    engine = make_engine(mesh, (), ((4, C, 16, 4), (1, C, 16, G)), row_counts=(C,))
+    assert_same_up_to_rounding(sample(engine, weights, mixed_requests()), endless)
 
 
 def test_narrowing_keeps_rows_busy(mesh, weights):

@@ -186,7 +186,8 @@ class _Run:
         start = time.monotonic()
         running = [0] * self.shards
         for piece in self.seated:
-            running[piece.place[1]] += len(piece.running)
+            if piece.step < self.schedule.classes[piece.place[0]].G:  # else it waits for a longer slot
+                running[piece.place[1]] += len(piece.running)
         rows = next(rows for rows in self.schedule.decode_rows(self.shards) if rows >= max(running))
         states, tokens, logprobs, steps = self.programs["decode", rows].run(self.weights, tuple(self.states))
         self.states = list(states)
