@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from spiral_jax import comparison, config, results, scaling_plots
+from spiral_jax import comparison, config, config_checks, results, scaling_plots
 from spiral_jax.config import ConfigError
 from spiral_jax.evaluation import evaluate_wave, held_out
 from spiral_jax.model import hf
@@ -77,7 +77,7 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
     Raises:
       WorkdirError: `workdir` holds an evaluation with another config, other weights or other data.
     """
-    config.validate_evaluation(c)
+    config_checks.validate_evaluation(c)
     keep_compiled_programs()
     setup = set_up(config.for_evaluation(c), training=False)
     path = open_workdir(workdir, config.to_plain(c), config.digest(c))

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from spiral_jax import batching, initial, prompts
 from spiral_jax import mesh as meshes
-from spiral_jax.config import ConfigError, eval_subset_size, uses_aggregation, validate, validate_evaluation
+from spiral_jax.config import ConfigError, eval_subset_size, uses_aggregation
+from spiral_jax.config_checks import validate, validate_evaluation
 from spiral_jax.groups import Role
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture

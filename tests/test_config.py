@@ -13,9 +13,8 @@ from spiral_jax.config import (
     digest,
     for_evaluation,
     to_plain,
-    validate,
-    validate_evaluation,
 )
+from spiral_jax.config_checks import validate, validate_evaluation
 
 CONFIGS = {"tiny": tiny, "qwen3_4b": qwen3_4b, "grpo_qwen3_4b": grpo_qwen3_4b, "smollm2_135m": smollm2_135m}
 

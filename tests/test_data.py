@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from configs import tiny
-from spiral_jax import config, prepare_data
+from spiral_jax import config_checks, prepare_data
 from spiral_jax.config import ConfigError
 from spiral_jax.tasks import hub, jsonl, verl_parquet
 from spiral_jax.tasks.load import load_task
@@ -297,14 +297,14 @@ def test_what_a_task_reads_must_be_named(fields, missing):
     c = tiny.get_config()
     c.task.update(fields)
     with pytest.raises(ConfigError, match=f"config.task.{missing} = '': must be"):
-        config.validate(c)
+        config_checks.validate(c)
     c.task.update({"train_path": "", "split_train": ""})  # an evaluation needs no training data
     if missing in ("train_path", "split_train"):
         c.task.eval_path = "e"
-        config.validate_evaluation(c)
+        config_checks.validate_evaluation(c)
     else:
         with pytest.raises(ConfigError, match=f"config.task.{missing} = '': must be"):
-            config.validate_evaluation(c)
+            config_checks.validate_evaluation(c)
 
 
 # ---- launch/prepare_data.sh

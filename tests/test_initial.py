@@ -7,7 +7,8 @@ from small_runs import make_run, random_like
 
 from configs import tiny
 from spiral_jax.checkpoint import CheckpointError, Checkpoints
-from spiral_jax.config import ConfigError, validate
+from spiral_jax.config import ConfigError
+from spiral_jax.config_checks import validate
 from spiral_jax.initial import check_start, load_start
 from spiral_jax.mesh import weight_shardings
 from spiral_jax.model import hf

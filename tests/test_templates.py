@@ -13,7 +13,7 @@ from small_tokenizer import CHATML, chatml_tokenizer, decode, encode, scaffold_o
 from tokenizers import processors
 
 from configs import tiny
-from spiral_jax import config, prompts, rollout
+from spiral_jax import config, config_checks, prompts, rollout
 from spiral_jax.config import ConfigError
 from spiral_jax.groups import Purpose, Stop
 from spiral_jax.model import hf
@@ -161,10 +161,10 @@ PLAIN = {"system": "Be brief.", "template_kwargs": {"enable_thinking": False}}
 def test_plain_prompts_have_no_place_for_what_only_a_chat_template_reads(field):
     c = tiny.get_config()
     c.prompt[field] = PLAIN[field]
-    config.validate(c)
+    config_checks.validate(c)
     c.prompt.template = "plain"
     with pytest.raises(ConfigError, match=f"config.prompt.{field} = .*plain"):
-        config.validate(c)
+        config_checks.validate(c)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_bad_value_is_refused(field, value):
     c = tiny.get_config()
     c.prompt[field] = value
     with pytest.raises(ConfigError, match=f"config.prompt.{field} = "):
-        config.validate(c)
+        config_checks.validate(c)
 
 
 # ---- thinking, from the template through a rollout to what an aggregation prompt shows

@@ -1,0 +1,182 @@
+"""Checks of the configuration that need no data and no devices; a `ConfigError` names field, value and what to do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from spiral_jax.config import ESTIMATORS, MOST_EVAL_TRACES, TASKS, ConfigError, eval_subset_size, uses_aggregation
+
+
+def validate(c: ConfigDict) -> None:
+    """Checks everything that training needs and that needs neither data nor devices; raises `ConfigError`."""
+    _validate_choices(c)
+    _validate_task(c, training=True)
+    _validate_sets(c)
+    _validate_batch(c)
+    _validate_sampling(c)
+
+
+def validate_evaluation(c: ConfigDict) -> None:
+    """The same for `spiral_jax.evaluate`, which needs no training data and no batches."""
+    _validate_choices(c)
+    _validate_sampling(c)
+    _require(not c.model.init_from or "@" in c.model.init_from, "model.init_from", c.model.init_from,
+             "WORKDIR@step in evaluations", "The newest one may change while an evaluation is stopped.")  # fmt: skip
+    _validate_task(c, training=False)
+    e, s = c.eval, eval_subset_size(c)
+    for field in ("problems", "subsets", "traces", "n", "population", "set_size", "rounds", "wave"):
+        _require(e[field] >= 1, f"eval.{field}", e[field], ">= 1")
+    _require(e.n <= MOST_EVAL_TRACES, "eval.n", e.n, f"at most {MOST_EVAL_TRACES}")
+    _require(s <= e.n, "eval.subset_size" if e.subset_size else "aggregation.subset_size", s,
+             f"at most eval.n = {e.n}")  # fmt: skip
+    _require(e.subsets * s <= e.n, "eval.subsets", e.subsets, f"at most eval.n // eval.subset_size = {e.n // s}",
+             "The subsets are disjoint: raise eval.n.")  # fmt: skip
+    _require(e.population <= e.n, "eval.population", e.population, f"at most eval.n = {e.n}",
+             "The first population are search traces.")  # fmt: skip
+    _require(e.set_size <= e.population, "eval.set_size", e.set_size, f"at most eval.population = {e.population}")
+    limits = list(e.limits)
+    in_range = all(isinstance(limit, int) and 1 <= limit <= c.search.max_tokens for limit in limits)
+    _require(in_range and limits == sorted(set(limits)), "eval.limits", limits,
+             f"ascending whole numbers of tokens between 1 and search.max_tokens = {c.search.max_tokens}",
+             "Longer traces need a larger search.max_tokens.")  # fmt: skip
+
+
+def _require(ok: bool, field: str, value: Any, allowed: str, advice: str = "") -> None:
+    if not ok:
+        raise ConfigError(f"config.{field} = {value!r}: must be {allowed}." + (f" {advice}" if advice else ""))
+
+
+def _validate_choices(c: ConfigDict) -> None:
+    choices = {
+        "model.param_dtype": ("float32", "bfloat16"),
+        "model.compute_dtype": ("float32", "bfloat16"),
+        "task.name": TASKS,
+        "sampling.cache_dtype": ("compute", "int8"),
+        "prompt.template": ("chat", "plain"),
+        "prompt.truncated": ("keep_tail", "drop", "mark"),
+        "prompt.thinking": ("answer_only", "full"),
+        "loss.estimator": ESTIMATORS,
+        "loss.normalizer": ("unbiased", "sum"),
+        "optimizer.schedule": ("constant", "linear", "cosine"),
+    }
+    for field, allowed in choices.items():
+        room, name = field.split(".")
+        _require(c[room][name] in allowed, field, c[room][name], f"one of {', '.join(allowed)}")
+    _validate_prompt(c)
+    _require(bool(c.model.hf_path), "model.hf_path", c.model.hf_path, "a directory with config.json and weights")
+    _require(not c.model.adapter_path or c.model.lora_rank > 0, "model.adapter_path", c.model.adapter_path,
+             "empty at model.lora_rank = 0", "Set model.lora_rank to the adapter's r.")  # fmt: skip
+    _require(not (c.model.adapter_path and c.model.init_from), "model.init_from", c.model.init_from,
+             "empty beside model.adapter_path", "A run starts from one of the two.")  # fmt: skip
+    minima = {
+        "search.traces": 1, "search.max_tokens": 1, "aggregation.max_tokens": 1,
+        "sampling.chunk": 1, "sampling.exit_groups": 1, "sampling.prefill_tokens": 1, "sampling.prefill_chunk": 1,
+        "sampling.verdict_delay": 0, "sampling.max_ratio": 1, "batch.problems": 1,
+        "eval.temperature": 0, "eval.top_k": 0, "eval.min_p": 0,
+        "batch.search_groups": 1, "batch.aggregation_groups": 1, "loss.logprob_chunk": 1, "train.steps": 1,
+        "train.max_sampled_tokens": 0, "eval.problems": 0, "eval.every": 0, "verifier.workers": 1,
+        "checkpoint.every": 0, "checkpoint.keep": 1, "model.lora_rank": 0, "model.attention_query_block": 1,
+        "trace_log.every": 0, "trace_log.keep_steps": 1, "optimizer.warmup_steps": 0, "prompt.max_problem_tokens": 1,
+        "loss.length_gate": 0, "prompt.keep_tail_tokens": 1, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
+        "aggregation.subset_size": 1, "eval.subset_size": 0,
+    }  # fmt: skip
+    for field, least in minima.items():
+        room, name = field.split(".")
+        _require(c[room][name] >= least, field, c[room][name], f">= {least}")
+    _require(c.seed >= 0, "seed", c.seed, ">= 0")
+    for field in ("sampling.temperature", "sampling.keep_rate", "optimizer.lr", "verifier.timeout_s"):
+        room, name = field.split(".")
+        _require(c[room][name] > 0, field, c[room][name], "> 0")
+    if c.task.name == "reasoning_gym":
+        _require(bool(c.task.generator), "task.generator", c.task.generator, "the name of a reasoning-gym generator")
+    _require(c.task.reward in ("", "math") or ":" in c.task.reward, "task.reward", c.task.reward,
+             'empty, "math" or "package.module:function"')  # fmt: skip
+
+
+def _validate_prompt(c: ConfigDict) -> None:
+    stop = list(c.prompt.stop)
+    _require(all(isinstance(token, str) or type(token) is int for token in stop), "prompt.stop", stop,
+             "a tuple of texts or ids of tokens")  # fmt: skip
+    if c.prompt.template == "plain":
+        _require(not c.prompt.system, "prompt.system", c.prompt.system, 'empty at prompt.template = "plain"',
+                 "Write its words into prompt.search and prompt.aggregation.")  # fmt: skip
+        given = c.prompt.template_kwargs.to_dict()
+        _require(not given, "prompt.template_kwargs", given, '{} at prompt.template = "plain"',
+                 "There is no chat template to read them.")  # fmt: skip
+
+
+def _validate_task(c: ConfigDict, training: bool) -> None:
+    """What the task reads is named: the training split for training, the held-out one where it is evaluated."""
+    if c.task.name == "hf":
+        for field in ("dataset", "problem_column", "answer_column"):
+            _require(bool(c.task[field]), f"task.{field}", c.task[field], "a name")
+        fields, allowed = ("split_train", "split_eval"), "a split of the data set"
+    elif c.task.name in ("jsonl", "parquet"):
+        fields, allowed = ("train_path", "eval_path"), f"a {c.task.name} file"
+    else:
+        return
+    _require(not training or bool(c.task[fields[0]]), f"task.{fields[0]}", c.task[fields[0]], allowed)
+    _require(not c.eval.problems or bool(c.task[fields[1]]), f"task.{fields[1]}", c.task[fields[1]], allowed,
+             "Set eval.problems = 0 to train without evaluation." if training else "")  # fmt: skip
+
+
+def _validate_sets(c: ConfigDict) -> None:
+    n, k, s, m = c.search.traces, c.aggregation.subsets, c.aggregation.subset_size, c.aggregation.traces
+    if not uses_aggregation(c):
+        _require(n >= 2, "search.traces", n, ">= 2 for grpo", "One trace has no baseline, so no signal.")
+        return
+    _require(1 <= s <= n, "aggregation.subset_size", s, f"between 1 and search.traces = {n}")
+    total = math.comb(n, s)
+    _require(k <= total, "aggregation.subsets", k, f"at most C(N={n}, S={s}) = {total}",
+             "Subsets are distinct: raise search.traces or lower aggregation.subsets.")  # fmt: skip
+    if c.loss.estimator != "aggregator_only":
+        _require(k >= 2, "aggregation.subsets", k, ">= 2",
+                 "With one subset every set advantage is zero, so search gets no signal.")  # fmt: skip
+        _require(s < n, "aggregation.subset_size", s, f"below search.traces = {n}",
+                 "A trace that is in every subset has no baseline.")  # fmt: skip
+    _require(m >= 2, "aggregation.traces", m, ">= 2",
+             "With one trace a subset every aggregation advantage is zero.")  # fmt: skip
+    if c.eval.problems:
+        size = eval_subset_size(c)
+        _require(c.eval.subset_size <= n, "eval.subset_size", c.eval.subset_size, f"at most search.traces = {n}")
+        _require(1 <= c.eval.subsets <= n // size, "eval.subsets", c.eval.subsets,
+                 f"between 1 and search.traces // aggregation.subset_size = {n // size}")  # fmt: skip
+        _require(c.eval.traces >= 1, "eval.traces", c.eval.traces, ">= 1")
+
+
+def _validate_batch(c: ConfigDict) -> None:
+    roles = [("search", c.batch.problems)]
+    if uses_aggregation(c):
+        roles.append(("aggregation", c.batch.problems * c.aggregation.subsets))
+    for role, groups in roles:
+        micro = c.batch[f"{role}_groups"]
+        _require(
+            groups % micro == 0, f"batch.{role}_groups", micro, f"a divisor of the {groups} {role} groups of a step"
+        )
+        lengths = [tuple(pair) for pair in c.batch[f"{role}_lengths"]]
+        ok = bool(lengths) and all(len(pair) == 2 for pair in lengths) and lengths == sorted(lengths)
+        _require(ok, f"batch.{role}_lengths", lengths, "ascending (prompt, response) lengths")
+        limit = c[role].max_tokens
+        _require(lengths[-1][1] >= limit, f"batch.{role}_lengths", lengths,
+                 f"wide enough in its last entry for {role}.max_tokens = {limit}")  # fmt: skip
+
+
+def _validate_sampling(c: ConfigDict) -> None:
+    rows = [tuple(row) for row in c.sampling.classes]
+    ok = bool(rows) and all(len(row) == 4 and all(type(n) is int and n >= 1 for n in row) for row in rows)
+    _require(ok and len(set(rows)) == len(rows), "sampling.classes", rows,
+             "different rows (slots, C, P, G) of whole numbers >= 1")  # fmt: skip
+    for prompt in sorted({P for _, _, P, _ in rows}):
+        of_prompt = [(C, G) for _, C, P, G in rows if prompt == P]
+        widest, longest = max(C for C, _ in of_prompt), max(G for _, G in of_prompt)
+        _require((widest, longest) in of_prompt, "sampling.classes", rows,
+                 f"with a class of C = {widest} and G = {longest} for P = {prompt}",
+                 "Else a group that stays wide has nowhere to go on.")  # fmt: skip
+    counts = list(c.sampling.row_counts)
+    ok = all(type(count) is int and count >= 1 for count in counts) and counts == sorted(set(counts))
+    _require(ok, "sampling.row_counts", counts, "ascending whole numbers >= 1")
+    _require(0 < c.eval.top_p <= 1, "eval.top_p", c.eval.top_p, "above 0 and at most 1")
+    _require(c.eval.min_p < 1, "eval.min_p", c.eval.min_p, "below 1")
