@@ -152,11 +152,12 @@ def defaults() -> ConfigDict:
     c.eval.top_k = 0  # only the k most likely tokens; 0 = all. These cuts exist in evaluation alone (ours)
     c.eval.top_p = 1.0  # only the most likely tokens that together hold this mass; 1 = all (ours)
     c.eval.min_p = 0.0  # only tokens at least this fraction as likely as the most likely one; 0 = all (ours)
+    c.eval.rounds_in_training = 0  # rounds of RSA in evaluations during training; 0 = none (ours)
+    c.eval.population = 8  # traces in the population of recursive self-aggregation, RSA (paper)
+    c.eval.set_size = 4  # of which each member of the next population reads so many (paper)
     # The rest is for `python -m spiral_jax.evaluate` alone; evaluations during training sample search.traces.
     c.eval.n = 64  # search traces of a problem: pass@k and maj@k up to k = n (ours; the paper draws 256)
     c.eval.limits = ()  # tokens, ascending: the search traces once more, cut off here; up to search.max_tokens (ours)
-    c.eval.population = 8  # traces in the population of recursive self-aggregation, RSA (paper)
-    c.eval.set_size = 4  # of which each member of the next population reads so many (paper)
     c.eval.rounds = 10  # of RSA, after the search traces (paper: up to 10)
     c.eval.wave = 32  # problems sampled at once; a stopped evaluation goes on after the last whole wave (ours)
 
@@ -201,6 +202,14 @@ def for_evaluation(c: ConfigDict) -> ConfigDict:
     c = c.copy_and_resolve_references()
     c.search.traces, c.aggregation.subset_size = c.eval.n, eval_subset_size(c)
     c.task.train_path = ""  # no training data are read
+    return c
+
+
+def for_evaluation_in_training(c: ConfigDict) -> ConfigDict:
+    """The same for the evaluations of a training run, which sample as many traces as training does."""
+    c = c.copy_and_resolve_references()
+    c.eval.n, c.eval.rounds, c.eval.limits = c.search.traces, c.eval.rounds_in_training, ()
+    c.aggregation.subset_size = eval_subset_size(c)
     return c
 
 

@@ -27,21 +27,27 @@ def validate_evaluation(c: ConfigDict) -> None:
              "WORKDIR@step in evaluations", "The newest one may change while an evaluation is stopped.")  # fmt: skip
     _validate_task(c, training=False)
     e, s = c.eval, eval_subset_size(c)
-    for field in ("problems", "subsets", "traces", "n", "population", "set_size", "rounds", "wave"):
+    for field in ("problems", "subsets", "traces", "n", "rounds", "wave"):
         _require(e[field] >= 1, f"eval.{field}", e[field], ">= 1")
     _require(e.n <= MOST_EVAL_TRACES, "eval.n", e.n, f"at most {MOST_EVAL_TRACES}")
     _require(s <= e.n, "eval.subset_size" if e.subset_size else "aggregation.subset_size", s,
              f"at most eval.n = {e.n}")  # fmt: skip
     _require(e.subsets * s <= e.n, "eval.subsets", e.subsets, f"at most eval.n // eval.subset_size = {e.n // s}",
              "The subsets are disjoint: raise eval.n.")  # fmt: skip
-    _require(e.population <= e.n, "eval.population", e.population, f"at most eval.n = {e.n}",
-             "The first population are search traces.")  # fmt: skip
-    _require(e.set_size <= e.population, "eval.set_size", e.set_size, f"at most eval.population = {e.population}")
+    _validate_populations(c, e.n, "eval.n")
     limits = list(e.limits)
     in_range = all(isinstance(limit, int) and 1 <= limit <= c.search.max_tokens for limit in limits)
     _require(in_range and limits == sorted(set(limits)), "eval.limits", limits,
              f"ascending whole numbers of tokens between 1 and search.max_tokens = {c.search.max_tokens}",
              "Longer traces need a larger search.max_tokens.")  # fmt: skip
+
+
+def _validate_populations(c: ConfigDict, n: int, field: str) -> None:
+    """RSA's sizes where `n` search traces are sampled, as `field` says."""
+    population, set_size = c.eval.population, c.eval.set_size
+    _require(1 <= population <= n, "eval.population", population, f"between 1 and {field} = {n}",
+             "The first population are search traces.")  # fmt: skip
+    _require(1 <= set_size <= population, "eval.set_size", set_size, f"between 1 and eval.population = {population}")
 
 
 def _require(ok: bool, field: str, value: Any, allowed: str, advice: str = "") -> None:
@@ -77,7 +83,8 @@ def _validate_choices(c: ConfigDict) -> None:
         "sampling.verdict_delay": 0, "sampling.max_ratio": 1, "batch.problems": 1,
         "eval.temperature": 0, "eval.top_k": 0, "eval.min_p": 0,
         "batch.search_groups": 1, "batch.aggregation_groups": 1, "loss.logprob_chunk": 1, "train.steps": 1,
-        "train.max_sampled_tokens": 0, "eval.problems": 0, "eval.every": 0, "verifier.workers": 1,
+        "train.max_sampled_tokens": 0, "eval.problems": 0, "eval.every": 0, "eval.rounds_in_training": 0,
+        "verifier.workers": 1,
         "checkpoint.every": 0, "checkpoint.keep": 1, "model.lora_rank": 0, "model.attention_query_block": 1,
         "trace_log.every": 0, "trace_log.keep_steps": 1, "optimizer.warmup_steps": 0, "prompt.max_problem_tokens": 1,
         "loss.length_gate": 0, "prompt.keep_tail_tokens": 1, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
@@ -145,6 +152,8 @@ def _validate_sets(c: ConfigDict) -> None:
         _require(1 <= c.eval.subsets <= n // size, "eval.subsets", c.eval.subsets,
                  f"between 1 and search.traces // aggregation.subset_size = {n // size}")  # fmt: skip
         _require(c.eval.traces >= 1, "eval.traces", c.eval.traces, ">= 1")
+        if c.eval.rounds_in_training:
+            _validate_populations(c, n, "search.traces")
 
 
 def _validate_batch(c: ConfigDict) -> None:

@@ -2,8 +2,8 @@
 
 held-out problems -> N search traces -> disjoint subsets -> aggregation traces -> rounds of self-aggregation
 
-`evaluate` is what training calls every `eval.every` steps; `evaluate_wave` is what `python -m spiral_jax.evaluate` is
-made of.
+Training calls `evaluate` every `eval.every` steps; `python -m spiral_jax.evaluate` calls `evaluate_wave` itself, wave
+by wave. Both make the same results.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax.config import ConfigError, eval_subset_size, uses_aggregation
+from spiral_jax.config import ConfigError, digest, eval_subset_size, uses_aggregation
 from spiral_jax.estimators import mean_and_interval
 from spiral_jax.groups import Groups, Purpose, Stop
 from spiral_jax.measures import Answers, accuracy, any_correct, set_votes
 from spiral_jax.objective import subsets
+from spiral_jax.results import make_results
 from spiral_jax.rollout import Actor, Rollouts, aggregate, fits, search, verify
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.rewards import Verdict
+from spiral_jax.verifier.rewards import Status, Verdict
 from spiral_jax.verifier.verifier import count_verdicts, number_classes
 
 
@@ -72,8 +73,26 @@ def held_out(actor: Actor) -> dict[int, Problem]:
     return fitting
 
 
-def evaluate(actor: Actor, weights: Any, step: int) -> dict[str, Any]:
-    """Evaluates `eval.problems` held-out problems at the training temperature.
+def evaluate(actor: Actor, weights: Any, step: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Evaluates `eval.problems` held-out problems; `actor.c` is that of `for_evaluation_in_training`.
+
+    Returns:
+      the row of evaluations.jsonl, see `summary`; and the content of a results.json, with all measures of
+      `python -m spiral_jax.evaluate` and comparable with its files: None without an aggregation stage.
+    """
+    c = actor.c
+    asked = held_out(actor)
+    problems, index_B = list(asked.values()), np.array(list(asked))
+    if not uses_aggregation(c):
+        found = _searched(actor, weights, problems, index_B, step)
+        return summary(c, step, [{"search": row} for row in found.rows()], found.counts("search")), None
+    records, counts, _ = evaluate_wave(actor, weights, problems, index_B, step)
+    results = make_results(c, f"step {step} of {digest(c)}", asked, records, counts)
+    return summary(c, step, records, counts), results
+
+
+def summary(c: ConfigDict, step: int, records: list[dict[str, Any]], counts: Counter) -> dict[str, Any]:
+    """An evaluation during training, in short.
 
     Measures with mean, 95 % interval over problems, standard error and count: `single` (mean own correctness of the N
     traces), `pass_at_n` (some trace is right), and with an aggregation stage `majority` (tie-aware vote of each
@@ -81,43 +100,46 @@ def evaluate(actor: Actor, weights: Any, step: int) -> dict[str, Any]:
     `eval.traces` traces). Shares: parse rate, cut-off share and mean length of each role. Problems whose prompt is too
     long are left out and counted (`too_long`).
     """
-    c = actor.c
-    asked = held_out(actor)
-    problems, index_B = list(asked.values()), np.array(list(asked))
-    found = _searched(actor, weights, problems, index_B, step)
-    searched = found.rows()
-    result = {"step": step, "problems": len(problems), "too_long": c.eval.problems - len(problems)}
-    result |= {"traces": c.search.traces, "sampled_tokens": found.groups.sampled_tokens}
+    search = [record["search"] for record in records]
     measures = {
-        "single": [accuracy(row["answer"]) for row in searched],
-        "pass_at_n": [any_correct(row["answer"]) for row in searched],
+        "single": [accuracy(row["answer"]) for row in search],
+        "pass_at_n": [any_correct(row["answer"]) for row in search],
     }
-    result |= _shares("search", found)
+    sampled = sum(count for name, count in counts.items() if name.endswith("_sampled_tokens"))
+    row = {"step": step, "problems": len(records), "too_long": c.eval.problems - len(records), "traces": c.eval.n}
+    row |= {"sampled_tokens": sampled} | _shares("search", search, counts)
     if uses_aggregation(c):
-        member_BxKxS = _disjoint(c, index_B, step)
-        read, _ = _aggregated(actor, weights, problems, found.groups, member_BxKxS, c.eval.traces, round=1)
-        votes = [set_votes(row, member) for row, member in zip(searched, member_BxKxS.tolist(), strict=True)]
+        read = [record["aggregation"] for record in records]
+        votes = [set_votes(row, of_sets["member"]) for row, of_sets in zip(search, read, strict=True)]
         measures["majority"] = [np.mean(votes_K) for votes_K in votes]
-        measures["aggregated"] = [accuracy(row["answer"]) for row in read.rows()]
-        result |= _shares("aggregation", read)
-        result |= {"subsets": c.eval.subsets, "subset_size": eval_subset_size(c), "aggregation_traces": c.eval.traces}
-        result["sampled_tokens"] += read.groups.sampled_tokens
+        measures["aggregated"] = [accuracy(row["answer"]) for row in read]
+        row |= _shares("aggregation", read, counts)
+        row |= {"subsets": c.eval.subsets, "subset_size": eval_subset_size(c), "aggregation_traces": c.eval.traces}
     estimates = {name: mean_and_interval(np.array(value_B)) for name, value_B in measures.items()}
-    return result | {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
+    return row | {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
+
+
+def _shares(role: str, rows: list[dict[str, Any]], counts: Counter) -> dict[str, float]:
+    verdicts = sum(counts[f"{role}_{status.value}"] for status in Status)
+    return {
+        f"parse_rate_{role}": (counts[f"{role}_correct"] + counts[f"{role}_wrong"]) / verdicts,
+        f"cut_off_{role}": float(np.mean([row["cut_off"] for row in rows])),
+        f"length_{role}": float(np.mean([row["length"] for row in rows])),
+    }
 
 
 def evaluate_wave(
-    actor: Actor, weights: Any, problems: list[Problem], index_B: np.ndarray
+    actor: Actor, weights: Any, problems: list[Problem], index_B: np.ndarray, step: int = 0
 ) -> tuple[list[dict[str, Any]], Counter, Rollouts]:
-    """All stages of `python -m spiral_jax.evaluate` for B held-out problems; `actor.c` is that of `for_evaluation`.
+    """All stages of an evaluation for B held-out problems; `actor.c` is that of one of the `config.for_evaluation*`.
 
-    Search and plain aggregation draw the random numbers of an evaluation at step 0 of training.
+    `step` of training has its own random numbers; `python -m spiral_jax.evaluate` draws those of step 0.
 
     Returns:
       a record of each problem; counts: verdicts, sampled tokens and what cleaning removed from candidates, by stage
       (`search_*`, `aggregation_*`, `rsa_*`); and the traces of search and plain aggregation, for a person to read.
     """
-    c, step = actor.c, 0
+    c = actor.c
     found = _searched(actor, weights, problems, index_B, step)
     member_BxKxS = _disjoint(c, index_B, step)
     read, cleaned = _aggregated(actor, weights, problems, found.groups, member_BxKxS, c.eval.traces, round=1)
@@ -232,12 +254,3 @@ def _disjoint(c: ConfigDict, index_B: np.ndarray, step: int) -> np.ndarray:
     N, S, K = c.search.traces, eval_subset_size(c), c.eval.subsets
     draw = lambda index: subsets.disjoint_subsets(c.seed, int(Purpose.EVALUATION), step, index, 0, N, S, K)  # noqa: E731
     return np.stack([draw(int(index)) for index in index_B])
-
-
-def _shares(role: str, stage: Stage) -> dict[str, float]:
-    counts = count_verdicts(stage.verdicts)
-    return {
-        f"parse_rate_{role}": (counts["correct"] + counts["wrong"]) / len(stage.verdicts),
-        f"cut_off_{role}": float((stage.groups.stop_UxC == Stop.LENGTH).mean()),
-        f"length_{role}": float(stage.groups.trace_len_UxC.mean()),
-    }

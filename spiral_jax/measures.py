@@ -7,7 +7,8 @@ A record is what became of one problem, in JSON types; answers are numbered by `
     search          answer, length, cut_off [N]: cut_off is 1 where the trace reached its limit, else 0
     limits          for each smaller limit: limit, answer [N]: the same traces, cut off there
     aggregation     member [K][S], which search traces each set holds; answer, length, cut_off [K * M], by set and trace
-    rsa             for each round 1..T: answer, length, cut_off [population]; round 0 is the first search traces
+    rsa             for each round 1..T: answer, length, cut_off [population]; round 0 is the first search traces, all
+                    of them if T = 0
 
 Tokens are sampled ones; reading prompts is not counted. The critical path adds up the longest trace of each stage: what
 one waits for when all traces of a stage run side by side.
@@ -156,7 +157,7 @@ def _rsa_columns(records: Sequence[dict]) -> dict[str, Column]:
 
 def _rounds(record: dict) -> list[dict]:
     """Populations of rounds 0..T."""
-    size = len(record["rsa"][0]["answer"])
+    size = len((record["rsa"] or [record["search"]])[0]["answer"])
     return [{name: values[:size] for name, values in record["search"].items()}, *record["rsa"]]
 
 

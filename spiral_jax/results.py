@@ -39,7 +39,7 @@ def make_results(
     """The content of results.json.
 
     Args:
-      c: as `config.for_evaluation` returns it.
+      c: as one of the `config.for_evaluation*` returns it.
       problems: those evaluated, by index; `records` are in their order.
       counts: summed over all problems.
     """
@@ -85,6 +85,7 @@ _SETTINGS = (
 
 def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:
     """Writes results.json: one line for each record and row, which keeps a file of megabytes readable."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_render(results, 0) + "\n")
 
 

@@ -172,7 +172,7 @@ def _largest_sets(c: ConfigDict, training: bool) -> ConfigDict:
     """`c` with the largest sets and the longest candidates that are aggregated, those of evaluation included."""
     sizes = [c.aggregation.subset_size, eval_subset_size(c)]
     c = c.copy_and_resolve_references()
-    if not training:
+    if not training or c.eval.rounds_in_training:
         sizes.append(c.eval.set_size)
         c.search.max_tokens = max(c.search.max_tokens, c.aggregation.max_tokens)  # RSA reads aggregation traces
     c.aggregation.subset_size = max(sizes)

@@ -30,7 +30,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from spiral_jax import batching, config, initial, report
+from spiral_jax import batching, config, initial, report, results
 from spiral_jax import mesh as meshes
 from spiral_jax.checkpoint import CheckpointError, Checkpoints
 from spiral_jax.collect import Batch, NoSignal, collect_batch
@@ -116,11 +116,11 @@ def train(setup: Setup, workdir: str) -> None:
         if not _finished(c, at):
             print(*filter(None, (setup.task.report, setup.sampler.start_report())), sep="\n", flush=True)
         actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, progress)
-        evaluator = dataclasses.replace(actor, sampler=setup.eval_sampler)
+        evaluator = dataclasses.replace(actor, c=config.for_evaluation_in_training(c), sampler=setup.eval_sampler)
         weights = setup.sampler.prepare(variables(setup.model, frozen, state.trained))
         while not _finished(c, at):
             if at.step == 0 or (c.eval.every and at.step % c.eval.every == 0):
-                _evaluate_once(evaluator, weights, at.step, evaluations)
+                _evaluate_once(evaluator, weights, at.step, evaluations, path)
             start = time.monotonic()
 
             batch = collect_batch(actor, weights, at.step, at.cursor)
@@ -145,7 +145,7 @@ def train(setup: Setup, workdir: str) -> None:
                 with progress.phase("checkpoint"):
                     checkpoints.save(at.step, state, {"at": dataclasses.asdict(at), "data": setup.task.fingerprint})
         checkpoints.wait()
-        _evaluate_once(evaluator, weights, at.step, evaluations)
+        _evaluate_once(evaluator, weights, at.step, evaluations, path)
     _report(path, at, evaluations)
 
 
@@ -172,11 +172,14 @@ def _open_logs(path: pathlib.Path, c: ConfigDict, step: int) -> tuple[StepLog, T
     return metrics_log, traces, evaluations
 
 
-def _evaluate_once(actor: Actor, weights: Any, step: int, evaluations: StepLog) -> None:
-    """Evaluates the policy after `step` steps, unless that was done before."""
+def _evaluate_once(actor: Actor, weights: Any, step: int, evaluations: StepLog, path: pathlib.Path) -> None:
+    """Evaluates the policy after `step` steps, unless its row says that this was done before."""
     if actor.c.eval.problems and step not in [done["step"] for done in evaluations.read()]:
         with actor.progress.phase("evaluating"):
-            evaluations.append(evaluate(actor, weights, step))
+            row, found = evaluate(actor, weights, step)
+            if found is not None:
+                results.write_results(path / "evaluations" / f"step_{step:06d}" / "results.json", found)
+            evaluations.append(row)
         actor.progress.take_times()  # a step's times are its own
 
 

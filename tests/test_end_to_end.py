@@ -71,7 +71,8 @@ def finished(tmp_path_factory):
 def test_a_run_writes_what_the_readme_lists(finished):
     workdir, done = finished
     assert [row["step"] for row in metrics_of(workdir)] == [0, 1, 2, 3]
-    names = {"config.json", "metrics.jsonl", "evaluations.jsonl", "traces", "checkpoints", "curves.png", "results.md"}
+    names = {"config.json", "metrics.jsonl", "evaluations.jsonl", "traces", "checkpoints", "curves.png", "results.md",
+             "evaluations"}  # fmt: skip
     assert {path.name for path in workdir.iterdir()} == names
     evaluations = [json.loads(line) for line in (workdir / "evaluations.jsonl").read_text().splitlines()]
     assert [evaluation["step"] for evaluation in evaluations] == [0, 4]
@@ -125,7 +126,7 @@ def test_kill_9_between_steps_then_the_same_command_equals_the_uninterrupted_run
     assert metrics_of(killed) == metrics_of(workdir)
     for path in (workdir / "traces").iterdir():
         assert (killed / "traces" / path.name).read_bytes() == path.read_bytes()
-    for name in ("evaluations.jsonl", "results.md"):
+    for name in ("evaluations.jsonl", "results.md", "evaluations/step_000004/results.json"):
         assert (killed / name).read_text() == (workdir / name).read_text()
     (step, expected), (step_too, found) = arrays_of(workdir), arrays_of(killed)
     assert step == step_too == "4" and expected.keys() == found.keys()

@@ -35,7 +35,7 @@ from spiral_jax.groups import Stop, pad_rows
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.objective.logprobs import group_logprobs, length_mask
 from spiral_jax.sampling.draw import Draw
-from spiral_jax.sampling.programs import check_room
+from spiral_jax.sampling.programs import check_room, describe
 from spiral_jax.sampling.protocol import sample
 
 
@@ -378,6 +378,13 @@ def test_the_start_report_names_every_program_with_its_classes(moving):
     assert len(lines) == 1 + len(moving.programs)
     assert any(line.startswith("  move") and "(4, 3, 8, 4) -> (4, 3, 8, 12)" in line for line in lines)
     assert any(line.startswith("  admit") and line.endswith("(4, 2, 16, 12)") for line in lines)
+
+
+def test_the_start_report_warns_of_classes_with_one_slot_a_shard(mesh, moving):
+    alone = make_engine(mesh, classes=((4, 3, 8, 12), (1, 3, 16, 12)))
+    text = describe({}, alone.settings, alone.schedule)
+    assert "classes[1] has one slot a shard" in text and "classes[0]" not in text
+    assert "one slot a shard" not in moving.start_report()
 
 
 def test_devices_without_room_are_refused_with_what_is_missing_and_what_to_lower(mesh):

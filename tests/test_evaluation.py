@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from scripted_sampler import TOKENIZER, ScriptedSampler, make_actor, number_task
 
-from spiral_jax.config import ConfigError, for_evaluation
+from spiral_jax.comparison import compare
+from spiral_jax.config import ConfigError, for_evaluation, for_evaluation_in_training
 from spiral_jax.evaluation import cut_at, evaluate, evaluate_wave
 from spiral_jax.groups import GroupRequests, Purpose, Role, Stop
 from spiral_jax.objective.subsets import independent_subsets
+from spiral_jax.results import make_results, read_results, write_results
 
 
 def script(role, cursor, k, i):
@@ -20,9 +22,14 @@ def script(role, cursor, k, i):
     return "\\boxed{7}" if k == 0 and cursor % 2 == 0 else "\\boxed{9}"
 
 
+def in_training(task=None, **overrides):
+    actor = make_actor(script, task, **overrides)
+    return dataclasses.replace(actor, c=for_evaluation_in_training(actor.c))
+
+
 def test_measures_are_means_over_problems_of_what_the_traces_say():
-    actor = make_actor(script, eval__problems=20, eval__subsets=2, eval__traces=3)
-    result = evaluate(actor, None, step=5)
+    actor = in_training(eval__problems=20, eval__subsets=2, eval__traces=3)
+    result, full = evaluate(actor, None, step=5)
     assert result["step"] == 5 and result["problems"] == 20 and result["too_long"] == 0
     assert result["single"]["mean"] == pytest.approx(2 / 8)
     assert result["pass_at_n"]["mean"] == 1.0
@@ -33,12 +40,40 @@ def test_measures_are_means_over_problems_of_what_the_traces_say():
     assert {(int(ids[0]), int(ids[1])) for call in actor.sampler.calls for ids in call.id_Ux6} == {
         (Purpose.EVALUATION, 5)
     }
+    measures = full["measures"]
+    for mine, of_results in ((result["single"], measures["single"]), (result["pass_at_n"], measures["pass_at_k"][-1]),
+                             (result["majority"], measures["aggregated_majority"]),
+                             (result["aggregated"], measures["aggregated"])):  # fmt: skip
+        assert mine["mean"] == pytest.approx(of_results["mean"])
+    assert len(measures["pass_at_k"]) == 8 and [row["round"] for row in measures["rsa"]] == [0]
+    assert full["settings"]["n"] == 8 and full["counts"]["rsa"]["sampled_tokens"] == 0
+
+
+def test_an_evaluation_during_training_can_run_rounds_and_compares_with_the_command(tmp_path):
+    actor = in_training(eval__problems=3, eval__rounds_in_training=2, eval__population=4, eval__set_size=2)
+    row, full = evaluate(actor, None, step=0)
+    assert [stage["round"] for stage in full["measures"]["rsa"]] == [0, 1, 2]
+    assert row["sampled_tokens"] == sum(of["sampled_tokens"] for of in full["counts"].values())
+    write_results(tmp_path / "step_000000" / "results.json", full)
+    again = read_results(tmp_path / "step_000000" / "results.json")
+    command = make_actor(script, eval__problems=3, eval__n=8, eval__rounds=2, eval__population=4, eval__set_size=2)
+    c = for_evaluation(command.c)
+    problems = [command.task.held_out(i) for i in range(3)]
+    records, counts, _ = evaluate_wave(dataclasses.replace(command, c=c), None, problems, np.arange(3))
+    found = make_results(c, "weights", dict(enumerate(problems)), records, counts)
+    assert again["measures"] == found["measures"] and again["records"] == found["records"]
+    compare(again, found)
+
+
+def test_an_evaluation_without_an_aggregation_stage_has_a_row_alone():
+    row, full = evaluate(in_training(eval__problems=4, loss__estimator="grpo"), None, step=1)
+    assert full is None and "aggregated" not in row and row["single"]["mean"] == pytest.approx(2 / 8)
 
 
 def test_the_majority_is_that_of_the_aggregated_sets_candidates_and_ties_are_split():
     # The two sets of four hold the two right answers together (set of 2 right, 2 wrong: a tie), or one each (lost).
-    actor = make_actor(script, eval__problems=40)
-    result = evaluate(actor, None, step=0)
+    actor = in_training(eval__problems=40)
+    result, _ = evaluate(actor, None, step=0)
     together = []
     for call in actor.sampler.calls:
         if call.id_Ux6[0, 4] == Role.AGGREGATION:
@@ -55,11 +90,12 @@ def test_held_out_problems_that_are_too_long_are_left_out_and_counted():
     longer = dataclasses.replace(
         task, held_out=lambda i: dataclasses.replace(task.held_out(i), text="left=" + "1+" * (40 if i % 4 == 0 else 1))
     )
-    result = evaluate(make_actor(script, longer, eval__problems=8), None, step=0)
+    result, full = evaluate(in_training(longer, eval__problems=8), None, step=0)
     assert result["problems"] == 6 and result["too_long"] == 2 and result["single"]["count"] == 6
+    assert full["problems"]["count"] == 6 and full["problems"]["too_long"] == 2
     nothing = dataclasses.replace(longer, held_out=lambda i: longer.held_out(0))
     with pytest.raises(ConfigError, match="prompt.max_problem_tokens = 16"):
-        evaluate(make_actor(script, nothing, eval__problems=8), None, step=0)
+        evaluate(in_training(nothing, eval__problems=8), None, step=0)
 
 
 class ReadingSampler(ScriptedSampler):

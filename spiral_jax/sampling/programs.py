@@ -152,6 +152,13 @@ def describe(programs: dict[tuple[Any, ...], Program], settings: DecodeSettings,
         sizes = [str(tuple(vars(schedule.classes[i]).values())) for i in what] if kind != "decode" else []
         sizes = " -> ".join(sizes) or f"{what[0]} rows a shard"
         lines.append(f"  {kind:6} {program.seconds:6.1f} s {program.temp_bytes / 2**20:9.1f} MiB temporary  {sizes}")
+    shards = meshes.group_count_multiple(settings.mesh)
+    for i, slots in enumerate(schedule.classes):
+        if slots.slots == shards:
+            lines.append(
+                f"  slow: config.sampling.classes[{i}] has one slot a shard, whose cache XLA copies at every token. "
+                f"Give it {2 * shards} slots."
+            )
     return "\n".join(lines)
 
 
