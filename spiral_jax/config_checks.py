@@ -45,9 +45,11 @@ def validate_evaluation(c: ConfigDict) -> None:
 def _validate_populations(c: ConfigDict, n: int, field: str) -> None:
     """RSA's sizes where `n` search traces are sampled, as `field` says."""
     population, set_size = c.eval.population, c.eval.set_size
-    _require(1 <= population <= n, "eval.population", population, f"between 1 and {field} = {n}",
+    for name in ("population", "set_size"):
+        _require(c.eval[name] >= 1, f"eval.{name}", c.eval[name], ">= 1")
+    _require(population <= n, "eval.population", population, f"at most {field} = {n}",
              "The first population are search traces.")  # fmt: skip
-    _require(1 <= set_size <= population, "eval.set_size", set_size, f"between 1 and eval.population = {population}")
+    _require(set_size <= population, "eval.set_size", set_size, f"at most eval.population = {population}")
 
 
 def _require(ok: bool, field: str, value: Any, allowed: str, advice: str = "") -> None:
