@@ -188,3 +188,12 @@ def test_the_evaluation_samples_its_own_numbers_and_leaves_the_given_config_alon
     run = for_evaluation(c)
     assert (run.search.traces, run.aggregation.subset_size) == (12, 3)
     assert (c.search.traces, c.aggregation.subset_size) == (8, 4)
+
+
+def test_rounds_during_training_need_a_population_among_the_search_traces():
+    c = tiny.get_config()
+    c.eval.population = 9
+    validate(c)  # nobody asks for rounds
+    c.eval.rounds_in_training = 1
+    with pytest.raises(ConfigError, match=r"eval.population = 9: must be at most search.traces = 8"):
+        validate(c)
