@@ -17,7 +17,26 @@ from spiral_jax.groups import Purpose, Stop
 from spiral_jax.objective import advantages, subsets
 from spiral_jax.workdir import StepLog, TraceLog, open_workdir
 
-_WORDS = "so the sum of all terms is then we add multiply by check again that x y equals 12 7 35 + - * = , .".split()
+_WORDS = (
+    "so",
+    "the",
+    "sum",
+    "of",
+    "all",
+    "terms",
+    "is",
+    "then",
+    "we",
+    "add",
+    "check",
+    "x",
+    "12",
+    "7",
+    "35",
+    "+",
+    "=",
+    ".",
+)
 _VERDICTS = ("correct", "wrong", "unparsed", "error")
 _REWARD = {"correct": 1.0, "wrong": 0.0, "unparsed": 0.0, "error": np.nan}
 Text = Callable[[str, int], str]

@@ -16,7 +16,7 @@ _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "nu
 
 
 def describe() -> dict[str, Any]:
-    """`time` (UTC), `hardware`, `devices`, `processes`, `versions` by package, `commit` and `modified` (see `commit`)."""
+    """`time` (UTC), `hardware`, `devices`, `processes`, `versions` by package; `commit`, `modified`: see `commit`."""
     devices = jax.devices()
     head, modified = commit()
     return {

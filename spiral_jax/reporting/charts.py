@@ -33,12 +33,12 @@ def overview_charts(metrics: list[dict], evaluations: list[dict], checkpoints: M
     held = sorted(evaluations, key=lambda row: row["step"])
 
     def roles(prefix: str, scale: float = 1) -> list[go.Scatter]:
-        ends = (("search", SEARCH, "dash"), ("aggregation", AGGREGATION, "solid"))
+        ends = (("aggregation", AGGREGATION, "solid"), ("search", SEARCH, "dash"))  # the dashed one on top
         return [line for end, colour, dash in ends for line in _metric(rows, prefix + end, end, colour, dash, scale)]
 
     reward = [
-        *_metric(rows, "reward/search", "search traces, own answer", SEARCH, "dash"),
         *_metric(rows, "reward/aggregated", "aggregated", AGGREGATION),
+        *_metric(rows, "reward/search", "search traces", SEARCH, "dash"),
     ]
     found = [
         ("Reward", "Share of right answers among all traces tried, before dynamic sampling.",
@@ -111,7 +111,7 @@ def running_mean(values: Sequence[float | None], window: int) -> list[float | No
 
 
 def _estimates(
-    x: Sequence[float], rows: Sequence[Mapping[str, Any] | None], name: str, colour: str, symbol: str, **line: Any
+    x: Sequence[float], rows: Sequence[Mapping[str, Any] | None], name: str, colour: str, symbol: str
 ) -> go.Scatter:
     """Points with their 95 % intervals where those exist."""
     mean = [row and row["mean"] for row in rows]
@@ -121,8 +121,8 @@ def _estimates(
         return [0.0 if e is None or m is None else sign * (e - m) for e, m in zip(known, mean, strict=True)]
 
     bars = {"type": "data", "symmetric": False, "array": ends("high", 1), "arrayminus": ends("low", -1), "width": 3}
-    return go.Scatter(x=list(x), y=mean, name=name, mode="lines+markers", error_y=bars,
-                      marker={"symbol": symbol, "size": 8}, line={"color": colour, "dash": "dot", "width": 1} | line)  # fmt: skip
+    marker, line = {"symbol": symbol, "size": 8}, {"color": colour, "dash": "dot", "width": 1}
+    return go.Scatter(x=list(x), y=mean, name=name, mode="lines+markers", error_y=bars, marker=marker, line=line)
 
 
 def _held_out(rows: list[dict]) -> list[go.Scatter]:
@@ -136,9 +136,11 @@ def _pass_at_k(rows: list[dict], checkpoints: Mapping[int, dict]) -> list[go.Sca
     """By step: pass@1, 2, 4, ... where the evaluations have them, else what their short rows have."""
     looks = [(GREY, "x"), (SKY, "diamond"), (GREEN, "triangle-up"), (BLUE, "circle"), (VERMILION, "square")]
     if not checkpoints:
-        steps = [row["step"] for row in rows]
-        return [_estimates(steps, [row.get(key) for row in rows], name, *look)
-                for (key, name), look in zip((("single", "pass@1"), ("pass_at_n", "pass@N")), looks, strict=False)]  # fmt: skip
+        steps, keys = [row["step"] for row in rows], (("single", "pass@1"), ("pass_at_n", "pass@N"))
+        return [
+            _estimates(steps, [row.get(key) for row in rows], name, *look)
+            for (key, name), look in zip(keys, looks, strict=False)
+        ]
     curves = {step: found["measures"]["pass_at_k"] for step, found in checkpoints.items()}
     most = min(len(curve) for curve in curves.values())
     wanted = sorted({1 << i for i in range(most.bit_length())} | {most})[-len(looks) :]

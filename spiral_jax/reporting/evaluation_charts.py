@@ -36,13 +36,14 @@ def evaluation_charts(results: Mapping[str, dict]) -> list[dict]:
             "Recursive self-aggregation: what the population answers",
             f"Mean over problems of a population of {size}; round 0 are independent search traces. Wrong answers are "
             "ranked within each problem and round.",
-            chart(_answer_bands(first["records"]), "% of the population", "round of aggregation", yaxis_range=[0, 100]),
+            chart(_answer_bands(first["records"]), "% of the population", "round of aggregation", yaxis_range=[0, 100],
+                  xaxis_dtick=1),
         ))  # fmt: skip
         found.append((
             "Recursive self-aggregation: right answers",
             "Bars: 95 % bootstrap interval over problems.",
             chart([line for i, (name, r) in enumerate(results.items()) for line in _rsa(name, r, i)],
-                  "% right", "round of aggregation"),
+                  "% right", "round of aggregation", xaxis_dtick=1),
         ))  # fmt: skip
     found.append((
         "pass@k", "Is any of k independent traces right? Band: 95 % bootstrap interval over problems.",
@@ -101,7 +102,7 @@ def _rsa(name: str, found: dict, side: int) -> list[go.Scatter]:
     rounds = [row["round"] for row in rows]
     return [
         _points(rounds, [row["single"] for row in rows], f"{name}: mean", side),
-        _points(rounds, [row["pass_at_n"] for row in rows], f"{name}: any right", side, opacity=0.6,
+        _points(rounds, [row["pass_at_n"] for row in rows], f"{name}: any right", side,
                 line={"color": SKY if side == 0 else VERMILION, "dash": "dot"}),
     ]  # fmt: skip
 
@@ -119,8 +120,9 @@ def _pass_at_k(name: str, found: dict, side: int) -> list[go.Scatter]:
     line = go.Scatter(x=k, y=[100 * row["mean"] for row in rows], name=f"{name}: pass@k", mode="lines",
                       line={"color": colour, "dash": dash, "width": 2.5})  # fmt: skip
     votes = found["measures"]["majority_at_k"]
-    majority = go.Scatter(x=[row["k"] for row in votes], y=[100 * row["mean"] for row in votes], opacity=0.8,
-                          name=f"{name}: vote of k", mode="lines", line={"color": colour, "dash": "dot", "width": 1.5})  # fmt: skip
+    look = {"color": colour, "dash": "dot", "width": 1.5}
+    majority = go.Scatter(x=[row["k"] for row in votes], y=[100 * row["mean"] for row in votes], mode="lines",
+                          name=f"{name}: vote of k", line=look, opacity=0.8)  # fmt: skip
     size, once = found["settings"]["subset_size"], found["measures"]["aggregated"]
     point = _points([size], [once], f"{name}: aggregated, {size} traces", side, mode="markers",
                     marker={"symbol": "diamond", "size": 11})  # fmt: skip
@@ -130,8 +132,9 @@ def _pass_at_k(name: str, found: dict, side: int) -> list[go.Scatter]:
 def _by_tokens(name: str, found: dict, side: int) -> list[go.Scatter]:
     measures = found["measures"]
     votes, rsa, once = measures["majority_at_k"], measures["rsa"], measures["aggregated"]
+    look = {"color": _SIDES[side][0], "dash": "dot", "width": 1.5}
     lines = [go.Scatter(x=[row["tokens"] for row in votes], y=[100 * row["mean"] for row in votes], mode="lines",
-                        name=f"{name}: majority vote", line={"color": _SIDES[side][0], "dash": "dot", "width": 1.5})]  # fmt: skip
+                        name=f"{name}: majority vote", line=look)]  # fmt: skip
     if len(rsa) > 1:
         lines.append(_points([row["tokens"] for row in rsa], [row["single"] for row in rsa], f"{name}: RSA", side))
     lines.append(_points([once["tokens"]], [once], f"{name}: aggregated once", side, mode="markers",

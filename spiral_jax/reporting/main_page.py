@@ -53,6 +53,7 @@ def main_html(run: Run, traces: Traces) -> str:
         changed=changed_fields(run.config),
         traces=traces,
         unlisted=unlisted,
+        sample_mib=_SAMPLE_BYTES // 2**20,
         flags=FLAGS,
         definition=DEFINITION,
         figures=embed([chart["figure"] for chart in [*overview, *evaluation]]),

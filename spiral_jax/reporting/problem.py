@@ -16,7 +16,7 @@ import numpy as np
 from spiral_jax.groups import Role, Stop
 from spiral_jax.measures import vote
 from spiral_jax.objective.advantages import length_gate
-from spiral_jax.reporting.quotes import Quote, Quoting
+from spiral_jax.reporting.quotes import Quoting
 from spiral_jax.reporting.reasons import Reason, Score, explain_aggregation, explain_grpo, explain_search, set_name
 from spiral_jax.verifier.extract import last_boxed
 from spiral_jax.verifier.rewards import Status
@@ -164,11 +164,10 @@ def _quotes(
 ) -> list[dict[str, Any]]:
     """The candidates that an aggregation quotes, in the order of its prompt."""
     found = []
-    for n in row["order"]:
+    for n, copied in zip(row["order"], quoting.copied(row["text"], row["order"]), strict=True):
         same = answers[id(row)] == answers[id(searched[n])] and answers[id(row)] not in (None, ERROR)
-        quote = Quote(quoting.copied(row["text"], n), same)
-        if quote:
-            found.append({"trace": n, "copied": round(quote.copied, 3), "same_answer": quote.same_answer})
+        if same or copied:
+            found.append({"trace": n, "copied": round(copied, 3), "same_answer": same})
     return found
 
 

@@ -24,7 +24,7 @@ class Run:
 
     Attributes:
       config: plain; fields that did not exist when it was started have their defaults.
-      starts, metrics, evaluations: rows of starts.jsonl, metrics.jsonl (null where a number was NaN), evaluations.jsonl.
+      starts, metrics, evaluations: rows of these logs; None where a number was NaN.
       traces: trace file by step; the trace log keeps the newest ones.
       results: name -> content of a results.json: the evaluation, and what it is compared with (or nothing).
       checkpoints: results.json by step of the evaluations during training, with pass@k.

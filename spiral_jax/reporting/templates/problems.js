@@ -94,8 +94,8 @@
     el("a", { href: `#${entry.key}`, "data-i": i, "aria-current": i === current ? "true" : null },
       el("span", { class: "id" }, entry.id), el("span", { class: "where" }, `step ${entry.step}`),
       el("span", { class: "share" }, `${entry.right}/${entry.of}`),
-      badges(FLAGS.filter((_, bit) => entry.flags & 1 << bit)),
-      inside.has(entry.key) ? null : el("span", { class: "away", title: "in its page file" }, "↗")));
+      inside.has(entry.key) ? null : el("span", { class: "away", title: "its traces are in a page file" }, "↗"),
+      el("span", { class: "badges" }, badges(FLAGS.filter((_, bit) => entry.flags & 1 << bit)))));
 
   const showList = () => {
     const last = Math.min(first + PAGE, found.length);
