@@ -17,8 +17,9 @@ REWARD = {"correct": 1.0, "wrong": 0.0, "unparsed": 0.0, "timeout": 0.0, "error"
 
 
 def row(role, trace, text, verdict="wrong", **more):
-    shared = {"problem": "p0", "cursor": 5, "kept": True, "problem_text": "What is 6 * 7?", "reference_answer": "42",
-              "set": None, "subset": None, "order": None, "length": 10, "stop": "stop", "verdict_detail": ""}  # fmt: skip
+    shared = {"problem": "p0", "cursor": 5, "kept": True, "problem_text": "What is 6 * 7?",
+              "reference_answer": "42", "set": None, "subset": None, "order": None, "length": 10, "stop": "stop",
+              "verdict_detail": ""}  # fmt: skip
     return shared | {"role": role, "trace": trace, "text": text, "verdict": verdict, "reward": REWARD[verdict],
                      "advantage": 0.0} | more  # fmt: skip
 
@@ -28,8 +29,7 @@ def of_set(k, order, *verdicts, text="\\boxed{42}", **more):
                 order=order, **more) for m, verdict in enumerate(verdicts)]  # fmt: skip
 
 
-RIGHT, WRONG, OTHER = (row("search", i, f"\\boxed{{{box}}}", verdict)
-                       for i, (box, verdict) in enumerate([("42", "correct"), ("8", "wrong"), ("9", "wrong")]))  # fmt: skip
+RIGHT, WRONG = row("search", 0, "\\boxed{42}", "correct"), row("search", 1, "\\boxed{8}")
 
 
 def page(*rows, **changes):
@@ -69,7 +69,8 @@ def test_the_answer_of_an_unverified_aggregation_is_in_no_count():
 
 
 @pytest.mark.parametrize(("gate", "length", "stop", "words"), [
-    (0, 10, "length", "cut off at its limit"), (9, 10, "stop", "longer than 9 tokens"), (0.25, 7, "stop", "longer than 6.5"),
+    (0, 10, "length", "cut off at its limit"), (9, 10, "stop", "longer than 9 tokens"),
+    (0.25, 7, "stop", "longer than 6.5"),
 ])  # fmt: skip
 def test_the_length_gate_is_part_of_the_reason(gate, length, stop, words):
     search = [RIGHT | {"length": length, "stop": stop}, WRONG]
@@ -85,9 +86,9 @@ def test_the_length_gate_is_part_of_the_reason(gate, length, stop, words):
 @pytest.mark.parametrize("gate", [0.0, 0.5])
 def test_no_logged_advantage_of_a_run_contradicts_its_reason(tmp_path, estimator, gate):
     c = tiny.get_config()
-    c.loss.estimator, c.loss.length_gate, c.batch.problems, c.trace_log.every = estimator, gate, 6, 1
+    c.loss.estimator, c.loss.length_gate, c.batch.problems, c.trace_log.every = estimator, gate, 16, 1
     write_run(tmp_path / "run", c, range(2), failing=0.1)
-    numbers = []
+    numbers, gated = [], 0
     for step, file in trace_files(tmp_path / "run" / "traces").items():
         for rows in split_problems(read_traces(file)):
             found = problem_page(step, rows, to_plain(c))
@@ -95,8 +96,8 @@ def test_no_logged_advantage_of_a_run_contradicts_its_reason(tmp_path, estimator
             assert [trace["advantage"] for trace in traces] == [logged["advantage"] for logged in rows]
             assert not any("was logged" in trace["why"] for trace in traces)
             numbers += [trace["advantage"] for trace in traces]
-    assert np.count_nonzero(numbers) > 20
-    assert any("length gate takes it" in trace["why"] for trace in traces) or gate or estimator == "grpo"
+            gated += sum("length gate takes it" in trace["why"] for trace in traces)
+    assert np.count_nonzero(numbers) > 20 and gated > 0
 
 
 def test_quotes_are_shared_runs_of_words_that_neither_the_problem_nor_all_candidates_have():
@@ -115,8 +116,12 @@ def test_quotes_are_shared_runs_of_words_that_neither_the_problem_nor_all_candid
 
 
 def test_short_aggregations_are_matched_by_short_runs_and_answers_by_the_verifiers_word():
-    search = [row("search", 0, "so left:3, maybe right:1, \\boxed{31}"), row("search", 1, "so right:6, \\boxed{36}", "correct"),
-              row("search", 2, "no idea"), row("search", 3, "\\boxed{ 9 }")]  # fmt: skip
+    search = [
+        row("search", 0, "so left:3, maybe right:1, \\boxed{31}"),
+        row("search", 1, "so right:6, \\boxed{36}", "correct"),
+        row("search", 2, "no idea"),
+        row("search", 3, "\\boxed{ 9 }"),
+    ]
     rows = of_set(0, [3, 2, 1, 0], "correct", "wrong", "unparsed", text="left:3, right:6, \\boxed{36}")
     (found,) = page(search, rows)["sets"]
     quotes = [{quote["trace"]: quote["same_answer"] for quote in trace["quotes"]} for trace in found["traces"]]

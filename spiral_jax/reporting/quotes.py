@@ -12,8 +12,8 @@ DEFINITION = (
     f"An aggregation quotes a candidate if some run of {_RUN} consecutive words of it (of an aggregation below "
     f"{4 * _RUN} words: a quarter of its words, at least {_SHORTEST}) is also in the candidate, but neither in the "
     "problem nor in all candidates of its prompt. Numbers and punctuation marks are words, \\boxed is none; the "
-    "percentage is the share of such runs. “Same answer”: the verifier takes both for correct, or both are wrong and their last \\boxed{} is "
-    "spelt alike. Neither proves that the one was read off the other."
+    "percentage is the share of such runs. “Same answer”: the verifier takes both for correct, or both are wrong and "
+    "their last \\boxed{} is spelt alike. Neither proves that the one was read off the other."
 )
 
 
