@@ -31,6 +31,7 @@ class Batch:
 
     Attributes:
       rollouts: the first B kept problems in cursor order, advantages filled in (after the length gate).
+      discarded: the problems before `next_cursor` that were not kept, with advantage 0; for the trace log alone.
       search_weight_UxC, aggregation_weight_UxC: loss weights of their traces; the latter None without that stage.
       next_cursor: behind the last kept problem: where the next step starts.
       sampled_tokens: of everything that was drawn for this batch, abandoned traces too.
@@ -38,6 +39,7 @@ class Batch:
     """
 
     rollouts: Rollouts
+    discarded: Rollouts
     search_weight_UxC: np.ndarray
     aggregation_weight_UxC: np.ndarray | None
     next_cursor: int
@@ -73,7 +75,15 @@ def collect_batch(actor: Actor, weights: Any, step: int, cursor: int) -> Batch:
     metrics = _metrics(rollouts, found, counts) | of_sampler
     batch, search_weight, aggregation_weight = _weigh(c, rollouts.take(index), found, index)
     sampled_tokens = int(of_sampler["sampling/generated_tokens"])
-    return Batch(batch, search_weight, aggregation_weight, next_cursor, sampled_tokens, metrics)
+    discarded = _without_advantage(rollouts.take(np.flatnonzero(~found.keep_B & (rollouts.cursor_B < next_cursor))))
+    return Batch(batch, discarded, search_weight, aggregation_weight, next_cursor, sampled_tokens, metrics)
+
+
+def _without_advantage(rollouts: Rollouts) -> Rollouts:
+    """Advantage 0 on every trace: nothing was learned from these problems."""
+    zeros = lambda groups: dataclasses.replace(groups, advantage_UxC=np.zeros(groups.trace_len_UxC.shape, np.float32))  # noqa: E731
+    aggregation = None if rollouts.aggregation is None else zeros(rollouts.aggregation)
+    return dataclasses.replace(rollouts, search=zeros(rollouts.search), aggregation=aggregation)
 
 
 def _advantages(c: ConfigDict, rollouts: Rollouts) -> advantages.Advantages:

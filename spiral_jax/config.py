@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 MOST_EVAL_TRACES = 1000  # above, binomials leave float64: see estimators.py
 TASKS = ("jsonl", "parquet", "hf", "two_halves", "reasoning_gym")
+METRIC_WRITERS = ("tensorboard", "wandb", "trackio")
 ESTIMATORS = ("marginal_mean", "with_without", "aggregator_only", "grpo")
 
 
@@ -169,6 +170,9 @@ def defaults() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10  # steps; the last step is always saved; 0 = only that (ours)
     c.checkpoint.keep = 2  # newest checkpoints that are kept (ours)
+
+    c.metrics = ConfigDict()
+    c.metrics.writers = ()  # any of METRIC_WRITERS: where metrics are shown, beside metrics.jsonl (ours)
 
     c.trace_log = ConfigDict()
     c.trace_log.every = 10  # steps between files of traces; 0 = none (ours)

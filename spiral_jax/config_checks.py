@@ -7,7 +7,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spiral_jax.config import ESTIMATORS, MOST_EVAL_TRACES, TASKS, ConfigError, eval_subset_size, uses_aggregation
+from spiral_jax.config import (
+    ESTIMATORS,
+    METRIC_WRITERS,
+    MOST_EVAL_TRACES,
+    TASKS,
+    ConfigError,
+    eval_subset_size,
+    uses_aggregation,
+)
 
 
 def validate(c: ConfigDict) -> None:
@@ -74,6 +82,9 @@ def _validate_choices(c: ConfigDict) -> None:
         room, name = field.split(".")
         _require(c[room][name] in allowed, field, c[room][name], f"one of {', '.join(allowed)}")
     _validate_prompt(c)
+    writers = list(c.metrics.writers)
+    _require(len(set(writers)) == len(writers) and set(writers) <= set(METRIC_WRITERS), "metrics.writers", writers,
+             f"a tuple of {', '.join(METRIC_WRITERS)}, each at most once")  # fmt: skip
     _require(bool(c.model.hf_path), "model.hf_path", c.model.hf_path, "a directory with config.json and weights")
     _require(not c.model.adapter_path or c.model.lora_rank > 0, "model.adapter_path", c.model.adapter_path,
              "empty at model.lora_rank = 0", "Set model.lora_rank to the adapter's r.")  # fmt: skip

@@ -196,6 +196,7 @@ def trace_texts(actor: Actor, groups: Groups) -> list[str]:
 
 
 def rewarded(groups: Groups, verdicts: list[Verdict]) -> Groups:
-    """The groups with the rewards of their traces' verdicts."""
-    reward_UxC = np.array([verdict.reward for verdict in verdicts], np.float32).reshape(groups.trace_len_UxC.shape)
-    return dataclasses.replace(groups, reward_UxC=reward_UxC)
+    """The groups with their traces' verdicts and rewards."""
+    shape = groups.trace_len_UxC.shape
+    reward_UxC = np.array([verdict.reward for verdict in verdicts], np.float32).reshape(shape)
+    return dataclasses.replace(groups, reward_UxC=reward_UxC, verdict_UxC=np.array(verdicts, object).reshape(shape))

@@ -17,6 +17,7 @@ from spiral_jax import mesh as meshes
 from spiral_jax.config import ConfigError, eval_subset_size, uses_aggregation
 from spiral_jax.config_checks import validate, validate_evaluation
 from spiral_jax.groups import Role
+from spiral_jax.metric_writers import check_installed
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.qwen3 import ModelConfig
@@ -75,6 +76,7 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
       training: False: for `spiral_jax.evaluate`, `c` as `config.for_evaluation` returns it.
     """
     validate(c) if training else validate_evaluation(c)
+    check_installed(c.metrics.writers if training else ())
     mesh = meshes.make_mesh(c.mesh)
     task = load_task(c)
     if c.eval.problems > task.held_out_size:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import sys
 import time
 from typing import Any
@@ -30,13 +31,14 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from spiral_jax import batching, config, initial, report, results
+from spiral_jax import batching, config, curves, environment, initial, results
 from spiral_jax import mesh as meshes
 from spiral_jax.checkpoint import CheckpointError, Checkpoints
 from spiral_jax.collect import Batch, NoSignal, collect_batch
 from spiral_jax.config import ConfigError
 from spiral_jax.evaluation import evaluate
 from spiral_jax.groups import Role
+from spiral_jax.metric_writers import MetricWriters
 from spiral_jax.metrics import divide
 from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.progress import Progress
@@ -112,7 +114,8 @@ def train(setup: Setup, workdir: str) -> None:
     train_step = make_train_step(c, setup.model)
 
     with Verifier(setup.reward, c.verifier.workers, c.verifier.timeout_s) as verifier, \
-            Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(mesh):  # fmt: skip
+            Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(mesh), \
+            _started(path, c, at) as writers:  # fmt: skip
         if not _finished(c, at):
             print(*filter(None, (setup.task.report, setup.sampler.start_report())), sep="\n", flush=True)
         actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, progress)
@@ -120,7 +123,7 @@ def train(setup: Setup, workdir: str) -> None:
         weights = setup.sampler.prepare(variables(setup.model, frozen, state.trained))
         while not _finished(c, at):
             if at.step == 0 or (c.eval.every and at.step % c.eval.every == 0):
-                _evaluate_once(evaluator, weights, at.step, evaluations, path)
+                _evaluate_once(evaluator, weights, at.step, evaluations, path, writers)
             start = time.monotonic()
 
             batch = collect_batch(actor, weights, at.step, at.cursor)
@@ -134,10 +137,11 @@ def train(setup: Setup, workdir: str) -> None:
             _check_mismatch(c, at.step, metrics)
 
             if c.trace_log.every and at.step % c.trace_log.every == 0:
-                traces.write(at.step, trace_rows(batch.rollouts, setup.tokenizer, c.trace_log.fraction))
+                traces.write(at.step, trace_rows(c, batch, setup.tokenizer))
             seconds = time.monotonic() - start
             metrics |= progress.take_times() | {"time/step": seconds, "tokens_per_s": batch.sampled_tokens / seconds}
             metrics_log.append({"step": at.step} | metrics)
+            writers.write({"step": at.step} | metrics)
             at = Position(at.step + 1, batch.next_cursor, at.sampled_tokens + batch.sampled_tokens)
             reward = metrics.get("reward/aggregated", metrics["reward/search"])
             progress.step_done(at.step, reward, batch.sampled_tokens, seconds)
@@ -145,8 +149,8 @@ def train(setup: Setup, workdir: str) -> None:
                 with progress.phase("checkpoint"):
                     checkpoints.save(at.step, state, {"at": dataclasses.asdict(at), "data": setup.task.fingerprint})
         checkpoints.wait()
-        _evaluate_once(evaluator, weights, at.step, evaluations, path)
-    _report(path, at, evaluations)
+        _evaluate_once(evaluator, weights, at.step, evaluations, path, writers)
+    _summarise(path, at, evaluations)
 
 
 def _finished(c: ConfigDict, at: Position) -> bool:
@@ -172,7 +176,20 @@ def _open_logs(path: pathlib.Path, c: ConfigDict, step: int) -> tuple[StepLog, T
     return metrics_log, traces, evaluations
 
 
-def _evaluate_once(actor: Actor, weights: Any, step: int, evaluations: StepLog, path: pathlib.Path) -> None:
+def _started(path: pathlib.Path, c: ConfigDict, at: Position) -> MetricWriters:
+    """Notes in starts.jsonl what the run goes on with, unless it has ended, and opens its metric writers."""
+    starts = StepLog(path / "starts.jsonl")
+    if _finished(c, at):
+        return MetricWriters((), path, "", {}, at.step)
+    starts.cut_back(at.step + 1)
+    starts.append({"step": at.step} | environment.describe())
+    first = re.sub(r"\W", "", starts.read()[0]["time"].removesuffix("+00:00"))
+    return MetricWriters(c.metrics.writers, path, f"{path.name}-{first}", config.to_plain(c), at.step)
+
+
+def _evaluate_once(
+    actor: Actor, weights: Any, step: int, evaluations: StepLog, path: pathlib.Path, writers: MetricWriters
+) -> None:
     """Evaluates the policy after `step` steps, unless its row says that this was done before."""
     if actor.c.eval.problems and step not in [done["step"] for done in evaluations.read()]:
         with actor.progress.phase("evaluating"):
@@ -180,6 +197,7 @@ def _evaluate_once(actor: Actor, weights: Any, step: int, evaluations: StepLog, 
             if found is not None:
                 results.write_results(path / "evaluations" / f"step_{step:06d}" / "results.json", found)
             evaluations.append(row)
+            writers.write(row, "evaluation/")
         actor.progress.take_times()  # a step's times are its own
 
 
@@ -215,13 +233,13 @@ def _check_mismatch(c: ConfigDict, step: int, metrics: dict[str, float | None]) 
         )
 
 
-def _report(path: pathlib.Path, at: Position, evaluations: StepLog) -> None:
+def _summarise(path: pathlib.Path, at: Position, evaluations: StepLog) -> None:
     """Draws the curves, writes and prints the table."""
     done = evaluations.read()
-    report.draw_curves(path / "metrics.jsonl", done, path / "curves.png")
+    curves.draw_curves(path / "metrics.jsonl", done, path / "curves.png")
     print(f"\n{at.step} steps, {at.sampled_tokens:,} sampled tokens; curves: {path / 'curves.png'}", flush=True)
     if done:
-        table = report.evaluation_table(done)
+        table = curves.evaluation_table(done)
         (path / "results.md").write_text(table)
         print(table, flush=True)
 

@@ -1,6 +1,7 @@
 """The run's directory: rows of plain numbers and text -> files that survive a kill and a resume.
 
     WORKDIR/config.json                    the configuration and `config_digest`
+    WORKDIR/starts.jsonl                   one JSON object each time the run starts or resumes, see `environment`
     WORKDIR/metrics.jsonl                  one JSON object a step
     WORKDIR/traces/step_000123.jsonl.gz    one JSON object a trace
     WORKDIR/checkpoints/                   see `spiral_jax.checkpoint`
@@ -17,9 +18,12 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from etils import epath
 
 from spiral_jax.config import difference
 
@@ -80,8 +84,11 @@ def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str) -> Pa
 
 
 def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:
-    """(plain configuration, its digest) of the run in `workdir`. Raises `WorkdirError`: none there, or damaged."""
-    path = Path(workdir) / _CONFIG
+    """(plain configuration, its digest) of the run in `workdir`. Raises `WorkdirError`: none there, or damaged.
+
+    `workdir` may be an address that etils' epath knows (gs://, s3://), as for the other functions that only read.
+    """
+    path = epath.Path(workdir) / _CONFIG
     try:
         content = json.loads(path.read_bytes())
         return content, content.pop("config_digest")
@@ -92,6 +99,46 @@ def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:
             f"{path}: damaged, not the JSON object that a run writes ({type(error).__name__}: {error}). Put it back "
             f"from a copy, or give another --workdir."
         ) from error
+
+
+def read_log(path: epath.Path) -> list[dict]:
+    """All rows of a log that a run may be writing right now: none if it is not there, a torn last line left out.
+
+    Raises:
+      WorkdirError: a line before the last one is not a row.
+    """
+    return [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
+
+
+def trace_files(directory: epath.Path) -> dict[int, epath.Path]:
+    """The trace files of a run by step, ascending."""
+    paths = directory.iterdir() if directory.exists() else ()
+    matches = [(_TRACE_FILE.fullmatch(path.name), path) for path in paths]
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def read_traces(path: epath.Path) -> Iterator[dict]:
+    """The rows of a trace file. Raises `WorkdirError` where it is damaged, `FileNotFoundError` where it is gone."""
+    with path.open("rb") as packed, gzip.open(packed) as file:
+        try:
+            yield from map(json.loads, file)
+        except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise WorkdirError(f"{path}: damaged ({error}). Delete it, or put it back from a copy.") from error
+
+
+def _whole_lines(path: epath.Path) -> list[bytes]:
+    """The lines that are rows. Raises `WorkdirError`: one before the last is not."""
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            _step_of(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                return lines[:-1]
+            raise WorkdirError(
+                f"{path}, line {number}: damaged ({error}). Repair or delete this line, then resume."
+            ) from error
+    return lines
 
 
 class StepLog:
@@ -120,20 +167,11 @@ class StepLog:
         """
         if not self.path.exists():
             return 0
-        lines = self.path.read_bytes().splitlines()
-        kept = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                if _step_of(json.loads(line)) < step:
-                    kept.append(line + b"\n")
-            except ValueError as error:
-                if number < len(lines):
-                    raise WorkdirError(
-                        f"{self.path}, line {number}: damaged ({error}). Repair or delete this line, then resume."
-                    ) from error
+        kept = [line + b"\n" for line in _whole_lines(self.path) if _step_of(json.loads(line)) < step]
+        dropped = len(self.path.read_bytes().splitlines()) - len(kept)
         with _replacing(self.path) as file:
             file.writelines(kept)
-        return len(lines) - len(kept)
+        return dropped
 
 
 class TraceLog:
@@ -158,21 +196,16 @@ class TraceLog:
         ):
             for row in rows:
                 packed.write(_line(row))
-        for _, old in self._files()[: -self.keep_steps]:
+        for old in list(trace_files(self.directory).values())[: -self.keep_steps]:
             old.unlink()
         return path
 
     def cut_back(self, step: int) -> int:
         """Deletes the files of `step` and later; returns how many."""
-        dropped = [path for held, path in self._files() if held >= step]
+        dropped = [path for held, path in trace_files(self.directory).items() if held >= step]
         for path in dropped:
             path.unlink()
         return len(dropped)
-
-    def _files(self) -> list[tuple[int, Path]]:
-        paths = self.directory.iterdir() if self.directory.exists() else ()
-        matches = [(_TRACE_FILE.fullmatch(path.name), path) for path in paths]
-        return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def _step_of(row: Any) -> int:
