@@ -12,7 +12,8 @@ ROOT = pathlib.Path(spiral_jax.__file__).parent
 FLOORS = {
     0: {"groups", "config", "config_checks", "metrics", "mesh"},
     1: {"model", "tasks", "prompts", "templates", "verifier", "estimators", "measures"}
-    | {"objective.subsets", "objective.advantages"},
+    | {"objective.subsets", "objective.set_advantages", "objective.own_advantages", "objective.advantages"}
+    | {"objective.loss_weights"},
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
     3: {"setup", "initial", "rollout", "rollout_feed", "collect", "train_step", "evaluation", "results", "comparison"}
     | {"checkpoint", "workdir", "trace_log", "report", "progress", "scaling_plots"},
