@@ -224,7 +224,12 @@ def for_evaluation(c: ConfigDict) -> ConfigDict:
 
 def digest(c: ConfigDict) -> str:
     """SHA-256 of the configuration's JSON: two runs with the same digest were asked for the same thing."""
-    return hashlib.sha256(json.dumps(to_plain(c), sort_keys=True).encode()).hexdigest()
+    return digest_of(to_plain(c))
+
+
+def digest_of(plain: dict) -> str:
+    """The same of plain JSON types."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def to_plain(c: ConfigDict) -> dict:

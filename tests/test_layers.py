@@ -16,8 +16,9 @@ FLOORS = {
     | {"objective.loss_weights"},
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
     3: {"setup", "initial", "rollout", "rollout_feed", "collect", "train_step", "evaluation", "results", "comparison"}
-    | {"checkpoint", "workdir", "trace_log", "report", "progress", "scaling_plots"},
-    4: {"train", "evaluate", "sft", "export", "spiral_infer", "prepare_data"},
+    | {"checkpoint", "workdir", "trace_log", "report", "progress", "scaling_plots"}
+    | {"study_plan", "study_results", "study_plots", "study_report"},
+    4: {"train", "evaluate", "study", "sft", "export", "spiral_infer", "prepare_data"},
 }
 # Within a floor a module may import its neighbours; commands may not import each other.
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
