@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax.config import uses_aggregation
 from spiral_jax.groups import Role, Stop
 from spiral_jax.metrics import Mean
-from spiral_jax.objective import advantages
+from spiral_jax.objective import advantages, loss_weights
 from spiral_jax.rollout import Actor, Rollouts
 from spiral_jax.rollout_feed import RolloutFeed
 from spiral_jax.verifier.verifier import check_error_rate
@@ -87,9 +86,7 @@ def _without_advantage(rollouts: Rollouts) -> Rollouts:
 
 
 def _advantages(c: ConfigDict, rollouts: Rollouts) -> advantages.Advantages:
-    if uses_aggregation(c):
-        return advantages.compute(c.loss.estimator, rollouts.aggregated_reward_BxKxM(), rollouts.incidence_BxKxN())
-    return advantages.compute(c.loss.estimator, rollouts.search.reward_UxC)
+    return advantages.compute(c.loss.estimator, rollouts.rewards())
 
 
 def _weigh(
@@ -101,19 +98,18 @@ def _weigh(
         found.search_BxN[index], groups.trace_len_UxC, groups.stop_UxC, c.search.max_tokens, loss.length_gate
     )
     kept = dataclasses.replace(kept, search=dataclasses.replace(groups, advantage_UxC=gated))
-    if kept.aggregation is None:
-        weight = advantages.grpo_weights(gated, groups.reward_UxC, groups.trace_len_UxC, loss.search_weight)
-        return kept, weight, None
-    reward = kept.aggregated_reward_BxKxM()
-    search_weight = advantages.search_weights(
-        loss.estimator, loss.normalizer, gated, reward, c.aggregation.subset_size, loss.search_weight
+    rewards = kept.rewards()
+    search_weight = loss_weights.search_weights(
+        loss.estimator, loss.normalizer, gated, rewards, groups.trace_len_UxC, loss.search_weight
     )
-    groups = kept.aggregation
+    if kept.aggregation is None:
+        return kept, search_weight, None
+    reward, groups = rewards.aggregated_BxKxM, kept.aggregation
     gated = advantages.length_gate(
         found.aggregation_BxKxM[index].reshape(groups.trace_len_UxC.shape), groups.trace_len_UxC, groups.stop_UxC,
         c.aggregation.max_tokens, loss.length_gate,
     )  # fmt: skip
-    weight = advantages.aggregation_weights(
+    weight = loss_weights.aggregation_weights(
         loss.normalizer, gated.reshape(reward.shape), reward, loss.aggregation_weight
     )
     kept = dataclasses.replace(kept, aggregation=dataclasses.replace(groups, advantage_UxC=gated))

@@ -17,7 +17,22 @@ from ml_collections import ConfigDict
 MOST_EVAL_TRACES = 1000  # above, binomials leave float64: see estimators.py
 TASKS = ("jsonl", "parquet", "hf", "two_halves", "reasoning_gym")
 METRIC_WRITERS = ("tensorboard", "wandb", "trackio")
-ESTIMATORS = ("marginal_mean", "with_without", "aggregator_only", "grpo")
+# How the search traces of each estimator are used: "sets", K distinct S-subsets drawn from a problem's traces are
+# aggregated; "partition", K disjoint ones; "search", no aggregation stage. Its advantages: objective/advantages.py.
+ESTIMATORS = {
+    "marginal_mean": "sets",
+    "with_without": "sets",
+    "disjoint_sets": "partition",
+    "aggregator_only": "sets",
+    "online_multitask": "sets",
+    "paragator": "sets",
+    "pkpo": "sets",
+    "polychromic": "sets",
+    "grpo": "search",
+    "grpo_nostd": "search",
+    "rloo": "search",
+}
+MOST_SCORED_SETS = 2000  # of polychromic, which scores all S-subsets of a problem's traces: more take gigabytes
 
 
 class ConfigError(ValueError):
@@ -59,6 +74,9 @@ def defaults() -> ConfigDict:
     c.task.generator = ""  # reasoning_gym: generator's name, e.g. "chain_sum"
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one (ours)
     c.task.reward = ""  # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function" (ours)
+    # what polychromic takes for a trace's strategy: "" = the task's own; your "package.module:function", a function
+    # (text, problem) -> anything hashable, None = none (ours: the paper asks a language model)
+    c.task.strategy = ""
 
     c.prompt = ConfigDict()
     # "chat": a user's turn in the tokenizer's chat template; "plain", for base models without one: the texts below as
@@ -120,7 +138,7 @@ def defaults() -> ConfigDict:
     c.batch.aggregation_groups = 16  # U of an aggregation micro-batch (ours)
 
     c.loss = ConfigDict()
-    c.loss.estimator = "marginal_mean"  # one of ESTIMATORS: see objective/advantages.py (paper)
+    c.loss.estimator = "marginal_mean"  # one of ESTIMATORS (paper)
     c.loss.normalizer = "unbiased"  # "unbiased": both terms are gradients of the same J; "sum" (ours; unpublished)
     c.loss.search_weight = 1.0  # w_s (ours; unpublished)
     c.loss.aggregation_weight = 1.0  # w_a (ours; unpublished)
@@ -192,8 +210,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def uses_aggregation(c: ConfigDict) -> bool:
-    """Whether the rollout has an aggregation stage: all estimators but GRPO, the control with search traces alone."""
-    return c.loss.estimator != "grpo"
+    """Whether the rollout has an aggregation stage, which GRPO and its relatives do without."""
+    return ESTIMATORS[c.loss.estimator] != "search"
 
 
 def eval_subset_size(c: ConfigDict) -> int:
@@ -219,7 +237,12 @@ def for_evaluation_in_training(c: ConfigDict) -> ConfigDict:
 
 def digest(c: ConfigDict) -> str:
     """SHA-256 of the configuration's JSON: two runs with the same digest were asked for the same thing."""
-    return hashlib.sha256(json.dumps(to_plain(c), sort_keys=True).encode()).hexdigest()
+    return digest_of(to_plain(c))
+
+
+def digest_of(plain: dict) -> str:
+    """The same of plain JSON types."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def to_plain(c: ConfigDict) -> dict:

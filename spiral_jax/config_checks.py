@@ -11,6 +11,7 @@ from spiral_jax.config import (
     ESTIMATORS,
     METRIC_WRITERS,
     MOST_EVAL_TRACES,
+    MOST_SCORED_SETS,
     TASKS,
     ConfigError,
     eval_subset_size,
@@ -146,17 +147,11 @@ def _validate_task(c: ConfigDict, training: bool) -> None:
 def _validate_sets(c: ConfigDict) -> None:
     n, k, s, m = c.search.traces, c.aggregation.subsets, c.aggregation.subset_size, c.aggregation.traces
     if not uses_aggregation(c):
-        _require(n >= 2, "search.traces", n, ">= 2 for grpo", "One trace has no baseline, so no signal.")
+        _require(n >= 2, "search.traces", n, f">= 2 for {c.loss.estimator}",
+                 "One trace has no baseline, so no signal.")  # fmt: skip
         return
     _require(1 <= s <= n, "aggregation.subset_size", s, f"between 1 and search.traces = {n}")
-    total = math.comb(n, s)
-    _require(k <= total, "aggregation.subsets", k, f"at most C(N={n}, S={s}) = {total}",
-             "Subsets are distinct: raise search.traces or lower aggregation.subsets.")  # fmt: skip
-    if c.loss.estimator != "aggregator_only":
-        _require(k >= 2, "aggregation.subsets", k, ">= 2",
-                 "With one subset every set advantage is zero, so search gets no signal.")  # fmt: skip
-        _require(s < n, "aggregation.subset_size", s, f"below search.traces = {n}",
-                 "A trace that is in every subset has no baseline.")  # fmt: skip
+    _validate_search_signal(c, n, k, s)
     _require(m >= 2, "aggregation.traces", m, ">= 2",
              "With one trace a subset every aggregation advantage is zero.")  # fmt: skip
     if c.eval.problems:
@@ -167,6 +162,31 @@ def _validate_sets(c: ConfigDict) -> None:
         _require(c.eval.traces >= 1, "eval.traces", c.eval.traces, ">= 1")
         if c.eval.rounds_in_training:
             _validate_populations(c, n, "search.traces")
+
+
+def _validate_search_signal(c: ConfigDict, n: int, k: int, s: int) -> None:
+    """The sets that an estimator needs to tell search traces apart."""
+    estimator, total = c.loss.estimator, math.comb(n, s)
+    if ESTIMATORS[estimator] == "partition":
+        _require(1 <= k <= n // s, "aggregation.subsets", k, f"between 1 and search.traces // subset_size = {n // s}",
+                 f"The subsets of {estimator} are disjoint.")  # fmt: skip
+    else:
+        _require(1 <= k <= total, "aggregation.subsets", k, f"between 1 and C(N={n}, S={s}) = {total}",
+                 "Subsets are distinct: raise search.traces or lower aggregation.subsets.")  # fmt: skip
+    if estimator in ("marginal_mean", "with_without", "disjoint_sets"):
+        _require(k >= 2, "aggregation.subsets", k, ">= 2",
+                 "With one subset every set advantage is zero, so search gets no signal.")  # fmt: skip
+    if estimator in ("marginal_mean", "with_without", "disjoint_sets", "paragator", "polychromic"):
+        _require(s < n, "aggregation.subset_size", s, f"below search.traces = {n}",
+                 "A trace that is in every subset has no baseline.")  # fmt: skip
+    if estimator in ("pkpo", "polychromic"):
+        _require(s >= 2, "aggregation.subset_size", s, f">= 2 for {estimator}",
+                 "Of single traces it has no baseline, or no diversity.")  # fmt: skip
+    if estimator == "polychromic":
+        _require(total <= MOST_SCORED_SETS, "aggregation.subset_size", s,
+                 f"such that C(N={n}, S) = {total} is at most {MOST_SCORED_SETS}", "All sets are scored.")  # fmt: skip
+    if estimator == "online_multitask":
+        _require(n >= 2, "search.traces", n, ">= 2", "One trace has no baseline.")
 
 
 def _validate_batch(c: ConfigDict) -> None:

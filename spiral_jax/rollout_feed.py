@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from spiral_jax.config import ConfigError, uses_aggregation
+from spiral_jax.config import ESTIMATORS, ConfigError, uses_aggregation
 from spiral_jax.groups import GroupRequests, Groups, Purpose, Role, concat_groups
 from spiral_jax.objective import subsets
 from spiral_jax.rollout import (
@@ -25,6 +25,8 @@ from spiral_jax.rollout import (
     aggregation_requests,
     concat_rollouts,
     fits,
+    load_strategy,
+    number_strategies,
     rewarded,
     search_requests,
     trace_texts,
@@ -44,6 +46,7 @@ class _Tried:
     problem: Problem
     cursor: int
     search: Groups | None = None
+    strategy_1xN: np.ndarray | None = None
     member_1xKxS: np.ndarray | None = None
     aggregation: dict[int, Groups] = dataclasses.field(default_factory=dict)  # by set
     verdicts: dict[Role, _Verdicts] = dataclasses.field(default_factory=dict)
@@ -65,6 +68,7 @@ class RolloutFeed:
 
     def __init__(self, actor: Actor, step: int, cursor: int, keep: Callable[[Rollouts], bool]):
         self._actor, self._step, self._keep = actor, step, keep
+        self._strategy = load_strategy(actor.c, actor.task)
         self._limit = int(actor.c.sampling.max_ratio * actor.c.batch.problems)
         self._tried: list[_Tried] = []
         self._by_cursor: dict[int, _Tried] = {}
@@ -159,7 +163,8 @@ class RolloutFeed:
 
     def _aggregate(self, tried: _Tried) -> None:
         c, a = self._actor.c, self._actor.c.aggregation
-        member_KxS = subsets.draw_subsets(
+        draw = subsets.disjoint_subsets if ESTIMATORS[c.loss.estimator] == "partition" else subsets.draw_subsets
+        member_KxS = draw(
             c.seed, int(Purpose.TRAIN), self._step, tried.cursor, 0, c.search.traces, a.subset_size, a.subsets
         )
         tried.member_1xKxS = member_KxS[None]
@@ -175,6 +180,8 @@ class RolloutFeed:
     def _submit(self, tried: _Tried, role: Role, groups: Groups) -> None:
         """Texts are decoded here: a tokenizer does not serve two threads."""
         items = [(text, tried.problem) for text in trace_texts(self._actor, groups)]
+        if role is Role.SEARCH and self._strategy:
+            tried.strategy_1xN = number_strategies([self._strategy(text, problem) for text, problem in items])[None]
         tried.verdicts[role] = self._verifying.submit(self._actor.verifier.verify, items)
 
     def _decide(self, tried: _Tried) -> None:
@@ -183,5 +190,7 @@ class RolloutFeed:
         if tried.aggregation:
             aggregation = rewarded(self._aggregation_of(tried), tried.verdicts[Role.AGGREGATION].result())
         cursor_1 = np.array([tried.cursor])
-        tried.rollouts = Rollouts([tried.problem], cursor_1, search, tried.member_1xKxS, aggregation)
+        tried.rollouts = Rollouts(
+            [tried.problem], cursor_1, search, tried.member_1xKxS, aggregation, tried.strategy_1xN
+        )
         tried.kept = self._keep(tried.rollouts)

@@ -22,6 +22,7 @@ from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.qwen3 import ModelConfig
 from spiral_jax.prompts import Scaffold
+from spiral_jax.rollout import load_strategy
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.programs import Schedule
@@ -86,6 +87,7 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
     reward = c.task.reward or task.reward
     if reward != MATH:
         load_reward(reward)
+    load_strategy(c, task)
     path = hf.resolve_path(c.model.hf_path)
     model = hf.model_config(read_architecture(path), c.model)
     if not (training or c.model.adapter_path or c.model.init_from):
