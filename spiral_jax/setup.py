@@ -94,7 +94,7 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
     stop_ids = prompts.stop_ids(tokenizer, path, c.prompt.stop)
     scaffold = prompts.make_scaffold(tokenizer, c.prompt, stop_ids)
     _check_prompt_lengths(c, scaffold, training)
-    _check_mesh(model.arch, mesh)
+    check_mesh(model.arch, mesh)
     if training:
         _check_micro_batches(c, mesh)
     sampler, eval_sampler = make_samplers(c, model, mesh, stop_ids)
@@ -180,8 +180,12 @@ def _largest_sets(c: ConfigDict, training: bool) -> ConfigDict:
     return c
 
 
-def _check_mesh(arch: Architecture, mesh: Mesh) -> None:
-    """Every axis of the mesh divides what it cuts; else each of its devices would hold, and compute, the whole."""
+def check_mesh(arch: Architecture, mesh: Mesh) -> None:
+    """Checks that the axes of the mesh divide what they cut of the model.
+
+    Raises:
+      ConfigError: one does not; each of its devices would hold, and compute, the whole.
+    """
     cut = (
         ("tensor", arch.H, "attention heads"),
         ("tensor", arch.J, "key/value heads"),
