@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -195,10 +195,10 @@ def verify(actor: Actor, problems: list[Problem], groups: Groups) -> tuple[Group
     return rewarded(groups, verdicts), texts, verdicts
 
 
-def trace_texts(actor: Actor, groups: Groups) -> list[str]:
-    """Text of every trace without special tokens, U * C."""
-    U, C = groups.trace_len_UxC.shape
-    rows = [groups.trace_ids(u, i) for u in range(U) for i in range(C)]
+def trace_texts(actor: Actor, groups: Groups, which: Iterable[int] | None = None) -> list[str]:
+    """Texts without special tokens of all U * C traces, or of those at `which` in that order."""
+    C = groups.trace_len_UxC.shape[1]
+    rows = [groups.trace_ids(*divmod(i, C)) for i in (range(groups.trace_len_UxC.size) if which is None else which)]
     return actor.scaffold.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 

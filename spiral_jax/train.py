@@ -14,7 +14,8 @@ One step, in the order of the code below:
     train step        both kinds of trace, one gradient, one Adam step                          train_step
     checkpoint, evaluation, logs
 
-The same command on the same workdir resumes at the newest checkpoint, bit for bit; a finished run prints its table.
+The same command on the same workdir resumes at the newest checkpoint, bit for bit; a finished run prints its table. On
+several hosts it is started once on each: `spiral_jax.distributed`.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from spiral_jax import batching, config, curves, environment, initial, results
+from spiral_jax import batching, config, curves, distributed, environment, initial, results
 from spiral_jax import mesh as meshes
 from spiral_jax.checkpoint import CheckpointError, Checkpoints
 from spiral_jax.collect import Batch, NoSignal, collect_batch
 from spiral_jax.config import ConfigError
+from spiral_jax.distributed import DistributedError
 from spiral_jax.evaluation import evaluate
 from spiral_jax.groups import Role
 from spiral_jax.metric_writers import MetricWriters
@@ -57,13 +59,15 @@ class Mismatch(RuntimeError):
 
 
 # What a user can mend: these end the program with their message alone, without a stack trace.
-USER_ERRORS = (ConfigError, WeightsError, TaskError, WorkdirError, CheckpointError, NoSignal, VerifierFailure, Mismatch)
+USER_ERRORS = (ConfigError, WeightsError, TaskError, WorkdirError, CheckpointError, NoSignal, VerifierFailure, Mismatch,
+               DistributedError)  # fmt: skip
 
 
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "the experiment: a file of configs/", lock_config=True)
     flags.DEFINE_string("workdir", None, "directory of the run: logs, traces, checkpoints")
     flags.DEFINE_bool("dry_run", False, "check config, data, tokenizer and shapes; write nothing")
+    distributed.define_flags()
     flags.mark_flag_as_required("config")
 
 
@@ -75,14 +79,16 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--workdir is required (or --dry_run)")
     logging.set_verbosity(logging.WARNING)
     try:
-        keep_compiled_programs()
-        setup = set_up(given.config)
-        if given.dry_run:
-            check_shapes(setup)
-            print(setup.c, *filter(None, [setup.task.report]), sep="\n")
-            print("config, data, tokenizer and shapes are fine; nothing was written")
-        else:
-            train(setup, given.workdir)
+        with distributed.joined(given, USER_ERRORS):
+            keep_compiled_programs()
+            distributed.introduce(meshes.make_mesh(given.config.mesh))
+            setup = set_up(given.config)
+            if given.dry_run:
+                check_shapes(setup)
+                print(setup.c, *filter(None, [setup.task.report]), sep="\n")
+                print("config, data, tokenizer and shapes are fine; nothing was written")
+            else:
+                train(setup, given.workdir)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
 
@@ -103,6 +109,9 @@ def train(setup: Setup, workdir: str) -> None:
         initial.check_start(c, setup.path, setup.model)
     path = open_workdir(workdir, config.to_plain(c), config.digest(c))
     checkpoints = Checkpoints(path / "checkpoints", c.checkpoint.keep)
+    distributed.check_equal(
+        config=config.digest(c), data=setup.task.fingerprint, checkpoint=f"step {checkpoints.latest()}"
+    )
     base, lora = setup.load_start() if checkpoints.latest() is None else (setup.load_base(), None)
     frozen, state = init_state(c, setup.model, base, mesh, lora)
     at = Position()
@@ -150,7 +159,8 @@ def train(setup: Setup, workdir: str) -> None:
                     checkpoints.save(at.step, state, {"at": dataclasses.asdict(at), "data": setup.task.fingerprint})
         checkpoints.wait()
         _evaluate_once(evaluator, weights, at.step, evaluations, path, writers)
-    _summarise(path, at, evaluations)
+    if distributed.is_first():
+        _summarise(path, at, evaluations)
 
 
 def _finished(c: ConfigDict, at: Position) -> bool:
@@ -179,7 +189,7 @@ def _open_logs(path: pathlib.Path, c: ConfigDict, step: int) -> tuple[StepLog, T
 def _started(path: pathlib.Path, c: ConfigDict, at: Position) -> MetricWriters:
     """Notes in starts.jsonl what the run goes on with, unless it has ended, and opens its metric writers."""
     starts = StepLog(path / "starts.jsonl")
-    if _finished(c, at):
+    if _finished(c, at) or not distributed.is_first():
         return MetricWriters((), path, "", {}, at.step)
     starts.cut_back(at.step + 1)
     starts.append({"step": at.step} | environment.describe())
@@ -191,10 +201,12 @@ def _evaluate_once(
     actor: Actor, weights: Any, step: int, evaluations: StepLog, path: pathlib.Path, writers: MetricWriters
 ) -> None:
     """Evaluates the policy after `step` steps, unless its row says that this was done before."""
-    if actor.c.eval.problems and step not in [done["step"] for done in evaluations.read()]:
+    if actor.c.eval.problems and step not in distributed.from_first(
+        lambda: [row["step"] for row in evaluations.read()]
+    ):
         with actor.progress.phase("evaluating"):
             row, found = evaluate(actor, weights, step)
-            if found is not None:
+            if found is not None and distributed.is_first():
                 results.write_results(path / "evaluations" / f"step_{step:06d}" / "results.json", found)
             evaluations.append(row)
             writers.write(row, "evaluation/")
@@ -211,8 +223,8 @@ def _blocks(c: ConfigDict, batch: Batch, mesh: jax.sharding.Mesh) -> list[batchi
     for role, groups, weight_UxC, most in roles:
         lengths, micro = c.batch[f"{role.label}_lengths"], c.batch[f"{role.label}_groups"]
         blocks += batching.make_blocks(role, groups, weight_UxC, [tuple(pair) for pair in lengths], micro, most)
-    place = lambda a: jax.device_put(a, meshes.group_sharding(mesh, leading=1)) if np.ndim(a) else a  # noqa: E731
-    return jax.tree.map(place, blocks)
+    along = meshes.group_sharding(mesh, leading=1)
+    return jax.tree.map(lambda a: meshes.place(a, along) if np.ndim(a) else a, blocks)
 
 
 def _step_metrics(batch: Batch, found: dict[str, Any]) -> dict[str, float | None]:

@@ -7,7 +7,8 @@
     WORKDIR/checkpoints/                   see `spiral_jax.checkpoint`
 
 Row `step` = s belongs to the step that starts with s steps done, so a resume from the checkpoint of step s first calls
-`cut_back(s)` on both logs. In a multi-host run only process 0 uses this module.
+`cut_back(s)` on both logs. In a run of several processes only process 0 touches the directory: what writes does nothing
+on the others, and what is read goes to them through `distributed.from_first`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import re
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,8 +28,10 @@ from typing import Any, BinaryIO
 from etils import epath
 
 from spiral_jax.config import difference
+from spiral_jax.distributed import is_first
 
 _CONFIG = "config.json"
+_SHARED_WITHIN_S = 90.0  # network file systems remember for up to a minute that a file was not there
 _TRACE_FILE = re.compile(r"step_(\d+)\.jsonl\.gz")
 
 
@@ -53,6 +57,9 @@ def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str) -> Pa
             f"Give a path of a mounted file system."
         )
     workdir = Path(path).absolute()
+    if not is_first():
+        _wait_for_first(workdir)
+        return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         entries = sorted(entry.name for entry in workdir.iterdir() if entry.name != _temporary(workdir / _CONFIG).name)
@@ -81,6 +88,18 @@ def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str) -> Pa
             + "\nGive another --workdir, or the values that the run was started with."
         )
     return workdir
+
+
+def _wait_for_first(workdir: Path) -> None:
+    """Returns when this process sees what process 0 has made; a shared directory may show it seconds later."""
+    end = time.monotonic() + _SHARED_WITHIN_S
+    while not (workdir / _CONFIG).exists():
+        if time.monotonic() > end:
+            raise WorkdirError(
+                f"--workdir={workdir}: process 0 has made it, this host does not see it after {_SHARED_WITHIN_S:g} s. "
+                "All hosts write their part of the checkpoints: give a directory of a file system that they share."
+            )
+        time.sleep(0.2)
 
 
 def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:
@@ -150,8 +169,9 @@ class StepLog:
     def append(self, row: dict) -> None:
         """Writes one line; `row["step"]` is an int. Values: JSON types and numpy or jax scalars and arrays."""
         _step_of(row)
-        with open(self.path, "ab") as file:
-            file.write(_line(row))
+        if is_first():
+            with open(self.path, "ab") as file:
+                file.write(_line(row))
 
     def read(self) -> list[dict]:
         """All rows; none if nothing was written yet. Call `cut_back` first, which repairs a torn last line."""
@@ -165,7 +185,7 @@ class StepLog:
         Raises:
           WorkdirError: a line before the last one is not a row.
         """
-        if not self.path.exists():
+        if not is_first() or not self.path.exists():
             return 0
         kept = [line + b"\n" for line in _whole_lines(self.path) if _step_of(json.loads(line)) < step]
         dropped = len(self.path.read_bytes().splitlines()) - len(kept)
@@ -187,8 +207,10 @@ class TraceLog:
 
         Values of `rows` are those that `StepLog.append` takes.
         """
-        self.directory.mkdir(exist_ok=True)
         path = self.directory / f"step_{step:06d}.jsonl.gz"
+        if not is_first():
+            return path
+        self.directory.mkdir(exist_ok=True)
         # Level 1: ids and log-probs hardly compress; on them level 6 was 6 times slower and 13 % smaller.
         with (
             _replacing(path) as file,
@@ -202,7 +224,7 @@ class TraceLog:
 
     def cut_back(self, step: int) -> int:
         """Deletes the files of `step` and later; returns how many."""
-        dropped = [path for held, path in trace_files(self.directory).items() if held >= step]
+        dropped = [path for held, path in trace_files(self.directory).items() if held >= step and is_first()]
         for path in dropped:
             path.unlink()
         return len(dropped)

@@ -10,7 +10,7 @@ import spiral_jax
 ROOT = pathlib.Path(spiral_jax.__file__).parent
 
 FLOORS = {
-    0: {"groups", "config", "config_checks", "metrics", "mesh"},
+    0: {"groups", "config", "config_checks", "metrics", "mesh", "distributed"},
     1: {"model", "tasks", "prompts", "templates", "verifier", "estimators", "measures"}
     | {"objective.subsets", "objective.set_advantages", "objective.own_advantages", "objective.advantages"}
     | {"objective.loss_weights"},

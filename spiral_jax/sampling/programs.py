@@ -93,7 +93,7 @@ class Program:
 def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...], Program]:
     """Every program, by ("decode", rows), ("admit", i), ("move", i, j) and ("clear", i)."""
     mesh, classes = settings.mesh, schedule.classes
-    shards, along = meshes.group_count_multiple(mesh), meshes.group_sharding(mesh)
+    shards, along, everywhere = meshes.group_count_multiple(mesh), meshes.group_sharding(mesh), meshes.replicated(mesh)
     weights = abstract_weights(settings.config, mesh)
     states = [abstract_state(settings, slots) for slots in classes]
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=along)  # noqa: E731
@@ -102,7 +102,7 @@ def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[tuple
         programs["clear", i] = _compile(mesh, functools.partial(empty_state, settings, slots), (), _places(states[i]))
     for i in schedule.entries():
         shapes = weights, states[i], admission_shapes(settings, schedule, i)
-        out = _places(states[i]), along, along
+        out = _places(states[i]), everywhere, everywhere  # every process follows all groups
         programs["admit", i] = _compile(mesh, functools.partial(admit, settings), shapes, out, donate=(1,))
     for i, j in schedule.moves():
         shapes = states[i], states[j], ints(shards), ints(shards), ints(shards, classes[j].C)
@@ -123,11 +123,13 @@ def decode_program(settings: DecodeSettings, schedule: Schedule, rows: int) -> P
         schedule.chunk, schedule.exit_groups, rows, fewer,
     )  # fmt: skip
     shapes = abstract_weights(settings.config, settings.mesh), states
-    return _compile(settings.mesh, function, shapes, (_places(states), None, None, None), donate=(1,))
+    everywhere = meshes.replicated(settings.mesh)
+    out = _places(states), everywhere, everywhere, everywhere
+    return _compile(settings.mesh, function, shapes, out, donate=(1,))
 
 
 def _compile(mesh: Mesh, function: Any, shapes: Any, out: Any, donate: tuple[int, ...] = ()) -> Program:
-    """Compiles for arguments of these shapes and shardings; `out`: the results' shardings, None: up to the compiler."""
+    """Compiles for arguments of these shapes and shardings; `out`: the results' shardings."""
     if jax.config.jax_disable_jit:
         return Program(function, 0.0)
     start = time.monotonic()
@@ -177,7 +179,7 @@ def check_room(settings: DecodeSettings, schedule: Schedule, device_bytes: int) 
 
 def device_bytes(mesh: Mesh) -> int:
     """Memory of one device: what it reports, or its share of the host's on a CPU."""
-    stats = mesh.devices.flat[0].memory_stats()
+    stats = mesh.local_devices[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
