@@ -89,8 +89,9 @@ def _problem(
     shared = {"problem": f"train:{cursor}", "cursor": cursor, "kept": True,
               "problem_text": f"What is {cursor} * 7 + {b}?", "reference_answer": "42"}  # fmt: skip
     search = [_trace(c, "search", rng, 0.2 + 0.3 * skill, words, failing) for _ in range(N)]
+    own_1xN = np.array([[_REWARD[row["verdict"]] for row in search]])
     if not uses_aggregation(c):
-        found = advantages.compute("grpo", np.array([[_REWARD[row["verdict"]] for row in search]]))
+        found = advantages.compute(c.loss.estimator, advantages.Rewards(own_1xN))
         yield from _gated(c, shared | _place("search"), search, found.search_BxN[0])
         return
     a = c.aggregation
@@ -98,7 +99,7 @@ def _problem(
     read = [[_trace(c, "aggregation", rng, 0.2 + 0.6 * skill, words, failing) for _ in range(a.traces)]
             for _ in range(a.subsets)]  # fmt: skip
     reward_1xKxM = np.array([[[_REWARD[row["verdict"]] for row in of_set] for of_set in read]])
-    found = advantages.compute(c.loss.estimator, reward_1xKxM, subsets.incidence(member_KxS[None], N))
+    found = advantages.compute(c.loss.estimator, advantages.Rewards(own_1xN, reward_1xKxM, member_KxS[None]))
     yield from _gated(c, shared | _place("search"), search, found.search_BxN[0])
     for k, of_set in enumerate(read):
         for row in of_set:  # some of it is read off a candidate

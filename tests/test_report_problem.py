@@ -82,7 +82,7 @@ def test_the_length_gate_is_part_of_the_reason(gate, length, stop, words):
     assert "But +0.0000 was logged" in ungated["search"][0]["why"]
 
 
-@pytest.mark.parametrize("estimator", ["marginal_mean", "with_without", "aggregator_only", "grpo"])
+@pytest.mark.parametrize("estimator", ["marginal_mean", "with_without", "aggregator_only", "grpo", "paragator"])
 @pytest.mark.parametrize("gate", [0.0, 0.5])
 def test_no_logged_advantage_of_a_run_contradicts_its_reason(tmp_path, estimator, gate):
     c = tiny.get_config()

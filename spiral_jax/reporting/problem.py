@@ -17,7 +17,15 @@ from spiral_jax.groups import Role, Stop
 from spiral_jax.measures import vote
 from spiral_jax.objective.advantages import length_gate
 from spiral_jax.reporting.quotes import Quoting
-from spiral_jax.reporting.reasons import Reason, Score, explain_aggregation, explain_grpo, explain_search, set_name
+from spiral_jax.reporting.reasons import (
+    OWN_CORRECTNESS,
+    Reason,
+    Score,
+    explain_aggregation,
+    explain_own,
+    explain_search,
+    set_name,
+)
 from spiral_jax.verifier.extract import last_boxed
 from spiral_jax.verifier.rewards import Status
 from spiral_jax.verifier.verifier import CORRECT, ERROR
@@ -59,9 +67,9 @@ def problem_page(step: int, rows: Sequence[dict[str, Any]], config: dict[str, An
 
     def reason(row: dict[str, Any]) -> Reason:
         if row["role"] == Role.AGGREGATION.label:
-            return explain_aggregation(estimator, row["reward"], _score(by_set[row["set"]]))
-        if estimator == "grpo":
-            return explain_grpo(row["reward"], _score(searched))
+            return explain_aggregation(row["reward"], _score(by_set[row["set"]]))
+        if estimator in OWN_CORRECTNESS:
+            return explain_own(estimator, row["reward"], _score(searched), config["aggregation"]["subset_size"])
         return explain_search(estimator, row["trace"], members, scores)
 
     answers = _numbered(rows)

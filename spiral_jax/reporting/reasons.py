@@ -43,16 +43,16 @@ def set_name(k: int) -> str:
 
 
 def explain_search(estimator: str, trace: int, member_KxS: Sequence[Sequence[int]], scores: Sequence[Score]) -> Reason:
-    """Why a search trace has its advantage, for the set estimators; for grpo see `explain_grpo`."""
+    """Why a search trace has its advantage under an estimator over drawn sets; else see `explain_own`."""
     if estimator == "aggregator_only":
         return Reason(0.0, "aggregator_only trains no search traces: 0.")
-    if estimator not in ("marginal_mean", "with_without"):
+    if estimator not in ("marginal_mean", "with_without", "disjoint_sets"):
         return _without_words(estimator)
     valid = [k for k, score in enumerate(scores) if score.verified]
     inside = [k for k in valid if trace in member_KxS[k]]
     if not inside:
         return Reason(0.0, "It is in no set that was scored: nothing says what it is worth, 0.")
-    if estimator == "marginal_mean":
+    if estimator != "with_without":
         others, name = valid, "all sets"
     else:
         others, name = [k for k in valid if k not in inside], "sets without it"
@@ -66,24 +66,67 @@ def explain_search(estimator: str, trace: int, member_KxS: Sequence[Sequence[int
     return Reason(float(with_it - reference), words)
 
 
-def explain_grpo(reward: float | None, score: Score) -> Reason:
-    """Why a trace has its advantage under grpo; `score` counts its problem's N traces."""
+def explain_own(estimator: str, reward: float | None, score: Score, set_size: int) -> Reason:
+    """Why a search trace has its advantage under an estimator of `OWN_CORRECTNESS`.
+
+    Args:
+      reward: its own correctness, 0 or 1; None: our failure.
+      score: right and verified ones of its problem's N traces.
+      set_size: S.
+    """
     if reward is None:
         return Reason(0.0, _NOT_VERIFIED)
+    if score.right in (0, score.verified):
+        return Reason(0.0, f"All verified traces have reward {reward:g}: 0.")
+    of_all = f"{score.right} of {score.verified} traces are right"
+    if estimator == "paragator":
+        return _explain_pass_at_k(reward, score, set_size, of_all)
+    if estimator == "pkpo":
+        return _explain_max_at_k(reward, score, set_size, of_all)
     mean = score.share
-    std = math.sqrt(mean * (1 - mean))  # of zeros and ones, over the population
-    value = float(Fraction(reward) - mean) / (std + 1e-6)
+    if estimator == "grpo":
+        std = math.sqrt(mean * (1 - mean))  # of zeros and ones, over the population
+        value = float(Fraction(reward) - mean) / (std + 1e-6)
+        words = (
+            f"{of_all}: mean {_decimal(mean)}, standard deviation {std:.3f}. "
+            f"Its reward {reward:g}: ({reward:g} - {_decimal(mean)}) / {std:.3f} = {_signed(value)}."
+        )
+        return Reason(value, words)
+    if estimator == "rloo":
+        mean, of_all = Fraction(score.right - int(reward), score.verified - 1), f"{of_all}, of the others"
+    value = Fraction(reward) - mean
+    return Reason(float(value), f"{of_all}: mean {_decimal(mean)}. Its reward {reward:g} - it = {_signed(value)}.")
+
+
+OWN_CORRECTNESS = ("grpo", "grpo_nostd", "rloo", "online_multitask", "paragator", "pkpo")
+
+
+def _explain_pass_at_k(reward: float, score: Score, k: int, of_all: str) -> Reason:
+    """`own_advantages.pass_at_k`."""
+    n, wrong = score.verified, score.verified - score.right
+    if n <= k:
+        return Reason(0.0, f"There is one set of {k} at most, which has nothing to be compared with: 0.")
+    missed = Fraction(math.comb(wrong, k), math.comb(n, k))
+    own = Fraction(0) if reward else Fraction(math.comb(wrong - 1, k - 1), math.comb(n - 1, k - 1))
     words = (
-        f"{score.right} of {score.verified} traces are right: mean {_decimal(mean)}, standard deviation {std:.3f}. "
-        f"Its reward {reward:g}: ({reward:g} - {_decimal(mean)}) / {std:.3f} = {_signed(value)}."
+        f"{of_all}: of all sets of {k} a share of {_decimal(missed)} has no right one, of those with this trace "
+        f"{_decimal(own)}: {_signed(missed - own)}."
     )
-    return Reason(value, words if std else f"All verified traces have reward {reward:g}: 0.")
+    return Reason(float(missed - own), words)
 
 
-def explain_aggregation(estimator: str, reward: float | None, score: Score) -> Reason:
-    """Why an aggregation trace has its advantage; `score` is its set's."""
-    if estimator not in ("marginal_mean", "with_without", "aggregator_only"):
-        return _without_words(estimator)
+def _explain_max_at_k(reward: float, score: Score, k: int, of_all: str) -> Reason:
+    """`own_advantages.max_at_k`."""
+    n, wrong = score.verified, score.verified - score.right
+    if n < k or not reward:
+        return Reason(0.0, f"{of_all}. No set of {k} is solved because of it: 0.")
+    value = Fraction(math.comb(wrong, k - 1), math.comb(n, k))
+    words = f"{of_all}: it is the only right one in a share of {_decimal(value)} of all sets of {k}: {_signed(value)}."
+    return Reason(float(value), words)
+
+
+def explain_aggregation(reward: float | None, score: Score) -> Reason:
+    """Why an aggregation trace has its advantage, which is the same under all estimators; `score` is its set's."""
     if reward is None:
         return Reason(0.0, _NOT_VERIFIED)
     value = Fraction(reward) - score.share
