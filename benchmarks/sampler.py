@@ -16,13 +16,12 @@ import contextlib
 import json
 import pathlib
 import statistics
-import subprocess
 from typing import Any
 
 from absl import app, flags
 
 from benchmarks import sampler_cases, sampler_table
-from benchmarks.machine import machine
+from benchmarks.machine import commit, machine
 from benchmarks.peers.contestant import Work
 from benchmarks.peers.process import OURS, PEERS, ContestantProcess
 from benchmarks.sampler_cases import Case
@@ -74,12 +73,6 @@ def main(argv: list[str]) -> None:
             for round_ in range(done, repeats.value):
                 run_round(case, case.work, entry, contestants, round_, "runs")
                 write(report, out)
-
-
-def commit() -> str:
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty"], check=True, capture_output=True, text=True
-    ).stdout.strip()
 
 
 def load(contestants: Contestants, model: pathlib.Path) -> dict[str, Any]:

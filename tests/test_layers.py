@@ -11,7 +11,7 @@ ROOT = pathlib.Path(spiral_jax.__file__).parent
 
 FLOORS = {
     0: {"groups", "config", "config_checks", "metrics", "mesh", "distributed"},
-    1: {"model", "tasks", "prompts", "templates", "verifier", "estimators", "measures"}
+    1: {"model", "tasks", "prompts", "templates", "verifier", "estimators", "measures", "flops"}
     | {"objective.subsets", "objective.set_advantages", "objective.own_advantages", "objective.advantages"}
     | {"objective.loss_weights"},
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
