@@ -11,7 +11,7 @@ ROOT = pathlib.Path(spiral_jax.__file__).parent
 
 FLOORS = {
     0: {"groups", "config", "config_checks", "metrics", "mesh"},
-    1: {"model", "tasks", "prompts", "templates", "verifier", "estimators", "measures"}
+    1: {"model", "tasks", "prompts", "templates", "verifier", "estimators", "measures", "flops"}
     | {"objective.subsets", "objective.advantages"},
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
     3: {"setup", "initial", "rollout", "rollout_feed", "collect", "train_step", "evaluation", "results", "comparison"}

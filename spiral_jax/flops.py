@@ -1,0 +1,97 @@
+"""How many floating-point operations a train step needs: the one count behind MFU, the plan and the benchmark's bounds.
+
+Matrix products alone, two operations a multiply-add. Per token and layer, with W base weights and A adapter weights:
+
+    linear, forward           2 (W + A)
+    linear, backward          2 (W + A) for activations, and for weights 2 W in full fine-tuning, 2 A with adapters
+    attention, forward        4 H E a (query, key) pair that the mask shows;    backward 8 H E
+    head, a trace token       forward 2 D V, backward 2 D V, and 2 D V for its weights in full fine-tuning
+
+A group's prompt counts once, whatever number of traces continues it. With the name of a remat policy (`model.remat`)
+the count has what this program computes twice under it on purpose:
+
+    any      scores of the attention's backward pass, 2 H E a pair; in full fine-tuning the logits, 2 D V a trace token
+    layer    each layer once more but for its last product, whose result nothing needs; its attention too
+    attention    the same without attention, whose output is kept
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spiral_jax.model.architecture import Architecture
+
+# What a backward pass keeps of a layer: everything; the results of all products with weights, and of attention; its
+# input and the result of attention; its input.
+REMAT = ("none", "dots", "attention", "layer")
+
+# Dense bfloat16 operations a second of one JAX device, by `device_kind`, from the vendors' data sheets.
+PEAK_FLOPS_PER_S = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def linear_weights(arch: Architecture) -> int:
+    """W: weights of one layer's seven projections; a token is multiplied with each once."""
+    return arch.D * arch.E * 2 * (arch.H + arch.J) + 3 * arch.D * arch.F
+
+
+def adapter_weights(arch: Architecture, lora_rank: int) -> int:
+    """A: weights of one layer's adapters on all seven projections."""
+    inputs_and_outputs = 2 * (arch.D + arch.H * arch.E) + 2 * (arch.D + arch.J * arch.E) + 3 * (arch.D + arch.F)
+    return lora_rank * inputs_and_outputs
+
+
+def attention_pairs(prompt_len_U: np.ndarray, trace_len_UxC: np.ndarray) -> int:
+    """(query, key) pairs of one head: causal in the prompt; a trace sees the whole prompt and itself causally."""
+    P, G = np.asarray(prompt_len_U, np.int64), np.asarray(trace_len_UxC, np.int64)
+    return int(np.sum(P * (P + 1) // 2) + np.sum(G * P[:, None] + G * (G + 1) // 2))
+
+
+def train_flops(
+    arch: Architecture, lora_rank: int, remat: str | None, prompt_len_U: np.ndarray, trace_len_UxC: np.ndarray
+) -> float:
+    """Operations of forward and backward pass over whole groups.
+
+    Args:
+      lora_rank: 0 = full fine-tuning.
+      remat: policy whose second computations count too, one of `REMAT`; None: nothing twice, the count for MFU.
+      prompt_len_U, trace_len_UxC: tokens, int: of the groups as they are, or padded ones.
+
+    Raises:
+      ValueError: another `remat`.
+    """
+    if remat is not None and remat not in REMAT:
+        raise ValueError(f"remat = {remat!r}: must be None or one of {', '.join(REMAT)}")
+    responses = int(np.sum(trace_len_UxC, dtype=np.int64))
+    tokens, pairs = int(np.sum(prompt_len_U, dtype=np.int64)) + responses, attention_pairs(prompt_len_U, trace_len_UxC)
+    W, A = linear_weights(arch), adapter_weights(arch, lora_rank)
+    linear = 4 * (W + A) + 2 * (A if lora_rank else W)
+    scores = 2 * arch.H * arch.E
+    attention = 2 * scores + 4 * scores
+    head = (4 if lora_rank else 6) * arch.D * arch.V
+    if remat is not None:
+        attention += scores
+        head += 0 if lora_rank else 2 * arch.D * arch.V
+    if remat in ("attention", "layer"):
+        linear += 2 * (W - arch.F * arch.D + A - lora_rank * arch.D)
+    if remat == "layer":
+        attention += 2 * scores
+    return float(arch.L * (tokens * linear + pairs * attention) + responses * head)
+
+
+def ideal_train_flops(arch: Architecture, lora_rank: int, remat: str | None, U: int, C: int, P: int, G: int) -> float:
+    """`train_flops` of U equal groups of P prompt tokens and C traces of G tokens."""
+    return train_flops(arch, lora_rank, remat, np.full(U, P), np.full((U, C), G))

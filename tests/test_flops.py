@@ -1,0 +1,82 @@
+"""Operations of the ideal train step against arithmetic by hand, term by term."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from spiral_jax.flops import (
+    PEAK_FLOPS_PER_S,
+    REMAT,
+    adapter_weights,
+    attention_pairs,
+    ideal_train_flops,
+    linear_weights,
+    train_flops,
+)
+from spiral_jax.model.architecture import Architecture
+
+ARCH = Architecture(V=11, D=6, F=10, L=3, H=4, J=2, E=5, norm_eps=1e-6, rope_theta=1e4, tied=True)
+W = 6 * 20 + 2 * 6 * 10 + 20 * 6 + 3 * 6 * 10  # q, k and v, o, gate and up and down
+A = 2 * ((6 + 20) * 2 + (6 + 10) * 2 + (6 + 10) * 3)  # rank 2
+PROMPT, TRACE = np.array([3, 1]), np.array([[2, 0], [1, 4]])
+TOKENS, RESPONSES = 3 + 1 + 7, 7
+PAIRS = (1 + 2 + 3) + 1 + (2 * 3 + (1 + 2)) + (1 * 1 + 1) + (4 * 1 + (1 + 2 + 3 + 4))
+PAIR = 4 * 4 * 5  # forward: scores and weighted values of 4 heads of 5
+
+
+def test_the_weights_of_a_layer_are_those_of_its_projections():
+    assert linear_weights(ARCH) == W and adapter_weights(ARCH, 2) == A
+    four_b = Architecture(V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True)
+    assert 36 * adapter_weights(four_b, 32) == 66_060_288
+    norms = 36 * (2 * 2560 + 2 * 128) + 2560
+    assert 36 * linear_weights(four_b) + 151936 * 2560 + norms == four_b.parameters
+
+
+def test_pairs_are_what_the_mask_shows():
+    shown = 0
+    for length, traces in zip(PROMPT, TRACE, strict=True):
+        shown += sum(q >= k for q in range(length) for k in range(length))
+        shown += sum(length + g + 1 for trace in traces for g in range(trace))
+    assert attention_pairs(PROMPT, TRACE) == shown == PAIRS
+
+
+@pytest.mark.parametrize(
+    ("rank", "remat", "expected"),
+    [
+        (0, None, 3 * (TOKENS * 6 * W + PAIRS * 3 * PAIR) + RESPONSES * 6 * 66),
+        (0, "none", 3 * (TOKENS * 6 * W + PAIRS * 3.5 * PAIR) + RESPONSES * 8 * 66),
+        (0, "dots", 3 * (TOKENS * 6 * W + PAIRS * 3.5 * PAIR) + RESPONSES * 8 * 66),
+        (0, "attention", 3 * (TOKENS * (6 * W + 2 * (W - 60)) + PAIRS * 3.5 * PAIR) + RESPONSES * 8 * 66),
+        (0, "layer", 3 * (TOKENS * (6 * W + 2 * (W - 60)) + PAIRS * 4.5 * PAIR) + RESPONSES * 8 * 66),
+        (2, None, 3 * (TOKENS * (4 * W + 6 * A) + PAIRS * 3 * PAIR) + RESPONSES * 4 * 66),
+        (2, "layer", 3 * (TOKENS * (6 * W - 120 + 8 * A - 24) + PAIRS * 4.5 * PAIR) + RESPONSES * 4 * 66),
+    ],
+)
+def test_a_step_is_the_sum_of_its_products(rank, remat, expected):
+    assert train_flops(ARCH, rank, remat, PROMPT, TRACE) == expected
+
+
+def test_six_times_parameters_times_tokens_where_attention_is_small():
+    wide = dataclasses.replace(ARCH, D=1024, F=4096, V=2, E=8)
+    flops = ideal_train_flops(wide, 0, None, U=3, C=1, P=1, G=7)
+    assert flops == pytest.approx(6 * wide.L * linear_weights(wide) * 24, rel=1e-3)
+
+
+@pytest.mark.parametrize("remat", [None, *REMAT])
+def test_equal_groups_are_groups_and_every_policy_costs_at_least_the_one_before(remat):
+    of = lambda remat: ideal_train_flops(ARCH, 2, remat, U=2, C=3, P=5, G=4)  # noqa: E731
+    assert of(remat) == train_flops(ARCH, 2, remat, np.full(2, 5), np.full((2, 3), 4))
+    order = [None, *REMAT]
+    assert all(of(a) <= of(b) for a, b in zip(order, order[1:], strict=False))
+
+
+def test_a_prompt_counts_once_whatever_number_of_traces_it_has():
+    prompt = train_flops(ARCH, 0, None, np.array([7]), np.zeros((1, 3), int))
+    assert train_flops(ARCH, 0, None, np.array([7]), np.zeros((1, 0), int)) == prompt == 3 * (7 * 6 * W + 28 * 3 * PAIR)
+
+
+def test_another_policy_is_an_error_and_peaks_are_per_second():
+    with pytest.raises(ValueError, match="'everything'.*none, dots, attention, layer"):
+        train_flops(ARCH, 0, "everything", PROMPT, TRACE)
+    assert all(1e14 < peak < 1e16 for peak in PEAK_FLOPS_PER_S.values())
