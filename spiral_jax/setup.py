@@ -95,7 +95,7 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
     scaffold = prompts.make_scaffold(tokenizer, c.prompt, stop_ids)
     _check_prompt_lengths(c, scaffold, training)
     if training:
-        _check_mesh(c, mesh)
+        check_mesh(c, mesh)
     sampler, eval_sampler = make_samplers(c, model, mesh, stop_ids)
     return Setup(c, path, mesh, task, reward, model, tokenizer, scaffold, sampler, eval_sampler)
 
@@ -179,7 +179,7 @@ def _largest_sets(c: ConfigDict, training: bool) -> ConfigDict:
     return c
 
 
-def _check_mesh(c: ConfigDict, mesh: Mesh) -> None:
+def check_mesh(c: ConfigDict, mesh: Mesh) -> None:
     multiple = meshes.group_count_multiple(mesh)
     for field in ("search_groups", "aggregation_groups"):
         if c.batch[field] % multiple:
