@@ -127,6 +127,7 @@ def test_convolutions_count_the_taps_that_meet_an_element(line, flops):
         ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", 4),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", 8),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([2,4]T(1,0)) {'axis_0'}", 2),
         ("replica_groups={}", 8),
     ],
 )

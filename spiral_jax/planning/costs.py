@@ -11,12 +11,12 @@ import functools
 import math
 import re
 
-from spiral_jax.planning.hlo import Array, Computation, Instruction, Module
+from spiral_jax.planning.hlo import Computation, Instruction, Module
+from spiral_jax.planning.traffic import COLLECTIVES, START, hbm_bytes, targets
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Operations that move nothing: they name, or make what is not stored.
 _FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "iota", "after-all", "partition-id",
-         "replica-id", "opt-barrier", "domain", "broadcast-start")  # fmt: skip
+         "replica-id", "opt-barrier", "domain")  # fmt: skip
 
 
 class UnknownLoop(ValueError):
@@ -84,10 +84,10 @@ class _Walk:
             return Cost()
         base = one.operation.removesuffix("-start")
         if base in COLLECTIVES:
-            return Cost(hbm_bytes=_boundary_bytes(one, where, self.module), sent_bytes=self._sent(base, one, where))
+            return Cost(hbm_bytes=hbm_bytes(one, where, self.module), sent_bytes=self._sent(base, one, where))
         if one.operation.endswith("-done") and one.operation.removesuffix("-done") in COLLECTIVES:
             return Cost()
-        return Cost(self._flops(one, where), _boundary_bytes(one, where, self.module), self._fused_sent(one))
+        return Cost(self._flops(one, where), hbm_bytes(one, where, self.module), self._fused_sent(one))
 
     def _flops(self, one: Instruction, where: Computation) -> float:
         if one.operation == "dot":
@@ -100,14 +100,16 @@ class _Walk:
         return 0.0
 
     def _fused_sent(self, one: Instruction) -> dict[str, float]:
-        """Collectives that the compiler put inside of a fusion, to run beside its computation."""
+        """Collectives that the compiler put inside of a fusion, to run beside its work; counted where they start."""
         total = Cost()
         if one.operation == "fusion":
             inside = self.module.computations[one.called[0]]
+            starts = START in targets(inside)
             for part in inside.instructions.values():
-                base = part.operation.removesuffix("-start")
-                sent = self._sent(base, part, inside) if base in COLLECTIVES else self._fused_sent(part)
-                total += Cost(sent_bytes=sent)
+                if part.operation in COLLECTIVES:
+                    total += Cost(sent_bytes=self._sent(part.operation, part, inside) if starts else {})
+                else:
+                    total += Cost(sent_bytes=self._fused_sent(part))
         return total.sent_bytes
 
     def _sent(self, kind: str, one: Instruction, where: Computation) -> dict[str, float]:
@@ -216,7 +218,7 @@ def _valid_taps(
 
 def _group_size(one: Instruction, partitions: int) -> int:
     """Chips of one group of a collective; `replica_groups` is a list, an iota [groups, size], or axes of a mesh."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", one.attributes):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}", one.attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         named = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[2])
         return math.prod(int(part or sizes[axis]) for axis, _, part in named)
@@ -225,85 +227,3 @@ def _group_size(one: Instruction, partitions: int) -> int:
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", one.attributes):
         return len(found[1].split(","))
     return partitions
-
-
-def _boundary_bytes(one: Instruction, where: Computation, module: Module) -> float:
-    """HBM bytes that an instruction reads and writes; what moves in place or in parts, at the size of what moves."""
-    if one.operation.endswith("-done"):  # the start has read; its own type names the source too
-        return sum(array.hbm_bytes for array in one.arrays)
-    read = 0
-    for index, name in enumerate(one.operands):
-        if name in where.instructions:
-            whole = where.instructions[name].arrays
-            if any(array.hbm_bytes for array in whole):
-                read += _read_bytes(one, index, whole, module)
-    if one.operation.endswith("-start"):
-        return read
-    return read + _written_bytes(one, where, module)
-
-
-def _read_bytes(user: Instruction, index: int, whole: tuple[Array, ...], module: Module) -> float:
-    """Bytes that `user` reads of its operand number `index`."""
-    size = sum(array.hbm_bytes for array in whole)
-    if user.operation in ("dynamic-slice", "slice", "gather") and index == 0:
-        return min(size, sum(array.bytes for array in user.arrays))
-    if user.operation == "slice-start":
-        return min(size, user.arrays[-2].bytes)  # (source, slice, context)
-    if user.operation in ("dynamic-update-slice", "scatter") and index == 0:
-        return 0
-    if user.operation == "fusion":
-        inside = module.computations[user.called[0]]
-        return min(size, _parameter_bytes(inside, inside.parameters[index].name, whole, module))
-    return size
-
-
-def _parameter_bytes(inside: Computation, name: str, whole: tuple[Array, ...], module: Module) -> float:
-    total = 0.0
-    if inside.instructions[name].is_root:
-        return sum(array.hbm_bytes for array in whole)
-    for user in inside.users(name):
-        if user.operation == "bitcast":
-            total += _parameter_bytes(inside, user.name, whole, module)
-        else:
-            for index in [i for i, operand in enumerate(user.operands) if operand == name]:
-                total += _read_bytes(user, index, whole, module)
-    return total
-
-
-def _written_bytes(one: Instruction, where: Computation, module: Module) -> float:
-    size = sum(array.hbm_bytes for array in one.arrays)
-    if not size:
-        return 0
-    if one.operation == "dynamic-update-slice":
-        return sum(array.bytes for array in where.instructions[one.operands[1]].arrays)
-    if one.operation == "scatter":
-        return sum(array.bytes for array in where.instructions[one.operands[-1]].arrays)
-    if one.operation == "fusion":
-        inside = module.computations[one.called[0]]
-        root = inside.through(inside.root.name)
-        parts = [inside.through(name) for name in root.operands] if root.operation == "tuple" else [root]
-        if len(parts) == len(one.arrays):
-            return sum(
-                _part_written(part, array, inside, module)
-                for part, array in zip(parts, one.arrays, strict=True)
-                if array.hbm_bytes
-            )
-    return size
-
-
-def _part_written(part: Instruction, array: Array, inside: Computation, module: Module) -> float:
-    if part.operation in ("dynamic-update-slice", "scatter", "fusion"):
-        return min(array.hbm_bytes, _written_bytes_in(part, inside, module))
-    return array.hbm_bytes
-
-
-def _written_bytes_in(part: Instruction, inside: Computation, module: Module) -> float:
-    """The same inside of a fusion, where layouts do not say what lies in HBM."""
-    if part.operation == "fusion":
-        deeper = module.computations[part.called[0]]
-        root = deeper.through(deeper.root.name)
-        if root.operation in ("dynamic-update-slice", "scatter", "fusion"):
-            return _written_bytes_in(root, deeper, module)
-        return sum(array.bytes for array in part.arrays)
-    update = part.operands[1 if part.operation == "dynamic-update-slice" else -1]
-    return sum(array.bytes for array in inside.instructions[update].arrays)

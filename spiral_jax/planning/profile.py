@@ -11,6 +11,7 @@ from spiral_jax.planning.hlo import Array, Module, parse
 from spiral_jax.planning.programs import Program
 from spiral_jax.planning.roofline import Roofline, roofline
 from spiral_jax.planning.topology import Topology
+from spiral_jax.planning.traffic import uncounted_kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Profile:
       room: bytes that the chip has for it.
       unit: cost of one pass of the outer loop. `call`: of all that is outside of it.
       largest: the largest array that the compiled program makes; None where it was estimated.
+      kernels: custom calls whose operations are not counted.
       compiled: whether the numbers come from the compiler or from arithmetic.
       seconds: what compiling took.
     """
@@ -32,6 +34,7 @@ class Profile:
     unit: Cost
     call: Cost
     largest: Array | None
+    kernels: list[str]
     compiled: bool
     seconds: float
     roofline: Roofline
@@ -76,6 +79,7 @@ class Profile:
             "seconds": self.roofline.seconds,
             "bound": self.roofline.bound,
             "largest_array": None if self.largest is None else f"{self.largest.dtype}{list(self.largest.shape)}",
+            "uncounted_kernels": self.kernels,
         }
 
 
@@ -90,14 +94,25 @@ def profile(program: Program, topology: Topology, free: float) -> Profile:
     """
     if topology.devices is None:
         memory = program.memory | {"activations": program.kept, "temporaries": program.estimated_temporary}
-        return _profile(program, topology, free, memory, program.estimate, Cost(), None, False, 0.0)
+        return _profile(program, topology, free, memory, program.estimate, Cost(), None, [], False, 0.0)
     compiled = compile_kept(program.lower(), topology.name)
     memory = _memory(program, compiled)
     if not compiled.text:
-        return _profile(program, topology, free, memory, program.estimate, Cost(), None, False, compiled.seconds)
+        return _profile(program, topology, free, memory, program.estimate, Cost(), None, [], False, compiled.seconds)
     module = parse(compiled.text)
     unit, call = unit_and_call(module, program.unit_loop, program.passes)
-    return _profile(program, topology, free, memory, unit, call, largest_array(module), True, compiled.seconds)
+    return _profile(
+        program,
+        topology,
+        free,
+        memory,
+        unit,
+        call,
+        largest_array(module),
+        uncounted_kernels(module),
+        True,
+        compiled.seconds,
+    )
 
 
 def unit_and_call(module: Module, unit_loop: str, passes: dict[str, float]) -> tuple[Cost, Cost]:
