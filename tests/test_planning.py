@@ -167,8 +167,8 @@ def test_the_real_programs_compute_what_the_ideal_count_says(tiny_run, here, tmp
         name: profile(programs[name], here, free=0.0) for name in ("train/search/0", "decode", "prefill/search")
     }
     for name, one in profiles.items():
-        assert one.compiled and one.fits
-        assert 0.85 <= one.flops_ratio <= 1.3, name  # attention computes what its mask hides
+        assert one.compiled and one.fits, name
+        assert one.flops_ratio and 0.85 <= one.flops_ratio <= 1.3, (name, one.unit, one.program.ideal_flops)
         assert abs(one.memory["padding"]) <= 0.05 * sum(one.program.memory.values()), name
     assert profiles["decode"].hbm_ratio > 0.5
     json.dumps([one.to_plain() for one in profiles.values()])

@@ -128,13 +128,13 @@ class Run:
     def train_program(self, block: Block) -> Program:
         """The train step with this block alone; the unit is a micro-batch."""
         arch, rank, remat = self.model.arch, self.model.lora_rank, self.model.remat
-        (_, U, P), (*_, C, G) = block.prompt_AxUxP.shape, block.trace_AxUxCxG.shape
+        (A, U, P), (*_, C, G) = block.prompt_AxUxP.shape, block.trace_AxUxCxG.shape
         tokens, tensor = U * (P + C * G), self.sizes["tensor"]
         remat = {True: "layer", False: "none"}.get(remat, remat)  # TEMP
         flops = ideal_train_flops(arch, rank, remat, U, C, P, G) / self.chips
         logits = U // self.shards * C * min(self.c.loss.logprob_chunk, G)
         trained, own = bytes_a_chip(self.state.trained), tokens // self.shards
-        roles = len({one.role for one in self.blocks})
+        roles, loop = len({one.role for one in self.blocks}), rf"/{block.role.label}_block/while$"
 
         def lower() -> Lowered:
             with jax.set_mesh(self.mesh):
@@ -146,8 +146,8 @@ class Run:
             groups=U,
             tokens=tokens,
             lower=lower,
-            unit_loop=rf"/{block.role.label}_block/while$",
-            passes={},
+            unit_loop=loop if A > 1 else "",
+            passes={} if A > 1 else {loop: 1},  # the work of a single micro-batch does not stay in its loop
             memory=self.state_memory()
             | {"batch": bytes_a_chip(self.blocks), "gradients of other roles": (roles - 1) * trained},
             arguments=bytes_a_chip([self.base, self.state, block]),
