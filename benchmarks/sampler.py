@@ -14,13 +14,12 @@ import contextlib
 import json
 import pathlib
 import statistics
-import subprocess
 from typing import Any
 
 from absl import app, flags
 
 from benchmarks import sampler_cases, sampler_table
-from benchmarks.machine import machine
+from benchmarks.machine import commit, machine
 from benchmarks.peers.process import OURS, PEERS, ContestantProcess
 from benchmarks.sampler_cases import Case
 
@@ -65,12 +64,6 @@ def main(argv: list[str]) -> None:
             for round_ in range(warmups.value + repeats.value):
                 run_round(case, entry, contestants, round_, "warmups" if round_ < warmups.value else "runs")
                 write(report, out)
-
-
-def commit() -> str:
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty"], check=True, capture_output=True, text=True
-    ).stdout.strip()
 
 
 def load(contestants: Contestants, model: pathlib.Path) -> dict[str, Any]:

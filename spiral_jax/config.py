@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 MOST_EVAL_TRACES = 1000  # above, binomials leave float64: see estimators.py
 TASKS = ("jsonl", "parquet", "hf", "two_halves", "reasoning_gym")
+REMAT = ("none", "dots", "attention", "layer")  # ascending in what is computed twice
 ESTIMATORS = ("marginal_mean", "with_without", "aggregator_only", "grpo")
 
 
@@ -36,8 +37,10 @@ def defaults() -> ConfigDict:
     c.model.compute_dtype = "bfloat16"  # of activations and caches; norms, rope and softmax are float32 (ours)
     c.model.lora_rank = 32  # adapters on all seven projections; 0 = full fine-tuning (paper)
     c.model.lora_alpha = 32.0  # adapter output is scaled by alpha / rank (ours; unpublished)
-    c.model.remat = True  # recompute each layer in the backward pass instead of keeping its activations (ours)
-    c.model.attention_query_block = 256  # queries a block: scores in memory are [.., block, keys] (ours)
+    # What the backward pass keeps of each layer, computing the rest once more: "layer": its input; "attention": and the
+    # result of attention; "dots": and those of all products with weights; "none": everything is kept (ours)
+    c.model.remat = "layer"
+    c.model.attention_block = 256  # queries, and keys, a block: scores in memory are [.., block, block] (ours)
 
     c.mesh = ConfigDict()  # devices along each axis; one of them may be -1 = all the rest (ours)
     c.mesh.data = -1  # groups

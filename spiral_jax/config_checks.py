@@ -7,7 +7,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spiral_jax.config import ESTIMATORS, MOST_EVAL_TRACES, TASKS, ConfigError, eval_subset_size, uses_aggregation
+from spiral_jax.config import (
+    ESTIMATORS,
+    MOST_EVAL_TRACES,
+    REMAT,
+    TASKS,
+    ConfigError,
+    eval_subset_size,
+    uses_aggregation,
+)
 
 
 def validate(c: ConfigDict) -> None:
@@ -59,6 +67,7 @@ def _validate_choices(c: ConfigDict) -> None:
     choices = {
         "model.param_dtype": ("float32", "bfloat16"),
         "model.compute_dtype": ("float32", "bfloat16"),
+        "model.remat": REMAT,
         "task.name": TASKS,
         "sampling.cache_dtype": ("compute", "int8"),
         "prompt.template": ("chat", "plain"),
@@ -85,7 +94,7 @@ def _validate_choices(c: ConfigDict) -> None:
         "batch.search_groups": 1, "batch.aggregation_groups": 1, "loss.logprob_chunk": 1, "train.steps": 1,
         "train.max_sampled_tokens": 0, "eval.problems": 0, "eval.every": 0, "eval.rounds_in_training": 0,
         "verifier.workers": 1,
-        "checkpoint.every": 0, "checkpoint.keep": 1, "model.lora_rank": 0, "model.attention_query_block": 1,
+        "checkpoint.every": 0, "checkpoint.keep": 1, "model.lora_rank": 0, "model.attention_block": 1,
         "trace_log.every": 0, "trace_log.keep_steps": 1, "optimizer.warmup_steps": 0, "prompt.max_problem_tokens": 1,
         "loss.length_gate": 0, "prompt.keep_tail_tokens": 1, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
         "aggregation.subset_size": 1, "eval.subset_size": 0,

@@ -19,11 +19,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from spiral_jax.config import REMAT
 from spiral_jax.model.architecture import Architecture
-
-# What a backward pass keeps of a layer: everything; the results of all products with weights, and of attention; its
-# input and the result of attention; its input.
-REMAT = ("none", "dots", "attention", "layer")
 
 # Dense bfloat16 operations a second of one JAX device, by `device_kind`, from the vendors' data sheets.
 PEAK_FLOPS_PER_S = {

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     c, out = flags.FLAGS.config, pathlib.Path(flags.FLAGS.out)
     task = two_halves.task(c.task_seed)
     tokenizer = train_tokenizer(tokenizer_texts(task, c.seed), c.model.vocab_size, out)
-    config = ModelConfig(_architecture(c.model, len(tokenizer)), remat=False)
+    config = ModelConfig(_architecture(c.model, len(tokenizer)), remat="none")
     params = init_variables(config, jax.random.key(c.seed))["params"]
     params = fit(c, config, params, batches(c, task, tokenizer))
     hf.save_params(out, params, config, stop_ids=(tokenizer.eos_token_id,))

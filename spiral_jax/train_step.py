@@ -116,7 +116,7 @@ def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[T
         trace = micro["trace_UxCxG"]
         logprob, entropy = group_logprobs(
             config, variables(config, base, trained), micro["prompt_UxP"], micro["prompt_len_U"], trace,
-            c.sampling.temperature, c.loss.logprob_chunk,
+            c.sampling.temperature, c.loss.logprob_chunk, micro["trace_len_UxC"],
         )  # fmt: skip
         mask = length_mask(micro["trace_len_UxC"], trace.shape[-1])
         return importance_sampling_loss(logprob, entropy, micro["logprob_UxCxG"], micro["weight_UxC"], mask)

@@ -22,8 +22,8 @@ from spiral_jax.train_step import init_state, make_train_step
 
 ARCH = Architecture(V=97, D=32, F=48, L=2, H=4, J=2, E=8, norm_eps=1e-5, rope_theta=500.0, tied=True)
 MODELS = {
-    "lora": ModelConfig(ARCH, lora_rank=4, lora_alpha=8.0, query_block=4, remat=True),
-    "full": ModelConfig(dataclasses.replace(ARCH, tied=False), remat=False),
+    "lora": ModelConfig(ARCH, lora_rank=4, lora_alpha=8.0, attention_block=4, remat="layer"),
+    "full": ModelConfig(dataclasses.replace(ARCH, tied=False), remat="none"),
 }
 P, G = 6, 8
 TRACES = {Role.SEARCH: 3, Role.AGGREGATION: 2}

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from spiral_jax.config import REMAT
 from spiral_jax.flops import (
     PEAK_FLOPS_PER_S,
-    REMAT,
     adapter_weights,
     attention_pairs,
     ideal_train_flops,

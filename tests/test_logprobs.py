@@ -126,7 +126,7 @@ def random_groups(seed=0):
 @functools.partial(jax.jit, static_argnums=0)
 def forward(config, variables, rows_RxT):
     """Log-probs [R, T, V] of what follows each token of plain rows, which know nothing of groups."""
-    hidden = Transformer(config).apply(variables, rows_RxT, np.zeros(len(rows_RxT), np.int32), None)
+    hidden = Transformer(config).apply(variables, rows_RxT, np.full(len(rows_RxT), rows_RxT.shape[1]), None)
     return jax.nn.log_softmax(hidden @ head_kernel(config, variables["params"]) / 0.7, axis=-1)
 
 

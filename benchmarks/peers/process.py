@@ -12,13 +12,19 @@ from typing import Any
 PEERS = ("transformers_generate", "tunix_sampler")
 OURS = "spiral"
 VENVS = pathlib.Path(".venv-peers")
+# The training benchmark's peers are the same packages.
+VENV_OF = {name: name for name in PEERS} | {
+    "transformers_step": "transformers_generate",
+    "transformers_step_all": "transformers_generate",
+    "tunix_step": "tunix_sampler",
+}
 
 
 class ContestantProcess:
     """Runs benchmarks/peers/NAME.py; what it prints goes to LOGS/NAME.log."""
 
     def __init__(self, name: str, logs: pathlib.Path) -> None:
-        python = VENVS / name / "bin" / "python" if name in PEERS else pathlib.Path(sys.executable)
+        python = VENVS / VENV_OF[name] / "bin" / "python" if name in VENV_OF else pathlib.Path(sys.executable)
         if not python.exists():
             raise FileNotFoundError(f"{python}: no such file. Run: bash benchmarks/peers/venvs.sh")
         self.log = logs / f"{name}.log"

@@ -213,6 +213,6 @@ def model_config(arch: Any, c: Any) -> ModelConfig:
         compute_dtype=jnp.dtype(c.compute_dtype),
         lora_rank=c.lora_rank,
         lora_alpha=c.lora_alpha,
-        query_block=c.attention_query_block,
+        attention_block=c.attention_block,
         remat=c.remat,
     )

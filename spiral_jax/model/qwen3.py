@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from spiral_jax.mesh import constrain_groups
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.attention import prompt_attention, trace_attention
+from spiral_jax.model.group_attention import KEPT, Lengths, prompt_attention, trace_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,8 @@ class ModelConfig:
       compute_dtype: of activations and caches; norms, rope and softmax are float32.
       lora_rank: 0 = no adapters.
       lora_alpha: adapters are scaled by alpha / rank.
-      query_block: queries whose scores exist at once in training (see `attention`).
-      remat: recompute each layer in the backward pass instead of keeping its activations.
+      attention_block: queries, and keys, whose scores exist at once in training (see `group_attention`).
+      remat: what the backward pass keeps of each layer, one of `config.REMAT`; it computes the rest once more.
     """
 
     arch: Architecture
@@ -38,8 +38,19 @@ class ModelConfig:
     compute_dtype: Any = jnp.float32
     lora_rank: int = 0
     lora_alpha: float = 1.0
-    query_block: int = 512
-    remat: bool = True
+    attention_block: int = 512
+    remat: str = "layer"
+
+
+# What a policy of `config.REMAT` keeps of a layer beside its input.
+_POLICIES = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(KEPT),
+    ),
+    "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "layer": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Linear(nn.Module):
@@ -114,20 +125,17 @@ class Block(nn.Module):
         with jax.named_scope("mlp"):
             return x + self.down(nn.silu(self.gate(h)) * self.up(h))
 
-    def __call__(self, x_UxTxD: jax.Array, position_UxT: jax.Array, prompt_len_U: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(self, x_UxTxD: jax.Array, position_UxT: jax.Array, lengths: Lengths) -> tuple[jax.Array, None]:
         """Rows of T = P + C * G tokens: the prompt, then its traces one after the other. (x, nothing), as scan asks."""
-        P, C, block = self.prompt_tokens, self.traces, self.config.query_block
+        P, C, block = self.prompt_tokens, self.traces, self.config.attention_block
         U, T, _ = x_UxTxD.shape
         x = constrain_groups(x_UxTxD)
         q, k, v = self.project(x, position_UxT)
-        out = prompt_attention(q[:, :P], k[:, :P], v[:, :P], block)
+        out = prompt_attention(q[:, :P], k[:, :P], v[:, :P], lengths, block)
         if C:
             G = (T - P) // C
             own_q, own_k, own_v = (a[:, P:].reshape(U, C, G, *a.shape[2:]) for a in (q, k, v))
-            own_index_UxG = jnp.broadcast_to(jnp.arange(G), (U, G))
-            of_traces = trace_attention(
-                own_q, (k[:, :P], v[:, :P]), prompt_len_U, (own_k, own_v), own_index_UxG, block
-            )  # fmt: skip
+            of_traces = trace_attention(own_q, (k[:, :P], v[:, :P]), (own_k, own_v), lengths, block)
             out = jnp.concatenate([out, of_traces.reshape(U, C * G, *out.shape[2:])], axis=1)
         return self.finish(x, out), None
 
@@ -138,15 +146,24 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, prompt_UxP: jax.Array, prompt_len_U: jax.Array, trace_UxCxG: jax.Array | None) -> jax.Array:
-        """Hidden states [U, T, D] of groups after the final norm, T = P + C * G; a trace starts at `prompt_len`."""
+    def __call__(
+        self,
+        prompt_UxP: jax.Array,
+        prompt_len_U: jax.Array,
+        trace_UxCxG: jax.Array | None,
+        trace_len_UxC: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states [U, T, D] of groups after the final norm, T = P + C * G; a trace starts at `prompt_len`.
+
+        They have no meaning behind the longest prompt, and in traces behind the longest trace (None: G).
+        """
         c, arch = self.config, self.config.arch
         embed = self.param("embed", nn.initializers.normal(0.02), (arch.V, arch.D), c.param_dtype)
         if not arch.tied:
             self.param("head", nn.initializers.normal(0.02), (arch.D, arch.V), c.param_dtype)
         U, P = prompt_UxP.shape
         ids, position = prompt_UxP, jnp.broadcast_to(jnp.arange(P), (U, P))
-        C = 0
+        C = G = 0
         if trace_UxCxG is not None:
             _, C, G = trace_UxCxG.shape
             own = prompt_len_U[:, None, None] + jnp.broadcast_to(jnp.arange(G), (U, C, G))
@@ -154,13 +171,15 @@ class Transformer(nn.Module):
             position = jnp.concatenate([position, own.reshape(U, C * G)], axis=1)
         x = embed[ids].astype(c.compute_dtype)
         layers = nn.scan(
-            nn.remat(Block, prevent_cse=False) if c.remat else Block,
+            Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_POLICIES[c.remat]),
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=arch.L,
         )
-        x, _ = layers(c, P, C, name="layers")(x, position, prompt_len_U)
+        longest_trace = jnp.int32(G) if trace_len_UxC is None else jnp.max(trace_len_UxC)
+        lengths = Lengths(prompt_len_U, jnp.max(prompt_len_U), longest_trace)
+        x, _ = layers(c, P, C, name="layers")(x, position, lengths)
         norm = self.param("final_norm", nn.initializers.ones, (arch.D,), c.param_dtype)
         return rms_norm(x, norm, arch.norm_eps)
 

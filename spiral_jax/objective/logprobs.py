@@ -1,8 +1,15 @@
-"""Log-probabilities of response tokens without ever holding [.., T, V]: head on response positions only, in chunks."""
+"""Log-probabilities of response tokens without ever holding [.., T, V]: head on response positions only, in chunks.
+
+    logprob = logits[token] / temperature - lse        d logprob / d logits = (onehot(token) - softmax) / temperature
+
+The derivative needs no cotangent but a factor. So under a frozen head the forward pass already multiplies it with the
+head, while a chunk's logits exist, and nothing is computed twice; a trained head computes the logits once more.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,53 +23,135 @@ def response_hidden(
     prompt_UxP: jax.Array,
     prompt_len_U: jax.Array,
     trace_UxCxG: jax.Array,
+    trace_len_UxC: jax.Array | None = None,
 ) -> jax.Array:
     """Hidden states [U, C, G, D] whose head output predicts each trace token.
 
-    Token 0 is predicted by the prompt's last token, token g by token g - 1.
+    Token 0 is predicted by the prompt's last token, token g by token g - 1. Those behind the longest trace (None: G)
+    have no meaning.
     """
     U, C, G = trace_UxCxG.shape
     P = prompt_UxP.shape[1]
-    hidden_UxTxD = Transformer(config).apply(variables, prompt_UxP, prompt_len_U, trace_UxCxG)
+    hidden_UxTxD = Transformer(config).apply(variables, prompt_UxP, prompt_len_U, trace_UxCxG, trace_len_UxC)
     last_UxD = jnp.take_along_axis(hidden_UxTxD, (prompt_len_U - 1)[:, None, None], axis=1)[:, 0]
     own = hidden_UxTxD[:, P:].reshape(U, C, G, -1)[:, :, :-1]
     first = jnp.broadcast_to(last_UxD[:, None, None], (U, C, 1, last_UxD.shape[-1]))
     return jnp.concatenate([first, own], axis=2)
 
 
+class _Head(NamedTuple):
+    """What a chunk's program depends on, beside arrays; `chunk`: response positions of each trace."""
+
+    temperature: float
+    chunk: int
+    frozen: bool
+
+
 def token_logprobs(
-    hidden_UxCxGxD: jax.Array, kernel_DxV: jax.Array, trace_UxCxG: jax.Array, temperature: float, chunk: int
+    hidden_UxCxGxD: jax.Array,
+    kernel_DxV: jax.Array,
+    trace_UxCxG: jax.Array,
+    temperature: float,
+    chunk: int,
+    trace_len_UxC: jax.Array | None = None,
+    frozen_head: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob of each trace token and the entropy of its distribution, both [U, C, G] float32, in nat.
 
-    Chunks of `chunk` response positions, rematerialised in the backward pass: [U, C, chunk, V] logits exist at a time.
-    Padded positions hold finite numbers without meaning; lengths mask them later.
+    Chunks of `chunk` response positions: [U, C, chunk, V] logits exist at a time; chunks behind the longest trace
+    (None: G) are not computed. Padded positions hold finite numbers without meaning; lengths mask them later. Entropy
+    passes no gradient, and to a frozen head neither do the log-probs.
     """
     G = trace_UxCxG.shape[-1]
-    chunks = -(-G // chunk)
-    chunk = -(-G // chunks)
-    width = ((0, 0), (0, 0), (0, chunks * chunk - G))
-    hidden = jnp.pad(hidden_UxCxGxD, (*width, (0, 0)))
-    hidden = jnp.moveaxis(hidden.reshape(*hidden.shape[:2], chunks, chunk, -1), 2, 0)
-    trace = jnp.pad(trace_UxCxG, width)
-    trace = jnp.moveaxis(trace.reshape(*trace.shape[:2], chunks, chunk), 2, 0)
+    chunk = -(-G // -(-G // chunk))
+    pad = ((0, 0), (0, 0), (0, -G % chunk))
+    longest = G if trace_len_UxC is None else jnp.max(trace_len_UxC)
+    head = _Head(temperature, chunk, frozen_head)
+    logprob, entropy = _in_chunks(
+        head, jnp.pad(hidden_UxCxGxD, (*pad, (0, 0))), kernel_DxV, jnp.pad(trace_UxCxG, pad), -(-longest // chunk)
+    )
+    return logprob[..., :G], entropy[..., :G]
 
-    @jax.checkpoint
-    def one(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        h, ids = pair
-        with jax.named_scope("head"):
-            logits = jnp.einsum("ucgd,dv->ucgv", h, kernel_DxV.astype(h.dtype), preferred_element_type=jnp.float32)
-        logits /= temperature
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_chunks(
+    head: _Head, hidden: jax.Array, kernel: jax.Array, trace: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(log-probs, entropies) of whole chunks, of which `count` are computed; the rest are zero."""
+    logprob, entropy, *_ = _forward(head._replace(frozen=False), hidden, kernel, trace, count)
+    return logprob, entropy
+
+
+def _forward(
+    head: _Head, hidden: jax.Array, kernel: jax.Array, trace: jax.Array, count: jax.Array
+) -> tuple[jax.Array, ...]:
+    """(log-prob, entropy, lse), all [U, C, G], and of a frozen head d logprob / d hidden [U, C, G, D]."""
+
+    def one(i: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        h, ids = (_read(a, i, head.chunk) for a in (hidden, trace))
+        logits = _logits(head, h, kernel)
         lse = jax.nn.logsumexp(logits, axis=-1)
-        logprob = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0] - lse
-        entropy = lse - jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
-        return logprob, jax.lax.stop_gradient(entropy)
+        chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
+        every = logits - lse[..., None]
+        softmax = jnp.exp(every)
+        new = [chosen - lse, -jnp.sum(softmax * every, axis=-1), lse]
+        if head.frozen:
+            new.append(_to_hidden(_d_logits(head, softmax, ids).astype(h.dtype), kernel))
+        return tuple(_write(a, b, i, head.chunk) for a, b in zip(done, new, strict=True))
 
-    logprob, entropy = one((hidden[0], trace[0])) if chunks == 1 else jax.lax.map(one, (hidden, trace))
-    if chunks == 1:
-        return logprob[..., :G], entropy[..., :G]
-    join = lambda a: jnp.moveaxis(a, 0, 2).reshape(*a.shape[1:3], chunks * chunk)[..., :G]  # noqa: E731
-    return join(logprob), join(entropy)
+    zeros = [jnp.zeros(trace.shape, jnp.float32)] * 3 + [jnp.zeros_like(hidden)] * head.frozen
+    return jax.lax.fori_loop(0, count, one, tuple(zeros))
+
+
+def _keep(head: _Head, hidden: jax.Array, kernel: jax.Array, trace: jax.Array, count: jax.Array) -> Any:
+    logprob, entropy, lse, *d_hidden = _forward(head, hidden, kernel, trace, count)
+    return (logprob, entropy), (d_hidden[0] if head.frozen else (hidden, kernel, trace, count, lse))
+
+
+def _backward(head: _Head, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -> tuple:
+    d_logprob, _ = cotangents
+    if head.frozen:
+        return (d_logprob[..., None] * kept).astype(kept.dtype), None, None, None
+    hidden, kernel, trace, count, lse = kept
+
+    def one(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h, ids, top, d = (_read(a, i, head.chunk) for a in (hidden, trace, lse, d_logprob))
+        softmax = jnp.exp(_logits(head, h, kernel) - top[..., None])
+        d_logits = (d[..., None] * _d_logits(head, softmax, ids)).astype(h.dtype)
+        d_kernel = jnp.einsum("ucgd,ucgv->dv", h, d_logits, preferred_element_type=jnp.float32)
+        return _write(done[0], _to_hidden(d_logits, kernel), i, head.chunk), done[1] + d_kernel
+
+    zeros = jnp.zeros_like(hidden), jnp.zeros(kernel.shape, jnp.float32)
+    d_hidden, d_kernel = jax.lax.fori_loop(0, count, one, zeros)
+    return d_hidden, d_kernel.astype(kernel.dtype), None, None
+
+
+_in_chunks.defvjp(_keep, _backward)
+
+
+def _logits(head: _Head, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    """float32 [U, C, chunk, V], tempered."""
+    with jax.named_scope("head"):
+        product = jnp.einsum("ucgd,dv->ucgv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return product / head.temperature
+
+
+def _d_logits(head: _Head, softmax: jax.Array, ids: jax.Array) -> jax.Array:
+    """Derivative of the chosen tokens' log-probs with respect to the products of hidden states and head."""
+    chosen = jnp.arange(softmax.shape[-1]) == ids[..., None]
+    return jnp.where(chosen, 1.0 - softmax, -softmax) / head.temperature
+
+
+def _to_hidden(d_logits: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.einsum("ucgv,dv->ucgd", d_logits, kernel.astype(d_logits.dtype))
+
+
+def _read(a_UxCxG: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(a_UxCxG, i * chunk, chunk, 2)
+
+
+def _write(a_UxCxG: jax.Array, new: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(a_UxCxG, new.astype(a_UxCxG.dtype), i * chunk, 2)
 
 
 def group_logprobs(
@@ -73,11 +162,16 @@ def group_logprobs(
     trace_UxCxG: jax.Array,
     temperature: float,
     chunk: int,
+    trace_len_UxC: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies [U, C, G] of whole groups under `variables`."""
-    hidden = response_hidden(config, variables, prompt_UxP, prompt_len_U, trace_UxCxG)
+    """Log-probs and entropies [U, C, G] of whole groups under `variables`; arguments as in `token_logprobs`.
+
+    With adapters the head is frozen.
+    """
+    hidden = response_hidden(config, variables, prompt_UxP, prompt_len_U, trace_UxCxG, trace_len_UxC)
     kernel = head_kernel(config, variables["params"])
-    return token_logprobs(hidden, kernel, trace_UxCxG, temperature, chunk)
+    frozen = config.lora_rank > 0
+    return token_logprobs(hidden, kernel, trace_UxCxG, temperature, chunk, trace_len_UxC, frozen)
 
 
 def length_mask(trace_len_UxC: jax.Array, G: int) -> jax.Array:

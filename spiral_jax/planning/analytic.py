@@ -15,7 +15,7 @@ from spiral_jax.flops import linear_weights
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.planning.costs import Cost
 
-# Elements that a backward pass keeps of each token and layer under a policy of `flops.REMAT`, beside its gradient:
+# Elements that a backward pass keeps of each token and layer under a policy of `config.REMAT`, beside its gradient:
 # (of width D, of width H E, of width J E, of width F)
 _KEPT = {"none": (6, 2, 2, 4), "dots": (3, 2, 2, 2), "attention": (1, 1, 0, 0), "layer": (1, 0, 0, 0)}
 

@@ -130,7 +130,6 @@ class Run:
         arch, rank, remat = self.model.arch, self.model.lora_rank, self.model.remat
         (A, U, P), (*_, C, G) = block.prompt_AxUxP.shape, block.trace_AxUxCxG.shape
         tokens, tensor = U * (P + C * G), self.sizes["tensor"]
-        remat = {True: "layer", False: "none"}.get(remat, remat)  # TEMP
         flops = ideal_train_flops(arch, rank, remat, U, C, P, G) / self.chips
         logits = U // self.shards * C * min(self.c.loss.logprob_chunk, G)
         trained, own = bytes_a_chip(self.state.trained), tokens // self.shards

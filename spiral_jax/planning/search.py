@@ -139,7 +139,7 @@ def train_options(c: ConfigDict, multiple: int) -> list[Overrides]:
         kept = {field: size for field, size in sizes.items() if size != c.batch[field.removeprefix("batch.")]}
         if len(sizes) == len(roles) and kept not in options:
             options.append(kept)
-    remat = [] if c.model.remat in ("layer", True) else [option | {"model.remat": "layer"} for option in options]
+    remat = [] if c.model.remat == "layer" else [option | {"model.remat": "layer"} for option in options]
     return options + remat
 
 

@@ -1,0 +1,147 @@
+"""How fast is the train step? Ours, a plain step on transformers and torch, and tunix's GRPO step, on the same groups.
+
+    bash benchmarks/peers/venvs.sh                                  # once: an interpreter for each peer
+    python -m benchmarks.train_step --json=docs/train_step.json     # also writes docs/train_step.md
+
+Each contestant is a process of its own that stays; they take turns, step by step. First all of them must find the same
+gradient on a small batch. Each tries micro-batches of several sizes and is measured at its fastest. Memory is the most
+that a process held during a measured step over what it held after loading model and optimizer. Entries that are not run
+this time stay as the JSON has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import statistics
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks import sampler_cases, train_step_table
+from benchmarks.machine import commit, machine
+from benchmarks.peers.process import ContestantProcess
+from benchmarks.train_step_cases import SHAPES, SMALL, Shape, write_adapters
+
+JSON = flags.DEFINE_string("json", "docs/train_step.json", "the report; its table goes beside it as .md")
+SHAPE = flags.DEFINE_list("shapes", list(SHAPES), "which groups")
+MODES = flags.DEFINE_list("modes", ["lora", "full"], "what is trained")
+WORKDIR = flags.DEFINE_string("workdir", "runs/train_step", "where model, work and the contestants' logs go")
+REPEATS = flags.DEFINE_integer("repeats", 5, "measured steps, after one that is not")
+PEERS = flags.DEFINE_list("peers", ["transformers_step", "transformers_step_all", "tunix_step"], "against whom")
+
+OURS = "spiral_step"
+MICRO_BATCHES = {  # groups: what each may try
+    OURS: (1, 2),
+    "transformers_step": (0.5, 1, 2),
+    "transformers_step_all": (0.5, 1),
+    "tunix_step": (1,),
+}
+SAME_GRADIENT = 1e-4  # relative L2, float32: attention is summed in four ways
+
+Contestants = dict[str, ContestantProcess]
+
+
+def main(argv: list[str]) -> None:
+    workdir, out = pathlib.Path(WORKDIR.value), pathlib.Path(JSON.value)
+    sampler_cases.write_model(workdir / "model")
+    write_adapters(workdir / "adapters.npz")
+    report = json.loads(out.read_text()) if out.exists() else {"entries": {}}
+    for mode in MODES.value:
+        with contextlib.ExitStack() as stack:
+            contestants = {name: ContestantProcess(name, workdir) for name in (OURS, *PEERS.value)}
+            for contestant in contestants.values():
+                stack.callback(contestant.close)
+            loaded = load(contestants, workdir, mode)
+            for name in SHAPE.value:
+                entry = {"machine": machine(), "commit": commit(), "mode": mode}
+                report["entries"][f"{name}, {mode}"] = entry | measure(contestants, loaded, mode, SHAPES[name])
+                write(report, out)
+
+
+def load(contestants: Contestants, workdir: pathlib.Path, mode: str) -> dict[str, Any]:
+    """Loads model and adapters everywhere and compares all gradients with ours; what each contestant says of itself."""
+    adapters = str(workdir / "adapters.npz") if mode == "lora" else None
+    loaded, small = {}, workdir / "small.npz"
+    SMALL.work().save(small)
+    for name, contestant in contestants.items():
+        loaded[name] = contestant.call("load", model=str(workdir / "model"), adapters=adapters)["returned"]
+        gradient = workdir / f"{name}_{mode}.npz"
+        loaded[name]["small_loss"] = contestant.call("gradient", work=str(small), out=str(gradient))["returned"]
+        loaded[name]["gradient_distance"] = distance(gradient, workdir / f"{OURS}_{mode}.npz")
+        print(f"{mode}; {name}: {loaded[name]}", flush=True)
+        if loaded[name]["gradient_distance"] > SAME_GRADIENT:
+            raise RuntimeError(f"{name} finds another gradient, so speeds cannot be compared")
+    return loaded
+
+
+def distance(path: pathlib.Path, reference: pathlib.Path) -> float:
+    """Relative L2 over the arrays that both have: projections or adapters, and the embedding if it is trained."""
+    with np.load(path) as found, np.load(reference) as ours:
+        shared = set(found) & set(ours)
+        if not {name for name in ours if name.startswith("layers/") and "norm" not in name} <= shared:
+            raise RuntimeError(f"{path}: gradients of {sorted(found)} alone")
+        pairs = [(found[name].reshape(ours[name].shape).astype(np.float64), ours[name]) for name in shared]
+    return float(np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs) / sum(np.sum(np.square(b)) for _, b in pairs)))
+
+
+def measure(contestants: Contestants, loaded: dict[str, Any], mode: str, shape: Shape) -> dict[str, Any]:
+    """Tries micro-batch sizes, then measures in turns."""
+    work, path = shape.work(), pathlib.Path(WORKDIR.value) / "work.npz"
+    work.save(path)
+    rows = {}
+    for name, contestant in contestants.items():
+        step = lambda size, c=contestant: c.call("step", work=str(path), micro_batch=size)  # noqa: E731
+        tried = {}
+        for size in MICRO_BATCHES[name]:
+            step(size)  # compiles, or touches new memory
+            tried[size] = run_of(step(size), loaded[name])
+            print(f"{shape.title}; {name}: tried {size} groups: {tried[size]}", flush=True)
+        best = min(tried, key=lambda size: tried[size]["seconds"])
+        rows[name] = loaded[name] | {
+            "micro_batch": best,
+            "tried": {str(k): run for k, run in tried.items()},
+            "runs": [],
+        }
+    for round_ in range(1 + REPEATS.value):
+        for name, contestant in contestants.items():
+            answer = contestant.call("step", work=str(path), micro_batch=rows[name]["micro_batch"])
+            if round_:
+                rows[name]["runs"].append(run_of(answer, loaded[name]))
+                print(f"{shape.title}; run {round_}; {name}: {rows[name]['runs'][-1]}", flush=True)
+    flops = shape.flops(adapters=mode == "lora")
+    return {"title": shape.title, "trained_tokens": work.trained_tokens, "flops": flops, "contestants": rows}
+
+
+def run_of(answer: dict[str, Any], loaded: dict[str, Any]) -> dict[str, float]:
+    peak = answer["returned"]["peak_bytes"] - loaded["loaded_bytes"]
+    return {"seconds": answer["seconds"], "cpu_seconds": answer["cpu_seconds"], "bytes_over_loaded": peak}
+
+
+def summarise(entry: dict[str, Any]) -> None:
+    """Adds what follows from the measured runs."""
+    rows = entry["contestants"]
+    for row in rows.values():
+        speeds = [entry["trained_tokens"] / run["seconds"] for run in row["runs"]]
+        row["tokens_per_s"] = {"median": statistics.median(speeds), "min": min(speeds), "max": max(speeds)}
+        row["peak_bytes"] = max(run["bytes_over_loaded"] for run in row["runs"])
+    peers = [name for name in rows if name != OURS]
+    if peers:
+        best = max(peers, key=lambda name: rows[name]["tokens_per_s"]["median"])
+        entry["better_peer"] = best
+        entry["speed_over_better_peer"] = rows[OURS]["tokens_per_s"]["median"] / rows[best]["tokens_per_s"]["median"]
+        entry["memory_over_better_peer"] = rows[OURS]["peak_bytes"] / rows[best]["peak_bytes"]
+
+
+def write(report: dict[str, Any], out: pathlib.Path) -> None:
+    for entry in report["entries"].values():
+        summarise(entry)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    out.with_suffix(".md").write_text(train_step_table.table(report))
+
+
+if __name__ == "__main__":
+    app.run(main)
