@@ -19,6 +19,7 @@ from spiral_jax.batching import Block
 from spiral_jax.flops import decode_flops, ideal_train_flops, prefill_flops
 from spiral_jax.groups import Role
 from spiral_jax.model import hf
+from spiral_jax.model.group_attention import even_block
 from spiral_jax.model.qwen3 import ModelConfig
 from spiral_jax.planning import analytic
 from spiral_jax.planning.analytic import bytes_a_chip
@@ -145,8 +146,8 @@ class Run:
             groups=U,
             tokens=tokens,
             lower=lower,
-            unit_loop=loop if A > 1 else "",
-            passes={} if A > 1 else {loop: 1},  # the work of a single micro-batch does not stay in its loop
+            unit_loop=loop if A > 1 else "",  # the work of a single micro-batch does not stay in its loop
+            passes=self._train_passes(P, G) | ({} if A > 1 else {loop: 1}),
             memory=self.state_memory()
             | {"batch": bytes_a_chip(self.blocks), "gradients of other roles": (roles - 1) * trained},
             arguments=bytes_a_chip([self.base, self.state, block]),
@@ -156,6 +157,22 @@ class Run:
             estimate=analytic.train_cost(arch, self.sizes, remat, flops, own, self.width, trained),
             estimated_temporary=trained + analytic.working_set(arch, own, logits, tensor, self.width),
         )
+
+    def _train_passes(self, P: int, G: int) -> dict[str, float]:
+        """Loops whose length depends on the groups, for a micro-batch whose longest prompt and trace fill the block.
+
+        In attention a block of queries meets the blocks of own keys up to its diagonal, on average half of them.
+        """
+        block, chunk = self.model.attention_block, self.c.loss.logprob_chunk
+        prompt, trace = (-(-length // even_block(length, block)) for length in (P, G))
+        return {
+            r"\bprompt_attention\b.*\bown_keys\W*/while$": (prompt + 1) / 2,
+            r"\btrace_attention\b.*\bown_keys\W*/while$": (trace + 1) / 2,
+            r"\btrace_attention\b.*\bprompt_keys\W*/while$": prompt,
+            r"\bprompt_attention\b.*/while$": prompt,
+            r"\btrace_attention\b.*/while$": trace,
+            r"\blogprobs\W*/while$": -(-G // chunk),
+        }
 
     def sampler_memory(self) -> dict[str, int]:
         return self.state_memory() | {"keys and values": bytes_a_chip(self.caches)}
