@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from spiral_jax.planning.compiled import Compiled, compile_kept
@@ -23,6 +24,7 @@ class Profile:
       room: bytes that the chip has for it.
       unit: cost of one pass of the outer loop. `call`: of all that is outside of it.
       largest: the largest array that the compiled program makes; None where it was estimated.
+      forbidden: what of `Program.forbidden` the compiled program makes all the same.
       kernels: custom calls whose operations are not counted.
       compiled: whether the numbers come from the compiler or from arithmetic.
       seconds: what compiling took.
@@ -34,6 +36,7 @@ class Profile:
     unit: Cost
     call: Cost
     largest: Array | None
+    forbidden: list[str]
     kernels: list[str]
     compiled: bool
     seconds: float
@@ -79,6 +82,8 @@ class Profile:
             "seconds": self.roofline.seconds,
             "bound": self.roofline.bound,
             "largest_array": None if self.largest is None else f"{self.largest.dtype}{list(self.largest.shape)}",
+            "checked_for": sorted(self.program.forbidden),
+            "forbidden_arrays": self.forbidden,
             "uncounted_kernels": self.kernels,
         }
 
@@ -94,13 +99,16 @@ def profile(program: Program, topology: Topology, free: float) -> Profile:
     """
     if topology.devices is None:
         memory = program.memory | {"activations": program.kept, "temporaries": program.estimated_temporary}
-        return _profile(program, topology, free, memory, program.estimate, Cost(), None, [], False, 0.0)
+        return _profile(program, topology, free, memory, program.estimate, Cost(), None, [], [], False, 0.0)
     compiled = compile_kept(program.lower(), topology.name)
     memory = _memory(program, compiled)
     if not compiled.text:
-        return _profile(program, topology, free, memory, program.estimate, Cost(), None, [], False, compiled.seconds)
+        return _profile(
+            program, topology, free, memory, program.estimate, Cost(), None, [], [], False, compiled.seconds
+        )
     module = parse(compiled.text)
     unit, call = unit_and_call(module, program.unit_loop, program.passes)
+    found = forbidden_arrays(module, program.forbidden)
     return _profile(
         program,
         topology,
@@ -109,6 +117,7 @@ def profile(program: Program, topology: Topology, free: float) -> Profile:
         unit,
         call,
         largest_array(module),
+        found,
         uncounted_kernels(module),
         True,
         compiled.seconds,
@@ -128,6 +137,16 @@ def largest_array(module: Module) -> Array:
     given = {(array.dtype, array.shape) for one in module.entry.parameters for array in one.arrays}
     made = [array for array in module.arrays() if (array.dtype, array.shape) not in given]
     return max(made, key=lambda array: array.bytes)
+
+
+def forbidden_arrays(module: Module, forbidden: dict[str, tuple[set[int], int]]) -> list[str]:
+    """Arrays with an axis of a given size and at least so many elements beside it, such as "logits f32[4, 4096, V]"."""
+    found = set()
+    for array in module.arrays():
+        for name, (sizes, others) in forbidden.items():
+            if any(size in sizes and math.prod(array.shape) // size >= others for size in array.shape):
+                found.add(f"{name} {array.dtype}{list(array.shape)}")
+    return sorted(found)
 
 
 def _memory(program: Program, compiled: Compiled) -> dict[str, int]:

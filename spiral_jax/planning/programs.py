@@ -50,6 +50,7 @@ class Program:
       kept: bytes of `memory` and of its own that the forward pass keeps for the backward pass.
       ideal_flops: of one unit.
       ideal_hbm_bytes: of one unit; 0 where no single number is meant.
+      forbidden: arrays that it must not make, by what they would be: (sizes of one axis, least product of the others).
       estimate: cost of one unit by arithmetic.
       estimated_temporary: bytes beside `memory` and `kept`, by arithmetic.
     """
@@ -68,6 +69,7 @@ class Program:
     ideal_hbm_bytes: float
     estimate: Cost
     estimated_temporary: int
+    forbidden: dict[str, tuple[set[int], int]] = dataclasses.field(default_factory=dict)
 
 
 class Run:
@@ -91,10 +93,12 @@ class Run:
         self.recipes = sampler_programs.recipes(self.engine.settings, self.engine.schedule)
         self.slots = [sampler_programs.abstract_state(self.engine.settings, slots) for slots in classes]
         self.caches = [[state.prompt, state.own] for state in self.slots]
-        along = meshes.group_sharding(mesh, leading=1)
-        whole = NamedSharding(mesh, PartitionSpec())
-        place = lambda leaf: along if leaf.ndim else whole  # noqa: E731
-        self.blocks = [_placed(block, jax.tree.map(place, block)) for block in abstract_blocks(c)]
+        self.blocks = [self.placed(block) for block in abstract_blocks(c)]
+
+    def placed(self, block: Block) -> Block:
+        """Shapes of a block, with the shardings that training gives it."""
+        along, whole = meshes.group_sharding(self.mesh, leading=1), NamedSharding(self.mesh, PartitionSpec())
+        return _placed(block, jax.tree.map(lambda leaf: along if leaf.ndim else whole, block))
 
     @property
     def width(self) -> int:
@@ -156,6 +160,7 @@ class Run:
             ideal_hbm_bytes=0.0,
             estimate=analytic.train_cost(arch, self.sizes, remat, flops, own, self.width, trained),
             estimated_temporary=trained + analytic.working_set(arch, own, logits, tensor, self.width),
+            forbidden=self._forbidden(U // self.shards, C, P, G),
         )
 
     def _train_passes(self, P: int, G: int) -> dict[str, float]:
@@ -173,6 +178,16 @@ class Run:
             r"\btrace_attention\b.*/while$": trace,
             r"\blogprobs\W*/while$": -(-G // chunk),
         }
+
+    def _forbidden(self, U: int, C: int, P: int, G: int) -> dict[str, tuple[set[int], int]]:
+        """Whole logits [.., C G, V] and whole scores [.., P, P] of a shard's U groups.
+
+        Scores are left out where another axis of the model has P's size: then a shape does not tell them apart.
+        """
+        arch, tensor = self.model.arch, self.sizes["tensor"]
+        others = {axis // cut for axis in (arch.D, arch.F, arch.H * arch.E, arch.J * arch.E) for cut in (1, tensor)}
+        found = {"logits": ({arch.V, arch.V // tensor}, U * C * G)}
+        return found if P in others else found | {"scores": ({P}, U * arch.H // tensor * P)}
 
     def sampler_memory(self) -> dict[str, int]:
         return self.state_memory() | {"keys and values": bytes_a_chip(self.caches)}
