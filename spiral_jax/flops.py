@@ -92,3 +92,18 @@ def train_flops(
 def ideal_train_flops(arch: Architecture, lora_rank: int, remat: str | None, U: int, C: int, P: int, G: int) -> float:
     """`train_flops` of U equal groups of P prompt tokens and C traces of G tokens."""
     return train_flops(arch, lora_rank, remat, np.full(U, P), np.full((U, C), G))
+
+
+def prefill_flops(arch: Architecture, lora_rank: int, prompt_len_U: np.ndarray) -> float:
+    """Operations of running prompts forward once, with the head behind each prompt's last token alone."""
+    tokens, U = int(np.sum(prompt_len_U, dtype=np.int64)), len(prompt_len_U)
+    pairs = attention_pairs(prompt_len_U, np.zeros((U, 0), int))
+    linear = 2 * (linear_weights(arch) + adapter_weights(arch, lora_rank))
+    return float(arch.L * (tokens * linear + pairs * 4 * arch.H * arch.E) + U * 2 * arch.D * arch.V)
+
+
+def decode_flops(arch: Architecture, lora_rank: int, keys_N: np.ndarray) -> float:
+    """Operations of one more token for N traces, each of which attends to that many keys, itself included."""
+    linear = 2 * (linear_weights(arch) + adapter_weights(arch, lora_rank))
+    pairs = int(np.sum(keys_N, dtype=np.int64))
+    return float(arch.L * (len(keys_N) * linear + pairs * 4 * arch.H * arch.E) + len(keys_N) * 2 * arch.D * arch.V)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,22 +43,28 @@ def host_mesh() -> Mesh:
     return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices("cpu")[:1])
 
 
-def make_mesh(sizes: ConfigDict) -> Mesh:
-    """The mesh of all devices. Raises `ConfigError` when the sizes of `config.mesh` do not match their number."""
-    devices = jax.devices()
+def make_mesh(sizes: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of these devices, by default of all there are; its shape as `mesh_shape` says."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(sizes, len(devices), devices[0].platform)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def mesh_shape(sizes: ConfigDict, count: int, kind: str) -> tuple[int, int, int]:
+    """`config.mesh` for `count` devices of this kind, -1 resolved. Raises `ConfigError` when the sizes do not match."""
     shape = [sizes[axis] for axis in AXES]
     stated = "config.mesh = " + ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise ConfigError(f"{stated}: sizes must be >= 1, and at most one may be -1 = all the rest.")
     known = math.prod(size for size in shape if size != -1)
-    if -1 in shape and len(devices) % known == 0:
-        shape[shape.index(-1)] = len(devices) // known
-    if math.prod(shape) != len(devices):
+    if -1 in shape and count % known == 0:
+        shape[shape.index(-1)] = count // known
+    if math.prod(shape) != count:
         raise ConfigError(
-            f"{stated}: there are {len(devices)} {devices[0].platform} devices; the product of the sizes must be that "
-            f"number (-1 in one of them takes the rest)."
+            f"{stated}: there are {count} {kind} devices; the product of the sizes must be that number (-1 in one of "
+            "them takes the rest)."
         )
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return tuple(shape)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -100,7 +100,7 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
     _check_prompt_lengths(c, scaffold, training)
     check_mesh(model.arch, mesh)
     if training:
-        _check_micro_batches(c, mesh)
+        check_micro_batches(c, mesh)
     sampler, eval_sampler = make_samplers(c, model, mesh, stop_ids)
     return Setup(c, path, mesh, task, reward, model, tokenizer, scaffold, sampler, eval_sampler)
 
@@ -205,7 +205,7 @@ def check_mesh(arch: Architecture, mesh: Mesh) -> None:
             )
 
 
-def _check_micro_batches(c: ConfigDict, mesh: Mesh) -> None:
+def check_micro_batches(c: ConfigDict, mesh: Mesh) -> None:
     multiple = meshes.group_count_multiple(mesh)
     for field in ("search_groups", "aggregation_groups"):
         if c.batch[field] % multiple:

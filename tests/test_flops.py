@@ -10,8 +10,10 @@ from spiral_jax.flops import (
     PEAK_FLOPS_PER_S,
     adapter_weights,
     attention_pairs,
+    decode_flops,
     ideal_train_flops,
     linear_weights,
+    prefill_flops,
     train_flops,
 )
 from spiral_jax.model.architecture import Architecture
@@ -80,3 +82,12 @@ def test_another_policy_is_an_error_and_peaks_are_per_second():
     with pytest.raises(ValueError, match="'everything'.*none, dots, attention, layer"):
         train_flops(ARCH, 0, "everything", PROMPT, TRACE)
     assert all(1e14 < peak < 1e16 for peak in PEAK_FLOPS_PER_S.values())
+
+
+def test_prefill_runs_every_token_forward_and_the_head_once_a_prompt():
+    pairs = (1 + 2 + 3) + 1
+    assert prefill_flops(ARCH, 2, PROMPT) == 3 * (4 * 2 * (W + A) + pairs * PAIR) + 2 * 2 * 6 * 11
+
+
+def test_a_decoded_token_attends_to_its_keys():
+    assert decode_flops(ARCH, 2, np.array([5, 9])) == 3 * (2 * 2 * (W + A) + 14 * PAIR) + 2 * 2 * 6 * 11

@@ -17,8 +17,8 @@ FLOORS = {
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
     3: {"setup", "initial", "rollout", "rollout_feed", "collect", "train_step", "evaluation", "results", "comparison"}
     | {"checkpoint", "workdir", "trace_log", "curves", "progress", "reporting", "environment", "metric_writers"}
-    | {"scaling_plots", "study_plan", "study_results", "study_plots", "study_report"},
-    4: {"train", "evaluate", "report", "study", "sft", "export", "spiral_infer", "prepare_data"},
+    | {"scaling_plots", "study_plan", "study_results", "study_plots", "study_report", "planning"},
+    4: {"train", "evaluate", "plan", "report", "study", "sft", "export", "spiral_infer", "prepare_data"},
 }
 # Within a floor a module may import its neighbours; commands may not import each other.
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -83,13 +83,13 @@ def _attention(
 ) -> jax.Array:
     """Brings heads to the front and every length to a multiple of its block; `longest`: the queries that count."""
     U, C, Q, H, E = q_UxCxQxHxE.shape
-    own_size = _even(Q, block)
+    own_size = even_block(Q, block)
     q = jnp.moveaxis(split_heads(_whole(q_UxCxQxHxE, own_size), own_kv[0].shape[-2]), (3, 4), (1, 3))  # u j c r q e
     own = cache_entries(*(_whole(a, own_size) for a in own_kv), q.dtype)
     own = {name: jnp.swapaxes(a, 1, 2) for name, a in own.items()}  # u j c . .
     prompt, prompt_size = None, 1
     if prompt_kv is not None:
-        prompt_size = _even(prompt_kv[0].shape[1], block)
+        prompt_size = even_block(prompt_kv[0].shape[1], block)
         prompt = cache_entries(*(_whole(a[:, None], prompt_size)[:, 0] for a in prompt_kv), q.dtype)  # u j . .
     blocks = _Blocks(own_size, prompt_size)
     counts = -(-longest // own_size), -(-lengths.prompt // prompt_size)
@@ -138,7 +138,8 @@ def _forward(
         def to_own(j: jax.Array, total: Partial) -> Partial:
             return join(total, attend(rows, read_tokens(own, j * size.own, size.own), _causal(i, j, size.own, R)))
 
-        out, top, weight = jax.lax.fori_loop(0, i + 1, to_own, total)
+        with jax.named_scope("own_keys"):
+            out, top, weight = jax.lax.fori_loop(0, i + 1, to_own, total)
         new = (out / weight[..., None]).astype(q.dtype), top + jnp.log(weight)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(a, b.reshape(U, J, C, R, size.own, *a.shape[5:]), i * size.own, 4)
@@ -158,7 +159,8 @@ def _of_prompt(
         return join(total, attend(flat, read_tokens(prompt, j * size, size), _in_prompt(prompt_len_U, j, size)))
 
     flat = merge(rows, 4)
-    merged = jax.lax.fori_loop(0, count, to_block, tuple(merge(a, 4) for a in total))
+    with jax.named_scope("prompt_keys"):
+        merged = jax.lax.fori_loop(0, count, to_block, tuple(merge(a, 4) for a in total))
     return tuple(a.reshape(b.shape) for a, b in zip(merged, total, strict=True))
 
 
@@ -180,7 +182,8 @@ def _backward(size: _Blocks, kept: Any, d_out: jax.Array) -> tuple:
         def to_own(j: jax.Array, done: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
             return _add_block(done, rows, own, j * size.own, size.own, _causal(i, j, size.own, R))
 
-        d_rows, d_own = jax.lax.fori_loop(0, i + 1, to_own, (jnp.zeros(rows[0].shape, jnp.float32), d_own))
+        with jax.named_scope("own_keys"):
+            d_rows, d_own = jax.lax.fori_loop(0, i + 1, to_own, (jnp.zeros(rows[0].shape, jnp.float32), d_own))
         if prompt is not None:
             flat = tuple(a.reshape(U, J, -1, *a.shape[4:]) for a in rows)
 
@@ -188,7 +191,9 @@ def _backward(size: _Blocks, kept: Any, d_out: jax.Array) -> tuple:
                 visible = _in_prompt(prompt_len_U, j, size.prompt)
                 return _add_block(done, flat, prompt, j * size.prompt, size.prompt, visible)
 
-            d_rows, d_prompt = jax.lax.fori_loop(0, counts[1], to_prompt, (d_rows.reshape(flat[0].shape), d_prompt))
+            with jax.named_scope("prompt_keys"):
+                flat_rows = d_rows.reshape(flat[0].shape)
+                d_rows, d_prompt = jax.lax.fori_loop(0, counts[1], to_prompt, (flat_rows, d_prompt))
         d_rows = d_rows.reshape(U, J, C, R, size.own, E).astype(q.dtype)
         return jax.lax.dynamic_update_slice_in_dim(d_q, d_rows, i * size.own, 4), d_own, d_prompt
 
@@ -234,7 +239,7 @@ def _block_rows(a_UxJxCxRxQ: jax.Array, i: jax.Array, size: int) -> jax.Array:
     return a.reshape(*a.shape[:3], -1, *a.shape[5:])
 
 
-def _even(length: int, block: int) -> int:
+def even_block(length: int, block: int) -> int:
     """The smallest block with which `length` takes as few of them as with `block`."""
     return -(-length // -(-length // block))
 

@@ -100,7 +100,8 @@ def _forward(
         return tuple(_write(a, b, i, head.chunk) for a, b in zip(done, new, strict=True))
 
     zeros = [jnp.zeros(trace.shape, jnp.float32)] * 3 + [jnp.zeros_like(hidden)] * head.frozen
-    return jax.lax.fori_loop(0, count, one, tuple(zeros))
+    with jax.named_scope("logprobs"):
+        return jax.lax.fori_loop(0, count, one, tuple(zeros))
 
 
 def _keep(head: _Head, hidden: jax.Array, kernel: jax.Array, trace: jax.Array, count: jax.Array) -> Any:
@@ -122,7 +123,8 @@ def _backward(head: _Head, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -
         return _write(done[0], _to_hidden(d_logits, kernel), i, head.chunk), done[1] + d_kernel
 
     zeros = jnp.zeros_like(hidden), jnp.zeros(kernel.shape, jnp.float32)
-    d_hidden, d_kernel = jax.lax.fori_loop(0, count, one, zeros)
+    with jax.named_scope("logprobs"):
+        d_hidden, d_kernel = jax.lax.fori_loop(0, count, one, zeros)
     return d_hidden, d_kernel.astype(kernel.dtype), None, None
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
 from spiral_jax import mesh as meshes
 from spiral_jax.config import ConfigError
@@ -90,8 +90,35 @@ class Program:
         return analysis.temp_size_in_bytes if analysis else 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is compiled: a function, the shapes and shardings of its arguments, and the shardings of its results."""
+
+    mesh: Mesh
+    function: Callable[..., Any]
+    shapes: tuple[Any, ...]
+    out: Any
+    donate: tuple[int, ...] = ()
+
+    def lower(self) -> Lowered:
+        with jax.set_mesh(self.mesh):
+            jitted = jax.jit(self.function, out_shardings=self.out, donate_argnums=self.donate)
+            return jitted.lower(*self.shapes)
+
+    def compile(self) -> Program:
+        if jax.config.jax_disable_jit:
+            return Program(self.function, 0.0)
+        start = time.monotonic()
+        return Program(self.lower().compile(), time.monotonic() - start)
+
+
 def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...], Program]:
     """Every program, by ("decode", rows), ("admit", i), ("move", i, j) and ("clear", i)."""
+    return {name: recipe.compile() for name, recipe in recipes(settings, schedule).items()}
+
+
+def recipes(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...], Recipe]:
+    """The same before they are compiled; the last decode program is that of all rows."""
     mesh, classes = settings.mesh, schedule.classes
     shards, along, everywhere = meshes.group_count_multiple(mesh), meshes.group_sharding(mesh), meshes.replicated(mesh)
     weights = abstract_weights(settings.config, mesh)
@@ -99,43 +126,24 @@ def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[tuple
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=along)  # noqa: E731
     programs = {}
     for i, slots in enumerate(classes):
-        programs["clear", i] = _compile(mesh, functools.partial(empty_state, settings, slots), (), _places(states[i]))
+        programs["clear", i] = Recipe(mesh, functools.partial(empty_state, settings, slots), (), _places(states[i]))
     for i in schedule.entries():
         shapes = weights, states[i], admission_shapes(settings, schedule, i)
         out = _places(states[i]), everywhere, everywhere  # every process follows all groups
-        programs["admit", i] = _compile(mesh, functools.partial(admit, settings), shapes, out, donate=(1,))
+        programs["admit", i] = Recipe(mesh, functools.partial(admit, settings), shapes, out, donate=(1,))
     for i, j in schedule.moves():
         shapes = states[i], states[j], ints(shards), ints(shards), ints(shards, classes[j].C)
         out = _places(states[i]), _places(states[j])
-        programs["move", i, j] = _compile(mesh, functools.partial(move, settings), shapes, out, donate=(0, 1))
-    for rows in schedule.decode_rows(shards):
-        programs["decode", rows] = decode_program(settings, schedule, rows)
+        programs["move", i, j] = Recipe(mesh, functools.partial(move, settings), shapes, out, donate=(0, 1))
+    leave_at, counts = tuple(schedule.leave_at(i) for i in range(len(states))), schedule.decode_rows(shards)
+    for rows in counts:
+        fewer = max((count for count in counts if count < rows), default=0)
+        function = functools.partial(
+            decode_chunk, settings, classes, leave_at, schedule.chunk, schedule.exit_groups, rows, fewer
+        )
+        out = _places(tuple(states)), everywhere, everywhere, everywhere
+        programs["decode", rows] = Recipe(mesh, function, (weights, tuple(states)), out, donate=(1,))
     return programs
-
-
-def decode_program(settings: DecodeSettings, schedule: Schedule, rows: int) -> Program:
-    """The decode program for `rows` rows a shard."""
-    states = tuple(abstract_state(settings, slots) for slots in schedule.classes)
-    counts = schedule.decode_rows(meshes.group_count_multiple(settings.mesh))
-    fewer = max((count for count in counts if count < rows), default=0)
-    function = functools.partial(
-        decode_chunk, settings, schedule.classes, tuple(schedule.leave_at(i) for i in range(len(states))),
-        schedule.chunk, schedule.exit_groups, rows, fewer,
-    )  # fmt: skip
-    shapes = abstract_weights(settings.config, settings.mesh), states
-    everywhere = meshes.replicated(settings.mesh)
-    out = _places(states), everywhere, everywhere, everywhere
-    return _compile(settings.mesh, function, shapes, out, donate=(1,))
-
-
-def _compile(mesh: Mesh, function: Any, shapes: Any, out: Any, donate: tuple[int, ...] = ()) -> Program:
-    """Compiles for arguments of these shapes and shardings; `out`: the results' shardings."""
-    if jax.config.jax_disable_jit:
-        return Program(function, 0.0)
-    start = time.monotonic()
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(function, out_shardings=out, donate_argnums=donate).lower(*shapes).compile()
-    return Program(compiled, time.monotonic() - start)
 
 
 def _places(tree: Any) -> Any:

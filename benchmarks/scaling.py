@@ -1,0 +1,87 @@
+"""Plans of the paper's run for five machines, and what weak scaling costs on v5e: docs/scaling.md and docs/scaling/.
+
+    pip install -r requirements-plan.txt
+    python -m benchmarks.scaling [--only=v5e:8x8] [--table_only]
+
+Compiles some forty programs of the 4B model, a minute or two each on two idle cores, one after the other; what is
+compiled is kept (SPIRAL_JAX_PLANS), so a run that was stopped goes on. `--table_only` writes the tables of the JSON
+files that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from benchmarks.machine import commit, machine
+from benchmarks.scaling_table import table
+from configs import qwen3_4b
+from spiral_jax.batching import abstract_block
+from spiral_jax.groups import Role
+from spiral_jax.mesh import AXES
+from spiral_jax.plan import plan
+from spiral_jax.planning.model import planned_model
+from spiral_jax.planning.profile import profile
+from spiral_jax.planning.programs import Run
+from spiral_jax.planning.search import changed, make_mesh
+from spiral_jax.planning.step import Assumptions
+from spiral_jax.planning.topology import find_topology
+
+ONLY = flags.DEFINE_string("only", None, 'one machine, or "weak" for the table of weak scaling')
+TABLE_ONLY = flags.DEFINE_bool("table_only", False, "compile nothing")
+
+OUT = pathlib.Path("docs/scaling")
+FREE = 0.1
+# (data, fsdp, tensor); slots of every class, two a shard where the memory allows; groups of a micro-batch, one a shard.
+MACHINES = {
+    "v5e:8x8": ((2, 8, 4), 16, 16),
+    "v6e:8x8": ((4, 8, 2), 64, 32),
+    "v5p:4x4x4": ((8, 8, 1), 128, 64),
+    "h100:8": ((1, 8, 1), 16, 16),
+    "h200:8": ((1, 8, 1), 16, 16),
+}
+# v5e slices of 16 to 256 chips: 4 x 4 of them hold the model, and `data` repeats them, each with 4 groups.
+WEAK = {"v5e:4x4": 1, "v5e:4x8": 2, "v5e:8x8": 4, "v5e:8x16": 8, "v5e:16x16": 16}
+
+
+def main(argv: list[str]) -> None:
+    jax.config.update("jax_platforms", "cpu")
+    OUT.mkdir(parents=True, exist_ok=True)
+    for name, (mesh, slots, groups) in MACHINES.items():
+        if not TABLE_ONLY.value and ONLY.value in (None, name):
+            report = plan(configured(mesh, slots, groups), name, Assumptions(), FREE, most_tries=1)
+            write(name.replace(":", "_"), report)
+    if not TABLE_ONLY.value and ONLY.value in (None, "weak"):
+        write("weak", {"slices": [weak(name, data) for name, data in WEAK.items()]})
+    pathlib.Path("docs/scaling.md").write_text(table(OUT))
+
+
+def configured(mesh: tuple[int, int, int], slots: int, groups: int) -> ConfigDict:
+    c = qwen3_4b.get_config()
+    overrides = {f"mesh.{axis}": size for axis, size in zip(AXES, mesh, strict=True)}
+    overrides["sampling.classes"] = tuple((slots, C, P, G) for _, C, P, G in c.sampling.classes)
+    overrides["batch.search_groups"] = overrides["batch.aggregation_groups"] = groups
+    return changed(c, overrides)
+
+
+def weak(name: str, data: int) -> dict[str, Any]:
+    """The train step on search groups of 1,024 + 8 x 1,024 tokens, four for each 16 chips."""
+    c, topology = configured((data, 4, 4), 4 * data, 4 * data), find_topology(name)
+    run = Run(c, planned_model(c)[0], make_mesh(c, topology))
+    block = run.placed(abstract_block(Role.SEARCH, 16 * data, 4 * data, 8, 1024, 1024))
+    print(f"{name}: {topology.chips} chips", flush=True)
+    return {"topology": name, "chips": topology.chips, **profile(run.train_program(block), topology, FREE).to_plain()}
+
+
+def write(name: str, report: dict[str, Any]) -> None:
+    stamp = {"machine": machine(), "commit": commit()}
+    (OUT / f"{name}.json").write_text(json.dumps(stamp | report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

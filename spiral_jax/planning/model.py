@@ -1,0 +1,46 @@
+"""The model's sizes for a plan: config.json alone, without weights or tokenizer."""
+
+from __future__ import annotations
+
+import pathlib
+
+from huggingface_hub import hf_hub_download
+from ml_collections import ConfigDict
+
+from spiral_jax.config import ConfigError
+from spiral_jax.model import hf
+from spiral_jax.model.architecture import read_architecture
+from spiral_jax.model.qwen3 import ModelConfig
+
+_SHIPPED = pathlib.Path(__file__).parent.parent / "assets" / "architectures"
+
+
+def planned_model(c: ConfigDict) -> tuple[ModelConfig, str]:
+    """The model that config.model describes, and where its sizes were read.
+
+    `model.hf_path` may be a directory with config.json, a bundled model, a path whose last part is one of the
+    architectures that are shipped (the directory itself need not exist), or a Hub id.
+
+    Raises:
+      ConfigError: none of these, or a config.json that is not supported.
+    """
+    path = config_directory(c.model.hf_path)
+    return hf.model_config(read_architecture(path), c.model), str(path / "config.json")
+
+
+def config_directory(hf_path: str) -> pathlib.Path:
+    """The directory whose config.json describes the model that `config.model.hf_path` names."""
+    path, shipped = hf.BUNDLED.get(hf_path, pathlib.Path(hf_path)), _SHIPPED / pathlib.Path(hf_path).name
+    if path.is_dir():
+        return path
+    if shipped.is_dir():
+        return shipped
+    names = sorted(directory.name for directory in _SHIPPED.iterdir())
+    advice = f"A plan needs a directory with config.json, a Hub id, or one of {', '.join([*hf.BUNDLED, *names])}."
+    if hf_path.count("/") != 1:
+        raise ConfigError(f"config.model.hf_path = {hf_path!r}: no such directory. {advice}")
+    try:
+        return pathlib.Path(hf_hub_download(hf_path, "config.json")).parent
+    except Exception as error:  # no network, no such repository, no permission: each has its own class
+        raise ConfigError(f"config.model.hf_path = {hf_path!r}: no such directory, and the Hub did not give its "
+                          f"config.json ({type(error).__name__}). {advice}") from error  # fmt: skip

@@ -1,0 +1,169 @@
+"""What one program needs of a chip: memory by kind, costs of its unit, the roofline; for GPUs by arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from spiral_jax.planning.compiled import Compiled, compile_kept
+from spiral_jax.planning.costs import Cost, cost_of
+from spiral_jax.planning.hlo import Array, Module, parse
+from spiral_jax.planning.programs import Program
+from spiral_jax.planning.roofline import Roofline, roofline
+from spiral_jax.planning.topology import Topology
+from spiral_jax.planning.traffic import uncounted_kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """Bytes and costs of one chip.
+
+    Attributes:
+      memory: bytes by kind, all that lies there while it runs.
+      room: bytes that the chip has for it.
+      unit: cost of one pass of the outer loop. `call`: of all that is outside of it.
+      largest: the largest array that the compiled program makes; None where it was estimated.
+      forbidden: what of `Program.forbidden` the compiled program makes all the same.
+      kernels: custom calls whose operations are not counted.
+      compiled: whether the numbers come from the compiler or from arithmetic.
+      seconds: what compiling took.
+    """
+
+    program: Program
+    memory: dict[str, int]
+    room: int
+    unit: Cost
+    call: Cost
+    largest: Array | None
+    forbidden: list[str]
+    kernels: list[str]
+    compiled: bool
+    seconds: float
+    roofline: Roofline
+
+    @property
+    def needed(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.room
+
+    @property
+    def flops_ratio(self) -> float | None:
+        """Operations of a unit over the ideal count."""
+        return self.unit.flops / self.program.ideal_flops if self.program.ideal_flops and self.unit.flops else None
+
+    @property
+    def hbm_ratio(self) -> float | None:
+        ideal = self.program.ideal_hbm_bytes
+        return self.unit.hbm_bytes / ideal if ideal and self.unit.hbm_bytes else None
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON: bytes, operations and seconds of one chip and one unit."""
+        return {
+            "program": self.program.name,
+            "source": "compiled" if self.compiled else "arithmetic",
+            "compile_seconds": round(self.seconds, 1),
+            "fits": self.fits,
+            "memory_bytes": self.memory,
+            "needed_bytes": self.needed,
+            "room_bytes": self.room,
+            "unit": self.program.unit,
+            "unit_tokens": self.program.tokens,
+            "flops": self.unit.flops,
+            "flops_over_ideal": self.flops_ratio,
+            "hbm_bytes": self.unit.hbm_bytes,
+            "hbm_bytes_over_ideal": self.hbm_ratio,
+            "sent_bytes": self.unit.sent_bytes,
+            "once_a_call": dataclasses.asdict(self.call),
+            "roofline_seconds": dataclasses.asdict(self.roofline),
+            "seconds": self.roofline.seconds,
+            "bound": self.roofline.bound,
+            "largest_array": None if self.largest is None else f"{self.largest.dtype}{list(self.largest.shape)}",
+            "checked_for": sorted(self.program.forbidden),
+            "forbidden_arrays": self.forbidden,
+            "uncounted_kernels": self.kernels,
+        }
+
+
+def profile(program: Program, topology: Topology, free: float) -> Profile:
+    """Compiles the program for a TPU slice, or estimates it for GPUs.
+
+    Args:
+      free: share of a chip's memory that must stay free.
+
+    Raises:
+      UnknownLoop: see `costs.cost_of`.
+    """
+    if topology.devices is None:
+        memory = program.memory | {"activations": program.kept, "temporaries": program.estimated_temporary}
+        return _profile(program, topology, free, memory, program.estimate, Cost(), None, [], [], False, 0.0)
+    compiled = compile_kept(program.lower(), topology.name)
+    memory = _memory(program, compiled)
+    if not compiled.text:
+        return _profile(
+            program, topology, free, memory, program.estimate, Cost(), None, [], [], False, compiled.seconds
+        )
+    module = parse(compiled.text)
+    unit, call = unit_and_call(module, program.unit_loop, program.passes)
+    found = forbidden_arrays(module, program.forbidden)
+    return _profile(
+        program,
+        topology,
+        free,
+        memory,
+        unit,
+        call,
+        largest_array(module),
+        found,
+        uncounted_kernels(module),
+        True,
+        compiled.seconds,
+    )
+
+
+def unit_and_call(module: Module, unit_loop: str, passes: dict[str, float]) -> tuple[Cost, Cost]:
+    """Cost of one pass of the unit loop, and of everything outside of it; without such a loop all is the unit."""
+    if not unit_loop:
+        return cost_of(module, passes), Cost()
+    call = cost_of(module, {unit_loop: 0} | passes)
+    return cost_of(module, {unit_loop: 1} | passes) + call * -1, call
+
+
+def largest_array(module: Module) -> Array:
+    """The largest array that the program makes, its arguments left out."""
+    given = {(array.dtype, array.shape) for one in module.entry.parameters for array in one.arrays}
+    made = [array for array in module.arrays() if (array.dtype, array.shape) not in given]
+    return max(made, key=lambda array: array.bytes)
+
+
+def forbidden_arrays(module: Module, forbidden: dict[str, tuple[set[int], int]]) -> list[str]:
+    """Arrays with an axis of a given size and at least so many elements beside it, such as "logits f32[4, 4096, V]"."""
+    found = set()
+    for array in module.arrays():
+        for name, (sizes, others) in forbidden.items():
+            if any(size in sizes and math.prod(array.shape) // size >= others for size in array.shape):
+                found.add(f"{name} {array.dtype}{list(array.shape)}")
+    return sorted(found)
+
+
+def _memory(program: Program, compiled: Compiled) -> dict[str, int]:
+    """What the compiler allots, beside what lies there anyway; of a program that is too large, what it asked for."""
+    if compiled.needed:
+        return {"program": compiled.needed}
+    memory = {name: size for name, size in program.memory.items() if size}
+    if program.kept:
+        memory["activations"] = min(program.kept, compiled.temporary)
+    memory["temporaries"] = compiled.temporary - memory.get("activations", 0)
+    memory["results"] = compiled.results - compiled.aliased
+    memory["padding"] = compiled.arguments - program.arguments
+    return memory
+
+
+def _profile(
+    program: Program, topology: Topology, free: float, memory: dict[str, int], unit: Cost, *rest: Any
+) -> Profile:
+    room = int((1 - free) * topology.chip.hbm_bytes)
+    return Profile(program, memory, room, unit, *rest, roofline(unit, topology.chip, topology.chips))
