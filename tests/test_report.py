@@ -19,7 +19,7 @@ from spiral_jax.config import ConfigError, defaults, difference, to_plain
 from spiral_jax.reporting import main_page, pages
 from spiral_jax.reporting.charts import overview_charts, running_mean
 from spiral_jax.reporting.evaluation_charts import evaluation_charts, measure_table
-from spiral_jax.reporting.render import escape_json, render
+from spiral_jax.reporting.render import embed, render
 from spiral_jax.reporting.run import changed_fields, read_run
 from spiral_jax.results import ResultsError, read_results
 from spiral_jax.workdir import StepLog, WorkdirError
@@ -46,8 +46,10 @@ def finished(tmp_path_factory):
 
 
 def embedded(html, name):
-    (text,) = re.findall(rf'<script type="application/json" id="{name}">(.*?)</script>', html, re.DOTALL)
-    return json.loads(text)
+    """The data of a page; "sample": a list of the problems in it."""
+    wanted = "data-problem" if name == "sample" else f'id="{name}"'
+    found = re.findall(rf'<script type="application/json" {wanted}[^>]*>(.*?)</script>', html, re.DOTALL)
+    return list(map(json.loads, found)) if name == "sample" else json.loads(found[0])
 
 
 def main_of(path):
@@ -122,6 +124,13 @@ def test_large_steps_are_cut_into_page_files_and_an_earlier_reports_files_go(tmp
     monkeypatch.setattr(pages, "_PAGE_BYTES", 10**7)
     report.report(str(path), str(path))
     assert sorted(file.name for file in (path / "report").iterdir()) == ["mine.txt", "step_000001.html"]
+
+
+def test_a_large_log_is_worked_on_side_by_side_with_the_same_pages(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "_PARALLEL_BYTES", 0)
+    report.report(str(finished), str(tmp_path))
+    files = [file.relative_to(tmp_path) for file in tmp_path.rglob("*.html")]
+    assert len(files) == 5 and all((tmp_path / f).read_bytes() == (finished / f).read_bytes() for f in files)
 
 
 def test_a_run_in_progress_with_a_torn_line_nulls_and_no_evaluation_is_reported(tmp_path):
@@ -260,10 +269,10 @@ def test_running_means_leave_gaps_out_and_metrics_without_values_have_no_chart()
 
 
 def test_nothing_of_a_text_can_leave_its_script_element():
-    text = escape_json(json.dumps("</script><!-- <script> ]]> & '\" \u2028 \udc80"))
+    text = embed("</script><!-- <script> ]]> & '\" \u2028 \udc80")
     assert "<" not in text and text.isascii() and json.loads(text).startswith("</script><!--")
     html = render("step.html.j2", ["problems.js"], run="</title><script>", step=0, part="", count=1, links=[], flags={},
-                  definition="", sample="[]")  # fmt: skip
+                  definition="", index="[]", sample=[])  # fmt: skip
     assert html.count("<script") == 2 and "&lt;/title&gt;&lt;script&gt;" in html
 
 

@@ -42,7 +42,7 @@ def main_html(run: Run, traces: Traces) -> str:
     index, unlisted = _newest(traces.index)
     return render(
         "report.html.j2",
-        ["plotly", "charts.js", "problems.js"],
+        ["problems.js", "plotly", "charts.js"],
         run=run,
         name=run.path.name,
         status=_status(run),
@@ -58,7 +58,7 @@ def main_html(run: Run, traces: Traces) -> str:
         definition=DEFINITION,
         figures=embed([chart["figure"] for chart in [*overview, *evaluation]]),
         index=index,
-        sample=Markup(f"[{','.join(traces.sample)}]"),
+        sample=traces.sample,
         config=json.dumps(run.config, indent=2),
     )
 
