@@ -30,7 +30,7 @@ class Traces:
 
     Attributes:
       index: for each page file: href, step, and of each of its problems cursor, id, right, of (aggregations that are
-        right, of those verified; grpo: traces), flags (bits, in the order of `FLAGS`).
+        right, of those verified; without sets: traces), flags (bits, in the order of `FLAGS`).
       sample: (key, JSON) of problem pages; the key is "STEP.CURSOR".
       gone: steps whose trace file was deleted while the report was made: the run goes on.
     """
