@@ -96,7 +96,7 @@ def test_the_sample_is_spread_over_the_steps_and_stays_within_its_limit(tmp_path
     path = tmp_path / "run"
     write_run(path, settings(), range(6))
     for limit, least in ((1, 0), (40_000, 2), (150_000, 8), (10**7, 30)):
-        monkeypatch.setattr(main_page, "_SAMPLE_BYTES", limit)
+        monkeypatch.setattr(main_page, "SAMPLE_BYTES", limit)
         report.report(str(path), str(path))
         sample = embedded(main_of(path), "sample")
         assert least <= len(sample) <= 30

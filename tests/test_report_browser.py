@@ -44,7 +44,7 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "a <b>run"
     write_run(path, c, range(3), text=lambda text, number: HOSTILE.format(number) + text, failing=0.05)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main_page, "_SAMPLE_BYTES", 180_000)
+        patch.setattr(main_page, "SAMPLE_BYTES", 180_000)
         report.report(str(path), str(path))
     return path
 
