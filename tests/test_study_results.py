@@ -121,10 +121,10 @@ def test_a_file_that_is_no_study_is_refused(path):
         study_plan.load_study("tests/study_of_nothing.py")
 
 
-@pytest.mark.parametrize("file", ["study_two_halves", "study_two_halves_reduced"])
+@pytest.mark.parametrize("file", sorted(pathlib.Path("configs").glob("study_*.py")), ids=lambda file: file.stem)
 def test_the_studies_of_configs_are_whole(file):
-    study = study_plan.load_study(f"configs/{file}.py")
-    assert study.runs[0] == ("base", 0) and study.s.claims
+    study = study_plan.load_study(str(file))
+    assert study.s.claims
     for arm, c in study.experiments.items():
         row = study_plan.arm_row(c)
         assert 400 <= row["ceiling"] <= 1.04 * 400, arm
