@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class StudyDirectory:
 
     @property
     def journal(self) -> StepLog:
-        """A row for each command that has ended: arm, seed, stage, returncode, seconds, commit, machine, error."""
+        """A row for each command that has ended: arm, seed, stage, returncode, seconds, environment, error."""
         return StepLog(self.path / "journal.jsonl")
 
     def run(self, arm: str, seed: int) -> pathlib.Path:
@@ -148,8 +148,8 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
     return {
         "version": VERSION,
         "title": study.s.title,
-        "machines": sorted({row["machine"] for row in journal}),
-        "commits": sorted({row["commit"] for row in journal}),
+        "machines": sorted({_machine(row["environment"]) for row in journal}),
+        "commits": sorted({_commit(row["environment"]) for row in journal}),
         "problems": first["problems"],
         "settings": first["settings"],
         "measures": list(study.s.measures),
@@ -163,6 +163,17 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
         "runs": runs,
         "unnamed": _unnamed(study, directory),
     }
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    versions = environment["versions"]
+    parts = [environment["hardware"], environment["devices"], f"Python {versions['python']}", f"jax {versions['jax']}"]
+    return ", ".join(parts)
+
+
+def _commit(environment: Mapping[str, Any]) -> str:
+    """12 digits, with "+" if tracked files differed."""
+    return (environment["commit"] or "unknown")[:12] + ("+" if environment["modified"] else "")
 
 
 def _unnamed(study: Study, directory: StudyDirectory) -> list[str]:

@@ -27,7 +27,8 @@ FAKE = r'''#!{python}
 """Stands for the Python that runs spiral_jax.train and spiral_jax.evaluate."""
 import json, os, pathlib, sys, time
 if sys.argv[1] == "-c":
-    print(json.dumps("a machine"))
+    print(json.dumps({"hardware": "a machine", "devices": "1 x cpu", "versions": {"python": "3", "jax": "0"},
+                      "commit": "0123456789abcdef", "modified": True}))
     sys.exit()
 given = dict(a.split("=", 1) for a in sys.argv[3:])
 command, workdir = sys.argv[2].split(".")[1], pathlib.Path(given["--workdir"])
