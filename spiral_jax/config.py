@@ -75,6 +75,8 @@ def defaults() -> ConfigDict:
     c.task.problem_column = "problem"  # hf: column of the problem's text (ours)
     c.task.answer_column = "answer"  # hf: column of its reference answer (ours)
     c.task.generator = ""  # reasoning_gym: generator's name, e.g. "chain_sum"
+    # reasoning_gym: the generator's own settings, such as {"max_numbers": 4}; {} = its defaults
+    c.task.generator_args = ConfigDict()
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one (ours)
     c.task.reward = ""  # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function" (ours)
     # what polychromic takes for a trace's strategy: "" = the task's own; your "package.module:function", a function
@@ -261,7 +263,7 @@ def from_plain(plain: dict) -> ConfigDict:
     """
     c = defaults()
     try:
-        with c.prompt.template_kwargs.unlocked():  # the one room whose names are not ours
+        with c.prompt.template_kwargs.unlocked(), c.task.generator_args.unlocked():  # names there are not ours
             c.update(plain)
     except (KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"a configuration of another version of spiral_jax: {error.args[0]}") from error
