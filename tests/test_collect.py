@@ -201,6 +201,7 @@ class SlowVerifier:
 
     def __init__(self, verifier, seconds):
         self.verifier, self.seconds = verifier, seconds
+        self.longest_s = verifier.longest_s
 
     def judge(self, items):
         time.sleep(self.seconds * (int(items[0][1].id[1:]) % 3))
