@@ -63,7 +63,8 @@ def test_a_resumed_guard_is_that_of_the_uninterrupted_run():
 def batch():
     groups, weight = random_groups(0, Role.SEARCH, U=2)
     problems = [Problem("train:0", "?", "1"), Problem("train:é", "?", "2")]
-    return Batch(Rollouts(problems, np.array([4, 5]), groups, None, None), weight, None, 6, 10, {})
+    rollouts = Rollouts(problems, np.array([4, 5]), groups, None, None)
+    return Batch(rollouts, rollouts.take(np.arange(0)), weight, None, 6, 10, {})
 
 
 def test_bad_steps_in_a_row_end_the_run_with_their_batch_in_a_file_without_pickle(tmp_path):
