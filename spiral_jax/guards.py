@@ -23,6 +23,11 @@ class BadSteps(RuntimeError):
     """Too many steps in a row gave no finite loss or gradient; the message names the file with the last batch."""
 
 
+def watched(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `NumericsGuard` needs of the rows of metrics.jsonl."""
+    return [{name: row.get(name) for name in (*WATCHED, SKIPPED)} for row in rows]
+
+
 class NumericsGuard:
     """Counts bad steps in a row, and flags spikes. All it knows are the rows of metrics.jsonl, so a resume changes
     nothing.
@@ -30,7 +35,7 @@ class NumericsGuard:
     Args:
       max_bad_steps: config.train.max_bad_steps.
       spike: config.train.spike; 0 = off.
-      rows: the metrics of the steps that are done.
+      rows: `watched` metrics of the steps that are done.
     """
 
     def __init__(self, max_bad_steps: int, spike: float, rows: Iterable[dict[str, Any]]):

@@ -41,7 +41,7 @@ from spiral_jax.config import ConfigError
 from spiral_jax.distributed import DistributedError
 from spiral_jax.evaluation import evaluate
 from spiral_jax.groups import Role
-from spiral_jax.guards import BadSteps, NumericsGuard
+from spiral_jax.guards import BadSteps, NumericsGuard, watched
 from spiral_jax.metric_writers import MetricWriters
 from spiral_jax.metrics import divide
 from spiral_jax.model.tensor_files import WeightsError
@@ -125,7 +125,9 @@ def train(setup: Setup, workdir: str) -> None:
     train_step = make_train_step(c, setup.model)
     record = lambda at: {"at": dataclasses.asdict(at), "data": setup.task.fingerprint}  # noqa: E731
     saver = Saver(checkpoints, c.checkpoint.max_failures, c.train.wait_s)
-    guard = NumericsGuard(c.train.max_bad_steps, c.train.spike, distributed.from_first(metrics_log.read))
+    guard = NumericsGuard(
+        c.train.max_bad_steps, c.train.spike, distributed.from_first(lambda: watched(metrics_log.read()))
+    )
     v = c.verifier
 
     with Verifier(setup.reward, v.workers, v.timeout_s, v.memory_gb, v.environment) as verifier, \

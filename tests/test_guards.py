@@ -8,7 +8,7 @@ from small_steps import random_groups
 
 from spiral_jax.collect import Batch
 from spiral_jax.groups import Role
-from spiral_jax.guards import BadSteps, NumericsGuard
+from spiral_jax.guards import BadSteps, NumericsGuard, watched
 from spiral_jax.rollout import Rollouts
 from spiral_jax.tasks.problem import Problem
 
@@ -55,7 +55,7 @@ def test_a_resumed_guard_is_that_of_the_uninterrupted_run():
     whole = NumericsGuard(3, 12.0, [])
     expected = [whole.check(i, r) for i, r in enumerate(rows)]
     for cut in range(0, len(rows), 7):
-        resumed = NumericsGuard(3, 12.0, logged[:cut])
+        resumed = NumericsGuard(3, 12.0, watched(logged[:cut]))
         assert [resumed.check(i, r) for i, r in enumerate(rows[cut:])] == expected[cut:]
         assert resumed.bad_in_a_row == whole.bad_in_a_row
 
