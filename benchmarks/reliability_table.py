@@ -90,7 +90,7 @@ BEHAVIOUR = (
     (
         "verdicts later than if every answer hung",
         "ends and names the problem",
-        "",
+        "`test_collect.py`",
     ),
     (
         "a step beyond `train.watchdog` times the median",
