@@ -3,7 +3,7 @@ nothing.
 
 Two layers, since each has holes. The kernel limits memory, time, files and processes. For the reward "math" an audit
 hook in the interpreter also refuses to open files outside the installed packages, to start programs and to connect. A
-reward function of the user's own is trusted code: it has the limits on memory and time alone.
+reward function of the user's own is trusted code: only its memory, wall time and environment are limited.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def limit_memory(memory_bytes: int) -> None:
 def limit_cpu(seconds: float) -> None:
     """The kernel ends this process (SIGXCPU) after so many more seconds of processor time."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(usage.ru_utime + usage.ru_stime + seconds) + 1, hard))
+    soft, (_, hard) = int(usage.ru_utime + usage.ru_stime + seconds) + 1, resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 def lock_down() -> None:
@@ -48,7 +48,10 @@ def lock_down() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # without effect for root
     resource.setrlimit(resource.RLIMIT_NOFILE, (_OTHER_FILES, _OTHER_FILES))
-    readable = tuple(os.path.realpath(entry) + os.sep for entry in {*sys.path, sys.prefix, sys.base_prefix} if entry)
+    packages = [
+        entry for entry in sys.path if entry.endswith("-packages")
+    ]  # not the user's project, which is there too
+    readable = tuple(os.path.realpath(entry) + os.sep for entry in (*packages, sys.prefix, sys.base_prefix))
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in _REFUSED:
