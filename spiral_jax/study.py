@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import pathlib
 import subprocess
@@ -24,7 +25,9 @@ import time
 from collections.abc import Iterator
 from typing import IO
 
+import jax
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from spiral_jax import study_report
 from spiral_jax.checkpoint import CheckpointError
@@ -32,7 +35,7 @@ from spiral_jax.config import ConfigError, digest_of
 from spiral_jax.initial import find_trained
 from spiral_jax.results import ResultsError
 from spiral_jax.study_plan import BASE, EVALUATION, Study, load_study
-from spiral_jax.study_results import StudyDirectory, gather
+from spiral_jax.study_results import StudyDirectory, gather, read_metrics
 from spiral_jax.workdir import WorkdirError, open_workdir
 
 # What a user can mend: these end the program with their message alone, without a stack trace.
@@ -52,6 +55,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     logging.set_verbosity(logging.ERROR)  # orbax warns that it only reads
+    jax.config.update("jax_platforms", "cpu")  # of this process: the accelerator is the runs'
     try:
         study = load_study(given.config)
         plain = study.plain()
@@ -82,29 +86,45 @@ def run_study(study: Study, directory: StudyDirectory) -> None:
 
 def run_arm(study: Study, directory: StudyDirectory, arm: str, seed: int, environment: dict, lock: IO) -> None:
     """Trains and evaluates one run, as far as that was not done before."""
-    common = [f"--config.seed={seed}"]
-    start_from = []
-    step = 0
+    stage = functools.partial(_stage, directory, arm, seed, environment=environment, lock=lock)
+    common, start_from, step = [f"--config.seed={seed}"], [], 0
     if arm != BASE:
-        workdir = directory.run(arm, seed)
-        if not directory.finished(arm, seed, "train"):
-            command = [f"--config={study.file}:{arm}", f"--workdir={workdir}", *common]
-            _stage(directory, arm, seed, "train", command, environment, lock)
-        try:
-            step = find_trained(workdir, None).step
-        except (WorkdirError, CheckpointError):
-            return  # it failed before its first checkpoint: the journal says why
+        c, workdir = study.experiments[arm], directory.run(arm, seed)
+        step = _step(workdir)
+        if not _ended(c, workdir, step):
+            code = stage("train", [f"--config={study.file}:{arm}", f"--workdir={workdir}", *common])
+            step = _step(workdir)
+            if step is None or (code == 0 and not _ended(c, workdir, step)):
+                return  # it failed before its first checkpoint, or was told to stop
         start_from = [f"--config.model.init_from={workdir}@{step}"]
     evaluation = directory.evaluation(arm, seed, step)
     if not (evaluation / "results.json").exists():
-        command = [f"--config={study.file}:{EVALUATION}", f"--workdir={evaluation}", *common, *start_from]
-        _stage(directory, arm, seed, "evaluate", command, environment, lock)
+        stage("evaluate", [f"--config={study.file}:{EVALUATION}", f"--workdir={evaluation}", *common, *start_from])
+
+
+def _step(workdir: pathlib.Path) -> int | None:
+    """Of the run's newest checkpoint; None: there is none."""
+    try:
+        return find_trained(workdir, None).step
+    except (WorkdirError, CheckpointError):
+        return None
+
+
+def _ended(c: ConfigDict, workdir: pathlib.Path, step: int | None) -> bool:
+    """Whether the checkpoint is where the experiment ends: all steps are done, or its tokens are spent."""
+    if step is None:
+        return False
+    tokens = sum(row["sampling/generated_tokens"] for row in read_metrics(workdir)[:step])
+    return step >= c.train.steps or 0 < c.train.max_sampled_tokens <= tokens
 
 
 def _stage(
     directory: StudyDirectory, arm: str, seed: int, stage: str, arguments: list[str], environment: dict, lock: IO
-) -> None:
-    """One command in a process of its own, which holds the study's lock too; its outcome goes to the journal."""
+) -> int:
+    """One command in a process of its own, which holds the study's lock too; its outcome goes to the journal.
+
+    Returns its exit status.
+    """
     log = directory.log(arm, seed, stage)
     log.parent.mkdir(exist_ok=True)
     start = time.monotonic()
@@ -120,6 +140,7 @@ def _stage(
         row["error"] = _last_words(log, code)
     directory.journal.append(row)
     print(f"    {stage}: {seconds:.0f} s" + (f", failed: {row['error']}" if code else ""), flush=True)
+    return code
 
 
 def _last_words(log: pathlib.Path, code: int) -> str:
@@ -144,7 +165,7 @@ def _alone(directory: StudyDirectory) -> Iterator[IO]:
 
 
 def _environment() -> dict:
-    """`environment.describe`, asked in a process of its own: this one must not take the accelerator from its runs."""
+    """`environment.describe` of the runs, asked in a process like theirs."""
     done = subprocess.run([sys.executable, "-c", _ENVIRONMENT], capture_output=True, text=True, check=False)
     if done.returncode:
         raise WorkdirError(f"JAX does not start here: {done.stderr.strip().splitlines()[-1:]}")

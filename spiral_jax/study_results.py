@@ -68,17 +68,16 @@ class StudyDirectory:
     def log(self, arm: str, seed: int, stage: str) -> pathlib.Path:
         return self.path / "logs" / f"{arm}_seed_{seed}_{stage}.log"
 
-    def finished(self, arm: str, seed: int, stage: str) -> bool:
-        """Whether the stage has ended without an error."""
-        return any(row["returncode"] == 0 for row in self._rows(arm, seed) if row["stage"] == stage)
-
     def error(self, arm: str, seed: int) -> str:
         """What a stage of the run said if it failed when it was tried last; "" if none did."""
-        last = {row["stage"]: row for row in self._rows(arm, seed)}
+        last = {row["stage"]: row for row in self.journal.read() if (row["arm"], row["seed"]) == (arm, seed)}
         return next((f"{stage}: {row['error']}" for stage, row in last.items() if row["returncode"]), "")
 
-    def _rows(self, arm: str, seed: int) -> list[dict]:
-        return [row for row in self.journal.read() if (row["arm"], row["seed"]) == (arm, seed)]
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The steps of a run that may still be writing them; none if it has not begun."""
+    file = workdir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,10 +280,7 @@ def _run(study: Study, directory: StudyDirectory, arm: str, seed: int) -> dict[s
     error, trained = directory.error(arm, seed), bool(directory.evaluations(arm, seed))
     state = "done" if trained and not error else "failed" if error else "not finished"
     run = {"arm": arm, "seed": seed, "state": state, "error": error}
-    file = directory.run(arm, seed) / "metrics.jsonl"
-    if not file.exists():
-        return run
-    steps = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    steps = read_metrics(directory.run(arm, seed))
     if not steps:
         return run
     last = steps[-max(1, round(_LAST * len(steps))) :]

@@ -43,7 +43,8 @@ if command == "train":
     row = {"sampling/generated_tokens": 100.0, "sampling/prefilled_tokens": 30.0, "time/step": 0.5,
            "reward/search": 0.1, "entropy/search": 0.2, "grad_norm/search": 1.0, "grad_norm/aggregation": 2.0,
            "reward/aggregated": 0.3, "verifier/parse_rate_search": 0.9, "verifier/parse_rate_aggregation": 1.0}
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": i}) + "\n" for i in range(3)))
+    steps = int(os.environ.get("STEPS", "3"))
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": i}) + "\n" for i in range(steps)))
 else:
     results = json.loads(pathlib.Path(os.environ["GOLDEN"]).read_text())
     seed = int(given["--config.seed"])
@@ -76,9 +77,10 @@ def fake(monkeypatch, tmp_path):
 
 
 def trained(workdir, step):
+    """Stands for `find_trained`: a checkpoint after every step."""
     if not (workdir / "metrics.jsonl").exists():
         raise WorkdirError("no run")
-    return SimpleNamespace(step=3)
+    return SimpleNamespace(step=len((workdir / "metrics.jsonl").read_text().splitlines()))
 
 
 def run(path):
@@ -138,12 +140,23 @@ def test_a_run_that_fails_after_a_checkpoint_is_evaluated_and_still_called_faile
     kept = directory.run("grpo", 0)
     kept.parent.mkdir(parents=True)
     kept.mkdir()
-    (kept / "metrics.jsonl").write_bytes((StudyDirectory(tmp_path / "w").run("grpo", 0) / "metrics.jsonl").read_bytes())
+    steps = (StudyDirectory(tmp_path / "w").run("grpo", 0) / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (kept / "metrics.jsonl").write_text("".join(steps[:2]))
     monkeypatch.setenv("FAIL", "runs/grpo")
     run(other)
     found = gather(load_study(FILE), directory)
     (row,) = [row for row in found["runs"] if row["arm"] == "grpo"]
-    assert row["state"] == "failed" and row["error"].startswith("train:") and row["steps"] == 3 and "measures" in row
+    assert row["state"] == "failed" and row["error"].startswith("train:") and row["steps"] == 2 and "measures" in row
+
+
+def test_a_run_that_was_told_to_stop_is_not_evaluated_and_goes_on(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPS", "2")  # of the three that its configuration asks for
+    directory = run(tmp_path / "w")
+    assert [command for command, _ in fake()] == ["evaluate", "train", "train", "train"]  # the base needs no training
+    assert {row["state"] for row in gather(load_study(FILE), directory)["runs"]} == {"done", "not finished"}
+    monkeypatch.delenv("STEPS")
+    run(tmp_path / "w")
+    assert [command for command, _ in fake()] == ["train", "evaluate"] * 3
 
 
 def test_the_report_says_everything_and_its_pictures_are_drawn(fake, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -86,7 +87,7 @@ def counts(own_BxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return valid_BxN.sum(axis=-1), (own_BxN == 1).sum(axis=-1)
 
 
-def _by_count(own_BxN: np.ndarray, advantages) -> np.ndarray:
+def _by_count(own_BxN: np.ndarray, advantages: Callable[[int, int], tuple[float, float]]) -> np.ndarray:
     """float32 [B, N] from advantages(n, c) -> (of a right trace, of a wrong one)."""
     pairs = [advantages(int(n), int(c)) for n, c in zip(*counts(own_BxN), strict=True)]
     right_Bx1, wrong_Bx1 = np.array(pairs, np.float64).reshape(-1, 2, 1).swapaxes(0, 1)
