@@ -4,8 +4,10 @@
     python -m benchmarks.sampler --json=docs/sampler.json     # also writes docs/sampler.md
 
 Each contestant is a process of its own that stays; one works at a time and may use every core. They take turns, run by
-run, so that all see the same machine. Everything is compiled in warm-up runs. The files are written after every round;
-cases that are not run this time keep what the JSON has of them. `--against=` measures ours alone.
+run, so that all see the same machine. Everything is compiled in warm-up runs over a case's first groups. The files are
+written after every round; cases that are not run this time keep what the JSON has of them. A case that the same commit
+has measured in part, on the same machine, goes on until it has its repeats: (c) takes hours, which need not be one
+sitting. `--against=` measures ours alone.
 """
 
 from __future__ import annotations
@@ -20,16 +22,19 @@ from absl import app, flags
 
 from benchmarks import sampler_cases, sampler_table
 from benchmarks.machine import commit, machine
+from benchmarks.peers.contestant import Work
 from benchmarks.peers.process import OURS, PEERS, ContestantProcess
 from benchmarks.sampler_cases import Case
 
 JSON = flags.DEFINE_string("json", "docs/sampler.json", "the report; its table goes beside it as .md")
 ONLY = flags.DEFINE_list("only", ["a", "b", "c", "memory", "draw"], "what to measure")
 WORKDIR = flags.DEFINE_string("workdir", "runs/sampler", "where the model and the contestants' logs go")
-REPEATS = flags.DEFINE_integer("repeats", 5, "measured runs of (a) and (b)")
-WARMUPS = flags.DEFINE_integer("warmups", 2, "unmeasured runs before them")
-REPEATS_C = flags.DEFINE_integer("repeats_c", 5, "measured runs of (c), which take many minutes")
-WARMUPS_C = flags.DEFINE_integer("warmups_c", 2, "unmeasured runs before them")
+REPEATS = flags.DEFINE_integer("repeats", 5, "measured runs of (a) and (b), earlier sittings included")
+WARMUPS = flags.DEFINE_integer("warmups", 2, "unmeasured runs before them, in every sitting")
+REPEATS_C = flags.DEFINE_integer(
+    "repeats_c", 5, "measured runs of (c), which take many minutes, earlier sittings included"
+)
+WARMUPS_C = flags.DEFINE_integer("warmups_c", 2, "unmeasured runs of it, in every sitting")
 GROUPS_C = flags.DEFINE_integer("groups_c", 64, "groups of (c); fewer for a quick look")
 
 AGAINST = flags.DEFINE_list("against", list(PEERS), "peers to measure; none: ours alone, without a ratio")
@@ -60,9 +65,13 @@ def main(argv: list[str]) -> None:
                 continue
             case = sampler_cases.make_case(name, GROUPS_C.value)
             repeats, warmups = (REPEATS_C, WARMUPS_C) if name == "c" else (REPEATS, WARMUPS)
-            entry = report["cases"][name] = where | start_case(case, contestants)
-            for round_ in range(warmups.value + repeats.value):
-                run_round(case, entry, contestants, round_, "warmups" if round_ < warmups.value else "runs")
+            entry = stopped(report["cases"].get(name), case, where, contestants)
+            entry = report["cases"][name] = entry or where | start_case(case, contestants)
+            done = len(entry["contestants"][OURS]["runs"])
+            for round_ in range(warmups.value):
+                run_round(case, case.work.first(case.trial_groups), entry, contestants, round_, "warmups")
+            for round_ in range(done, repeats.value):
+                run_round(case, case.work, entry, contestants, round_, "runs")
                 write(report, out)
 
 
@@ -77,6 +86,19 @@ def load(contestants: Contestants, model: pathlib.Path) -> dict[str, Any]:
     if any(ids != greedy[OURS] for ids in greedy.values()):
         raise RuntimeError(f"greedy tokens differ, so speeds cannot be compared: {greedy}")
     return {key: {name: fields[key] for name, fields in loaded.items()} for key in ("versions", "settings")}
+
+
+def stopped(
+    entry: dict[str, Any] | None, case: Case, where: dict[str, Any], contestants: Contestants
+) -> dict[str, Any] | None:
+    """The entry if it is of this very measurement, with whole rounds alone; else None."""
+    same = entry and entry["title"] == case.title and all(entry[key] == where[key] for key in where)
+    if not same or entry["contestants"].keys() != contestants.keys():
+        return None
+    whole = min(len(row["runs"]) for row in entry["contestants"].values())
+    for row in entry["contestants"].values():
+        del row["runs"][whole:]
+    return entry
 
 
 def start_case(case: Case, contestants: Contestants) -> dict[str, Any]:
@@ -100,15 +122,13 @@ def try_batch_sizes(case: Case, contestant: ContestantProcess) -> dict[str, floa
     return tried
 
 
-def run_round(case: Case, entry: dict[str, Any], contestants: Contestants, round_: int, kind: str) -> None:
-    """One run of each contestant, appended to its `kind` of runs."""
+def run_round(case: Case, work: Work, entry: dict[str, Any], contestants: Contestants, round_: int, kind: str) -> None:
+    """One run of each contestant over `work`, appended to its `kind` of runs."""
     for name, contestant in contestants.items():
         row = entry["contestants"][name]
-        answer = contestant.call(
-            "sample", work=case.work.to_json(), groups_per_batch=row["groups_per_batch"], seed=round_
-        )
+        answer = contestant.call("sample", work=work.to_json(), groups_per_batch=row["groups_per_batch"], seed=round_)
         row[kind].append({"computed_rows": answer.pop("returned"), **answer})
-        tokens_per_s = case.work.useful_tokens / answer["seconds"]
+        tokens_per_s = work.useful_tokens / answer["seconds"]
         print(f"{case.title}; {kind} {len(row[kind])}; {name}: {tokens_per_s:.1f} useful tokens/s", flush=True)
 
 

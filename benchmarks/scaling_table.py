@@ -126,9 +126,9 @@ def _weak(weak: dict[str, Any]) -> list[str]:
     ]
     for one, total in zip(slices, sent, strict=True):
         gather, reduce = (one["sent_bytes"].get(kind, 0.0) for kind in ("all-gather", "all-reduce"))
+        kinds = " | ".join(f"{size / 1e9:.3f}" for size in (total, gather, reduce, total - gather - reduce))
         lines.append(
-            f"| {one['chips']} | {one['flops'] / 1e12:.2f} | {total / 1e9:.3f} | {gather / 1e9:.3f} | "
-            f"{reduce / 1e9:.3f} | {(total - gather - reduce) / 1e9:.3f} | {1e3 * one['seconds']:.1f} | {one['bound']} |"
+            f"| {one['chips']} | {one['flops'] / 1e12:.2f} | {kinds} | {1e3 * one['seconds']:.1f} | {one['bound']} |"
         )
     return lines
 

@@ -5,6 +5,12 @@ cd "$(dirname "$0")/.."
 source launch/venv.sh
 
 install requirements-test.txt
+# The report's tests need a browser. A container's root gets one from the system's packages; elsewhere they are skipped.
+if ! command -v chromium chromium-browser google-chrome > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+  echo "installing chromium for the tests of the report"
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } \
+    > /dev/null || echo "chromium could not be installed: tests in a browser will be skipped"
+fi
 export JAX_PLATFORMS=cpu
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m ruff format --check .

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts: makes .venv once and installs requirements into it, again only when they changed.
 # Usage: install requirements.txt [requirements-test.txt ...]
 set -euo pipefail

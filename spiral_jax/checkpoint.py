@@ -149,8 +149,9 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
+        if error_type is None or jax.process_count() == 1:  # else the others do not come to end a save together
+            self.close()
 
     @contextlib.contextmanager
     def _reported(self, what: str) -> Iterator[None]:

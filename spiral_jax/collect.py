@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax.config import uses_aggregation
 from spiral_jax.groups import Role, Stop
 from spiral_jax.metrics import Mean
-from spiral_jax.objective import advantages
+from spiral_jax.objective import advantages, loss_weights
 from spiral_jax.rollout import Actor, Rollouts
 from spiral_jax.rollout_feed import RolloutFeed
 from spiral_jax.verifier.verifier import check_error_rate
@@ -31,6 +30,7 @@ class Batch:
 
     Attributes:
       rollouts: the first B kept problems in cursor order, advantages filled in (after the length gate).
+      discarded: the problems before `next_cursor` that were not kept, with advantage 0; for the trace log alone.
       search_weight_UxC, aggregation_weight_UxC: loss weights of their traces; the latter None without that stage.
       next_cursor: behind the last kept problem: where the next step starts.
       sampled_tokens: of everything that was drawn for this batch, abandoned traces too.
@@ -38,6 +38,7 @@ class Batch:
     """
 
     rollouts: Rollouts
+    discarded: Rollouts
     search_weight_UxC: np.ndarray
     aggregation_weight_UxC: np.ndarray | None
     next_cursor: int
@@ -73,13 +74,19 @@ def collect_batch(actor: Actor, weights: Any, step: int, cursor: int) -> Batch:
     metrics = _metrics(rollouts, found, counts) | of_sampler
     batch, search_weight, aggregation_weight = _weigh(c, rollouts.take(index), found, index)
     sampled_tokens = int(of_sampler["sampling/generated_tokens"])
-    return Batch(batch, search_weight, aggregation_weight, next_cursor, sampled_tokens, metrics)
+    discarded = _without_advantage(rollouts.take(np.flatnonzero(~found.keep_B & (rollouts.cursor_B < next_cursor))))
+    return Batch(batch, discarded, search_weight, aggregation_weight, next_cursor, sampled_tokens, metrics)
+
+
+def _without_advantage(rollouts: Rollouts) -> Rollouts:
+    """Advantage 0 on every trace: nothing was learned from these problems."""
+    zeros = lambda groups: dataclasses.replace(groups, advantage_UxC=np.zeros(groups.trace_len_UxC.shape, np.float32))  # noqa: E731
+    aggregation = None if rollouts.aggregation is None else zeros(rollouts.aggregation)
+    return dataclasses.replace(rollouts, search=zeros(rollouts.search), aggregation=aggregation)
 
 
 def _advantages(c: ConfigDict, rollouts: Rollouts) -> advantages.Advantages:
-    if uses_aggregation(c):
-        return advantages.compute(c.loss.estimator, rollouts.aggregated_reward_BxKxM(), rollouts.incidence_BxKxN())
-    return advantages.compute(c.loss.estimator, rollouts.search.reward_UxC)
+    return advantages.compute(c.loss.estimator, rollouts.rewards())
 
 
 def _weigh(
@@ -91,19 +98,18 @@ def _weigh(
         found.search_BxN[index], groups.trace_len_UxC, groups.stop_UxC, c.search.max_tokens, loss.length_gate
     )
     kept = dataclasses.replace(kept, search=dataclasses.replace(groups, advantage_UxC=gated))
-    if kept.aggregation is None:
-        weight = advantages.grpo_weights(gated, groups.reward_UxC, groups.trace_len_UxC, loss.search_weight)
-        return kept, weight, None
-    reward = kept.aggregated_reward_BxKxM()
-    search_weight = advantages.search_weights(
-        loss.estimator, loss.normalizer, gated, reward, c.aggregation.subset_size, loss.search_weight
+    rewards = kept.rewards()
+    search_weight = loss_weights.search_weights(
+        loss.estimator, loss.normalizer, gated, rewards, groups.trace_len_UxC, loss.search_weight
     )
-    groups = kept.aggregation
+    if kept.aggregation is None:
+        return kept, search_weight, None
+    reward, groups = rewards.aggregated_BxKxM, kept.aggregation
     gated = advantages.length_gate(
         found.aggregation_BxKxM[index].reshape(groups.trace_len_UxC.shape), groups.trace_len_UxC, groups.stop_UxC,
         c.aggregation.max_tokens, loss.length_gate,
     )  # fmt: skip
-    weight = advantages.aggregation_weights(
+    weight = loss_weights.aggregation_weights(
         loss.normalizer, gated.reshape(reward.shape), reward, loss.aggregation_weight
     )
     kept = dataclasses.replace(kept, aggregation=dataclasses.replace(groups, advantage_UxC=gated))

@@ -17,7 +17,23 @@ from ml_collections import ConfigDict
 MOST_EVAL_TRACES = 1000  # above, binomials leave float64: see estimators.py
 TASKS = ("jsonl", "parquet", "hf", "two_halves", "reasoning_gym")
 REMAT = ("none", "dots", "attention", "layer")  # ascending in what is computed twice
-ESTIMATORS = ("marginal_mean", "with_without", "aggregator_only", "grpo")
+METRIC_WRITERS = ("tensorboard", "wandb", "trackio")
+# How the search traces of each estimator are used: "sets", K distinct S-subsets drawn from a problem's traces are
+# aggregated; "partition", K disjoint ones; "search", no aggregation stage. Its advantages: objective/advantages.py.
+ESTIMATORS = {
+    "marginal_mean": "sets",
+    "with_without": "sets",
+    "disjoint_sets": "partition",
+    "aggregator_only": "sets",
+    "online_multitask": "sets",
+    "paragator": "sets",
+    "pkpo": "sets",
+    "polychromic": "sets",
+    "grpo": "search",
+    "grpo_nostd": "search",
+    "rloo": "search",
+}
+MOST_SCORED_SETS = 2000  # of polychromic, which scores all S-subsets of a problem's traces: more take gigabytes
 
 
 class ConfigError(ValueError):
@@ -61,6 +77,9 @@ def defaults() -> ConfigDict:
     c.task.generator = ""  # reasoning_gym: generator's name, e.g. "chain_sum"
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one (ours)
     c.task.reward = ""  # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function" (ours)
+    # what polychromic takes for a trace's strategy: "" = the task's own; your "package.module:function", a function
+    # (text, problem) -> anything hashable, None = none (ours: the paper asks a language model)
+    c.task.strategy = ""
 
     c.prompt = ConfigDict()
     # "chat": a user's turn in the tokenizer's chat template; "plain", for base models without one: the texts below as
@@ -122,7 +141,7 @@ def defaults() -> ConfigDict:
     c.batch.aggregation_groups = 16  # U of an aggregation micro-batch (ours)
 
     c.loss = ConfigDict()
-    c.loss.estimator = "marginal_mean"  # one of ESTIMATORS: see objective/advantages.py (paper)
+    c.loss.estimator = "marginal_mean"  # one of ESTIMATORS (paper)
     c.loss.normalizer = "unbiased"  # "unbiased": both terms are gradients of the same J; "sum" (ours; unpublished)
     c.loss.search_weight = 1.0  # w_s (ours; unpublished)
     c.loss.aggregation_weight = 1.0  # w_a (ours; unpublished)
@@ -173,6 +192,9 @@ def defaults() -> ConfigDict:
     c.checkpoint.every = 10  # steps; the last step is always saved; 0 = only that (ours)
     c.checkpoint.keep = 2  # newest checkpoints that are kept (ours)
 
+    c.metrics = ConfigDict()
+    c.metrics.writers = ()  # any of METRIC_WRITERS: where metrics are shown, beside metrics.jsonl (ours)
+
     c.trace_log = ConfigDict()
     c.trace_log.every = 10  # steps between files of traces; 0 = none (ours)
     c.trace_log.fraction = 1.0  # share of a step's problems that are written (ours)
@@ -191,8 +213,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def uses_aggregation(c: ConfigDict) -> bool:
-    """Whether the rollout has an aggregation stage: all estimators but GRPO, the control with search traces alone."""
-    return c.loss.estimator != "grpo"
+    """Whether the rollout has an aggregation stage, which GRPO and its relatives do without."""
+    return ESTIMATORS[c.loss.estimator] != "search"
 
 
 def eval_subset_size(c: ConfigDict) -> int:
@@ -218,7 +240,12 @@ def for_evaluation_in_training(c: ConfigDict) -> ConfigDict:
 
 def digest(c: ConfigDict) -> str:
     """SHA-256 of the configuration's JSON: two runs with the same digest were asked for the same thing."""
-    return hashlib.sha256(json.dumps(to_plain(c), sort_keys=True).encode()).hexdigest()
+    return digest_of(to_plain(c))
+
+
+def digest_of(plain: dict) -> str:
+    """The same of plain JSON types."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def to_plain(c: ConfigDict) -> dict:

@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 
 from spiral_jax.config import (
     ESTIMATORS,
+    METRIC_WRITERS,
     MOST_EVAL_TRACES,
+    MOST_SCORED_SETS,
     REMAT,
     TASKS,
     ConfigError,
@@ -53,9 +55,11 @@ def validate_evaluation(c: ConfigDict) -> None:
 def _validate_populations(c: ConfigDict, n: int, field: str) -> None:
     """RSA's sizes where `n` search traces are sampled, as `field` says."""
     population, set_size = c.eval.population, c.eval.set_size
-    _require(1 <= population <= n, "eval.population", population, f"between 1 and {field} = {n}",
+    for name in ("population", "set_size"):
+        _require(c.eval[name] >= 1, f"eval.{name}", c.eval[name], ">= 1")
+    _require(population <= n, "eval.population", population, f"at most {field} = {n}",
              "The first population are search traces.")  # fmt: skip
-    _require(1 <= set_size <= population, "eval.set_size", set_size, f"between 1 and eval.population = {population}")
+    _require(set_size <= population, "eval.set_size", set_size, f"at most eval.population = {population}")
 
 
 def _require(ok: bool, field: str, value: Any, allowed: str, advice: str = "") -> None:
@@ -81,6 +85,9 @@ def _validate_choices(c: ConfigDict) -> None:
         room, name = field.split(".")
         _require(c[room][name] in allowed, field, c[room][name], f"one of {', '.join(allowed)}")
     _validate_prompt(c)
+    writers = list(c.metrics.writers)
+    _require(len(set(writers)) == len(writers) and set(writers) <= set(METRIC_WRITERS), "metrics.writers", writers,
+             f"a tuple of {', '.join(METRIC_WRITERS)}, each at most once")  # fmt: skip
     _require(bool(c.model.hf_path), "model.hf_path", c.model.hf_path, "a directory with config.json and weights")
     _require(not c.model.adapter_path or c.model.lora_rank > 0, "model.adapter_path", c.model.adapter_path,
              "empty at model.lora_rank = 0", "Set model.lora_rank to the adapter's r.")  # fmt: skip
@@ -142,17 +149,11 @@ def _validate_task(c: ConfigDict, training: bool) -> None:
 def _validate_sets(c: ConfigDict) -> None:
     n, k, s, m = c.search.traces, c.aggregation.subsets, c.aggregation.subset_size, c.aggregation.traces
     if not uses_aggregation(c):
-        _require(n >= 2, "search.traces", n, ">= 2 for grpo", "One trace has no baseline, so no signal.")
+        _require(n >= 2, "search.traces", n, f">= 2 for {c.loss.estimator}",
+                 "One trace has no baseline, so no signal.")  # fmt: skip
         return
     _require(1 <= s <= n, "aggregation.subset_size", s, f"between 1 and search.traces = {n}")
-    total = math.comb(n, s)
-    _require(k <= total, "aggregation.subsets", k, f"at most C(N={n}, S={s}) = {total}",
-             "Subsets are distinct: raise search.traces or lower aggregation.subsets.")  # fmt: skip
-    if c.loss.estimator != "aggregator_only":
-        _require(k >= 2, "aggregation.subsets", k, ">= 2",
-                 "With one subset every set advantage is zero, so search gets no signal.")  # fmt: skip
-        _require(s < n, "aggregation.subset_size", s, f"below search.traces = {n}",
-                 "A trace that is in every subset has no baseline.")  # fmt: skip
+    _validate_search_signal(c, n, k, s)
     _require(m >= 2, "aggregation.traces", m, ">= 2",
              "With one trace a subset every aggregation advantage is zero.")  # fmt: skip
     if c.eval.problems:
@@ -163,6 +164,31 @@ def _validate_sets(c: ConfigDict) -> None:
         _require(c.eval.traces >= 1, "eval.traces", c.eval.traces, ">= 1")
         if c.eval.rounds_in_training:
             _validate_populations(c, n, "search.traces")
+
+
+def _validate_search_signal(c: ConfigDict, n: int, k: int, s: int) -> None:
+    """The sets that an estimator needs to tell search traces apart."""
+    estimator, total = c.loss.estimator, math.comb(n, s)
+    if ESTIMATORS[estimator] == "partition":
+        _require(1 <= k <= n // s, "aggregation.subsets", k, f"between 1 and search.traces // subset_size = {n // s}",
+                 f"The subsets of {estimator} are disjoint.")  # fmt: skip
+    else:
+        _require(1 <= k <= total, "aggregation.subsets", k, f"between 1 and C(N={n}, S={s}) = {total}",
+                 "Subsets are distinct: raise search.traces or lower aggregation.subsets.")  # fmt: skip
+    if estimator in ("marginal_mean", "with_without", "disjoint_sets"):
+        _require(k >= 2, "aggregation.subsets", k, ">= 2",
+                 "With one subset every set advantage is zero, so search gets no signal.")  # fmt: skip
+    if estimator in ("marginal_mean", "with_without", "disjoint_sets", "paragator", "polychromic"):
+        _require(s < n, "aggregation.subset_size", s, f"below search.traces = {n}",
+                 "A trace that is in every subset has no baseline.")  # fmt: skip
+    if estimator in ("pkpo", "polychromic"):
+        _require(s >= 2, "aggregation.subset_size", s, f">= 2 for {estimator}",
+                 "Of single traces it has no baseline, or no diversity.")  # fmt: skip
+    if estimator == "polychromic":
+        _require(total <= MOST_SCORED_SETS, "aggregation.subset_size", s,
+                 f"such that C(N={n}, S) = {total} is at most {MOST_SCORED_SETS}", "All sets are scored.")  # fmt: skip
+    if estimator == "online_multitask":
+        _require(n >= 2, "search.traces", n, ">= 2", "One trace has no baseline.")
 
 
 def _validate_batch(c: ConfigDict) -> None:

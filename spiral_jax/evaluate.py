@@ -29,9 +29,11 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from spiral_jax import comparison, config, config_checks, results, scaling_plots
+from spiral_jax import comparison, config, config_checks, distributed, results, scaling_plots
 from spiral_jax.config import ConfigError
+from spiral_jax.distributed import DistributedError
 from spiral_jax.evaluation import evaluate_wave, held_out
+from spiral_jax.mesh import make_mesh
 from spiral_jax.model import hf
 from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
@@ -43,13 +45,15 @@ from spiral_jax.verifier.verifier import CORRECT, Verifier
 from spiral_jax.workdir import StepLog, WorkdirError, open_workdir
 
 # What a user can mend: these end the program with their message alone, without a stack trace.
-USER_ERRORS = (ConfigError, hf.WeightsError, TaskError, WorkdirError, VerifierFailure, results.ResultsError)
+USER_ERRORS = (ConfigError, hf.WeightsError, TaskError, WorkdirError, VerifierFailure, results.ResultsError,
+               DistributedError)  # fmt: skip
 
 
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "model, task and what to sample", lock_config=True)
     flags.DEFINE_string("workdir", None, "directory of the evaluation, or of the comparison's pictures")
     flags.DEFINE_bool("compare", False, "compare two results.json: A, the baseline, and B")
+    distributed.define_flags()
     flags.FLAGS.set_gnu_getopt(True)  # flags may follow the two files
 
 
@@ -66,7 +70,9 @@ def main(argv: list[str]) -> None:
             raise app.UsageError(f"unknown arguments: {argv[1:]}")
         if given.config is None or given.workdir is None:
             raise app.UsageError("--config and --workdir are required (or --compare A/results.json B/results.json)")
-        evaluate(given.config, given.workdir)
+        with distributed.joined(given, USER_ERRORS):
+            distributed.introduce(make_mesh(given.config.mesh))
+            evaluate(given.config, given.workdir)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
 
@@ -83,8 +89,11 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
     path = open_workdir(workdir, config.to_plain(c), config.digest(c))
     model = model_fingerprint([setup.path, *([pathlib.Path(c.model.adapter_path)] if c.model.adapter_path else [])])
     journal = StepLog(path / "waves.jsonl")
+    distributed.check_equal(config=config.digest(c), model=model, data=setup.task.fingerprint)
     with Verifier(setup.reward, c.verifier.workers, c.verifier.timeout_s) as verifier:
         problems = run_waves(setup, journal, model, verifier)
+    if not distributed.is_first():
+        return
     waves = journal.read()
     records = [record for wave in waves for record in wave["records"]]
     counts = sum((Counter(wave["counts"]) for wave in waves), Counter())
@@ -112,8 +121,8 @@ def run_waves(setup: Setup, journal: StepLog, model: str, verifier: Verifier) ->
     problems = held_out(actor)
     waves = [list(problems)[i : i + c.eval.wave] for i in range(0, len(problems), c.eval.wave)]
     journal.cut_back(len(waves))
-    done = journal.read()
     stamp = {"model": model, "data": setup.task.fingerprint}
+    done = distributed.from_first(lambda: [{name: wave[name] for name in ("step", *stamp)} for wave in journal.read()])
     _check_journal(journal, done, stamp)
     if len(done) == len(waves):
         return problems

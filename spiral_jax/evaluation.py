@@ -175,6 +175,7 @@ def cut_at(groups: Groups, limit: int) -> Groups:
         logprob_UxCxG=groups.logprob_UxCxG[:, :, :limit],
         stop_UxC=np.where(cut_UxC, Stop.LENGTH, groups.stop_UxC),
         reward_UxC=None,
+        verdict_UxC=None,
     )
 
 
@@ -216,6 +217,7 @@ def _first_traces(groups: Groups, size: int) -> Groups:
         logprob_UxCxG=groups.logprob_UxCxG[:, :size],
         stop_UxC=groups.stop_UxC[:, :size],
         reward_UxC=None,
+        verdict_UxC=None,
     )
 
 

@@ -86,6 +86,7 @@ class Groups:
       logprob_UxCxG: float32, of the distribution that was really sampled from, recorded while decoding.
       stop_UxC: int32 values of `Stop`.
       reward_UxC: float32 in {0, 1}; NaN where the reward could not be had by our own failure. None: not verified.
+      verdict_UxC: objects, the `verifier.rewards.Verdict` behind each reward. None: not verified.
       advantage_UxC: float32. None: not computed.
     """
 
@@ -95,6 +96,7 @@ class Groups:
     logprob_UxCxG: np.ndarray
     stop_UxC: np.ndarray
     reward_UxC: np.ndarray | None = None
+    verdict_UxC: np.ndarray | None = None
     advantage_UxC: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -133,16 +135,16 @@ def concat_groups(parts: list[Groups]) -> Groups:
     """The groups of all parts, one after the other; prompts are padded to the widest.
 
     Raises:
-      ValueError: the parts differ in C, in G, or in which of rewards, advantages and limits they have.
+      ValueError: the parts differ in C, in G, or in which of rewards, verdicts, advantages and limits they have.
     """
     kinds = {
         (p.requests.traces, p.requests.max_tokens)
-        + tuple(a is None for a in (p.reward_UxC, p.advantage_UxC, p.requests.limit_UxC))
+        + tuple(a is None for a in (p.reward_UxC, p.verdict_UxC, p.advantage_UxC, p.requests.limit_UxC))
         for p in parts
     }
     if len(kinds) > 1:
         raise ValueError(
-            f"groups of several kinds (traces, max_tokens, no rewards, advantages, limits): {sorted(kinds)}"
+            f"groups of several kinds (traces, max_tokens, no rewards, verdicts, advantages, limits): {sorted(kinds)}"
         )
     width = max(part.requests.prompt_UxP.shape[1] for part in parts)
     requests = dataclasses.replace(

@@ -139,10 +139,10 @@ def _rsa_columns(records: Sequence[dict]) -> dict[str, Column]:
     """By round: the population's mean, pass@N, vote, answer entropy (nats), share cut off; tokens spent until then."""
 
     def by_round(value: Callable[[dict], float]) -> Column:
-        return _means(records, lambda record: [value(stage) for stage in _rounds(record)])
+        return _means(records, lambda record: [value(stage) for stage in populations(record)])
 
     def spent(of_round: Callable) -> Column:
-        return _means(records, lambda record: np.cumsum([of_round(stage["length"]) for stage in _rounds(record)]))
+        return _means(records, lambda record: np.cumsum([of_round(stage["length"]) for stage in populations(record)]))
 
     return {
         "rsa/single": by_round(lambda stage: accuracy(stage["answer"])),
@@ -155,7 +155,7 @@ def _rsa_columns(records: Sequence[dict]) -> dict[str, Column]:
     }
 
 
-def _rounds(record: dict) -> list[dict]:
+def populations(record: dict) -> list[dict]:
     """Populations of rounds 0..T."""
     size = len((record["rsa"] or [record["search"]])[0]["answer"])
     return [{name: values[:size] for name, values in record["search"].items()}, *record["rsa"]]

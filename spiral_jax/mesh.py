@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -102,6 +102,26 @@ def weight_shardings(tree: Any, mesh: Mesh, decode: bool = False) -> Any:
 def group_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Arrays whose axis number `leading` is U."""
     return NamedSharding(mesh, P(*(None,) * leading, GROUP_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device, so that every process can read it."""
+    return NamedSharding(mesh, P())
+
+
+def place(tree: Any, sharding: Any) -> Any:
+    """Host arrays, the same on every process, as device arrays; each process copies what its own devices hold.
+
+    Args:
+      sharding: of all arrays, or a tree of one for each.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    shardings = [sharding] * len(leaves) if isinstance(sharding, Sharding) else jax.tree.leaves(sharding)
+    placed = [
+        jax.make_array_from_callback(a.shape, s, lambda index: a[index])  # noqa: B023 - called at once
+        for a, s in zip(leaves, shardings, strict=True)
+    ]
+    return jax.tree.unflatten(structure, placed)
 
 
 def group_count_multiple(mesh: Mesh) -> int:

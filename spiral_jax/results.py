@@ -19,6 +19,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 from rich.table import Table
 
@@ -107,7 +108,7 @@ def _is_row(value: Any) -> bool:
 def read_results(path: str | os.PathLike) -> dict[str, Any]:
     """The content of a results file. Raises `ResultsError`: missing, damaged, or of another version."""
     try:
-        results = json.loads(pathlib.Path(path).read_bytes())
+        results = json.loads(epath.Path(path).read_bytes())
         version = results["version"]
     except OSError as error:
         raise ResultsError(f"{path}: cannot be read ({error.strerror}). Give the results.json of a run.") from error

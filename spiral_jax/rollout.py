@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,12 @@ from spiral_jax.groups import (
     pad_rows,
     take_groups,
 )
-from spiral_jax.objective import subsets
+from spiral_jax.objective.advantages import Rewards
 from spiral_jax.progress import Progress
 from spiral_jax.prompts import Scaffold
 from spiral_jax.sampling.protocol import Sampler, sample
 from spiral_jax.tasks.problem import Problem, Task
-from spiral_jax.verifier.rewards import Verdict
+from spiral_jax.verifier.rewards import Verdict, load_function
 from spiral_jax.verifier.verifier import Verifier, check_error_rate
 
 
@@ -52,9 +53,10 @@ class Rollouts:
     Attributes:
       problems: B of them, in cursor order.
       cursor_B: where each stands in the task's stream.
-      search: U = B groups. Their rewards are own correctness: a diagnostic, and the objective of grpo alone.
+      search: U = B groups. Their rewards are own correctness: a diagnostic for the estimators over drawn sets.
       member_BxKxS: which traces each subset holds; None without an aggregation stage.
       aggregation: U = B * K groups in (problem, subset) order; None without an aggregation stage.
+      strategy_BxN: numbers of the search traces' strategies in each problem, -1 = none; None unless asked for.
     """
 
     problems: list[Problem]
@@ -62,6 +64,7 @@ class Rollouts:
     search: Groups
     member_BxKxS: np.ndarray | None
     aggregation: Groups | None
+    strategy_BxN: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -73,8 +76,10 @@ class Rollouts:
     def aggregated_reward_BxKxM(self) -> np.ndarray:
         return self.aggregation.reward_UxC.reshape(len(self), -1, self.aggregation.requests.traces)
 
-    def incidence_BxKxN(self) -> np.ndarray:
-        return subsets.incidence(self.member_BxKxS, self.search.requests.traces)
+    def rewards(self) -> Rewards:
+        """What the objective is made from."""
+        aggregated_BxKxM = None if self.aggregation is None else self.aggregated_reward_BxKxM()
+        return Rewards(self.search.reward_UxC, aggregated_BxKxM, self.member_BxKxS, self.strategy_BxN)
 
     def take(self, index: np.ndarray) -> Rollouts:
         """The problems at `index`, with their groups."""
@@ -85,18 +90,20 @@ class Rollouts:
             member = self.member_BxKxS[index]
             aggregation = take_groups(self.aggregation, (index[:, None] * K + np.arange(K)).reshape(-1))
         problems = [self.problems[b] for b in index]
-        return Rollouts(problems, self.cursor_B[index], take_groups(self.search, index), member, aggregation)
+        strategy = None if self.strategy_BxN is None else self.strategy_BxN[index]
+        return Rollouts(problems, self.cursor_B[index], take_groups(self.search, index), member, aggregation, strategy)
 
 
 def concat_rollouts(parts: list[Rollouts]) -> Rollouts:
     """The problems of all parts, one after the other."""
-    with_aggregation = parts[0].aggregation is not None
+    with_aggregation, with_strategies = parts[0].aggregation is not None, parts[0].strategy_BxN is not None
     return Rollouts(
         problems=[problem for part in parts for problem in part.problems],
         cursor_B=np.concatenate([part.cursor_B for part in parts]),
         search=concat_groups([part.search for part in parts]),
         member_BxKxS=np.concatenate([part.member_BxKxS for part in parts]) if with_aggregation else None,
         aggregation=concat_groups([part.aggregation for part in parts]) if with_aggregation else None,
+        strategy_BxN=np.concatenate([part.strategy_BxN for part in parts]) if with_strategies else None,
     )
 
 
@@ -188,14 +195,35 @@ def verify(actor: Actor, problems: list[Problem], groups: Groups) -> tuple[Group
     return rewarded(groups, verdicts), texts, verdicts
 
 
-def trace_texts(actor: Actor, groups: Groups) -> list[str]:
-    """Text of every trace without special tokens, U * C."""
-    U, C = groups.trace_len_UxC.shape
-    rows = [groups.trace_ids(u, i) for u in range(U) for i in range(C)]
+def trace_texts(actor: Actor, groups: Groups, which: Iterable[int] | None = None) -> list[str]:
+    """Texts without special tokens of all U * C traces, or of those at `which` in that order."""
+    C = groups.trace_len_UxC.shape[1]
+    rows = [groups.trace_ids(*divmod(i, C)) for i in (range(groups.trace_len_UxC.size) if which is None else which)]
     return actor.scaffold.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
+def load_strategy(c: ConfigDict, task: Task) -> Callable[[str, Problem], Hashable | None] | None:
+    """The function that names a trace's strategy, for the estimator that asks for one; None for the others.
+
+    Raises:
+      ConfigError: there is none, or it cannot be loaded.
+    """
+    if c.loss.estimator != "polychromic":
+        return None
+    return load_function(
+        "task.strategy", c.task.strategy or task.strategy,
+        f'must be "package.module:function" for polychromic, since the task {c.task.name} names no strategies.',
+    )  # fmt: skip
+
+
+def number_strategies(names: list[Hashable | None]) -> np.ndarray:
+    """int32 [N]: equal names have equal numbers, in order of appearance; None is -1."""
+    number: dict[Hashable | None, int] = {None: -1}
+    return np.array([number.setdefault(name, len(number) - 1) for name in names], np.int32)
+
+
 def rewarded(groups: Groups, verdicts: list[Verdict]) -> Groups:
-    """The groups with the rewards of their traces' verdicts."""
-    reward_UxC = np.array([verdict.reward for verdict in verdicts], np.float32).reshape(groups.trace_len_UxC.shape)
-    return dataclasses.replace(groups, reward_UxC=reward_UxC)
+    """The groups with their traces' verdicts and rewards."""
+    shape = groups.trace_len_UxC.shape
+    reward_UxC = np.array([verdict.reward for verdict in verdicts], np.float32).reshape(shape)
+    return dataclasses.replace(groups, reward_UxC=reward_UxC, verdict_UxC=np.array(verdicts, object).reshape(shape))

@@ -4,7 +4,8 @@
 
 Nothing waits for another problem's stage. Admission knows the time only as decode chunks, and a verdict only
 `sampling.verdict_delay` chunks after its group ended (it waits for a late one), so what is tried, kept and discarded
-depends on data, keys and token counts alone, never on how quick verifier or device are.
+depends on data, keys and token counts alone, never on how quick verifier or device are. In a run of several processes
+each judges its share of a group's traces; the shares are united when the verdicts are due, at the same time on all.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from spiral_jax.config import ConfigError, uses_aggregation
+from spiral_jax import distributed
+from spiral_jax.config import ESTIMATORS, ConfigError, uses_aggregation
 from spiral_jax.groups import GroupRequests, Groups, Purpose, Role, concat_groups
 from spiral_jax.objective import subsets
 from spiral_jax.rollout import (
@@ -25,16 +27,18 @@ from spiral_jax.rollout import (
     aggregation_requests,
     concat_rollouts,
     fits,
+    load_strategy,
+    number_strategies,
     rewarded,
     search_requests,
     trace_texts,
 )
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.rewards import Verdict
-from spiral_jax.verifier.verifier import count_verdicts
+from spiral_jax.verifier.verifier import count_verdicts, exchange
 
 _PRIOR = 8  # decided problems that config.sampling.keep_rate weighs as much as
-_Verdicts = concurrent.futures.Future[list[Verdict]]
+_Judging = concurrent.futures.Future[list[Verdict]]
 
 
 @dataclasses.dataclass
@@ -44,9 +48,11 @@ class _Tried:
     problem: Problem
     cursor: int
     search: Groups | None = None
+    strategy_1xN: np.ndarray | None = None
     member_1xKxS: np.ndarray | None = None
     aggregation: dict[int, Groups] = dataclasses.field(default_factory=dict)  # by set
-    verdicts: dict[Role, _Verdicts] = dataclasses.field(default_factory=dict)
+    judging: dict[Role, _Judging] = dataclasses.field(default_factory=dict)  # this process's share
+    verdicts: dict[Role, list[Verdict]] = dataclasses.field(default_factory=dict)
     due: int | None = None  # when its verdicts may be known
     rollouts: Rollouts | None = None  # B = 1, rewards filled in
     kept: bool = False
@@ -65,6 +71,7 @@ class RolloutFeed:
 
     def __init__(self, actor: Actor, step: int, cursor: int, keep: Callable[[Rollouts], bool]):
         self._actor, self._step, self._keep = actor, step, keep
+        self._strategy = load_strategy(actor.c, actor.task)
         self._limit = int(actor.c.sampling.max_ratio * actor.c.batch.problems)
         self._tried: list[_Tried] = []
         self._by_cursor: dict[int, _Tried] = {}
@@ -86,9 +93,7 @@ class RolloutFeed:
 
     def finished(self, now: int) -> bool:
         """The first B kept problems are known, or all that may be tried has been. Takes in the verdicts due by now."""
-        for tried in self._tried:
-            if tried.due is not None and tried.due <= now and not tried.decided:
-                self._decide(tried)
+        self._decide([t for t in self._tried if t.due is not None and t.due <= now and not t.decided])
         kept = 0
         for tried in self._tried:
             if not tried.decided:
@@ -128,8 +133,8 @@ class RolloutFeed:
         counts, all_verdicts = self._counts.copy(), []
         for tried in found:
             for role, verdicts in tried.verdicts.items():
-                all_verdicts += verdicts.result()
-                for status, count in count_verdicts(verdicts.result()).items():
+                all_verdicts += verdicts
+                for status, count in count_verdicts(verdicts).items():
                     counts[f"{role.label}_{status}"] += count
         return concat_rollouts([tried.rollouts for tried in found]), counts, all_verdicts
 
@@ -159,7 +164,8 @@ class RolloutFeed:
 
     def _aggregate(self, tried: _Tried) -> None:
         c, a = self._actor.c, self._actor.c.aggregation
-        member_KxS = subsets.draw_subsets(
+        draw = subsets.disjoint_subsets if ESTIMATORS[c.loss.estimator] == "partition" else subsets.draw_subsets
+        member_KxS = draw(
             c.seed, int(Purpose.TRAIN), self._step, tried.cursor, 0, c.search.traces, a.subset_size, a.subsets
         )
         tried.member_1xKxS = member_KxS[None]
@@ -174,14 +180,27 @@ class RolloutFeed:
 
     def _submit(self, tried: _Tried, role: Role, groups: Groups) -> None:
         """Texts are decoded here: a tokenizer does not serve two threads."""
-        items = [(text, tried.problem) for text in trace_texts(self._actor, groups)]
-        tried.verdicts[role] = self._verifying.submit(self._actor.verifier.verify, items)
+        own = distributed.share(groups.trace_len_UxC.size)
+        items = [(text, tried.problem) for text in trace_texts(self._actor, groups, own)]
+        if role is Role.SEARCH and self._strategy:
+            texts = trace_texts(self._actor, groups)
+            tried.strategy_1xN = number_strategies([self._strategy(text, tried.problem) for text in texts])[None]
+        tried.judging[role] = self._verifying.submit(self._actor.verifier.judge, items)
 
-    def _decide(self, tried: _Tried) -> None:
-        search = rewarded(tried.search, tried.verdicts[Role.SEARCH].result())
-        aggregation = None
-        if tried.aggregation:
-            aggregation = rewarded(self._aggregation_of(tried), tried.verdicts[Role.AGGREGATION].result())
-        cursor_1 = np.array([tried.cursor])
-        tried.rollouts = Rollouts([tried.problem], cursor_1, search, tried.member_1xKxS, aggregation)
-        tried.kept = self._keep(tried.rollouts)
+    def _decide(self, due: list[_Tried]) -> None:
+        """Takes in the verdicts of problems that are due, those of all processes in one exchange."""
+        if not due:
+            return
+        sets = [(tried, role) for tried in due for role in tried.judging]
+        for (tried, role), verdicts in zip(sets, exchange([t.judging[r].result() for t, r in sets]), strict=True):
+            tried.verdicts[role] = verdicts
+        for tried in due:
+            search = rewarded(tried.search, tried.verdicts[Role.SEARCH])
+            aggregation = None
+            if tried.aggregation:
+                aggregation = rewarded(self._aggregation_of(tried), tried.verdicts[Role.AGGREGATION])
+            cursor_1 = np.array([tried.cursor])
+            tried.rollouts = Rollouts(
+                [tried.problem], cursor_1, search, tried.member_1xKxS, aggregation, tried.strategy_1xN
+            )
+            tried.kept = self._keep(tried.rollouts)

@@ -17,10 +17,12 @@ from spiral_jax import mesh as meshes
 from spiral_jax.config import ConfigError, eval_subset_size, uses_aggregation
 from spiral_jax.config_checks import validate, validate_evaluation
 from spiral_jax.groups import Role
+from spiral_jax.metric_writers import check_installed
 from spiral_jax.model import hf
-from spiral_jax.model.architecture import read_architecture
+from spiral_jax.model.architecture import Architecture, read_architecture
 from spiral_jax.model.qwen3 import ModelConfig
 from spiral_jax.prompts import Scaffold
+from spiral_jax.rollout import load_strategy
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.programs import Schedule
@@ -75,6 +77,7 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
       training: False: for `spiral_jax.evaluate`, `c` as `config.for_evaluation` returns it.
     """
     validate(c) if training else validate_evaluation(c)
+    check_installed(c.metrics.writers if training else ())
     mesh = meshes.make_mesh(c.mesh)
     task = load_task(c)
     if c.eval.problems > task.held_out_size:
@@ -84,6 +87,7 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
     reward = c.task.reward or task.reward
     if reward != MATH:
         load_reward(reward)
+    load_strategy(c, task)
     path = hf.resolve_path(c.model.hf_path)
     model = hf.model_config(read_architecture(path), c.model)
     if not (training or c.model.adapter_path or c.model.init_from):
@@ -94,8 +98,9 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
     stop_ids = prompts.stop_ids(tokenizer, path, c.prompt.stop)
     scaffold = prompts.make_scaffold(tokenizer, c.prompt, stop_ids)
     _check_prompt_lengths(c, scaffold, training)
+    check_mesh(model.arch, mesh)
     if training:
-        check_mesh(c, mesh)
+        check_micro_batches(c, mesh)
     sampler, eval_sampler = make_samplers(c, model, mesh, stop_ids)
     return Setup(c, path, mesh, task, reward, model, tokenizer, scaffold, sampler, eval_sampler)
 
@@ -179,7 +184,28 @@ def _largest_sets(c: ConfigDict, training: bool) -> ConfigDict:
     return c
 
 
-def check_mesh(c: ConfigDict, mesh: Mesh) -> None:
+def check_mesh(arch: Architecture, mesh: Mesh) -> None:
+    """Checks that the axes of the mesh divide what they cut of the model.
+
+    Raises:
+      ConfigError: one does not; each of its devices would hold, and compute, the whole.
+    """
+    cut = (
+        ("tensor", arch.H, "attention heads"),
+        ("tensor", arch.J, "key/value heads"),
+        ("tensor", arch.F, "feed-forward columns"),
+        ("fsdp", arch.D, "model dimensions"),
+    )
+    for axis, size, what in cut:
+        if size % mesh.shape[axis]:
+            allowed = [n for n in range(1, size + 1) if size % n == 0 and mesh.size % n == 0]
+            raise ConfigError(
+                f"config.mesh.{axis} = {mesh.shape[axis]}: must divide the model's {size} {what}; with {mesh.size} "
+                f"devices: {', '.join(map(str, allowed))}."
+            )
+
+
+def check_micro_batches(c: ConfigDict, mesh: Mesh) -> None:
     multiple = meshes.group_count_multiple(mesh)
     for field in ("search_groups", "aggregation_groups"):
         if c.batch[field] % multiple:

@@ -14,13 +14,15 @@ One step, in the order of the code below:
     train step        both kinds of trace, one gradient, one Adam step                          train_step
     checkpoint, evaluation, logs
 
-The same command on the same workdir resumes at the newest checkpoint, bit for bit; a finished run prints its table.
+The same command on the same workdir resumes at the newest checkpoint, bit for bit; a finished run prints its table. On
+several hosts it is started once on each: `spiral_jax.distributed`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import sys
 import time
 from typing import Any
@@ -30,13 +32,15 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from spiral_jax import batching, config, initial, report, results
+from spiral_jax import batching, config, curves, distributed, environment, initial, results
 from spiral_jax import mesh as meshes
 from spiral_jax.checkpoint import CheckpointError, Checkpoints
 from spiral_jax.collect import Batch, NoSignal, collect_batch
 from spiral_jax.config import ConfigError
+from spiral_jax.distributed import DistributedError
 from spiral_jax.evaluation import evaluate
 from spiral_jax.groups import Role
+from spiral_jax.metric_writers import MetricWriters
 from spiral_jax.metrics import divide
 from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.progress import Progress
@@ -55,13 +59,15 @@ class Mismatch(RuntimeError):
 
 
 # What a user can mend: these end the program with their message alone, without a stack trace.
-USER_ERRORS = (ConfigError, WeightsError, TaskError, WorkdirError, CheckpointError, NoSignal, VerifierFailure, Mismatch)
+USER_ERRORS = (ConfigError, WeightsError, TaskError, WorkdirError, CheckpointError, NoSignal, VerifierFailure, Mismatch,
+               DistributedError)  # fmt: skip
 
 
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "the experiment: a file of configs/", lock_config=True)
     flags.DEFINE_string("workdir", None, "directory of the run: logs, traces, checkpoints")
     flags.DEFINE_bool("dry_run", False, "check config, data, tokenizer and shapes; write nothing")
+    distributed.define_flags()
     flags.mark_flag_as_required("config")
 
 
@@ -73,14 +79,16 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--workdir is required (or --dry_run)")
     logging.set_verbosity(logging.WARNING)
     try:
-        keep_compiled_programs()
-        setup = set_up(given.config)
-        if given.dry_run:
-            check_shapes(setup)
-            print(setup.c, *filter(None, [setup.task.report]), sep="\n")
-            print("config, data, tokenizer and shapes are fine; nothing was written")
-        else:
-            train(setup, given.workdir)
+        with distributed.joined(given, USER_ERRORS):
+            keep_compiled_programs()
+            distributed.introduce(meshes.make_mesh(given.config.mesh))
+            setup = set_up(given.config)
+            if given.dry_run:
+                check_shapes(setup)
+                print(setup.c, *filter(None, [setup.task.report]), sep="\n")
+                print("config, data, tokenizer and shapes are fine; nothing was written")
+            else:
+                train(setup, given.workdir)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
 
@@ -101,6 +109,9 @@ def train(setup: Setup, workdir: str) -> None:
         initial.check_start(c, setup.path, setup.model)
     path = open_workdir(workdir, config.to_plain(c), config.digest(c))
     checkpoints = Checkpoints(path / "checkpoints", c.checkpoint.keep)
+    distributed.check_equal(
+        config=config.digest(c), data=setup.task.fingerprint, checkpoint=f"step {checkpoints.latest()}"
+    )
     base, lora = setup.load_start() if checkpoints.latest() is None else (setup.load_base(), None)
     frozen, state = init_state(c, setup.model, base, mesh, lora)
     at = Position()
@@ -112,7 +123,8 @@ def train(setup: Setup, workdir: str) -> None:
     train_step = make_train_step(c, setup.model)
 
     with Verifier(setup.reward, c.verifier.workers, c.verifier.timeout_s) as verifier, \
-            Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(mesh):  # fmt: skip
+            Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(mesh), \
+            _started(path, c, at) as writers:  # fmt: skip
         if not _finished(c, at):
             print(*filter(None, (setup.task.report, setup.sampler.start_report())), sep="\n", flush=True)
         actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, progress)
@@ -120,7 +132,7 @@ def train(setup: Setup, workdir: str) -> None:
         weights = setup.sampler.prepare(variables(setup.model, frozen, state.trained))
         while not _finished(c, at):
             if at.step == 0 or (c.eval.every and at.step % c.eval.every == 0):
-                _evaluate_once(evaluator, weights, at.step, evaluations, path)
+                _evaluate_once(evaluator, weights, at.step, evaluations, path, writers)
             start = time.monotonic()
 
             batch = collect_batch(actor, weights, at.step, at.cursor)
@@ -134,10 +146,11 @@ def train(setup: Setup, workdir: str) -> None:
             _check_mismatch(c, at.step, metrics)
 
             if c.trace_log.every and at.step % c.trace_log.every == 0:
-                traces.write(at.step, trace_rows(batch.rollouts, setup.tokenizer, c.trace_log.fraction))
+                traces.write(at.step, trace_rows(c, batch, setup.tokenizer))
             seconds = time.monotonic() - start
             metrics |= progress.take_times() | {"time/step": seconds, "tokens_per_s": batch.sampled_tokens / seconds}
             metrics_log.append({"step": at.step} | metrics)
+            writers.write({"step": at.step} | metrics)
             at = Position(at.step + 1, batch.next_cursor, at.sampled_tokens + batch.sampled_tokens)
             reward = metrics.get("reward/aggregated", metrics["reward/search"])
             progress.step_done(at.step, reward, batch.sampled_tokens, seconds)
@@ -145,8 +158,9 @@ def train(setup: Setup, workdir: str) -> None:
                 with progress.phase("checkpoint"):
                     checkpoints.save(at.step, state, {"at": dataclasses.asdict(at), "data": setup.task.fingerprint})
         checkpoints.wait()
-        _evaluate_once(evaluator, weights, at.step, evaluations, path)
-    _report(path, at, evaluations)
+        _evaluate_once(evaluator, weights, at.step, evaluations, path, writers)
+    if distributed.is_first():
+        _summarise(path, at, evaluations)
 
 
 def _finished(c: ConfigDict, at: Position) -> bool:
@@ -172,14 +186,30 @@ def _open_logs(path: pathlib.Path, c: ConfigDict, step: int) -> tuple[StepLog, T
     return metrics_log, traces, evaluations
 
 
-def _evaluate_once(actor: Actor, weights: Any, step: int, evaluations: StepLog, path: pathlib.Path) -> None:
+def _started(path: pathlib.Path, c: ConfigDict, at: Position) -> MetricWriters:
+    """Notes in starts.jsonl what the run goes on with, unless it has ended, and opens its metric writers."""
+    starts = StepLog(path / "starts.jsonl")
+    if _finished(c, at) or not distributed.is_first():
+        return MetricWriters((), path, "", {}, at.step)
+    starts.cut_back(at.step + 1)
+    starts.append({"step": at.step} | environment.describe())
+    first = re.sub(r"\W", "", starts.read()[0]["time"].removesuffix("+00:00"))
+    return MetricWriters(c.metrics.writers, path, f"{path.name}-{first}", config.to_plain(c), at.step)
+
+
+def _evaluate_once(
+    actor: Actor, weights: Any, step: int, evaluations: StepLog, path: pathlib.Path, writers: MetricWriters
+) -> None:
     """Evaluates the policy after `step` steps, unless its row says that this was done before."""
-    if actor.c.eval.problems and step not in [done["step"] for done in evaluations.read()]:
+    if actor.c.eval.problems and step not in distributed.from_first(
+        lambda: [row["step"] for row in evaluations.read()]
+    ):
         with actor.progress.phase("evaluating"):
             row, found = evaluate(actor, weights, step)
-            if found is not None:
+            if found is not None and distributed.is_first():
                 results.write_results(path / "evaluations" / f"step_{step:06d}" / "results.json", found)
             evaluations.append(row)
+            writers.write(row, "evaluation/")
         actor.progress.take_times()  # a step's times are its own
 
 
@@ -193,8 +223,8 @@ def _blocks(c: ConfigDict, batch: Batch, mesh: jax.sharding.Mesh) -> list[batchi
     for role, groups, weight_UxC, most in roles:
         lengths, micro = c.batch[f"{role.label}_lengths"], c.batch[f"{role.label}_groups"]
         blocks += batching.make_blocks(role, groups, weight_UxC, [tuple(pair) for pair in lengths], micro, most)
-    place = lambda a: jax.device_put(a, meshes.group_sharding(mesh, leading=1)) if np.ndim(a) else a  # noqa: E731
-    return jax.tree.map(place, blocks)
+    along = meshes.group_sharding(mesh, leading=1)
+    return jax.tree.map(lambda a: meshes.place(a, along) if np.ndim(a) else a, blocks)
 
 
 def _step_metrics(batch: Batch, found: dict[str, Any]) -> dict[str, float | None]:
@@ -215,13 +245,13 @@ def _check_mismatch(c: ConfigDict, step: int, metrics: dict[str, float | None]) 
         )
 
 
-def _report(path: pathlib.Path, at: Position, evaluations: StepLog) -> None:
+def _summarise(path: pathlib.Path, at: Position, evaluations: StepLog) -> None:
     """Draws the curves, writes and prints the table."""
     done = evaluations.read()
-    report.draw_curves(path / "metrics.jsonl", done, path / "curves.png")
+    curves.draw_curves(path / "metrics.jsonl", done, path / "curves.png")
     print(f"\n{at.step} steps, {at.sampled_tokens:,} sampled tokens; curves: {path / 'curves.png'}", flush=True)
     if done:
-        table = report.evaluation_table(done)
+        table = curves.evaluation_table(done)
         (path / "results.md").write_text(table)
         print(table, flush=True)
 

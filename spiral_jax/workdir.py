@@ -1,12 +1,14 @@
 """The run's directory: rows of plain numbers and text -> files that survive a kill and a resume.
 
     WORKDIR/config.json                    the configuration and `config_digest`
+    WORKDIR/starts.jsonl                   one JSON object each time the run starts or resumes, see `environment`
     WORKDIR/metrics.jsonl                  one JSON object a step
     WORKDIR/traces/step_000123.jsonl.gz    one JSON object a trace
     WORKDIR/checkpoints/                   see `spiral_jax.checkpoint`
 
 Row `step` = s belongs to the step that starts with s steps done, so a resume from the checkpoint of step s first calls
-`cut_back(s)` on both logs. In a multi-host run only process 0 uses this module.
+`cut_back(s)` on both logs. In a run of several processes only process 0 touches the directory: what writes does nothing
+on the others, and what is read goes to them through `distributed.from_first`.
 """
 
 from __future__ import annotations
@@ -17,13 +19,19 @@ import json
 import math
 import os
 import re
+import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from etils import epath
+
 from spiral_jax.config import difference
+from spiral_jax.distributed import is_first
 
 _CONFIG = "config.json"
+_SHARED_WITHIN_S = 90.0  # network file systems remember for up to a minute that a file was not there
 _TRACE_FILE = re.compile(r"step_(\d+)\.jsonl\.gz")
 
 
@@ -49,6 +57,9 @@ def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str) -> Pa
             f"Give a path of a mounted file system."
         )
     workdir = Path(path).absolute()
+    if not is_first():
+        _wait_for_first(workdir)
+        return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         entries = sorted(entry.name for entry in workdir.iterdir() if entry.name != _temporary(workdir / _CONFIG).name)
@@ -79,9 +90,24 @@ def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str) -> Pa
     return workdir
 
 
+def _wait_for_first(workdir: Path) -> None:
+    """Returns when this process sees what process 0 has made; a shared directory may show it seconds later."""
+    end = time.monotonic() + _SHARED_WITHIN_S
+    while not (workdir / _CONFIG).exists():
+        if time.monotonic() > end:
+            raise WorkdirError(
+                f"--workdir={workdir}: process 0 has made it, this host does not see it after {_SHARED_WITHIN_S:g} s. "
+                "All hosts write their part of the checkpoints: give a directory of a file system that they share."
+            )
+        time.sleep(0.2)
+
+
 def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:
-    """(plain configuration, its digest) of the run in `workdir`. Raises `WorkdirError`: none there, or damaged."""
-    path = Path(workdir) / _CONFIG
+    """(plain configuration, its digest) of the run in `workdir`. Raises `WorkdirError`: none there, or damaged.
+
+    `workdir` may be an address that etils' epath knows (gs://, s3://), as for the other functions that only read.
+    """
+    path = epath.Path(workdir) / _CONFIG
     try:
         content = json.loads(path.read_bytes())
         return content, content.pop("config_digest")
@@ -94,6 +120,46 @@ def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:
         ) from error
 
 
+def read_log(path: epath.Path) -> list[dict]:
+    """All rows of a log that a run may be writing right now: none if it is not there, a torn last line left out.
+
+    Raises:
+      WorkdirError: a line before the last one is not a row.
+    """
+    return [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
+
+
+def trace_files(directory: epath.Path) -> dict[int, epath.Path]:
+    """The trace files of a run by step, ascending."""
+    paths = directory.iterdir() if directory.exists() else ()
+    matches = [(_TRACE_FILE.fullmatch(path.name), path) for path in paths]
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def read_traces(path: epath.Path) -> Iterator[dict]:
+    """The rows of a trace file. Raises `WorkdirError` where it is damaged, `FileNotFoundError` where it is gone."""
+    with path.open("rb") as packed, gzip.open(packed) as file:
+        try:
+            yield from map(json.loads, file)
+        except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise WorkdirError(f"{path}: damaged ({error}). Delete it, or put it back from a copy.") from error
+
+
+def _whole_lines(path: epath.Path) -> list[bytes]:
+    """The lines that are rows. Raises `WorkdirError`: one before the last is not."""
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            _step_of(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                return lines[:-1]
+            raise WorkdirError(
+                f"{path}, line {number}: damaged ({error}). Repair or delete this line, then resume."
+            ) from error
+    return lines
+
+
 class StepLog:
     """JSON lines, one object a step: strict JSON, so a NaN or infinity is written as null."""
 
@@ -103,8 +169,9 @@ class StepLog:
     def append(self, row: dict) -> None:
         """Writes one line; `row["step"]` is an int. Values: JSON types and numpy or jax scalars and arrays."""
         _step_of(row)
-        with open(self.path, "ab") as file:
-            file.write(_line(row))
+        if is_first():
+            with open(self.path, "ab") as file:
+                file.write(_line(row))
 
     def read(self) -> list[dict]:
         """All rows; none if nothing was written yet. Call `cut_back` first, which repairs a torn last line."""
@@ -118,22 +185,13 @@ class StepLog:
         Raises:
           WorkdirError: a line before the last one is not a row.
         """
-        if not self.path.exists():
+        if not is_first() or not self.path.exists():
             return 0
-        lines = self.path.read_bytes().splitlines()
-        kept = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                if _step_of(json.loads(line)) < step:
-                    kept.append(line + b"\n")
-            except ValueError as error:
-                if number < len(lines):
-                    raise WorkdirError(
-                        f"{self.path}, line {number}: damaged ({error}). Repair or delete this line, then resume."
-                    ) from error
+        kept = [line + b"\n" for line in _whole_lines(self.path) if _step_of(json.loads(line)) < step]
+        dropped = len(self.path.read_bytes().splitlines()) - len(kept)
         with _replacing(self.path) as file:
             file.writelines(kept)
-        return len(lines) - len(kept)
+        return dropped
 
 
 class TraceLog:
@@ -149,8 +207,10 @@ class TraceLog:
 
         Values of `rows` are those that `StepLog.append` takes.
         """
-        self.directory.mkdir(exist_ok=True)
         path = self.directory / f"step_{step:06d}.jsonl.gz"
+        if not is_first():
+            return path
+        self.directory.mkdir(exist_ok=True)
         # Level 1: ids and log-probs hardly compress; on them level 6 was 6 times slower and 13 % smaller.
         with (
             _replacing(path) as file,
@@ -158,21 +218,16 @@ class TraceLog:
         ):
             for row in rows:
                 packed.write(_line(row))
-        for _, old in self._files()[: -self.keep_steps]:
+        for old in list(trace_files(self.directory).values())[: -self.keep_steps]:
             old.unlink()
         return path
 
     def cut_back(self, step: int) -> int:
         """Deletes the files of `step` and later; returns how many."""
-        dropped = [path for held, path in self._files() if held >= step]
+        dropped = [path for held, path in trace_files(self.directory).items() if held >= step and is_first()]
         for path in dropped:
             path.unlink()
         return len(dropped)
-
-    def _files(self) -> list[tuple[int, Path]]:
-        paths = self.directory.iterdir() if self.directory.exists() else ()
-        matches = [(_TRACE_FILE.fullmatch(path.name), path) for path in paths]
-        return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def _step_of(row: Any) -> int:

@@ -11,7 +11,8 @@ from spiral_jax import prompts
 from spiral_jax.collect import NoSignal, collect_batch
 from spiral_jax.config import ConfigError
 from spiral_jax.groups import Purpose, Role, Stop
-from spiral_jax.objective import advantages, subsets
+from spiral_jax.objective import advantages, own_advantages
+from spiral_jax.objective.advantages import Rewards
 from spiral_jax.rollout import aggregate, search, verify
 
 
@@ -59,7 +60,7 @@ def test_weights_are_those_of_the_objective_on_the_kept_problems():
     kept = batch.rollouts
     reward = right[kept.cursor_B].astype(np.float32)
     np.testing.assert_array_equal(kept.aggregated_reward_BxKxM(), reward)
-    found = advantages.compute("marginal_mean", reward, subsets.incidence(kept.member_BxKxS, 8))
+    found = advantages.compute("marginal_mean", Rewards(np.zeros((4, 8)), reward, kept.member_BxKxS))
     np.testing.assert_allclose(batch.search_weight_UxC, found.search_BxN / (4 * 0.886), rtol=1e-3)  # c to 3 digits
     weight_BxKxM = batch.aggregation_weight_UxC.reshape(4, 4, 4)
     np.testing.assert_allclose(weight_BxKxM, found.aggregation_BxKxM / (4 * 4 * 3), rtol=1e-6)
@@ -147,7 +148,49 @@ def test_grpo_uses_the_traces_own_rewards_and_no_aggregation():
     assert batch.rollouts.cursor_B.tolist() == [1, 2, 4, 5]  # cursor % 3 == 0: all wrong
     reward = batch.rollouts.search.reward_UxC
     tokens = batch.rollouts.search.trace_len_UxC.sum()
-    np.testing.assert_allclose(batch.search_weight_UxC, advantages.grpo(reward) / tokens, rtol=1e-6)
+    np.testing.assert_allclose(batch.search_weight_UxC, own_advantages.grpo(reward) / tokens, rtol=1e-6)
+
+
+OWN_RIGHT = lambda role, cursor, k, i: (  # noqa: E731  search is right with its first cursor % 4 traces
+    f"{'left' if i % 2 else 'right'}=1 \\boxed{{{7 if role is Role.SEARCH and i < cursor % 4 else 8}}}"
+)
+
+
+@pytest.mark.parametrize("estimator", ["online_multitask", "paragator", "pkpo", "polychromic"])
+def test_own_correctness_decides_where_the_aggregations_are_flat(estimator):
+    actor = make_actor(OWN_RIGHT, loss__estimator=estimator, task__strategy="test_collect:first_word")
+    batch = collect_batch(actor, None, step=0, cursor=0)
+    assert batch.rollouts.cursor_B.tolist() == [1, 2, 3, 5]  # cursor % 4 == 0: all wrong
+    found = advantages.compute(estimator, batch.rollouts.rewards())
+    assert found.search_BxN.any(axis=1).all() and not batch.aggregation_weight_UxC.any()
+    scale = batch.search_weight_UxC[0, 0] / found.search_BxN[0, 0]
+    np.testing.assert_allclose(batch.search_weight_UxC, scale * found.search_BxN, rtol=1e-6)
+    if estimator == "polychromic":
+        np.testing.assert_array_equal(batch.rollouts.strategy_BxN, np.tile([0, 1], (4, 4)))
+
+
+def first_word(text, problem):
+    return text.split("=")[0]
+
+
+def test_polychromic_without_a_name_for_strategies_is_an_error_that_names_the_field():
+    with pytest.raises(ConfigError, match="config.task.strategy = ''.*polychromic"):
+        collect_batch(make_actor(OWN_RIGHT, loss__estimator="polychromic"), None, step=0, cursor=0)
+
+
+@pytest.mark.parametrize("estimator", ["grpo_nostd", "rloo"])
+def test_relatives_of_grpo_have_no_aggregation(estimator):
+    batch = collect_batch(make_actor(OWN_RIGHT, loss__estimator=estimator), None, step=0, cursor=0)
+    assert batch.rollouts.aggregation is None and batch.aggregation_weight_UxC is None
+    assert batch.rollouts.cursor_B.tolist() == [1, 2, 3, 5]
+
+
+def test_disjoint_sets_partition_the_traces_and_their_members_share_a_weight():
+    actor = make_actor(answers(lambda cursor, k, i: k == 0), loss__estimator="disjoint_sets", aggregation__subsets=2)
+    batch = collect_batch(actor, None, step=0, cursor=0)
+    for b, member_KxS in enumerate(batch.rollouts.member_BxKxS):
+        assert sorted(member_KxS.ravel().tolist()) == list(range(8))
+        np.testing.assert_allclose(batch.search_weight_UxC[b, member_KxS], [[0.5 / 4] * 4, [-0.5 / 4] * 4])
 
 
 # Virtual time
@@ -159,9 +202,9 @@ class SlowVerifier:
     def __init__(self, verifier, seconds):
         self.verifier, self.seconds = verifier, seconds
 
-    def verify(self, items):
+    def judge(self, items):
         time.sleep(self.seconds * (int(items[0][1].id[1:]) % 3))
-        return self.verifier.verify(items)
+        return self.verifier.judge(items)
 
 
 def test_how_long_the_verifier_takes_changes_nothing():

@@ -105,6 +105,30 @@ def test_one_subset_gives_search_no_signal():
     validate(c)
 
 
+@pytest.mark.parametrize("estimator, changes, words", [
+    ("disjoint_sets", {}, "aggregation.subsets = 4: must be between 1 and search.traces // subset_size = 2"),
+    ("disjoint_sets", {"aggregation.subsets": 1}, "every set advantage is zero"),
+    ("paragator", {"aggregation.subset_size": 8, "aggregation.subsets": 1}, "below search.traces"),
+    ("pkpo", {"aggregation.subset_size": 1}, "aggregation.subset_size = 1: must be >= 2 for pkpo"),
+    ("polychromic", {"aggregation.subset_size": 1}, ">= 2 for polychromic"),
+    ("polychromic", {"search.traces": 16}, "C(N=16, S) = 12870 is at most 2000"),
+    ("online_multitask", {"search.traces": 1, "aggregation.subset_size": 1, "aggregation.subsets": 1}, "no baseline"),
+    ("rloo", {"search.traces": 1}, ">= 2 for rloo"),
+    ("grpo_nostd", {"search.traces": 1}, ">= 2 for grpo_nostd"),
+])  # fmt: skip
+def test_an_estimator_refuses_sets_that_give_it_no_signal(estimator, changes, words):
+    c = tiny.get_config()
+    c.loss.estimator = estimator
+    if "search.traces" in changes and changes["search.traces"] > 8:
+        c.aggregation.subset_size = 8
+    for field, value in changes.items():
+        room, name = field.split(".")
+        c[room][name] = value
+    with pytest.raises(ConfigError) as caught:
+        validate(c)
+    assert words in str(caught.value)
+
+
 def test_jsonl_needs_a_training_file_and_a_held_out_one_unless_nothing_is_evaluated():
     c = defaults()
     c.model.hf_path = "somewhere"
@@ -188,3 +212,12 @@ def test_the_evaluation_samples_its_own_numbers_and_leaves_the_given_config_alon
     run = for_evaluation(c)
     assert (run.search.traces, run.aggregation.subset_size) == (12, 3)
     assert (c.search.traces, c.aggregation.subset_size) == (8, 4)
+
+
+def test_rounds_during_training_need_a_population_among_the_search_traces():
+    c = tiny.get_config()
+    c.eval.population = 9
+    validate(c)  # nobody asks for rounds
+    c.eval.rounds_in_training = 1
+    with pytest.raises(ConfigError, match=r"eval.population = 9: must be at most search.traces = 8"):
+        validate(c)

@@ -71,8 +71,8 @@ def finished(tmp_path_factory):
 def test_a_run_writes_what_the_readme_lists(finished):
     workdir, done = finished
     assert [row["step"] for row in metrics_of(workdir)] == [0, 1, 2, 3]
-    names = {"config.json", "metrics.jsonl", "evaluations.jsonl", "traces", "checkpoints", "curves.png", "results.md",
-             "evaluations"}  # fmt: skip
+    names = {"config.json", "starts.jsonl", "metrics.jsonl", "evaluations.jsonl", "evaluations", "traces",
+             "checkpoints", "curves.png", "results.md"}  # fmt: skip
     assert {path.name for path in workdir.iterdir()} == names
     evaluations = [json.loads(line) for line in (workdir / "evaluations.jsonl").read_text().splitlines()]
     assert [evaluation["step"] for evaluation in evaluations] == [0, 4]

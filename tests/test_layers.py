@@ -10,13 +10,15 @@ import spiral_jax
 ROOT = pathlib.Path(spiral_jax.__file__).parent
 
 FLOORS = {
-    0: {"groups", "config", "config_checks", "metrics", "mesh"},
+    0: {"groups", "config", "config_checks", "metrics", "mesh", "distributed"},
     1: {"model", "tasks", "prompts", "templates", "verifier", "estimators", "measures", "flops"}
-    | {"objective.subsets", "objective.advantages"},
+    | {"objective.subsets", "objective.set_advantages", "objective.own_advantages", "objective.advantages"}
+    | {"objective.loss_weights"},
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
     3: {"setup", "initial", "rollout", "rollout_feed", "collect", "train_step", "evaluation", "results", "comparison"}
-    | {"checkpoint", "workdir", "trace_log", "report", "progress", "scaling_plots", "planning"},
-    4: {"train", "evaluate", "plan", "sft", "export", "spiral_infer", "prepare_data"},
+    | {"checkpoint", "workdir", "trace_log", "curves", "progress", "reporting", "environment", "metric_writers"}
+    | {"planning", "scaling_plots", "study_plan", "study_results", "study_plots", "study_report"},
+    4: {"train", "evaluate", "plan", "report", "study", "sft", "export", "spiral_infer", "prepare_data"},
 }
 # Within a floor a module may import its neighbours; commands may not import each other.
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

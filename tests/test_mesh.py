@@ -13,6 +13,7 @@ from spiral_jax import mesh as meshes
 from spiral_jax.config import ConfigError, defaults
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.qwen3 import ModelConfig, init_variables
+from spiral_jax.setup import check_mesh
 from spiral_jax.train_step import abstract_state
 
 DEVICES = jax.device_count()
@@ -68,6 +69,42 @@ def test_sizes_that_do_not_fit_are_an_error_that_shows_them(asked, message):
     with pytest.raises(ConfigError, match=message) as error:
         meshes.make_mesh(sizes(*asked))
     assert "config.mesh = data={}, fsdp={}, tensor={}".format(*asked) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((1, 1, 3), "config.mesh.tensor = 3: must divide the model's 2 key/value heads; with 3 devices: 1."),
+        ((1, 1, 4), "config.mesh.tensor = 4: must divide the model's 6 attention heads; with 4 devices: 1, 2."),
+        ((2, 5, 1), "config.mesh.fsdp = 5: must divide the model's 48 model dimensions; with 10 devices: 1, 2."),
+        ((7, 1, 2), None),
+        ((1, 16, 1), None),
+    ],
+)
+def test_an_axis_that_does_not_divide_the_model_is_an_error_that_says_what_would(shape, message):
+    arch, mesh = model_config(tied=True, lora_rank=0).arch, AbstractMesh(shape, meshes.AXES)
+    if message is None:
+        check_mesh(arch, mesh)
+    else:
+        with pytest.raises(ConfigError) as error:
+            check_mesh(arch, mesh)
+        assert str(error.value) == message
+
+
+def test_placed_arrays_are_those_of_the_host():
+    mesh, rng = meshes.make_mesh(sizes(-1, 1, 1)), np.random.default_rng(0)
+    tree = {"a": rng.normal(size=(DEVICES, 3)), "b": rng.integers(0, 9, (2, DEVICES)), "c": np.array(7)}
+    shardings = {
+        "a": meshes.group_sharding(mesh),
+        "b": meshes.group_sharding(mesh, leading=1),
+        "c": meshes.replicated(mesh),
+    }
+    placed = meshes.place(tree, shardings)
+    for name, array in tree.items():
+        np.testing.assert_array_equal(placed[name], array.astype(placed[name].dtype))
+        assert placed[name].sharding == shardings[name]
+    pair = meshes.place((tree["a"], tree["a"] + 1), meshes.group_sharding(mesh))
+    assert [array.sharding for array in pair] == [meshes.group_sharding(mesh)] * 2
 
 
 @pytest.mark.parametrize("name", ["params", "layers/q/bias", "layers/q", "layers/rotary/kernel", "layers/q/kernel/x"])

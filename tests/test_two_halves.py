@@ -75,3 +75,15 @@ def test_a_trace_has_room_for_one_half_and_an_aggregation_trace_for_none():
     assert longest_trace <= c.search.max_tokens
     assert 2 * shortest_half > c.search.max_tokens
     assert shortest_half > c.aggregation.max_tokens
+
+
+@pytest.mark.parametrize("side", two_halves.SIDES)
+def test_a_trace_has_the_strategy_of_the_half_it_works_on_even_if_it_errs(side):
+    problem = two_halves.task(0).train(5)
+    text = two_halves.work_out(problem, side, 7)
+    assert two_halves.strategy(text, problem) == side
+    wrong = text.replace(f"{side}:{problem.answer[two_halves.SIDES.index(side)]}", f"{side}:x")
+    assert two_halves.strategy(wrong, problem) is None and two_halves.strategy("nothing", problem) is None
+    first = re.search(r"=(\d+)\+", text)[1]
+    erring = text.replace(f"={first}+", f"={int(first) + 1}+")
+    assert two_halves.strategy(erring, problem) == side and two_halves.worked_half(problem, erring) is None

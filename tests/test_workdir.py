@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from spiral_jax import config
+from spiral_jax import workdir as workdirs
 from spiral_jax.workdir import StepLog, TraceLog, WorkdirError, open_workdir, read_config
 
 
@@ -52,6 +53,22 @@ def test_another_config_is_refused_with_every_field_and_both_values(tmp_path):
         assert text in str(raised.value)
     assert str(raised.value).count("->") == 3  # the two fields and the legend
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_another_process_writes_nothing_and_waits_for_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdirs, "is_first", lambda: False)
+    monkeypatch.setattr(workdirs, "_SHARED_WITHIN_S", 0.1)
+    with pytest.raises(WorkdirError, match="this host does not see it after 0.1 s.*that they share"):
+        open_workdir(tmp_path / "own", *settings())
+    (tmp_path / "config.json").write_text("written by process 0")
+    assert open_workdir(tmp_path, *settings()) == tmp_path
+    log, traces = StepLog(tmp_path / "metrics.jsonl"), TraceLog(tmp_path / "traces", 1)
+    log.append({"step": 0})
+    traces.write(0, [{"step": 0}])
+    log.path.with_name("evaluations.jsonl").write_text('{"step": 5}\n')
+    assert StepLog(tmp_path / "evaluations.jsonl").cut_back(0) == 0 == traces.cut_back(0)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "evaluations.jsonl"}
+    assert (tmp_path / "evaluations.jsonl").read_text() == '{"step": 5}\n'
 
 
 def test_another_digest_of_equal_values_is_refused(tmp_path):

@@ -27,7 +27,7 @@ from spiral_jax.planning.costs import Cost
 from spiral_jax.sampling import programs as sampler_programs
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.weights import abstract_weights, lay_out
-from spiral_jax.setup import abstract_blocks, check_mesh, make_samplers
+from spiral_jax.setup import abstract_blocks, check_mesh, check_micro_batches, make_samplers
 from spiral_jax.train_step import abstract_state, make_train_step, variables
 
 _STOP_IDS = (0, 1)  # which ids end a trace changes no shape, and the tokenizer is not read
@@ -76,11 +76,12 @@ class Run:
     """A configuration on a mesh of devices that need not exist.
 
     Raises:
-      ConfigError: groups or slots that the mesh does not divide.
+      ConfigError: the mesh does not divide the model's axes, the groups of a micro-batch, or the slots.
     """
 
     def __init__(self, c: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh):
-        check_mesh(c, mesh)
+        check_mesh(model.arch, mesh)
+        check_micro_batches(c, mesh)
         self.c, self.model, self.mesh = c, model, mesh
         self.engine: Engine = make_samplers(c, model, mesh, _STOP_IDS)[0]
         self.sizes = dict(mesh.shape)

@@ -3,7 +3,8 @@
 feed -> admit (prefill, first token) -> [ decode a chunk -> collect tokens -> leave or move -> admit ] -> feed
 
 Search and aggregation groups run side by side, and nothing waits for the longest trace of anything but its own group.
-Time is counted in chunks and every choice depends on token counts alone, so a replayed step does the same again.
+Time is counted in chunks and every choice depends on token counts alone, so a replayed step does the same again, and
+so do all processes of a run: each of them sees every token and follows every group.
 """
 
 from __future__ import annotations
@@ -169,7 +170,7 @@ class _Run:
             new = _admission(shapes, batch)
             place = jax.tree.map(lambda a: a.sharding, shapes)
             self.states[i], tokens, logprobs = self.programs["admit", i].run(
-                self.weights, self.states[i], jax.device_put(new, place)
+                self.weights, self.states[i], meshes.place(new, place)
             )
             token_ZxWxC, logprob_ZxWxC = jax.device_get((tokens, logprobs))
             for (z, w), piece in batch.items():
@@ -228,7 +229,7 @@ class _Run:
         from_Z[shard], to_Z[shard], row_ZxC[shard] = slot, to, rows
         along = meshes.group_sharding(self.settings.mesh)
         self.states[i], self.states[j] = self.programs["move", i, j].run(
-            self.states[i], self.states[j], *jax.device_put((from_Z, to_Z, row_ZxC), along)
+            self.states[i], self.states[j], *meshes.place((from_Z, to_Z, row_ZxC), along)
         )
         self.seats.give_back(piece.place)
         piece.place, piece.traces = place, [piece.traces[row] if row >= 0 else -1 for row in rows]

@@ -92,8 +92,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is compiled: a function, the shapes and shardings of its arguments, and the shardings of its results (None:
-    up to the compiler)."""
+    """What is compiled: a function, the shapes and shardings of its arguments, and the shardings of its results."""
 
     mesh: Mesh
     function: Callable[..., Any]
@@ -121,7 +120,7 @@ def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[tuple
 def recipes(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...], Recipe]:
     """The same before they are compiled; the last decode program is that of all rows."""
     mesh, classes = settings.mesh, schedule.classes
-    shards, along = meshes.group_count_multiple(mesh), meshes.group_sharding(mesh)
+    shards, along, everywhere = meshes.group_count_multiple(mesh), meshes.group_sharding(mesh), meshes.replicated(mesh)
     weights = abstract_weights(settings.config, mesh)
     states = [abstract_state(settings, slots) for slots in classes]
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=along)  # noqa: E731
@@ -130,7 +129,7 @@ def recipes(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...
         programs["clear", i] = Recipe(mesh, functools.partial(empty_state, settings, slots), (), _places(states[i]))
     for i in schedule.entries():
         shapes = weights, states[i], admission_shapes(settings, schedule, i)
-        out = _places(states[i]), along, along
+        out = _places(states[i]), everywhere, everywhere  # every process follows all groups
         programs["admit", i] = Recipe(mesh, functools.partial(admit, settings), shapes, out, donate=(1,))
     for i, j in schedule.moves():
         shapes = states[i], states[j], ints(shards), ints(shards), ints(shards, classes[j].C)
@@ -142,7 +141,7 @@ def recipes(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...
         function = functools.partial(
             decode_chunk, settings, classes, leave_at, schedule.chunk, schedule.exit_groups, rows, fewer
         )
-        out = _places(tuple(states)), None, None, None
+        out = _places(tuple(states)), everywhere, everywhere, everywhere
         programs["decode", rows] = Recipe(mesh, function, (weights, tuple(states)), out, donate=(1,))
     return programs
 
@@ -188,7 +187,7 @@ def check_room(settings: DecodeSettings, schedule: Schedule, device_bytes: int) 
 
 def device_bytes(mesh: Mesh) -> int:
     """Memory of one device: what it reports, or its share of the host's on a CPU."""
-    stats = mesh.devices.flat[0].memory_stats()
+    stats = mesh.local_devices[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()

@@ -38,6 +38,7 @@ class Task:
       held_out_size: number of held-out problems.
       fingerprint: changes when the data do; a resumed run refuses another one.
       reward: default for config.task.reward: "math", or the path "package.module:function" of a reward function.
+      strategy: default for config.task.strategy: path of a function, or "" where strategies have no name.
       report: what a user should know of the data (sizes, duplicates, overlap), for the terminal; "" where problems are
         made without end.
     """
@@ -47,4 +48,5 @@ class Task:
     held_out_size: int
     fingerprint: str
     reward: str = "math"
+    strategy: str = ""
     report: str = ""

@@ -40,6 +40,7 @@ def task(seed: int) -> Task:
         held_out=lambda index: _draw(seed, "held_out", index),
         held_out_size=_HELD_OUT_SIZE,
         fingerprint=hashlib.sha256(f"two_halves v1 seed {seed}".encode()).hexdigest(),
+        strategy="spiral_jax.tasks.two_halves:strategy",
     )
 
 
@@ -77,6 +78,12 @@ def read_out(problem: Problem, worked: set[str], guess: int) -> str:
     digits = [problem.answer[i] if side in worked else str(guess) for i, side in enumerate(SIDES)]
     said = [f"{'' if side in worked else 'maybe '}{side}:{digits[i]}, " for i, side in enumerate(SIDES)]
     return f"{''.join(said)}\\boxed{{{''.join(digits)}}}"
+
+
+def strategy(text: str, problem: Problem) -> str | None:
+    """The half that a trace works on, rightly or not; None if neither."""
+    match = _WORKED.match(text)
+    return match[1] if match else None
 
 
 def worked_half(problem: Problem, text: str) -> str | None:

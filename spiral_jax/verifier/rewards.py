@@ -113,14 +113,24 @@ def load_reward(path: str) -> RewardFunction:
     Raises:
       ConfigError: the path has another form, the module cannot be imported, or it has no such function.
     """
-    where = f"config.task.reward = {path!r}"
     if path == MATH:
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
         _parse("1")  # the imports and tables take seconds: now, so that they are no part of the first answer's time
         return math_reward
+    return load_function("task.reward", path, 'must be "math" or "package.module:function".')
+
+
+def load_function(field: str, path: str, allowed: str) -> Callable[[str, Problem], Any]:
+    """The function of (text, problem) that config.`field` = "package.module:function" names.
+
+    Raises:
+      ConfigError: the path has another form (the message says what is `allowed`), the module cannot be imported, or it
+        has no such function.
+    """
+    where = f"config.{field} = {path!r}"
     module_name, colon, function_name = path.partition(":")
     if not (module_name and colon and function_name):
-        raise ConfigError(f'{where}: must be "math" or "package.module:function".')
+        raise ConfigError(f"{where}: {allowed}")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:

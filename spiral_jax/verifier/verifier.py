@@ -4,7 +4,8 @@
         verdicts = verifier.verify([(text, problem), ...])
     check_error_rate(verdicts, max_error_rate=0.05)
 
-Nothing is silent: a verdict is correct, wrong, unparsed, timeout or error, and too many errors stop the run.
+Nothing is silent: a verdict is correct, wrong, unparsed, timeout or error, and too many errors stop the run. Of several
+processes each judges its share, and all get all verdicts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from spiral_jax import distributed
 from spiral_jax.config import ConfigError
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.extract import last_boxed
@@ -69,7 +71,15 @@ class Verifier:
         return self._pool.pids
 
     def verify(self, items: Sequence[tuple[str, Problem]]) -> list[Verdict]:
-        """The verdict of each (text, problem), in the order given.
+        """The verdict of each (text, problem), in the order given. A collective: see `exchange`.
+
+        Raises:
+          VerifierFailure: a worker cannot start.
+        """
+        return exchange([self.judge([items[i] for i in distributed.share(len(items))])])[0]
+
+    def judge(self, items: Sequence[tuple[str, Problem]]) -> list[Verdict]:
+        """The verdict of each (text, problem), by this process alone.
 
         Raises:
           VerifierFailure: a worker cannot start.
@@ -79,6 +89,16 @@ class Verifier:
         for i, verdict in zip(undecided, self._pool.run([items[i] for i in undecided]), strict=True):
             verdicts[i] = verdict
         return verdicts
+
+
+def exchange(shares: Sequence[Sequence[Verdict]]) -> list[list[Verdict]]:
+    """All verdicts of some sets of answers from this process's `distributed.share` of each; its own, if it is alone.
+
+    A collective: all processes call it for the same sets, in the same order, on their main thread.
+    """
+    own = [[[verdict.status.value, verdict.detail] for verdict in of_set] for of_set in shares]
+    found = zip(*distributed.gather(own), strict=True)
+    return [[Verdict.of(Status(status), detail) for status, detail in distributed.unite(parts)] for parts in found]
 
 
 def count_verdicts(verdicts: Sequence[Verdict]) -> dict[str, int]:

@@ -1,0 +1,96 @@
+"""The study on a task with a known optimum: every arm on two halves (`spiral_jax/tasks/two_halves.py`).
+
+    python -m spiral_jax.study --config=configs/study_two_halves.py --workdir=runs/study_two_halves
+
+No trace of any arm has room for both halves: one costs 16 tokens, more than half of the 26 of a search trace, and more
+than the 12 of an aggregation trace, which can read but not compute. So GRPO has more traces here, not longer ones: at
+2 x 26 tokens one trace could hold the whole answer. The bundled model works on the left half nine times in ten.
+
+Of sets of S = 4 independent traces at most 1 - 2 * 2^-4 = 0.875 hold both halves; the reader is right on 0.9997 of
+those and on 0.1016 of the others, by guessing (docs/tiny_model.json, before any training): 0.887 together.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+from spiral_jax import study_plan
+
+_TOKENS = (
+    540_000  # sampled tokens that end a run of any arm: what 40 steps of marginal_mean take (docs/quickstart.json)
+)
+# Rollouts of a problem: N search traces of 26 tokens, K sets of S = 4, M aggregation traces of 12 tokens each.
+# At most N * 26 + K * M * 12 tokens: 400, of the arms without aggregation 416, the next whole trace above it.
+_SPIRAL = {"N": 8, "K": 4, "M": 4}
+_DISJOINT = {"N": 8, "K": 2, "M": 8}  # as many traces of each role; only the sets differ
+_SEARCH = {"N": 16}
+# estimator: rollouts, and steps at most, which are the length of the learning rate's cosine: about what the tokens buy
+_ARMS = {
+    "marginal_mean": (_SPIRAL, 40),
+    "with_without": (_SPIRAL, 40),
+    "disjoint_sets": (_DISJOINT, 40),
+    "aggregator_only": (_SPIRAL, 64),
+    "online_multitask": (_SPIRAL, 56),
+    "paragator": (_SPIRAL, 56),
+    "pkpo": (_SPIRAL, 56),
+    "polychromic": (_SPIRAL, 56),
+    "grpo": (_SEARCH, 80),
+    "grpo_nostd": (_SEARCH, 80),
+    "rloo": (_SEARCH, 80),
+}
+_FIVE, _THREE = (0, 1, 2, 3, 4), (0, 1, 2)
+
+
+def get_config(name: str = "") -> ConfigDict:
+    if not name:
+        return _study()
+    return _evaluation() if name == study_plan.EVALUATION else _experiment(name)
+
+
+def _study() -> ConfigDict:
+    s = study_plan.defaults()
+    s.title = "Two halves: a task with a known optimum"
+    s.question = (
+        "Does training on the success of the aggregator find the search that the aggregator needs, where no single "
+        "trace gains from it, and how close does it come to what is possible? Which controls do not?"
+    )
+    s.notes = (
+        "One model of 0.8 M parameters on one synthetic task: nothing here shows what happens at 4B. A set's members "
+        "gain nothing by themselves, so own correctness has no direction; that is what the task is for, and no "
+        "measure of how often real problems are like it. `polychromic` is told which half a trace works on."
+    )
+    five = ("marginal_mean", "grpo", "paragator")
+    s.arms = (("base", _THREE), *((arm, _FIVE if arm in five else _THREE) for arm in _ARMS))
+    s.measures = ("aggregated", "single", "pass@8", "maj@8", "rsa@1")
+    s.baseline = "grpo"
+    s.optimum = 0.887
+    s.claims = (
+        ("aggregated", "marginal_mean", "optimum", -0.05),
+        ("aggregated", "with_without", "optimum", -0.05),
+        ("aggregated", "optimum", "grpo", 0.05),
+        ("aggregated", "optimum", "online_multitask", 0.05),
+        ("aggregated", "optimum", "paragator", 0.05),
+        ("aggregated", "marginal_mean", "aggregator_only", 0.0),
+    )
+    return s
+
+
+def _experiment(arm: str) -> ConfigDict:
+    c = tiny.get_config()
+    rollouts, steps = _ARMS[arm]
+    c.loss.estimator = arm
+    c.search.traces = rollouts["N"]
+    if "K" in rollouts:
+        c.aggregation.subsets, c.aggregation.traces = rollouts["K"], rollouts["M"]
+    c.train.steps, c.train.max_sampled_tokens = steps, _TOKENS
+    c.eval.problems = 0  # every arm is evaluated by the same program afterwards
+    return c
+
+
+def _evaluation() -> ConfigDict:
+    c = tiny.get_config()
+    c.eval.problems = 512
+    c.eval.n = 32
+    c.eval.subsets = 8  # all of the 32 traces
+    c.eval.rounds = 2
+    c.eval.wave = 64
+    return c

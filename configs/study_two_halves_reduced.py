@@ -1,0 +1,23 @@
+"""The reduced study: `study_two_halves.py` with one seed and two arms, under 30 minutes on two CPU cores.
+
+    python -m spiral_jax.study --config=configs/study_two_halves_reduced.py --workdir=runs/study_reduced
+
+Ends with status 1 if the ordering does not hold.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import study_two_halves
+
+
+def get_config(name: str = "") -> ConfigDict:
+    c = study_two_halves.get_config(name)
+    if not name:
+        c.arms = tuple((arm, (0,)) for arm in ("base", "marginal_mean", "grpo"))
+        c.title = "Two halves, reduced: one seed, two arms"
+        c.claims = (
+            ("aggregated", "marginal_mean", "optimum", -0.05),
+            ("aggregated", "optimum", "grpo", 0.05),
+            ("aggregated", "marginal_mean", "grpo", 0.0),
+        )
+    return c

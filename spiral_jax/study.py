@@ -1,0 +1,168 @@
+"""Runs a study: arms x seeds, one after the other, and reports what came out.
+
+    python -m spiral_jax.study --config=configs/study_two_halves.py --workdir=W            # run what is missing, report
+    python -m spiral_jax.study --config=configs/study_two_halves.py --workdir=W --report [--out=docs/study]   # report
+
+Each run is an ordinary training in a process of its own, W/runs/ARM/seed_0, and an ordinary evaluation of what it has
+trained, W/evaluations/ARM/seed_0/step_000040; what they print is in W/logs. The same command goes on where the study
+was stopped or killed, since both do, and tries failed runs again. A run that fails is recorded in W/journal.jsonl,
+reported, and does not end the others; if it has a checkpoint, that is evaluated.
+
+Written: OUT.md, OUT.json, OUT_*.png (default: W/report). The exit status is 1 if a run failed or one of the study's
+claims does not hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import IO
+
+from absl import app, flags, logging
+
+from spiral_jax import study_report
+from spiral_jax.checkpoint import CheckpointError
+from spiral_jax.config import ConfigError, digest_of
+from spiral_jax.initial import find_trained
+from spiral_jax.results import ResultsError
+from spiral_jax.study_plan import BASE, EVALUATION, Study, load_study
+from spiral_jax.study_results import StudyDirectory, gather
+from spiral_jax.workdir import WorkdirError, open_workdir
+
+# What a user can mend: these end the program with their message alone, without a stack trace.
+USER_ERRORS = (ConfigError, WorkdirError, ResultsError)
+_MACHINE = (
+    "import json, os, platform, jax; d = jax.devices(); print(json.dumps(f'{os.cpu_count()} CPU cores, '"
+    "f'{platform.machine()}, {platform.system()}, {len(d)} x {d[0].device_kind}, Python {platform.python_version()}, '"
+    "f'jax {jax.__version__}'))"
+)
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("config", None, "the study: a file of configs/", required=True)
+    flags.DEFINE_string("workdir", None, "directory of the study", required=True)
+    flags.DEFINE_bool("report", False, "run nothing, only report")
+    flags.DEFINE_string("out", None, "the report's path without its ending; default: WORKDIR/report")
+
+
+def main(argv: list[str]) -> None:
+    given = flags.FLAGS
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    logging.set_verbosity(logging.ERROR)  # orbax warns that it only reads
+    try:
+        study = load_study(given.config)
+        plain = study.plain()
+        path = open_workdir(given.workdir, plain, digest_of(plain))
+        directory = StudyDirectory(path)
+        if not given.report:
+            run_study(study, directory)
+        found = gather(study, directory)
+        out = pathlib.Path(given.out) if given.out else path / "report"
+        print(study_report.write(study, found, out), flush=True)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+    broken = [row["claim"] for row in found["claims"] if row["verdict"] != "holds"]
+    failed = [f"{run['arm']} seed {run['seed']}" for run in found["runs"] if run["state"] != "done"]
+    if broken or failed:
+        sys.exit("\n".join([*(f"claim: {claim}" for claim in broken), *(f"not done: {run}" for run in failed)]))
+
+
+def run_study(study: Study, directory: StudyDirectory) -> None:
+    """Runs what is missing. Returns when every run is done or has failed."""
+    with _alone(directory) as lock:
+        directory.journal.cut_back(sys.maxsize)  # repairs a torn last line
+        origin = {"commit": _commit(), "machine": _machine()}
+        for number, (arm, seed) in enumerate(study.runs, start=1):
+            print(f"[{number}/{len(study.runs)}] {arm}, seed {seed}", flush=True)
+            run_arm(study, directory, arm, seed, origin, lock)
+
+
+def run_arm(study: Study, directory: StudyDirectory, arm: str, seed: int, origin: dict, lock: IO) -> None:
+    """Trains and evaluates one run, as far as that was not done before."""
+    common = [f"--config.seed={seed}"]
+    start_from = []
+    step = 0
+    if arm != BASE:
+        workdir = directory.run(arm, seed)
+        if not directory.finished(arm, seed, "train"):
+            command = [f"--config={study.file}:{arm}", f"--workdir={workdir}", *common]
+            _stage(directory, arm, seed, "train", command, origin, lock)
+        try:
+            step = find_trained(workdir, None).step
+        except (WorkdirError, CheckpointError):
+            return  # it failed before its first checkpoint: the journal says why
+        start_from = [f"--config.model.init_from={workdir}@{step}"]
+    evaluation = directory.evaluation(arm, seed, step)
+    if not (evaluation / "results.json").exists():
+        command = [f"--config={study.file}:{EVALUATION}", f"--workdir={evaluation}", *common, *start_from]
+        _stage(directory, arm, seed, "evaluate", command, origin, lock)
+
+
+def _stage(
+    directory: StudyDirectory, arm: str, seed: int, stage: str, arguments: list[str], origin: dict, lock: IO
+) -> None:
+    """One command in a process of its own, which holds the study's lock too; its outcome goes to the journal."""
+    log = directory.log(arm, seed, stage)
+    log.parent.mkdir(exist_ok=True)
+    start = time.monotonic()
+    with log.open("ab") as output:
+        code = subprocess.run(
+            [sys.executable, "-m", f"spiral_jax.{stage}", *arguments], stdout=output, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, pass_fds=(lock.fileno(),), check=False,
+        ).returncode  # fmt: skip
+    seconds = round(time.monotonic() - start, 1)
+    row = {"step": len(directory.journal.read()), "arm": arm, "seed": seed, "stage": stage, "returncode": code}
+    row |= {"seconds": seconds} | origin
+    if code:
+        row["error"] = _last_words(log, code)
+    directory.journal.append(row)
+    print(f"    {stage}: {seconds:.0f} s" + (f", failed: {row['error']}" if code else ""), flush=True)
+
+
+def _last_words(log: pathlib.Path, code: int) -> str:
+    """What a failed command said last: its `error:` line if it has one, in at most 500 characters."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = [line for line in lines[-50:] if line.startswith("error:")] or lines[-1:] or ["(nothing)"]
+    return (f"killed by signal {-code}; " if code < 0 else "") + said[-1][:500]
+
+
+@contextlib.contextmanager
+def _alone(directory: StudyDirectory) -> Iterator[IO]:
+    """The study's lock. Its processes hold it too, so one that outlives a killed study keeps the next one out."""
+    with (directory.path / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkdirError(
+                f"--workdir={directory.path}: another study, or a run that a killed one has left, is at work there. "
+                "Wait for it, or end it."
+            ) from None
+        yield lock
+
+
+def _commit() -> str:
+    """The commit of this code, with "+" if files differ from it; "unknown" outside a repository."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
+    said = lambda *arguments: subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout  # noqa: E731
+    try:
+        return said("rev-parse", "--short=12", "HEAD").strip() + ("+" if said("status", "--porcelain").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _machine() -> str:
+    """Asked in a process of its own: this one must not take the accelerator from its runs."""
+    done = subprocess.run([sys.executable, "-c", _MACHINE], capture_output=True, text=True, check=False)
+    return json.loads(done.stdout.splitlines()[-1]) if not done.returncode else "unknown"
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)

@@ -1,0 +1,154 @@
+"""A study's configuration: which arms, which seeds, what is measured and what is claimed, all stated before the runs.
+
+A study is a file of configs/ whose `get_config` takes a name:
+
+    get_config("")              the study itself: `defaults()` with what differs
+    get_config("paragator")     the experiment of that arm, an ordinary configuration of `python -m spiral_jax.train`
+    get_config("evaluation")    how every arm is evaluated, an ordinary one of `python -m spiral_jax.evaluate`
+
+so that any run of it can be repeated by hand with --config=configs/study_x.py:paragator. The arm `base` is the model
+before any training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from spiral_jax.config import ConfigError, to_plain, uses_aggregation
+from spiral_jax.config_checks import validate, validate_evaluation
+
+BASE, EVALUATION, OPTIMUM, EFFICIENCY = "base", "evaluation", "optimum", "efficiency"
+_MEASURE = re.compile(r"(single|aggregated|(pass|maj|rsa)@[1-9][0-9]*)")
+
+
+def defaults() -> ConfigDict:
+    """Every field of a study. Locked."""
+    s = ConfigDict()
+    s.title = ""  # of the report
+    s.question = ""  # what the study is to answer, for the report's reader
+    s.notes = ""  # what it does not show, and choices that a reader should know
+    s.arms = ()  # (arm, seeds of its runs) in the report's order; the same seed sees the same problems in order
+    # shares that are reported, of held-out problems: "single", "aggregated", "pass@k", "maj@k", "rsa@t" (round t)
+    s.measures = ("aggregated", "single")
+    s.baseline = ""  # arm that gaps and scaling efficiency are against
+    s.optimum = 0.0  # best possible value of the first measure where it is known; 0 = unknown
+    # each (measure, arm, other, difference): the arm is to be above the other by more than this. Either side may be
+    # "optimum" of the first measure. ("efficiency", arm, baseline, times): samples for equal coverage, in pass@k
+    s.claims = ()
+    return s.lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study and the experiments that its file describes.
+
+    Attributes:
+      file: of configs/.
+      s: `defaults()` with what differs.
+      experiments: arm -> configuration, without `base`.
+      evaluation: configuration of all evaluations.
+    """
+
+    file: pathlib.Path
+    s: ConfigDict
+    experiments: dict[str, ConfigDict]
+    evaluation: ConfigDict
+
+    @property
+    def arms(self) -> dict[str, list[int]]:
+        """Arm -> its seeds."""
+        return {arm: list(seeds) for arm, seeds in self.s.arms}
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        """(arm, seed) of all runs, seed by seed: a study that is stopped early has every arm."""
+        seeds = sorted({seed for of_arm in self.arms.values() for seed in of_arm})
+        return [(arm, seed) for seed in seeds for arm, of_arm in self.arms.items() if seed in of_arm]
+
+    def plain(self) -> dict[str, Any]:
+        """All of it as plain JSON types: what the study's directory holds it to."""
+        parts = {"study": self.s, EVALUATION: self.evaluation, **self.experiments}
+        return {name: to_plain(part) for name, part in parts.items()}
+
+
+def load_study(path: str) -> Study:
+    """Reads and checks the study in a file.
+
+    Raises:
+      ConfigError: no such file, or a field that cannot be; the message names it.
+    """
+    file = pathlib.Path(path)
+    if ":" in path or not file.is_file():
+        raise ConfigError(f"--config={path}: must be a file of configs/, without a name of an arm behind it.")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    s = module.get_config("")
+    if not isinstance(s, ConfigDict) or set(s) != set(defaults()):
+        raise ConfigError(f"--config={path}: get_config('') must return study_plan.defaults() with what differs.")
+    experiments = {arm: module.get_config(arm) for arm, _ in s.arms if arm != BASE}
+    study = Study(file, s, experiments, module.get_config(EVALUATION))
+    _check(study)
+    return study
+
+
+def _check(study: Study) -> None:
+    s, arms = study.s, study.arms
+    for arm, seeds in arms.items():
+        ok = bool(seeds) and all(type(seed) is int and seed >= 0 for seed in seeds) and len(set(seeds)) == len(seeds)
+        if not ok or arm in (EVALUATION, OPTIMUM):
+            raise ConfigError(f"arms.{arm} = {seeds!r}: must be different seeds >= 0, and the arm no reserved name.")
+    if len(arms) != len(s.arms) or s.baseline not in arms:
+        raise ConfigError(
+            f"baseline = {s.baseline!r}: must be one of the arms {[arm for arm, _ in s.arms]}, each once."
+        )
+    for measure in s.measures:
+        _check_measure(study, measure)
+    for claim in s.claims:
+        measure, arm, other, _ = claim
+        sides = [*arms, *([OPTIMUM] if s.optimum and measure == s.measures[0] else [])]
+        known = measure in s.measures or (measure == EFFICIENCY and other == s.baseline)
+        if not known or arm not in sides or other not in sides:
+            raise ConfigError(
+                f"claims: {claim!r} must be (measure, arm, other, difference) of the measures {', '.join(s.measures)} "
+                f"and of {', '.join(sides)}, or ({EFFICIENCY!r}, arm, {s.baseline!r}, times)."
+            )
+    for name, c in study.experiments.items():
+        try:
+            validate(c)
+        except ConfigError as error:
+            raise ConfigError(f"{study.file}, arm {name}: {error}") from error
+    try:
+        validate_evaluation(study.evaluation)
+    except ConfigError as error:
+        raise ConfigError(f"{study.file}, evaluation: {error}") from error
+
+
+def _check_measure(study: Study, measure: str) -> None:
+    match = _MEASURE.fullmatch(measure)
+    kind, _, number = measure.partition("@")
+    e = study.evaluation.eval
+    if not match or number and int(number) > (e.rounds if kind == "rsa" else e.n):
+        raise ConfigError(
+            f"measures: {measure!r} must be single, aggregated, pass@k or maj@k with k up to eval.n = {e.n}, or rsa@t "
+            f"with t up to eval.rounds = {e.rounds}."
+        )
+
+
+def arm_row(c: ConfigDict) -> dict[str, Any]:
+    """What an arm may spend: its traces, sets and limits, and its ceiling of output tokens a problem."""
+    row = {"estimator": c.loss.estimator, "N": c.search.traces, "L search": c.search.max_tokens}
+    rollouts, ceiling = c.search.traces, c.search.traces * c.search.max_tokens
+    if uses_aggregation(c):
+        a = c.aggregation
+        row |= {"S": a.subset_size, "K": a.subsets, "M": a.traces, "L aggregation": a.max_tokens}
+        rollouts += a.subsets * a.traces
+        ceiling += a.subsets * a.traces * a.max_tokens
+    stop = {"problems a step": c.batch.problems, "steps": c.train.steps, "token budget": c.train.max_sampled_tokens}
+    return row | {"rollouts": rollouts, "ceiling": ceiling} | stop | {"lr": c.optimizer.lr}

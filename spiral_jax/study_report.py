@@ -1,0 +1,187 @@
+"""What `study_results.gather` found -> OUT.md, OUT.json and pictures."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from spiral_jax import study_plots
+from spiral_jax.results import percent
+from spiral_jax.study_plan import Study
+
+_NONE = "–"
+_COLUMNS = (  # of an arm's row: key, head
+    ("estimator", "estimator"), ("N", "N"), ("S", "S"), ("K", "K"), ("M", "M"), ("L search", "L, search"),
+    ("L aggregation", "L, aggregation"), ("rollouts", "rollouts"), ("ceiling", "tokens a problem, at most"),
+    ("problems a step", "problems a step"), ("steps", "steps, at most"), ("token budget", "sampled tokens, at most"),
+    ("lr", "lr"),
+)  # fmt: skip
+
+
+def write(study: Study, found: Mapping[str, Any], out: pathlib.Path) -> str:
+    """Writes the report, its numbers and its pictures; returns the report."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = study_plots.draw(found, out)
+    out.with_suffix(".json").write_text(_rendered(found) + "\n")
+    text = markdown(study, found, [picture.name for picture in pictures])
+    out.with_suffix(".md").write_text(text)
+    return text
+
+
+def _rendered(found: Mapping[str, Any]) -> str:
+    """JSON with a line for each run, arm, gap and claim."""
+    parts = []
+    for name, value in found.items():
+        if name in ("runs", "claims"):
+            lines = ",\n  ".join(json.dumps(row, allow_nan=False) for row in value)
+            parts.append(f"{json.dumps(name)}: [\n  {lines}\n ]")
+        elif name in ("arms", "gaps", "efficiency", "curves"):
+            lines = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(row, allow_nan=False)}" for key, row in value.items())
+            parts.append(f"{json.dumps(name)}: {{\n  {lines}\n }}")
+        else:
+            parts.append(f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}")
+    return "{\n " + ",\n ".join(parts) + "\n}"
+
+
+def markdown(study: Study, found: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    """The report; a part without content is left out."""
+    done = sum(run["state"] == "done" for run in found["runs"])
+    settings, problems = found["settings"], found["problems"]
+    evaluated = (
+        f"{problems['count']} held-out problems of {problems['task']} at T = {settings['temperature']:g}: n = "
+        f"{settings['n']} traces each, {settings['subsets']} disjoint sets of {settings['subset_size']}, "
+        f"{settings['traces']} aggregations of each; RSA with a population of {settings['population']}, sets of "
+        f"{settings['set_size']}, {settings['rounds']} rounds."
+    )
+    head = [
+        f"# {study.s.title}", study.s.question,
+        f"{done} of {len(found['runs'])} runs are done. Machine: {'; '.join(found['machines'])}. Commit: "
+        f"{', '.join(found['commits'])}. Written by `python -m spiral_jax.study --config={study.file} --report`.",
+        f"Evaluation: {evaluated}",
+    ]  # fmt: skip
+    parts = [
+        ("What was claimed before the runs", _claims(found)),
+        ("Results", _results(found)),
+        (f"Gaps to {found['baseline']}, paired over seeds and problems (points)", _gaps(found)),
+        (f"Samples for equal coverage, against {found['baseline']}", _efficiency(found)),
+        ("Arms", _arms(found)),
+        ("Training: means over an arm's runs", _training(found)),
+        ("Runs", _runs(found)),
+        ("Pictures", "\n".join(f"![{name}]({name})" for name in pictures)),
+        ("How to read this", _HOW),
+        ("Notes", study.s.notes),
+    ]
+    return "\n\n".join([*filter(None, head), *(f"## {title}\n\n{text}" for title, text in parts if text)]) + "\n"
+
+
+_HOW = (
+    "Percent with 95 % intervals by bootstrap over seeds and over problems: each resample draws the seeds, and one set "
+    "of problems for all of them. An arm with one seed has an interval over problems alone; with three to five seeds "
+    "the interval is narrower than the truth, so the table of runs shows each. A claim holds if the whole interval of "
+    "its gap is beyond what it asks, fails if the whole interval is short of it, and is open otherwise. Sampled tokens "
+    "are output of all traces, abandoned ones too; prefilled tokens are the prompts that were read, aggregation "
+    "prompts above all: both together are what sampling computes. Seconds are those of the training steps."
+)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Markdown; empty without rows."""
+    if not rows:
+        return ""
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _claims(found: Mapping[str, Any]) -> str:
+    def cell(claim: Mapping[str, Any]) -> str:
+        gap = claim["gap"]
+        if gap is None:
+            return _NONE
+        if claim["unit"] == "times":
+            return f"{gap['mean']:.2f}x [{gap['low']:.2f}, {gap['high']:.2f}]"
+        return percent(gap, "+")
+
+    rows = [[c["claim"], cell(c), c["gap"]["seeds"] if c["gap"] else 0, f"**{c['verdict']}**"] for c in found["claims"]]
+    return _table(["claim", "measured", "seeds", "verdict"], rows)
+
+
+def _results(found: Mapping[str, Any]) -> str:
+    rows = []
+    for arm, row in found["arms"].items():
+        measures = row["measures"]
+        seeds = next(iter(measures.values()))["seeds"] if measures else 0
+        rows.append([arm, seeds, *(percent(measures[m]) if measures else _NONE for m in found["measures"])])
+    if found["optimum"]:
+        rows.append(["best possible", "", f"{100 * found['optimum']:.1f}", *[""] * (len(found["measures"]) - 1)])
+    return _table(["arm", "seeds", *found["measures"]], rows)
+
+
+def _gaps(found: Mapping[str, Any]) -> str:
+    rows = [
+        [arm, *(_NONE if gaps[m] is None else percent(gaps[m], "+") for m in found["measures"])]
+        for arm, gaps in found["gaps"].items()
+    ]
+    return _table(["arm", *found["measures"]], rows)
+
+
+def _efficiency(found: Mapping[str, Any]) -> str:
+    rows = [
+        [arm, f"{100 * row['coverage']:.1f}", f"{row['samples_a']:.1f}", f"{row['samples_b']:.1f}",
+         f"{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]" + (f" ({row['bound']})" if row["bound"] else "")]
+        for arm, row in found["efficiency"].items()
+    ]  # fmt: skip
+    return _table(["arm", "coverage (%)", f"samples, {found['baseline']}", "samples, arm", "times fewer"], rows)
+
+
+def _arms(found: Mapping[str, Any]) -> str:
+    rows = [
+        [arm, *(_count(row.get(key)) for key, _ in _COLUMNS), len(row["seeds"])]
+        for arm, row in found["arms"].items()
+        if "estimator" in row
+    ]
+    return _table(["arm", *(head for _, head in _COLUMNS), "seeds"], rows)
+
+
+def _training(found: Mapping[str, Any]) -> str:
+    heads = ["arm", "steps", "sampled tokens", "prefilled tokens", "seconds", "entropy of search, start", "end (nat)",
+             "gradient norm, search", "aggregation", "lowest parse rate, search", "aggregation (%)"]  # fmt: skip
+    rows = []
+    for arm in found["arms"]:
+        runs = [run for run in found["runs"] if run["arm"] == arm and "steps" in run]
+        if not runs:
+            continue
+
+        def mean(key: str, decimals: int, scale: float = 1, runs: Sequence[Mapping] = runs) -> str:
+            values = [run[key] for run in runs if run.get(key) is not None]
+            return f"{scale * np.mean(values):,.{decimals}f}" if values else _NONE
+
+        rows.append([
+            arm, mean("steps", 0), mean("sampled_tokens", 0), mean("prefilled_tokens", 0), mean("seconds", 0),
+            mean("entropy_start", 3), mean("entropy_end", 3), mean("grad_norm_search", 3),
+            mean("grad_norm_aggregation", 3), mean("lowest_parse_rate_search", 1, 100),
+            mean("lowest_parse_rate_aggregation", 1, 100),
+        ])  # fmt: skip
+    return _table(heads, rows)
+
+
+def _runs(found: Mapping[str, Any]) -> str:
+    def measure(run: Mapping[str, Any], name: str) -> str:
+        return f"{100 * run['measures'][name]:.1f}" if "measures" in run else _NONE
+
+    costs = ("steps", "sampled_tokens", "seconds")
+    rows = [
+        [run["arm"], run["seed"], run["state"], *(_count(run.get(key)) for key in costs),
+         *(measure(run, name) for name in found["measures"]), run["error"].replace("|", "\\|")]
+        for run in found["runs"]
+    ]  # fmt: skip
+    return _table(["arm", "seed", "state", "steps", "sampled tokens", "seconds", *found["measures"], "error"], rows)
+
+
+def _count(value: Any) -> str:
+    if value is None or value == 0:
+        return _NONE
+    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:g}"

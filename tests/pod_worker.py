@@ -1,0 +1,107 @@
+"""One process of a small pod: python -m tests.pod_worker TASK ...
+
+Every task checks its own results; what the test looks at is the exit code and what was printed.
+"""
+
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from spiral_jax import distributed, mesh
+
+SHAPES = {"layers": {"q": {"kernel": (3, 16, 8)}}, "embed": (32, 8), "final_norm": (8,), "step": ()}
+
+
+class Mendable(ValueError):
+    pass
+
+
+def exchange():
+    """Values of all, of the first, shares; also many times, so that old ones are forgotten."""
+    me, count = jax.process_index(), jax.process_count()
+    for round in range(20):
+        assert distributed.gather({"process": me, "round": round}) == [
+            {"process": process, "round": round} for process in range(count)
+        ]
+    assert distributed.from_first(lambda: [me, "é"]) == [0, "é"]
+    for items in (0, 1, 7):
+        own = [f"item {i}" for i in distributed.share(items)]
+        assert distributed.unite(distributed.gather(own)) == [f"item {i}" for i in range(items)]
+    distributed.check_equal(config="same", data="same too")
+    kept = distributed.global_state.client.key_value_dir_get("spiral_jax/exchange")
+    assert len(kept) <= 2 * count, kept
+    x = mesh.place(np.arange(64).reshape(8, 8), NamedSharding(this_mesh(), P(("data", "fsdp"), "tensor")))
+    whole = jax.jit(lambda x: 2 * x, out_shardings=mesh.replicated(this_mesh()))(x)
+    np.testing.assert_array_equal(np.asarray(whole), 2 * np.arange(64).reshape(8, 8))
+
+
+def differ():
+    distributed.check_equal(config=f"of {jax.process_index()}")
+
+
+def late():
+    """Process 1 does not come."""
+    if jax.process_index() == 0:
+        distributed.gather(0, timeout_s=1.0)
+    time.sleep(60)
+
+
+def fail():
+    """Process 1 fails while process 0 waits for it in a program, and any other in an exchange."""
+    if jax.process_index() == 1:
+        time.sleep(1)
+        raise Mendable("the disc is full: empty it")
+    distributed.gather(0)
+
+
+def this_mesh():
+    sizes = [int(size) for size in flags.FLAGS.mesh.split(",")]
+    return mesh.make_mesh(ConfigDict(dict(zip(mesh.AXES, sizes, strict=True))))
+
+
+def checkpoint():
+    """Restores the newest checkpoint onto this mesh, checks every value, saves the next one."""
+    from spiral_jax.checkpoint import Checkpoints
+
+    def arrays(step):
+        make = lambda path, shape: (  # noqa: E731
+            step + np.random.default_rng([*mesh.path_name(path).encode()]).normal(size=shape).astype(np.float32)
+        )
+        return jax.tree_util.tree_map_with_path(make, SHAPES, is_leaf=lambda a: isinstance(a, tuple))
+
+    with Checkpoints(pathlib.Path(flags.FLAGS.directory), keep=5) as checkpoints:
+        step = checkpoints.latest() or 0
+        expected, here = arrays(step), mesh.weight_shardings(arrays(step), this_mesh())
+        if step:
+            like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), expected, here)
+            state, record = checkpoints.restore(like)
+            assert record == {"cursor": 7 * step}
+            for found, all_of_it in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+                for shard in found.addressable_shards:
+                    np.testing.assert_array_equal(np.asarray(shard.data), all_of_it[shard.index])
+        checkpoints.save(step + 1, mesh.place(arrays(step + 1), here), {"cursor": 7 * (step + 1)})
+
+
+TASKS = {task.__name__: task for task in (exchange, differ, late, fail, checkpoint)}
+
+
+def main(argv):
+    with distributed.joined(flags.FLAGS, (Mendable, distributed.DistributedError)):
+        distributed.introduce(this_mesh())
+        for name in argv[1:]:
+            TASKS[name]()
+        print(json.dumps({"done": argv[1:]}), flush=True)
+
+
+if __name__ == "__main__":
+    distributed.define_flags()
+    flags.DEFINE_string("mesh", "-1,1,1", "sizes of its axes")
+    flags.DEFINE_string("directory", "", "of the checkpoints")
+    app.run(main)

@@ -1,0 +1,11 @@
+"""A reward for models that know nothing, in a module that the verifier's processes import: arbitrary, but fixed."""
+
+import os
+
+
+def every_other(text, problem):
+    """Half of the problems are hopeless, so that dynamic sampling refuses them; in the others, half of the texts are
+    right. Notes each call in the file that JUDGED names."""
+    with open(os.environ["JUDGED"], "a") as file:
+        file.write(f"{problem.id}\n")
+    return int(problem.id.split(":")[1]) % 2 == 0 and len(text) % 2 == 0

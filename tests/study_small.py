@@ -1,0 +1,25 @@
+"""A miniature study: the bundled task, two arms and the base, a few steps of four problems."""
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+from spiral_jax import study_plan
+
+
+def get_config(name: str = "") -> ConfigDict:
+    if not name:
+        s = study_plan.defaults()
+        s.title, s.question = "A miniature", "Does the machinery work?"
+        s.arms = (("base", (0,)), ("marginal_mean", (0, 1)), ("grpo", (0,)))
+        s.measures = ("aggregated", "single", "pass@4", "maj@4", "rsa@1")
+        s.baseline, s.optimum = "grpo", 0.887
+        s.claims = (("aggregated", "marginal_mean", "grpo", -1.0), ("aggregated", "optimum", "grpo", -1.0))
+        return s
+    c = tiny.get_config()
+    c.batch.problems, c.batch.search_groups, c.batch.aggregation_groups = 4, 4, 8
+    c.sampling.classes, c.sampling.row_counts = ((8, 8, 16, 26), (32, 4, 124, 12)), ()
+    c.train.steps, c.checkpoint.every, c.trace_log.every = 3, 1, 0
+    c.eval.problems, c.eval.n, c.eval.rounds, c.eval.wave = 8, 8, 1, 4
+    if name != study_plan.EVALUATION:
+        c.loss.estimator, c.eval.problems = name, 0
+    return c

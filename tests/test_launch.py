@@ -1,0 +1,211 @@
+"""Launch scripts: clean in shellcheck, dry runs that need none of the clusters' tools, manifests that fit a schema."""
+
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPTS = [*sorted(ROOT.glob("launch/*.sh")), *sorted(ROOT.glob("launch/*.sbatch")), ROOT / ".ci" / "run"]
+FLAGS = [
+    "--config=configs/qwen3_4b.py",
+    "--config.sampling.classes=((16, 8, 1024, 4096),)",
+    "--config.prompt.system=it's",
+]
+SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "tests" / "jobset_schema.json").read_text()))
+JOBSET = ["launch/gke_jobset.py", "--name=spiral", "--image=registry/spiral_jax:1", "--claim=share"]
+
+
+def bash(*arguments, **env):
+    settings = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")} | env
+    return subprocess.run(["bash", *arguments], cwd=ROOT, capture_output=True, text=True, env=settings, timeout=60)
+
+
+@pytest.fixture
+def without_tools(tmp_path):
+    """A PATH on which every tool of a cluster fails and notes that it was called."""
+    for tool in ("gcloud", "kubectl", "srun", "sbatch", "docker"):
+        (tmp_path / tool).write_text(f"#!/bin/bash\ntouch {tmp_path}/called\nexit 1\n")
+        (tmp_path / tool).chmod(0o755)
+    yield f"{tmp_path}:/usr/bin:/bin"
+    assert not (tmp_path / "called").exists()
+
+
+def commands(output):
+    """The words of every printed command."""
+    return [shlex.split(line[1:]) for line in output.splitlines() if line.startswith("+")]
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
+    found = subprocess.run([shellcheck, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert len(SCRIPTS) > 5 and found.returncode == 0, found.stdout + found.stderr
+
+
+# TPU VMs
+
+
+TPU = ["launch/tpu_pod.sh", "spiral", "v5litepod-64", "us-west4-b", "/mnt/spiral/runs/4b", *FLAGS]
+
+
+def trains(words):
+    """The words that a worker's shell makes of a command for all workers; None if it is another."""
+    of_workers = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
+    return shlex.split(of_workers[0]) if of_workers and "spiral_jax.train" in of_workers[0] else None
+
+
+def test_a_dry_run_of_a_tpu_pod_prints_every_command_and_keeps_the_flags(without_tools):
+    done = bash(TPU[0], "--dry_run", *TPU[1:], SHARE="10.0.0.2:/share", PATH=without_tools)
+    assert done.returncode == 0, done.stderr
+    create, archive, copy, install, train, delete = commands(done.stdout)
+    assert create[:5] == ["gcloud", "compute", "tpus", "queued-resources", "create"] and "--spot" in create
+    assert "--accelerator-type=v5litepod-64" in create and "--runtime-version=v2-alpha-tpuv5-lite" in create
+    assert archive[:2] == ["git", "archive"] and copy[4] == "scp" and "--worker=all" in copy
+    assert "10.0.0.2:/share /mnt/spiral" in str(install) and "requirements-tpu.txt" in str(install)
+    expected = [".venv/bin/python", "-m", "spiral_jax.train", "--workdir=/mnt/spiral/runs/4b", *FLAGS]
+    assert trains(train)[-len(expected) :] == expected and "--worker=all" in train
+    assert delete[3:5] == ["queued-resources", "delete"]
+
+
+@pytest.mark.parametrize("arguments, expected", [(TPU[1:3], "Usage"), (TPU[1:4] + FLAGS, "Usage"), (TPU[1:], "SHARE")])
+def test_a_tpu_pod_without_its_arguments_says_what_is_missing(arguments, expected):
+    done = bash(TPU[0], "--dry_run", *arguments)
+    assert done.returncode != 0 and expected in done.stderr and not commands(done.stdout)
+
+
+# A gcloud that notes its calls; its slice is preempted during the first training and, made again, lasts to the end.
+GCLOUD = """#!/bin/bash
+echo "$*" >> "$STATE/calls"
+case "$*" in
+  *tpu-vm\\ describe*) [ -f "$STATE/slice" ] && cat "$STATE/slice" ;;
+  *queued-resources\\ describe*) [ -f "$STATE/slice" ] ;;
+  *queued-resources\\ create*) echo READY > "$STATE/slice" ;;
+  *queued-resources\\ delete*) rm "$STATE/slice" ;;
+  *spiral_jax.train*) [ -f "$STATE/trained" ] || { touch "$STATE/trained"; echo "$AFTER" > "$STATE/slice"; exit 1; } ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("after, made", [("PREEMPTED", 2), ("READY", 1)])
+def test_a_preempted_slice_is_made_again_and_a_failed_run_started_again(tmp_path, after, made):
+    for name, text in (("gcloud", GCLOUD), ("sleep", "#!/bin/bash\n"), ("git", "#!/bin/bash\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = bash(*TPU, SHARE="10.0.0.2:/share", PATH=path, STATE=str(tmp_path), AFTER=after)
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = (tmp_path / "calls").read_text()
+    assert calls.count("queued-resources create") == made == calls.count("requirements-tpu.txt")
+    assert calls.count("spiral_jax.train") == 2 and calls.count("queued-resources delete") == made - 1
+
+
+def test_a_run_that_always_fails_on_a_healthy_slice_ends(tmp_path):
+    (tmp_path / "gcloud").write_text('#!/bin/bash\necho READY\n[[ "$*" != *spiral_jax.train* ]]\n')
+    (tmp_path / "sleep").write_text("#!/bin/bash\n")
+    for name in ("gcloud", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    done = bash(*TPU, SHARE="s:/s", PATH=f"{tmp_path}:{os.environ['PATH']}", RESTARTS="2")
+    assert done.returncode == 1 and "again and again" in done.stderr
+    assert sum(trains(words) is not None for words in commands(done.stdout)) == 3
+
+
+# SLURM
+
+
+def test_a_dry_run_of_slurm_prints_the_step_and_keeps_the_flags(without_tools):
+    done = bash("launch/slurm_gpu.sbatch", "--dry_run", "/shared/run", *FLAGS, PATH=without_tools)
+    assert done.returncode == 0, done.stderr
+    (step,) = commands(done.stdout)
+    assert step[0] == "srun" and "--kill-on-bad-exit=1" in step
+    assert step[-5:] == ["spiral_jax.train", "--workdir=/shared/run", *FLAGS]
+
+
+def test_slurm_without_a_job_or_a_workdir_is_an_error():
+    outside = bash("launch/slurm_gpu.sbatch", "/shared/run", *FLAGS)
+    assert outside.returncode == 2 and "sbatch" in outside.stderr
+    assert "Usage" in bash("launch/slurm_gpu.sbatch", "--dry_run", *FLAGS).stderr
+
+
+def test_every_sbatch_option_is_one_of_sbatch():
+    """With those of https://slurm.schedmd.com/sbatch.html that the script may use."""
+    known = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "exclusive", "requeue",
+             "open-mode", "output"}  # fmt: skip
+    lines = (ROOT / "launch" / "slurm_gpu.sbatch").read_text().splitlines()
+    options = [line.removeprefix("#SBATCH --").split("=")[0] for line in lines if line.startswith("#SBATCH")]
+    assert set(options) <= known and len(options) == len(set(options))
+    assert lines[0].startswith("#!") and all(line.startswith("#SBATCH") for line in lines[1 : len(options) + 1])
+
+
+# Kubernetes
+
+
+def manifest(*arguments, path="/usr/bin:/bin"):
+    command = [sys.executable, *JOBSET, *arguments, "--", "--workdir=/mnt/spiral/r", *FLAGS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PATH": path}, timeout=60)
+    return done.returncode, yaml.safe_load(done.stdout), done.stderr
+
+
+@pytest.mark.parametrize(
+    "slice, accelerator, hosts",
+    [
+        ("v5e:8x8", "tpu-v5-lite-podslice", 16),
+        ("v5e:2x4", "tpu-v5-lite-podslice", 2),
+        ("v5p:4x4x4", "tpu-v5p-slice", 16),
+        ("v6e:16x16", "tpu-v6e-slice", 64),
+    ],
+)
+def test_a_jobset_fits_the_schema_and_its_slice(slice, accelerator, hosts, without_tools):
+    code, jobset, errors = manifest("--dry_run", f"--slice={slice}", path=without_tools)
+    assert code == 0, errors
+    assert not list(SCHEMA.iter_errors(jobset))
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["parallelism"] == job["completions"] == hosts
+    pod = job["template"]["spec"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == accelerator
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == slice.split(":")[1]
+    (train,) = pod["containers"]
+    assert train["command"][-1] == "spiral_jax.train" and train["args"] == ["--workdir=/mnt/spiral/r", *FLAGS]
+    assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in train["volumeMounts"]}
+
+
+@pytest.mark.parametrize(
+    "slice", ["v5e:4x4x4", "v5p:8x8", "v5e", "v7x:8x8", "v5e:1x1", "v5e:2x2", "v5e:3x3", "v5e:8xx8"]
+)
+def test_a_slice_that_there_is_not_is_an_error(slice):
+    code, _, errors = manifest("--dry_run", f"--slice={slice}")
+    assert code == 1 and f"--slice={slice}" in errors and "Traceback" not in errors
+
+
+def test_a_name_that_kubernetes_does_not_take_is_an_error():
+    code, _, errors = manifest("--dry_run", "--slice=v5e:8x8", "--name=Spiral_4B")
+    assert code == 1 and "--name=Spiral_4B" in errors
+
+
+def test_without_a_dry_run_the_manifest_goes_to_kubectl(tmp_path):
+    (tmp_path / "kubectl").write_text(f'#!/bin/bash\necho "$*" > {tmp_path}/asked\ncat > {tmp_path}/applied\nexit 3\n')
+    (tmp_path / "kubectl").chmod(0o755)
+    command = [sys.executable, *JOBSET, "--slice=v5e:4x4", "--", "--config=c.py"]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, timeout=60)
+    assert done.returncode == 3 and (tmp_path / "asked").read_text() == "apply -f -\n"
+    assert not list(SCHEMA.iter_errors(yaml.safe_load((tmp_path / "applied").read_text())))
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("parallelism", "paralelism"),
+        ("maxRestarts: 20", "maxRestarts: many"),
+        ("google.com/tpu: 4", "google.com/tpus: 4"),
+        ("v1alpha2", "v1alpha1"),
+    ],
+)
+def test_the_schema_finds_what_a_cluster_would_ignore_or_refuse(old, new):
+    _, jobset, _ = manifest("--dry_run", "--slice=v5e:8x8")
+    text = yaml.safe_dump(jobset)
+    assert old in text and list(SCHEMA.iter_errors(yaml.safe_load(text.replace(old, new))))
