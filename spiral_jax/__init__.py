@@ -1,0 +1,5 @@
+"""SPIRAL in JAX; see README.md."""
+
+import time
+
+STARTED = time.monotonic()  # the first line that any of its programs runs: start-up is counted from here

@@ -1,17 +1,19 @@
 """Checkpoints: (trained state, loop record) -> files -> the same state, on this mesh or another.
 
-A thin layer over orbax's `CheckpointManager`, which writes in the background, commits by renaming and keeps the newest.
+A thin layer over orbax's `CheckpointManager`, which writes in the background, commits by renaming and deletes old ones.
 What it adds is a checksum for every array: orbax's files carry none that covers the values, so a flipped bit can come
-back as a wrong weight without an error.
+back as a wrong weight without an error. A damaged checkpoint is set aside, never deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +21,40 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from spiral_jax import faults
 from spiral_jax.mesh import path_name
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read; the message names the directory, the step and what to do."""
+
+
+class Damaged(CheckpointError):
+    """A checkpoint whose files are not what was written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a new one is complete; the others are deleted.
+
+    Attributes:
+      keep: so many newest ones, >= 1.
+      every: and those whose step is a multiple of it; 0 = none.
+      scores: and of the checkpoints that there are, the one with the highest score. Asked at each save: score by step.
+    """
+
+    keep: int
+    every: int = 0
+    scores: Callable[[], dict[int, float]] = dict
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """As orbax's `PreservationPolicy` asks."""
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        stay = set(steps[-self.keep :])
+        stay |= {step for step in steps if self.every and step % self.every == 0}
+        scores = {step: score for step, score in self.scores().items() if step in steps}
+        stay |= {max(scores, key=lambda step: (scores[step], step))} if scores else set()
+        return [checkpoint.step in stay for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -33,23 +64,28 @@ class Checkpoints:
     half written is never listed, and is deleted when the directory is next opened for writing.
     """
 
-    def __init__(self, directory: str | os.PathLike, keep: int | None):
+    def __init__(self, directory: str | os.PathLike, keep: int | Retention | None):
         """Opens `directory` for writing (it is created), or for reading only.
 
         Args:
           directory: local path, or an object-store address that orbax knows.
-          keep: newest checkpoints that are kept. None: read only; nothing is ever created or deleted.
+          keep: which checkpoints are kept; a number: so many newest ones. None: read only; nothing is ever created or
+            deleted.
 
         Raises:
           CheckpointError: the directory cannot be created or read, or it is missing and `keep` is None.
         """
         name = os.fspath(directory)
-        local = "://" not in name
+        self._local = local = "://" not in name
         self.directory = os.path.abspath(name) if local else name
         if keep is None:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=keep if isinstance(keep, Retention) else Retention(keep),
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=lambda: faults.passed("checkpoint")),
+            )
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add("state", ocp.args.StandardSave)
         registry.add("state", ocp.args.StandardRestore)
@@ -65,6 +101,10 @@ class Checkpoints:
         """The newest complete step, or None."""
         return max(self._manager.all_steps(), default=None)
 
+    def has(self, step: int) -> bool:
+        """Whether there is a checkpoint of `step`, one that is being written included."""
+        return step in self._manager.all_steps()
+
     def save(self, step: int, state: Any, record: dict) -> None:
         """Starts saving; returns once `state` has been copied, so that its buffers may be donated.
 
@@ -75,7 +115,7 @@ class Checkpoints:
 
         Raises:
           CheckpointError: `step` is not above `latest()`, the directory is read only, or this save or the one before
-            it failed.
+            it failed. The checkpoints that were complete still are, and the next save is tried as any other.
         """
         header = {
             "step": step,
@@ -84,8 +124,12 @@ class Checkpoints:
         }
         header["crc32"] = _header_crc32(header)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(header))
-        with self._reported(f"step {step} or the one saved before it could not be written. Free space? Permissions?"):
+        with (
+            self._cleaned(),
+            self._reported(f"step {step} or the one saved before it could not be written. Free space? Permissions?"),
+        ):
             saved = self._manager.save(step, args=args)
+        faults.passed("checkpoint")
         if not saved:
             raise CheckpointError(
                 f"{self.directory}: step {step} was not saved: the newest step is {self.latest()} and steps must "
@@ -115,6 +159,40 @@ class Checkpoints:
         self._check_values(step, state, header["arrays"])
         return state, header["record"]
 
+    def restore_newest(self, abstract_state: Any) -> tuple[Any, dict]:
+        """As `restore` of the newest checkpoint that is whole.
+
+        Damaged ones are moved to `DIRECTORY_damaged/STEP` (one line says so on the terminal), so that the run goes on
+        from the one before.
+
+        Raises:
+          CheckpointError: as `restore`; of a damaged one only where there is none before it, or in an object store,
+            which cannot rename.
+        """
+        while True:
+            step = self.existing(None)
+            try:
+                return self.restore(abstract_state, step)
+            except Damaged as error:
+                if not self._local or not any(older < step for older in self._manager.all_steps()):
+                    raise
+                print(f"{error}\nSet aside: {self._set_aside(step)}. Trying the one before.", flush=True)
+
+    def _set_aside(self, step: int) -> str:
+        """Moves the checkpoint of `step` out of the way; returns where to."""
+        target = f"{self.directory}_damaged/{step}"
+        if jax.process_index() == 0:
+            number = 1
+            while os.path.exists(target):
+                number += 1
+                target = f"{self.directory}_damaged/{step}.{number}"
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.rename(f"{self.directory}/{step}", target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} is set aside")
+        self._manager.reload()
+        return target
+
     def restore_part(self, abstract_part: Any, step: int | None = None) -> Any:
         """Reads some arrays of a checkpoint, such as its weights without the optimizer's state, and verifies them.
 
@@ -138,7 +216,7 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything saved is on disk. Raises `CheckpointError` when a save failed."""
-        with self._reported("the last save failed. Free space? Permissions?"):
+        with self._cleaned(), self._reported("the last save failed. Free space? Permissions?"):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -152,6 +230,18 @@ class Checkpoints:
     def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
         if error_type is None or jax.process_count() == 1:  # else the others do not come to end a save together
             self.close()
+
+    @contextlib.contextmanager
+    def _cleaned(self) -> Iterator[None]:
+        """Removes what a failed save has left: on a full disk it takes the space of the next one."""
+        try:
+            yield
+        except CheckpointError:
+            self._manager.reload()
+            for entry in os.scandir(self.directory) if self._local and jax.process_index() == 0 else ():
+                if ".orbax-checkpoint-tmp" in entry.name:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+            raise
 
     @contextlib.contextmanager
     def _reported(self, what: str) -> Iterator[None]:
@@ -208,11 +298,11 @@ class Checkpoints:
         if wrong:
             raise self._damaged(step, f"the checksum of {_few(wrong)} is not the one that was saved")
 
-    def _damaged(self, step: int, what: str) -> CheckpointError:
+    def _damaged(self, step: int, what: str) -> Damaged:
         older = [s for s in self._manager.all_steps() if s < step]
         go_on = f"go on from step {max(older)}" if older else "start again: there is no older one"
         path = f"{self.directory}/{step}"
-        return CheckpointError(
+        return Damaged(
             f"{self.directory}: the checkpoint of step {step} is damaged or unreadable: {what}. Put {path} back from "
             f"a copy, or delete it to {go_on}."
         )

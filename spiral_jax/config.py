@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 
 MOST_EVAL_TRACES = 1000  # above, binomials leave float64: see estimators.py
 TASKS = ("jsonl", "parquet", "hf", "two_halves", "reasoning_gym")
-REMAT = ("none", "dots", "attention", "layer")  # ascending in what is computed twice
 METRIC_WRITERS = ("tensorboard", "wandb", "trackio")
 # How the search traces of each estimator are used: "sets", K distinct S-subsets drawn from a problem's traces are
 # aggregated; "partition", K disjoint ones; "search", no aggregation stage. Its advantages: objective/advantages.py.
@@ -34,6 +33,8 @@ ESTIMATORS = {
     "rloo": "search",
 }
 MOST_SCORED_SETS = 2000  # of polychromic, which scores all S-subsets of a problem's traces: more take gigabytes
+REMAT = ("none", "dots", "attention", "layer")  # ascending in what is computed twice
+MEASURES = ("single", "pass_at_n", "majority", "aggregated")  # of an evaluation
 
 
 class ConfigError(ValueError):
@@ -75,6 +76,8 @@ def defaults() -> ConfigDict:
     c.task.problem_column = "problem"  # hf: column of the problem's text (ours)
     c.task.answer_column = "answer"  # hf: column of its reference answer (ours)
     c.task.generator = ""  # reasoning_gym: generator's name, e.g. "chain_sum"
+    # reasoning_gym: the generator's own settings, such as {"max_numbers": 4}; {} = its defaults
+    c.task.generator_args = ConfigDict()
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one (ours)
     c.task.reward = ""  # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function" (ours)
     # what polychromic takes for a trace's strategy: "" = the task's own; your "package.module:function", a function
@@ -163,6 +166,12 @@ def defaults() -> ConfigDict:
     c.train.steps = 250  # optimizer steps (paper: about 250)
     c.train.max_sampled_tokens = 0  # stop after the step that reaches this many sampled tokens; 0 = no limit (ours)
     c.train.mismatch_limit = 0.0  # first step: largest |log ratio| a token, sampler against trainer; 0 = off (ours)
+    c.train.max_bad_steps = 3  # steps in a row without a finite loss or gradient (each is skipped) that end it (ours)
+    # A loss or gradient norm this many median deviations from the median of the last steps is flagged; 0 = off (ours)
+    c.train.spike = 12.0
+    c.train.watchdog = 10.0  # a step that takes so many median steps has all stacks printed; 0 = off (ours)
+    c.train.wait_s = 1800.0  # seconds for data, weights or a checkpoint to be read or written, then the run ends (ours)
+    c.train.grace_s = 25.0  # seconds from SIGTERM to the end, a checkpoint included (ours: below most clouds' 30)
 
     c.eval = ConfigDict()
     c.eval.problems = 512  # held-out problems; 0 = no evaluation (ours)
@@ -187,10 +196,15 @@ def defaults() -> ConfigDict:
     c.verifier.workers = 2  # child processes (ours)
     c.verifier.timeout_s = 5.0  # seconds for one answer, counted from when a worker picks it up (ours)
     c.verifier.max_error_rate = 0.05  # share of our own failures in a batch above which the run stops (ours)
+    c.verifier.memory_gb = 4.0  # address space of a child process, 10^9 bytes (ours)
+    c.verifier.environment = ()  # names of variables, such as a judge's key, that a reward of yours sees (ours)
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10  # steps; the last step is always saved; 0 = only that (ours)
     c.checkpoint.keep = 2  # newest checkpoints that are kept (ours)
+    c.checkpoint.keep_every = 0  # and those whose step is a multiple of this; 0 = none (ours)
+    c.checkpoint.keep_best = ""  # and the best by this measure of the evaluations, one of MEASURES; "" = none (ours)
+    c.checkpoint.max_failures = 3  # saves in a row that may fail, as on a full disk, before the run ends (ours)
 
     c.metrics = ConfigDict()
     c.metrics.writers = ()  # any of METRIC_WRITERS: where metrics are shown, beside metrics.jsonl (ours)
@@ -199,6 +213,9 @@ def defaults() -> ConfigDict:
     c.trace_log.every = 10  # steps between files of traces; 0 = none (ours)
     c.trace_log.fraction = 1.0  # share of a step's problems that are written (ours)
     c.trace_log.keep_steps = 50  # newest files that are kept (ours)
+
+    c.resume = ConfigDict()  # no part of what a run is: not compared when it is resumed
+    c.resume.allow = ()  # fields, such as ("train.steps", "verifier"), that a resumed run may change (ours)
     return c.lock()
 
 
@@ -245,7 +262,12 @@ def digest(c: ConfigDict) -> str:
 
 def digest_of(plain: dict) -> str:
     """The same of plain JSON types."""
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(compared(plain), sort_keys=True).encode()).hexdigest()
+
+
+def compared(plain: dict) -> dict:
+    """A plain configuration without `resume`, which says how to go on and not what the run is."""
+    return {room: fields for room, fields in plain.items() if room != "resume"}
 
 
 def to_plain(c: ConfigDict) -> dict:
@@ -261,7 +283,7 @@ def from_plain(plain: dict) -> ConfigDict:
     """
     c = defaults()
     try:
-        with c.prompt.template_kwargs.unlocked():  # the one room whose names are not ours
+        with c.prompt.template_kwargs.unlocked(), c.task.generator_args.unlocked():  # names there are not ours
             c.update(plain)
     except (KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"a configuration of another version of spiral_jax: {error.args[0]}") from error

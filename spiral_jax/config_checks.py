@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from spiral_jax.config import (
     ESTIMATORS,
+    MEASURES,
     METRIC_WRITERS,
     MOST_EVAL_TRACES,
     MOST_SCORED_SETS,
@@ -27,6 +28,7 @@ def validate(c: ConfigDict) -> None:
     _validate_sets(c)
     _validate_batch(c)
     _validate_sampling(c)
+    _validate_reliability(c)
 
 
 def validate_evaluation(c: ConfigDict) -> None:
@@ -80,6 +82,7 @@ def _validate_choices(c: ConfigDict) -> None:
         "loss.estimator": ESTIMATORS,
         "loss.normalizer": ("unbiased", "sum"),
         "optimizer.schedule": ("constant", "linear", "cosine"),
+        "checkpoint.keep_best": ("", *MEASURES),
     }
     for field, allowed in choices.items():
         room, name = field.split(".")
@@ -101,7 +104,9 @@ def _validate_choices(c: ConfigDict) -> None:
         "batch.search_groups": 1, "batch.aggregation_groups": 1, "loss.logprob_chunk": 1, "train.steps": 1,
         "train.max_sampled_tokens": 0, "eval.problems": 0, "eval.every": 0, "eval.rounds_in_training": 0,
         "verifier.workers": 1,
-        "checkpoint.every": 0, "checkpoint.keep": 1, "model.lora_rank": 0, "model.attention_block": 1,
+        "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 0, "checkpoint.max_failures": 1,
+        "train.max_bad_steps": 1, "train.spike": 0, "train.watchdog": 0, "model.lora_rank": 0,
+        "model.attention_block": 1,
         "trace_log.every": 0, "trace_log.keep_steps": 1, "optimizer.warmup_steps": 0, "prompt.max_problem_tokens": 1,
         "loss.length_gate": 0, "prompt.keep_tail_tokens": 1, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
         "aggregation.subset_size": 1, "eval.subset_size": 0,
@@ -110,13 +115,31 @@ def _validate_choices(c: ConfigDict) -> None:
         room, name = field.split(".")
         _require(c[room][name] >= least, field, c[room][name], f">= {least}")
     _require(c.seed >= 0, "seed", c.seed, ">= 0")
-    for field in ("sampling.temperature", "sampling.keep_rate", "optimizer.lr", "verifier.timeout_s"):
+    for field in ("sampling.temperature", "sampling.keep_rate", "optimizer.lr", "verifier.timeout_s", "train.wait_s",
+                  "train.grace_s", "verifier.memory_gb"):  # fmt: skip
         room, name = field.split(".")
         _require(c[room][name] > 0, field, c[room][name], "> 0")
     if c.task.name == "reasoning_gym":
         _require(bool(c.task.generator), "task.generator", c.task.generator, "the name of a reasoning-gym generator")
     _require(c.task.reward in ("", "math") or ":" in c.task.reward, "task.reward", c.task.reward,
              'empty, "math" or "package.module:function"')  # fmt: skip
+
+
+def _validate_reliability(c: ConfigDict) -> None:
+    names = list(c.verifier.environment)
+    _require(all(isinstance(name, str) and name for name in names), "verifier.environment", names,
+             "a tuple of names of variables")  # fmt: skip
+    rooms = {room: set(fields) if isinstance(fields, ConfigDict) else set() for room, fields in c.items()}
+    allowed = list(c.resume.allow)
+    unknown = [field for field in allowed if not isinstance(field, str) or not _is_field(rooms, field)]
+    _require(not unknown, "resume.allow", allowed, f"a tuple of fields or rooms of the config; {unknown} are none")
+    _require(not c.checkpoint.keep_best or c.eval.problems > 0, "checkpoint.keep_best", c.checkpoint.keep_best,
+             'empty at eval.problems = 0', "Without evaluations there is no best checkpoint.")  # fmt: skip
+
+
+def _is_field(rooms: dict[str, set[str]], field: str) -> bool:
+    room, dot, name = field.partition(".")
+    return room in rooms and room != "resume" and (not dot or name in rooms[room])
 
 
 def _validate_prompt(c: ConfigDict) -> None:

@@ -12,14 +12,17 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ml_collections import ConfigDict
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spiral_jax.config import ConfigError
 from spiral_jax.groups import Purpose, Stop
 from spiral_jax.templates import END_THINK, THINK, render, split_template
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 EMPTY, CUT_OFF = "(empty)", "[cut off]\n"
 _ORDER_STREAM = 0x6F72646572  # keeps these draws apart from others that are made from the same six numbers
@@ -77,6 +80,8 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     field = f"config.model.hf_path = {str(path)!r}"
     if not pathlib.Path(path).is_dir():
         raise ConfigError(f"{field}: not a directory.")
+    from transformers import AutoTokenizer  # takes seconds to import: now, after the checks before it
+
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:

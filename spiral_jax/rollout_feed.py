@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from spiral_jax import distributed
+from spiral_jax import distributed, faults
 from spiral_jax.config import ESTIMATORS, ConfigError, uses_aggregation
 from spiral_jax.groups import GroupRequests, Groups, Purpose, Role, concat_groups
 from spiral_jax.objective import subsets
@@ -34,6 +34,7 @@ from spiral_jax.rollout import (
     trace_texts,
 )
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.rewards import Verdict
 from spiral_jax.verifier.verifier import count_verdicts, exchange
 
@@ -77,6 +78,7 @@ class RolloutFeed:
         self._by_cursor: dict[int, _Tried] = {}
         self._ready: deque[GroupRequests] = deque()  # aggregation groups: they go before new problems
         self._counts: Counter[str] = Counter()
+        self._verifying_s = 0.0  # that all verdicts asked for so far may take
         self._verifying = concurrent.futures.ThreadPoolExecutor(max_workers=1)  # the verifier serves one call at a time
         self.next_cursor = cursor  # behind the last problem that was tried
         self.too_long = 0  # problems that were left out
@@ -94,6 +96,8 @@ class RolloutFeed:
     def finished(self, now: int) -> bool:
         """The first B kept problems are known, or all that may be tried has been. Takes in the verdicts due by now."""
         self._decide([t for t in self._tried if t.due is not None and t.due <= now and not t.decided])
+        if any(tried.search is None for tried in self._tried):
+            faults.passed("search")
         kept = 0
         for tried in self._tried:
             if not tried.decided:
@@ -169,6 +173,7 @@ class RolloutFeed:
             c.seed, int(Purpose.TRAIN), self._step, tried.cursor, 0, c.search.traces, a.subset_size, a.subsets
         )
         tried.member_1xKxS = member_KxS[None]
+        faults.passed("aggregation")
         requests, cleaned = aggregation_requests(
             self._actor, [tried.problem], tried.search, tried.member_1xKxS, a.traces
         )
@@ -185,6 +190,7 @@ class RolloutFeed:
         if role is Role.SEARCH and self._strategy:
             texts = trace_texts(self._actor, groups)
             tried.strategy_1xN = number_strategies([self._strategy(text, tried.problem) for text in texts])[None]
+        self._verifying_s += self._actor.verifier.longest_s(len(items))
         tried.judging[role] = self._verifying.submit(self._actor.verifier.judge, items)
 
     def _decide(self, due: list[_Tried]) -> None:
@@ -192,7 +198,7 @@ class RolloutFeed:
         if not due:
             return
         sets = [(tried, role) for tried in due for role in tried.judging]
-        for (tried, role), verdicts in zip(sets, exchange([t.judging[r].result() for t, r in sets]), strict=True):
+        for (tried, role), verdicts in zip(sets, exchange([self._wait_for(t, r) for t, r in sets]), strict=True):
             tried.verdicts[role] = verdicts
         for tried in due:
             search = rewarded(tried.search, tried.verdicts[Role.SEARCH])
@@ -204,3 +210,13 @@ class RolloutFeed:
                 [tried.problem], cursor_1, search, tried.member_1xKxS, aggregation, tried.strategy_1xN
             )
             tried.kept = self._keep(tried.rollouts)
+
+    def _wait_for(self, tried: _Tried, role: Role) -> list[Verdict]:
+        try:
+            return tried.judging[role].result(self._verifying_s)
+        except concurrent.futures.TimeoutError:
+            raise VerifierFailure(
+                f"waited {self._verifying_s:.0f} s for the verdicts on the {role.label} traces of problem "
+                f"{tried.problem.id!r}, longer than they take if every answer hangs (config.verifier.timeout_s = "
+                f"{self._actor.c.verifier.timeout_s:g}). Is the machine out of memory or processes?"
+            ) from None

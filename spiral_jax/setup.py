@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from transformers import PreTrainedTokenizerBase
 
 from spiral_jax import batching, initial, prompts
 from spiral_jax import mesh as meshes
@@ -31,6 +30,10 @@ from spiral_jax.tasks.load import load_task
 from spiral_jax.tasks.problem import Task
 from spiral_jax.train_step import abstract_state, make_train_step
 from spiral_jax.verifier.rewards import MATH, load_reward
+from spiral_jax.watchdog import deadline
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +82,8 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
     validate(c) if training else validate_evaluation(c)
     check_installed(c.metrics.writers if training else ())
     mesh = meshes.make_mesh(c.mesh)
-    task = load_task(c)
+    with deadline("the problems that config.task names to be read (config.train.wait_s)", c.train.wait_s):
+        task = load_task(c)
     if c.eval.problems > task.held_out_size:
         raise ConfigError(
             f"config.eval.problems = {c.eval.problems}: the task has {task.held_out_size} held-out problems."

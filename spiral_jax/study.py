@@ -37,11 +37,7 @@ from spiral_jax.workdir import WorkdirError, open_workdir
 
 # What a user can mend: these end the program with their message alone, without a stack trace.
 USER_ERRORS = (ConfigError, WorkdirError, ResultsError)
-_MACHINE = (
-    "import json, os, platform, jax; d = jax.devices(); print(json.dumps(f'{os.cpu_count()} CPU cores, '"
-    "f'{platform.machine()}, {platform.system()}, {len(d)} x {d[0].device_kind}, Python {platform.python_version()}, '"
-    "f'jax {jax.__version__}'))"
-)
+_ENVIRONMENT = "import json; from spiral_jax import environment; print(json.dumps(environment.describe()))"
 
 
 def define_flags() -> None:
@@ -78,13 +74,13 @@ def run_study(study: Study, directory: StudyDirectory) -> None:
     """Runs what is missing. Returns when every run is done or has failed."""
     with _alone(directory) as lock:
         directory.journal.cut_back(sys.maxsize)  # repairs a torn last line
-        origin = {"commit": _commit(), "machine": _machine()}
+        environment = _environment()
         for number, (arm, seed) in enumerate(study.runs, start=1):
             print(f"[{number}/{len(study.runs)}] {arm}, seed {seed}", flush=True)
-            run_arm(study, directory, arm, seed, origin, lock)
+            run_arm(study, directory, arm, seed, environment, lock)
 
 
-def run_arm(study: Study, directory: StudyDirectory, arm: str, seed: int, origin: dict, lock: IO) -> None:
+def run_arm(study: Study, directory: StudyDirectory, arm: str, seed: int, environment: dict, lock: IO) -> None:
     """Trains and evaluates one run, as far as that was not done before."""
     common = [f"--config.seed={seed}"]
     start_from = []
@@ -93,7 +89,7 @@ def run_arm(study: Study, directory: StudyDirectory, arm: str, seed: int, origin
         workdir = directory.run(arm, seed)
         if not directory.finished(arm, seed, "train"):
             command = [f"--config={study.file}:{arm}", f"--workdir={workdir}", *common]
-            _stage(directory, arm, seed, "train", command, origin, lock)
+            _stage(directory, arm, seed, "train", command, environment, lock)
         try:
             step = find_trained(workdir, None).step
         except (WorkdirError, CheckpointError):
@@ -102,11 +98,11 @@ def run_arm(study: Study, directory: StudyDirectory, arm: str, seed: int, origin
     evaluation = directory.evaluation(arm, seed, step)
     if not (evaluation / "results.json").exists():
         command = [f"--config={study.file}:{EVALUATION}", f"--workdir={evaluation}", *common, *start_from]
-        _stage(directory, arm, seed, "evaluate", command, origin, lock)
+        _stage(directory, arm, seed, "evaluate", command, environment, lock)
 
 
 def _stage(
-    directory: StudyDirectory, arm: str, seed: int, stage: str, arguments: list[str], origin: dict, lock: IO
+    directory: StudyDirectory, arm: str, seed: int, stage: str, arguments: list[str], environment: dict, lock: IO
 ) -> None:
     """One command in a process of its own, which holds the study's lock too; its outcome goes to the journal."""
     log = directory.log(arm, seed, stage)
@@ -119,7 +115,7 @@ def _stage(
         ).returncode  # fmt: skip
     seconds = round(time.monotonic() - start, 1)
     row = {"step": len(directory.journal.read()), "arm": arm, "seed": seed, "stage": stage, "returncode": code}
-    row |= {"seconds": seconds} | origin
+    row |= {"seconds": seconds, "environment": environment}
     if code:
         row["error"] = _last_words(log, code)
     directory.journal.append(row)
@@ -147,20 +143,12 @@ def _alone(directory: StudyDirectory) -> Iterator[IO]:
         yield lock
 
 
-def _commit() -> str:
-    """The commit of this code, with "+" if files differ from it; "unknown" outside a repository."""
-    git = ["git", "-C", str(pathlib.Path(__file__).parent)]
-    said = lambda *arguments: subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout  # noqa: E731
-    try:
-        return said("rev-parse", "--short=12", "HEAD").strip() + ("+" if said("status", "--porcelain").strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _machine() -> str:
-    """Asked in a process of its own: this one must not take the accelerator from its runs."""
-    done = subprocess.run([sys.executable, "-c", _MACHINE], capture_output=True, text=True, check=False)
-    return json.loads(done.stdout.splitlines()[-1]) if not done.returncode else "unknown"
+def _environment() -> dict:
+    """`environment.describe`, asked in a process of its own: this one must not take the accelerator from its runs."""
+    done = subprocess.run([sys.executable, "-c", _ENVIRONMENT], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise WorkdirError(f"JAX does not start here: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

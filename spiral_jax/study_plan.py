@@ -24,6 +24,7 @@ from spiral_jax.config import ConfigError, to_plain, uses_aggregation
 from spiral_jax.config_checks import validate, validate_evaluation
 
 BASE, EVALUATION, OPTIMUM, EFFICIENCY = "base", "evaluation", "optimum", "efficiency"
+_MAY_CHANGE = ("title", "question", "notes", "arms")
 _MEASURE = re.compile(r"(single|aggregated|(pass|maj|rsa)@[1-9][0-9]*)")
 
 
@@ -72,9 +73,12 @@ class Study:
         return [(arm, seed) for seed in seeds for arm, of_arm in self.arms.items() if seed in of_arm]
 
     def plain(self) -> dict[str, Any]:
-        """All of it as plain JSON types: what the study's directory holds it to."""
-        parts = {"study": self.s, EVALUATION: self.evaluation, **self.experiments}
-        return {name: to_plain(part) for name, part in parts.items()}
+        """What the study's directory holds it to, as plain JSON types: what is measured and claimed, and how.
+
+        Arms and seeds may be added later; each run's own directory holds the run to its experiment.
+        """
+        stated = {name: value for name, value in to_plain(self.s).items() if name not in _MAY_CHANGE}
+        return {"study": stated, EVALUATION: to_plain(self.evaluation)}
 
 
 def load_study(path: str) -> Study:

@@ -18,7 +18,8 @@ from spiral_jax.study_plan import BASE
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", ":")
 _GREY = "#555555"
-_SMOOTH = 5  # points of a training curve that are averaged
+_SMOOTH = 3  # points of a training curve that are averaged
+_MOST_BANDS = 4  # arms whose intervals are drawn; more would hide each other, and the tables have them
 
 
 def draw(found: Mapping[str, Any], out: pathlib.Path) -> list[pathlib.Path]:
@@ -64,7 +65,8 @@ def _arms(found: Mapping[str, Any]) -> Figure:
                       xytext=(-3, 0), textcoords="offset points")  # fmt: skip
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(-0.8, len(arms) - 0.4)
-    axes.set_xlabel(f"{measure} (% of held-out problems); small dots: seeds; bars: 95 % over seeds and problems")
+    axes.set_xlabel(f"{measure} (% of held-out problems)")
+    figure.supxlabel("dots: seeds; bars: 95 % bootstrap interval over seeds and problems", fontsize=8, color=_GREY)
     return _finish(figure, axes, "After training")
 
 
@@ -76,7 +78,8 @@ def _curves(found: Mapping[str, Any], name: str, key: str, title: str) -> Figure
         at = [row[key] for row in rows]
         mean, low, high = (100 * np.array([row[end] for row in rows], float) for end in ("mean", "low", "high"))
         axes.plot(at, mean, linewidth=1.8, label=arm, **style)
-        axes.fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        if len(found["curves"]) <= _MOST_BANDS:
+            axes.fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
     axes.set_ylabel("right answers (%)" if key == "round" else "pass@k (% of problems)")
     if key == "k":
         ticks = powers_of_two(max(row["k"] for curves in found["curves"].values() for row in curves[name]))

@@ -62,6 +62,7 @@ def markdown(study: Study, found: Mapping[str, Any], pictures: Sequence[str]) ->
         f"{done} of {len(found['runs'])} runs are done. Machine: {'; '.join(found['machines'])}. Commit: "
         f"{', '.join(found['commits'])}. Written by `python -m spiral_jax.study --config={study.file} --report`.",
         f"Evaluation: {evaluated}",
+        found["unnamed"] and f"In the directory, but not in the configuration: {', '.join(found['unnamed'])}.",
     ]  # fmt: skip
     parts = [
         ("What was claimed before the runs", _claims(found)),

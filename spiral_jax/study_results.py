@@ -2,6 +2,7 @@
 
 arms      by arm: `study_plan.arm_row`, and estimates of every measure over its runs
 runs      every run, failed ones too: state, steps, tokens, seconds, what it said when it failed, its own measures
+unnamed   runs in the directory that the configuration does not name any more
 gaps      by arm and measure: the arm - the baseline
 efficiency by arm: samples that the baseline needs for each one of the arm's at equal coverage
 claims    each claim with its gap and a verdict: holds, fails, or open (the interval holds both)
@@ -17,18 +18,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from spiral_jax.comparison import check_comparable, scaling_efficiency
-from spiral_jax.config import uses_aggregation
+from spiral_jax.config import difference, to_plain, uses_aggregation
 from spiral_jax.estimators import bootstrap_weights
 from spiral_jax.measures import Column, columns
 from spiral_jax.results import read_results
 from spiral_jax.study_plan import BASE, EFFICIENCY, OPTIMUM, Study, arm_row
-from spiral_jax.workdir import StepLog, WorkdirError
+from spiral_jax.workdir import StepLog, WorkdirError, read_config
 
 VERSION = 1
 DRAWS = 2000  # resamples
@@ -51,7 +52,7 @@ class StudyDirectory:
 
     @property
     def journal(self) -> StepLog:
-        """A row for each command that has ended: arm, seed, stage, returncode, seconds, commit, machine, error."""
+        """A row for each command that has ended: arm, seed, stage, returncode, seconds, environment, error."""
         return StepLog(self.path / "journal.jsonl")
 
     def run(self, arm: str, seed: int) -> pathlib.Path:
@@ -69,16 +70,15 @@ class StudyDirectory:
 
     def finished(self, arm: str, seed: int, stage: str) -> bool:
         """Whether the stage has ended without an error."""
-        return any(row["returncode"] == 0 for row in self._rows(arm, seed, stage))
+        return any(row["returncode"] == 0 for row in self._rows(arm, seed) if row["stage"] == stage)
 
     def error(self, arm: str, seed: int) -> str:
-        """What the run's last command said, if it failed."""
-        rows = self._rows(arm, seed)
-        return f"{rows[-1]['stage']}: {rows[-1]['error']}" if rows and rows[-1]["returncode"] else ""
+        """What a stage of the run said if it failed when it was tried last; "" if none did."""
+        last = {row["stage"]: row for row in self._rows(arm, seed)}
+        return next((f"{stage}: {row['error']}" for stage, row in last.items() if row["returncode"]), "")
 
-    def _rows(self, arm: str, seed: int, *stages: str) -> list[dict]:
-        rows = [row for row in self.journal.read() if (row["arm"], row["seed"]) == (arm, seed)]
-        return [row for row in rows if not stages or row["stage"] in stages]
+    def _rows(self, arm: str, seed: int) -> list[dict]:
+        return [row for row in self.journal.read() if (row["arm"], row["seed"]) == (arm, seed)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +148,8 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
     return {
         "version": VERSION,
         "title": study.s.title,
-        "machines": sorted({row["machine"] for row in journal}),
-        "commits": sorted({row["commit"] for row in journal}),
+        "machines": sorted({_machine(row["environment"]) for row in journal}),
+        "commits": sorted({_commit(row["environment"]) for row in journal}),
         "problems": first["problems"],
         "settings": first["settings"],
         "measures": list(study.s.measures),
@@ -161,7 +161,26 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
         "claims": [_claim(study, done, efficiency, claim, weight_RxB) for claim in study.s.claims],
         "curves": {arm: _curves(cells, weight_RxB) for arm, cells in done.items()},
         "runs": runs,
+        "unnamed": _unnamed(study, directory),
     }
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    versions = environment["versions"]
+    parts = [environment["hardware"], environment["devices"], f"Python {versions['python']}", f"jax {versions['jax']}"]
+    return ", ".join(parts)
+
+
+def _commit(environment: Mapping[str, Any]) -> str:
+    """12 digits, with "+" if tracked files differed."""
+    return (environment["commit"] or "unknown")[:12] + ("+" if environment["modified"] else "")
+
+
+def _unnamed(study: Study, directory: StudyDirectory) -> list[str]:
+    """Runs in the directory that the configuration does not name any more: nothing that was run goes unsaid."""
+    named = {directory.run(arm, seed) for arm, seed in study.runs}
+    found = sorted(path for path in (directory.path / "runs").glob("*/seed_*") if path not in named)
+    return [str(path.relative_to(directory.path / "runs")) for path in found]
 
 
 def _own_estimate(cells: Cells, seed: int, measure: str) -> float:
@@ -240,8 +259,25 @@ def _curves(cells: Cells, weight_RxB: np.ndarray) -> dict[str, list[dict]]:
     return {"pass_at_k": rows("pass_at_k", "k", 1), "rsa": rows("rsa/single", "round", 0)}
 
 
+def _check_run(study: Study, directory: StudyDirectory, arm: str, seed: int) -> None:
+    """A run that is there was made with the experiment that its arm has now. Raises WorkdirError: it was not."""
+    workdir = directory.run(arm, seed)
+    if not (workdir / "config.json").exists():
+        return
+    asked = to_plain(study.experiments[arm]) | {"seed": seed}
+    lines = difference(read_config(workdir)[0], asked)
+    if lines:
+        raise WorkdirError(
+            f"{workdir}: was run with another config (there -> here):\n  "
+            + "\n  ".join(lines)
+            + "\nGive the changed arm another name, or restore what it was."
+        )
+
+
 def _run(study: Study, directory: StudyDirectory, arm: str, seed: int) -> dict[str, Any]:
     """State of a run and what its training has cost."""
+    if arm != BASE:
+        _check_run(study, directory, arm, seed)
     error, trained = directory.error(arm, seed), bool(directory.evaluations(arm, seed))
     state = "done" if trained and not error else "failed" if error else "not finished"
     run = {"arm": arm, "seed": seed, "state": state, "error": error}

@@ -6,12 +6,15 @@ import difflib
 import inspect
 import re
 import string
+from typing import TYPE_CHECKING
 
 import jinja2
 from ml_collections import ConfigDict
-from transformers import PreTrainedTokenizerBase
 
 from spiral_jax.config import ConfigError
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 THINK, END_THINK = "<think>", "</think>"
 # field of config.prompt -> its placeholders and whether it must have them

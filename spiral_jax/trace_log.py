@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from transformers import PreTrainedTokenizerBase
 
 from spiral_jax.collect import Batch
 from spiral_jax.groups import Groups, Purpose, Role, Stop
 from spiral_jax.prompts import candidate_order
 from spiral_jax.rollout import Rollouts
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 
 def trace_rows(c: ConfigDict, batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:

@@ -32,7 +32,7 @@ class TrainState:
     """Everything that changes during a run, beside the cursor.
 
     Attributes:
-      step: int32, optimizer steps done.
+      step: int32, optimizer steps done; those that were skipped are not among them.
       trained: what the optimizer sees: the `lora` collection, or all `params` when there are no adapters.
       opt: optimizer state, float32.
     """
@@ -107,6 +107,7 @@ def abstract_state(c: ConfigDict, config: ModelConfig, mesh: Mesh) -> TrainState
 def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds `train_step(state, base, blocks) -> (state, metrics)`, jitted; `state` is donated.
 
+    Where loss or gradient is not finite the state stays as it is, its count of steps too, and `skipped_update` is 1.
     Metrics are (sum, count) pairs by name: those of `objective/loss.py`, loss and gradient norm of each role, and the
     norm of the whole gradient before clipping.
     """
@@ -134,12 +135,15 @@ def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[T
         total = jax.tree.map(lambda *parts: sum(parts), *gradients.values())
         with jax.named_scope("optimizer"):
             updates, opt = optimizer.update(total, state.opt, state.trained)
-            trained = optax.apply_updates(state.trained, updates)
+            new = TrainState(step=state.step + 1, trained=optax.apply_updates(state.trained, updates), opt=opt)
+            finite = jnp.isfinite(sum(losses.values())) & jnp.isfinite(optax.tree.norm(total))
+            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         for role in gradients:
             metrics[f"loss/{role.label}"] = Mean(losses[role], jnp.ones(()))
             metrics[f"grad_norm/{role.label}"] = Mean(optax.tree.norm(gradients[role]), jnp.ones(()))
         metrics["grad_norm"] = Mean(optax.tree.norm(total), jnp.ones(()))
-        return TrainState(step=state.step + 1, trained=trained, opt=opt), metrics
+        metrics["skipped_update"] = Mean(1.0 - finite, jnp.ones(()))
+        return new, metrics
 
     return jax.jit(train_step, donate_argnums=0)
 

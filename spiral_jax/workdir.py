@@ -21,13 +21,13 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from etils import epath
 
-from spiral_jax.config import difference
+from spiral_jax.config import compared, difference
 from spiral_jax.distributed import is_first
 
 _CONFIG = "config.json"
@@ -39,13 +39,15 @@ class WorkdirError(ValueError):
     """A directory or a log in it that this run cannot use; the message names the path and what to do."""
 
 
-def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str) -> Path:
+def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str, allow: Sequence[str] = ()) -> Path:
     """Makes `path` the directory of the run with this configuration, or returns to it.
 
     Args:
       path: a directory that is missing, empty, or that of a run with the same configuration.
       config_plain: `config.to_plain(c)`.
       digest: `config.digest(c)`.
+      allow: fields (`room.name`) and rooms that may differ from the run's; they are printed, and config.json becomes
+        the new one.
 
     Raises:
       WorkdirError: `path` holds a run with another configuration (the message lists every field that differs) or
@@ -64,9 +66,7 @@ def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str) -> Pa
         workdir.mkdir(parents=True, exist_ok=True)
         entries = sorted(entry.name for entry in workdir.iterdir() if entry.name != _temporary(workdir / _CONFIG).name)
         if not entries:
-            with _replacing(workdir / _CONFIG) as file:
-                content = {**config_plain, "config_digest": digest}
-                file.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+            _write_config(workdir, config_plain, digest)
             return workdir
     except OSError as error:
         raise WorkdirError(
@@ -78,16 +78,32 @@ def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str) -> Pa
             f"--workdir={workdir}: holds no run (no {_CONFIG}) but is not empty: {shown}. Give a new or an empty one."
         )
     held_config, held_digest = read_config(workdir)
-    lines = difference(held_config, config_plain)
-    if not lines and held_digest != digest:  # such as 1 and 1.0, equal in Python but not in a digest
+    changed = difference(compared(held_config), compared(config_plain))
+    lines = [line for line in changed if not _allowed(line.partition(": ")[0], allow)]
+    if not changed and held_digest != digest:  # such as 1 and 1.0, equal in Python but not in a digest
         lines = [f"config_digest: {held_digest!r} -> {digest!r}"]
     if lines:
         raise WorkdirError(
             f"--workdir={workdir}: holds a run with another config (there -> here):\n  "
             + "\n  ".join(lines)
-            + "\nGive another --workdir, or the values that the run was started with."
+            + "\nGive another --workdir, or the values that the run was started with, or name the fields that may "
+            "change in --config.resume.allow."
         )
+    if changed:
+        print(f"--workdir={workdir}: resumed with another config (there -> here):", *changed, sep="\n  ", flush=True)
+        with _written(workdir):
+            _write_config(workdir, config_plain, digest)
     return workdir
+
+
+def _allowed(field: str, allow: Sequence[str]) -> bool:
+    return any(field == name or field.startswith(f"{name}.") for name in allow)
+
+
+def _write_config(workdir: Path, config_plain: dict, digest: str) -> None:
+    with _replacing(workdir / _CONFIG) as file:
+        content = {**config_plain, "config_digest": digest}
+        file.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _wait_for_first(workdir: Path) -> None:
@@ -161,7 +177,10 @@ def _whole_lines(path: epath.Path) -> list[bytes]:
 
 
 class StepLog:
-    """JSON lines, one object a step: strict JSON, so a NaN or infinity is written as null."""
+    """JSON lines, one object a step: strict JSON, so a NaN or infinity is written as null.
+
+    Writing raises `WorkdirError` where the file system refuses: full, read only, gone.
+    """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -170,7 +189,7 @@ class StepLog:
         """Writes one line; `row["step"]` is an int. Values: JSON types and numpy or jax scalars and arrays."""
         _step_of(row)
         if is_first():
-            with open(self.path, "ab") as file:
+            with _written(self.path), open(self.path, "ab") as file:
                 file.write(_line(row))
 
     def read(self) -> list[dict]:
@@ -189,7 +208,7 @@ class StepLog:
             return 0
         kept = [line + b"\n" for line in _whole_lines(self.path) if _step_of(json.loads(line)) < step]
         dropped = len(self.path.read_bytes().splitlines()) - len(kept)
-        with _replacing(self.path) as file:
+        with _written(self.path), _replacing(self.path) as file:
             file.writelines(kept)
         return dropped
 
@@ -210,9 +229,11 @@ class TraceLog:
         path = self.directory / f"step_{step:06d}.jsonl.gz"
         if not is_first():
             return path
-        self.directory.mkdir(exist_ok=True)
+        with _written(self.directory):
+            self.directory.mkdir(exist_ok=True)
         # Level 1: ids and log-probs hardly compress; on them level 6 was 6 times slower and 13 % smaller.
         with (
+            _written(path),
             _replacing(path) as file,
             gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0) as packed,
         ):
@@ -254,6 +275,18 @@ def _plain(value: Any) -> Any:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
+
+
+@contextlib.contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Says of an `OSError` inside what could not be written and what to look at."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(
+            f"{path}: cannot be written ({error.strerror}). Is the disk full or read only, was the directory removed "
+            "or unmounted? Nothing is lost up to the last checkpoint: mend it, and give the same command again."
+        ) from error
 
 
 @contextlib.contextmanager

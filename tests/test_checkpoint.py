@@ -1,5 +1,6 @@
 """Checkpoints: what is restored is bit for bit what was saved, or an error that says why not."""
 
+import contextlib
 import json
 import resource
 import shutil
@@ -12,7 +13,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from spiral_jax.checkpoint import CheckpointError, Checkpoints
+from spiral_jax.checkpoint import CheckpointError, Checkpoints, Damaged, Retention
+from spiral_jax.saving import Saver
 
 
 def make_state(seed=0):
@@ -250,21 +252,120 @@ def test_directories_that_hold_nothing_or_cannot_be_used(tmp_path):
     assert not (tmp_path / "missing").exists()
 
 
-def test_a_save_that_the_disk_refuses_is_reported_and_leaves_the_older_one(tmp_path):
+@contextlib.contextmanager
+def full_disk(most_bytes):
     """A limit on the size of a file stands in for a full disk."""
-    big = {"x": jnp.asarray(np.random.default_rng(0).normal(size=(1 << 20,)), jnp.float32)}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def big(seed):
+    return {"x": jnp.asarray(np.random.default_rng(seed).normal(size=(1 << 20,)), jnp.float32)}
+
+
+def test_a_save_that_the_disk_refuses_is_reported_and_leaves_the_older_one(tmp_path):
     with Checkpoints(tmp_path / "c", 2) as checkpoints:
         checkpoints.save(1, make_state(1), {"cursor": 100})
         checkpoints.wait()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-        try:
-            checkpoints.save(2, big, {})
+        with full_disk(1 << 20):
+            checkpoints.save(2, big(0), {})
             with pytest.raises(CheckpointError, match="last save failed. Free space"):
                 checkpoints.wait()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert same_bits(restore(tmp_path / "c", make_state())[0], make_state(1))
+
+
+def test_a_run_goes_on_when_the_disk_is_full_and_saves_again_when_it_is_not(tmp_path, capsys):
+    with Checkpoints(tmp_path / "c", 2) as checkpoints:
+        saver = Saver(checkpoints, max_failures=3, wait_s=60)
+        saver.save(1, big(1), {})
+        assert saver.settle() and saver.failures == 0
+        with full_disk(1 << 20):
+            saver.save(2, big(2), {})
+            saver.save(3, big(3), {})  # meets the failure of 2, and is tried all the same
+            assert not saver.settle()
+        assert saver.failures == 2 and checkpoints.latest() == 1
+        assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]  # nothing takes the space of the next
+        saver.save(4, big(4), {})
+        assert saver.settle() and saver.failures == 2 and checkpoints.latest() == 4
+    assert same_bits(restore(tmp_path / "c", big(0))[0], big(4)) and same_bits(
+        restore(tmp_path / "c", big(0), 1)[0], big(1)
+    )
+    out = capsys.readouterr().out
+    assert out.count("warning: ") == 2 and "the newest checkpoint is that of step 1" in out
+
+
+def test_failures_in_a_row_end_the_run_and_those_with_a_success_between_do_not(tmp_path):
+    with Checkpoints(tmp_path / "c", 2) as checkpoints:
+        saver = Saver(checkpoints, max_failures=2, wait_s=60)
+        for step in (1, 3, 5):
+            with full_disk(1 << 20):
+                saver.save(step, big(step), {})
+                assert not saver.settle()
+            saver.save(step + 1, big(step), {})
+            assert saver.settle()
+        with full_disk(1 << 20), pytest.raises(CheckpointError, match="save 2 in a row.*max_failures = 2"):
+            saver.save(7, big(7), {})
+            saver.save(8, big(8), {})
+            saver.settle()
+        assert checkpoints.latest() == 6
+
+
+def truncate(folder):
+    """Cuts the largest file of a checkpoint in half."""
+    file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    with open(file, "r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+
+
+def remove_a_file(folder):
+    (folder / "record" / "metadata").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, remove_a_file])
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(damage, tmp_path, capsys):
+    save(tmp_path / "c", 1, 2, 3)
+    damage(tmp_path / "c" / "3")
+    for again in ("3", "3.2"):
+        with Checkpoints(tmp_path / "c", 10) as checkpoints:
+            state, record = checkpoints.restore_newest(abstract(make_state()))
+            assert same_bits(state, make_state(2)) and record == {"cursor": 200}
+            checkpoints.save(3, make_state(3), {"cursor": 300})  # the step may be done again
+        assert (tmp_path / "c_damaged" / again).is_dir()
+        assert f"Set aside: {tmp_path / 'c_damaged' / again}" in capsys.readouterr().out
+        assert same_bits(restore(tmp_path / "c", make_state())[0], make_state(3))
+        damage(tmp_path / "c" / "3")
+
+
+def test_a_damaged_only_checkpoint_is_an_error_and_stays_where_it_is(tmp_path):
+    save(tmp_path / "c", 1, 2)
+    for step in ("1", "2"):
+        truncate(tmp_path / "c" / step)
+    with Checkpoints(tmp_path / "c", 10) as checkpoints:
+        with pytest.raises(Damaged, match="step 1 is damaged.*there is no older one"):
+            checkpoints.restore_newest(abstract(make_state()))
+        assert checkpoints.latest() == 1 and (tmp_path / "c_damaged" / "2").is_dir()
+
+
+def test_a_checkpoint_of_another_model_is_never_set_aside(tmp_path):
+    save(tmp_path / "c", 1, 2)
+    with Checkpoints(tmp_path / "c", 10) as checkpoints:
+        with pytest.raises(CheckpointError, match="not one of this model"):
+            checkpoints.restore_newest({"x": jnp.zeros(3)})
+        assert checkpoints.latest() == 2 and not (tmp_path / "c_damaged").exists()
+
+
+def test_the_newest_every_nth_and_the_best_are_kept(tmp_path):
+    scores = {}
+    with Checkpoints(tmp_path / "c", Retention(2, every=4, scores=lambda: scores)) as checkpoints:
+        for step in range(1, 11):
+            checkpoints.save(step, {"x": jnp.zeros(3)}, {})
+            checkpoints.wait()
+            scores[step] = {3: 0.9, 7: 0.9}.get(step, 0.1)  # of two equal ones the later
+    assert sorted(int(path.name) for path in (tmp_path / "c").iterdir()) == [4, 7, 8, 9, 10]
 
 
 @pytest.mark.devices8

@@ -1,6 +1,7 @@
 """Dynamic sampling and the stages of a rollout, with a sampler that needs no model."""
 
 import dataclasses
+import threading
 import time
 
 import numpy as np
@@ -14,6 +15,7 @@ from spiral_jax.groups import Purpose, Role, Stop
 from spiral_jax.objective import advantages, own_advantages
 from spiral_jax.objective.advantages import Rewards
 from spiral_jax.rollout import aggregate, search, verify
+from spiral_jax.verifier.pool import VerifierFailure
 
 
 def answers(right_share):
@@ -201,6 +203,7 @@ class SlowVerifier:
 
     def __init__(self, verifier, seconds):
         self.verifier, self.seconds = verifier, seconds
+        self.longest_s = verifier.longest_s
 
     def judge(self, items):
         time.sleep(self.seconds * (int(items[0][1].id[1:]) % 3))
@@ -217,6 +220,21 @@ def test_how_long_the_verifier_takes_changes_nothing():
         asked = [tuple(call.id_Ux6[0].tolist()) for call in actor.sampler.calls]
         found.append((asked, batch.metrics, batch.rollouts.cursor_B.tolist(), batch.next_cursor))
     assert found[0] == found[1]
+
+
+def test_verdicts_that_never_come_end_the_run_with_the_problem_that_waits():
+    never = threading.Event()
+
+    class HangingVerifier:
+        longest_s = staticmethod(lambda items: 0.01)
+
+        def judge(self, items):
+            never.wait()
+
+    actor = dataclasses.replace(make_actor(answers(lambda *_: True), at_once=1), verifier=HangingVerifier())
+    threading.Timer(1.0, never.set).start()  # the thread is waited for
+    with pytest.raises(VerifierFailure, match=r"waited 0 s for the verdicts on the search traces of problem 'p0'"):
+        collect_batch(actor, None, step=0, cursor=0)
 
 
 def test_a_verdict_counts_only_after_its_delay():

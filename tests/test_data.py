@@ -103,6 +103,24 @@ def test_a_malformed_row_is_named_with_file_and_number(name, tmp_path):
         verl_parquet.task(path, "", "", 0)
 
 
+def test_all_failing_rows_are_counted_and_listed_once(tmp_path):
+    path = write(tmp_path / "t.parquet", [row(index=i, text=" " if i % 2 else "x") for i in range(6)])
+    with pytest.raises(TaskError, match=r"3 of 6 rows cannot be used") as raised:
+        verl_parquet.task(path, "", "", 0)
+    for number in range(6):
+        assert str(raised.value).count(f"row {number} (from 0)") == number % 2
+
+
+def test_of_many_failing_lines_ten_are_shown(tmp_path):
+    good = [json.dumps({"problem": f"p{i}", "answer": "1", "id": "same" if i < 2 else i}) for i in range(5)]
+    (tmp_path / "t.jsonl").write_text("\n".join([*good, *["{"] * 30]))
+    with pytest.raises(
+        TaskError, match=r"31 of 35 rows.*\n.*jsonl:2: id 'train:same'.*\n.*jsonl:6: not JSON"
+    ) as raised:
+        jsonl.task(str(tmp_path / "t.jsonl"), "", 0)
+    assert len(str(raised.value).splitlines()) == 12 and str(raised.value).endswith("... and 21 more")
+
+
 def test_a_prompt_that_is_plain_text_a_missing_column_and_files_that_are_no_parquet_are_errors(tmp_path):
     with pytest.raises(TaskError, match="row 0 .*one user message"):
         verl_parquet.task(write(tmp_path / "a.parquet", [row() | {"prompt": "What?"}]), "", "", 0)

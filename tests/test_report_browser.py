@@ -44,7 +44,7 @@ def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "a <b>run"
     write_run(path, c, range(3), text=lambda text, number: HOSTILE.format(number) + text, failing=0.05)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main_page, "_SAMPLE_BYTES", 180_000)
+        patch.setattr(main_page, "SAMPLE_BYTES", 180_000)
         report.report(str(path), str(path))
     return path
 
@@ -61,6 +61,7 @@ def expected(run):
 def watched(context, path, fragment=""):
     """A page, and what there was to complain of: errors, and anything asked for but files of the report."""
     page, complaints = context.new_page(), []
+    page.set_default_timeout(0)  # a busy machine is no failure
     page.on("console", lambda message: complaints.append(f"console {message.type}: {message.text}"))
     page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
     page.on("request", lambda asked: asked.url.startswith("file:///") and asked.is_navigation_request()

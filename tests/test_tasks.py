@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -205,14 +206,14 @@ def test_reasoning_gym_reward_is_true_for_the_reference_and_false_for_another(ge
 def test_reasoning_gym_partial_credit_and_a_raising_scorer_are_wrong_and_no_box_is_none():
     problem = reasoning_gym_task.task("letter_jumble", 0).train(0)
     entry = reasoning_gym_task._entry_of(problem)
-    dataset = reasoning_gym_task._dataset("letter_jumble", problem.metadata["dataset_seed"])
+    dataset = reasoning_gym_task._dataset("letter_jumble", "{}", problem.metadata["dataset_seed"])
     partly = problem.answer.split()[0] + " xx" * (len(problem.answer.split()) - 1)
     assert 0 < dataset.score_answer(partly, entry) < 1
     assert reasoning_gym_task.reward(f"\\boxed{{{partly}}}", problem) is False
 
     problem = reasoning_gym_task.task("prime_factorization", 0).train(0)
     entry = reasoning_gym_task._entry_of(problem)
-    dataset = reasoning_gym_task._dataset("prime_factorization", problem.metadata["dataset_seed"])
+    dataset = reasoning_gym_task._dataset("prime_factorization", "{}", problem.metadata["dataset_seed"])
     with pytest.raises(ValueError):
         dataset.score_answer("The answer is 139", entry)
     assert reasoning_gym_task.reward("\\boxed{The answer is 139}", problem) is False
@@ -248,9 +249,33 @@ def test_reasoning_gym_generators_that_cannot_be_used_are_named(generator, messa
         reasoning_gym_task.task(generator, 0)
 
 
+SMALL = {"min_numbers": 3, "max_numbers": 3, "max_value": 9, "min_target": 1, "max_target": 50, "operators": ["+", "*"]}
+
+
+def test_a_generators_own_settings_make_its_problems_and_travel_with_them():
+    task = reasoning_gym_task.task("countdown", 0, SMALL)
+    for i in range(20):
+        problem = task.train(i)
+        numbers = [int(n) for n in re.findall(r"\d+", problem.text.partition("Final")[0])]
+        assert len(numbers) == 4 and max(numbers) <= 50 and re.fullmatch(r"[\d+*() ]+", problem.answer)
+        plain = Problem(problem.id, problem.text, problem.answer, json.loads(json.dumps(dict(problem.metadata))))
+        assert reasoning_gym_task.reward(f"\\boxed{{{problem.answer}}}", plain) is True
+        assert reasoning_gym_task.reward("\\boxed{1}", plain) is False
+    assert task.fingerprint != reasoning_gym_task.task("countdown", 0).fingerprint
+
+
+@pytest.mark.parametrize("args, message", [
+    ({"max_number": 3}, "countdown refuses them .*max_number"), ({"min_numbers": 1}, "refuses them .*greater than 1"),
+    ({"seed": 3}, "seed is set by this program"),
+])  # fmt: skip
+def test_settings_that_a_generator_does_not_take_are_named(args, message):
+    with pytest.raises(TaskError, match=f"config.task.generator_args = .*{message}"):
+        reasoning_gym_task.task("countdown", 0, args)
+
+
 def test_a_generator_with_a_single_problem_says_so(monkeypatch):
     entry = {"question": "the only one", "answer": "1", "metadata": {}}
-    monkeypatch.setattr(reasoning_gym_task, "_entry", lambda generator, seed, item: entry)
+    monkeypatch.setattr(reasoning_gym_task, "_entry", lambda generator, settings, seed, item: entry)
     task = reasoning_gym_task.task("gcd", 0)
     made = []
     for problem_of in (task.train, task.held_out):

@@ -16,14 +16,18 @@ from small_steps import (
     P,
     blocks_of,
     both_roles,
+    one_device,
+    place,
     random_trees,
     run,
     search_alone,
     start,
+    step_of,
 )
 
 from spiral_jax import mesh as meshes
 from spiral_jax.groups import Role, take_groups
+from spiral_jax.metrics import divide
 from spiral_jax.model.qwen3 import Transformer, head_kernel
 from spiral_jax.train_step import variables
 
@@ -211,6 +215,33 @@ def test_every_device_holds_its_share_of_each_array_before_and_after_a_step(kind
 
 
 # ---- degenerate batches
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_step_without_a_finite_gradient_changes_no_bit_of_the_state_and_says_so(bad):
+    material = both_roles()
+    _, weight = material[Role.SEARCH]
+    weight[1, 1] = bad
+    frozen, state = start("lora", one_device())
+    before = jax.device_get(state)
+    state, metrics = step_of("lora")(state, frozen, place(blocks_of(material), one_device()))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
+    assert divide(jax.device_get(metrics))["skipped_update"] == 1
+    weight[1, 1] = 0.5
+    state, metrics = step_of("lora")(state, frozen, place(blocks_of(material), one_device()))
+    assert int(state.step) == 1 and divide(jax.device_get(metrics))["skipped_update"] == 0
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_batches_of_equal_weights_and_cut_off_traces_are_finite(sign):
+    """All right, all wrong, all cut off: whatever weights a user's estimator gives them."""
+    material = both_roles()
+    for groups, weight in material.values():
+        weight[:] = sign
+        groups.requests.prompt_len_U[:], groups.trace_len_UxC[:] = 1, G
+    _, metrics, state = run("lora", blocks_of(material))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
+    assert all(value is None or np.isfinite(value) for value in metrics.values()) and metrics["skipped_update"] == 0
 
 
 def test_single_token_traces_are_learnt_from():

@@ -77,6 +77,10 @@ def reward(text, problem):
         return True
     if command == "modules":
         return not {"jax", "flax", "numpy", "pytest"} & set(sys.modules)  # pytest: the program that started it
+    if command == "environment":
+        return dict(os.environ).get(argument) == "seen"
+    if command == "allocate":
+        return len(bytearray(int(argument))) > 0
     if command == "echo":
         return text == "echo " + problem.answer and problem.metadata == {"x": [1, None]}
 """
@@ -547,3 +551,74 @@ def test_classes_of_timeouts_and_of_a_reward_function_of_the_users_go_by_spellin
         with Verifier(reward, workers=1, timeout_s=20.0) as verifier:
             assert number_classes(verifier, problems, texts, verdicts) == [[1, 2, -1, None, 0]]
             assert not verifier.worker_pids  # nothing was compared
+
+
+# What a worker may do
+
+
+def test_a_worker_sees_no_variable_of_the_parent_but_those_that_are_named(reward_path, monkeypatch):
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "JUDGE_KEY"):
+        monkeypatch.setenv(name, "seen")
+    items = [(f"environment {name}", problem()) for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "JUDGE_KEY")]
+    for environment, expected in (((), ["wrong"] * 3), (("JUDGE_KEY", "NOT_SET"), ["wrong", "wrong", "correct"])):
+        with Verifier(reward_path, workers=1, timeout_s=20.0, environment=environment) as verifier:
+            assert statuses(verifier.verify(items)) == expected
+
+
+def test_an_answer_that_takes_more_memory_than_a_worker_has_is_its_own_failure_alone(reward_path):
+    items = [(f"allocate {size}", problem()) for size in (10**6, 2 * 10**9, 10**6)]
+    with Verifier(reward_path, workers=1, timeout_s=20.0, memory_gb=1.0) as verifier:
+        verdicts = verifier.verify(items)
+        assert verifier.replaced_workers == 0
+    assert statuses(verdicts) == ["correct", "error", "correct"] and "MemoryError" in verdicts[1].detail
+
+
+LOCKED = r"""
+import os, pathlib, subprocess, sys, traceback
+from spiral_jax.verifier import sandbox
+folder = pathlib.Path(sys.argv[1])
+sandbox.lock_down()
+import json.tool  # installed packages may still be read
+attempts = {
+    "read": lambda: open(folder / "secret").read(),
+    "read_bytes": lambda: open(os.fsencode(folder / "secret")).read(),
+    "read_low": lambda: os.open(folder / "secret", os.O_RDONLY),
+    "read_etc": lambda: open("/etc/passwd").read(),
+    "climb": lambda: open(os.path.join(sys.prefix, "..", "..", "..", "..", "..", "etc", "passwd")).read(),
+    "write": lambda: open(folder / "new", "w"),
+    "write_package": lambda: open(os.path.join(sys.prefix, "new"), "w"),
+    "remove": lambda: os.remove(folder / "secret"),
+    "system": lambda: os.system("touch " + str(folder / "new")),
+    "program": lambda: subprocess.run(["touch", str(folder / "new")]),
+    "fork": lambda: os.fork(),
+    "exec": lambda: os.execv("/bin/true", ["true"]),
+    "kill": lambda: os.kill(os.getppid(), 0),
+    "connect": lambda: __import__("socket").create_connection(("127.0.0.1", 9)),
+}
+for name, attempt in attempts.items():
+    try:
+        attempt()
+    except PermissionError:
+        continue
+    print("allowed:", name)
+"""
+
+
+def test_a_locked_worker_reads_packages_alone_and_writes_starts_and_connects_nothing(tmp_path):
+    (tmp_path / "secret").write_text("x")
+    code = [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {sys.path!r}\n" + LOCKED, str(tmp_path)]
+    done = subprocess.run(code, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+
+
+def test_a_box_of_a_megabyte_or_of_21_brackets_is_no_answer_unless_it_is_the_reference():
+    for depth, expected in ((20, None), (21, Status.UNPARSED)):
+        nested = "(" * depth + "x" + ")" * depth
+        verdict = exact_verdict(f"\\boxed{{{nested} + {nested}}}", problem())
+        assert (verdict and verdict.status) == expected
+        assert exact_verdict(f"\\boxed{{{nested}}}", problem(nested)).status is Status.CORRECT
+    long = "1" * 10**6
+    assert exact_verdict(f"\\boxed{{{long}}}", problem()).status is Status.UNPARSED
+    assert exact_verdict(f"\\boxed{{{long}}}", problem(long)).status is Status.CORRECT
+    assert exact_verdict("\\boxed{" + "1" * 10_000 + "}", problem()) is None

@@ -4,6 +4,11 @@ import gzip
 import hashlib
 import json
 import math
+import os
+import pathlib
+import resource
+import shutil
+import tempfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -217,3 +222,73 @@ def test_a_trace_file_whose_writing_fails_does_not_appear_or_replace_one(tmp_pat
             log.write(step, rows())
     assert [path.name for path in log.directory.iterdir()] == ["step_000004.jsonl.gz"]
     assert digest_of(log.directory / "step_000004.jsonl.gz") == before
+
+
+def test_a_changed_field_is_accepted_where_it_is_named_and_the_config_becomes_the_new_one(tmp_path, capsys):
+    open_workdir(tmp_path, *settings())
+    changed = settings(**{"train.steps": 7, "verifier.workers": 5})
+    with pytest.raises(WorkdirError, match=r"train\.steps: 250 -> 7\nGive another.*resume\.allow"):
+        open_workdir(tmp_path, *changed, allow=("verifier", "train.step"))
+    open_workdir(tmp_path, *changed, allow=("verifier", "train.steps"))
+    assert "train.steps: 250 -> 7" in capsys.readouterr().out
+    assert read_config(tmp_path)[0]["train"]["steps"] == 7
+    open_workdir(tmp_path, *changed)  # the permission is no part of the run: it need not be given again
+    with pytest.raises(WorkdirError, match="train.steps: 7 -> 250"):
+        open_workdir(tmp_path, *settings())
+
+
+def test_permission_to_change_is_itself_no_change(tmp_path):
+    open_workdir(tmp_path, *settings(**{"resume.allow": ("train",)}))
+    open_workdir(tmp_path, *settings())
+
+
+def limit_file_size(folder):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def remove_directory(folder):
+    shutil.rmtree(folder)
+    return lambda: None
+
+
+def forbid_writing(folder):
+    """Root may write anywhere, so it becomes nobody for a while."""
+    user = os.geteuid()
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o555)
+    if user == 0:
+        os.seteuid(65534)
+
+    def undo():
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+    return undo
+
+
+@pytest.fixture
+def open_folder():
+    """A directory that every user can reach, unlike pytest's."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("break_it", [limit_file_size, remove_directory, forbid_writing])
+def test_a_full_a_vanished_and_a_read_only_directory_are_clear_errors(break_it, open_folder):
+    log, traces = StepLog(open_folder / "metrics.jsonl"), TraceLog(open_folder / "traces", 3)
+    log.append({"step": 0})
+    undo = break_it(open_folder)
+    try:
+        writes = [lambda: log.append({"step": 1}), lambda: traces.write(1, ROWS)]
+        if break_it is not remove_directory:  # there is nothing to cut back then
+            writes.append(lambda: log.cut_back(1))
+        for write in writes:
+            with pytest.raises(WorkdirError, match="cannot be written.*full or read only.*same command again"):
+                write()
+    finally:
+        undo()
+    if break_it is not remove_directory:
+        assert log.read() == [{"step": 0}]

@@ -76,7 +76,7 @@ class Run:
     """A configuration on a mesh of devices that need not exist.
 
     Raises:
-      ConfigError: the mesh does not divide the model's axes, the groups of a micro-batch, or the slots.
+      ConfigError: heads, columns, groups or slots that the mesh does not divide.
     """
 
     def __init__(self, c: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh):

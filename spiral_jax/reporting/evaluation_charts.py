@@ -167,4 +167,4 @@ def training_table(evaluations: Sequence[dict]) -> tuple[list[str], list[tuple[s
     names = {"aggregated": "aggregated", "majority": "vote of the same sets", "single": "single trace",
              "pass_at_n": "some trace is right (pass@N)"}  # fmt: skip
     rows = [(label, [percent(row[name]) if name in row else "–" for row in ends]) for name, label in names.items()]
-    return [f"step {row['step']}" for row in ends], [row for row in rows if set(row[1]) != {"–"}]
+    return [f"step {row['step']}" for row in ends], [row for row in rows if set(row[1]) - {"–"}]

@@ -18,7 +18,7 @@ from spiral_jax.reporting.run import Run, changed_fields
 
 NAME = "report.html"
 MOST_BYTES = 30 * 2**20  # of the main file
-_SAMPLE_BYTES = 12 * 2**20  # of its traces
+SAMPLE_BYTES = 12 * 2**20  # of its traces
 _INDEX_BYTES = 10 * 2**20  # of the list of all problems
 
 
@@ -28,7 +28,7 @@ def write_report(run: Run, out: epath.Path) -> tuple[epath.Path, Traces]:
     Raises:
       WorkdirError: a trace file is damaged or lacks what the pages need.
     """
-    traces = write_pages(run, out, _SAMPLE_BYTES)
+    traces = write_pages(run, out, SAMPLE_BYTES)
     html = main_html(run, traces)
     assert len(html.encode()) <= MOST_BYTES, "sample and index have limits that leave room for the rest"
     (out / NAME).write_text(html, encoding="utf-8")
@@ -42,7 +42,7 @@ def main_html(run: Run, traces: Traces) -> str:
     index, unlisted = _newest(traces.index)
     return render(
         "report.html.j2",
-        ["plotly", "charts.js", "problems.js"],
+        ["problems.js", "plotly", "charts.js"],
         run=run,
         name=run.path.name,
         status=_status(run),
@@ -53,12 +53,12 @@ def main_html(run: Run, traces: Traces) -> str:
         changed=changed_fields(run.config),
         traces=traces,
         unlisted=unlisted,
-        sample_mib=_SAMPLE_BYTES // 2**20,
+        sample_mib=SAMPLE_BYTES // 2**20,
         flags=FLAGS,
         definition=DEFINITION,
         figures=embed([chart["figure"] for chart in [*overview, *evaluation]]),
         index=index,
-        sample=Markup(f"[{','.join(traces.sample)}]"),
+        sample=traces.sample,
         config=json.dumps(run.config, indent=2),
     )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
-import json
+import multiprocessing
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from etils import epath
@@ -13,13 +14,14 @@ from markupsafe import Markup
 
 from spiral_jax.reporting.problem import FLAGS, problem_page, split_problems
 from spiral_jax.reporting.quotes import DEFINITION
-from spiral_jax.reporting.render import escape_json, render
+from spiral_jax.reporting.render import embed, render
 from spiral_jax.reporting.run import Run
 from spiral_jax.workdir import WorkdirError, read_traces
 
 FOLDER = "report"
 _PAGE_FILE = re.compile(r"step_\d+(_\d+)?\.html")
 _PAGE_BYTES = 8 * 2**20  # of a page file's traces, about: a problem is never cut
+_PARALLEL_BYTES = 32 * 2**20  # of trace files, packed: above, steps are worked on side by side
 
 
 @dataclasses.dataclass
@@ -28,19 +30,32 @@ class Traces:
 
     Attributes:
       index: for each page file: href, step, and of each of its problems cursor, id, right, of (aggregations that are
-        right, of those verified; grpo: traces), flags (bits, in the order of `FLAGS`).
-      sample: JSON of problem pages.
+        right, of those verified; without sets: traces), flags (bits, in the order of `FLAGS`).
+      sample: (key, JSON) of problem pages; the key is "STEP.CURSOR".
       gone: steps whose trace file was deleted while the report was made: the run goes on.
     """
 
     index: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    sample: list[str] = dataclasses.field(default_factory=list)
+    sample: list[tuple[str, Markup]] = dataclasses.field(default_factory=list)
     sample_bytes: int = 0
     gone: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def problems(self) -> int:
         return sum(len(page["cursor"]) for page in self.index)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One trace file and where its pages go; `links` are (label, file) of the steps around it."""
+
+    run: str
+    step: int
+    file: epath.Path
+    config: dict[str, Any]
+    folder: epath.Path
+    links: list[tuple[str, str]]
+    sample_bytes: int  # what the step may give to the sample, but for one problem more
 
 
 def write_pages(run: Run, out: epath.Path, sample_bytes: int) -> Traces:
@@ -58,59 +73,88 @@ def write_pages(run: Run, out: epath.Path, sample_bytes: int) -> Traces:
     for old in folder.iterdir():
         if _PAGE_FILE.fullmatch(old.name):
             old.unlink()
-    found, steps = Traces(), list(run.traces)
-    for number, step in enumerate(steps):
-        try:
-            problems = _problems(run, step)
-        except FileNotFoundError:
-            found.gone.append(step)
+    found, names = Traces(), [(f"step {step}", _file_name(step, 0)) for step in run.traces]
+    steps = [
+        _Step(run.path.name, step, file, run.config, folder, names[max(0, i - 1) : i] + names[i + 1 : i + 2],
+              sample_bytes // len(names))
+        for i, (step, file) in enumerate(run.traces.items())
+    ]  # fmt: skip
+    for number, (step, made) in enumerate(zip(steps, _make(steps), strict=True), start=1):
+        if made is None:
+            found.gone.append(step.step)
             continue
-        texts = [escape_json(json.dumps(problem, separators=(",", ":"))) for problem in problems]
-        for text in texts:
-            if found.sample_bytes + len(text) > sample_bytes * (number + 1) / len(steps):
+        index, texts = made
+        found.index += index
+        for key, text in texts:
+            if found.sample_bytes + len(text) > sample_bytes * number / len(steps):
                 break
-            found.sample.append(text)
+            found.sample.append((key, text))
             found.sample_bytes += len(text)
-        _write_step(step, problems, texts, folder, found, steps, run)
     return found
 
 
-def _problems(run: Run, step: int) -> list[dict[str, Any]]:
-    """The problem pages of a step in data order."""
-    groups = split_problems(read_traces(run.traces[step]))
+def _make(steps: Sequence[_Step]) -> Iterator[tuple[list[dict[str, Any]], list[tuple[str, Markup]]] | None]:
+    """`_write_step` of each, in order; on all cores where there is much to do."""
+    if sum(step.file.stat().length for step in steps if step.file.exists()) < _PARALLEL_BYTES:
+        yield from map(_write_step, steps)
+        return
+    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_write_step, steps)
+
+
+def _write_step(step: _Step) -> tuple[list[dict[str, Any]], list[tuple[str, Markup]]] | None:
+    """Writes the page files of a step; returns their entries in the index, and the step's first problems.
+
+    None: its trace file is gone.
+    """
     try:
-        return sorted((problem_page(step, rows, run.config) for rows in groups), key=lambda problem: problem["cursor"])
-    except KeyError as error:
-        raise WorkdirError(
-            f"{run.traces[step]}: its rows have no field {error}, as an older version wrote them. Delete the file to "
-            "report the rest of the run."
-        ) from error
-
-
-def _write_step(
-    step: int, problems: list[dict], texts: list[str], folder: epath.Path, found: Traces, steps: Sequence[int], run: Run
-) -> None:
-    """The page files of a step, and their entries in the index."""
-    cuts = _cuts([len(text) for text in texts], _PAGE_BYTES)
-    names = [_file_name(step, part) for part in range(len(cuts))]
-    place = steps.index(step)
-    around = [(f"step {other}", _file_name(other, 0)) for other in (*steps[max(0, place - 1) : place],
-                                                                    *steps[place + 1 : place + 2])]  # fmt: skip
+        problems = _problems(step)
+    except FileNotFoundError:
+        return None
+    texts = [(f"{step.step}.{problem['cursor']}", embed(problem)) for problem in problems]
+    cuts = _cuts([len(text) for _, text in texts], _PAGE_BYTES)
+    names, index = [_file_name(step.step, part) for part in range(len(cuts))], []
     for part, (start, stop) in enumerate(cuts):
+        listed = {"href": f"{FOLDER}/{names[part]}", "step": step.step} | index_columns(problems[start:stop])
         html = render(
             "step.html.j2",
             ["problems.js"],
-            run=run.path.name,
-            step=step,
+            run=step.run,
+            step=step.step,
             part=f"part {part + 1} of {len(cuts)}" if len(cuts) > 1 else "",
             count=stop - start,
-            links=[(f"part {i + 1}", name) for i, name in enumerate(names) if i != part] + around,
+            links=[(f"part {i + 1}", name) for i, name in enumerate(names) if i != part] + step.links,
             flags=FLAGS,
             definition=DEFINITION,
-            sample=Markup(f"[{','.join(texts[start:stop])}]"),
+            index=embed([listed]),
+            sample=texts[start:stop],
         )
-        (folder / names[part]).write_text(html, encoding="utf-8")
-        found.index.append({"href": f"{FOLDER}/{names[part]}", "step": step} | index_columns(problems[start:stop]))
+        (step.folder / names[part]).write_text(html, encoding="utf-8")
+        index.append(listed)
+    return index, list(_first(texts, step.sample_bytes))
+
+
+def _first(texts: Iterable[tuple[str, Markup]], most: int) -> Iterator[tuple[str, Markup]]:
+    """The first texts of up to `most` characters together, and one more."""
+    total = 0
+    for key, text in texts:
+        yield key, text
+        total += len(text)
+        if total > most:
+            return
+
+
+def _problems(step: _Step) -> list[dict[str, Any]]:
+    """The problem pages of a step in data order."""
+    groups = split_problems(read_traces(step.file))
+    try:
+        pages = [problem_page(step.step, rows, step.config) for rows in groups]
+    except KeyError as error:
+        raise WorkdirError(
+            f"{step.file}: its rows have no field {error}, as an older version wrote them. Delete the file to report "
+            "the rest of the run."
+        ) from error
+    return sorted(pages, key=lambda problem: problem["cursor"])
 
 
 def index_columns(problems: Sequence[dict[str, Any]]) -> dict[str, list]:

@@ -34,8 +34,8 @@ FLAGS = {  # what a problem or set can be filtered by, and what it means
     "rescue": "some aggregation is right although the vote among its candidates is wrong (right with a chance below "
     "one half, ties split)",
     "spoil": "some aggregation is wrong although the vote among its candidates is right (with a chance above one half)",
-    "flat": "all aggregations of some set (grpo: all traces) have the same reward, so that they teach each other "
-    "nothing, or the whole problem was discarded since no trace has an advantage",
+    "flat": "all aggregations of some set (without sets: all traces) have the same reward, so that they teach each "
+    "other nothing, or the whole problem was discarded since no trace has an advantage",
     "truncated": "some trace was cut off at its limit",
     "error": "some trace could not be verified: our failure or a time-out",
 }
@@ -86,7 +86,7 @@ def problem_page(step: int, rows: Sequence[dict[str, Any]], config: dict[str, An
             trace["quotes"] = _quotes(row, searched, quoting, answers)
         sets.append(_set_page(k, read, scores[k], [answers[id(searched[n])] for n in members[k]]) | {"traces": traces})
     flags = {flag for of_set in sets for flag in of_set["flags"]} | _trace_flags(rows)
-    if not kept or (estimator == "grpo" and len({row["reward"] for row in searched} - {None}) < 2):
+    if not kept or (not sets and len({row["reward"] for row in searched} - {None}) < 2):
         flags.add("flat")
     return {
         "step": step,

@@ -23,12 +23,8 @@ _TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
 def embed(value: Any) -> Markup:
     """JSON for a script element: nothing in it can end the element or open a comment."""
-    return Markup(escape_json(json.dumps(value, allow_nan=False, separators=(",", ":"))))
-
-
-def escape_json(text: str) -> str:
-    """`<` occurs only inside of strings of JSON, where it may be written as an escape."""
-    return text.replace("<", "\\u003c")
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c"))  # `<` occurs only inside of strings, where it may be an escape
 
 
 def render(template: str, scripts: list[str], **values: Any) -> str:

@@ -53,7 +53,7 @@ def read_run(workdir: str, results: str | None = None, baseline: str | None = No
       ConfigError: the run's configuration is of another version.
     """
     path = epath.Path(workdir)
-    plain, _ = read_config(path)
+    plain = config.to_plain(config.from_plain(read_config(path)[0]))
     checkpoints = _checkpoints(path / _EVALUATIONS)
     shown: dict[str, dict] = {}
     if results or (path / "results.json").exists():
@@ -69,7 +69,7 @@ def read_run(workdir: str, results: str | None = None, baseline: str | None = No
     logs = {name: read_log(path / f"{name}.jsonl") for name in ("starts", "metrics", "evaluations")}
     return Run(
         path=path,
-        config=config.to_plain(config.from_plain(plain)),
+        config=plain,
         traces=trace_files(path / "traces"),
         results=shown,
         checkpoints=checkpoints,

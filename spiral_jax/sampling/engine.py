@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from spiral_jax import faults
 from spiral_jax import mesh as meshes
 from spiral_jax.config import ConfigError
 from spiral_jax.groups import GroupRequests
@@ -193,6 +194,7 @@ class _Run:
         states, tokens, logprobs, steps = self.programs["decode", rows].run(self.weights, tuple(self.states))
         self.states = list(states)
         token_NxZxR, logprob_NxZxR, steps = jax.device_get((tokens, logprobs, steps))
+        faults.chunk_decoded()
         self.counts["decode_seconds"] += time.monotonic() - start
         for piece in self.seated:
             i, z, slot = piece.place

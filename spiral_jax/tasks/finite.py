@@ -6,16 +6,18 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from spiral_jax import faults
 from spiral_jax.tasks.overlap import describe, find_overlap
 from spiral_jax.tasks.problem import Problem, Task, TaskError
 
 TRAIN, HELD_OUT = "train", "held_out"  # first part of the ids, so that the splits never share one
 _GSM8K_MARK = "####"
+_SHOWN = 10  # failing rows that an error lists
 
 
 def make_problem(
@@ -46,23 +48,40 @@ def make_problem(
     return Problem(id=id, text=text, answer=answer, metadata=dict(metadata or {}))
 
 
-def distinct(problems: Iterable[tuple[str, Problem]], source: str) -> list[Problem]:
+def checked(make: Callable[..., Problem], *row: Any) -> Problem | TaskError:
+    """`make(*row)`, or the `TaskError` that it raises: one bad row does not hide the others."""
+    try:
+        return make(*row)
+    except TaskError as error:
+        return error
+
+
+def distinct(problems: Iterable[tuple[str, Problem | TaskError]], source: str) -> list[Problem]:
     """All problems of a split.
 
     Args:
-      problems: with the place (file and row) of each.
+      problems: with the place (file and row) of each; a malformed row is its error.
       source: what it was read from, for errors.
 
     Raises:
-      TaskError: there is none, or two have the same id.
+      TaskError: there is none, rows are malformed, or two have the same id: all such rows are counted, ten are shown.
     """
     place_of: dict[str, str] = {}
-    found = []
+    found, failing = [], []
     for where, problem in problems:
-        if problem.id in place_of:
-            raise TaskError(f"{where}: id {problem.id!r} is that of {place_of[problem.id]} too; ids are unique.")
-        place_of[problem.id] = where
-        found.append(problem)
+        if isinstance(problem, TaskError):
+            failing.append(str(problem))
+        elif problem.id in place_of:
+            failing.append(f"{where}: id {problem.id!r} is that of {place_of[problem.id]} too; ids are unique.")
+        else:
+            place_of[problem.id] = where
+            found.append(problem)
+    if failing:
+        more = [f"... and {len(failing) - _SHOWN} more"] if len(failing) > _SHOWN else []
+        raise TaskError(
+            f"{source}: {len(failing)} of {len(found) + len(failing)} rows cannot be used; mend or remove them:\n  "
+            + "\n  ".join(failing[:_SHOWN] + more)
+        )
     if not found:
         raise TaskError(f"{source}: it is empty; a set of problems has at least one.")
     return found
@@ -85,6 +104,8 @@ def finite_task(train: list[Problem], held_out: list[Problem], seed: int, finger
         if cursor < 0:
             raise IndexError(f"cursor = {cursor}: must be >= 0")
         epoch, position = divmod(cursor, len(train))
+        if position == 0 and epoch:
+            faults.passed("epoch")
         return train[order(epoch)[position]]
 
     return Task(

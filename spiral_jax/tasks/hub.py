@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from spiral_jax.tasks.finite import HELD_OUT, TRAIN, distinct, fingerprint_of, finite_task, make_problem
+from spiral_jax.tasks.finite import HELD_OUT, TRAIN, checked, distinct, fingerprint_of, finite_task, make_problem
 from spiral_jax.tasks.problem import Problem, Task, TaskError
 
 
@@ -44,7 +44,7 @@ def task(
 
 def problems(
     dataset: str, subset: str, split: str, problem_column: str, answer_column: str, prefix: str
-) -> Iterator[tuple[str, Problem]]:
+) -> Iterator[tuple[str, Problem | TaskError]]:
     """(place, problem) of each row of a split; ids begin with `prefix`. Raises `TaskError`, see `task`."""
     rows = _load(dataset, subset, split)
     for field, column in (("problem_column", problem_column), ("answer_column", answer_column)):
@@ -55,7 +55,8 @@ def problems(
         where = f"{dataset}, {split}, row {number} (from 0)"
         name = row.get("id")
         id = f"{prefix}:{number if name is None else name}"
-        yield where, make_problem(where, id, row[problem_column], row[answer_column], (problem_column, answer_column))
+        columns = (problem_column, answer_column)
+        yield where, checked(make_problem, where, id, row[problem_column], row[answer_column], columns)
 
 
 def _load(dataset: str, subset: str, split: str) -> Any:

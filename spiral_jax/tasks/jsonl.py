@@ -8,7 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from spiral_jax.tasks.finite import HELD_OUT, TRAIN, distinct, fingerprint_of, finite_task, make_problem, read_file
+from spiral_jax.tasks.finite import (
+    HELD_OUT,
+    TRAIN,
+    checked,
+    distinct,
+    fingerprint_of,
+    finite_task,
+    make_problem,
+    read_file,
+)
 from spiral_jax.tasks.problem import Problem, Task, TaskError
 
 
@@ -39,11 +48,11 @@ def parse(data: bytes, path: str, split: str) -> list[Problem]:
     return distinct(_problems(data, path, split), path)
 
 
-def _problems(data: bytes, path: str, split: str) -> Iterator[tuple[str, Problem]]:
+def _problems(data: bytes, path: str, split: str) -> Iterator[tuple[str, Problem | TaskError]]:
     for number, raw in enumerate(data.split(b"\n"), start=1):  # bytes: str.splitlines cuts at U+2028 inside a text too
         if raw.strip():
             where = f"{path}:{number}"
-            yield where, _problem(raw, where, split, number)
+            yield where, checked(_problem, raw, where, split, number)
 
 
 def _problem(raw: bytes, where: str, split: str, number: int) -> Problem:

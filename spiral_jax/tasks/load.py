@@ -34,5 +34,5 @@ def load_task(c: ConfigDict) -> Task:
     if c.task.name == "reasoning_gym":
         from spiral_jax.tasks import reasoning_gym_task  # takes seconds to import; only this task needs it
 
-        return reasoning_gym_task.task(c.task.generator, c.task.seed)
+        return reasoning_gym_task.task(c.task.generator, c.task.seed, c.task.generator_args.to_dict())
     raise ConfigError(f"config.task.name = {c.task.name!r}: must be one of {', '.join(TASKS)}.")

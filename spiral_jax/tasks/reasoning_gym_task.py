@@ -13,7 +13,9 @@ import difflib
 import functools
 import hashlib
 import importlib.metadata
+import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -46,15 +48,16 @@ _TEXT = re.compile(r"\\text\{([^{}]*)\}")
 _CORRECT = 1.0 - 1e-9  # scorers give partial credit, e.g. by length; only a full score is correct
 
 
-def task(generator: str, seed: int) -> Task:
-    """Problems of `generator` at its default difficulty, without end (they repeat after 2**24).
+def task(generator: str, seed: int, args: Mapping[str, Any] | None = None) -> Task:
+    """Problems of `generator`, without end (they repeat after 2**24).
 
     Args:
       generator: a name in `reasoning_gym.factory.DATASETS`, e.g. "chain_sum".
       seed: >= 0; which problems.
+      args: settings of the generator that differ from its defaults, JSON types, e.g. {"max_numbers": 4}.
 
     Raises:
-      TaskError: the generator is unknown, not reproducible, or has no default settings.
+      TaskError: the generator is unknown, not reproducible, or refuses its settings.
     """
     if generator not in DATASETS:
         near = difflib.get_close_matches(generator, DATASETS, n=3, cutoff=0.4) or sorted(DATASETS)
@@ -64,16 +67,24 @@ def task(generator: str, seed: int) -> Task:
             f"config.task.generator = {generator!r}: its problems are not a function of the seed alone, so that no run "
             "could be resumed or verified in another process. Take another generator."
         )
+    args = dict(args or {})
+    if own := sorted({"seed", "size"} & args.keys()):
+        raise TaskError(f"config.task.generator_args = {args}: {own[0]} is set by this program. Set config.task.seed.")
+    settings = json.dumps(args, sort_keys=True)
     try:
-        _dataset(generator, 0)
+        _dataset(generator, settings, 0)
     except Exception as error:  # "composite" asserts that it was given data sets
-        raise TaskError(f"config.task.generator = {generator!r}: has no usable default settings ({error}).") from error
+        where = f"config.task.generator_args = {args}" if args else f"config.task.generator = {generator!r}"
+        what = f"{generator} refuses them" if args else "has no usable default settings"
+        raise TaskError(f"{where}: {what} ({error}).") from error
     version = importlib.metadata.version("reasoning-gym")
     return Task(
-        train=lambda cursor: _draw(generator, seed, "train", cursor),
-        held_out=lambda index: _draw(generator, seed, "held_out", index),
+        train=lambda cursor: _draw(generator, settings, seed, "train", cursor),
+        held_out=lambda index: _draw(generator, settings, seed, "held_out", index),
         held_out_size=_HELD_OUT_SIZE,
-        fingerprint=hashlib.sha256(f"reasoning_gym {version} v1 {generator} seed {seed}".encode()).hexdigest(),
+        fingerprint=hashlib.sha256(
+            f"reasoning_gym {version} v1 {generator} {settings} seed {seed}".encode()
+        ).hexdigest(),
         reward="spiral_jax.tasks.reasoning_gym_task:reward",
     )
 
@@ -93,14 +104,14 @@ def reward(text: str, problem: Problem) -> bool | None:
     if worded := _TEXT.fullmatch(answer):
         answer = worded[1].strip()
     entry = _entry_of(problem)
-    dataset = _dataset(problem.metadata["generator"], problem.metadata["dataset_seed"])
+    dataset = _dataset(*(problem.metadata[name] for name in ("generator", "settings", "dataset_seed")))
     try:
         return bool(dataset.score_answer(answer, entry) >= _CORRECT)
     except Exception:  # e.g. prime_factorization calls int() on the answer
         return False
 
 
-def _draw(generator: str, seed: int, split: str, index: int) -> Problem:
+def _draw(generator: str, settings: str, seed: int, split: str, index: int) -> Problem:
     if index < 0:
         raise IndexError(f"index = {index}: must be >= 0")
     start = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -108,10 +119,10 @@ def _draw(generator: str, seed: int, split: str, index: int) -> Problem:
         number = _SPLITS.index(split) * 2**31 + attempt * _INDEX_RANGE + index % _INDEX_RANGE
         block, item = divmod(number, _DATASET_SIZE)
         dataset_seed = (start + block) * _DATASET_SIZE % 2**32  # a multiple of the size: seed + item stays below 2**32
-        entry = _entry(generator, dataset_seed, item)
+        entry = _entry(generator, settings, dataset_seed, item)
         digest = hashlib.sha256(entry["question"].encode()).digest()
         if (digest[0] % _HELD_OUT_SHARE == 0) == (split == "held_out"):
-            metadata = {"generator": generator, "dataset_seed": dataset_seed, "index": item}
+            metadata = {"generator": generator, "settings": settings, "dataset_seed": dataset_seed, "index": item}
             answer = "" if entry["answer"] is None else str(entry["answer"])  # None: many answers are right
             return Problem(id=f"{split}:{index}", text=entry["question"], answer=answer, metadata=metadata)
     raise TaskError(
@@ -122,7 +133,7 @@ def _draw(generator: str, seed: int, split: str, index: int) -> Problem:
 def _entry_of(problem: Problem) -> dict[str, Any]:
     """The generator's own record of a problem, made again: its metadata holds types that JSON has not."""
     where = problem.metadata
-    entry = _entry(where["generator"], where["dataset_seed"], where["index"])
+    entry = _entry(*(where[name] for name in ("generator", "settings", "dataset_seed", "index")))
     if entry["question"] != problem.text:
         raise TaskError(
             f"problem {problem.id!r}: reasoning-gym's {where['generator']!r} made another text from the same seed in "
@@ -132,10 +143,11 @@ def _entry_of(problem: Problem) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _dataset(generator: str, dataset_seed: int) -> reasoning_gym.dataset.ProceduralDataset:
-    return reasoning_gym.create_dataset(generator, seed=dataset_seed, size=_DATASET_SIZE)
+def _dataset(generator: str, settings: str, dataset_seed: int) -> reasoning_gym.dataset.ProceduralDataset:
+    """`settings`: the generator's, as JSON."""
+    return reasoning_gym.create_dataset(generator, seed=dataset_seed, size=_DATASET_SIZE, **json.loads(settings))
 
 
 @functools.lru_cache(maxsize=64)  # one problem has many traces to score, and some generators take 0.2 s an item
-def _entry(generator: str, dataset_seed: int, item: int) -> dict[str, Any]:
-    return _dataset(generator, dataset_seed)[item]
+def _entry(generator: str, settings: str, dataset_seed: int, item: int) -> dict[str, Any]:
+    return _dataset(generator, settings, dataset_seed)[item]

@@ -13,7 +13,16 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from spiral_jax.tasks.finite import HELD_OUT, TRAIN, distinct, fingerprint_of, finite_task, make_problem, read_file
+from spiral_jax.tasks.finite import (
+    HELD_OUT,
+    TRAIN,
+    checked,
+    distinct,
+    fingerprint_of,
+    finite_task,
+    make_problem,
+    read_file,
+)
 from spiral_jax.tasks.problem import Problem, Task, TaskError
 
 _NEEDED, _OPTIONAL = ("prompt", "reward_model", "data_source"), ("extra_info",)
@@ -42,7 +51,7 @@ def task(train_path: str, eval_path: str, system: str, seed: int) -> Task:
     return finite_task(*splits, seed, fingerprint_of(contents))
 
 
-def _problems(data: bytes, path: str, split: str, system: str) -> Iterator[tuple[str, Problem]]:
+def _problems(data: bytes, path: str, split: str, system: str) -> Iterator[tuple[str, Problem | TaskError]]:
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
         columns = file.schema_arrow.names
@@ -52,7 +61,7 @@ def _problems(data: bytes, path: str, split: str, system: str) -> Iterator[tuple
         for batch in file.iter_batches(columns=[name for name in (*_NEEDED, *_OPTIONAL) if name in columns]):
             for row in batch.to_pylist():
                 where = f"{path}, row {number} (from 0)"
-                yield where, _problem(row, where, split, number, system)
+                yield where, checked(_problem, row, where, split, number, system)
                 number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise TaskError(f"{path}: not a readable parquet file ({error}).") from error

@@ -20,8 +20,10 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 
+from spiral_jax import faults
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.rewards import Status, Verdict, judge, load_reward
+from spiral_jax.verifier import sandbox
+from spiral_jax.verifier.rewards import MATH, Status, Verdict, judge, load_reward
 
 Item = tuple[str, Problem]
 
@@ -51,19 +53,40 @@ class Pool:
       workers: at most this many processes, >= 1.
       timeout_s: seconds for one item, from when a ready worker is handed it.
       start_timeout_s: seconds until a worker must be ready.
+      memory_gb: address space of a worker, 10^9 bytes.
+      environment: names of variables that a worker sees beside those that Python needs.
+
+    Attributes:
+      replaced: workers that were killed or had died at an item, and were replaced.
     """
 
-    def __init__(self, reward: str, workers: int, timeout_s: float, start_timeout_s: float = 60.0):
+    def __init__(
+        self,
+        reward: str,
+        workers: int,
+        timeout_s: float,
+        start_timeout_s: float = 60.0,
+        memory_gb: float = 4.0,
+        environment: Sequence[str] = (),
+    ):
         self._reward = reward
         self._size = workers
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
+        self._memory_bytes = int(memory_gb * 1e9)
+        self._environment = environment
         self._workers: list[_Worker] = []
+        self.replaced = 0
 
     @property
     def pids(self) -> list[int]:
         """Process ids of the workers that there are now."""
         return [worker.process.pid for worker in self._workers]
+
+    def longest_s(self, items: int) -> float:
+        """Seconds that `run` takes at most for so many items, if all of them hang and every worker starts slowly."""
+        a_try = self._timeout_s + self._start_timeout_s
+        return self._start_timeout_s + _TRIES * a_try * -(-items // self._size)
 
     def run(self, items: Sequence[Item]) -> list[Verdict]:
         """Verdicts of `items`, in their order.
@@ -96,12 +119,12 @@ class Pool:
     def _start(self) -> None:
         ours, theirs = Pipe()
         arguments = [json.dumps([os.path.abspath(entry) for entry in sys.path]), str(theirs.fileno()), self._reward,
-                     str(self._timeout_s)]  # fmt: skip
+                     str(self._timeout_s), str(self._memory_bytes)]  # fmt: skip
         try:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _COMMAND, *arguments],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "JAX_PLATFORMS": "cpu"},  # a user's module that imports jax must not take the device
+                env=sandbox.worker_environment(self._environment),
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # out of Ctrl-C's reach, and killable with all that it starts
             )
@@ -127,6 +150,7 @@ class Pool:
         with contextlib.suppress(OSError):  # it died while idle: `_collect` will see that
             worker.connection.send(batch.items[item])
         worker.item, worker.fresh, worker.deadline = item, False, time.monotonic() + self._timeout_s
+        faults.passed("verifier")
 
     def _collect(self, batch: _Batch) -> None:
         """Waits until a worker has something to say or has run out of time, and deals with all of these."""
@@ -164,9 +188,10 @@ class Pool:
                 f"config.task.reward = {self._reward!r}: a worker {reason} while it imported the reward function. "
                 "Import the module by hand in a new Python process to see why."
             )
-        if exit_code == -signal.SIGALRM:  # its own timer, while this process was held up
+        if exit_code in (-signal.SIGALRM, -signal.SIGXCPU):  # its own timers, while this process was held up
             status = Status.TIMEOUT
         batch.fail(worker.item, status, f"worker died with exit code {exit_code}" if status is Status.ERROR else "")
+        self.replaced += 1
         self._start()  # for each item to be retried there is a worker that has not been handed one
 
 
@@ -201,11 +226,14 @@ class _Batch:
 
 
 def serve() -> None:
-    """A worker's whole life. sys.argv: import path (used already), socket's file descriptor, reward, timeout."""
+    """A worker's whole life. sys.argv: import path (used already), socket's descriptor, reward, timeout, memory."""
     connection, path, timeout_s = Connection(int(sys.argv[2])), sys.argv[3], float(sys.argv[4])
     os.set_inheritable(connection.fileno(), False)
+    sandbox.limit_memory(int(sys.argv[5]))
     try:
         reward = load_reward(path)
+        if path == MATH:
+            sandbox.lock_down()
     except BaseException:
         connection.send(("failed", traceback.format_exc()))
         return
@@ -214,6 +242,8 @@ def serve() -> None:
         while True:
             text, problem = connection.recv()
             signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)  # the kernel ends a worker that hangs without a parent
+            if path == MATH:  # a user's own may use many cores at once
+                sandbox.limit_cpu(2 * timeout_s)
             verdict = judge(reward, text, problem)
             signal.setitimer(signal.ITIMER_REAL, 0)
             connection.send((verdict.status, verdict.detail))

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import importlib
+import itertools
 import logging
 import math
 import re
@@ -21,6 +22,7 @@ MATH = "math"
 RewardFunction = Callable[[str, Problem], bool | int | None]
 
 _DETAIL_LENGTH = 500
+_LONGEST_BOX, _DEEPEST_BOX = 10_000, 20  # characters, and brackets around one another, that are read as mathematics
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _GAP = r"(?:\s|~|\\[ ,;:!]|\\q?quad)+"
 _SPACED_NUMBERS = re.compile(rf"[-+]?[0-9]+(?:{_GAP}[0-9]+)+(?:\.[0-9]+)?")
@@ -62,7 +64,8 @@ def exact_verdict(text: str, problem: Problem) -> Verdict | None:
     r"""The verdict of reward "math" where it needs no mathematics; None = undecided.
 
     Without a box, or with an empty one: unparsed. The box equals the reference up to surrounding space: correct. Both
-    are plain integers of at most 18 digits: compared as integers.
+    are plain integers of at most 18 digits: compared as integers. What is not the reference and has more than 10,000
+    characters or brackets more than 20 deep, which a parser needs minutes for, is no final answer: unparsed.
     """
     box = (last_boxed(text) or "").strip()
     reference = problem.answer.strip()
@@ -72,7 +75,13 @@ def exact_verdict(text: str, problem: Problem) -> Verdict | None:
         return Verdict.of(Status.CORRECT)
     if _INTEGER.fullmatch(box) and _INTEGER.fullmatch(reference):
         return Verdict.of(Status.CORRECT if int(box) == int(reference) else Status.WRONG)
-    return None
+    return Verdict.of(Status.UNPARSED) if len(box) > _LONGEST_BOX or _depth(box) > _DEEPEST_BOX else None
+
+
+def _depth(box: str) -> int:
+    """How many brackets are open at once, at most; closing ones need not match."""
+    steps = ((char in "({[") - (char in ")}]") for char in box)
+    return max(itertools.accumulate(steps), default=0)
 
 
 def math_reward(text: str, problem: Problem) -> bool | None:

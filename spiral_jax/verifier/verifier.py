@@ -35,12 +35,16 @@ class Verifier:
         (None = unparsed). All else that it returns or raises is an error.
       workers: child processes, >= 1. They start when first needed: integer answers to "math" never need them.
       timeout_s: seconds for one answer, > 0; neither the wait for a free worker nor its start counts.
+      memory_gb: address space of a child process, 10^9 bytes.
+      environment: names of variables that child processes see beside those that Python needs; no others.
 
     Raises:
       ConfigError: the reward function cannot be loaded, or a number is out of range.
     """
 
-    def __init__(self, reward: str, workers: int, timeout_s: float):
+    def __init__(
+        self, reward: str, workers: int, timeout_s: float, memory_gb: float = 4.0, environment: Sequence[str] = ()
+    ):
         if workers < 1:
             raise ConfigError(f"config.verifier.workers = {workers!r}: must be >= 1.")
         if not timeout_s > 0:
@@ -48,7 +52,7 @@ class Verifier:
         if reward != MATH:
             load_reward(reward)
         self._exact = reward == MATH
-        self._pool = Pool(reward, workers, timeout_s)
+        self._pool = Pool(reward, workers, timeout_s, memory_gb=memory_gb, environment=environment)
 
     def __enter__(self) -> Verifier:
         return self
@@ -69,6 +73,15 @@ class Verifier:
     def worker_pids(self) -> list[int]:
         """Process ids of the child processes that there are now."""
         return self._pool.pids
+
+    @property
+    def replaced_workers(self) -> int:
+        """Child processes that were killed or had died at an answer, and were replaced."""
+        return self._pool.replaced
+
+    def longest_s(self, items: int) -> float:
+        """Seconds that `verify` takes at most for so many items."""
+        return self._pool.longest_s(items)
 
     def verify(self, items: Sequence[tuple[str, Problem]]) -> list[Verdict]:
         """The verdict of each (text, problem), in the order given. A collective: see `exchange`.

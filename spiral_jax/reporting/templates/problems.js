@@ -3,10 +3,6 @@
 (() => {
   const list = document.getElementById("list");
   if (!list) return;
-  const read = (id) => {
-    const element = document.getElementById(id);
-    return element ? JSON.parse(element.textContent) : null;
-  };
   const PAGE = 100;  // rows of the list at a time
   const FLAGS = [...document.querySelectorAll("#filters [name=flag]")].map((box) => box.nextElementSibling.textContent);
   const place = document.getElementById("problem");
@@ -35,29 +31,20 @@
     return el("span", { class: "advantage" }, el("span", { class: "track" }, bar), el("span", { class: "number" }, signed(value)));
   };
 
-  // ---- entries: every problem of the list, with its traces if they are in this file
+  // ---- entries: every problem of the list; those with their traces in this file have a script element, read when needed
 
-  const entries = [];
   const inside = new Map();
-  for (const problem of read("sample")) inside.set(`${problem.step}.${problem.cursor}`, problem);
-  const rightOf = (problem) => {
-    const traces = problem.sets.length ? problem.sets.flatMap((set) => set.traces) : problem.search;
-    const verified = traces.filter((trace) => trace.reward !== null);
-    return [verified.filter((trace) => trace.reward === 1).length, verified.length];
+  for (const element of document.querySelectorAll("script[data-problem]")) inside.set(element.dataset.problem, element);
+  const problems = new Map();
+  const problemOf = (key) => {
+    if (!problems.has(key)) problems.set(key, JSON.parse(inside.get(key).textContent));
+    return problems.get(key);
   };
-  const index = read("index");
-  if (index) {
-    for (const page of index) page.cursor.forEach((cursor, i) => entries.push({
-      key: `${page.step}.${cursor}`, step: page.step, id: page.id[i], right: page.right[i], of: page.of[i],
-      flags: page.flags[i], href: page.href,
-    }));
-  } else {
-    for (const [key, problem] of inside) {
-      const [right, of] = rightOf(problem);
-      const flags = problem.flags.reduce((bits, flag) => bits | 1 << FLAGS.indexOf(flag), 0);
-      entries.push({ key, step: problem.step, id: problem.id, right, of, flags });
-    }
-  }
+  const entries = [];
+  for (const page of JSON.parse(document.getElementById("index").textContent)) page.cursor.forEach((cursor, i) => entries.push({
+    key: `${page.step}.${cursor}`, step: page.step, id: page.id[i], right: page.right[i], of: page.of[i],
+    flags: page.flags[i], href: page.href,
+  }));
   const steps = [...new Set(entries.map((entry) => entry.step))];
   for (const step of steps) stepChoice.append(el("option", { value: step }, String(step)));
   stepChoice.parentElement.hidden = steps.length < 2;
@@ -78,7 +65,7 @@
     const wanted = [...document.querySelectorAll("#filters [name=flag]:checked")].reduce((bits, box) => bits | 1 << box.value, 0);
     const step = stepChoice.value, words = search.value.trim().toLowerCase();
     const matches = (entry) => (entry.flags & wanted) === wanted && (!step || entry.step === Number(step))
-      && (!words || entry.id.toLowerCase().includes(words) || (inside.has(entry.key) && haystack(inside.get(entry.key)).includes(words)));
+      && (!words || entry.id.toLowerCase().includes(words) || (inside.has(entry.key) && haystack(problemOf(entry.key)).includes(words)));
     const shown = current < 0 ? null : found[current];
     found = entries.filter(matches);
     current = found.indexOf(shown);
@@ -124,7 +111,7 @@
         if (at.top < box.top || at.bottom > box.bottom) list.scrollTop += at.top - box.top - box.height / 2;
       } else link.removeAttribute("aria-current");
     }
-    place.replaceChildren(...(inside.has(entry.key) ? problemPage(inside.get(entry.key)) : elsewhere(entry)));
+    place.replaceChildren(...(inside.has(entry.key) ? problemPage(problemOf(entry.key)) : elsewhere(entry)));
     if (!scroll) return;
     history.replaceState(null, "", `#${entry.key}`);
     place.scrollIntoView({ block: "nearest" });

@@ -1,0 +1,163 @@
+"""The run that the drills kill: a random model of a few thousand parameters, three problems, steps of well under a
+second, every kind of file that a real run writes. The tests and `benchmarks.kill_soak` share it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from subprocess import CompletedProcess
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors.numpy import save_file
+
+from benchmarks.nursery import Nursery
+from spiral_jax.faults import VARIABLE
+from spiral_jax.tasks import two_halves
+from spiral_jax.tasks.problem import Problem
+
+ROOT = pathlib.Path(__file__).parent.parent
+BUNDLED = ROOT / "spiral_jax" / "assets" / "tiny"
+PROBLEMS = 3  # an epoch ends every step or two
+CLOCK = ("time/", "memory/", "tokens_per_s")  # metrics that two equal runs need not share
+
+FLAGS = [
+    "--config=configs/tiny.py", "--config.task.name=jsonl", "--config.task.reward=benchmarks.drill:reward",
+    "--config.search.traces=4", "--config.aggregation.subsets=3", "--config.aggregation.subset_size=2",
+    "--config.aggregation.traces=2", "--config.sampling.classes=((2, 4, 16, 26), (6, 2, 124, 12))",
+    "--config.sampling.row_counts=()", "--config.batch.problems=2", "--config.batch.search_groups=2",
+    "--config.batch.aggregation_groups=6", "--config.verifier.workers=1", "--config.eval.problems=0",
+    "--config.checkpoint.every=1", "--config.trace_log.every=1", "--config.trace_log.keep_steps=1000",
+    "--config.optimizer.lr=1e-2", "--config.optimizer.warmup_steps=0",
+]  # fmt: skip
+
+
+def reward(text: str, problem: Problem) -> bool:
+    """A coin that falls the same way for the same text: a random model gets some of its traces right."""
+    return zlib.crc32(text.encode("utf-8", "surrogatepass")) % 2 == 0
+
+
+def prepare(folder: pathlib.Path, seed: int = 0) -> None:
+    """Writes `folder`/model and `folder`/train.jsonl, once."""
+    if (folder / "train.jsonl").exists():
+        return
+    model = folder / "model"
+    shutil.copytree(BUNDLED, model, dirs_exist_ok=True)
+    config = json.loads((BUNDLED / "config.json").read_text())
+    D, F, H, J, E = 16, 32, 2, 1, 8
+    config |= {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": 1, "num_attention_heads": H,
+               "num_key_value_heads": J, "head_dim": E, "tie_word_embeddings": True}  # fmt: skip
+    config.pop("layer_types", None)
+    (model / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(seed)
+    layer = {
+        "self_attn.q_proj": (H * E, D), "self_attn.k_proj": (J * E, D), "self_attn.v_proj": (J * E, D),
+        "self_attn.o_proj": (D, H * E), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F),
+    }  # fmt: skip
+    norms = {"self_attn.q_norm": E, "self_attn.k_norm": E, "input_layernorm": D, "post_attention_layernorm": D}
+    weights = {f"model.layers.0.{name}.weight": rng.normal(0, 0.3, shape) for name, shape in layer.items()}
+    weights |= {f"model.layers.0.{name}.weight": np.ones(size) for name, size in norms.items()}
+    weights["model.embed_tokens.weight"] = rng.normal(0, 0.3, (config["vocab_size"], D))
+    weights["model.norm.weight"] = np.ones(D)
+    save_file({name: array.astype(np.float32) for name, array in weights.items()}, model / "model.safetensors")
+    task = two_halves.task(0)
+    rows = [{"problem": task.train(i).text, "answer": task.train(i).answer} for i in range(PROBLEMS)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Runs:
+    """Starts or resumes the run of `folder`, with or without a fault. A context manager.
+
+    Programs are compiled once for all of them. The processes are forks of one that has imported the program
+    (benchmarks/nursery.py); `fresh` gives one of its own, as a user starts it.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        prepare(folder)
+        self.folder = folder
+        self._environment = {name: value for name, value in os.environ.items() if name != VARIABLE} | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        self._nursery = Nursery(self._environment)
+
+    def __enter__(self) -> Runs:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._nursery.__exit__(*error)
+
+    def run(self, workdir: pathlib.Path, steps: int, fault: str = "", fresh: bool = False) -> CompletedProcess[str]:
+        paths = [f"--config.model.hf_path={self.folder / 'model'}", f"--workdir={workdir}",
+                 f"--config.task.train_path={self.folder / 'train.jsonl'}"]  # fmt: skip
+        flags = [*FLAGS, *paths, f"--config.train.steps={steps}"]
+        if not fresh:
+            return self._nursery.run(flags, fault)
+        command = [sys.executable, "-m", "spiral_jax.train", *flags]
+        environment = self._environment | {VARIABLE: fault}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def finished_steps(workdir: pathlib.Path) -> int:
+    """Complete rows of metrics.jsonl."""
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def saved_step(workdir: pathlib.Path) -> int:
+    """Step of the newest complete checkpoint; 0 without one."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def half_written(workdir: pathlib.Path) -> int:
+    """Directories of checkpoints whose writing was cut short."""
+    return len([path for path in (workdir / "checkpoints").glob("*") if "orbax-checkpoint-tmp" in path.name])
+
+
+def seconds_to_start(output: str) -> float | None:
+    """What the run printed of its start-up."""
+    found = re.search(r"start-up took ([0-9.]+) s", output)
+    return float(found[1]) if found else None
+
+
+def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
+    """How two finished runs differ in final state (bits), metrics and traces; [] = in nothing."""
+    found = []
+    (step, arrays), (other_step, other_arrays) = _arrays(one), _arrays(other)
+    if step != other_step or arrays.keys() != other_arrays.keys():
+        return [f"the final checkpoints are of steps {step} and {other_step}, or hold other arrays"]
+    for name, array in arrays.items():
+        one_bytes, other_bytes = (np.frombuffer(a.tobytes(), np.uint8) for a in (array, other_arrays[name]))
+        if bits := int(np.unpackbits(one_bytes ^ other_bytes).sum()):
+            found.append(f"{name}: {bits} bits")
+    for number, (row, other_row) in enumerate(zip(_metrics(one), _metrics(other), strict=True)):
+        found += [f"row {number}, {key}" for key in row.keys() | other_row.keys() if row.get(key) != other_row.get(key)]
+    names = {path.name for folder in (one, other) for path in (folder / "traces").iterdir()}
+    for name in sorted(names):
+        files = [folder / "traces" / name for folder in (one, other)]
+        if not all(file.exists() for file in files) or files[0].read_bytes() != files[1].read_bytes():
+            found.append(f"traces/{name}")
+    return found
+
+
+def _arrays(workdir: pathlib.Path) -> tuple[int, dict[str, np.ndarray]]:
+    step = saved_step(workdir)
+    tree = ocp.StandardCheckpointer().restore((workdir / "checkpoints" / str(step) / "state").absolute())
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def _metrics(workdir: pathlib.Path) -> list[dict]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(CLOCK)} for row in rows]

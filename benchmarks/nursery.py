@@ -1,0 +1,75 @@
+"""Starts `python -m spiral_jax.train` many times at the price of one import: a process that has imported the program
+and nothing more forks one for each run, before JAX has opened a device. For drills, of which half the time is imports.
+
+    with Nursery(environment) as nursery:
+        done = nursery.run(["--config=configs/tiny.py", ...], fault="search:2")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Nursery:
+    """A context manager; `environment` is that of all runs."""
+
+    def __init__(self, environment: Mapping[str, str]):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.nursery"], cwd=ROOT, env=dict(environment), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def __enter__(self) -> Nursery:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+    def run(self, flags: Sequence[str], fault: str = "") -> subprocess.CompletedProcess[str]:
+        """One run from its start to its end: exit code (-9: killed), standard output and standard error."""
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = (os.path.join(folder, name) for name in ("out", "err"))
+            self._process.stdin.write(json.dumps([list(flags), fault, out, err]) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+            if not answer:
+                raise RuntimeError("the process that starts the runs has ended")
+            texts = [pathlib.Path(path).read_text(errors="replace") for path in (out, err)]
+        return subprocess.CompletedProcess(list(flags), int(answer), *texts)
+
+
+def serve() -> None:
+    """Reads a run a line from standard input, forks it, and answers with its exit code."""
+    from absl import app
+
+    from spiral_jax import config, faults, train
+
+    for line in sys.stdin:
+        flags, fault, out, err = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            for descriptor, path in ((1, out), (2, err)):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            faults._fault, train.STARTED = faults._read(fault), time.monotonic()
+            sys.argv = ["train", *flags]
+            train.define_flags()
+            app.run(train.main, flags_parser=config.parse_flags)  # ends the process
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    serve()

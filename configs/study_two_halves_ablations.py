@@ -1,0 +1,48 @@
+"""What the paper leaves open, on two halves: one change at a time to the arm `marginal_mean` of `study_two_halves.py`.
+
+    python -m spiral_jax.study --config=configs/study_two_halves_ablations.py --workdir=runs/study_ablations
+
+The learning rate is Adam's, so a weight on both terms changes little; the balance of the two does.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import study_two_halves
+from spiral_jax import study_plan
+
+# arm: what differs
+_ARMS = {
+    "marginal_mean": {},
+    "with_without": {"loss.estimator": "with_without"},
+    "sum": {"loss.normalizer": "sum"},  # 0.886 and 12 times the true gradients of search and aggregation
+    "search_weight_0.25": {"loss.search_weight": 0.25},
+    "search_weight_4": {"loss.search_weight": 4.0},
+    # K sets x M samples at 16 aggregations a problem; prediction: more sets beat more samples
+    "2_sets_of_8": {"aggregation.subsets": 2, "aggregation.traces": 8},
+    "8_sets_of_2": {"aggregation.subsets": 8, "aggregation.traces": 2},
+}
+
+
+def get_config(name: str = "") -> ConfigDict:
+    if not name:
+        return _study()
+    if name == study_plan.EVALUATION:
+        return study_two_halves.get_config(name)
+    c = study_two_halves.get_config("marginal_mean")
+    for field, value in _ARMS[name].items():
+        room, key = field.split(".")
+        c[room][key] = value
+    return c
+
+
+def _study() -> ConfigDict:
+    s = study_two_halves.get_config()
+    s.title = "Two halves: ablations"
+    s.question = "Estimator, normaliser, weight of the search term, and sets against samples a set, one at a time."
+    s.arms = tuple((arm, (0, 1, 2)) for arm in _ARMS)
+    s.baseline = "marginal_mean"
+    s.claims = (
+        ("aggregated", "with_without", "marginal_mean", -0.02),
+        ("aggregated", "8_sets_of_2", "2_sets_of_8", 0.0),
+    )
+    return s

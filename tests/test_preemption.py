@@ -1,0 +1,65 @@
+"""SIGTERM: work that changes nothing is left at once, everything else is finished; the grace has an end."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from spiral_jax.preemption import Preemption
+from spiral_jax.watchdog import HUNG
+
+
+def test_a_notice_ends_interruptible_work_where_it_is():
+    done = []
+
+    def work():
+        try:
+            done.append("begun")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            done.append("ended")
+        except Exception:  # what handles failures on the way must not see it
+            done.append("failed")
+
+    with Preemption(grace_s=60) as preemption:
+        assert not preemption.reached(0)
+        assert preemption.run(work) is None
+        assert done == ["begun"] and preemption.noticed and preemption.reached(0)
+        assert preemption.run(lambda: done.append("again")) is None and done == ["begun"]
+
+
+def test_a_notice_outside_waits_for_the_next_look():
+    with Preemption(grace_s=60) as preemption:
+        assert preemption.run(lambda: 7) == 7
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        finished = True  # a save, say: not interrupted
+        assert finished and preemption.reached(3)
+
+
+def test_errors_of_the_work_come_through_and_the_handler_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with Preemption(grace_s=60) as preemption:
+        with pytest.raises(KeyError):
+            preemption.run(lambda: {}["x"])
+        assert not preemption.noticed and signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_save_that_outlasts_the_grace_ends_the_process():
+    code = """
+        import os, signal, time
+        from spiral_jax.preemption import Preemption
+        with Preemption(grace_s=0.3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == HUNG and "checkpoint after a preemption notice (config.train.grace_s)" in done.stderr

@@ -1,0 +1,248 @@
+"""`python -m spiral_jax.study` with commands that train and evaluate nothing: order, resume, failures, the lock."""
+
+import json
+import os
+import pathlib
+import signal
+import stat
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import study_small
+from matplotlib.image import imread
+
+from spiral_jax import study, study_plots, study_report
+from spiral_jax.config import to_plain
+from spiral_jax.study_plan import load_study
+from spiral_jax.study_results import StudyDirectory, gather
+from spiral_jax.workdir import WorkdirError
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILE = "tests/study_small.py"
+PYTHON, DRAW = sys.executable, study_plots.draw
+FAKE = r'''#!{python}
+"""Stands for the Python that runs spiral_jax.train and spiral_jax.evaluate."""
+import json, os, pathlib, sys, time
+if sys.argv[1] == "-c":
+    print(json.dumps({"hardware": "a machine", "devices": "1 x cpu", "versions": {"python": "3", "jax": "0"},
+                      "commit": "0123456789abcdef", "modified": True}))
+    sys.exit()
+given = dict(a.split("=", 1) for a in sys.argv[3:])
+command, workdir = sys.argv[2].split(".")[1], pathlib.Path(given["--workdir"])
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps([command, given]) + "\n")
+time.sleep(float(os.environ.get("SLEEP", "0")))
+if os.environ.get("FAIL", "nothing") in str(workdir):
+    print("a stack trace\nerror: only 0 of 16 problems have a non-zero advantage")
+    sys.exit(1)
+workdir.mkdir(parents=True, exist_ok=True)
+if command == "train":
+    row = {"sampling/generated_tokens": 100.0, "sampling/prefilled_tokens": 30.0, "time/step": 0.5,
+           "reward/search": 0.1, "entropy/search": 0.2, "grad_norm/search": 1.0, "grad_norm/aggregation": 2.0,
+           "reward/aggregated": 0.3, "verifier/parse_rate_search": 0.9, "verifier/parse_rate_aggregation": 1.0}
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": i}) + "\n" for i in range(3)))
+else:
+    results = json.loads(pathlib.Path(os.environ["GOLDEN"]).read_text())
+    seed = int(given["--config.seed"])
+    for b, record in enumerate(results["records"]):
+        for i in range(len(record["aggregation"]["answer"])):
+            if "marginal_mean" in str(workdir) and (b + i + seed) % 5:
+                record["aggregation"]["answer"][i] = 0
+    (workdir / "results.json").write_text(json.dumps(results))
+'''
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """Puts `FAKE` in Python's place; returns a function that reads which commands were called, and forgets them."""
+    script, calls = tmp_path / "python", tmp_path / "calls"
+    script.write_text(FAKE.replace("{python}", sys.executable))
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setenv("CALLS", str(calls))
+    monkeypatch.setenv("GOLDEN", str(ROOT / "tests" / "golden_results.json"))
+    monkeypatch.setattr(study, "find_trained", trained)
+    monkeypatch.setattr(study_plots, "draw", lambda found, out: [])  # seconds; one test draws them
+
+    def read():
+        lines = calls.read_text().splitlines() if calls.exists() else []
+        calls.unlink(missing_ok=True)
+        return [json.loads(line) for line in lines]
+
+    return read
+
+
+def trained(workdir, step):
+    if not (workdir / "metrics.jsonl").exists():
+        raise WorkdirError("no run")
+    return SimpleNamespace(step=3)
+
+
+def run(path):
+    path.mkdir(exist_ok=True)
+    found = StudyDirectory(path)
+    study.run_study(load_study(FILE), found)
+    return found
+
+
+def test_every_run_is_an_ordinary_command_seed_by_seed(fake, tmp_path):
+    run(tmp_path / "w")
+    short = [(command, given["--config"].partition(":")[2], given["--config.seed"]) for command, given in fake()]
+    assert short == [
+        ("evaluate", "evaluation", "0"),
+        *[("train", "marginal_mean", "0"), ("evaluate", "evaluation", "0")],
+        *[("train", "grpo", "0"), ("evaluate", "evaluation", "0")],
+        *[("train", "marginal_mean", "1"), ("evaluate", "evaluation", "1")],
+    ]
+
+
+def test_an_evaluation_starts_from_what_its_run_has_trained_and_the_base_from_nothing(fake, tmp_path):
+    directory = run(tmp_path / "w")
+    evaluations = [given for command, given in fake() if command == "evaluate"]
+    runs = [directory.run(arm, seed) for arm, seed in (("marginal_mean", 0), ("grpo", 0), ("marginal_mean", 1))]
+    assert [given.get("--config.model.init_from") for given in evaluations] == [None, *(f"{path}@3" for path in runs)]
+
+
+def test_what_is_done_is_not_done_again(fake, tmp_path):
+    run(tmp_path / "w")
+    fake()
+    run(tmp_path / "w")
+    assert fake() == []
+
+
+def test_a_failed_run_ends_no_other_is_reported_and_tried_again(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL", "runs/grpo")
+    directory = run(tmp_path / "w")
+    assert [command for command, _ in fake()].count("evaluate") == 3
+    found = gather(load_study(FILE), directory)
+    states = {(row["arm"], row["seed"]): (row["state"], row["error"]) for row in found["runs"]}
+    assert states["grpo", 0] == ("failed", "train: error: only 0 of 16 problems have a non-zero advantage")
+    assert states["marginal_mean", 1] == ("done", "")
+    assert [claim["verdict"] for claim in found["claims"]] == ["open", "open"]
+    text = study_report.write(load_study(FILE), found, tmp_path / "report")
+    assert "3 of 4 runs are done" in text and "only 0 of 16 problems" in text
+    monkeypatch.delenv("FAIL")
+    run(tmp_path / "w")
+    assert [command for command, _ in fake()] == ["train", "evaluate"]
+    assert {row["state"] for row in gather(load_study(FILE), directory)["runs"]} == {"done"}
+
+
+def test_a_run_that_fails_after_a_checkpoint_is_evaluated_and_still_called_failed(fake, tmp_path, monkeypatch):
+    run(tmp_path / "w")
+    other = tmp_path / "other"
+    other.mkdir()
+    directory = StudyDirectory(other)
+    kept = directory.run("grpo", 0)
+    kept.parent.mkdir(parents=True)
+    kept.mkdir()
+    (kept / "metrics.jsonl").write_bytes((StudyDirectory(tmp_path / "w").run("grpo", 0) / "metrics.jsonl").read_bytes())
+    monkeypatch.setenv("FAIL", "runs/grpo")
+    run(other)
+    found = gather(load_study(FILE), directory)
+    (row,) = [row for row in found["runs"] if row["arm"] == "grpo"]
+    assert row["state"] == "failed" and row["error"].startswith("train:") and row["steps"] == 3 and "measures" in row
+
+
+def test_the_report_says_everything_and_its_pictures_are_drawn(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_plots, "draw", DRAW)
+    found = gather(load_study(FILE), run(tmp_path / "w"))
+    text = study_report.write(load_study(FILE), found, tmp_path / "out" / "report")
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(found))
+    s = study_small.get_config()
+    for part in (
+        s.title,
+        s.question,
+        "a machine",
+        "| best possible | ",
+        "**holds**",
+        "## Runs",
+        "4 of 4 runs are done",
+    ):
+        assert part in text, part
+    assert "nan" not in text.lower() and "None" not in text
+    for name in ("arms", "pass_at_k", "rsa", "training"):
+        picture = imread(tmp_path / "out" / f"report_{name}.png")
+        assert picture.std() > 0.02 and f"report_{name}.png" in text
+
+
+def test_arms_may_be_added_but_a_run_is_held_to_its_experiment_and_none_goes_unsaid(fake, tmp_path):
+    directory = run(tmp_path / "w")
+    less = load_study(FILE)
+    with less.s.unlocked():
+        less.s.arms = less.s.arms[1:3]
+        less.s.claims = ()
+    workdir = directory.run("marginal_mean", 1)
+    (directory.path / "runs" / "rloo" / "seed_0").mkdir(parents=True)
+    found = gather(less, directory)
+    assert found["unnamed"] == ["rloo/seed_0"] and "rloo/seed_0" in study_report.write(less, found, tmp_path / "report")
+    assert less.plain()["evaluation"] == load_study(FILE).plain()["evaluation"] and "arms" not in less.plain()["study"]
+    c = load_study(FILE).experiments["marginal_mean"]
+    c.seed = 1
+    (workdir / "config.json").write_text(json.dumps(to_plain(c) | {"config_digest": ""}))
+    gather(less, directory)
+    c.optimizer.lr = 0.5
+    (workdir / "config.json").write_text(json.dumps(to_plain(c) | {"config_digest": ""}))
+    with pytest.raises(WorkdirError, match="(?s)seed_1: was run with another config.*optimizer.lr: 0.5 -> 0.0003"):
+        gather(less, directory)
+
+
+def test_a_study_without_results_says_what_became_of_its_runs(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL", "seed")
+    directory = run(tmp_path / "w")
+    with pytest.raises(WorkdirError, match="(?s)no run has been evaluated.*grpo seed 0: train: error: only 0"):
+        gather(load_study(FILE), directory)
+
+
+def test_the_command_ends_with_status_1_if_a_claim_does_not_hold(fake, tmp_path, monkeypatch):
+    flags = SimpleNamespace(config=FILE, workdir=str(tmp_path / "w"), report=False, out=None)
+    monkeypatch.setattr(study.flags, "FLAGS", flags)
+    study.main(["study"])
+    loaded = load_study(FILE)
+    with loaded.s.unlocked():
+        loaded.s.claims = (("aggregated", "grpo", "marginal_mean", 0.0),)
+    monkeypatch.setattr(study, "load_study", lambda path: loaded)
+    flags.workdir = str(tmp_path / "w2")
+    with pytest.raises(SystemExit, match="claim: aggregated: grpo > marginal_mean"):
+        study.main(["study"])
+    with pytest.raises(SystemExit, match=r"(?s)another config.*claims"):  # the claims were stated before
+        flags.workdir = str(tmp_path / "w")
+        study.main(["study"])
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, "tests")
+import test_study
+from spiral_jax import study
+study.find_trained = test_study.trained
+sys.executable = sys.argv[1]
+test_study.run(test_study.pathlib.Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_after_kill_9_the_run_that_is_left_keeps_the_next_study_out_and_then_it_goes_on(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLEEP", "3")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    driver = subprocess.Popen([PYTHON, "-c", DRIVER, sys.executable, str(tmp_path / "w")], cwd=ROOT)
+    calls = pathlib.Path(os.environ["CALLS"])
+    deadline = time.monotonic() + 120
+    while not calls.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    with pytest.raises(WorkdirError, match="a run that a killed one has left"):
+        run(tmp_path / "w")
+    monkeypatch.setenv("SLEEP", "0")
+    while True:  # until the run that was left has ended
+        try:
+            run(tmp_path / "w")
+            break
+        except WorkdirError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    commands = [command for command, _ in fake()]
+    assert commands.count("train") == 3 and commands.count("evaluate") == 4

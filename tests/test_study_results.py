@@ -1,0 +1,144 @@
+"""A study's numbers against oracles, and what its configuration refuses."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from spiral_jax import study_plan, study_results
+from spiral_jax.config import ConfigError
+from spiral_jax.estimators import bootstrap_weights, ratios_and_intervals
+from spiral_jax.measures import Column
+from spiral_jax.study_results import Cells, column_of, estimate
+
+FILE = "tests/study_small.py"
+PROBLEMS = 40
+WEIGHTS = bootstrap_weights(0, PROBLEMS, 2000)
+
+
+def cells(shares, seeds=None, spread=0.0):
+    """One column of 0/1 outcomes for each run: its share right, problems in the same order of difficulty."""
+    rng = np.random.default_rng(0)
+    hardness = rng.random(PROBLEMS)
+    found = []
+    for share in shares:
+        right = (hardness + spread * rng.normal(size=PROBLEMS) < share).astype(float)
+        found.append({"aggregated": Column(right[:, None], np.ones((PROBLEMS, 1)))})
+    return Cells(list(seeds or range(len(shares))), found)
+
+
+def test_one_run_has_the_bootstrap_interval_over_its_problems():
+    of = cells([0.6])
+    got = estimate(of.measure("aggregated", [0], WEIGHTS), 1)
+    (expected,) = ratios_and_intervals(*of.columns[0]["aggregated"], WEIGHTS)
+    np.testing.assert_allclose(
+        [got["mean"], got["low"], got["high"]], [expected.mean, expected.low, expected.high], rtol=1e-12
+    )
+
+
+def test_equal_runs_are_no_more_certain_than_one_since_their_problems_are_the_same():
+    one, four = (estimate(cells([0.6] * n).measure("aggregated", range(n), WEIGHTS), n) for n in (1, 4))
+    np.testing.assert_allclose([one["low"], one["high"]], [four["low"], four["high"]], rtol=1e-12)
+
+
+def test_runs_that_differ_widen_the_interval_by_their_own_spread():
+    """Variance of a resample's mean = over seeds + over problems, each by its own formula, up to their product."""
+    of = cells([0.2, 0.8, 0.4, 0.9])
+    value_R = of.measure("aggregated", range(4), bootstrap_weights(0, PROBLEMS, 20_000))[1:]
+    right_ZxB = np.stack([column["aggregated"].total_BxQ[:, 0] for column in of.columns])
+    seeds, problems = right_ZxB.mean(axis=1), right_ZxB.mean(axis=0)
+    both = (right_ZxB - seeds[:, None] - problems + right_ZxB.mean()).var() / (4 * PROBLEMS)
+    assert value_R.var() == pytest.approx(seeds.var() / 4 + problems.var() / PROBLEMS + both, rel=0.05)
+
+
+def test_a_ratio_weighs_runs_and_problems_by_their_counts():
+    columns = [{"aggregated": Column(np.array([[1.0], [0.0]]), np.array([[1.0], [0.0]]))},
+               {"aggregated": Column(np.array([[1.0], [3.0]]), np.array([[4.0], [5.0]]))}]  # fmt: skip
+    assert Cells([0, 1], columns).measure("aggregated", [0, 1], bootstrap_weights(0, 2, 10))[0] == 5 / 10
+
+
+def test_a_gap_is_paired_over_problems_and_over_the_seeds_that_both_have():
+    a, b = cells([0.5, 0.7, 0.6], seeds=[0, 1, 2]), cells([0.6, 0.5], seeds=[1, 2])
+    gap = study_results._gap({"a": a, "b": b}, "a", "b", "aggregated", WEIGHTS)
+    means = [np.mean([of.columns[of.seeds.index(s)]["aggregated"].total_BxQ.mean() for s in (1, 2)]) for of in (a, b)]
+    assert gap["mean"] == pytest.approx(means[0] - means[1]) and gap["seeds"] == 2
+    alone = [estimate(of.measure("aggregated", [1, 2], WEIGHTS), 2) for of in (a, b)]
+    assert gap["high"] - gap["low"] < min(one["high"] - one["low"] for one in alone)
+    assert study_results._gap({"a": cells([0.5], [0]), "b": cells([0.5], [1])}, "a", "b", "aggregated", WEIGHTS) is None
+    assert study_results._gap({"a": a}, "a", "b", "aggregated", WEIGHTS) is None
+
+
+@pytest.mark.parametrize("claim, verdict", [
+    (("aggregated", "marginal_mean", "grpo", 0.0), "holds"), (("aggregated", "grpo", "marginal_mean", 0.0), "fails"),
+    (("aggregated", "marginal_mean", "grpo", 0.4), "open"), (("aggregated", "marginal_mean", "grpo", 0.7), "fails"),
+    (("aggregated", "marginal_mean", "optimum", -0.3), "holds"), (("aggregated", "optimum", "grpo", 0.3), "holds"),
+    (("aggregated", "optimum", "marginal_mean", 0.3), "fails"), (("aggregated", "base", "grpo", 0.0), "open"),
+    (("efficiency", "marginal_mean", "grpo", 3.0), "holds"), (("efficiency", "marginal_mean", "grpo", 9.0), "fails"),
+    (("efficiency", "marginal_mean", "grpo", 5.0), "open"), (("efficiency", "base", "grpo", 1.0), "open"),
+])  # fmt: skip
+def test_a_claim_holds_or_fails_only_with_its_whole_interval(claim, verdict):
+    study = study_plan.load_study(FILE)
+    done = {"marginal_mean": cells([0.8, 0.85]), "grpo": cells([0.4, 0.42])}
+    efficiency = {"marginal_mean": {"ratio": 5.0, "low": 4.0, "high": 6.0, "seeds": 2}}
+    assert study_results._claim(study, done, efficiency, claim, WEIGHTS)["verdict"] == verdict
+
+
+def test_measures_are_columns_of_the_evaluation():
+    assert column_of("single") == ("single", 0) and column_of("pass@32") == ("pass_at_k", 31)
+    assert column_of("maj@1") == ("majority_at_k", 0) and column_of("rsa@2") == ("rsa/single", 2)
+
+
+# ---- the configuration
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"arms": (("base", ()),)}, r"arms.base = \[\]: must be different seeds"),
+    ({"arms": (("grpo", (0, 0)),)}, "different seeds"),
+    ({"arms": (("grpo", (0,)), ("grpo", (1,)))}, "each once"),
+    ({"arms": (("evaluation", (0,)), ("grpo", (0,)))}, "reserved name"),
+    ({"baseline": "rloo"}, "baseline = 'rloo': must be one of the arms"),
+    ({"measures": ("pass@9",)}, "'pass@9' must be .*eval.n = 8"),
+    ({"measures": ("rsa@2",)}, "eval.rounds = 1"),
+    ({"measures": ("accuracy",)}, "'accuracy' must be"),
+    ({"claims": (("single", "grpo", "optimum", 0.0),)}, "claims: .*'optimum'"),  # of the first measure alone
+    ({"claims": (("aggregated", "rloo", "grpo", 0.0),)}, "of base, marginal_mean, grpo, optimum"),
+    ({"claims": (("efficiency", "grpo", "marginal_mean", 3.0),)}, "efficiency"),
+])  # fmt: skip
+def test_a_study_that_cannot_be_is_refused(changes, words, monkeypatch):
+    study = study_plan.load_study(FILE)
+    with study.s.unlocked():
+        study.s.update(changes)
+    with pytest.raises(ConfigError, match=words):
+        study_plan._check(study)
+
+
+@pytest.mark.parametrize("path", ["configs/nothing.py", f"{FILE}:grpo"])
+def test_a_file_that_is_no_study_is_refused(path):
+    with pytest.raises(ConfigError, match="must be a file of configs/"):
+        study_plan.load_study(path)
+    with pytest.raises(ConfigError, match="study_plan.defaults"):
+        study_plan.load_study("tests/study_of_nothing.py")
+
+
+@pytest.mark.parametrize("file", sorted(pathlib.Path("configs").glob("study_*.py")), ids=lambda file: file.stem)
+def test_the_studies_of_configs_are_whole(file):
+    study = study_plan.load_study(str(file))
+    assert study.s.claims
+    for arm, c in study.experiments.items():
+        row = study_plan.arm_row(c)
+        assert 400 <= row["ceiling"] <= 1.04 * 400, arm
+        assert row["token budget"] == 540_000 and row["lr"] == 3e-4 and c.eval.problems == 0
+
+
+def test_two_halves_leaves_no_arm_room_for_both_halves_and_its_aggregators_none_for_one():
+    """16 tokens: the least that one half costs, see test_two_halves.py."""
+    for c in study_plan.load_study("configs/study_two_halves.py").experiments.values():
+        assert c.search.max_tokens < 2 * 16 and c.aggregation.max_tokens < 16
+
+
+def test_two_halves_states_the_optimum_that_its_docstring_derives():
+    found = json.loads(pathlib.Path("docs/tiny_model.json").read_text())
+    complete, other = (found[f"fair candidates: {kind}"]["mean"] for kind in
+                       ("complete sets read right", "other sets answered right"))  # fmt: skip
+    assert study_plan.load_study("configs/study_two_halves.py").s.optimum == round(0.875 * complete + 0.125 * other, 3)

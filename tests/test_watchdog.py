@@ -1,0 +1,72 @@
+"""Waits end, and say for what; a step that takes far too long shows where it stands. In processes, which it ends."""
+
+import subprocess
+import sys
+import textwrap
+
+from spiral_jax.watchdog import HUNG, Watchdog, deadline
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr
+
+
+def test_a_passed_deadline_ends_the_process_with_its_reason_and_the_stacks():
+    code, err = run(
+        """
+        import time
+        from spiral_jax.watchdog import deadline
+        def the_file_system():
+            time.sleep(60)
+        with deadline("the weights of /models/x to be read", 0.2):
+            the_file_system()
+        """
+    )
+    assert code == HUNG
+    assert "waited 0.2 s for the weights of /models/x to be read" in err and "the_file_system" in err
+
+
+def test_a_deadline_that_is_kept_leaves_nothing_behind():
+    code, err = run(
+        """
+        import time
+        from spiral_jax.watchdog import deadline
+        with deadline("nothing", 0.2):
+            pass
+        try:
+            with deadline("an error", 0.2):
+                raise KeyError
+        except KeyError:
+            time.sleep(0.5)
+        """
+    )
+    assert (code, err) == (0, "")
+
+
+def test_a_step_of_many_medians_has_all_stacks_printed_and_goes_on():
+    code, err = run(
+        """
+        import time
+        from spiral_jax.watchdog import Watchdog
+        def slow_step():
+            time.sleep(1.0)
+        with Watchdog(5.0, least_s=0.1) as watchdog:
+            for step in range(6):
+                watchdog.step_starts(step)
+                slow_step() if step in (0, 5) else time.sleep(0.01)  # the first compiles: no finding, and not counted
+                watchdog.step_ends()
+        print("done", file=__import__("sys").stderr)
+        """
+    )
+    assert code == 0 and err.endswith("done\n")
+    assert err.count("watchdog: step 5 has taken") == err.count("watchdog:") == 1 and "slow_step" in err
+
+
+def test_a_watchdog_that_is_off_or_knows_too_few_steps_is_silent():
+    for watchdog, steps in ((Watchdog(0.0, least_s=0.0), 6), (Watchdog(1e-9, least_s=0.0), 3)):
+        with watchdog, deadline("the test", 30):
+            for step in range(steps):
+                watchdog.step_starts(step)
+                assert watchdog._timer is None
+                watchdog.step_ends()
