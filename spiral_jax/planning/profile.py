@@ -22,25 +22,27 @@ class Profile:
     Attributes:
       memory: bytes by kind, all that lies there while it runs.
       room: bytes that the chip has for it.
+      roofline: of a unit.
       unit: cost of one pass of the outer loop. `call`: of all that is outside of it.
-      largest: the largest array that the compiled program makes; None where it was estimated.
-      forbidden: what of `Program.forbidden` the compiled program makes all the same.
-      kernels: custom calls whose operations are not counted.
-      compiled: whether the numbers come from the compiler or from arithmetic.
+      compiled: whether the numbers come from the compiler, or from arithmetic: for GPUs, and the costs of what is too
+        large to be compiled.
       seconds: what compiling took.
+      largest: the largest array that the compiled program makes.
+      forbidden: what of `Program.forbidden` it makes all the same.
+      kernels: its custom calls, whose operations are not counted.
     """
 
     program: Program
     memory: dict[str, int]
     room: int
+    roofline: Roofline
     unit: Cost
     call: Cost
-    largest: Array | None
-    forbidden: list[str]
-    kernels: list[str]
     compiled: bool
-    seconds: float
-    roofline: Roofline
+    seconds: float = 0.0
+    largest: Array | None = None
+    forbidden: list[str] = dataclasses.field(default_factory=list)
+    kernels: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def needed(self) -> int:
@@ -68,6 +70,7 @@ class Profile:
             "compile_seconds": round(self.seconds, 1),
             "fits": self.fits,
             "memory_bytes": self.memory,
+            "argument_bytes": self.program.arguments,
             "needed_bytes": self.needed,
             "room_bytes": self.room,
             "unit": self.program.unit,
@@ -97,30 +100,29 @@ def profile(program: Program, topology: Topology, free: float) -> Profile:
     Raises:
       UnknownLoop: see `costs.cost_of`.
     """
+    room = int((1 - free) * topology.chip.hbm_bytes)
+    line = roofline(program.estimate, topology.chip, topology.chips)
     if topology.devices is None:
         memory = program.memory | {"activations": program.kept, "temporaries": program.estimated_temporary}
-        return _profile(program, topology, free, memory, program.estimate, Cost(), None, [], [], False, 0.0)
+        return Profile(program, memory, room, line, program.estimate, Cost(), compiled=False)
     compiled = compile_kept(program.lower(), topology.name)
-    memory = _memory(program, compiled)
-    if not compiled.text:
-        return _profile(
-            program, topology, free, memory, program.estimate, Cost(), None, [], [], False, compiled.seconds
-        )
+    if compiled.needed:
+        memory = {"program": compiled.needed}
+        return Profile(program, memory, room, line, program.estimate, Cost(), False, compiled.seconds)
     module = parse(compiled.text)
     unit, call = unit_and_call(module, program.unit_loop, program.passes)
-    found = forbidden_arrays(module, program.forbidden)
-    return _profile(
-        program,
-        topology,
-        free,
-        memory,
-        unit,
-        call,
-        largest_array(module),
-        found,
-        uncounted_kernels(module),
-        True,
-        compiled.seconds,
+    return Profile(
+        program=program,
+        memory=_memory(program, compiled),
+        room=room,
+        roofline=roofline(unit, topology.chip, topology.chips),
+        unit=unit,
+        call=call,
+        compiled=True,
+        seconds=compiled.seconds,
+        largest=largest_array(module),
+        forbidden=forbidden_arrays(module, program.forbidden),
+        kernels=uncounted_kernels(module),
     )
 
 
@@ -150,20 +152,11 @@ def forbidden_arrays(module: Module, forbidden: dict[str, tuple[set[int], int]])
 
 
 def _memory(program: Program, compiled: Compiled) -> dict[str, int]:
-    """What the compiler allots, beside what lies there anyway; of a program that is too large, what it asked for."""
-    if compiled.needed:
-        return {"program": compiled.needed}
+    """What the compiler allots, beside what lies there anyway."""
     memory = {name: size for name, size in program.memory.items() if size}
     if program.kept:
         memory["activations"] = min(program.kept, compiled.temporary)
     memory["temporaries"] = compiled.temporary - memory.get("activations", 0)
     memory["results"] = compiled.results - compiled.aliased
-    memory["padding"] = compiled.arguments - program.arguments
+    memory["padding"] = max(0, compiled.arguments - program.arguments)  # of tiles
     return memory
-
-
-def _profile(
-    program: Program, topology: Topology, free: float, memory: dict[str, int], unit: Cost, *rest: Any
-) -> Profile:
-    room = int((1 - free) * topology.chip.hbm_bytes)
-    return Profile(program, memory, room, unit, *rest, roofline(unit, topology.chip, topology.chips))

@@ -183,11 +183,11 @@ class Run:
     def _forbidden(self, U: int, C: int, P: int, G: int) -> dict[str, tuple[set[int], int]]:
         """Whole logits [.., C G, V] and whole scores [.., P, P] of a shard's U groups.
 
-        Scores are left out where another axis of the model has P's size: then a shape does not tell them apart.
+        Sizes that another axis of the model has are left out: then a shape does not tell what an array is.
         """
         arch, tensor = self.model.arch, self.sizes["tensor"]
         others = {axis // cut for axis in (arch.D, arch.F, arch.H * arch.E, arch.J * arch.E) for cut in (1, tensor)}
-        found = {"logits": ({arch.V, arch.V // tensor}, U * C * G)}
+        found = {"logits": ({arch.V, arch.V // tensor} - others, U * C * G)}
         return found if P in others else found | {"scores": ({P}, U * arch.H // tensor * P)}
 
     def sampler_memory(self) -> dict[str, int]:
