@@ -77,7 +77,10 @@ def joined(given: flags.FlagValues, mendable: tuple[type[Exception], ...]) -> It
 def start(coordinator: str | None, processes: int | None, process: int | None, timeout_s: int) -> bool:
     """Connects this process with the others of its run. Before any other call of jax.
 
-    Args: all three, as flags or in a cluster's environment, or none: a single process, which connects with nobody.
+    Args:
+      coordinator, processes, process: the flags; all three, or none where the environment says them or there is one
+        process, which connects with nobody.
+      timeout_s: how long to wait for the others.
 
     Returns:
       whether jax was initialised for several processes.
@@ -104,7 +107,7 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
         f"after --start_timeout={timeout_s} s this process still waited for {waited}. Do all of them run, with the "
         "same --coordinator and --processes, each with its own --process? Can they reach that port?"
     )
-    alarm = threading.Timer(timeout_s, _give_up, [late])
+    alarm = threading.Timer(timeout_s, _end, [late])
     alarm.daemon = True
     alarm.start()
     try:
@@ -247,39 +250,44 @@ def _slurm_devices() -> list[int] | None:
 
 def _end_all(error: BaseException, mendable: tuple[type[Exception], ...]) -> None:
     """Ends this process, and tells the others why, unless one of them has failed first."""
-    first = _failure()
-    if first is None:
-        if not isinstance(error, mendable):
-            traceback.print_exception(error)
-        said = error if isinstance(error, mendable) else f"{type(error).__name__}: {error}"
-        first = f"process {jax.process_index()} of {jax.process_count()}: {said}"
-        with contextlib.suppress(Exception):  # another process was quicker, or the service has ended
-            global_state.client.key_value_set(_FAILURE, first)
-    _exit(first)
+    if not isinstance(error, mendable):
+        traceback.print_exception(error)
+    said = error if isinstance(error, mendable) else f"{type(error).__name__}: {error}"
+    own = f"process {jax.process_index()} of {jax.process_count()}: {said}"
+    _say(own)  # before the service is asked, which may have ended and then aborts whoever asks
+    if (first := _failure()) is not None:
+        _end(f"the first to fail was {first}")
+    with contextlib.suppress(Exception):  # another process was quicker
+        global_state.client.key_value_set(_FAILURE, own)
+    _end()
 
 
 def _end_with_the_others(ended: threading.Event) -> None:
     while not ended.wait(_POLL_S):
         if (first := _failure()) is not None:
-            _exit(first)
+            _end(first)
 
 
 def _failure() -> str | None:
+    """Why the first process failed; None: none has."""
     try:
         return global_state.client.key_value_try_get(_FAILURE)
-    except Exception:  # nobody has failed, or the service has ended
+    except Exception:  # jaxlib's for a key that is not there
         return None
 
 
-def _exit(message: str) -> None:
-    """Ends the process; process 0 a little later, since the others read from its service why."""
-    if is_first():
-        time.sleep(3 * _POLL_S)
-    _give_up(message)
+def _end(message: str | None = None) -> None:
+    """Ends the process; process 0, which has the service, a little later: the others read there why.
 
-
-def _give_up(message: str) -> None:
-    """Ends the process without clean-up: that of checkpoints and devices would wait for processes that are gone."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    Without clean-up: that of checkpoints and devices would wait for processes that are gone.
+    """
+    if message is not None:
+        _say(message)
     sys.stdout.flush()
+    if global_state.service is not None:
+        time.sleep(3 * _POLL_S)
     os._exit(1)
+
+
+def _say(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr, flush=True)

@@ -4,7 +4,9 @@ Every task checks its own results; what the test looks at is the exit code and w
 """
 
 import json
+import os
 import pathlib
+import signal
 import time
 
 import jax
@@ -61,6 +63,22 @@ def fail():
     distributed.gather(0)
 
 
+def preempt():
+    """Process 1 gets a SIGTERM in the middle of step 2; all end before the same step."""
+    from spiral_jax.preemption import Preemption
+
+    with Preemption(grace_s=60.0) as preemption:
+        step = 0
+        while not preemption.reached(step):
+            if (step, jax.process_index()) == (2, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            step += 1
+        assert preemption.run(lambda: 5) is None  # nothing new is begun
+    ends = distributed.gather(step)
+    assert min(ends) == max(ends) > 2, ends
+
+
 def this_mesh():
     sizes = [int(size) for size in flags.FLAGS.mesh.split(",")]
     return mesh.make_mesh(ConfigDict(dict(zip(mesh.AXES, sizes, strict=True))))
@@ -89,7 +107,7 @@ def checkpoint():
         checkpoints.save(step + 1, mesh.place(arrays(step + 1), here), {"cursor": 7 * (step + 1)})
 
 
-TASKS = {task.__name__: task for task in (exchange, differ, late, fail, checkpoint)}
+TASKS = {task.__name__: task for task in (exchange, differ, late, fail, preempt, checkpoint)}
 
 
 def main(argv):

@@ -31,6 +31,7 @@ RUN = [
     "--config.optimizer.b1=0.0",  # Adam's first moment is the gradient itself
     "--config.train.steps=1", "--config.trace_log.every=1", "--config.eval.problems=4",
     "--config.eval.subsets=2", "--config.verifier.workers=1", "--config.verifier.timeout_s=30.0",
+    "--config.verifier.environment=('JUDGED', 'WATCHED', 'WRITTEN')",
     "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
 ]  # fmt: skip
 
