@@ -164,10 +164,10 @@ def verifier_lines(soak: dict) -> list[str]:
         "",
         "## Answers made to break the verifier",
         "",
-        f"**{soak['answers']:,} of {soak['asked']:,} answers** in {soak['seconds']:.0f} s on {soak['workers']} workers, "
-        f"{soak['timeout_s']:g} s an answer; largest worker {soak['peak_worker_bytes'] / 1e6:.0f} MB (limit on its address space: "
-        f"{soak['memory_gb'] * 1e3:.0f} MB); {soak['replaced']} workers killed or dead and replaced, {soak['orphans']} "
-        f"left behind. The file that answers with code try to create was {'' if soak['canary'] else 'not '}created. "
+        f"**{soak['answers']:,} of {soak['asked']:,} answers** in {soak['seconds']:.0f} s on {soak['workers']} "
+        f"workers, {soak['timeout_s']:g} s an answer; largest worker {soak['peak_worker_bytes'] / 1e6:.0f} MB (limit on "
+        f"its address space: {soak['memory_gb'] * 1e3:.0f} MB); {soak['replaced']} workers killed or dead and replaced, "
+        f"{soak['orphans']} left behind. The file that answers with code try to create was {'' if soak['canary'] else 'not '}created. "
         f"Outcomes that a kind rules out: {len(soak['not_allowed'])}.",
         "",
         "| kind | " + " | ".join(STATUSES) + " |",

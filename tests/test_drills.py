@@ -19,7 +19,7 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     with drill.Runs(tmp_path_factory.mktemp("drill")) as runs:
-        done = runs.run(runs.runs.folder / "reference", STEPS)
+        done = runs.run(runs.folder / "reference", STEPS)
         assert done.returncode == 0, done.stderr[-3000:]
         yield runs
 
