@@ -191,7 +191,8 @@ def mismatch_lines(found: dict) -> list[str]:
         "## Sampler against trainer in bfloat16",
         "",
         f"Largest |log ratio| a token over the first {found['steps']} steps of the bundled model's run, and the "
-        "estimated KL. A `train.mismatch_limit` below the bfloat16 row would stop a sound run; float32 runs are held to 1e-4.",
+        "estimated KL. A `train.mismatch_limit` below the bfloat16 row would stop a sound run; float32 runs are held to "
+        "1e-4.",
         "",
         "| compute dtype | largest abs log ratio | KL a token |",
         "| --- | --- | --- |",
