@@ -62,7 +62,8 @@ def serve() -> None:
             for descriptor, path in ((1, out), (2, err)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            faults._fault, train.STARTED = faults._read(fault), time.monotonic()
+            faults.arm(fault)
+            train.STARTED = time.monotonic()
             sys.argv = ["train", *flags]
             train.define_flags()
             app.run(train.main, flags_parser=config.parse_flags)  # ends the process

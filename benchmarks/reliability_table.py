@@ -1,4 +1,4 @@
-"""docs/kill_soak.json, docs/verifier_soak.json -> docs/reliability.md.
+"""docs/kill_soak.json, docs/verifier_soak.json, docs/bf16_mismatch.json -> docs/reliability.md.
 
 python -m benchmarks.reliability_table
 """
@@ -15,8 +15,8 @@ STATUSES = ("correct", "wrong", "unparsed", "timeout", "error")
 
 INTRODUCTION = """# What a run survives
 
-Written by `python -m benchmarks.reliability_table` from `kill_soak.json` and `verifier_soak.json`; both are made again
-by `bash launch/soak.sh`.
+Written by `python -m benchmarks.reliability_table` from `kill_soak.json`, `verifier_soak.json` and `bf16_mismatch.json`;
+all are made again by `bash launch/soak.sh`.
 
 ## Killed, preempted, damaged: the same run
 """
@@ -113,8 +113,9 @@ BEHAVIOUR = (
 def main() -> None:
     kills = json.loads((DOCS / "kill_soak.json").read_text())
     answers = json.loads((DOCS / "verifier_soak.json").read_text())
-    text = INTRODUCTION + "\n".join([*kill_lines(kills), *behaviour_lines(), *verifier_lines(answers)]) + "\n"
-    (DOCS / "reliability.md").write_text(text)
+    mismatch = json.loads((DOCS / "bf16_mismatch.json").read_text())
+    lines = [*kill_lines(kills), *behaviour_lines(), *verifier_lines(answers), *mismatch_lines(mismatch)]
+    (DOCS / "reliability.md").write_text(INTRODUCTION + "\n".join(lines) + "\n")
 
 
 def kill_lines(soak: dict) -> list[str]:
@@ -164,10 +165,11 @@ def verifier_lines(soak: dict) -> list[str]:
         "",
         "## Answers made to break the verifier",
         "",
-        f"**{soak['answers']:,} of {soak['asked']:,} answers** in {soak['seconds']:.0f} s on {soak['workers']} workers, {soak['timeout_s']:g} s "
-        f"an answer; largest worker {soak['peak_worker_bytes'] / 1e6:.0f} MB (limit on its address space: "
-        f"{soak['memory_gb'] * 1e3:.0f} MB); {soak['replaced']} workers killed or dead and replaced, {soak['orphans']} "
-        f"left behind. The file that answers with code try to create was {'' if soak['canary'] else 'not '}created. "
+        f"**{soak['answers']:,} of {soak['asked']:,} answers** in {soak['seconds']:.0f} s on {soak['workers']} "
+        f"workers, {soak['timeout_s']:g} s an answer; largest worker {soak['peak_worker_bytes'] / 1e6:.0f} MB (limit "
+        f"on its address space: {soak['memory_gb'] * 1e3:.0f} MB); {soak['replaced']} workers killed or dead and "
+        f"replaced, {soak['orphans']} left behind. The file that answers with code try to create was "
+        f"{'' if soak['canary'] else 'not '}created. "
         f"Outcomes that a kind rules out: {len(soak['not_allowed'])}.",
         "",
         "| kind | " + " | ".join(STATUSES) + " |",
@@ -180,6 +182,26 @@ def verifier_lines(soak: dict) -> list[str]:
     lines += ["", f"Errors: {errors or 'none'}.", "", f"Machine: {soak['machine']}, shared with other work; commit "
               f"{soak['commit']}."]  # fmt: skip
     return lines
+
+
+def mismatch_lines(found: dict) -> list[str]:
+    """How far sampler and trainer are apart in either dtype."""
+    lines = [
+        "",
+        "## Sampler against trainer in bfloat16",
+        "",
+        f"Largest |log ratio| a token over the first {found['steps']} steps of the bundled model's run, and the "
+        "estimated KL. A `train.mismatch_limit` below the bfloat16 row would stop a sound run; float32 runs are held to "
+        "1e-4.",
+        "",
+        "| compute dtype | largest abs log ratio | KL a token |",
+        "| --- | --- | --- |",
+    ]
+    for dtype in ("float32", "bfloat16"):
+        largest = max(step["mismatch/max_abs_log_ratio"] for step in found[dtype])
+        kl = max(step["mismatch/kl"] for step in found[dtype])
+        lines.append(f"| {dtype} | {largest:.2e} | {kl:.2e} |")
+    return [*lines, "", f"Machine: {found['machine']}; commit {found['commit']}."]
 
 
 if __name__ == "__main__":

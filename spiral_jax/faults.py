@@ -34,16 +34,19 @@ class _Fault:
     chunks: int = 0  # decoded by this process
 
 
-def _read(text: str) -> _Fault | None:
-    if not text:
-        return None
+_fault: _Fault | None = None
+
+
+def arm(text: str) -> None:
+    """Asks for a fault as the variable does; "" = for none. Raises `ValueError` where `text` is no fault."""
+    global _fault
     parts = re.fullmatch(rf"({'|'.join(POINTS)}):([1-9][0-9]*)(:TERM)?", text)
-    if not parts:
+    if text and not parts:
         raise ValueError(f"{VARIABLE}={text!r}: must be POINT:COUNT or POINT:COUNT:TERM, POINT one of {list(POINTS)}.")
-    return _Fault(parts[1], int(parts[2]), signal.SIGTERM if parts[3] else signal.SIGKILL)
+    _fault = parts and _Fault(parts[1], int(parts[2]), signal.SIGTERM if parts[3] else signal.SIGKILL)
 
 
-_fault = _read(os.environ.get(VARIABLE, ""))
+arm(os.environ.get(VARIABLE, ""))
 
 
 def chunk_decoded() -> None:

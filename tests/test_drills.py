@@ -19,7 +19,7 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     with drill.Runs(tmp_path_factory.mktemp("drill")) as runs:
-        done = runs.run(runs.runs.folder / "reference", STEPS)
+        done = runs.run(runs.folder / "reference", STEPS)
         assert done.returncode == 0, done.stderr[-3000:]
         yield runs
 
@@ -73,13 +73,14 @@ def test_the_comparison_sees_one_bit_one_metric_and_one_trace(runs, tmp_path):
 )
 def test_a_fault_that_is_none_is_an_error(text):
     with pytest.raises(ValueError, match="SPIRAL_FAULT.*POINT:COUNT"):
-        faults._read(text)
+        faults.arm(text)
 
 
 def test_a_point_counts_from_the_first_chunk_on_and_kills_once(monkeypatch):
     sent = []
     monkeypatch.setattr(faults.os, "kill", lambda pid, signal: sent.append(signal.name))
-    monkeypatch.setattr(faults, "_fault", faults._read("update:2:TERM"))
+    monkeypatch.setattr(faults, "_fault", None)  # put back afterwards
+    faults.arm("update:2:TERM")
     faults.passed("update")
     faults.passed("update")
     faults.chunk_decoded()
