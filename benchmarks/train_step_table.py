@@ -34,6 +34,7 @@ def section(name: str, entry: dict[str, Any]) -> str:
     lines += ["", text]
     if "better_peer" in entry:
         speed, memory = entry["speed_over_better_peer"], entry["memory_over_better_peer"]
-        text = f"Against the better peer, {entry['better_peer']}: **{speed:.2f}x** the speed, **{memory:.2f}x** the memory."
+        text = f"Against the better peer, {entry['better_peer']}: **{speed:.2f}x** the speed, "
+        text += f"**{memory:.2f}x** the memory."
         lines += ["", text]
     return "\n".join(lines)
