@@ -25,6 +25,10 @@ def validate(c: ConfigDict) -> None:
     _validate_sets(c)
     _validate_batch(c)
     _validate_sampling(c)
+    _validate_loss(c)
+    steps = list(c.profile.steps)
+    ok = not steps or (len(steps) == 2 and all(type(n) is int for n in steps) and 0 <= steps[0] < steps[1])
+    _require(ok, "profile.steps", steps, "() or (first, end) with 0 <= first < end")
 
 
 def validate_evaluation(c: ConfigDict) -> None:
@@ -91,6 +95,7 @@ def _validate_choices(c: ConfigDict) -> None:
         "trace_log.every": 0, "trace_log.keep_steps": 1, "optimizer.warmup_steps": 0, "prompt.max_problem_tokens": 1,
         "loss.length_gate": 0, "prompt.keep_tail_tokens": 1, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
         "aggregation.subset_size": 1, "eval.subset_size": 0,
+        "loss.clip_low": 0, "loss.clip_high": 0, "loss.dual_clip": 0, "loss.tis_cap": 0, "loss.kl_coef": 0,
     }  # fmt: skip
     for field, least in minima.items():
         room, name = field.split(".")
@@ -154,6 +159,14 @@ def _validate_sets(c: ConfigDict) -> None:
         _require(1 <= c.eval.subsets <= n // size, "eval.subsets", c.eval.subsets,
                  f"between 1 and search.traces // aggregation.subset_size = {n // size}")  # fmt: skip
         _require(c.eval.traces >= 1, "eval.traces", c.eval.traces, ">= 1")
+
+
+def _validate_loss(c: ConfigDict) -> None:
+    clip = c.loss.clip_low or c.loss.clip_high or c.loss.dual_clip
+    _require(c.loss.clip_low < 1, "loss.clip_low", c.loss.clip_low, "below 1")
+    _require(c.loss.dual_clip == 0 or c.loss.dual_clip > 1, "loss.dual_clip", c.loss.dual_clip, "0 = off, or above 1")
+    _require(not (c.loss.tis_cap and clip), "loss.tis_cap", c.loss.tis_cap, "0 where the ratio is clipped",
+             "Both bound the same ratio: a batch makes one update.")  # fmt: skip
 
 
 def _validate_batch(c: ConfigDict) -> None:

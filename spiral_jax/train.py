@@ -37,12 +37,13 @@ from spiral_jax.collect import Batch, NoSignal, collect_batch
 from spiral_jax.config import ConfigError
 from spiral_jax.evaluation import evaluate
 from spiral_jax.groups import Role
-from spiral_jax.metrics import divide
+from spiral_jax.metrics import Mean, divide
 from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
 from spiral_jax.setup import Setup, check_shapes, keep_compiled_programs, set_up
 from spiral_jax.tasks.problem import TaskError
+from spiral_jax.telemetry import StepProfile, memory_metrics, update_metrics
 from spiral_jax.trace_log import render_examples, trace_rows
 from spiral_jax.train_step import abstract_state, init_state, make_train_step, variables
 from spiral_jax.verifier.pool import VerifierFailure
@@ -101,7 +102,9 @@ def train(setup: Setup, workdir: str) -> None:
         initial.check_start(c, setup.path, setup.model)
     path = open_workdir(workdir, config.to_plain(c), config.digest(c))
     checkpoints = Checkpoints(path / "checkpoints", c.checkpoint.keep)
-    base, lora = setup.load_start() if checkpoints.latest() is None else (setup.load_base(), None)
+    reference = c.loss.kl_coef > 0 and not c.model.lora_rank  # KL is to what the run started from
+    as_started = checkpoints.latest() is None or reference
+    base, lora = setup.load_start() if as_started else (setup.load_base(), None)
     frozen, state = init_state(c, setup.model, base, mesh, lora)
     at = Position()
     if checkpoints.latest() is not None:
@@ -112,7 +115,8 @@ def train(setup: Setup, workdir: str) -> None:
     train_step = make_train_step(c, setup.model)
 
     with Verifier(setup.reward, c.verifier.workers, c.verifier.timeout_s) as verifier, \
-            Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(mesh):  # fmt: skip
+            Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(mesh), \
+            StepProfile(c, path) as profile:  # fmt: skip
         if not _finished(c, at):
             print(*filter(None, (setup.task.report, setup.sampler.start_report())), sep="\n", flush=True)
         actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, progress)
@@ -121,22 +125,27 @@ def train(setup: Setup, workdir: str) -> None:
         while not _finished(c, at):
             if at.step == 0 or (c.eval.every and at.step % c.eval.every == 0):
                 _evaluate_once(evaluator, weights, at.step, evaluations)
+            profile.at(at.step)
             start = time.monotonic()
 
             batch = collect_batch(actor, weights, at.step, at.cursor)
             if at.step == 0:
                 print(render_examples(batch.rollouts, setup.tokenizer), flush=True)
             with progress.phase("updating"):
-                state, found = train_step(state, frozen, _blocks(c, batch, mesh))
+                blocks, padding = _blocks(c, batch, mesh)
+                state, found = train_step(state, frozen, blocks)
                 weights = setup.sampler.prepare(variables(setup.model, frozen, state.trained))
                 found = jax.device_get(found)
-            metrics = _step_metrics(batch, found)
+            metrics = _step_metrics(batch, found | padding)
             _check_mismatch(c, at.step, metrics)
 
             if c.trace_log.every and at.step % c.trace_log.every == 0:
                 traces.write(at.step, trace_rows(batch.rollouts, setup.tokenizer, c.trace_log.fraction))
             seconds = time.monotonic() - start
             metrics |= progress.take_times() | {"time/step": seconds, "tokens_per_s": batch.sampled_tokens / seconds}
+            trained = [groups for groups in (batch.rollouts.search, batch.rollouts.aggregation) if groups is not None]
+            metrics |= update_metrics(setup.model.arch, setup.model.lora_rank, trained, metrics["time/updating"])
+            metrics |= memory_metrics()
             metrics_log.append({"step": at.step} | metrics)
             at = Position(at.step + 1, batch.next_cursor, at.sampled_tokens + batch.sampled_tokens)
             reward = metrics.get("reward/aggregated", metrics["reward/search"])
@@ -180,8 +189,8 @@ def _evaluate_once(actor: Actor, weights: Any, step: int, evaluations: StepLog) 
         actor.progress.take_times()  # a step's times are its own
 
 
-def _blocks(c: ConfigDict, batch: Batch, mesh: jax.sharding.Mesh) -> list[batching.Block]:
-    """The batch as micro-batches of the step's static shapes, placed along the groups' mesh axes."""
+def _blocks(c: ConfigDict, batch: Batch, mesh: jax.sharding.Mesh) -> tuple[list[batching.Block], dict[str, Mean]]:
+    """The batch as micro-batches of the step's static shapes, along the groups' mesh axes; how much is padding."""
     roles = [(Role.SEARCH, batch.rollouts.search, batch.search_weight_UxC, c.batch.problems)]
     if batch.rollouts.aggregation is not None:
         most = c.batch.problems * c.aggregation.subsets
@@ -191,7 +200,7 @@ def _blocks(c: ConfigDict, batch: Batch, mesh: jax.sharding.Mesh) -> list[batchi
         lengths, micro = c.batch[f"{role.label}_lengths"], c.batch[f"{role.label}_groups"]
         blocks += batching.make_blocks(role, groups, weight_UxC, [tuple(pair) for pair in lengths], micro, most)
     place = lambda a: jax.device_put(a, meshes.group_sharding(mesh, leading=1)) if np.ndim(a) else a  # noqa: E731
-    return jax.tree.map(place, blocks)
+    return jax.tree.map(place, blocks), batching.padding(blocks)
 
 
 def _step_metrics(batch: Batch, found: dict[str, Any]) -> dict[str, float | None]:

@@ -15,7 +15,7 @@ FLOORS = {
     | {"objective.subsets", "objective.advantages"},
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
     3: {"setup", "initial", "rollout", "rollout_feed", "collect", "train_step", "evaluation", "results", "comparison"}
-    | {"checkpoint", "workdir", "trace_log", "report", "progress", "scaling_plots"},
+    | {"checkpoint", "workdir", "telemetry", "trace_log", "report", "progress", "scaling_plots"},
     4: {"train", "evaluate", "sft", "export", "spiral_infer", "prepare_data"},
 }
 # Within a floor a module may import its neighbours; commands may not import each other.
