@@ -15,8 +15,8 @@ STATUSES = ("correct", "wrong", "unparsed", "timeout", "error")
 
 INTRODUCTION = """# What a run survives
 
-Written by `python -m benchmarks.reliability_table` from `kill_soak.json`, `verifier_soak.json` and `bf16_mismatch.json`;
-all are made again by `bash launch/soak.sh`.
+Written by `python -m benchmarks.reliability_table` from `kill_soak.json`, `verifier_soak.json` and
+`bf16_mismatch.json`; all are made again by `bash launch/soak.sh`.
 
 ## Killed, preempted, damaged: the same run
 """
@@ -191,8 +191,8 @@ def mismatch_lines(found: dict) -> list[str]:
         "## Sampler against trainer in bfloat16",
         "",
         f"Largest |log ratio| a token over the first {found['steps']} steps of the bundled model's run, and the "
-        "estimated KL. A `train.mismatch_limit` below the bfloat16 row would stop a sound run; float32 runs are held to "
-        "1e-4.",
+        "estimated KL. A `train.mismatch_limit` below the bfloat16 row would stop a sound run; float32 runs are held "
+        "to 1e-4.",
         "",
         "| compute dtype | largest abs log ratio | KL a token |",
         "| --- | --- | --- |",

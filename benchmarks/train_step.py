@@ -29,13 +29,13 @@ JSON = flags.DEFINE_string("json", "docs/train_step.json", "the report; its tabl
 SHAPE = flags.DEFINE_list("shapes", list(SHAPES), "which groups")
 MODES = flags.DEFINE_list("modes", ["lora", "full"], "what is trained")
 WORKDIR = flags.DEFINE_string("workdir", "runs/train_step", "where model, work and the contestants' logs go")
-REPEATS = flags.DEFINE_integer("repeats", 5, "measured steps, after one that is not")
+REPEATS = flags.DEFINE_integer("repeats", 5, "measured steps, after those that choose the size")
 PEERS = flags.DEFINE_list("peers", ["transformers_step", "transformers_step_all", "tunix_step"], "against whom")
 
 OURS = "spiral_step"
-MICRO_BATCHES = {  # groups: what each may try
-    OURS: (1, 2),
-    "transformers_step": (0.5, 1, 2),
+MICRO_BATCHES = {  # groups: what each may try; a half is half of a group's traces
+    OURS: (1,),
+    "transformers_step": (0.25, 0.5, 1),
     "transformers_step_all": (0.5, 1),
     "tunix_step": (1,),
 }
@@ -105,12 +105,11 @@ def measure(contestants: Contestants, loaded: dict[str, Any], mode: str, shape: 
             "tried": {str(k): run for k, run in tried.items()},
             "runs": [],
         }
-    for round_ in range(1 + REPEATS.value):
+    for _ in range(REPEATS.value):
         for name, contestant in contestants.items():
             answer = contestant.call("step", work=str(path), micro_batch=rows[name]["micro_batch"])
-            if round_:
-                rows[name]["runs"].append(run_of(answer, loaded[name]))
-                print(f"{shape.title}; run {round_}; {name}: {rows[name]['runs'][-1]}", flush=True)
+            rows[name]["runs"].append(run_of(answer, loaded[name]))
+            print(f"{shape.title}; {name}: {rows[name]['runs'][-1]}", flush=True)
     flops = shape.flops(adapters=mode == "lora")
     return {"title": shape.title, "trained_tokens": work.trained_tokens, "flops": flops, "contestants": rows}
 

@@ -44,8 +44,8 @@ class Shape:
 
 
 SHAPES = {
-    "aggregation": Shape("aggregation: groups of 1,024 + 4 x 128 tokens", 2, 4, 1024, 128),
-    "search": Shape("search: groups of 128 + 8 x 256 tokens", 2, 8, 128, 256),
+    "aggregation": Shape("aggregation: a group of 1,024 + 4 x 128 tokens", 1, 4, 1024, 128),
+    "search": Shape("search: a group of 128 + 8 x 256 tokens", 1, 8, 128, 256),
 }
 SMALL = Shape("gradient check", 2, 2, 24, 9)
 

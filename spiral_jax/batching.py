@@ -6,10 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
 from spiral_jax.groups import Groups, Role
+from spiral_jax.metrics import Mean
 
 
 @struct.dataclass
@@ -39,6 +41,25 @@ class Block:
         """The arrays of micro-batch `a` (traced), under their names without the leading axis."""
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if "_Ax" in field.name}
         return {name.replace("_Ax", "_"): array[a] for name, array in arrays.items()}
+
+    def tokens(self) -> jax.Array:
+        """int32 scalar: tokens of all traces of the micro-batches that hold groups."""
+        held = jnp.arange(self.trace_len_AxUxC.shape[0]) < self.count
+        return jnp.sum(self.trace_len_AxUxC, where=held[:, None, None])
+
+
+def padding(blocks: Sequence[Block]) -> dict[str, Mean]:
+    """`padding/<role>`: the share of a step's computed token rows that hold no token. On the host."""
+    found: dict[str, Mean] = {}
+    for block in blocks:
+        used, (U, P), (C, G) = int(block.count), block.prompt_AxUxP.shape[1:], block.trace_AxUxCxG.shape[2:]
+        trace_len = block.trace_len_AxUxC[:used]
+        prompt_len = np.where(trace_len.any(axis=-1), block.prompt_len_AxU[:used], 0)
+        rows = used * U * (P + C * G)
+        part = Mean(float(rows - prompt_len.sum() - trace_len.sum()), float(rows))
+        name = f"padding/{block.role.label}"
+        found[name] = found[name].merge(part) if name in found else part
+    return found
 
 
 def abstract_block(role: Role, most_groups: int, micro_groups: int, C: int, P: int, G: int) -> Block:

@@ -150,6 +150,13 @@ def defaults() -> ConfigDict:
     c.loss.aggregation_weight = 1.0  # w_a (ours; unpublished)
     c.loss.length_gate = 0.0  # positive advantages die above this length: tokens if > 1, else a fraction of the
     # limit; 0 = only on traces that were cut off by the limit (paper; its value is unpublished)
+    # The rest bounds the ratio or the policy, 0 = off; formulas and sources: objective/loss.py (paper: off)
+    c.loss.clip_low = 0.0  # the ratio of a token counts down to 1 - clip_low (PPO; usual 0.2)
+    c.loss.clip_high = 0.0  # and up to 1 + clip_high (usual 0.2 to 0.28)
+    c.loss.dual_clip = 0.0  # a token's term at a negative weight is not below dual_clip times it (usual 3)
+    c.loss.tis_cap = 0.0  # importance weights sampler -> trainer are truncated here (usual 2); without clipping
+    c.loss.kl_coef = 0.0  # of the KL to the reference, nat a token, mean over the role's tokens; the reference is the
+    # base without adapters, or in full fine-tuning a copy of what the run started from
     c.loss.logprob_chunk = 256  # response positions of each trace whose logits exist at once (ours)
 
     c.optimizer = ConfigDict()
@@ -208,6 +215,9 @@ def defaults() -> ConfigDict:
 
     c.metrics = ConfigDict()
     c.metrics.writers = ()  # any of METRIC_WRITERS: where metrics are shown, beside metrics.jsonl (ours)
+
+    c.profile = ConfigDict()
+    c.profile.steps = ()  # (first, end): steps first <= step < end are profiled, into WORKDIR/profile; () = none (ours)
 
     c.trace_log = ConfigDict()
     c.trace_log.every = 10  # steps between files of traces; 0 = none (ours)

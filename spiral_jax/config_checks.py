@@ -29,6 +29,10 @@ def validate(c: ConfigDict) -> None:
     _validate_batch(c)
     _validate_sampling(c)
     _validate_reliability(c)
+    _validate_loss(c)
+    steps = list(c.profile.steps)
+    ok = not steps or (len(steps) == 2 and all(type(n) is int for n in steps) and 0 <= steps[0] < steps[1])
+    _require(ok, "profile.steps", steps, "() or (first, end) with 0 <= first < end")
 
 
 def validate_evaluation(c: ConfigDict) -> None:
@@ -110,6 +114,7 @@ def _validate_choices(c: ConfigDict) -> None:
         "trace_log.every": 0, "trace_log.keep_steps": 1, "optimizer.warmup_steps": 0, "prompt.max_problem_tokens": 1,
         "loss.length_gate": 0, "prompt.keep_tail_tokens": 1, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
         "aggregation.subset_size": 1, "eval.subset_size": 0,
+        "loss.clip_low": 0, "loss.clip_high": 0, "loss.dual_clip": 0, "loss.tis_cap": 0, "loss.kl_coef": 0,
     }  # fmt: skip
     for field, least in minima.items():
         room, name = field.split(".")
@@ -212,6 +217,14 @@ def _validate_search_signal(c: ConfigDict, n: int, k: int, s: int) -> None:
                  f"such that C(N={n}, S) = {total} is at most {MOST_SCORED_SETS}", "All sets are scored.")  # fmt: skip
     if estimator == "online_multitask":
         _require(n >= 2, "search.traces", n, ">= 2", "One trace has no baseline.")
+
+
+def _validate_loss(c: ConfigDict) -> None:
+    clip = c.loss.clip_low or c.loss.clip_high or c.loss.dual_clip
+    _require(c.loss.clip_low < 1, "loss.clip_low", c.loss.clip_low, "below 1")
+    _require(c.loss.dual_clip == 0 or c.loss.dual_clip > 1, "loss.dual_clip", c.loss.dual_clip, "0 = off, or above 1")
+    _require(not (c.loss.tis_cap and clip), "loss.tis_cap", c.loss.tis_cap, "0 where the ratio is clipped",
+             "Both bound the same ratio: a batch makes one update.")  # fmt: skip
 
 
 def _validate_batch(c: ConfigDict) -> None:

@@ -11,8 +11,9 @@ A group's prompt counts once, whatever number of traces continues it. With the n
 the count has what this program computes twice under it on purpose:
 
     any      scores of the attention's backward pass, 2 H E a pair; in full fine-tuning the logits, 2 D V a trace token
-    layer    each layer once more but for its last product, whose result nothing needs; its attention too
-    attention    the same without attention, whose output is kept
+    dots     the first product of each adapter
+    attention    each layer but for attention, and for its last product, whose result nothing needs
+    layer    the same with attention
 """
 
 from __future__ import annotations
@@ -47,8 +48,13 @@ def linear_weights(arch: Architecture) -> int:
 
 def adapter_weights(arch: Architecture, lora_rank: int) -> int:
     """A: weights of one layer's adapters on all seven projections."""
-    inputs_and_outputs = 2 * (arch.D + arch.H * arch.E) + 2 * (arch.D + arch.J * arch.E) + 3 * (arch.D + arch.F)
-    return lora_rank * inputs_and_outputs
+    outputs = arch.H * arch.E + 2 * arch.J * arch.E + 2 * arch.F + 2 * arch.D
+    return lora_rank * (_inputs(arch) + outputs)
+
+
+def _inputs(arch: Architecture) -> int:
+    """Widths of what one layer's seven projections read: q, k, v, gate, up; o; down."""
+    return 5 * arch.D + arch.H * arch.E + arch.F
 
 
 def attention_pairs(prompt_len_U: np.ndarray, trace_len_UxC: np.ndarray) -> int:
@@ -82,6 +88,8 @@ def train_flops(
     if remat is not None:
         attention += scores
         head += 0 if lora_rank else 2 * arch.D * arch.V
+    if remat == "dots":
+        linear += 2 * lora_rank * _inputs(arch)
     if remat in ("attention", "layer"):
         linear += 2 * (W - arch.F * arch.D + A - lora_rank * arch.D)
     if remat == "layer":

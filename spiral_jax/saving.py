@@ -38,6 +38,11 @@ class Saver:
         except CheckpointError as error:
             self._failed(error)
 
+    def save_if_missing(self, step: int, state: Any, record: dict) -> None:
+        """The same, unless there is a checkpoint of `step`."""
+        if not self._checkpoints.has(step):
+            self.save(step, state, record)
+
     def settle(self) -> bool:
         """Waits for the save that goes on in the background; returns whether the last save is complete on disk.
 

@@ -28,7 +28,7 @@ from spiral_jax.sampling.programs import Schedule
 from spiral_jax.sampling.slots import DecodeSettings, SlotClass
 from spiral_jax.tasks.load import load_task
 from spiral_jax.tasks.problem import Task
-from spiral_jax.train_step import abstract_state, make_train_step
+from spiral_jax.train_step import abstract_state, keeps_base, make_train_step
 from spiral_jax.verifier.rewards import MATH, load_reward
 from spiral_jax.watchdog import deadline
 
@@ -134,7 +134,7 @@ def check_shapes(setup: Setup) -> None:
     """Traces the whole train step on shapes alone: what it would reject, it rejects here, without any array."""
     c, model = setup.c, setup.model
     initial.check_start(c, setup.path, model)
-    base = hf.abstract_params(model) if model.lora_rank else None
+    base = hf.abstract_params(model) if keeps_base(c, model) else None
     with jax.set_mesh(setup.mesh):
         jax.eval_shape(make_train_step(c, model), abstract_state(c, model, setup.mesh), base, abstract_blocks(c))
 

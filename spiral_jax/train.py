@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-import re
 import sys
 import time
 from typing import Any
@@ -33,7 +32,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from spiral_jax import STARTED, batching, config, distributed, environment, faults, initial, results
+from spiral_jax import batching, config, distributed, faults, initial
 from spiral_jax import mesh as meshes
 from spiral_jax.checkpoint import CheckpointError, Checkpoints, Retention
 from spiral_jax.collect import Batch, NoSignal, collect_batch
@@ -42,21 +41,22 @@ from spiral_jax.distributed import DistributedError
 from spiral_jax.evaluation import evaluate
 from spiral_jax.groups import Role
 from spiral_jax.guards import BadSteps, NumericsGuard, watched
-from spiral_jax.metric_writers import MetricWriters
 from spiral_jax.metrics import divide
 from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.preemption import Preemption
 from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
+from spiral_jax.run_log import RunLog
 from spiral_jax.saving import Saver
 from spiral_jax.setup import Setup, check_shapes, keep_compiled_programs, set_up
 from spiral_jax.tasks.problem import TaskError
+from spiral_jax.telemetry import StepProfile, memory_metrics, update_metrics
 from spiral_jax.trace_log import render_examples, trace_rows
 from spiral_jax.train_step import TrainState, abstract_state, init_state, make_train_step, variables
 from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import Verifier
 from spiral_jax.watchdog import Watchdog, deadline
-from spiral_jax.workdir import StepLog, TraceLog, WorkdirError, open_workdir
+from spiral_jax.workdir import WorkdirError, open_workdir
 
 
 class Mismatch(RuntimeError):
@@ -107,103 +107,111 @@ class Position:
     sampled_tokens: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the loop works with, all of it open: the policy's frozen part, and who samples, logs, saves and watches."""
+
+    setup: Setup
+    frozen: Any
+    actor: Actor
+    log: RunLog
+    saver: Saver
+    guard: NumericsGuard
+    preemption: Preemption
+    watchdog: Watchdog
+    profile: StepProfile
+
+
 def train(setup: Setup, workdir: str) -> None:
     """Trains until `train.steps`, or until `train.max_sampled_tokens` are spent, from scratch or where it stopped."""
-    c, mesh = setup.c, setup.mesh
+    c, v = setup.c, setup.c.verifier
     if not pathlib.Path(workdir, "checkpoints").exists():  # a resumed run no longer needs what it started from
         initial.check_start(c, setup.path, setup.model)
     path = open_workdir(workdir, config.to_plain(c), config.digest(c), c.resume.allow)
-    evaluations = StepLog(path / "evaluations.jsonl")
-    retention = Retention(c.checkpoint.keep, c.checkpoint.keep_every, functools.partial(_scores, c, evaluations))
-    checkpoints = Checkpoints(path / "checkpoints", retention)
-    distributed.check_equal(
-        config=config.digest(c), data=setup.task.fingerprint, checkpoint=f"step {checkpoints.latest()}"
-    )
+    log = RunLog(path, c)
+    checkpoints = Checkpoints(path / "checkpoints", Retention(c.checkpoint.keep, c.checkpoint.keep_every, log.scores))
+    newest = f"step {checkpoints.latest()}"
+    distributed.check_equal(config=config.digest(c), data=setup.task.fingerprint, checkpoint=newest)
     with deadline("weights and checkpoint to be read (config.train.wait_s)", c.train.wait_s):
         frozen, state, at = _start_or_resume(setup, checkpoints)
-    metrics_log, traces = _open_logs(path, c, at.step, evaluations)
-    train_step = make_train_step(c, setup.model)
-    record = lambda at: {"at": dataclasses.asdict(at), "data": setup.task.fingerprint}  # noqa: E731
+    log.go_on(at.step, _finished(c, at))
+    rows = distributed.from_first(lambda: watched(log.metrics()))
+    guard = NumericsGuard(c.train.max_bad_steps, c.train.spike, rows)
     saver = Saver(checkpoints, c.checkpoint.max_failures, c.train.wait_s)
-    guard = NumericsGuard(
-        c.train.max_bad_steps, c.train.spike, distributed.from_first(lambda: watched(metrics_log.read()))
-    )
-    v = c.verifier
 
     with Verifier(setup.reward, v.workers, v.timeout_s, v.memory_gb, v.environment) as verifier, \
-            Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(mesh), \
-            _started(path, c, at) as writers, Preemption(c.train.grace_s) as preemption, \
-            Watchdog(c.train.watchdog) as watchdog:  # fmt: skip
+            Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(setup.mesh), log, \
+            Preemption(c.train.grace_s) as preemption, Watchdog(c.train.watchdog) as watchdog, \
+            StepProfile(c, path) as profile:  # fmt: skip
+        actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, progress)
+        run = Run(setup, frozen, actor, log, saver, guard, preemption, watchdog, profile)
         if not _finished(c, at):
             print(*filter(None, (setup.task.report, setup.sampler.start_report())), sep="\n", flush=True)
-        actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, progress)
-        evaluator = dataclasses.replace(actor, c=config.for_evaluation_in_training(c), sampler=setup.eval_sampler)
-        weights = setup.sampler.prepare(variables(setup.model, frozen, state.trained))
-        evaluate_once = lambda weights, step: preemption.run(  # noqa: E731
-            lambda: _evaluate_once(evaluator, weights, step, evaluations, path, writers)
-        )
-        start_up = {"time/start_up": time.monotonic() - STARTED}
-        if not _finished(c, at):
-            print(f"start-up took {start_up['time/start_up']:.1f} s", flush=True)
-        while not _finished(c, at) and not preemption.reached(at.step):
-            if at.step == 0 or (c.eval.every and at.step % c.eval.every == 0):
-                evaluate_once(weights, at.step)
-            start = time.monotonic()
-            watchdog.step_starts(at.step)
-
-            batch = preemption.run(functools.partial(collect_batch, actor, weights, at.step, at.cursor))
-            if batch is None:
-                break
-            saver.settle()  # here, so that a kill never costs two finished steps
-            if at.step == 0:
-                print(render_examples(batch.rollouts, setup.tokenizer), flush=True)
-            with progress.phase("updating"):
-                state, found = train_step(state, frozen, _blocks(c, batch, mesh))
-                faults.passed("update")
-                weights = setup.sampler.prepare(variables(setup.model, frozen, state.trained))
-                found = jax.device_get(found)
-            metrics = _step_metrics(batch, found)
-            metrics |= guard.check(at.step, metrics)
-            _check_mismatch(c, at.step, metrics)
-
-            if c.trace_log.every and at.step % c.trace_log.every == 0:
-                traces.write(at.step, trace_rows(c, batch, setup.tokenizer))
-            seconds = time.monotonic() - start
-            metrics |= progress.take_times() | {"time/step": seconds, "tokens_per_s": batch.sampled_tokens / seconds}
-            metrics |= {"checkpoint/failed_saves": float(saver.failures)} | start_up
-            start_up = {}
-            metrics_log.append({"step": at.step} | metrics)
-            guard.check_bad_steps(path, at.step, batch)
-            writers.write({"step": at.step} | metrics)
-            at = Position(at.step + 1, batch.next_cursor, at.sampled_tokens + batch.sampled_tokens)
-            reward = metrics.get("reward/aggregated", metrics["reward/search"])
-            progress.step_done(at.step, reward, batch.sampled_tokens, seconds)
-            if _finished(c, at) or (c.checkpoint.every and at.step % c.checkpoint.every == 0):
-                with progress.phase("checkpoint"):
-                    saver.save(at.step, state, record(at))
-            watchdog.step_ends()
-        if preemption.noticed and at.step and not checkpoints.has(at.step):
-            saver.save(at.step, state, record(at))
-        if not saver.settle():
-            raise CheckpointError(f"{path}: the checkpoint of step {at.step} could not be written; see above.")
-        evaluate_once(weights, at.step)
+            log.started()
+        at = _loop(run, state, at)
     if preemption.noticed:
         print(f"preempted: saved at step {at.step}; the same command goes on from there", flush=True)
-    elif distributed.is_first():
-        _summarise(path, at, evaluations)
+    else:
+        log.summarise(at.step, at.sampled_tokens)
+
+
+def _loop(run: Run, state: TrainState, at: Position) -> Position:
+    """Step after step, until the run is finished or preempted; returns where it stands then, saved and evaluated."""
+    c, model, mesh = run.setup.c, run.setup.model, run.setup.mesh
+    train_step, progress = make_train_step(c, model), run.actor.progress
+    for_decoding = lambda state: run.setup.sampler.prepare(variables(model, run.frozen, state.trained))  # noqa: E731
+    weights = for_decoding(state)
+    while not _finished(c, at) and not run.preemption.reached(at.step):
+        if at.step == 0 or (c.eval.every and at.step % c.eval.every == 0):
+            _evaluate_once(run, weights, at.step)
+        run.profile.at(at.step)
+        run.watchdog.step_starts(at.step)
+        start = time.monotonic()
+
+        batch = run.preemption.run(functools.partial(collect_batch, run.actor, weights, at.step, at.cursor))
+        if batch is None:
+            break
+        run.saver.settle()  # here, so that a kill never costs two finished steps
+        if at.step == 0:
+            print(render_examples(batch.rollouts, run.setup.tokenizer), flush=True)
+        with progress.phase("updating"):
+            blocks = _blocks(c, batch)
+            state, found = train_step(state, run.frozen, _placed(blocks, mesh))
+            faults.passed("update")
+            weights = for_decoding(state)
+            found = jax.device_get(found)
+
+        _log_step(run, at.step, batch, found | batching.padding(blocks), start)
+        at = Position(at.step + 1, batch.next_cursor, at.sampled_tokens + batch.sampled_tokens)
+        if _finished(c, at) or (c.checkpoint.every and at.step % c.checkpoint.every == 0):
+            with progress.phase("checkpoint"):
+                run.saver.save(at.step, state, _record(run.setup, at))
+        run.watchdog.step_ends()
+    if run.preemption.noticed and at.step:
+        run.saver.save_if_missing(at.step, state, _record(run.setup, at))
+    if not run.saver.settle():
+        raise CheckpointError(f"{run.log.path}: the checkpoint of step {at.step} could not be written; see above.")
+    _evaluate_once(run, weights, at.step)
+    return at
 
 
 def _start_or_resume(setup: Setup, checkpoints: Checkpoints) -> tuple[Any, TrainState, Position]:
     """(frozen base, state, position) from the newest whole checkpoint, or from what config.model names."""
     c, mesh = setup.c, setup.mesh
     new = checkpoints.latest() is None
-    base, lora = setup.load_start() if new else (setup.load_base(), None)
+    reference = c.loss.kl_coef > 0 and not c.model.lora_rank  # KL is to what the run started from
+    base, lora = setup.load_start() if new or reference else (setup.load_base(), None)
     frozen, state = init_state(c, setup.model, base, mesh, lora)
     if new:
         return frozen, state, Position()
     state, record = checkpoints.restore_newest(abstract_state(c, setup.model, mesh))
     _check_data(record["data"], setup)
     return frozen, state, Position(**record["at"])
+
+
+def _record(setup: Setup, at: Position) -> dict[str, Any]:
+    """What a checkpoint says beside its arrays."""
+    return {"at": dataclasses.asdict(at), "data": setup.task.fingerprint}
 
 
 def _finished(c: ConfigDict, at: Position) -> bool:
@@ -219,53 +227,22 @@ def _check_data(fingerprint: str, setup: Setup) -> None:
         )
 
 
-def _open_logs(path: pathlib.Path, c: ConfigDict, step: int, evaluations: StepLog) -> tuple[StepLog, TraceLog]:
-    """Metrics and traces; they and the evaluations are cut back to what the checkpoint of `step` has seen."""
-    metrics_log, traces = StepLog(path / "metrics.jsonl"), TraceLog(path / "traces", c.trace_log.keep_steps)
-    metrics_log.cut_back(step)
-    traces.cut_back(step)
-    evaluations.cut_back(step + 1)
-    return metrics_log, traces
+def _evaluate_once(run: Run, weights: Any, step: int) -> None:
+    """Evaluates the policy after `step` steps, unless that was done before, or a preemption notice ends it."""
+    c, progress = run.setup.c, run.actor.progress
+    evaluator = dataclasses.replace(
+        run.actor, c=config.for_evaluation_in_training(c), sampler=run.setup.eval_sampler
+    )  # fmt: skip
+    if c.eval.problems and not run.log.is_evaluated(step):
+        with progress.phase("evaluating"):
+            found = run.preemption.run(functools.partial(evaluate, evaluator, weights, step))
+        if found is not None:
+            run.log.evaluation(step, *found)
+        progress.take_times()  # a step's times are its own
 
 
-def _scores(c: ConfigDict, evaluations: StepLog) -> dict[int, float]:
-    """What config.checkpoint.keep_best goes by: the measure's mean by step, the same on all processes."""
-    measure = c.checkpoint.keep_best
-    if not measure:
-        return {}
-    read = lambda: [(row["step"], row[measure]["mean"]) for row in evaluations.read() if measure in row]  # noqa: E731
-    return {step: score for step, score in distributed.from_first(read)}
-
-
-def _started(path: pathlib.Path, c: ConfigDict, at: Position) -> MetricWriters:
-    """Notes in starts.jsonl what the run goes on with, unless it has ended, and opens its metric writers."""
-    starts = StepLog(path / "starts.jsonl")
-    if _finished(c, at) or not distributed.is_first():
-        return MetricWriters((), path, "", {}, at.step)
-    starts.cut_back(at.step + 1)
-    starts.append({"step": at.step} | environment.describe())
-    first = re.sub(r"\W", "", starts.read()[0]["time"].removesuffix("+00:00"))
-    return MetricWriters(c.metrics.writers, path, f"{path.name}-{first}", config.to_plain(c), at.step)
-
-
-def _evaluate_once(
-    actor: Actor, weights: Any, step: int, evaluations: StepLog, path: pathlib.Path, writers: MetricWriters
-) -> None:
-    """Evaluates the policy after `step` steps, unless its row says that this was done before."""
-    if actor.c.eval.problems and step not in distributed.from_first(
-        lambda: [row["step"] for row in evaluations.read()]
-    ):
-        with actor.progress.phase("evaluating"):
-            row, found = evaluate(actor, weights, step)
-            if found is not None and distributed.is_first():
-                results.write_results(path / "evaluations" / f"step_{step:06d}" / "results.json", found)
-            evaluations.append(row)
-            writers.write(row, "evaluation/")
-        actor.progress.take_times()  # a step's times are its own
-
-
-def _blocks(c: ConfigDict, batch: Batch, mesh: jax.sharding.Mesh) -> list[batching.Block]:
-    """The batch as micro-batches of the step's static shapes, placed along the groups' mesh axes."""
+def _blocks(c: ConfigDict, batch: Batch) -> list[batching.Block]:
+    """The batch as micro-batches of the step's static shapes, on the host."""
     roles = [(Role.SEARCH, batch.rollouts.search, batch.search_weight_UxC, c.batch.problems)]
     if batch.rollouts.aggregation is not None:
         most = c.batch.problems * c.aggregation.subsets
@@ -274,8 +251,31 @@ def _blocks(c: ConfigDict, batch: Batch, mesh: jax.sharding.Mesh) -> list[batchi
     for role, groups, weight_UxC, most in roles:
         lengths, micro = c.batch[f"{role.label}_lengths"], c.batch[f"{role.label}_groups"]
         blocks += batching.make_blocks(role, groups, weight_UxC, [tuple(pair) for pair in lengths], micro, most)
+    return blocks
+
+
+def _placed(blocks: list[batching.Block], mesh: jax.sharding.Mesh) -> list[batching.Block]:
+    """The blocks on the devices, along the groups' mesh axes."""
     along = meshes.group_sharding(mesh, leading=1)
     return jax.tree.map(lambda a: meshes.place(a, along) if np.ndim(a) else a, blocks)
+
+
+def _log_step(run: Run, step: int, batch: Batch, found: dict[str, Any], start: float) -> None:
+    """Logs a step that began at `start`, and ends the run if its numbers cannot be right."""
+    c, model, progress = run.setup.c, run.setup.model, run.actor.progress
+    metrics = _step_metrics(batch, found)
+    metrics |= run.guard.check(step, metrics)
+    _check_mismatch(c, step, metrics)
+    seconds = time.monotonic() - start
+    metrics |= progress.take_times() | {"time/step": seconds, "tokens_per_s": batch.sampled_tokens / seconds}
+    trained = [groups for groups in (batch.rollouts.search, batch.rollouts.aggregation) if groups is not None]
+    metrics |= update_metrics(model.arch, model.lora_rank, trained, metrics["time/updating"]) | memory_metrics()
+    metrics["checkpoint/failed_saves"] = float(run.saver.failures)
+    logged = c.trace_log.every and step % c.trace_log.every == 0
+    run.log.step(step, metrics, trace_rows(c, batch, run.setup.tokenizer) if logged else None)
+    run.guard.check_bad_steps(run.log.path, step, batch)
+    reward = metrics.get("reward/aggregated", metrics["reward/search"])
+    progress.step_done(step + 1, reward, batch.sampled_tokens, seconds)
 
 
 def _step_metrics(batch: Batch, found: dict[str, Any]) -> dict[str, float | None]:
@@ -294,19 +294,6 @@ def _check_mismatch(c: ConfigDict, step: int, metrics: dict[str, float | None]) 
             f"sampler and trainer disagree at the first step: |log ratio| up to {worst:.2e} a token, "
             f"config.train.mismatch_limit = {limit:g}. Check model.compute_dtype (bfloat16 needs a wider limit)."
         )
-
-
-def _summarise(path: pathlib.Path, at: Position, evaluations: StepLog) -> None:
-    """Draws the curves, writes and prints the table."""
-    from spiral_jax import curves  # matplotlib takes half a second, which a restart can do without
-
-    done = evaluations.read()
-    curves.draw_curves(path / "metrics.jsonl", done, path / "curves.png")
-    print(f"\n{at.step} steps, {at.sampled_tokens:,} sampled tokens; curves: {path / 'curves.png'}", flush=True)
-    if done:
-        table = curves.evaluation_table(done)
-        (path / "results.md").write_text(table)
-        print(table, flush=True)
 
 
 if __name__ == "__main__":

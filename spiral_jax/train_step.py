@@ -7,6 +7,8 @@ Gradients of the two roles are accumulated apart, so that their norms can be rea
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +24,7 @@ from spiral_jax.batching import Block
 from spiral_jax.metrics import Max, Mean, empty, merge
 from spiral_jax.model.qwen3 import ModelConfig, init_variables
 from spiral_jax.objective.logprobs import group_logprobs, length_mask
-from spiral_jax.objective.loss import importance_sampling_loss
+from spiral_jax.objective.loss import Objective, policy_loss, reference_kl
 
 Metrics = dict[str, Mean | Max]
 
@@ -70,8 +72,9 @@ def make_optimizer(c: ConfigDict) -> optax.GradientTransformation:
 def init_state(
     c: ConfigDict, config: ModelConfig, base: Any, mesh: Mesh, lora: Any | None = None
 ) -> tuple[Any, TrainState]:
-    """(frozen base or None, fresh state) from loaded base parameters; arrays lie as the sharding table says.
+    """(frozen base, fresh state) from loaded base parameters; arrays lie as the sharding table says.
 
+    In full fine-tuning the frozen base is None, or a copy of `base` where a KL penalty needs a reference.
     `lora`: adapters to start from; None: fresh ones, which change nothing yet.
     """
     if lora is not None:
@@ -81,10 +84,15 @@ def init_state(
         place = meshes.weight_shardings(jax.eval_shape(make_lora), mesh)
         trained, frozen = jax.jit(make_lora, out_shardings=place)(), base
     else:
-        trained, frozen = base, None
+        trained, frozen = base, jax.tree.map(jnp.copy, base) if keeps_base(c, config) else None
     make = lambda trained: _fresh(c, trained)  # noqa: E731
     place = meshes.weight_shardings(jax.eval_shape(make, trained), mesh)
     return frozen, jax.jit(make, out_shardings=place)(trained)
+
+
+def keeps_base(c: ConfigDict, config: ModelConfig) -> bool:
+    """Whether the train step reads parameters that it does not train: under adapters, or as the reference of KL."""
+    return config.lora_rank > 0 or c.loss.kl_coef > 0
 
 
 def _fresh(c: ConfigDict, trained: Any) -> TrainState:
@@ -107,30 +115,45 @@ def abstract_state(c: ConfigDict, config: ModelConfig, mesh: Mesh) -> TrainState
 def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds `train_step(state, base, blocks) -> (state, metrics)`, jitted; `state` is donated.
 
+    The loss is `objective/loss.py`'s policy loss, and loss.kl_coef times the mean reference KL of the role's tokens.
     Where loss or gradient is not finite the state stays as it is, its count of steps too, and `skipped_update` is 1.
     Metrics are (sum, count) pairs by name: those of `objective/loss.py`, loss and gradient norm of each role, and the
     norm of the whole gradient before clipping.
     """
     optimizer = make_optimizer(c)
+    objective = Objective(*(c.loss[field.name] for field in dataclasses.fields(Objective)))
+    reference = dataclasses.replace(config, lora_rank=0)
 
-    def loss(trained: Any, base: Any, micro: dict[str, jax.Array]) -> tuple[jax.Array, Metrics]:
-        trace = micro["trace_UxCxG"]
-        logprob, entropy = group_logprobs(
-            config, variables(config, base, trained), micro["prompt_UxP"], micro["prompt_len_U"], trace,
+    def logprobs(of: ModelConfig, tree: dict[str, Any], micro: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return group_logprobs(
+            of, tree, micro["prompt_UxP"], micro["prompt_len_U"], micro["trace_UxCxG"],
             c.sampling.temperature, c.loss.logprob_chunk, micro["trace_len_UxC"],
         )  # fmt: skip
-        mask = length_mask(micro["trace_len_UxC"], trace.shape[-1])
-        return importance_sampling_loss(logprob, entropy, micro["logprob_UxCxG"], micro["weight_UxC"], mask)
+
+    def loss(trained: Any, base: Any, micro: dict[str, jax.Array], tokens: jax.Array) -> tuple[jax.Array, Metrics]:
+        logprob, entropy = logprobs(config, variables(config, base, trained), micro)
+        mask = length_mask(micro["trace_len_UxC"], logprob.shape[-1])
+        value, metrics = policy_loss(
+            logprob, entropy, micro["logprob_UxCxG"], micro["weight_UxC"], mask, objective
+        )  # fmt: skip
+        if c.loss.kl_coef:
+            with jax.named_scope("reference"):
+                kl = reference_kl(logprob, logprobs(reference, {"params": base}, micro)[0], mask)
+            value += c.loss.kl_coef * kl.total / jnp.maximum(tokens, 1)
+            metrics["reference_kl"] = jax.lax.stop_gradient(kl)
+        return value, metrics
 
     def train_step(state: TrainState, base: Any, blocks: list[Block]) -> tuple[TrainState, Metrics]:
         gradients, losses, metrics = {}, {}, {}
         for block in blocks:
             role = block.role
             with jax.named_scope(f"{role.label}_block"):
-                gradient, value, found = _accumulate(loss, state.trained, base, block)
+                tokens = sum(other.tokens() for other in blocks if other.role is role)
+                gradient, value, found = _accumulate(functools.partial(loss, tokens=tokens), state.trained, base, block)
             gradients[role] = gradient if role not in gradients else jax.tree.map(jnp.add, gradients[role], gradient)
             losses[role] = losses.get(role, 0.0) + value
-            found[f"entropy/{role.label}"] = found.pop("entropy")
+            for name in {"entropy", "reference_kl"} & found.keys():
+                found[f"{name}/{role.label}"] = found.pop(name)
             metrics = merge(metrics, found)
         total = jax.tree.map(lambda *parts: sum(parts), *gradients.values())
         with jax.named_scope("optimizer"):

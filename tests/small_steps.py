@@ -31,12 +31,15 @@ TRACES = {Role.SEARCH: 3, Role.AGGREGATION: 2}
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
-def config(**optimizer):
+def config(**settings):
+    """Defaults but for fields of `optimizer` and `loss` by name."""
     c = defaults()
     c.sampling.temperature = 0.7
     c.loss.logprob_chunk = 3  # does not divide G
     c.optimizer.b1 = 0.0
-    c.optimizer.update(optimizer)
+    for name, value in settings.items():
+        room = c.optimizer if name in c.optimizer else c.loss
+        room[name] = value
     return c
 
 
@@ -57,19 +60,19 @@ def random_trees(kind):
 
 
 @functools.cache
-def fresh(kind, mesh, **optimizer):
+def fresh(kind, mesh, **settings):
     """(frozen, state on the host, its shardings) from `random_trees`; B of a new adapter is zero, which would hide A's
     gradient."""
     base, lora = random_trees(kind)
     placed = jax.device_put(base, meshes.weight_shardings(base, mesh))
-    frozen, state = init_state(config(**optimizer), MODELS[kind], placed, mesh)
+    frozen, state = init_state(config(**settings), MODELS[kind], placed, mesh)
     host = jax.device_get(state if lora is None else state.replace(trained=lora))
     return frozen, host, jax.tree.map(lambda a: a.sharding, state)
 
 
-def start(kind, mesh, **optimizer):
+def start(kind, mesh, **settings):
     """(frozen, state) on `mesh`."""
-    frozen, host, shardings = fresh(kind, mesh, **optimizer)
+    frozen, host, shardings = fresh(kind, mesh, **settings)
     return frozen, jax.device_put(host, shardings)
 
 
@@ -112,8 +115,8 @@ def one_device():
 
 
 @functools.cache
-def step_of(kind, **optimizer):
-    step = make_train_step(config(**optimizer), MODELS[kind])
+def step_of(kind, **settings):
+    step = make_train_step(config(**settings), MODELS[kind])
     return jax.jit(step, donate_argnums=0, compiler_options=QUICK)
 
 
@@ -123,11 +126,11 @@ def place(blocks, mesh):
     )
 
 
-def run(kind, blocks, mesh=None, **optimizer):
+def run(kind, blocks, mesh=None, **settings):
     """One step from the start: (gradient as numpy, divided metrics, state)."""
     mesh = mesh or one_device()
-    frozen, state = start(kind, mesh, **optimizer)
+    frozen, state = start(kind, mesh, **settings)
     with jax.set_mesh(mesh):
-        state, metrics = step_of(kind, **optimizer)(state, frozen, place(blocks, mesh))
+        state, metrics = step_of(kind, **settings)(state, frozen, place(blocks, mesh))
     gradient = jax.device_get(optax.tree_utils.tree_get(state.opt, "mu"))
     return gradient, divide(jax.device_get(metrics)), state

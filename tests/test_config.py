@@ -77,6 +77,11 @@ BAD = {
     "train.steps": (0, ">= 1"),
     "verifier.timeout_s": (0.0, "> 0"),
     "loss.length_gate": (-1.0, ">= 0"),
+    "loss.clip_low": (1.0, "below 1"),
+    "loss.dual_clip": (0.5, "above 1"),
+    "loss.kl_coef": (-0.1, ">= 0"),
+    "model.remat": ("everything", "none, dots, attention, layer"),
+    "profile.steps": ((3, 3), "0 <= first < end"),
 }
 
 
@@ -93,6 +98,13 @@ def test_a_bad_value_is_refused_with_field_value_and_what_is_allowed(field):
         assert "batch.search_lengths" in message and str(value) in message
     else:
         assert f"config.{field} = " in message and allowed in message
+
+
+def test_the_ratio_is_truncated_or_clipped_but_not_both():
+    c = tiny.get_config()
+    c.loss.tis_cap, c.loss.clip_high = 2.0, 0.2
+    with pytest.raises(ConfigError, match="config.loss.tis_cap = 2.0.*makes one update"):
+        validate(c)
 
 
 def test_one_subset_gives_search_no_signal():

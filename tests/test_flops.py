@@ -52,6 +52,7 @@ def test_pairs_are_what_the_mask_shows():
         (0, "attention", 3 * (TOKENS * (6 * W + 2 * (W - 60)) + PAIRS * 3.5 * PAIR) + RESPONSES * 8 * 66),
         (0, "layer", 3 * (TOKENS * (6 * W + 2 * (W - 60)) + PAIRS * 4.5 * PAIR) + RESPONSES * 8 * 66),
         (2, None, 3 * (TOKENS * (4 * W + 6 * A) + PAIRS * 3 * PAIR) + RESPONSES * 4 * 66),
+        (2, "dots", 3 * (TOKENS * (4 * W + 6 * A + 2 * 2 * 60) + PAIRS * 3.5 * PAIR) + RESPONSES * 4 * 66),
         (2, "layer", 3 * (TOKENS * (6 * W - 120 + 8 * A - 24) + PAIRS * 4.5 * PAIR) + RESPONSES * 4 * 66),
     ],
 )

@@ -16,8 +16,18 @@ FLOORS = {
     | {"objective.loss_weights"},
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
     3: {"setup", "initial", "rollout", "rollout_feed", "collect", "train_step", "evaluation", "results", "comparison"}
-    | {"saving", "preemption", "watchdog", "guards"}
-    | {"checkpoint", "workdir", "trace_log", "curves", "progress", "reporting", "environment", "metric_writers"}
+    | {"run_log", "saving", "preemption", "watchdog", "guards"}
+    | {
+        "checkpoint",
+        "workdir",
+        "telemetry",
+        "trace_log",
+        "curves",
+        "progress",
+        "reporting",
+        "environment",
+        "metric_writers",
+    }
     | {"scaling_plots", "study_plan", "study_results", "study_plots", "study_report", "planning"},
     4: {"train", "evaluate", "plan", "report", "study", "sft", "export", "spiral_infer", "prepare_data"},
 }

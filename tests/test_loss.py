@@ -12,7 +12,7 @@ import pytest
 
 from spiral_jax.metrics import Max, divide
 from spiral_jax.objective.logprobs import length_mask
-from spiral_jax.objective.loss import importance_sampling_loss
+from spiral_jax.objective.loss import policy_loss
 
 SHAPE = U, C, G = 3, 4, 6
 LENGTH_UxC = np.array([[6, 1, 0, 3], [2, 5, 6, 1], [0, 0, 0, 0]])
@@ -42,7 +42,7 @@ def test_length_mask_holds_exactly_the_tokens():
 @pytest.mark.parametrize("seed", range(3))
 def test_loss_and_metrics_equal_their_definitions_token_by_token(seed):
     logprob, entropy, recorded, weight, mask = arrays(seed)
-    loss, metrics = importance_sampling_loss(logprob, entropy, recorded, weight, mask)
+    loss, metrics = policy_loss(logprob, entropy, recorded, weight, mask)
     log_ratio = [float(logprob[i]) - float(recorded[i]) for i in tokens()]
     ratio = [math.exp(d) for d in log_ratio]
     expected = -sum(float(weight[i[:2]]) * r for i, r in zip(tokens(), ratio, strict=True))
@@ -64,7 +64,7 @@ def test_loss_and_metrics_equal_their_definitions_token_by_token(seed):
 
 def test_gradient_is_minus_weight_times_ratio_at_tokens_and_exactly_zero_elsewhere():
     logprob, entropy, recorded, weight, mask = arrays(1)
-    gradient = jax.grad(lambda x: importance_sampling_loss(x, entropy, recorded, weight, mask)[0])(logprob)
+    gradient = jax.grad(lambda x: policy_loss(x, entropy, recorded, weight, mask)[0])(logprob)
     expected = np.zeros(SHAPE)
     for i in tokens():
         expected[i] = -weight[i[:2]] * math.exp(float(logprob[i]) - float(recorded[i]))
@@ -74,9 +74,9 @@ def test_gradient_is_minus_weight_times_ratio_at_tokens_and_exactly_zero_elsewhe
 
 def test_on_policy_the_gradient_is_that_of_reinforce_and_the_mismatch_is_none():
     logprob, entropy, _, weight, mask = arrays(2)
-    (_, metrics), gradient = jax.value_and_grad(
-        lambda x: importance_sampling_loss(x, entropy, logprob, weight, mask), has_aux=True
-    )(jnp.asarray(logprob))
+    (_, metrics), gradient = jax.value_and_grad(lambda x: policy_loss(x, entropy, logprob, weight, mask), has_aux=True)(
+        jnp.asarray(logprob)
+    )
     reinforce = jax.grad(lambda x: -jnp.sum(jnp.where(mask, weight[..., None] * x, 0.0)))(logprob)
     np.testing.assert_array_equal(gradient, reinforce)
     found = divide(metrics)
@@ -88,7 +88,7 @@ def test_metrics_carry_no_gradient():
     logprob, entropy, recorded, weight, mask = arrays(3)
 
     def total_of_metrics(x):
-        return sum(jax.tree.leaves(importance_sampling_loss(x, entropy, recorded, weight, mask)[1]))
+        return sum(jax.tree.leaves(policy_loss(x, entropy, recorded, weight, mask)[1]))
 
     # entropy reaches the loss as a number of its own; token_logprobs stops its gradient
     assert (np.asarray(jax.grad(total_of_metrics)(logprob)) == 0).all()
@@ -97,7 +97,7 @@ def test_metrics_carry_no_gradient():
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
 def test_what_lies_behind_the_end_of_a_trace_reaches_nothing(garbage):
     logprob, entropy, recorded, weight, mask = arrays(4)
-    both = jax.value_and_grad(importance_sampling_loss, has_aux=True)
+    both = jax.value_and_grad(policy_loss, has_aux=True)
     clean = both(logprob, entropy, recorded, weight, mask)
     spoil = lambda a: np.where(mask, a, np.float32(garbage))  # noqa: E731
     dirty = both(logprob, spoil(entropy), spoil(recorded), weight, mask)
@@ -106,7 +106,7 @@ def test_what_lies_behind_the_end_of_a_trace_reaches_nothing(garbage):
 
 def test_without_tokens_the_loss_is_zero_and_there_is_nothing_to_average():
     logprob, entropy, recorded, weight, mask = arrays(5)
-    (loss, metrics), gradient = jax.value_and_grad(importance_sampling_loss, has_aux=True)(
+    (loss, metrics), gradient = jax.value_and_grad(policy_loss, has_aux=True)(
         logprob, entropy, recorded, weight, np.zeros_like(mask)
     )
     assert loss == 0 and (np.asarray(gradient) == 0).all()

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from spiral_jax.mesh import constrain_groups
 from spiral_jax.model.architecture import Architecture
@@ -42,19 +43,20 @@ class ModelConfig:
     remat: str = "layer"
 
 
+_PROJECTED = "projected"  # the name of what a `Linear` returns, for policies of `jax.checkpoint`
 # What a policy of `config.REMAT` keeps of a layer beside its input.
 _POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(KEPT),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT, _PROJECTED),
     "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 class Linear(nn.Module):
-    """x W, plus (alpha / rank) x A B where the `lora` collection has the layer's adapter (LoRA, arXiv 2106.09685)."""
+    """x W, plus (alpha / rank) x A B where the `lora` collection has the layer's adapter (LoRA, arXiv 2106.09685).
+
+    Tokens are rows of a matrix: to sum a gradient over two axes, XLA's CPU backend would transpose x or its cotangent.
+    """
 
     config: ModelConfig
     features: int
@@ -63,13 +65,14 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c, width = self.config, x.shape[-1]
         kernel = self.param("kernel", nn.initializers.normal(0.02), (width, self.features), c.param_dtype)
-        y = x @ kernel.astype(x.dtype)
+        rows = x.reshape(-1, width)
+        y = rows @ kernel.astype(x.dtype)
         if c.lora_rank:
             init_a = nn.initializers.normal(width**-0.5)
             a = self.variable("lora", "a", lambda: init_a(self.make_rng("params"), (width, c.lora_rank), jnp.float32))
             b = self.variable("lora", "b", jnp.zeros, (c.lora_rank, self.features), jnp.float32)
-            y += (c.lora_alpha / c.lora_rank) * ((x @ a.value.astype(x.dtype)) @ b.value.astype(x.dtype))
-        return y
+            y += (c.lora_alpha / c.lora_rank) * ((rows @ a.value.astype(x.dtype)) @ b.value.astype(x.dtype))
+        return checkpoint_name(y, _PROJECTED).reshape(*x.shape[:-1], self.features)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -67,9 +67,8 @@ def token_logprobs(
     pad = ((0, 0), (0, 0), (0, -G % chunk))
     longest = G if trace_len_UxC is None else jnp.max(trace_len_UxC)
     head = _Head(temperature, chunk, frozen_head)
-    logprob, entropy = _in_chunks(
-        head, jnp.pad(hidden_UxCxGxD, (*pad, (0, 0))), kernel_DxV, jnp.pad(trace_UxCxG, pad), -(-longest // chunk)
-    )
+    hidden, kernel = jnp.pad(hidden_UxCxGxD, (*pad, (0, 0))), kernel_DxV.astype(hidden_UxCxGxD.dtype)
+    logprob, entropy = _in_chunks(head, hidden, kernel, jnp.pad(trace_UxCxG, pad), -(-longest // chunk))
     return logprob[..., :G], entropy[..., :G]
 
 
@@ -88,15 +87,18 @@ def _forward(
     """(log-prob, entropy, lse), all [U, C, G], and of a frozen head d logprob / d hidden [U, C, G, D]."""
 
     def one(i: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        h, ids = (_read(a, i, head.chunk) for a in (hidden, trace))
+        h, ids = _rows(hidden, i, head.chunk), _rows(trace, i, head.chunk)
         logits = _logits(head, h, kernel)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-        every = logits - lse[..., None]
-        softmax = jnp.exp(every)
-        new = [chosen - lse, -jnp.sum(softmax * every, axis=-1), lse]
+        top = jnp.max(logits, axis=-1)
+        below = logits - top[:, None]
+        weight = jnp.exp(below)
+        total = jnp.sum(weight, axis=-1)
+        chosen = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
+        lse = top + jnp.log(total)
+        new = [chosen - lse, jnp.log(total) - jnp.sum(weight * below, axis=-1) / total, lse]
         if head.frozen:
-            new.append(_to_hidden(_d_logits(head, softmax, ids).astype(h.dtype), kernel))
+            mean = jnp.einsum("nv,dv->nd", weight.astype(h.dtype), kernel, preferred_element_type=jnp.float32)
+            new.append((kernel[:, ids].T - mean / total[:, None]) / head.temperature)
         return tuple(_write(a, b, i, head.chunk) for a, b in zip(done, new, strict=True))
 
     zeros = [jnp.zeros(trace.shape, jnp.float32)] * 3 + [jnp.zeros_like(hidden)] * head.frozen
@@ -116,11 +118,12 @@ def _backward(head: _Head, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -
     hidden, kernel, trace, count, lse = kept
 
     def one(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        h, ids, top, d = (_read(a, i, head.chunk) for a in (hidden, trace, lse, d_logprob))
-        softmax = jnp.exp(_logits(head, h, kernel) - top[..., None])
-        d_logits = (d[..., None] * _d_logits(head, softmax, ids)).astype(h.dtype)
-        d_kernel = jnp.einsum("ucgd,ucgv->dv", h, d_logits, preferred_element_type=jnp.float32)
-        return _write(done[0], _to_hidden(d_logits, kernel), i, head.chunk), done[1] + d_kernel
+        h, ids, of_row, d = (_rows(a, i, head.chunk) for a in (hidden, trace, lse, d_logprob))
+        softmax = jnp.exp(_logits(head, h, kernel) - of_row[:, None])
+        one_hot = jnp.arange(kernel.shape[1]) == ids[:, None]
+        d_logits = (d[:, None] / head.temperature * (one_hot - softmax)).astype(h.dtype)
+        d_kernel = jnp.einsum("nd,nv->dv", h, d_logits, preferred_element_type=jnp.float32)
+        return _write(done[0], jnp.einsum("nv,dv->nd", d_logits, kernel), i, head.chunk), done[1] + d_kernel
 
     zeros = jnp.zeros_like(hidden), jnp.zeros(kernel.shape, jnp.float32)
     with jax.named_scope("logprobs"):
@@ -131,29 +134,22 @@ def _backward(head: _Head, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -
 _in_chunks.defvjp(_keep, _backward)
 
 
-def _logits(head: _Head, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-    """float32 [U, C, chunk, V], tempered."""
+def _logits(head: _Head, hidden_NxD: jax.Array, kernel_DxV: jax.Array) -> jax.Array:
+    """float32 [N, V], tempered."""
     with jax.named_scope("head"):
-        product = jnp.einsum("ucgd,dv->ucgv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return product / head.temperature
+        return jnp.einsum("nd,dv->nv", hidden_NxD, kernel_DxV, preferred_element_type=jnp.float32) / head.temperature
 
 
-def _d_logits(head: _Head, softmax: jax.Array, ids: jax.Array) -> jax.Array:
-    """Derivative of the chosen tokens' log-probs with respect to the products of hidden states and head."""
-    chosen = jnp.arange(softmax.shape[-1]) == ids[..., None]
-    return jnp.where(chosen, 1.0 - softmax, -softmax) / head.temperature
+def _rows(a_UxCxG: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
+    """Chunk i of all traces, one position a row: [N, ...]."""
+    a = jax.lax.dynamic_slice_in_dim(a_UxCxG, i * chunk, chunk, 2)
+    return a.reshape(-1, *a.shape[3:])
 
 
-def _to_hidden(d_logits: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.einsum("ucgv,dv->ucgd", d_logits, kernel.astype(d_logits.dtype))
-
-
-def _read(a_UxCxG: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(a_UxCxG, i * chunk, chunk, 2)
-
-
-def _write(a_UxCxG: jax.Array, new: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(a_UxCxG, new.astype(a_UxCxG.dtype), i * chunk, 2)
+def _write(a_UxCxG: jax.Array, rows: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
+    """`a` with these rows as its chunk i."""
+    new = rows.astype(a_UxCxG.dtype).reshape(*a_UxCxG.shape[:2], chunk, *a_UxCxG.shape[3:])
+    return jax.lax.dynamic_update_slice_in_dim(a_UxCxG, new, i * chunk, 2)
 
 
 def group_logprobs(

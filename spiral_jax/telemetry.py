@@ -1,0 +1,71 @@
+"""How well a step used its devices: tokens a second, model FLOPs utilisation, memory; profiles of chosen steps."""
+
+from __future__ import annotations
+
+import pathlib
+from types import TracebackType
+
+import jax
+from ml_collections import ConfigDict
+
+from spiral_jax.flops import PEAK_FLOPS_PER_S, train_flops
+from spiral_jax.groups import Groups
+from spiral_jax.model.architecture import Architecture
+
+
+def update_metrics(arch: Architecture, lora_rank: int, trained: list[Groups], seconds: float) -> dict[str, float]:
+    """Speed of one update; no entry where a device's peak is unknown.
+
+    `mfu`: operations that the trained groups need, nothing counted twice (`flops.train_flops` without a remat policy),
+    over seconds x devices x peak. `tokens_per_s/update`, and `tokens_per_s/update_device` for each device: trained
+    tokens, those of traces.
+
+    Args:
+      trained: the groups of the update. seconds: from its start until the next step's weights are there.
+    """
+    devices = jax.devices()
+    speed = sum(groups.sampled_tokens for groups in trained) / seconds
+    metrics = {"tokens_per_s/update": speed, "tokens_per_s/update_device": speed / len(devices)}
+    peak = PEAK_FLOPS_PER_S.get(devices[0].device_kind)
+    if peak:
+        lengths = [(groups.requests.prompt_len_U, groups.trace_len_UxC) for groups in trained]
+        needed = sum(train_flops(arch, lora_rank, None, *pair) for pair in lengths)
+        metrics["mfu"] = needed / (seconds * len(devices) * peak)
+    return metrics
+
+
+def memory_metrics() -> dict[str, float]:
+    """`memory/device_peak`: bytes, the most that a local device has held so far; nothing where none reports it."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
+    return {"memory/device_peak": float(max(peaks))} if peaks else {}
+
+
+class StepProfile:
+    """Traces the steps of config.profile.steps with JAX's profiler into WORKDIR/profile, for xprof or Perfetto.
+
+    with StepProfile(c, path) as profile: call `profile.at(step)` at the beginning of every step.
+    """
+
+    def __init__(self, c: ConfigDict, path: pathlib.Path) -> None:
+        self._first, self._end = c.profile.steps or (0, 0)
+        self._path = path / "profile"
+        self._running = False
+
+    def at(self, step: int) -> None:
+        if self._running and step >= self._end:
+            self._stop()
+        elif not self._running and self._first <= step < self._end:
+            jax.profiler.start_trace(str(self._path))
+            self._running = True
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._running = False
+
+    def __enter__(self) -> StepProfile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._running:
+            self._stop()
