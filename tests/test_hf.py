@@ -301,9 +301,9 @@ def test_saved_parameters_of_an_unusual_layout_are_written_in_full(qwen3_checkpo
 def test_what_is_trained_is_float32_and_a_frozen_base_has_the_configured_dtype(qwen3_checkpoint):
     arch = read_architecture(qwen3_checkpoint(num_key_value_heads=2, tie_word_embeddings=False)[0])
     c = defaults().model
-    c.update({"lora_alpha": 6.0, "attention_query_block": 7, "remat": False})
+    c.update({"lora_alpha": 6.0, "attention_block": 7, "remat": "none"})
     config = hf.model_config(arch, c)
-    assert config == ModelConfig(arch, jnp.dtype("bfloat16"), jnp.dtype("bfloat16"), 32, 6.0, 7, False)
+    assert config == ModelConfig(arch, jnp.dtype("bfloat16"), jnp.dtype("bfloat16"), 32, 6.0, 7, "none")
     c.lora_rank = 0
     full = hf.model_config(arch, c)
     assert full.param_dtype == jnp.float32 and full.compute_dtype == jnp.bfloat16 and full.lora_rank == 0

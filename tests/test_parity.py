@@ -65,7 +65,7 @@ def make_checkpoint(request, qwen3_checkpoint, llama_checkpoint):
 def test_logits_and_logprobs_are_those_of_transformers(make_checkpoint, mesh, kv_heads, tied, block):
     directory, model = make_checkpoint(shard="40KB", num_key_value_heads=kv_heads, tie_word_embeddings=tied)
     assert len(list(directory.glob("model-*.safetensors"))) > 5
-    config, params = load(directory, mesh, query_block=block)
+    config, params = load(directory, mesh, attention_block=block)
     qk_norm = model.config.model_type == "qwen3"
     assert config.arch == dataclasses.replace(ARCH, J=kv_heads, tied=tied, qk_norm=qk_norm) and 16 != 48 / 6
     assert gap_to_transformers(model, mesh, config, params) <= PARITY
@@ -121,7 +121,7 @@ LLAMA_MUTATIONS = MUTATIONS | {
 
 def assert_parity_fails(maker, mesh, mutation):
     directory, model = maker(num_key_value_heads=3, tie_word_embeddings=False)
-    config, params = load(directory, mesh, query_block=4)
+    config, params = load(directory, mesh, attention_block=4)
     fields, change = mutation
     mutated = dataclasses.replace(config, arch=dataclasses.replace(config.arch, **fields))
     program = quickly_compiled(forward.__wrapped__)

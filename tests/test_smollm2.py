@@ -55,7 +55,7 @@ def greedy():
 def our_logits(greedy, mesh):
     """Logits of the same rows, as two groups of one trace each."""
     _, rows, tokens, _ = greedy
-    config = ModelConfig(read_architecture(DIRECTORY), jnp.float32, jnp.float32, query_block=64)
+    config = ModelConfig(read_architecture(DIRECTORY), jnp.float32, jnp.float32, attention_block=64)
     params = hf.load_params(DIRECTORY, config, mesh)
     prompt, prompt_len = pad_rows(rows)
     ids = Ids(prompt, prompt_len, tokens[:, None, :])
