@@ -283,8 +283,7 @@ def _check_evaluation(study: Study, file: pathlib.Path, results: Mapping[str, An
         raise ResultsError(
             f"{file}: sampled with another config (there -> here):\n  "
             + "\n  ".join(lines)
-            + "\nMove its directory away, "
-            "to evaluate again, or restore what it was."
+            + "\nMove its directory away to evaluate again, or restore what it was."
         )
 
 
