@@ -73,12 +73,11 @@ class Study:
         return [(arm, seed) for seed in seeds for arm, of_arm in self.arms.items() if seed in of_arm]
 
     def plain(self) -> dict[str, Any]:
-        """What the study's directory holds it to, as plain JSON types: what is measured and claimed, and how.
+        """What the study's directory holds it to, as plain JSON types: what is measured and claimed.
 
-        Arms and seeds may be added later; each run's own directory holds the run to its experiment.
+        Arms and seeds may be added later; runs and evaluations are held to their configurations one by one.
         """
-        stated = {name: value for name, value in to_plain(self.s).items() if name not in _MAY_CHANGE}
-        return {"study": stated, EVALUATION: to_plain(self.evaluation)}
+        return {name: value for name, value in to_plain(self.s).items() if name not in _MAY_CHANGE}
 
 
 def load_study(path: str) -> Study:

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from spiral_jax.comparison import check_comparable, scaling_efficiency
-from spiral_jax.config import difference, to_plain, uses_aggregation
+from spiral_jax.config import difference, from_plain, to_plain, uses_aggregation
 from spiral_jax.estimators import bootstrap_weights
 from spiral_jax.measures import Column, columns
-from spiral_jax.results import read_results
+from spiral_jax.results import ResultsError, read_results
 from spiral_jax.study_plan import BASE, EFFICIENCY, OPTIMUM, Study, arm_row
 from spiral_jax.workdir import StepLog, WorkdirError, read_config
 
@@ -133,6 +133,7 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
             results = read_results(files[-1])
             first = first or results
             check_comparable(first, results)
+            _check_evaluation(study, files[-1], results)
             evaluated[arm].seeds.append(seed)
             evaluated[arm].columns.append(columns(results["records"]))
             run["measures"] = {m: _own_estimate(evaluated[arm], seed, m) for m in study.s.measures}
@@ -264,12 +265,25 @@ def _check_run(study: Study, directory: StudyDirectory, arm: str, seed: int) -> 
     if not (workdir / "config.json").exists():
         return
     asked = to_plain(study.experiments[arm]) | {"seed": seed}
-    lines = difference(read_config(workdir)[0], asked)
+    lines = difference(to_plain(from_plain(read_config(workdir)[0])), asked)  # fields may have been added since
     if lines:
         raise WorkdirError(
             f"{workdir}: was run with another config (there -> here):\n  "
             + "\n  ".join(lines)
             + "\nGive the changed arm another name, or restore what it was."
+        )
+
+
+def _check_evaluation(study: Study, file: pathlib.Path, results: Mapping[str, Any]) -> None:
+    """An evaluation that is there sampled what the study asks for now. Raises ResultsError: it did not."""
+    asked, held = to_plain(study.evaluation.eval), results["settings"]
+    names = (held.keys() & asked.keys()) - {"subset_size"}  # 0 stands for that of training
+    lines = difference({name: held[name] for name in names}, {name: asked[name] for name in names}, "eval.")
+    if lines:
+        raise ResultsError(
+            f"{file}: sampled with another config (there -> here):\n  "
+            + "\n  ".join(lines)
+            + "\nMove its directory away to evaluate again, or restore what it was."
         )
 
 

@@ -16,12 +16,14 @@ from matplotlib.image import imread
 
 from spiral_jax import study, study_plots, study_report
 from spiral_jax.config import to_plain
+from spiral_jax.results import ResultsError
 from spiral_jax.study_plan import load_study
 from spiral_jax.study_results import StudyDirectory, gather
 from spiral_jax.workdir import WorkdirError
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILE = "tests/study_small.py"
+GOLDEN = ROOT / "tests" / "golden_results.json"
 PYTHON, DRAW = sys.executable, study_plots.draw
 FAKE = r'''#!{python}
 """Stands for the Python that runs spiral_jax.train and spiral_jax.evaluate."""
@@ -47,6 +49,7 @@ if command == "train":
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": i}) + "\n" for i in range(steps)))
 else:
     results = json.loads(pathlib.Path(os.environ["GOLDEN"]).read_text())
+    results["settings"] |= json.loads(os.environ["SETTINGS"])
     seed = int(given["--config.seed"])
     for b, record in enumerate(results["records"]):
         for i in range(len(record["aggregation"]["answer"])):
@@ -64,7 +67,10 @@ def fake(monkeypatch, tmp_path):
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(script))
     monkeypatch.setenv("CALLS", str(calls))
-    monkeypatch.setenv("GOLDEN", str(ROOT / "tests" / "golden_results.json"))
+    monkeypatch.setenv("GOLDEN", str(GOLDEN))
+    asked = to_plain(study_small.get_config("evaluation").eval)
+    monkeypatch.setenv("SETTINGS", json.dumps({name: asked[name] for name in json.loads(GOLDEN.read_text())["settings"]
+                                               if name in asked}))  # fmt: skip
     monkeypatch.setattr(study, "find_trained", trained)
     monkeypatch.setattr(study_plots, "draw", lambda found, out: [])  # seconds; one test draws them
 
@@ -191,7 +197,7 @@ def test_arms_may_be_added_but_a_run_is_held_to_its_experiment_and_none_goes_uns
     (directory.path / "runs" / "rloo" / "seed_0").mkdir(parents=True)
     found = gather(less, directory)
     assert found["unnamed"] == ["rloo/seed_0"] and "rloo/seed_0" in study_report.write(less, found, tmp_path / "report")
-    assert less.plain()["evaluation"] == load_study(FILE).plain()["evaluation"] and "arms" not in less.plain()["study"]
+    assert "arms" not in less.plain() and "claims" in less.plain()
     c = load_study(FILE).experiments["marginal_mean"]
     c.seed = 1
     (workdir / "config.json").write_text(json.dumps(to_plain(c) | {"config_digest": ""}))
@@ -199,6 +205,11 @@ def test_arms_may_be_added_but_a_run_is_held_to_its_experiment_and_none_goes_uns
     c.optimizer.lr = 0.5
     (workdir / "config.json").write_text(json.dumps(to_plain(c) | {"config_digest": ""}))
     with pytest.raises(WorkdirError, match="(?s)seed_1: was run with another config.*optimizer.lr: 0.5 -> 0.0003"):
+        gather(less, directory)
+    c.optimizer.lr = 3e-4
+    (workdir / "config.json").write_text(json.dumps(to_plain(c) | {"config_digest": ""}))
+    less.evaluation.eval.n = 16
+    with pytest.raises(ResultsError, match="(?s)results.json: sampled with another config.*eval.n: 8 -> 16"):
         gather(less, directory)
 
 
