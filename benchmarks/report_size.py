@@ -1,6 +1,6 @@
 """How long the report of a run of 500 steps x 256 problems takes to open: synthetic, from the disk, headless Chromium.
 
-    python -m benchmarks.report_size [--json=docs/report.json] [--steps=500] [--problems=256] [--written=20]
+    python -m benchmarks.report_size [--json=docs/report.json] [--steps=500] [--problems=256] [--written=5]
 
 To take minutes it writes traces and page files of `--written` steps alone, and lists their problems under other ids for
 the other steps: what is opened has an entry for each of the 128,000 problems, metrics of all steps, and a sample of the
@@ -36,7 +36,7 @@ from spiral_jax.workdir import StepLog
 JSON = flags.DEFINE_string("json", "docs/report.json", "file that the numbers are written to")
 STEPS = flags.DEFINE_integer("steps", 500, "steps, each with a trace file")
 PROBLEMS = flags.DEFINE_integer("problems", 256, "problems of a step")
-WRITTEN = flags.DEFINE_integer("written", 20, "steps whose traces and page files are written")
+WRITTEN = flags.DEFINE_integer("written", 5, "steps whose traces and page files are written")
 REPEATS = flags.DEFINE_integer("repeats", 5, "times that the browser opens the main file")
 BAR_S = 3.0
 
