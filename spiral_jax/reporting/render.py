@@ -31,16 +31,17 @@ def render(template: str, scripts: list[str], **values: Any) -> str:
     """The HTML of a template.
 
     Args:
-      scripts: names of files beside the templates, or "plotly"; run in this order at the end of the page.
+      scripts: names of files beside the templates, or "plotly"; in this order at the end of the page.
       values: variables of the template; text is escaped, what `embed` returns is not.
     """
     sources = [_script(name) for name in scripts]
+    named = [(name, Markup(source)) for name, source in zip(scripts, sources, strict=True)]
     hashes = " ".join(f"'sha256-{_sha256(source)}'" for source in sources)
     policy = (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
-    shared = {"policy": policy, "style": Markup(_asset("style.css")), "scripts": [Markup(source) for source in sources]}
+    shared = {"policy": policy, "style": Markup(_asset("style.css")), "scripts": named}
     return _environment().get_template(template).render(**shared, **values)
 
 

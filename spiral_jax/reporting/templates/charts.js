@@ -41,6 +41,13 @@
       draw(entry.target);
     }
   }, { rootMargin: "200px" });
-  document.querySelectorAll(".chart").forEach((box) => watcher.observe(box));
+  // plotly.js takes longer to start than all the rest, so it waits as text until the page is on the screen.
+  const start = () => {
+    const script = document.createElement("script");
+    script.textContent = document.getElementById("plotly").textContent;
+    document.head.append(script);
+    document.querySelectorAll(".chart").forEach((box) => watcher.observe(box));
+  };
+  requestAnimationFrame(() => setTimeout(start));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(draw));
 })();
