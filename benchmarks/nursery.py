@@ -53,7 +53,7 @@ def serve() -> None:
     """Reads a run a line from standard input, forks it, and answers with its exit code."""
     from absl import app
 
-    from spiral_jax import config, faults, train
+    from spiral_jax import config, faults, run_log, train
 
     for line in sys.stdin:
         flags, fault, out, err = json.loads(line)
@@ -63,7 +63,7 @@ def serve() -> None:
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             faults.arm(fault)
-            train.STARTED = time.monotonic()
+            run_log.STARTED = time.monotonic()
             sys.argv = ["train", *flags]
             train.define_flags()
             app.run(train.main, flags_parser=config.parse_flags)  # ends the process

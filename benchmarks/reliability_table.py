@@ -1,4 +1,4 @@
-"""docs/kill_soak.json, docs/verifier_soak.json, docs/bf16_mismatch.json -> docs/reliability.md.
+"""docs/kill_soak*.json, docs/verifier_soak.json, docs/bf16_mismatch.json -> docs/reliability.md.
 
 python -m benchmarks.reliability_table
 """
@@ -15,7 +15,7 @@ STATUSES = ("correct", "wrong", "unparsed", "timeout", "error")
 
 INTRODUCTION = """# What a run survives
 
-Written by `python -m benchmarks.reliability_table` from `kill_soak.json`, `verifier_soak.json` and
+Written by `python -m benchmarks.reliability_table` from `kill_soak*.json`, `verifier_soak.json` and
 `bf16_mismatch.json`; all are made again by `bash launch/soak.sh`.
 
 ## Killed, preempted, damaged: the same run
@@ -111,10 +111,11 @@ BEHAVIOUR = (
 
 
 def main() -> None:
-    kills = json.loads((DOCS / "kill_soak.json").read_text())
+    soaks = [json.loads(path.read_text()) for path in sorted(DOCS.glob("kill_soak*.json"))]
     answers = json.loads((DOCS / "verifier_soak.json").read_text())
     mismatch = json.loads((DOCS / "bf16_mismatch.json").read_text())
-    lines = [*kill_lines(kills), *behaviour_lines(), *verifier_lines(answers), *mismatch_lines(mismatch)]
+    kills = [line for soak in soaks for line in kill_lines(soak)]
+    lines = [*kills, *behaviour_lines(), *verifier_lines(answers), *mismatch_lines(mismatch)]
     (DOCS / "reliability.md").write_text(INTRODUCTION + "\n".join(lines) + "\n")
 
 
@@ -146,8 +147,7 @@ def kill_lines(soak: dict) -> list[str]:
         "otherwise the steps since the last checkpoint are lost too.",
         "",
         f"Machine: {soak['machine']}, shared with other work; commit {soak['commit']}. Median start-up "
-        f"{soak['median_start_up_s']} s, median drill {soak['median_cycle_s']} s. One process in ten is started as a "
-        "user does; the others are forks of one that has imported the program (benchmarks/nursery.py).",
+        f"{soak['median_start_up_s']} s, median drill {soak['median_cycle_s']} s.",
     ]
     return lines
 

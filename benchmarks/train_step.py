@@ -35,7 +35,7 @@ PEERS = flags.DEFINE_list("peers", ["transformers_step", "transformers_step_all"
 OURS = "spiral_step"
 MICRO_BATCHES = {  # groups: what each may try; a half is half of a group's traces
     OURS: (1,),
-    "transformers_step": (0.25, 0.5, 1),
+    "transformers_step": (0.5, 1),
     "transformers_step_all": (0.5, 1),
     "tunix_step": (1,),
 }

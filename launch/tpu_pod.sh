@@ -90,10 +90,16 @@ cd spiral_jax && PYTHON=python3.11 && source launch/venv.sh && install requireme
 }
 
 train=$(printf ' %q' .venv/bin/python -m spiral_jax.train --workdir="$workdir" "$@")
+log=$(mktemp)
+ends_by_itself() {  # a preempted run saves, says so, and ends without an error
+  on_all_workers "cd spiral_jax &&$train" | tee "$log" && ! grep -q "preempted: saved at step" "$log"
+}
+
 left=${RESTARTS:-3}
 [ "$(state)" = READY ] || create
 install_on_all
-until on_all_workers "cd spiral_jax &&$train"; do
+until ends_by_itself; do
+  sleep 60 # a slice says only after a while that it is preempted
   now=$(state)
   if [ "$now" != READY ]; then
     echo "the slice is ${now:-gone}: making it again"
@@ -101,9 +107,8 @@ until on_all_workers "cd spiral_jax &&$train"; do
     create
     install_on_all
   elif [ "$left" -gt 0 ]; then
-    echo "the run has ended with an error on a healthy slice; starts left: $left"
+    echo "the run has ended too early on a healthy slice; starts left: $left"
     left=$((left - 1))
-    sleep 30
   else
     echo "error: the run ends with an error again and again: see above" >&2
     exit 1

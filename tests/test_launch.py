@@ -87,18 +87,26 @@ case "$*" in
   *queued-resources\\ describe*) [ -f "$STATE/slice" ] ;;
   *queued-resources\\ create*) echo READY > "$STATE/slice" ;;
   *queued-resources\\ delete*) rm "$STATE/slice" ;;
-  *spiral_jax.train*) [ -f "$STATE/trained" ] || { touch "$STATE/trained"; echo "$AFTER" > "$STATE/slice"; exit 1; } ;;
+  *spiral_jax.train*)
+    [ ! -f "$STATE/trained" ] || exit 0
+    touch "$STATE/trained"
+    echo "$AFTER" > "$STATE/slice"
+    echo "$SAYS"
+    [ -n "$SAYS" ] ;;
 esac
 """
 
 
-@pytest.mark.parametrize("after, made", [("PREEMPTED", 2), ("READY", 1)])
-def test_a_preempted_slice_is_made_again_and_a_failed_run_started_again(tmp_path, after, made):
+@pytest.mark.parametrize(
+    "after, says, made",
+    [("PREEMPTED", "", 2), ("READY", "", 1), ("PREEMPTED", "preempted: saved at step 3; the same command goes on", 2)],
+)
+def test_a_preempted_slice_is_made_again_and_a_failed_run_started_again(tmp_path, after, says, made):
     for name, text in (("gcloud", GCLOUD), ("sleep", "#!/bin/bash\n"), ("git", "#!/bin/bash\n")):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = bash(*TPU, SHARE="10.0.0.2:/share", PATH=path, STATE=str(tmp_path), AFTER=after)
+    done = bash(*TPU, SHARE="10.0.0.2:/share", PATH=path, STATE=str(tmp_path), AFTER=after, SAYS=says)
     assert done.returncode == 0, done.stdout + done.stderr
     calls = (tmp_path / "calls").read_text()
     assert calls.count("queued-resources create") == made == calls.count("requirements-tpu.txt")
