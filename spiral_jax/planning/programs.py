@@ -28,7 +28,7 @@ from spiral_jax.sampling import programs as sampler_programs
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.weights import abstract_weights, lay_out
 from spiral_jax.setup import abstract_blocks, check_mesh, check_micro_batches, make_samplers
-from spiral_jax.train_step import abstract_state, make_train_step, variables
+from spiral_jax.train_step import abstract_state, keeps_base, make_train_step, variables
 
 _STOP_IDS = (0, 1)  # which ids end a trace changes no shape, and the tokenizer is not read
 
@@ -87,7 +87,7 @@ class Run:
         self.sizes = dict(mesh.shape)
         self.chips, self.shards = math.prod(self.sizes.values()), meshes.group_count_multiple(mesh)
         base = hf.abstract_params(model)
-        self.base = _placed(base, meshes.weight_shardings(base, mesh)) if model.lora_rank else None
+        self.base = _placed(base, meshes.weight_shardings(base, mesh)) if keeps_base(c, model) else None
         self.state = abstract_state(c, model, mesh)
         self.decode_weights = abstract_weights(model, mesh)
         classes = self.engine.schedule.classes
