@@ -13,7 +13,7 @@ those and on 0.1016 of the others, by guessing (docs/tiny_model.json, before any
 from ml_collections import ConfigDict
 
 from configs import tiny
-from spiral_jax import study_plan
+from spiral_jax.studies import plan
 
 _TOKENS = (
     540_000  # sampled tokens that end a run of any arm: what 40 steps of marginal_mean take (docs/quickstart.json)
@@ -43,11 +43,11 @@ _FIVE, _THREE = (0, 1, 2, 3, 4), (0, 1, 2)
 def get_config(name: str = "") -> ConfigDict:
     if not name:
         return _study()
-    return _evaluation() if name == study_plan.EVALUATION else _experiment(name)
+    return _evaluation() if name == plan.EVALUATION else _experiment(name)
 
 
 def _study() -> ConfigDict:
-    s = study_plan.defaults()
+    s = plan.defaults()
     s.title = "Two halves: a task with a known optimum"
     s.question = (
         "Does training on the success of the aggregator find the search that the aggregator needs, where no single "

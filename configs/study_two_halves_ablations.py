@@ -8,7 +8,7 @@ The learning rate is Adam's, so a weight on both terms changes little; the balan
 from ml_collections import ConfigDict
 
 from configs import study_two_halves
-from spiral_jax import study_plan
+from spiral_jax.studies import plan
 
 # arm: what differs
 _ARMS = {
@@ -26,7 +26,7 @@ _ARMS = {
 def get_config(name: str = "") -> ConfigDict:
     if not name:
         return _study()
-    if name == study_plan.EVALUATION:
+    if name == plan.EVALUATION:
         return study_two_halves.get_config(name)
     c = study_two_halves.get_config("marginal_mean")
     for field, value in _ARMS[name].items():

@@ -29,13 +29,13 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from spiral_jax import study_report
 from spiral_jax.checkpoint import CheckpointError
 from spiral_jax.config import ConfigError, digest_of
 from spiral_jax.initial import find_trained
 from spiral_jax.results import ResultsError
-from spiral_jax.study_plan import BASE, EVALUATION, Study, load_study
-from spiral_jax.study_results import StudyDirectory, gather, read_metrics
+from spiral_jax.studies import report
+from spiral_jax.studies.plan import BASE, EVALUATION, Study, load_study
+from spiral_jax.studies.results import StudyDirectory, gather, read_metrics
 from spiral_jax.workdir import WorkdirError, open_workdir
 
 # What a user can mend: these end the program with their message alone, without a stack trace.
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
             run_study(study, directory)
         found = gather(study, directory)
         out = pathlib.Path(given.out) if given.out else path / "report"
-        print(study_report.write(study, found, out), flush=True)
+        print(report.write(study, found, out), flush=True)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
     broken = [row["claim"] for row in found["claims"] if row["verdict"] != "holds"]

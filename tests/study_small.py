@@ -3,12 +3,12 @@
 from ml_collections import ConfigDict
 
 from configs import tiny
-from spiral_jax import study_plan
+from spiral_jax.studies import plan
 
 
 def get_config(name: str = "") -> ConfigDict:
     if not name:
-        s = study_plan.defaults()
+        s = plan.defaults()
         s.title, s.question = "A miniature", "Does the machinery work?"
         s.arms = (("base", (0,)), ("marginal_mean", (0, 1)), ("grpo", (0,)))
         s.measures = ("aggregated", "single", "pass@4", "maj@4", "rsa@1")
@@ -20,6 +20,6 @@ def get_config(name: str = "") -> ConfigDict:
     c.sampling.classes, c.sampling.row_counts = ((8, 8, 16, 26), (32, 4, 124, 12)), ()
     c.train.steps, c.checkpoint.every, c.trace_log.every = 3, 1, 0
     c.eval.problems, c.eval.n, c.eval.rounds, c.eval.wave = 8, 8, 1, 4
-    if name != study_plan.EVALUATION:
+    if name != plan.EVALUATION:
         c.loss.estimator, c.eval.problems = name, 0
     return c

@@ -28,7 +28,7 @@ FLOORS = {
         "environment",
         "metric_writers",
     }
-    | {"scaling_plots", "study_plan", "study_results", "study_plots", "study_report", "planning"},
+    | {"scaling_plots", "studies", "planning"},
     4: {"train", "evaluate", "plan", "report", "study", "sft", "export", "spiral_infer", "prepare_data"},
 }
 # Within a floor a module may import its neighbours; commands may not import each other.

@@ -14,17 +14,18 @@ import pytest
 import study_small
 from matplotlib.image import imread
 
-from spiral_jax import study, study_plots, study_report
+from spiral_jax import study
 from spiral_jax.config import to_plain
 from spiral_jax.results import ResultsError
-from spiral_jax.study_plan import load_study
-from spiral_jax.study_results import StudyDirectory, gather
+from spiral_jax.studies import plots, report
+from spiral_jax.studies.plan import load_study
+from spiral_jax.studies.results import StudyDirectory, gather
 from spiral_jax.workdir import WorkdirError
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILE = "tests/study_small.py"
 GOLDEN = ROOT / "tests" / "golden_results.json"
-PYTHON, DRAW = sys.executable, study_plots.draw
+PYTHON, DRAW = sys.executable, plots.draw
 FAKE = r'''#!{python}
 """Stands for the Python that runs spiral_jax.train and spiral_jax.evaluate."""
 import json, os, pathlib, sys, time
@@ -72,7 +73,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setenv("SETTINGS", json.dumps({name: asked[name] for name in json.loads(GOLDEN.read_text())["settings"]
                                                if name in asked}))  # fmt: skip
     monkeypatch.setattr(study, "find_trained", trained)
-    monkeypatch.setattr(study_plots, "draw", lambda found, out: [])  # seconds; one test draws them
+    monkeypatch.setattr(plots, "draw", lambda found, out: [])  # seconds; one test draws them
 
     def read():
         lines = calls.read_text().splitlines() if calls.exists() else []
@@ -130,7 +131,7 @@ def test_a_failed_run_ends_no_other_is_reported_and_tried_again(fake, tmp_path, 
     assert states["grpo", 0] == ("failed", "train: error: only 0 of 16 problems have a non-zero advantage")
     assert states["marginal_mean", 1] == ("done", "")
     assert [claim["verdict"] for claim in found["claims"]] == ["open", "open"]
-    text = study_report.write(load_study(FILE), found, tmp_path / "report")
+    text = report.write(load_study(FILE), found, tmp_path / "report")
     assert "3 of 4 runs are done" in text and "only 0 of 16 problems" in text
     monkeypatch.delenv("FAIL")
     run(tmp_path / "w")
@@ -166,9 +167,9 @@ def test_a_run_that_was_told_to_stop_is_not_evaluated_and_goes_on(fake, tmp_path
 
 
 def test_the_report_says_everything_and_its_pictures_are_drawn(fake, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_plots, "draw", DRAW)
+    monkeypatch.setattr(plots, "draw", DRAW)
     found = gather(load_study(FILE), run(tmp_path / "w"))
-    text = study_report.write(load_study(FILE), found, tmp_path / "out" / "report")
+    text = report.write(load_study(FILE), found, tmp_path / "out" / "report")
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(found))
     s = study_small.get_config()
     for part in (
@@ -196,7 +197,7 @@ def test_arms_may_be_added_but_a_run_is_held_to_its_experiment_and_none_goes_uns
     workdir = directory.run("marginal_mean", 1)
     (directory.path / "runs" / "rloo" / "seed_0").mkdir(parents=True)
     found = gather(less, directory)
-    assert found["unnamed"] == ["rloo/seed_0"] and "rloo/seed_0" in study_report.write(less, found, tmp_path / "report")
+    assert found["unnamed"] == ["rloo/seed_0"] and "rloo/seed_0" in report.write(less, found, tmp_path / "report")
     assert "arms" not in less.plain() and "claims" in less.plain()
     c = load_study(FILE).experiments["marginal_mean"]
     c.seed = 1

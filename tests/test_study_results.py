@@ -6,11 +6,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from spiral_jax import study_plan, study_results
 from spiral_jax.config import ConfigError
 from spiral_jax.estimators import bootstrap_weights, ratios_and_intervals
 from spiral_jax.measures import Column
-from spiral_jax.study_results import Cells, column_of, estimate
+from spiral_jax.studies import plan, results
+from spiral_jax.studies.results import Cells, column_of, estimate
 
 FILE = "tests/study_small.py"
 PROBLEMS = 40
@@ -60,13 +60,13 @@ def test_a_ratio_weighs_runs_and_problems_by_their_counts():
 
 def test_a_gap_is_paired_over_problems_and_over_the_seeds_that_both_have():
     a, b = cells([0.5, 0.7, 0.6], seeds=[0, 1, 2]), cells([0.6, 0.5], seeds=[1, 2])
-    gap = study_results._gap({"a": a, "b": b}, "a", "b", "aggregated", WEIGHTS)
+    gap = results._gap({"a": a, "b": b}, "a", "b", "aggregated", WEIGHTS)
     means = [np.mean([of.columns[of.seeds.index(s)]["aggregated"].total_BxQ.mean() for s in (1, 2)]) for of in (a, b)]
     assert gap["mean"] == pytest.approx(means[0] - means[1]) and gap["seeds"] == 2
     alone = [estimate(of.measure("aggregated", [1, 2], WEIGHTS), 2) for of in (a, b)]
     assert gap["high"] - gap["low"] < min(one["high"] - one["low"] for one in alone)
-    assert study_results._gap({"a": cells([0.5], [0]), "b": cells([0.5], [1])}, "a", "b", "aggregated", WEIGHTS) is None
-    assert study_results._gap({"a": a}, "a", "b", "aggregated", WEIGHTS) is None
+    assert results._gap({"a": cells([0.5], [0]), "b": cells([0.5], [1])}, "a", "b", "aggregated", WEIGHTS) is None
+    assert results._gap({"a": a}, "a", "b", "aggregated", WEIGHTS) is None
 
 
 @pytest.mark.parametrize("claim, verdict", [
@@ -78,10 +78,10 @@ def test_a_gap_is_paired_over_problems_and_over_the_seeds_that_both_have():
     (("efficiency", "marginal_mean", "grpo", 5.0), "open"), (("efficiency", "base", "grpo", 1.0), "open"),
 ])  # fmt: skip
 def test_a_claim_holds_or_fails_only_with_its_whole_interval(claim, verdict):
-    study = study_plan.load_study(FILE)
+    study = plan.load_study(FILE)
     done = {"marginal_mean": cells([0.8, 0.85]), "grpo": cells([0.4, 0.42])}
     efficiency = {"marginal_mean": {"ratio": 5.0, "low": 4.0, "high": 6.0, "seeds": 2}}
-    assert study_results._claim(study, done, efficiency, claim, WEIGHTS)["verdict"] == verdict
+    assert results._claim(study, done, efficiency, claim, WEIGHTS)["verdict"] == verdict
 
 
 def test_measures_are_columns_of_the_evaluation():
@@ -106,34 +106,34 @@ def test_measures_are_columns_of_the_evaluation():
     ({"claims": (("efficiency", "grpo", "marginal_mean", 3.0),)}, "efficiency"),
 ])  # fmt: skip
 def test_a_study_that_cannot_be_is_refused(changes, words, monkeypatch):
-    study = study_plan.load_study(FILE)
+    study = plan.load_study(FILE)
     with study.s.unlocked():
         study.s.update(changes)
     with pytest.raises(ConfigError, match=words):
-        study_plan._check(study)
+        plan._check(study)
 
 
 @pytest.mark.parametrize("path", ["configs/nothing.py", f"{FILE}:grpo"])
 def test_a_file_that_is_no_study_is_refused(path):
     with pytest.raises(ConfigError, match="must be a file of configs/"):
-        study_plan.load_study(path)
-    with pytest.raises(ConfigError, match="study_plan.defaults"):
-        study_plan.load_study("tests/study_of_nothing.py")
+        plan.load_study(path)
+    with pytest.raises(ConfigError, match="plan.defaults"):
+        plan.load_study("tests/study_of_nothing.py")
 
 
 @pytest.mark.parametrize("file", sorted(pathlib.Path("configs").glob("study_*.py")), ids=lambda file: file.stem)
 def test_the_studies_of_configs_are_whole(file):
-    study = study_plan.load_study(str(file))
+    study = plan.load_study(str(file))
     assert study.s.claims
     for arm, c in study.experiments.items():
-        row = study_plan.arm_row(c)
+        row = plan.arm_row(c)
         assert 400 <= row["ceiling"] <= 1.04 * 400, arm
         assert row["token budget"] == 540_000 and row["lr"] == 3e-4 and c.eval.problems == 0
 
 
 def test_two_halves_leaves_no_arm_room_for_both_halves_and_its_aggregators_none_for_one():
     """16 tokens: the least that one half costs, see test_two_halves.py."""
-    for c in study_plan.load_study("configs/study_two_halves.py").experiments.values():
+    for c in plan.load_study("configs/study_two_halves.py").experiments.values():
         assert c.search.max_tokens < 2 * 16 and c.aggregation.max_tokens < 16
 
 
@@ -141,4 +141,4 @@ def test_two_halves_states_the_optimum_that_its_docstring_derives():
     found = json.loads(pathlib.Path("docs/tiny_model.json").read_text())
     complete, other = (found[f"fair candidates: {kind}"]["mean"] for kind in
                        ("complete sets read right", "other sets answered right"))  # fmt: skip
-    assert study_plan.load_study("configs/study_two_halves.py").s.optimum == round(0.875 * complete + 0.125 * other, 3)
+    assert plan.load_study("configs/study_two_halves.py").s.optimum == round(0.875 * complete + 0.125 * other, 3)

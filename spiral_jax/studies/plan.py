@@ -94,7 +94,7 @@ def load_study(path: str) -> Study:
     spec.loader.exec_module(module)
     s = module.get_config("")
     if not isinstance(s, ConfigDict) or set(s) != set(defaults()):
-        raise ConfigError(f"--config={path}: get_config('') must return study_plan.defaults() with what differs.")
+        raise ConfigError(f"--config={path}: get_config('') must return plan.defaults() with what differs.")
     experiments = {arm: module.get_config(arm) for arm, _ in s.arms if arm != BASE}
     study = Study(file, s, experiments, module.get_config(EVALUATION))
     _check(study)

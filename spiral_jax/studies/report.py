@@ -1,4 +1,4 @@
-"""What `study_results.gather` found -> OUT.md, OUT.json and pictures."""
+"""What `results.gather` found -> OUT.md, OUT.json and pictures."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax import study_plots
 from spiral_jax.results import percent
-from spiral_jax.study_plan import Study
+from spiral_jax.studies import plots
+from spiral_jax.studies.plan import Study
 
 _NONE = "–"
 _COLUMNS = (  # of an arm's row: key, head
@@ -25,7 +25,7 @@ _COLUMNS = (  # of an arm's row: key, head
 def write(study: Study, found: Mapping[str, Any], out: pathlib.Path) -> str:
     """Writes the report, its numbers and its pictures; returns the report."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = study_plots.draw(found, out)
+    pictures = plots.draw(found, out)
     out.with_suffix(".json").write_text(_rendered(found) + "\n")
     text = markdown(study, found, [picture.name for picture in pictures])
     out.with_suffix(".md").write_text(text)

@@ -1,6 +1,6 @@
 """The directory of a study -> one dictionary of everything that its report says: the content of OUT.json.
 
-arms      by arm: `study_plan.arm_row`, and estimates of every measure over its runs
+arms      by arm: `plan.arm_row`, and estimates of every measure over its runs
 runs      every run, failed ones too: state, steps, tokens, seconds, what it said when it failed, its own measures
 unnamed   runs in the directory that the configuration does not name any more
 gaps      by arm and measure: the arm - the baseline
@@ -28,7 +28,7 @@ from spiral_jax.config import difference, from_plain, to_plain, uses_aggregation
 from spiral_jax.estimators import bootstrap_weights
 from spiral_jax.measures import Column, columns
 from spiral_jax.results import ResultsError, read_results
-from spiral_jax.study_plan import BASE, EFFICIENCY, OPTIMUM, Study, arm_row
+from spiral_jax.studies.plan import BASE, EFFICIENCY, OPTIMUM, Study, arm_row
 from spiral_jax.workdir import StepLog, WorkdirError, read_config
 
 VERSION = 1
@@ -100,7 +100,7 @@ class Cells:
             return sums[0] / sums[1]
 
     def measure(self, name: str, seeds: Sequence[int], weight_RxB: np.ndarray) -> np.ndarray:
-        """[1 + R] of a measure as `study_plan.defaults` names it."""
+        """[1 + R] of a measure as `plan.defaults` names it."""
         column, q = column_of(name)
         return self.curve(column, seeds, weight_RxB)[:, q]
 
