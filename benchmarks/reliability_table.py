@@ -113,21 +113,21 @@ BEHAVIOUR = (
 def main() -> None:
     soaks = [json.loads(path.read_text()) for path in sorted(DOCS.glob("kill_soak*.json"))]
     answers = json.loads((DOCS / "verifier_soak.json").read_text())
-    mismatch = json.loads((DOCS / "bf16_mismatch.json").read_text())
+    found = [mismatch_lines(json.loads(path.read_text())) for path in DOCS.glob("bf16_mismatch.json")]
     kills = [line for soak in soaks for line in kill_lines(soak)]
-    lines = [*kills, *behaviour_lines(), *verifier_lines(answers), *mismatch_lines(mismatch)]
+    lines = [*kills, *behaviour_lines(), *verifier_lines(answers), *sum(found, [])]
     (DOCS / "reliability.md").write_text(INTRODUCTION + "\n".join(lines) + "\n")
 
 
 def kill_lines(soak: dict) -> list[str]:
     """The table of drills."""
-    differing = len(soak["differences"])
+    compared = f"**{len(soak['differences'])} differences**" if soak["comparisons"] else "**none has ended yet**"
     half_written = sum(drill["half_written"] for drill in soak["drills"].values())
     lines = [
         "",
         f"**{soak['kills']} of {soak['asked']} kills**; {soak['comparisons']} runs of {soak['steps']} steps compared "
         "bit for bit with one that was left alone (final parameters and optimizer state, metrics but the clock's, "
-        f"traces): **{differing} differences**, {soak['orphans']} processes left behind.",
+        f"traces): {compared}, {soak['orphans']} processes left behind.",
         "",
         "| drill | what the run is doing | times tried | decode chunks before it, at least | finished steps lost, at "
         "most | left half written |",
