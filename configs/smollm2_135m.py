@@ -11,6 +11,22 @@ from ml_collections import ConfigDict
 
 from spiral_jax.config import defaults
 
+# A model of this size follows an example, not an instruction: asked for a box alone, one trace in a hundred has one.
+SEARCH = (
+    "Question: Ann has 3 bags with 4 apples each. She eats 2 apples. How many apples are left?\n"
+    "Answer: 3 bags of 4 apples are 3 * 4 = 12 apples. After 2 are eaten, 12 - 2 = 10 are left. The answer is "
+    "\\boxed{{10}}.\n\n"
+    "Question: {problem}\nAnswer:"
+)
+AGGREGATION = (
+    "Question: Ann has 3 bags with 4 apples each. She eats 2 apples. How many apples are left?\n"
+    "Attempt: 3 + 4 = 7 and 7 - 2 = 5. The answer is \\boxed{{5}}.\n"
+    "Attempt: 3 * 4 = 12 and 12 - 2 = 10. The answer is \\boxed{{10}}.\n"
+    "Answer: The bags hold 3 * 4 = 12 apples, so the first attempt is wrong. 12 - 2 = 10. The answer is "
+    "\\boxed{{10}}.\n\n"
+    "Question: {problem}\n{candidates}Answer:"
+)
+
 
 def get_config() -> ConfigDict:
     c = defaults()
@@ -24,7 +40,8 @@ def get_config() -> ConfigDict:
     c.task.train_path = "data/gsm8k/train.jsonl"
     c.task.eval_path = "data/gsm8k/test.jsonl"
     c.task.reward = "math"
-    c.prompt.max_problem_tokens = 288  # GSM8K's longest search prompts have 271 (train) and 236 (test) tokens
+    c.prompt.search, c.prompt.aggregation, c.prompt.candidate = SEARCH, AGGREGATION, "Attempt: {candidate}\n"
+    c.prompt.max_problem_tokens = 384  # GSM8K's longest search prompts have 337 (train) and 302 (test) tokens
     c.prompt.keep_tail_tokens = 192
 
     c.search.traces = 8
@@ -34,16 +51,17 @@ def get_config() -> ConfigDict:
     c.aggregation.traces = 2
     c.aggregation.max_tokens = 192
 
-    # (slots, C, P, G); the longest aggregation prompt, question, 4 candidates and words, has 1,126 tokens
-    c.sampling.classes = ((4, 8, 288, 192), (4, 4, 288, 192), (4, 2, 288, 192), (8, 2, 1152, 192), (4, 1, 1152, 192))
+    # (slots, C, P, G); the longest aggregation prompt, example, question and 4 candidates, has 1,232 tokens
+    c.sampling.classes = ((4, 8, 384, 192), (4, 4, 384, 192), (4, 2, 384, 192), (8, 2, 1280, 192), (4, 1, 1280, 192))
     c.sampling.chunk = 16
     c.sampling.exit_groups = 1
-    c.sampling.prefill_tokens = 2304
+    c.sampling.prefill_tokens = 2560
+    c.sampling.prefill_chunk = 128
     c.sampling.row_counts = (2, 4, 8, 12, 16, 24, 32, 48)
     c.batch.problems = 4
-    c.batch.search_lengths = ((288, 192),)
+    c.batch.search_lengths = ((384, 192),)
     c.batch.search_groups = 2
-    c.batch.aggregation_lengths = ((896, 192), (1152, 192))
+    c.batch.aggregation_lengths = ((896, 192), (1280, 192))
     c.batch.aggregation_groups = 2
     c.loss.logprob_chunk = 64
 
@@ -52,6 +70,7 @@ def get_config() -> ConfigDict:
     c.train.mismatch_limit = 1e-3  # float32 at logits of order 20
     c.eval.problems = 32
     c.eval.subsets = 2
+    c.eval.temperature = 0.7  # at 1 few traces of a model of this size stay on the question
     c.checkpoint.every = 5
     c.trace_log.every = 1
     return c
