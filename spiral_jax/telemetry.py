@@ -8,6 +8,7 @@ from types import TracebackType
 import jax
 from ml_collections import ConfigDict
 
+from spiral_jax import distributed
 from spiral_jax.flops import PEAK_FLOPS_PER_S, train_flops
 from spiral_jax.groups import Groups
 from spiral_jax.model.architecture import Architecture
@@ -42,7 +43,8 @@ def memory_metrics() -> dict[str, float]:
 
 
 class StepProfile:
-    """Traces the steps of config.profile.steps with JAX's profiler into WORKDIR/profile, for xprof or Perfetto.
+    """Traces the steps of config.profile.steps with JAX's profiler into WORKDIR/profile, for xprof or Perfetto: those of
+    process 0.
 
     with StepProfile(c, path) as profile: call `profile.at(step)` at the beginning of every step.
     """
@@ -55,7 +57,7 @@ class StepProfile:
     def at(self, step: int) -> None:
         if self._running and step >= self._end:
             self._stop()
-        elif not self._running and self._first <= step < self._end:
+        elif not self._running and self._first <= step < self._end and distributed.is_first():
             jax.profiler.start_trace(str(self._path))
             self._running = True
 
