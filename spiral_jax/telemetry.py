@@ -43,8 +43,9 @@ def memory_metrics() -> dict[str, float]:
 
 
 class StepProfile:
-    """Traces the steps of config.profile.steps with JAX's profiler into WORKDIR/profile, for xprof or Perfetto: those of
-    process 0.
+    """Traces the steps of config.profile.steps with JAX's profiler into WORKDIR/profile, for xprof or Perfetto.
+
+    Of several processes, those of the first.
 
     with StepProfile(c, path) as profile: call `profile.at(step)` at the beginning of every step.
     """
