@@ -36,7 +36,7 @@ class Outcome:
       errors: details of `Status.ERROR`, with how often.
       replaced: workers that were killed or died.
       seconds: wall clock, the workers' start included.
-      peak_worker_bytes: largest resident memory of a worker.
+      peak_worker_bytes: largest resident memory of a worker, or of another child that the process has had before.
       canary: whether some answer created the file that it named.
     """
 
