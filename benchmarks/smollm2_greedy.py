@@ -59,7 +59,9 @@ def configuration() -> ConfigDict:
     c.model.hf_path, c.model.lora_rank = HF_PATH.value, 0
     c.task.train_path = c.task.eval_path = QUESTIONS.value
     c.eval.temperature = 0
-    c.sampling.classes = ((COUNT.value, 1, 288, MAX_TOKENS.value), (1, 1, 1152, 192))  # all questions at once
+    longest = max(P for _, _, P, _ in c.sampling.classes)
+    of_all = (COUNT.value, 1, c.prompt.max_problem_tokens, MAX_TOKENS.value)  # questions at once
+    c.sampling.classes = (of_all, (1, 1, longest, c.aggregation.max_tokens))
     return c
 
 
