@@ -16,6 +16,7 @@ from spiral_jax.groups import Role
 
 SKIPPED = "skipped_update"  # metric of the train step: 1 where loss or gradient was not finite
 WATCHED = ("grad_norm", "loss/search", "loss/aggregation")
+_NOISE = 1e-5  # an on-policy loss is a sum that is zero but for rounding: nothing this close to the median is a spike
 _WINDOW, _LEAST = 32, 8  # steps whose median is compared with, and how many there must be
 
 
@@ -95,7 +96,7 @@ class NumericsGuard:
         middle = statistics.median(values)
         deviation = statistics.median([abs(x - middle) for x in values])
         distance = value - middle if name == "grad_norm" else abs(value - middle)
-        return distance > self._spike * deviation > 0
+        return distance > self._spike * deviation > 0 and distance > _NOISE
 
 
 def batch_arrays(batch: Batch) -> dict[str, np.ndarray]:

@@ -37,6 +37,12 @@ def test_a_value_far_from_the_last_ones_is_flagged_and_printed_and_the_usual_one
     assert out.count("warning") == 3 and "step 0: grad_norm = 9, the median is 1.0" in out
 
 
+def test_rounding_of_a_loss_that_is_zero_is_no_spike():
+    rng = np.random.default_rng(0)
+    rows = [row(1 + 0.1 * rng.uniform(), 1e-8 * rng.normal()) for _ in range(20)]
+    assert flags(NumericsGuard(3, 12.0, rows), row(loss=1.5e-7), row(loss=1e-3)) == [set(), {"loss/search"}]
+
+
 def test_too_few_steps_constant_values_and_a_zero_setting_flag_nothing():
     assert flags(NumericsGuard(3, 12.0, quiet_rows(7)), row(grad_norm=9.0)) == [set()]
     assert flags(NumericsGuard(3, 12.0, [row()] * 20), row(grad_norm=9.0)) == [set()]
