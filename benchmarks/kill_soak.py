@@ -19,7 +19,8 @@ import re
 import time
 
 from benchmarks import drill
-from benchmarks.machine import commit, machine, workers_left
+from benchmarks.machine import commit, machine
+from benchmarks.orphans import workers_left
 from spiral_jax.faults import POINTS
 
 STEPS = 12  # of the run

@@ -18,7 +18,8 @@ import tempfile
 import time
 
 from benchmarks.adversarial import KINDS, answers
-from benchmarks.machine import commit, machine, workers_left
+from benchmarks.machine import commit, machine
+from benchmarks.orphans import workers_left
 from spiral_jax.verifier.rewards import Status
 from spiral_jax.verifier.verifier import Verifier
 

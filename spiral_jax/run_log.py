@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+import shutil
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -42,7 +43,12 @@ class RunLog:
         self._metrics.cut_back(step)
         self._traces.cut_back(step)
         self._evaluations.cut_back(step + 1)
-        if finished or not distributed.is_first():
+        if not distributed.is_first():
+            return
+        for folder in (self.path / "evaluations").glob("step_*"):
+            if int(folder.name.removeprefix("step_")) > step:
+                shutil.rmtree(folder)
+        if finished:
             return
         starts = StepLog(self.path / "starts.jsonl")
         starts.cut_back(step + 1)

@@ -2,12 +2,14 @@
 
 import functools
 import os
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
 from ml_collections import ConfigDict
+from small_verifier import REWARD_MODULE
 
 from spiral_jax.mesh import make_mesh
 
@@ -75,3 +77,13 @@ def llama_checkpoint(tmp_path_factory):
         return directory, model
 
     return make
+
+
+@pytest.fixture
+def reward_path(tmp_path, monkeypatch):
+    """Name of `small_verifier.REWARD_MODULE`'s function, for `task.reward`."""
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("verifier_test_reward", None)
+    (tmp_path / "verifier_test_reward.py").write_text(REWARD_MODULE)
+    yield "verifier_test_reward:reward"
+    sys.modules.pop("verifier_test_reward", None)

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import drill
 from benchmarks.kill_soak import truncate_newest
-from benchmarks.machine import workers_left
+from benchmarks.orphans import workers_left
 from spiral_jax import faults
 
 STEPS = 4

@@ -6,7 +6,7 @@ import multiprocessing
 import pytest
 
 from benchmarks.adversarial import KINDS, answers
-from benchmarks.machine import workers_left
+from benchmarks.orphans import workers_left
 from benchmarks.verifier_soak import Outcome, soak
 
 

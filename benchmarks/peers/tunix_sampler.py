@@ -6,17 +6,15 @@ Its forward pass always rotates with theta 1e6 whatever its config says, so the 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import pathlib
 from typing import Any
 
 import jax
 import numpy as np
 from tunix.generate.sampler import CacheConfig, Sampler
-from tunix.models.qwen3.model import ModelConfig
 from tunix.models.qwen3.params import create_model_from_safe_tensors
 
 from benchmarks.peers.contestant import Work, serve
+from benchmarks.peers.tunix_model import read_config
 
 NO_TOKEN = -1  # never in a prompt and never sampled: no row ends early, nothing is taken for padding
 
@@ -42,19 +40,7 @@ class Ids:
 
 class TunixSampler:
     def load(self, model: str) -> dict[str, Any]:
-        fields = json.loads((pathlib.Path(model) / "config.json").read_text())
-        self.config = ModelConfig(
-            num_layers=fields["num_hidden_layers"],
-            vocab_size=fields["vocab_size"],
-            embed_dim=fields["hidden_size"],
-            hidden_dim=fields["intermediate_size"],
-            num_heads=fields["num_attention_heads"],
-            head_dim=fields["head_dim"],
-            num_kv_heads=fields["num_key_value_heads"],
-            rope_theta=int(fields["rope_theta"]),
-            norm_eps=fields["rms_norm_eps"],
-            use_tied_embedding=fields["tie_word_embeddings"],
-        )
+        self.config = read_config(model)
         self.model = create_model_from_safe_tensors(model, self.config)
         self.samplers: dict[int, Sampler] = {}
         return {

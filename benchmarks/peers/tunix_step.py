@@ -7,8 +7,6 @@ clip range is too wide to clip. Adapters are qwix's, as in tunix's own command. 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import pathlib
 import types
 from typing import Any
 
@@ -18,7 +16,6 @@ import numpy as np
 import optax
 import qwix
 from flax import nnx
-from tunix.models.qwen3.model import ModelConfig
 from tunix.models.qwen3.params import create_model_from_safe_tensors
 from tunix.rl.algo_core import grpo_loss_fn
 from tunix.rl.common import TrainExample
@@ -37,6 +34,7 @@ from benchmarks.peers.step_work import (
     measured,
     resident_bytes,
 )
+from benchmarks.peers.tunix_model import read_config
 
 NO_TOKEN = -1  # never in a prompt: nothing is taken for padding
 NO_CLIP = 1e9
@@ -49,20 +47,7 @@ PROJECTION = ".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 class TunixStep:
     def load(self, model: str, adapters: str | None) -> dict[str, Any]:
-        fields = json.loads((pathlib.Path(model) / "config.json").read_text())
-        config = ModelConfig(
-            num_layers=fields["num_hidden_layers"],
-            vocab_size=fields["vocab_size"],
-            embed_dim=fields["hidden_size"],
-            hidden_dim=fields["intermediate_size"],
-            num_heads=fields["num_attention_heads"],
-            head_dim=fields["head_dim"],
-            num_kv_heads=fields["num_key_value_heads"],
-            rope_theta=int(fields["rope_theta"]),
-            norm_eps=fields["rms_norm_eps"],
-            use_tied_embedding=fields["tie_word_embeddings"],
-        )
-        self.model = create_model_from_safe_tensors(model, config)
+        self.model = create_model_from_safe_tensors(model, read_config(model))
         if adapters:
             provider = qwix.LoraProvider(module_path=PROJECTION, rank=LORA_RANK, alpha=LORA_ALPHA)
             example = self.model.get_model_input()

@@ -1,0 +1,236 @@
+"""The verifier's child processes: order, time-outs, deaths and replacements, and what a worker may do."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import pytest
+from small_verifier import REWARD_MODULE, alive, problem, statuses, wait_until
+
+from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.pool import Pool
+from spiral_jax.verifier.rewards import (
+    Status,
+    Verdict,
+    exact_verdict,
+)
+from spiral_jax.verifier.verifier import (
+    Verifier,
+    VerifierFailure,
+)
+
+# Processes
+
+
+def test_integer_answers_start_no_workers():
+    items = [("\\boxed{42}", problem()), ("\\boxed{41}", problem()), ("42", problem())]
+    with Verifier("math", workers=2, timeout_s=5.0) as verifier:
+        verdicts = verifier.verify(items)
+        assert verifier.verify([]) == []
+        assert verifier.worker_pids == []
+    assert verdicts == [Verdict(1.0, Status.CORRECT), Verdict(0.0, Status.WRONG), Verdict(0.0, Status.UNPARSED)]
+
+
+def test_a_hanging_answer_is_a_timeout_and_those_behind_it_are_still_right():
+    hang = ("\\boxed{9^{9^{9^9}}}", problem("5"))
+    items = [
+        hang,
+        ("\\boxed{\\frac{1}{2}}", problem("0.5")),
+        ("\\boxed{42}", problem()),
+        ("\\boxed{5 or 3}", problem("5")),
+        ("\\boxed{1}", problem("...")),  # a broken reference: our failure
+        ("\\boxed{...}", problem("5")),
+        ("\\boxed{72.0}", problem("72")),
+    ]
+    with Verifier("math", workers=1, timeout_s=2.0) as verifier:
+        verdicts = verifier.verify(items)
+        pids = verifier.worker_pids
+    assert statuses(verdicts) == ["timeout", "correct", "correct", "wrong", "error", "unparsed", "correct"]
+    np.testing.assert_equal([verdict.reward for verdict in verdicts], [0, 1, 1, 0, np.nan, 0, 1])
+    assert len(pids) == 1 and not alive(pids[0])
+
+
+def test_verdicts_of_a_users_reward_keep_the_order_and_report_errors(reward_path, tmp_path):
+    late = tmp_path / "late"
+    echo = Problem("e", "?", "é\n" * 200_000, {"x": [1, None]})
+    items = [(f"wait_for {late}", problem())]  # ends only after the next-to-last item
+    items += [("return True", problem()), ("return 0", problem()), ("return None", problem())]
+    items += [("raise boom", problem()), ("return 0.5", problem()), ("return 'yes'", problem())]
+    items += [("echo " + echo.answer, echo), ("modules", problem()), (f"touch {late}", problem())]
+    items += [("return 1", problem())]
+    with Verifier(reward_path, workers=2, timeout_s=20.0) as verifier:
+        verdicts = verifier.verify(items)
+        assert len(verifier.worker_pids) == 2
+        assert statuses(verifier.verify(items[1:3])) == ["correct", "wrong"]
+    assert statuses(verdicts) == [
+        "correct", "correct", "wrong", "unparsed", "error", "error", "error", "correct", "correct", "wrong", "correct",
+    ]  # fmt: skip
+    assert "ValueError: boom" in verdicts[4].detail and "verifier_test_reward.py" in verdicts[4].detail
+    assert "0.5" in verdicts[5].detail and "'yes'" in verdicts[6].detail
+    assert np.isnan([verdict.reward for verdict in verdicts[4:7]]).all()
+
+
+def test_neither_queueing_nor_imports_count_as_time(reward_path, tmp_path):
+    slow_import = "\nif 'pytest' not in sys.modules:\n    time.sleep(1.5)\n"
+    (tmp_path / "verifier_test_reward.py").write_text(REWARD_MODULE + slow_import)
+    with Verifier(reward_path, workers=1, timeout_s=1.0) as verifier:
+        verdicts = verifier.verify([("sleep 0.3", problem())] * 4)
+    assert statuses(verdicts) == ["correct"] * 4
+
+
+def test_a_worker_killed_from_outside_is_replaced_and_its_item_tried_again(reward_path, tmp_path):
+    marker = tmp_path / "marker"
+
+    def kill():
+        wait_until(marker.exists)
+        os.kill(int(marker.read_text()), signal.SIGKILL)
+
+    with Verifier(reward_path, workers=1, timeout_s=100.0) as verifier:
+        killer = threading.Thread(target=kill)
+        killer.start()
+        verdicts = verifier.verify([("return True", problem()), (f"hang_first_time {marker}", problem())])
+        killer.join()
+        assert statuses(verdicts) == ["correct", "correct"]
+        assert verifier.worker_pids != [int(marker.read_text())]
+        os.kill(verifier.worker_pids[0], signal.SIGKILL)  # and an idle one, between two calls
+        assert statuses(verifier.verify([("return True", problem())] * 2)) == ["correct", "correct"]
+
+
+def test_an_item_that_kills_its_worker_twice_is_an_error_and_the_others_are_right(reward_path):
+    items = [("return True", problem()), ("die", problem(name="train:9")), ("return True", problem())]
+    with Verifier(reward_path, workers=2, timeout_s=20.0) as verifier:
+        verdicts = verifier.verify(items)
+    assert statuses(verdicts) == ["correct", "error", "correct"]
+    assert "exit code 3" in verdicts[1].detail and "'train:9'" in verdicts[1].detail
+
+
+def test_an_item_is_tried_again_on_a_fresh_worker_though_a_used_one_is_idle(reward_path, tmp_path):
+    with Verifier(reward_path, workers=2, timeout_s=1.0) as verifier:
+        both = [(f"wait_for {tmp_path}/met", problem()), (f"touch {tmp_path}/met", problem())]  # on one worker each
+        assert statuses(verifier.verify(both)) == ["correct", "wrong"]
+        assert statuses(verifier.verify([("hang_once_used", problem())])) == ["correct"]
+
+
+def test_close_leaves_no_process_not_even_one_that_a_reward_has_started(reward_path, tmp_path):
+    file = tmp_path / "child"
+    with pytest.raises(KeyError), Verifier(reward_path, workers=2, timeout_s=20.0) as verifier:
+        assert statuses(verifier.verify([(f"child {file}", problem()), ("return True", problem())])) == ["correct"] * 2
+        pids = [*verifier.worker_pids, int(file.read_text())]
+        assert len(pids) == 3 and all(map(alive, pids))
+        raise KeyError
+    wait_until(lambda: not any(map(alive, pids)))
+    verifier.close()
+
+
+@pytest.mark.parametrize("command", ["return True", "sleep 1000"])
+def test_no_worker_outlives_a_parent_that_is_killed(command, reward_path, tmp_path):
+    program = f"""
+        import threading, time
+        from spiral_jax.tasks.problem import Problem
+        from spiral_jax.verifier.verifier import Verifier
+        verifier = Verifier({reward_path!r}, workers=1, timeout_s=1.0)
+        items = [("touch {tmp_path}/begun", Problem("p", "?", "")), ({command!r}, Problem("p", "?", ""))]
+        threading.Thread(target=verifier.verify, args=(items,)).start()
+        while not verifier.worker_pids:
+            time.sleep(0.01)
+        print(verifier.worker_pids[0], flush=True)
+        time.sleep(1000)
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], env=environment, stdout=subprocess.PIPE)
+    worker = int(parent.stdout.readline())
+    wait_until((tmp_path / "begun").exists)
+    assert alive(worker)
+    parent.kill()
+    parent.communicate()
+    wait_until(lambda: not alive(worker))
+
+
+@pytest.mark.parametrize(
+    ("at_import", "message"),
+    [("1 / 0", "ZeroDivisionError"), ("os._exit(5)", "exit code 5"), ("time.sleep(1000)", "not ready after 2 s")],
+)
+def test_a_worker_that_cannot_start_is_a_clear_error_and_not_a_hang(at_import, message, reward_path, tmp_path):
+    path = pathlib.Path(tmp_path, "verifier_test_reward.py")
+    path.write_text(f"{REWARD_MODULE}\nif 'pytest' not in sys.modules:\n    {at_import}\n")
+    pool = Pool(reward_path, workers=2, timeout_s=5.0, start_timeout_s=2.0 if "sleep" in at_import else 60.0)
+    with pytest.raises(VerifierFailure, match=r"config\.task\.reward = 'verifier_test_reward:reward'") as error:
+        pool.run([("return True", problem())] * 2)
+    assert message in str(error.value)
+    assert pool.pids == []
+
+
+# What a worker may do
+
+
+def test_a_worker_sees_no_variable_of_the_parent_but_those_that_are_named(reward_path, monkeypatch):
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "JUDGE_KEY"):
+        monkeypatch.setenv(name, "seen")
+    items = [(f"environment {name}", problem()) for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "JUDGE_KEY")]
+    for environment, expected in (((), ["wrong"] * 3), (("JUDGE_KEY", "NOT_SET"), ["wrong", "wrong", "correct"])):
+        with Verifier(reward_path, workers=1, timeout_s=20.0, environment=environment) as verifier:
+            assert statuses(verifier.verify(items)) == expected
+
+
+def test_an_answer_that_takes_more_memory_than_a_worker_has_is_its_own_failure_alone(reward_path):
+    items = [(f"allocate {size}", problem()) for size in (10**6, 2 * 10**9, 10**6)]
+    with Verifier(reward_path, workers=1, timeout_s=20.0, memory_gb=1.0) as verifier:
+        verdicts = verifier.verify(items)
+        assert verifier.replaced_workers == 0
+    assert statuses(verdicts) == ["correct", "error", "correct"] and "MemoryError" in verdicts[1].detail
+
+
+LOCKED = r"""
+import os, pathlib, subprocess, sys, traceback
+from spiral_jax.verifier import sandbox
+folder = pathlib.Path(sys.argv[1])
+sandbox.lock_down()
+import json.tool  # installed packages may still be read
+attempts = {
+    "read": lambda: open(folder / "secret").read(),
+    "read_bytes": lambda: open(os.fsencode(folder / "secret")).read(),
+    "read_low": lambda: os.open(folder / "secret", os.O_RDONLY),
+    "read_etc": lambda: open("/etc/passwd").read(),
+    "climb": lambda: open(os.path.join(sys.prefix, "..", "..", "..", "..", "..", "etc", "passwd")).read(),
+    "write": lambda: open(folder / "new", "w"),
+    "write_package": lambda: open(os.path.join(sys.prefix, "new"), "w"),
+    "remove": lambda: os.remove(folder / "secret"),
+    "system": lambda: os.system("touch " + str(folder / "new")),
+    "program": lambda: subprocess.run(["touch", str(folder / "new")]),
+    "fork": lambda: os.fork(),
+    "exec": lambda: os.execv("/bin/true", ["true"]),
+    "kill": lambda: os.kill(os.getppid(), 0),
+    "connect": lambda: __import__("socket").create_connection(("127.0.0.1", 9)),
+}
+for name, attempt in attempts.items():
+    try:
+        attempt()
+    except PermissionError:
+        continue
+    print("allowed:", name)
+"""
+
+
+def test_a_locked_worker_reads_packages_alone_and_writes_starts_and_connects_nothing(tmp_path):
+    (tmp_path / "secret").write_text("x")
+    code = [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {sys.path!r}\n" + LOCKED, str(tmp_path)]
+    done = subprocess.run(code, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+
+
+def test_a_box_of_a_megabyte_or_of_21_brackets_is_no_answer_unless_it_is_the_reference():
+    for depth, expected in ((20, None), (21, Status.UNPARSED)):
+        nested = "(" * depth + "x" + ")" * depth
+        verdict = exact_verdict(f"\\boxed{{{nested} + {nested}}}", problem())
+        assert (verdict and verdict.status) == expected
+        assert exact_verdict(f"\\boxed{{{nested}}}", problem(nested)).status is Status.CORRECT
+    long = "1" * 10**6
+    assert exact_verdict(f"\\boxed{{{long}}}", problem()).status is Status.UNPARSED
+    assert exact_verdict(f"\\boxed{{{long}}}", problem(long)).status is Status.CORRECT
+    assert exact_verdict("\\boxed{" + "1" * 10_000 + "}", problem()) is None
