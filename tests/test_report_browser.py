@@ -19,6 +19,8 @@ from spiral_jax.workdir import read_traces
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
+WAIT_MS = 180_000  # a busy machine is no failure, but nothing waits for ever
+expect.set_options(timeout=WAIT_MS)
 
 HOSTILE = (
     "needle{}x <script>hacked = 1</script></textarea></script><!-- <img src=x onerror=hacked=1> <b>&amp;</b> "
@@ -61,7 +63,7 @@ def expected(run):
 def watched(context, path, fragment=""):
     """A page, and what there was to complain of: errors, and anything asked for but files of the report."""
     page, complaints = context.new_page(), []
-    page.set_default_timeout(0)  # a busy machine is no failure
+    page.set_default_timeout(WAIT_MS)
     page.on("console", lambda message: complaints.append(f"console {message.type}: {message.text}"))
     page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
     page.on("request", lambda asked: asked.url.startswith("file:///") and asked.is_navigation_request()
@@ -124,6 +126,7 @@ def test_it_opens_with_every_problem_listed_and_charts_drawn_as_they_come_near(r
     held = int(re.search(r"(\d+) of them with their traces", page.inner_text("#matches"))[1])
     assert 3 <= held < 18
     assert page.locator("#list .away").count() == 18 - held
+    page.locator(".chart >> nth=0").scroll_into_view_if_needed()  # the fixture may have jumped past it
     page.wait_for_selector(".chart >> nth=0 >> svg.main-svg >> nth=0", state="attached")
     before = page.locator(".chart .plot-container").count()
     page.locator(".chart >> nth=-1").scroll_into_view_if_needed()
