@@ -8,7 +8,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from small_pods import free_port
+from small_pods import QUICK_TO_COMPILE, free_port
 
 from benchmarks import drill
 from benchmarks.nursery import Nursery
@@ -30,7 +30,7 @@ class Pod:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {QUICK_TO_COMPILE}",
         }
         self._nurseries = [Nursery(environment) for _ in range(2)]
 
