@@ -115,8 +115,9 @@ def main() -> None:
         print(f"{done} answers, the last {BATCH} in {batches[-1].seconds:.0f} s", flush=True)
     for batch in batches:
         total.add(batch)
-    settings = {"machine": machine(), "commit": ", ".join(total.commits), "asked": asked.answers, "workers": asked.workers,
-                "timeout_s": asked.timeout_s, "memory_gb": asked.memory_gb, "orphans": workers_left()}  # fmt: skip
+    settings = {"machine": machine(), "commit": ", ".join(total.commits), "asked": asked.answers,
+                "workers": asked.workers, "timeout_s": asked.timeout_s, "memory_gb": asked.memory_gb,
+                "orphans": workers_left()}  # fmt: skip
     asked.json.write_text(json.dumps(settings | dataclasses.asdict(total), indent=1) + "\n")
 
 
