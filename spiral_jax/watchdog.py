@@ -68,7 +68,8 @@ class Watchdog:
         self._disarm()
 
     def starts(self, kind: str, number: int) -> None:
-        """Arms the watchdog for this unit of work."""
+        """Arms the watchdog for this unit of work; one that was left without `ends` is forgotten."""
+        self._disarm()
         self._unit = kind, time.monotonic()
         if not self._multiple:
             return

@@ -14,6 +14,6 @@ def every_other(text, problem):
 
 
 def slow_coin(text, problem):
-    """The coin of the drills, after a while in which nothing is computed: steps that a signal can arrive in."""
-    time.sleep(0.1)
+    """The coin of the drills, after a while in which nothing is computed: a signal takes a second to reach all."""
+    time.sleep(0.25)
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) % 2 == 0
