@@ -153,7 +153,10 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
 
 def _arrays(workdir: pathlib.Path) -> tuple[int, dict[str, np.ndarray]]:
     step = saved_step(workdir)
-    tree = ocp.StandardCheckpointer().restore((workdir / "checkpoints" / str(step) / "state").absolute())
+    directory, reader = (workdir / "checkpoints" / str(step) / "state").absolute(), ocp.PyTreeCheckpointer()
+    on_host = ocp.RestoreArgs(restore_type=np.ndarray)  # whatever devices the run had
+    where = jax.tree.map(lambda _: on_host, reader.metadata(directory).item_metadata.tree)
+    tree = reader.restore(directory, restore_args=where)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 

@@ -112,6 +112,7 @@ class Soak:
         return self._runs.folder / f"round_{len(self.comparisons):03d}"
 
     def _note(self, **row: object) -> None:
+        row["commit"] = commit()  # a soak that goes on may be one of other code
         self.drills.append(row)
         with open(self._log, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -147,7 +148,7 @@ def write(path: pathlib.Path, asked: int, soak: Soak) -> None:
     seconds = sorted(row["seconds"] for row in kills)
     summary = {
         "machine": machine(),
-        "commit": commit(),
+        "commit": ", ".join(sorted({row.get("commit", "unknown") for row in soak.drills})),
         "asked": asked,
         "kills": soak.kills,
         "steps": STEPS,

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).parent.parent
+_LONGEST_S = 900  # for one run
 
 
 class Nursery:
@@ -59,6 +60,7 @@ def serve() -> None:
         flags, fault, out, err = json.loads(line)
         child = os.fork()
         if child == 0:
+            signal.alarm(_LONGEST_S)  # a run that hangs is killed by it: exit code -14
             for descriptor, path in ((1, out), (2, err)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -46,9 +46,14 @@ BEHAVIOUR = (
     ),
     (
         "SIGTERM",
-        "leaves sampling at once, saves, exit code 0 within `train.grace_s`; several processes agree on a "
-        "step through jax's preemption service (not tried on a pod)",
-        "`test_preemption.py`, `test_drills.py`",
+        "leaves sampling at once, saves, exit code 0 within `train.grace_s`; several processes leave between the "
+        "same two decode chunks, through jax's preemption service (two on one machine, not tried on a pod)",
+        "`test_preemption.py`, `test_drills.py`, `test_pod_drills.py`",
+    ),
+    (
+        "preempted in a cluster where exit code 0 means finished (GKE, SLURM)",
+        "ends with `--preempted_exit_code`, which the launchers set, and is started again (not tried on a cluster)",
+        "`test_launch.py`, `test_pod_drills.py`",
     ),
     (
         "loss or gradient not finite",
@@ -93,7 +98,8 @@ BEHAVIOUR = (
         "`test_collect.py`",
     ),
     (
-        "a step beyond `train.watchdog` times the median",
+        "a step, an evaluation or a wave of one beyond `train.watchdog` times the median (while there is none: "
+        "`train.wait_s`)",
         "all stacks on standard error, once; the run goes on",
         "`test_watchdog.py`",
     ),

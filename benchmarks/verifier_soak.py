@@ -39,6 +39,7 @@ class Outcome:
       seconds: wall clock, the workers' start included.
       peak_worker_bytes: largest resident memory of a worker, or of another child that the process has had before.
       canary: whether some answer created the file that it named.
+      commits: of the code that verified them.
     """
 
     answers: int = 0
@@ -49,6 +50,7 @@ class Outcome:
     seconds: float = 0.0
     peak_worker_bytes: int = 0
     canary: bool = False
+    commits: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, other: Outcome) -> None:
         """Adds what came of other answers."""
@@ -62,6 +64,7 @@ class Outcome:
         self.seconds += other.seconds
         self.peak_worker_bytes = max(self.peak_worker_bytes, other.peak_worker_bytes)
         self.canary |= other.canary
+        self.commits = sorted({*self.commits, *other.commits})
 
 
 def soak(count: int, seed: int, workers: int, timeout_s: float, memory_gb: float) -> Outcome:
@@ -84,7 +87,8 @@ def soak(count: int, seed: int, workers: int, timeout_s: float, memory_gb: float
         found = os.path.exists(canary)
     plain = {kind: {status.value: of_kind[status] for status in Status} for kind, of_kind in counts.items()}
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    return Outcome(count, plain, not_allowed, dict(errors), replaced, time.monotonic() - start, peak, found)
+    seconds = time.monotonic() - start
+    return Outcome(count, plain, not_allowed, dict(errors), replaced, seconds, peak, found, [commit()])
 
 
 def main() -> None:
@@ -100,7 +104,8 @@ def main() -> None:
     os.environ["HF_TOKEN"] = "a secret that no worker may see"
     end, total, batches = time.monotonic() + asked.seconds, Outcome(), []
     if asked.log.exists():
-        batches = [Outcome(**json.loads(line)) for line in asked.log.read_text().splitlines()]
+        rows = [json.loads(line) for line in asked.log.read_text().splitlines()]
+        batches = [Outcome(**{"commits": ["unknown"]} | row) for row in rows]
     asked.log.parent.mkdir(parents=True, exist_ok=True)
     while sum(batch.answers for batch in batches) < asked.answers and time.monotonic() < end:
         batches.append(soak(BATCH, len(batches), asked.workers, asked.timeout_s, asked.memory_gb))
@@ -110,8 +115,9 @@ def main() -> None:
         print(f"{done} answers, the last {BATCH} in {batches[-1].seconds:.0f} s", flush=True)
     for batch in batches:
         total.add(batch)
-    settings = {"machine": machine(), "commit": commit(), "asked": asked.answers, "workers": asked.workers,
-                "timeout_s": asked.timeout_s, "memory_gb": asked.memory_gb, "orphans": workers_left()}  # fmt: skip
+    settings = {"machine": machine(), "commit": ", ".join(total.commits), "asked": asked.answers,
+                "workers": asked.workers, "timeout_s": asked.timeout_s, "memory_gb": asked.memory_gb,
+                "orphans": workers_left()}  # fmt: skip
     asked.json.write_text(json.dumps(settings | dataclasses.asdict(total), indent=1) + "\n")
 
 

@@ -106,6 +106,8 @@ until ends_by_itself; do
     delete || true
     create
     install_on_all
+  elif grep -q "preempted: saved at step" "$log"; then
+    echo "the run was told to end on a slice that stays: starting it again"
   elif [ "$left" -gt 0 ]; then
     echo "the run has ended too early on a healthy slice; starts left: $left"
     left=$((left - 1))

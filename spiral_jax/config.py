@@ -176,7 +176,9 @@ def defaults() -> ConfigDict:
     c.train.max_bad_steps = 3  # steps in a row without a finite loss or gradient (each is skipped) that end it (ours)
     # A loss or gradient norm this many median deviations from the median of the last steps is flagged; 0 = off (ours)
     c.train.spike = 12.0
-    c.train.watchdog = 10.0  # a step that takes so many median steps has all stacks printed; 0 = off (ours)
+    # A step, or an evaluation, that takes so many times the median has all stacks printed, once; while there is no
+    # median, one that takes wait_s; 0 = off (ours)
+    c.train.watchdog = 10.0
     c.train.wait_s = 1800.0  # seconds for data, weights or a checkpoint to be read or written, then the run ends (ours)
     c.train.grace_s = 25.0  # seconds from SIGTERM to the end, a checkpoint included (ours: below most clouds' 30)
 

@@ -31,7 +31,10 @@ def describe() -> dict[str, Any]:
 
 
 def commit() -> tuple[str | None, bool | None]:
-    """(hash of the program's commit, whether tracked files differ from it); (None, None) outside a git checkout."""
+    """(hash of the program's commit, whether tracked files differ from it); (None, None) outside a git checkout.
+
+    Those of docs/ do not count: measurements rewrite them.
+    """
     folder = pathlib.Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -40,7 +43,8 @@ def commit() -> tuple[str | None, bool | None]:
 
     try:
         git("ls-files", "--error-unmatch", __file__)  # else an installation inside a repository of something else
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs")
+        return git("rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.SubprocessError):
         return None, None
 

@@ -7,8 +7,9 @@ Held-out problems are evaluated in waves of `config.eval.wave`; each finished wa
 the same command goes on where it was stopped and ends with the same W/results.json (layout: `spiral_jax.results`), a
 table, and four pictures. The first wave prints one prompt and one trace of each role, as they really were: a wrong chat
 template shows there. A finished evaluation prints its table again. Of the config it uses `model`, `mesh`,
-`task`, `prompt`, `search.max_tokens`, `aggregation.max_tokens`, `sampling`, `verifier`, `eval` and `seed`. The model is
-the checkpoint of `model.hf_path`, with the adapter of `model.adapter_path`, or as `model.init_from` has trained it.
+`task`, `prompt`, `search.max_tokens`, `aggregation.max_tokens`, `sampling`, `verifier`, `eval`, `seed`,
+`train.wait_s` and `train.watchdog`. The model is the checkpoint of `model.hf_path`, with the adapter of
+`model.adapter_path`, or as `model.init_from` has trained it.
 
 `--compare` sets two results on the same problems and scaffold side by side: samples that B needs for what A reaches,
 gaps with paired intervals, the same four pictures with both (in B's directory, `compare/`, unless --workdir is given).
@@ -42,6 +43,7 @@ from spiral_jax.tasks.problem import Problem, TaskError
 from spiral_jax.trace_log import render_examples
 from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import CORRECT, Verifier
+from spiral_jax.watchdog import Watchdog, deadline
 from spiral_jax.workdir import StepLog, WorkdirError, open_workdir
 
 # What a user can mend: these end the program with their message alone, without a stack trace.
@@ -90,7 +92,8 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
     model = model_fingerprint([setup.path, *([pathlib.Path(c.model.adapter_path)] if c.model.adapter_path else [])])
     journal = StepLog(path / "waves.jsonl")
     distributed.check_equal(config=config.digest(c), model=model, data=setup.task.fingerprint)
-    with Verifier(setup.reward, c.verifier.workers, c.verifier.timeout_s) as verifier:
+    v = c.verifier
+    with Verifier(setup.reward, v.workers, v.timeout_s, v.memory_gb, v.environment) as verifier:
         problems = run_waves(setup, journal, model, verifier)
     if not distributed.is_first():
         return
@@ -126,18 +129,22 @@ def run_waves(setup: Setup, journal: StepLog, model: str, verifier: Verifier) ->
     _check_journal(journal, done, stamp)
     if len(done) == len(waves):
         return problems
-    with Progress(len(waves), len(done), unit="wave") as progress, jax.set_mesh(setup.mesh):
+    with Progress(len(waves), len(done), unit="wave") as progress, jax.set_mesh(setup.mesh), \
+            Watchdog(c.train.watchdog, c.train.wait_s) as watchdog:  # fmt: skip
         actor = Actor(c, setup.task, setup.scaffold, setup.eval_sampler, verifier, progress)
         with progress.phase("compiling"):
             print(*filter(None, (setup.task.report, setup.eval_sampler.start_report())), sep="\n", flush=True)
-        with progress.phase("loading weights"):
+        read = "the weights that config.model names to be read (config.train.wait_s)"
+        with progress.phase("loading weights"), deadline(read, c.train.wait_s):
             params, adapters = setup.load_start()
             collections = {"params": params} if adapters is None else {"params": params, "lora": adapters}
             weights = setup.eval_sampler.prepare(collections)
         for number in range(len(done), len(waves)):
             start, index_B = time.monotonic(), np.array(waves[number])
+            watchdog.starts("wave", number)
             asked = [problems[index] for index in waves[number]]
             records, counts, rollouts = evaluate_wave(actor, weights, asked, index_B)
+            watchdog.ends()
             if number == 0:
                 print(render_examples(rollouts, setup.tokenizer), flush=True)
             journal.append({"step": number, **stamp, "records": records, "counts": counts})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import signal
 import threading
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
+from spiral_jax.groups import GroupRequests, Groups
+from spiral_jax.metrics import Mean
+from spiral_jax.sampling.protocol import Feed, Sampler
 from spiral_jax.watchdog import deadline
 
 Result = TypeVar("Result")
@@ -23,11 +27,12 @@ class _Interrupted(BaseException):
 class Preemption:
     """Notices that this machine is about to go; a context manager.
 
-    One process: SIGTERM ends what `run` was given at once. Several processes: jax's distributed runtime takes the
-    signal, tells all of them, and they agree on the next step that none has begun (`reached`).
+    One process: SIGTERM ends what `run` was given at once. Several processes look for a notice between decode chunks
+    (`interrupting`) and steps (`reached`), as often and in the same order on all: jax's distributed runtime takes the
+    signal to any of them and names the next look that none has had, at which all leave.
 
     Args:
-      grace_s: seconds from the notice until the process ends whatever happens.
+      grace_s: seconds from the notice until the process ends whatever happens; with several from that look on.
 
     Attributes:
       noticed: whether the run must save and end.
@@ -37,6 +42,7 @@ class Preemption:
         self._grace_s = grace_s
         self._stack = contextlib.ExitStack()  # of the deadline, from the notice on
         self._inside = False
+        self._looks = 0  # by this process, not by the run: jax counts from the start of the processes
         self.noticed = False
 
     def __enter__(self) -> Preemption:
@@ -62,11 +68,21 @@ class Preemption:
         except _Interrupted:
             return None
 
-    def reached(self, step: int) -> bool:
-        """Whether to save and end before `step`; with several processes all of them are told the same."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self._notice()
+    def interrupting(self, sampler: Sampler) -> Sampler:
+        """The same sampler, which leaves `run` between two decode chunks when all processes have been told to."""
+        return _Interrupting(sampler, self._look) if jax.process_count() > 1 else sampler
+
+    def reached(self) -> bool:
+        """Whether to save and end now, between two steps; with several processes all of them are told the same."""
+        if jax.process_count() > 1 and not self.noticed:
+            self._looks += 1
+            if multihost_utils.reached_preemption_sync_point(self._looks):
+                self._notice()
         return self.noticed
+
+    def _look(self) -> None:
+        if self.reached():
+            raise _Interrupted
 
     def _notice(self) -> None:
         if not self.noticed:
@@ -79,3 +95,35 @@ class Preemption:
         if self._inside:
             self._inside = False
             raise _Interrupted
+
+
+@dataclasses.dataclass(frozen=True)
+class _Interrupting:
+    """A `Sampler` that calls `look` before each decode chunk."""
+
+    sampler: Sampler
+    look: Callable[[], None]
+
+    def prepare(self, variables: dict[str, Any]) -> Any:
+        return self.sampler.prepare(variables)
+
+    def stream(self, weights: Any, feed: Feed) -> dict[str, Mean | float]:
+        return self.sampler.stream(weights, _Looking(feed, self.look))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Looking:
+    """A `Feed` that calls `look` whenever it is asked whether it is finished: once a chunk."""
+
+    feed: Feed
+    look: Callable[[], None]
+
+    def next(self, now: int) -> GroupRequests | None:
+        return self.feed.next(now)
+
+    def done(self, group: Groups, now: int) -> None:
+        self.feed.done(group, now)
+
+    def finished(self, now: int) -> bool:
+        self.look()
+        return self.feed.finished(now)

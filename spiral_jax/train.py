@@ -72,6 +72,8 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "the experiment: a file of configs/", lock_config=True)
     flags.DEFINE_string("workdir", None, "directory of the run: logs, traces, checkpoints")
     flags.DEFINE_bool("dry_run", False, "check config, data, tokenizer and shapes; write nothing")
+    flags.DEFINE_integer("preempted_exit_code", 0, "of a run that a preemption notice has ended, after it has saved: "
+                         "what makes the cluster start it again, if 0 means finished there")  # fmt: skip
     distributed.define_flags()
     flags.mark_flag_as_required("config")
 
@@ -83,6 +85,7 @@ def main(argv: list[str]) -> None:
     if given.workdir is None and not given.dry_run:
         raise app.UsageError("--workdir is required (or --dry_run)")
     logging.set_verbosity(logging.WARNING)
+    finished = True
     try:
         with distributed.joined(given, USER_ERRORS):
             keep_compiled_programs()
@@ -93,9 +96,11 @@ def main(argv: list[str]) -> None:
                 print(setup.c, *filter(None, [setup.task.report]), sep="\n")
                 print("config, data, tokenizer and shapes are fine; nothing was written")
             else:
-                train(setup, given.workdir)
+                finished = train(setup, given.workdir)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
+    if not finished:
+        sys.exit(given.preempted_exit_code)
 
 
 @dataclasses.dataclass
@@ -122,8 +127,12 @@ class Run:
     profile: StepProfile
 
 
-def train(setup: Setup, workdir: str) -> None:
-    """Trains until `train.steps`, or until `train.max_sampled_tokens` are spent, from scratch or where it stopped."""
+def train(setup: Setup, workdir: str) -> bool:
+    """Trains until `train.steps`, or until `train.max_sampled_tokens` are spent, from scratch or where it stopped.
+
+    Returns:
+      whether it is finished: False after a preemption notice.
+    """
     c, v = setup.c, setup.c.verifier
     if not pathlib.Path(workdir, "checkpoints").exists():  # a resumed run no longer needs what it started from
         initial.check_start(c, setup.path, setup.model)
@@ -141,9 +150,10 @@ def train(setup: Setup, workdir: str) -> None:
 
     with Verifier(setup.reward, v.workers, v.timeout_s, v.memory_gb, v.environment) as verifier, \
             Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(setup.mesh), log, \
-            Preemption(c.train.grace_s) as preemption, Watchdog(c.train.watchdog) as watchdog, \
+            Preemption(c.train.grace_s) as preemption, Watchdog(c.train.watchdog, c.train.wait_s) as watchdog, \
             StepProfile(c, path) as profile:  # fmt: skip
-        actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, progress)
+        sampler = preemption.interrupting(setup.sampler)
+        actor = Actor(c, setup.task, setup.scaffold, sampler, verifier, progress)
         run = Run(setup, frozen, actor, log, saver, guard, preemption, watchdog, profile)
         if not _finished(c, at):
             print(*filter(None, (setup.task.report, setup.sampler.start_report())), sep="\n", flush=True)
@@ -153,6 +163,7 @@ def train(setup: Setup, workdir: str) -> None:
         print(f"preempted: saved at step {at.step}; the same command goes on from there", flush=True)
     else:
         log.summarise(at.step, at.sampled_tokens)
+    return not preemption.noticed
 
 
 def _loop(run: Run, state: TrainState, at: Position) -> Position:
@@ -161,11 +172,11 @@ def _loop(run: Run, state: TrainState, at: Position) -> Position:
     train_step, progress = make_train_step(c, model), run.actor.progress
     for_decoding = lambda state: run.setup.sampler.prepare(variables(model, run.frozen, state.trained))  # noqa: E731
     weights = for_decoding(state)
-    while not _finished(c, at) and not run.preemption.reached(at.step):
+    while not _finished(c, at) and not run.preemption.reached():
         if at.step == 0 or (c.eval.every and at.step % c.eval.every == 0):
             _evaluate_once(run, weights, at.step)
         run.profile.at(at.step)
-        run.watchdog.step_starts(at.step)
+        run.watchdog.starts("step", at.step)
         start = time.monotonic()
 
         batch = run.preemption.run(functools.partial(collect_batch, run.actor, weights, at.step, at.cursor))
@@ -186,7 +197,7 @@ def _loop(run: Run, state: TrainState, at: Position) -> Position:
         if _finished(c, at) or (c.checkpoint.every and at.step % c.checkpoint.every == 0):
             with progress.phase("checkpoint"):
                 run.saver.save(at.step, state, _record(run.setup, at))
-        run.watchdog.step_ends()
+        run.watchdog.ends()
     if run.preemption.noticed and at.step:
         run.saver.save_if_missing(at.step, state, _record(run.setup, at))
     if not run.saver.settle():
@@ -230,12 +241,13 @@ def _check_data(fingerprint: str, setup: Setup) -> None:
 def _evaluate_once(run: Run, weights: Any, step: int) -> None:
     """Evaluates the policy after `step` steps, unless that was done before, or a preemption notice ends it."""
     c, progress = run.setup.c, run.actor.progress
-    evaluator = dataclasses.replace(
-        run.actor, c=config.for_evaluation_in_training(c), sampler=run.setup.eval_sampler
-    )  # fmt: skip
+    sampler = run.preemption.interrupting(run.setup.eval_sampler)
+    evaluator = dataclasses.replace(run.actor, c=config.for_evaluation_in_training(c), sampler=sampler)
     if c.eval.problems and not run.log.is_evaluated(step):
+        run.watchdog.starts("evaluation", step)
         with progress.phase("evaluating"):
             found = run.preemption.run(functools.partial(evaluate, evaluator, weights, step))
+        run.watchdog.ends()
         if found is not None:
             run.log.evaluation(step, *found)
         progress.take_times()  # a step's times are its own

@@ -1,4 +1,4 @@
-"""No wait without an end: deadlines that name what is waited for, and stacks of a step that takes far too long."""
+"""No wait without an end: deadlines that name what is waited for, and stacks of work that takes far too long."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import time
 from collections.abc import Iterator
 
 HUNG = 75  # exit code of a passed deadline: EX_TEMPFAIL, "try again", which launchers do
-_STEPS = 20  # in the median
-_LEAST_STEPS = 3  # before there is one; the first of a process compiles and never counts
+_WINDOW, _LEAST = 20, 3  # units in the median, and before there is one
 _LEAST_S = 30.0  # below, a slow disk or a busy machine is no finding
 
 
@@ -45,18 +44,21 @@ def deadline(what: str, seconds: float) -> Iterator[None]:
 
 
 class Watchdog:
-    """Prints the stacks of all threads, once, when a step takes `multiple` times the median of those before it.
+    """Prints the stacks of all threads, once, when a unit of work takes `multiple` times the median of its kind.
+
+    Kinds are "step", "evaluation" or "wave"; one unit at a time. While a kind has no median yet, `unknown_s` is the
+    limit, so that the first ones, which compile, and rare ones are watched too.
 
     Args:
-      multiple: 0 = off.
-      least_s: seconds below which no step is suspicious.
+      multiple: config.train.watchdog; 0 = off.
+      unknown_s: seconds, config.train.wait_s.
+      least_s: seconds below which nothing is suspicious.
     """
 
-    def __init__(self, multiple: float, least_s: float = _LEAST_S):
-        self._multiple, self._least_s = multiple, least_s
-        self._seconds: collections.deque[float] = collections.deque(maxlen=_STEPS)
-        self._start: float | None = None
-        self._first = True
+    def __init__(self, multiple: float, unknown_s: float, least_s: float = _LEAST_S):
+        self._multiple, self._unknown_s, self._least_s = multiple, unknown_s, least_s
+        self._seconds: dict[str, collections.deque[float]] = {}  # by kind
+        self._unit: tuple[str, float] | None = None  # kind and start of what is under way
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Watchdog:
@@ -65,29 +67,33 @@ class Watchdog:
     def __exit__(self, *error: object) -> None:
         self._disarm()
 
-    def step_starts(self, step: int) -> None:
-        """Arms the watchdog for this step, if enough steps have been timed."""
-        self._start = time.monotonic()
-        if not self._multiple or len(self._seconds) < _LEAST_STEPS:
+    def starts(self, kind: str, number: int) -> None:
+        """Arms the watchdog for this unit of work; one that was left without `ends` is forgotten."""
+        self._disarm()
+        self._unit = kind, time.monotonic()
+        if not self._multiple:
             return
-        median = statistics.median(self._seconds)
-        limit = max(self._multiple * median, self._least_s)
-        text = (
-            f"watchdog: step {step} has taken {limit:.0f} s, the median is {median:.1f} s (config.train.watchdog = "
-            f"{self._multiple:g}). It goes on; where it stands:"
-        )
+        known = self._seconds.get(kind, ())
+        limit, compared = self._unknown_s, "there is no median yet (config.train.wait_s)"
+        if len(known) >= _LEAST:
+            median = statistics.median(known)
+            limit = max(self._multiple * median, self._least_s)
+            compared = f"the median is {median:.1f} s (config.train.watchdog = {self._multiple:g})"
+        text = f"watchdog: {kind} {number} has taken {limit:.0f} s, {compared}. It goes on; where it stands:"
         self._timer = threading.Timer(limit, lambda: print(text, file=sys.stderr, flush=True))
         self._timer.daemon = True
         self._timer.start()
         # Its own thread in C: it also sees a thread that keeps Python's lock.
         faulthandler.dump_traceback_later(limit + 0.1, file=sys.__stderr__)
 
-    def step_ends(self) -> None:
-        """Disarms it and counts the step's time."""
+    def ends(self) -> None:
+        """Disarms it and counts the time that the unit has taken."""
         self._disarm()
-        if not self._first:
-            self._seconds.append(time.monotonic() - self._start)
-        self._first = False
+        kind, start = self._unit
+        if kind in self._seconds:
+            self._seconds[kind].append(time.monotonic() - start)
+        else:  # the first of a process compiles and never counts
+            self._seconds[kind] = collections.deque(maxlen=_WINDOW)
 
     def _disarm(self) -> None:
         if self._timer is not None:

@@ -63,20 +63,40 @@ def fail():
     distributed.gather(0)
 
 
+class Chunks:
+    """A `Sampler` that does nothing, chunk after chunk, and a `Feed` that wants none of it; process 1 gets a SIGTERM
+    in the chunk before `terminated`."""
+
+    def __init__(self, terminated):
+        self.done, self.terminated = 0, terminated
+
+    def stream(self, weights, feed):
+        while not feed.finished(self.done):
+            time.sleep(0.1)
+            self.done += 1
+
+    def finished(self, now):
+        if (now, jax.process_index()) == (self.terminated, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return now == 200
+
+
 def preempt():
-    """Process 1 gets a SIGTERM in the middle of step 2; all end before the same step."""
+    """All leave the same chunk of the same step, in which one of them got a SIGTERM, and begin nothing new."""
     from spiral_jax.preemption import Preemption
 
     with Preemption(grace_s=60.0) as preemption:
-        step = 0
-        while not preemption.reached(step):
-            if (step, jax.process_index()) == (2, 1):
-                os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
-            step += 1
-        assert preemption.run(lambda: 5) is None  # nothing new is begun
-    ends = distributed.gather(step)
-    assert min(ends) == max(ends) > 2, ends
+        for step in range(3):
+            assert not preemption.reached()
+            chunks = Chunks(terminated=3 if step == 2 else None)
+            sampler = preemption.interrupting(chunks)
+            if step < 2:
+                chunks.done = 198
+            preemption.run(lambda sampler=sampler, chunks=chunks: sampler.stream(None, chunks))
+        assert preemption.noticed and preemption.reached() and 3 < chunks.done < 200, chunks.done
+        assert preemption.run(lambda: 5) is None
+    ends = distributed.gather(chunks.done)
+    assert min(ends) == max(ends), ends
 
 
 def this_mesh():

@@ -153,7 +153,7 @@ def test_processes_exchange_and_a_checkpoint_goes_from_mesh_to_mesh(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_preemption_notice_to_one_process_ends_all_before_the_same_step():
+def test_a_preemption_notice_to_one_process_ends_all_before_the_same_chunk():
     done = launch([*WORKER, "preempt"], 2, 1, timeout=120)
     assert [process.returncode for process in done] == [0, 0], done
 

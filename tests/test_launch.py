@@ -97,16 +97,20 @@ esac
 """
 
 
+SAYS = "preempted: saved at step 3; the same command goes on"
+
+
 @pytest.mark.parametrize(
-    "after, says, made",
-    [("PREEMPTED", "", 2), ("READY", "", 1), ("PREEMPTED", "preempted: saved at step 3; the same command goes on", 2)],
+    "after, says, restarts, made",
+    [("PREEMPTED", "", 3, 2), ("READY", "", 3, 1), ("PREEMPTED", SAYS, 0, 2), ("READY", SAYS, 0, 1)],
 )
-def test_a_preempted_slice_is_made_again_and_a_failed_run_started_again(tmp_path, after, says, made):
+def test_a_preempted_slice_is_made_again_and_a_failed_run_started_again(tmp_path, after, says, restarts, made):
     for name, text in (("gcloud", GCLOUD), ("sleep", "#!/bin/bash\n"), ("git", "#!/bin/bash\n")):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = bash(*TPU, SHARE="10.0.0.2:/share", PATH=path, STATE=str(tmp_path), AFTER=after, SAYS=says)
+    state = {"STATE": str(tmp_path), "AFTER": after, "SAYS": says, "RESTARTS": str(restarts)}
+    done = bash(*TPU, SHARE="10.0.0.2:/share", PATH=path, **state)
     assert done.returncode == 0, done.stdout + done.stderr
     calls = (tmp_path / "calls").read_text()
     assert calls.count("queued-resources create") == made == calls.count("requirements-tpu.txt")
@@ -131,7 +135,21 @@ def test_a_dry_run_of_slurm_prints_the_step_and_keeps_the_flags(without_tools):
     assert done.returncode == 0, done.stderr
     (step,) = commands(done.stdout)
     assert step[0] == "srun" and "--kill-on-bad-exit=1" in step
-    assert step[-5:] == ["spiral_jax.train", "--workdir=/shared/run", *FLAGS]
+    assert step[-6:] == ["spiral_jax.train", "--workdir=/shared/run", "--preempted_exit_code=143", *FLAGS]
+
+
+@pytest.mark.parametrize("code, queued", [(0, False), (1, False), (75, False), (143, True)])
+def test_slurm_queues_a_preempted_run_again_and_no_other(tmp_path, code, queued):
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "venv.sh").write_text("install() { :; }\n")
+    for tool, does in (("srun", f"exit {code}"), ("scontrol", f'echo "$*" > {tmp_path}/asked')):
+        (tmp_path / tool).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / tool).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = bash("launch/slurm_gpu.sbatch", "/shared/run", *FLAGS, **slurm)
+    assert done.returncode == code, done.stderr
+    asked = tmp_path / "asked"
+    assert asked.exists() == queued and (not queued or asked.read_text() == "requeue 7\n")
 
 
 def test_slurm_without_a_job_or_a_workdir_is_an_error():
@@ -178,7 +196,8 @@ def test_a_jobset_fits_the_schema_and_its_slice(slice, accelerator, hosts, witho
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == accelerator
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == slice.split(":")[1]
     (train,) = pod["containers"]
-    assert train["command"][-1] == "spiral_jax.train" and train["args"] == ["--workdir=/mnt/spiral/r", *FLAGS]
+    assert train["command"][-2:] == ["spiral_jax.train", "--preempted_exit_code=143"]  # ends as a failure: all again
+    assert train["args"] == ["--workdir=/mnt/spiral/r", *FLAGS]
     assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in train["volumeMounts"]}
 
 

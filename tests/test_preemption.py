@@ -26,9 +26,9 @@ def test_a_notice_ends_interruptible_work_where_it_is():
             done.append("failed")
 
     with Preemption(grace_s=60) as preemption:
-        assert not preemption.reached(0)
+        assert not preemption.reached()
         assert preemption.run(work) is None
-        assert done == ["begun"] and preemption.noticed and preemption.reached(0)
+        assert done == ["begun"] and preemption.noticed and preemption.reached()
         assert preemption.run(lambda: done.append("again")) is None and done == ["begun"]
 
 
@@ -38,7 +38,7 @@ def test_a_notice_outside_waits_for_the_next_look():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
         finished = True  # a save, say: not interrupted
-        assert finished and preemption.reached(3)
+        assert finished and preemption.reached()
 
 
 def test_errors_of_the_work_come_through_and_the_handler_is_put_back():

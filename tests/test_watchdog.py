@@ -51,11 +51,11 @@ def test_a_step_of_many_medians_has_all_stacks_printed_and_goes_on():
         from spiral_jax.watchdog import Watchdog
         def slow_step():
             time.sleep(1.0)
-        with Watchdog(5.0, least_s=0.1) as watchdog:
+        with Watchdog(5.0, unknown_s=60.0, least_s=0.1) as watchdog:
             for step in range(6):
-                watchdog.step_starts(step)
+                watchdog.starts("step", step)
                 slow_step() if step in (0, 5) else time.sleep(0.01)  # the first compiles: no finding, and not counted
-                watchdog.step_ends()
+                watchdog.ends()
         print("done", file=__import__("sys").stderr)
         """
     )
@@ -63,10 +63,29 @@ def test_a_step_of_many_medians_has_all_stacks_printed_and_goes_on():
     assert err.count("watchdog: step 5 has taken") == err.count("watchdog:") == 1 and "slow_step" in err
 
 
-def test_a_watchdog_that_is_off_or_knows_too_few_steps_is_silent():
-    for watchdog, steps in ((Watchdog(0.0, least_s=0.0), 6), (Watchdog(1e-9, least_s=0.0), 3)):
-        with watchdog, deadline("the test", 30):
-            for step in range(steps):
-                watchdog.step_starts(step)
-                assert watchdog._timer is None
-                watchdog.step_ends()
+def test_an_evaluation_without_a_median_has_its_stacks_printed_after_the_time_for_waits():
+    code, err = run(
+        """
+        import time
+        from spiral_jax.watchdog import Watchdog
+        def hangs():
+            time.sleep(1.0)
+        with Watchdog(5.0, unknown_s=0.2, least_s=0.0) as watchdog:
+            for step in range(4):  # their median is none of evaluations
+                watchdog.starts("step", step)
+                watchdog.ends()
+            watchdog.starts("evaluation", 4)
+            hangs()
+            watchdog.ends()
+        """
+    )
+    assert code == 0 and "watchdog: evaluation 4 has taken 0 s, there is no median yet" in err
+    assert err.count("watchdog:") == 1 and "hangs" in err
+
+
+def test_a_watchdog_that_is_off_is_silent():
+    with Watchdog(0.0, unknown_s=0.0, least_s=0.0) as watchdog, deadline("the test", 30):
+        for step in range(6):
+            watchdog.starts("step", step)
+            assert watchdog._timer is None
+            watchdog.ends()
