@@ -1,4 +1,4 @@
-"""docs/kill_soak*.json, docs/verifier_soak.json, docs/bf16_mismatch.json -> docs/reliability.md.
+"""docs/kill_soak.json, docs/verifier_soak.json, docs/bf16_mismatch.json -> docs/reliability.md.
 
 python -m benchmarks.reliability_table
 """
@@ -15,7 +15,7 @@ STATUSES = ("correct", "wrong", "unparsed", "timeout", "error")
 
 INTRODUCTION = """# What a run survives
 
-Written by `python -m benchmarks.reliability_table` from `kill_soak*.json`, `verifier_soak.json` and
+Written by `python -m benchmarks.reliability_table` from `kill_soak.json`, `verifier_soak.json` and
 `bf16_mismatch.json`; all are made again by `bash launch/soak.sh`.
 
 ## Killed, preempted, damaged: the same run
@@ -117,11 +117,10 @@ BEHAVIOUR = (
 
 
 def main() -> None:
-    soaks = [json.loads(path.read_text()) for path in sorted(DOCS.glob("kill_soak*.json"))]
-    answers = json.loads((DOCS / "verifier_soak.json").read_text())
-    found = [mismatch_lines(json.loads(path.read_text())) for path in DOCS.glob("bf16_mismatch.json")]
-    kills = [line for soak in soaks for line in kill_lines(soak)]
-    lines = [*kills, *behaviour_lines(), *verifier_lines(answers), *sum(found, [])]
+    kills, answers, mismatch = (
+        json.loads((DOCS / f"{name}.json").read_text()) for name in ("kill_soak", "verifier_soak", "bf16_mismatch")
+    )
+    lines = [*kill_lines(kills), *behaviour_lines(), *verifier_lines(answers), *mismatch_lines(mismatch)]
     (DOCS / "reliability.md").write_text(INTRODUCTION + "\n".join(lines) + "\n")
 
 
