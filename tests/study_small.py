@@ -11,9 +11,23 @@ def get_config(name: str = "") -> ConfigDict:
         s = plan.defaults()
         s.title, s.question = "A miniature", "Does the machinery work?"
         s.arms = (("base", (0,)), ("marginal_mean", (0, 1)), ("grpo", (0,)))
-        s.measures = ("aggregated", "single", "pass@4", "maj@4", "rsa@1")
-        s.baseline, s.optimum = "grpo", 0.887
-        s.claims = (("aggregated", "marginal_mean", "grpo", -1.0), ("aggregated", "optimum", "grpo", -1.0))
+        s.measures = (
+            "aggregated",
+            "mixed",
+            "right_if_mixed",
+            "right_if_alike",
+            "commonest",
+            "single",
+            "pass@4",
+            "maj@4",
+            "rsa@1",
+        )
+        s.baseline, s.strategies, s.cross = "grpo", 2, ("base", "marginal_mean")
+        s.claims = (
+            ("aggregated", "marginal_mean", "grpo", -1.0),
+            ("aggregated", "optimum", "grpo", -1.0),
+            ("mixed", "base", "", 0.1),
+        )
         return s
     c = tiny.get_config()
     c.batch.problems, c.batch.search_groups, c.batch.aggregation_groups = 4, 4, 8

@@ -59,9 +59,10 @@ def _arms(found: Mapping[str, Any]) -> Figure:
         axes.plot(100 * value["mean"], y, "D", color=color, markersize=6, zorder=3)
         seeds = [100 * run["measures"][measure] for run in found["runs"] if run["arm"] == arm and "measures" in run]
         axes.plot(seeds, [y + 0.22] * len(seeds), "o", color=color, markersize=3, alpha=0.6)
-    if found["optimum"]:
-        axes.axvline(100 * found["optimum"], color=_GREY, linestyle="--", linewidth=1)
-        axes.annotate("best possible", (100 * found["optimum"], -0.55), ha="right", fontsize="small", color=_GREY,
+    if found["optimum"] and measure == "aggregated":
+        best = 100 * found["optimum"]["aggregated"]["mean"]
+        axes.axvline(best, color=_GREY, linestyle="--", linewidth=1)
+        axes.annotate("best possible", (best, -0.55), ha="right", fontsize="small", color=_GREY,
                       xytext=(-3, 0), textcoords="offset points")  # fmt: skip
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(-0.8, len(arms) - 0.4)
