@@ -155,7 +155,7 @@ def aggregation_requests(
 ) -> tuple[GroupRequests, Counter]:
     """What `aggregate` asks for: U = B * K.
 
-    Prompts are spliced from sampled ids; config.aggregation.order lists the candidates. `round` is 1 for aggregations of
+    Prompts are spliced from sampled ids, candidates in config.aggregation.order. `round` is 1 for aggregations of
     search traces.
     """
     rows, ids, cleaned = [], [], Counter()
