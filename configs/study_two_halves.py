@@ -78,7 +78,11 @@ def _study() -> ConfigDict:
         ("aggregated", "optimum", "grpo", 0.05),
         ("aggregated", "optimum", "online_multitask", 0.05),
         ("aggregated", "optimum", "paragator", 0.05),
+        ("aggregated", "optimum", "pkpo", 0.05),
         ("aggregated", "marginal_mean", "aggregator_only", 0.0),
+        ("aggregated", "with_without", "marginal_mean", -0.02),
+        ("rsa@1", "marginal_mean", "grpo", 0.10),
+        ("rsa@10", "marginal_mean", "paragator", 0.0),
     )
     return s
 

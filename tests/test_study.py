@@ -207,7 +207,7 @@ def test_the_report_says_everything_and_its_pictures_are_drawn(fake, tmp_path, m
     ):
         assert part in text, part
     assert "nan" not in text.lower() and "None" not in text
-    for name in ("arms", "pass_at_k", "rsa", "training"):
+    for name in ("arms", "mixed", "pass_at_k", "rsa", "training"):
         picture = imread(tmp_path / "out" / f"report_{name}.png")
         assert picture.std() > 0.02 and f"report_{name}.png" in text
 

@@ -59,8 +59,9 @@ def markdown(study: Study, found: Mapping[str, Any], pictures: Sequence[str]) ->
     )
     head = [
         f"# {study.s.title}", study.s.question,
-        f"{done} of {len(found['runs'])} runs are done. Machine: {'; '.join(found['machines'])}. Commit: "
-        f"{', '.join(found['commits'])}. Written by `python -m spiral_jax.study --config={study.file} --report`.",
+        f"{done} of {len(found['runs'])} runs are done, in {found['seconds'] / 3600:.1f} hours. Machine: "
+        f"{'; '.join(found['machines'])}. Commit: {', '.join(found['commits'])}. Written by "
+        f"`python -m spiral_jax.study --config={study.file} --report`.",
         f"Evaluation: {evaluated}",
         found["unnamed"] and f"In the directory, but not in the configuration: {', '.join(found['unnamed'])}.",
     ]  # fmt: skip
@@ -106,7 +107,7 @@ def _claims(found: Mapping[str, Any]) -> str:
             return _NONE
         if claim["unit"] == "times":
             return f"{gap['mean']:.2f}x [{gap['low']:.2f}, {gap['high']:.2f}]"
-        return percent(gap, "+")
+        return percent(gap, "+" if claim["unit"] == "points" else "")
 
     rows = [[c["claim"], cell(c), c["gap"]["seeds"] if c["gap"] else 0, f"**{c['verdict']}**"] for c in found["claims"]]
     return _table(["claim", "measured", "seeds", "verdict"], rows)

@@ -62,6 +62,7 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
         "version": VERSION,
         "title": study.s.title,
         "machines": sorted({_machine(row["environment"]) for row in journal}),
+        "seconds": sum(row["seconds"] for row in journal),
         "commits": sorted({_commit(row["environment"]) for row in journal}),
         "problems": first["problems"],
         "settings": first["settings"],
@@ -227,7 +228,7 @@ def _claim(
         of = efficiency.get(arm)
         gap = of and {"mean": of["ratio"], "low": of["low"], "high": of["high"], "seeds": of["seeds"]}
     elif not other:
-        row = {"claim": f"{measure}: {arm} > {100 * points:g} %", "unit": "points"}
+        row = {"claim": f"{measure}: {arm} > {100 * points:g} %", "unit": "percent"}
         gap = estimate(alone(arm), len(done[arm].seeds)) if arm in done else None
     elif OPTIMUM in (arm, other):
         side, best_R = other if arm == OPTIMUM else arm, _optimum_R(study, done, weight_RxB)
