@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     broken = [row["claim"] for row in found["claims"] if row["verdict"] != "holds"]
     failed = [f"{run['arm']} seed {run['seed']}" for run in found["runs"] if run["state"] != "done"]
+    pairs = [row for row in found["cross"] if not row["measures"] or row.get("errors")]
+    failed += [f"search of {row['searcher']}, read by {row['reader']}" for row in pairs]
     if broken or failed:
         sys.exit("\n".join([*(f"claim: {claim}" for claim in broken), *(f"not done: {run}" for run in failed)]))
 

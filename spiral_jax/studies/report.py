@@ -149,10 +149,10 @@ def _cross(found: Mapping[str, Any]) -> str:
 
 
 def _cross_cell(row: Mapping[str, Any], measure: str) -> str:
-    if row["measures"]:
-        estimate = row["measures"][measure]
-        return f"{percent(estimate)} ({estimate['seeds']})"
-    return "; ".join(row.get("errors", [])) or _NONE
+    """Estimate and its number of seeds; and what failed."""
+    of = row["measures"].get(measure)
+    value = [f"{percent(of)} ({of['seeds']})"] if of else []
+    return "; ".join([*value, *row.get("errors", [])]).replace("|", "\\|") or _NONE
 
 
 def _gaps(found: Mapping[str, Any]) -> str:
