@@ -8,7 +8,7 @@ import pytest
 from spiral_jax.config import ConfigError
 from spiral_jax.estimators import bootstrap_weights, ratios_and_intervals
 from spiral_jax.measures import Column
-from spiral_jax.studies import plan, results
+from spiral_jax.studies import plan, plots, results
 from spiral_jax.studies.cells import Cells, column_of, estimate
 
 FILE = "tests/study_small.py"
@@ -106,6 +106,13 @@ def test_the_optimum_is_the_best_share_of_mixed_sets_read_as_well_as_the_base_re
     with study.s.unlocked():
         study.s.strategies = 0
     assert results._optimum(study, done, WEIGHTS) is None
+
+
+def test_an_arms_training_curve_is_the_mean_of_its_runs_at_equal_tokens_while_all_of_them_run():
+    runs = [{"sampled_tokens": [10, 20, 30], "x": [1.0, None, 1.0]}, {"sampled_tokens": [5, 30, 50], "x": [2.0] * 3}]
+    tokens, value = plots._mean_curve(runs, "x")
+    assert tokens[0] == 10 and tokens[-1] == 30
+    np.testing.assert_allclose(value, 1.5)
 
 
 def test_measures_are_columns_of_the_evaluation():
