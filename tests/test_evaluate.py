@@ -93,11 +93,11 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_results(torn, scrip
     evaluate.evaluate(small_config(), str(tmp_path / "whole"))
     asked, real = [], evaluate.evaluate_wave
 
-    def stopping(actor, weights, problems, index_B):
+    def stopping(actor, weights, problems, index_B, **policies):
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append(index_B.tolist())
-        return real(actor, weights, problems, index_B)
+        return real(actor, weights, problems, index_B, **policies)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "evaluate_wave", stopping)
@@ -110,7 +110,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_results(torn, scrip
 
     def counting(actor, weights, problems, index_B):
         asked.append(index_B.tolist())
-        return real(actor, weights, problems, index_B)
+        return real(actor, weights, problems, index_B, **policies)
 
     monkeypatch.setattr(evaluate, "evaluate_wave", counting)
     evaluate.evaluate(small_config(), str(tmp_path / "stopped"))

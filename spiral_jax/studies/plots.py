@@ -19,7 +19,7 @@ from spiral_jax.studies.plan import BASE
 # Okabe and Ito (2008), distinct for colour-blind readers; arms beyond them repeat the colours with another dash.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", ":")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")  # filled, then hollow
 _GREY = "#555555"
 _SMOOTH = 7  # points of a training curve that are averaged
 _MOST_BANDS = 4  # arms whose intervals are drawn; more would hide each other, and the tables have them
@@ -94,7 +94,7 @@ def _mixed(found: Mapping[str, Any]) -> Figure | None:
             x, y = ([100 * measures[m] for measures in of_arm] for m in ("mixed", "aggregated"))
             place = list(found["arms"]).index(arm)
             axes.plot(x, y, _MARKERS[place % len(_MARKERS)], color=_style(found, arm)["color"], markersize=6, alpha=0.8,
-                      label=arm)  # fmt: skip
+                      label=arm, fillstyle="full" if place < len(_MARKERS) else "none")  # fmt: skip
     axes.set_xlabel("sets of two strategies or more (%)")
     axes.set_ylabel("aggregated (% right)")
     axes.set_xlim(0, 100)
