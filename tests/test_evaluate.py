@@ -108,7 +108,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_results(torn, scrip
         journal = tmp_path / "stopped" / "waves.jsonl"
         journal.write_bytes(journal.read_bytes()[:-40])
 
-    def counting(actor, weights, problems, index_B):
+    def counting(actor, weights, problems, index_B, **policies):
         asked.append(index_B.tolist())
         return real(actor, weights, problems, index_B, **policies)
 
