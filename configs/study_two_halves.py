@@ -33,7 +33,7 @@ _SEARCH = {"N": 16}
 _ARMS = {
     "marginal_mean": (_SPIRAL, 44),
     "with_without": (_SPIRAL, 44),
-    "disjoint_sets": (_DISJOINT, 44),
+    "disjoint_sets": (_DISJOINT, 40),
     "aggregator_only": (_SPIRAL, 64),
     "online_multitask": (_SPIRAL, 80),
     "paragator": (_SPIRAL, 80),
