@@ -2,6 +2,7 @@
 
     python -m spiral_jax.study --config=configs/study_two_halves.py --workdir=W            # run what is missing, report
     python -m spiral_jax.study --config=configs/study_two_halves.py --workdir=W --report [--out=docs/study]   # report
+    python -m spiral_jax.study --config=configs/study_two_halves_budget.py --workdir=W --sweep=12    # and 12 by optuna
 
 Each run is an ordinary training in a process of its own, W/runs/ARM/seed_0, and an ordinary evaluation of what it has
 trained, W/evaluations/ARM/seed_0/step_000040; what they print is in W/logs. Then the arms of `cross` read each other's
@@ -18,14 +19,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import importlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from types import ModuleType
 from typing import IO
 
 import jax
@@ -35,10 +39,12 @@ from ml_collections import ConfigDict
 from spiral_jax.checkpoint import CheckpointError
 from spiral_jax.config import ConfigError, digest_of
 from spiral_jax.initial import find_trained
-from spiral_jax.results import ResultsError
+from spiral_jax.measures import columns
+from spiral_jax.results import ResultsError, read_results
 from spiral_jax.studies import report
+from spiral_jax.studies.cells import value_of
 from spiral_jax.studies.directory import StudyDirectory, pair_name, read_metrics
-from spiral_jax.studies.plan import BASE, EVALUATION, Study, load_study
+from spiral_jax.studies.plan import BASE, EVALUATION, SWEEP_SEED, Study, load_study
 from spiral_jax.studies.results import gather
 from spiral_jax.workdir import WorkdirError, open_workdir
 
@@ -51,6 +57,7 @@ def define_flags() -> None:
     flags.DEFINE_string("config", None, "the study: a file of configs/", required=True)
     flags.DEFINE_string("workdir", None, "directory of the study", required=True)
     flags.DEFINE_bool("report", False, "run nothing, only report")
+    flags.DEFINE_integer("sweep", 0, "let optuna propose so many arms beside the listed ones", lower_bound=0)
     flags.DEFINE_string("out", None, "the report's path without its ending; default: WORKDIR/report")
 
 
@@ -65,8 +72,10 @@ def main(argv: list[str]) -> None:
         plain = study.plain()
         path = open_workdir(given.workdir, plain, digest_of(plain))
         directory = StudyDirectory(path)
+        if given.sweep or directory.sweep.exists():
+            study = study.with_proposed(_sweep_module().proposed(directory))
         if not given.report:
-            run_study(study, directory)
+            study = run_study(study, directory, given.sweep)
         found = gather(study, directory)
         out = pathlib.Path(given.out) if given.out else path / "report"
         print(report.write(study, found, out), flush=True)
@@ -80,9 +89,14 @@ def main(argv: list[str]) -> None:
         sys.exit("\n".join([*(f"claim: {claim}" for claim in broken), *(f"not done: {run}" for run in failed)]))
 
 
-def run_study(study: Study, directory: StudyDirectory) -> None:
-    """Runs what is missing. Returns when every run is done or has failed."""
-    with _alone(directory) as lock, tempfile.TemporaryDirectory(prefix="spiral_jax_programs_") as programs:
+def run_study(study: Study, directory: StudyDirectory, proposals: int = 0) -> Study:
+    """Runs what is missing, and a sweep over `proposals` arms. Returns when every run is done or has failed: the study
+    with the arms of its sweep."""
+    with (
+        _alone(directory) as lock,
+        tempfile.TemporaryDirectory(prefix="spiral_jax_programs_") as programs,
+        _stoppable(),
+    ):
         directory.journal.cut_back(sys.maxsize)  # repairs a torn last line
         runner = Runner(study, directory, _environment(), lock, programs)
         for number, (arm, seed) in enumerate(study.runs, start=1):
@@ -91,6 +105,17 @@ def run_study(study: Study, directory: StudyDirectory) -> None:
         for number, (pair, seed) in enumerate(study.pairs, start=1):
             print(f"[pair {number}/{len(study.pairs)}] search of {pair[0]}, read by {pair[1]}, seed {seed}", flush=True)
             runner.run_pair(pair, seed)
+        if proposals:
+            study = _sweep_module().sweep(study, directory, proposals, runner.value_of)
+    return study
+
+
+def _sweep_module() -> ModuleType:
+    """`studies.sweep`, whose library is optional. Raises ConfigError: it is not installed."""
+    try:
+        return importlib.import_module("spiral_jax.studies.sweep")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"a sweep needs {error.name}: pip install -r requirements-sweep.txt") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +158,13 @@ class Runner:
         searcher = self._policy("eval.searcher", pair[0], seed, steps[0]) or [f"--config.eval.searcher={BASE}"]
         self._evaluate(pair_name(*pair), seed, steps[1], *reader, *searcher)
 
+    def value_of(self, study: Study, arm: str) -> float | None:
+        """What the study's first measure is for an arm that a sweep has proposed to it; None: the arm failed."""
+        print(f"[sweep, arm {len(study.proposed)}] {arm}", flush=True)
+        dataclasses.replace(self, study=study).run_arm(arm, SWEEP_SEED)
+        files = self.directory.evaluations(arm, SWEEP_SEED)
+        return value_of(columns(read_results(files[-1])["records"]), study.s.measures[0]) if files else None
+
     def _policy(self, field: str, arm: str, seed: int, step: int) -> list[str]:
         """The flag that names what an arm has trained; none for the base."""
         return [] if arm == BASE else [f"--config.{field}={self.directory.run(arm, seed)}@{step}"]
@@ -148,12 +180,7 @@ class Runner:
         log = self.directory.log(name, seed, stage)
         log.parent.mkdir(exist_ok=True)
         start = time.monotonic()
-        with log.open("ab") as output:
-            code = subprocess.run(
-                [sys.executable, "-m", f"spiral_jax.{stage}", *arguments, f"--config.seed={seed}"],
-                stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=(self.lock.fileno(),),
-                env={"JAX_COMPILATION_CACHE_DIR": self.programs} | os.environ, check=False,
-            ).returncode  # fmt: skip
+        code = self._run([sys.executable, "-m", f"spiral_jax.{stage}", *arguments, f"--config.seed={seed}"], log)
         seconds = round(time.monotonic() - start, 1)
         journal = self.directory.journal
         row = {"step": len(journal.read()), "arm": name, "seed": seed, "stage": stage, "returncode": code}
@@ -179,6 +206,28 @@ def _ended(c: ConfigDict, workdir: pathlib.Path, step: int | None) -> bool:
         return False
     tokens = sum(row["sampling/generated_tokens"] for row in read_metrics(workdir)[:step])
     return step >= c.train.steps or 0 < c.train.max_sampled_tokens <= tokens
+
+    def _run(self, command: list[str], log: pathlib.Path) -> int:
+        environment = {"JAX_COMPILATION_CACHE_DIR": self.programs} | os.environ
+        with log.open("ab") as output, subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            pass_fds=(self.lock.fileno(),),
+        ) as process:  # fmt: skip
+            try:
+                return process.wait()
+            except BaseException:  # the study was told to stop: so is the run, which saves what it has
+                process.terminate()
+                raise
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends a study as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop; the same command goes on"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _last_words(log: pathlib.Path, code: int) -> str:

@@ -34,6 +34,13 @@ def get_config(name: str = "") -> ConfigDict:
     c.sampling.classes, c.sampling.row_counts = ((8, 8, 16, 26), (32, 4, 124, 12)), ()
     c.train.steps, c.checkpoint.every, c.trace_log.every = 3, 1, 0
     c.eval.problems, c.eval.n, c.eval.rounds, c.eval.wave = 8, 8, 1, 4
-    if name != plan.EVALUATION:
+    if name.startswith("N"):
+        c.search.traces, c.eval.problems = int(name[1:]), 0
+    elif name != plan.EVALUATION:
         c.loss.estimator, c.eval.problems = name, 0
     return c
+
+
+def propose(trial):
+    N = trial.suggest_int("N", 5, 12)
+    return f"N{N}" if N % 2 else None

@@ -15,9 +15,9 @@ import study_small
 from matplotlib.image import imread
 
 from spiral_jax import study
-from spiral_jax.config import to_plain
+from spiral_jax.config import ConfigError, to_plain
 from spiral_jax.results import ResultsError
-from spiral_jax.studies import plots, report
+from spiral_jax.studies import plots, report, sweep
 from spiral_jax.studies.directory import StudyDirectory
 from spiral_jax.studies.plan import load_study
 from spiral_jax.studies.results import gather
@@ -238,6 +238,37 @@ def test_arms_may_be_added_but_a_run_is_held_to_its_experiment_and_none_goes_uns
         gather(less, directory)
 
 
+def test_a_sweep_tries_what_optuna_proposes_and_goes_on_where_it_was_stopped(fake, tmp_path, monkeypatch):
+    directory = run(tmp_path / "w")
+    fake()
+    with monkeypatch.context() as patch:  # killed while its first arm is trained
+        patch.setattr(study.Runner, "run_arm", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.sweep(load_study(FILE), directory, 2, runner(directory).value_of)
+    (first,) = sweep.proposed(directory)
+    swept = study.run_study(load_study(FILE), directory, 3)
+    trained = [given["--config"].partition(":")[2] for command, given in fake() if command == "train"]
+    assert trained[0] == first and len(trained) == 3 and tuple(trained) == swept.proposed
+    assert set(trained) < {"N5", "N7", "N9", "N11"}  # those that fit
+    again = study.run_study(load_study(FILE), directory, 4)
+    assert again.proposed[:3] == swept.proposed and set(again.proposed) == {"N5", "N7", "N9", "N11"}
+    assert study.run_study(load_study(FILE), directory, 5).proposed == again.proposed  # there are no others
+    found = gather(again, directory)
+    assert found["arms"]["N7"]["N"] == 7 and found["arms"]["N7"]["measures"] and found["unnamed"] == []
+    without = load_study("configs/study_two_halves.py")
+    with pytest.raises(ConfigError, match="study_two_halves.py: has no function propose"):
+        sweep.sweep(without, directory, 1, lambda study, arm: None)
+
+
+def interrupted(self, arm, seed):
+    if arm.startswith("N"):
+        raise KeyboardInterrupt
+
+
+def runner(directory):
+    return study.Runner(load_study(FILE), directory, {}, None, "")
+
+
 def test_a_study_without_results_says_what_became_of_its_runs(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("FAIL", "seed")
     directory = run(tmp_path / "w")
@@ -272,20 +303,34 @@ test_study.run(test_study.pathlib.Path(sys.argv[2]))
 """
 
 
-@pytest.mark.slow
-def test_after_kill_9_the_run_that_is_left_keeps_the_next_study_out_and_then_it_goes_on(fake, tmp_path, monkeypatch):
-    monkeypatch.setenv("SLEEP", "3")
+def started(tmp_path, monkeypatch, seconds):
+    """A study in a process of its own, once its first command of so many seconds runs."""
+    monkeypatch.setenv("SLEEP", str(seconds))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     driver = subprocess.Popen([PYTHON, "-c", DRIVER, sys.executable, str(tmp_path / "w")], cwd=ROOT)
-    calls = pathlib.Path(os.environ["CALLS"])
     deadline = time.monotonic() + 120
-    while not calls.exists() and time.monotonic() < deadline:
+    while not pathlib.Path(os.environ["CALLS"]).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+    monkeypatch.setenv("SLEEP", "0")
+    return driver
+
+
+@pytest.mark.slow
+def test_a_study_that_is_told_to_stop_stops_its_run_too(fake, tmp_path, monkeypatch):
+    driver = started(tmp_path, monkeypatch, seconds=600)
+    driver.terminate()
+    assert driver.wait(timeout=60) == 1
+    run(tmp_path / "w")  # nothing is left that keeps it out
+    assert [command for command, _ in fake()].count("train") == 3
+
+
+@pytest.mark.slow
+def test_after_kill_9_the_run_that_is_left_keeps_the_next_study_out_and_then_it_goes_on(fake, tmp_path, monkeypatch):
+    driver, deadline = started(tmp_path, monkeypatch, seconds=3), time.monotonic() + 120
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     with pytest.raises(WorkdirError, match="a run that a killed one has left"):
         run(tmp_path / "w")
-    monkeypatch.setenv("SLEEP", "0")
     while True:  # until the run that was left has ended
         try:
             run(tmp_path / "w")

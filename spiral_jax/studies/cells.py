@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,13 @@ def column_of(measure: str) -> tuple[str, int]:
     kind, _, number = measure.partition("@")
     name, offset = _COLUMNS[kind]
     return name, int(number or 0) + offset if number else offset
+
+
+def value_of(columns: Mapping[str, Column], measure: str) -> float | None:
+    """A measure of one evaluation; None if no set or trace is of its kind."""
+    column, q = column_of(measure)
+    total, count = columns[column]
+    return float(total[:, q].sum() / count[:, q].sum()) if count[:, q].any() else None
 
 
 def estimate(value_R: np.ndarray, seeds: int) -> dict[str, Any]:

@@ -26,6 +26,11 @@ class StudyDirectory:
         """A row for each command that has ended: arm, seed, stage, returncode, seconds, environment, error."""
         return StepLog(self.path / "journal.jsonl")
 
+    @property
+    def sweep(self) -> pathlib.Path:
+        """What a sweep has proposed; see `studies/sweep.py`."""
+        return self.path / "sweep.db"
+
     def run(self, arm: str, seed: int) -> pathlib.Path:
         return self.path / "runs" / arm / f"seed_{seed}"
 

@@ -7,7 +7,7 @@ A study is a file of configs/ whose `get_config` takes a name:
     get_config("evaluation")    how every arm is evaluated, an ordinary one of `python -m spiral_jax.evaluate`
 
 so that any run of it can be repeated by hand with --config=configs/study_x.py:paragator. The arm `base` is the model
-before any training.
+before any training. For sweeps it has a `propose(trial)` that names further arms, see `studies/sweep.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import importlib.util
 import itertools
 import pathlib
 import re
+from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -26,6 +28,7 @@ from spiral_jax.config_checks import validate, validate_evaluation
 from spiral_jax.measures import STRATEGIES
 
 BASE, EVALUATION, OPTIMUM, EFFICIENCY = "base", "evaluation", "optimum", "efficiency"
+SWEEP_SEED = 0  # of the runs of a sweep
 _MAY_CHANGE = ("title", "question", "notes", "arms", "cross")
 _MEASURE = re.compile(rf"(single|aggregated|{'|'.join(STRATEGIES)}|(pass|maj|rsa)@[1-9][0-9]*)")
 
@@ -62,17 +65,29 @@ class Study:
       s: `defaults()` with what differs.
       experiments: arm -> configuration, without `base`.
       evaluation: configuration of all evaluations.
+      module: the file's; its `get_config` knows arms that are not listed too, its `propose` names some.
+      proposed: arms of a sweep, beside those of the file.
     """
 
     file: pathlib.Path
     s: ConfigDict
     experiments: dict[str, ConfigDict]
     evaluation: ConfigDict
+    module: ModuleType
+    proposed: tuple[str, ...] = ()
 
     @property
     def arms(self) -> dict[str, list[int]]:
         """Arm -> its seeds."""
-        return {arm: list(seeds) for arm, seeds in self.s.arms}
+        return {arm: list(seeds) for arm, seeds in self.s.arms} | {arm: [SWEEP_SEED] for arm in self.proposed}
+
+    def with_proposed(self, arms: Iterable[str]) -> Study:
+        """The study with these arms of a sweep, as far as the file does not list them; checked."""
+        added = tuple(arm for arm in dict.fromkeys(arms) if arm not in dict(self.s.arms))
+        experiments = self.experiments | {arm: self.module.get_config(arm) for arm in added}
+        study = dataclasses.replace(self, proposed=added, experiments=experiments)
+        _check(study)
+        return study
 
     @property
     def runs(self) -> list[tuple[str, int]]:
@@ -113,7 +128,7 @@ def load_study(path: str) -> Study:
     if not isinstance(s, ConfigDict) or set(s) != set(defaults()):
         raise ConfigError(f"--config={path}: get_config('') must return plan.defaults() with what differs.")
     experiments = {arm: module.get_config(arm) for arm, _ in s.arms if arm != BASE}
-    study = Study(file, s, experiments, module.get_config(EVALUATION))
+    study = Study(file, s, experiments, module.get_config(EVALUATION), module)
     _check(study)
     return study
 
@@ -126,7 +141,7 @@ def _check(study: Study) -> None:
             raise ConfigError(
                 f'arms.{arm} = {seeds!r}: must be different seeds >= 0, and the arm no reserved name and without "+".'
             )
-    if len(arms) != len(s.arms) or s.baseline not in arms:
+    if len(arms) != len(s.arms) + len(study.proposed) or s.baseline not in arms:
         raise ConfigError(
             f"baseline = {s.baseline!r}: must be one of the arms {[arm for arm, _ in s.arms]}, each once."
         )

@@ -27,7 +27,7 @@ from spiral_jax.config import eval_subset_size
 from spiral_jax.estimators import bootstrap_weights
 from spiral_jax.measures import columns
 from spiral_jax.results import ResultsError, read_results
-from spiral_jax.studies.cells import Cells, column_of, estimate
+from spiral_jax.studies.cells import Cells, column_of, estimate, value_of
 from spiral_jax.studies.directory import StudyDirectory, pair_name
 from spiral_jax.studies.history import check_evaluation, run_row
 from spiral_jax.studies.plan import BASE, EFFICIENCY, OPTIMUM, Study, arm_row
@@ -52,7 +52,7 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
         cells = done.get(run["arm"])
         if cells and run["seed"] in cells.seeds:
             place = cells.seeds.index(run["seed"])
-            run["measures"] = {m: _own_estimate(cells, place, m) for m in study.s.measures}
+            run["measures"] = {m: value_of(cells.columns[place], m) for m in study.s.measures}
     weight_RxB = bootstrap_weights(0, len(first["records"]), DRAWS)
     pairs = {pair_name(*pair) for pair, _ in study.pairs}
     arms = {arm: cells for arm, cells in done.items() if arm not in pairs}
@@ -171,13 +171,6 @@ def _unnamed(study: Study, directory: StudyDirectory) -> list[str]:
     named = {directory.run(arm, seed) for arm, seed in study.runs}
     found = sorted(path for path in (directory.path / "runs").glob("*/seed_*") if path not in named)
     return [str(path.relative_to(directory.path / "runs")) for path in found]
-
-
-def _own_estimate(cells: Cells, run: int, measure: str) -> float | None:
-    """Of one run; None if no set or trace is of that kind."""
-    column, q = column_of(measure)
-    total, count = cells.columns[run][column]
-    return float(total[:, q].sum() / count[:, q].sum()) if count[:, q].any() else None
 
 
 def _arm(study: Study, arm: str, cells: Cells | None, weight_RxB: np.ndarray) -> dict[str, Any]:
