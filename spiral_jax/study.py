@@ -191,6 +191,18 @@ class Runner:
         print(f"    {stage}: {seconds:.0f} s" + (f", failed: {row['error']}" if code else ""), flush=True)
         return code
 
+    def _run(self, command: list[str], log: pathlib.Path) -> int:
+        environment = {"JAX_COMPILATION_CACHE_DIR": self.programs} | os.environ
+        with log.open("ab") as output, subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            pass_fds=(self.lock.fileno(),),
+        ) as process:  # fmt: skip
+            try:
+                return process.wait()
+            except BaseException:  # the study was told to stop: so is the run, which saves what it has
+                process.terminate()
+                raise
+
 
 def _step(workdir: pathlib.Path) -> int | None:
     """Of the run's newest checkpoint; None: there is none."""
@@ -206,18 +218,6 @@ def _ended(c: ConfigDict, workdir: pathlib.Path, step: int | None) -> bool:
         return False
     tokens = sum(row["sampling/generated_tokens"] for row in read_metrics(workdir)[:step])
     return step >= c.train.steps or 0 < c.train.max_sampled_tokens <= tokens
-
-    def _run(self, command: list[str], log: pathlib.Path) -> int:
-        environment = {"JAX_COMPILATION_CACHE_DIR": self.programs} | os.environ
-        with log.open("ab") as output, subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-            pass_fds=(self.lock.fileno(),),
-        ) as process:  # fmt: skip
-            try:
-                return process.wait()
-            except BaseException:  # the study was told to stop: so is the run, which saves what it has
-                process.terminate()
-                raise
 
 
 @contextlib.contextmanager
