@@ -26,7 +26,7 @@ def get_config(name: str = "") -> ConfigDict:
         s.claims = (
             ("aggregated", "marginal_mean", "grpo", -1.0),
             ("aggregated", "optimum", "grpo", -1.0),
-            ("mixed", "base", "", 0.1),
+            ("mixed", "base", "", 0.0),
         )
         return s
     c = tiny.get_config()
