@@ -9,10 +9,11 @@ than the 12 of an aggregation trace, which can read but not compute. So GRPO has
 Of sets of S = 4 independent traces at most 1 - 2 * 2^-4 = 0.875 hold both halves. What the reader makes of sets that do
 and that do not is measured on `base`, before any training: together they say what is possible.
 
-A run ends when its sampled tokens are spent; there is no other stopping rule, and no run is left out. Estimated on two
-cores that do nothing else, from pilots: 3 minutes a run, 1 an evaluation; 39 runs, 42 evaluations of them and 18 of
-pairs together 3 hours. Stopped or killed at any time, it goes on with the same command; seeds come one after the other,
-so that what is there always has all arms.
+A run ends when its sampled tokens are spent, or at its limit of steps, which lies beyond (from pilots of seed 0); there
+is no other stopping rule, and no run is left out. Estimated on two cores that do nothing else, from pilots that shared
+them: 3 minutes a run, 2 an evaluation, of which ten rounds of self-aggregation take most; 39 runs, 42 evaluations of
+them and 18 of pairs: 4 hours. Stopped or killed at any time, it goes on with the same command; seeds come one after the
+other, so that what is there always has all arms.
 """
 
 from ml_collections import ConfigDict

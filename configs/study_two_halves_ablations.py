@@ -2,9 +2,9 @@
 
     python -m spiral_jax.study --config=configs/study_two_halves_ablations.py --workdir=runs/study_ablations
 
-The learning rate is Adam's, so a weight on both terms changes little; the balance of the two does. Estimated time on
-two cores that do nothing else: see `study_two_halves.py`; 13 arms x 3 seeds are about 2.5 hours. Stopped, it goes on
-with the same command.
+The learning rate is Adam's, so a weight on both terms changes little; the balance of the two does. 10 arms and the base
+with 3 seeds: about 2.5 hours on two cores that do nothing else. Stopped, it goes on with the
+same command.
 """
 
 from ml_collections import ConfigDict
