@@ -3,8 +3,8 @@
     python -m spiral_jax.study --config=configs/study_two_halves_ablations.py --workdir=runs/study_ablations
 
 The learning rate is Adam's, so a weight on both terms changes little; the balance of the two does. 10 arms and the base
-with 3 seeds: about 2.5 hours on two cores that do nothing else. Stopped, it goes on with the
-same command.
+with 3 seeds: about 2.5 hours on two cores that do nothing else. Stopped, it goes on with the same
+command.
 """
 
 from ml_collections import ConfigDict
