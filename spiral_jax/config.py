@@ -80,8 +80,9 @@ def defaults() -> ConfigDict:
     c.task.generator_args = ConfigDict()
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one (ours)
     c.task.reward = ""  # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function" (ours)
-    # what polychromic takes for a trace's strategy: "" = the task's own; your "package.module:function", a function
-    # (text, problem) -> anything hashable, None = none (ours: the paper asks a language model)
+    # a trace's strategy, which polychromic rewards and evaluations report: "" = the task's own, if it has one; your
+    # "package.module:function", a function (text, problem) -> anything hashable, None = none (ours: the paper asks a
+    # language model)
     c.task.strategy = ""
 
     c.prompt = ConfigDict()
@@ -102,7 +103,7 @@ def defaults() -> ConfigDict:
         "{candidates}\n\nFirst audit every attempt: name its errors. Then verify which parts can be used. Finally "
         "synthesise one complete and consistent solution, and put its final answer within \\boxed{{}}."
     )
-    c.prompt.candidate = "Attempt {index}:\n{candidate}\n\n"  # repeated for each candidate, in shuffled order
+    c.prompt.candidate = "Attempt {index}:\n{candidate}\n\n"  # repeated for each candidate, in aggregation.order
     c.prompt.truncated = "keep_tail"  # candidate that hit the limit: "keep_tail", "drop" or "mark" (ours)
     c.prompt.keep_tail_tokens = 4096  # tokens of a truncated candidate that "keep_tail" and "mark" keep (ours)
     c.prompt.thinking = "answer_only"  # "answer_only" drops a candidate's <think> block, "full" keeps it (ours)
@@ -117,6 +118,7 @@ def defaults() -> ConfigDict:
     c.aggregation.subset_size = 4  # S (paper)
     c.aggregation.traces = 4  # M for each subset (paper)
     c.aggregation.max_tokens = 4096  # limit of an aggregation trace (paper)
+    c.aggregation.order = "shuffled"  # of a subset's candidates in the prompt; or "sampled", as they were drawn (ours)
 
     c.sampling = ConfigDict()
     c.sampling.temperature = 1.0  # (paper); top-p and top-k do not exist in training: their log-probs would be others
@@ -197,6 +199,9 @@ def defaults() -> ConfigDict:
     c.eval.set_size = 4  # of which each member of the next population reads so many (paper)
     # The rest is for `python -m spiral_jax.evaluate` alone; evaluations during training sample search.traces.
     c.eval.n = 64  # search traces of a problem: pass@k and maj@k up to k = n (ours; the paper draws 256)
+    # whose search traces are aggregated: "" = the model's own; "base" = those of model.hf_path as it is; WORKDIR@step =
+    # those of a run: what search and what aggregation have learned can be told apart by pairing them anew (ours)
+    c.eval.searcher = ""
     c.eval.limits = ()  # tokens, ascending: the search traces once more, cut off here; up to search.max_tokens (ours)
     c.eval.rounds = 10  # of RSA, after the search traces (paper: up to 10)
     c.eval.wave = 32  # problems sampled at once; a stopped evaluation goes on after the last whole wave (ours)

@@ -41,6 +41,8 @@ def validate_evaluation(c: ConfigDict) -> None:
     _validate_sampling(c)
     _require(not c.model.init_from or "@" in c.model.init_from, "model.init_from", c.model.init_from,
              "WORKDIR@step in evaluations", "The newest one may change while an evaluation is stopped.")  # fmt: skip
+    _require(c.eval.searcher in ("", "base") or "@" in c.eval.searcher, "eval.searcher", c.eval.searcher,
+             '"", "base" or WORKDIR@step')  # fmt: skip
     _validate_task(c, training=False)
     e, s = c.eval, eval_subset_size(c)
     for field in ("problems", "subsets", "traces", "n", "rounds", "wave"):
@@ -79,6 +81,7 @@ def _validate_choices(c: ConfigDict) -> None:
         "model.compute_dtype": ("float32", "bfloat16"),
         "model.remat": REMAT,
         "task.name": TASKS,
+        "aggregation.order": ("shuffled", "sampled"),
         "sampling.cache_dtype": ("compute", "int8"),
         "prompt.template": ("chat", "plain"),
         "prompt.truncated": ("keep_tail", "drop", "mark"),

@@ -9,7 +9,8 @@ table, and four pictures. The first wave prints one prompt and one trace of each
 template shows there. A finished evaluation prints its table again. Of the config it uses `model`, `mesh`,
 `task`, `prompt`, `search.max_tokens`, `aggregation.max_tokens`, `sampling`, `verifier`, `eval`, `seed`,
 `train.wait_s` and `train.watchdog`. The model is the checkpoint of `model.hf_path`, with the adapter of
-`model.adapter_path`, or as `model.init_from` has trained it.
+`model.adapter_path`, or as `model.init_from` has trained it; it reads the search traces of `eval.searcher` where that
+names another.
 
 `--compare` sets two results on the same problems and scaffold side by side: samples that B needs for what A reaches,
 gaps with paired intervals, the same four pictures with both (in B's directory, `compare/`, unless --workdir is given).
@@ -136,14 +137,14 @@ def run_waves(setup: Setup, journal: StepLog, model: str, verifier: Verifier) ->
             print(*filter(None, (setup.task.report, setup.eval_sampler.start_report())), sep="\n", flush=True)
         read = "the weights that config.model names to be read (config.train.wait_s)"
         with progress.phase("loading weights"), deadline(read, c.train.wait_s):
-            params, adapters = setup.load_start()
-            collections = {"params": params} if adapters is None else {"params": params, "lora": adapters}
-            weights = setup.eval_sampler.prepare(collections)
+            policy, searcher = setup.load_policies()
+            weights = setup.eval_sampler.prepare(policy)
+            search_weights = weights if searcher is None else setup.eval_sampler.prepare(searcher)
         for number in range(len(done), len(waves)):
             start, index_B = time.monotonic(), np.array(waves[number])
             watchdog.starts("wave", number)
             asked = [problems[index] for index in waves[number]]
-            records, counts, rollouts = evaluate_wave(actor, weights, asked, index_B)
+            records, counts, rollouts = evaluate_wave(actor, weights, asked, index_B, search_weights=search_weights)
             watchdog.ends()
             if number == 0:
                 print(render_examples(rollouts, setup.tokenizer), flush=True)

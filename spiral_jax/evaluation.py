@@ -21,7 +21,7 @@ from spiral_jax.groups import Groups, Purpose, Stop
 from spiral_jax.measures import Answers, accuracy, any_correct, set_votes
 from spiral_jax.objective import subsets
 from spiral_jax.results import make_results
-from spiral_jax.rollout import Actor, Rollouts, aggregate, fits, search, verify
+from spiral_jax.rollout import Actor, Rollouts, aggregate, fits, load_strategy, search, verify
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.rewards import Status, Verdict
 from spiral_jax.verifier.verifier import count_verdicts, number_classes
@@ -33,11 +33,12 @@ class Stage:
 
     Attributes:
       groups: in problem order.
-      verdicts: of every trace, in order.
+      texts, verdicts: of every trace, in order.
       answers: B rows, numbered by `number_classes`.
     """
 
     groups: Groups
+    texts: list[str]
     verdicts: list[Verdict]
     answers: list[Answers]
 
@@ -129,24 +130,26 @@ def _shares(role: str, rows: list[dict[str, Any]], counts: Counter) -> dict[str,
 
 
 def evaluate_wave(
-    actor: Actor, weights: Any, problems: list[Problem], index_B: np.ndarray, step: int = 0
+    actor: Actor, weights: Any, problems: list[Problem], index_B: np.ndarray, step: int = 0, search_weights: Any = None
 ) -> tuple[list[dict[str, Any]], Counter, Rollouts]:
     """All stages of an evaluation for B held-out problems; `actor.c` is that of one of the `config.for_evaluation*`.
 
     `step` of training has its own random numbers; `python -m spiral_jax.evaluate` draws those of step 0.
+    `search_weights` draw the search traces; None: `weights` do.
 
     Returns:
       a record of each problem; counts: verdicts, sampled tokens and what cleaning removed from candidates, by stage
       (`search_*`, `aggregation_*`, `rsa_*`); and the traces of search and plain aggregation, for a person to read.
     """
     c = actor.c
-    found = _searched(actor, weights, problems, index_B, step)
+    search_weights = weights if search_weights is None else search_weights
+    found = _searched(actor, search_weights, problems, index_B, step)
     member_BxKxS = _disjoint(c, index_B, step)
     read, cleaned = _aggregated(actor, weights, problems, found.groups, member_BxKxS, c.eval.traces, round=1)
     counts = found.counts("search") + read.counts("aggregation") + cleaned
     rounds, of_rounds = _self_aggregated(actor, weights, problems, index_B, found.groups, step)
     limits = {limit: _verified(actor, problems, cut_at(found.groups, limit)).answers for limit in c.eval.limits}
-    searched, aggregated = found.rows(), read.rows()
+    searched, aggregated = _with_strategies(actor, problems, found), read.rows()
     records = [
         {
             "index": int(index_B[b]),
@@ -159,6 +162,17 @@ def evaluate_wave(
         for b, problem in enumerate(problems)
     ]
     return records, counts + of_rounds, Rollouts(problems, index_B, found.groups, member_BxKxS, read.groups)
+
+
+def _with_strategies(actor: Actor, problems: list[Problem], found: Stage) -> list[dict[str, Any]]:
+    """Rows of search traces; where something names strategies (config.task.strategy), with the name of each one's."""
+    rows, strategy = found.rows(), load_strategy(actor.c, actor.task)
+    if strategy is None:
+        return rows
+    N = len(found.texts) // len(problems)
+    names = [strategy(text, problems[i // N]) for i, text in enumerate(found.texts)]
+    said = [None if name is None else str(name) for name in names]
+    return [row | {"strategy": said[b * N : (b + 1) * N]} for b, row in enumerate(rows)]
 
 
 def cut_at(groups: Groups, limit: int) -> Groups:
@@ -248,7 +262,7 @@ def _aggregated(
 
 def _verified(actor: Actor, problems: list[Problem], groups: Groups) -> Stage:
     groups, texts, verdicts = verify(actor, problems, groups)
-    return Stage(groups, verdicts, number_classes(actor.verifier, problems, texts, verdicts))
+    return Stage(groups, texts, verdicts, number_classes(actor.verifier, problems, texts, verdicts))
 
 
 def _disjoint(c: ConfigDict, index_B: np.ndarray, step: int) -> np.ndarray:

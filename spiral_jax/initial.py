@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -80,6 +81,29 @@ def load_start(c: ConfigDict, path: pathlib.Path, model: ModelConfig, mesh: Mesh
     if trained:
         return base, trained.load(abstract_lora(model), mesh)
     return base, load_adapter(pathlib.Path(c.model.adapter_path), model, mesh) if c.model.adapter_path else None
+
+
+def load_policies(c: ConfigDict, path: pathlib.Path, model: ModelConfig, mesh: Mesh) -> tuple[dict, dict | None]:
+    """What an evaluation draws from: the model's collections, and those of config.eval.searcher (None: the same).
+
+    Raises: as `load_start`, of config.model.init_from or config.eval.searcher.
+    """
+    policy = _collections(load_start(c, path, model, mesh), model)
+    if not c.eval.searcher:
+        return policy, None
+    c = c.copy_and_resolve_references()
+    c.model.adapter_path, c.model.init_from = "", "" if c.eval.searcher == "base" else c.eval.searcher
+    return policy, _collections(load_start(c, path, model, mesh), model)
+
+
+def _collections(start: tuple[Any, Any | None], model: ModelConfig) -> dict[str, Any]:
+    """Adapters that change nothing where the model has some and the policy none."""
+    params, adapters = start
+    if not model.lora_rank:
+        return {"params": params}
+    if adapters is None:
+        adapters = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract_lora(model))
+    return {"params": params, "lora": adapters}
 
 
 def _source(c: ConfigDict, path: pathlib.Path) -> Trained:

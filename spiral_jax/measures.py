@@ -4,7 +4,8 @@ A record is what became of one problem, in JSON types; answers are numbered by `
 1, 2, ... = wrong, None = unparsed, -1 = an error of ours, which is left out of every share.
 
     index, id       of the held-out problem
-    search          answer, length, cut_off [N]: cut_off is 1 where the trace reached its limit, else 0
+    search          answer, length, cut_off [N]: cut_off is 1 where the trace reached its limit, else 0; strategy [N],
+                    names or None for none, where something names them (config.task.strategy)
     limits          for each smaller limit: limit, answer [N]: the same traces, cut off there
     aggregation     member [K][S], which search traces each set holds; answer, length, cut_off [K * M], by set and trace
     rsa             for each round 1..T: answer, length, cut_off [population]; round 0 is the first search traces, all
@@ -19,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,7 +88,8 @@ def columns(records: Sequence[dict]) -> dict[str, Column]:
         "critical_path_at_k": _means(search, lambda s: longest_of_k(s["length"])),
         "cut_off/search": _means(search, lambda s: [_cut_off(s)]),
     }
-    return found | _aggregation_columns(records) | _rsa_columns(records) | _limit_columns(records)
+    found |= _aggregation_columns(records) | _rsa_columns(records) | _limit_columns(records)
+    return found | (_strategy_columns(records) if "strategy" in search[0] else {})
 
 
 def _aggregation_columns(records: Sequence[dict]) -> dict[str, Column]:
@@ -125,6 +128,31 @@ def _aggregation_columns(records: Sequence[dict]) -> dict[str, Column]:
         "aggregated/critical_path": _means(records, lambda record: cost(record, max)),
         "cut_off/aggregation": _means(records, lambda record: [_cut_off(record["aggregation"])]),
     }
+
+
+STRATEGIES = ("commonest", "mixed", "right_if_mixed", "right_if_alike")
+
+
+def _strategy_columns(records: Sequence[dict]) -> dict[str, Column]:
+    """What the sets hold, and what is made of it. A set is mixed if its candidates have two strategies or more.
+
+    commonest        share of the search traces whose strategy is the one that most of all traces have
+    mixed            share of the sets that are mixed
+    right_if_mixed   share of right aggregation traces among those of mixed sets
+    right_if_alike   the same among those of all other sets
+    """
+    names = Counter(name for record in records for name in record["search"]["strategy"] if name is not None)
+    (commonest, _), *_ = names.most_common(1) or [("", 0)]
+    total_BxQ, count_BxQ = np.zeros((2, len(records), len(STRATEGIES)))
+    for b, record in enumerate(records):
+        strategy_N = record["search"]["strategy"]
+        total_BxQ[b, 0], count_BxQ[b, 0] = strategy_N.count(commonest), len(strategy_N)
+        for member_S, _, answers_M in _sets(record):
+            mixed = len({strategy_N[n] for n in member_S} - {None}) >= 2
+            valid = [answer == CORRECT for answer in answers_M if answer != ERROR]
+            total_BxQ[b, 1:] += mixed, mixed * sum(valid), (not mixed) * sum(valid)
+            count_BxQ[b, 1:] += 1, mixed * len(valid), (not mixed) * len(valid)
+    return {name: Column(total_BxQ[:, [q]], count_BxQ[:, [q]]) for q, name in enumerate(STRATEGIES)}
 
 
 def _sets(record: dict) -> list[tuple[list[int], float, Answers]]:
@@ -248,6 +276,7 @@ def summarise(records: Sequence[dict], seed: int) -> dict[str, Any]:
     costs = {name: mean(f"aggregated/{name}") for name in ("tokens", "critical_path")}
     rates = ("rescue_vote_wrong", "spoil_vote_right", "rescue_none_right", "spoil_some_right")
     return {
+        **({"strategies": {name: estimates[name][0] for name in STRATEGIES}} if STRATEGIES[0] in estimates else {}),
         "single": estimates["single"][0],
         "pass_at_k": curve("pass_at_k"),
         "majority_at_k": curve("majority_at_k"),

@@ -236,6 +236,15 @@ def candidate_order(seed: int, purpose: Purpose, step: int, cursor: int, round: 
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words))).permutation(size)
 
 
+def listed_order(
+    c: ConfigDict, purpose: Purpose, step: int, cursor: int, round: int, set: int, size: int
+) -> np.ndarray:
+    """Permutation in which a prompt lists the candidates of a set, as config.aggregation.order says; int [size]."""
+    if c.aggregation.order == "sampled":
+        return np.arange(size)
+    return candidate_order(c.seed, purpose, step, cursor, round, set, size)
+
+
 def max_aggregation_prompt(scaffold: Scaffold, c: ConfigDict) -> int:
     """Upper bound of the token count of an aggregation prompt over search traces.
 

@@ -1,7 +1,7 @@
 """results.json of `python -m spiral_jax.evaluate`: records -> one file, the same for the same samples; and its table.
 
 version    of this layout, `VERSION`; it rises when a field changes its meaning or goes
-model      hf_path, and a fingerprint of its weights
+model      hf_path, and a fingerprint of its weights; searcher, where another policy drew the search traces
 problems   task, asked, too_long (left out), count, fingerprint of their ids, texts and answers
 scaffold   the prompts' wording and what they keep of candidates
 settings   how much was sampled and at what temperature
@@ -52,6 +52,7 @@ def make_results(
     return {
         "version": VERSION,
         "model": {name: c.model[name] for name in ("hf_path", "adapter_path", "init_from")}
+        | ({"searcher": c.eval.searcher} if c.eval.searcher else {})
         | {"fingerprint": model_fingerprint},
         "problems": {
             "task": c.task.name,
@@ -140,6 +141,8 @@ def results_tables(results: dict[str, Any]) -> list[Table]:
     main.add_row(f"  vote of the same sets (maj@{S})", percent(measures["aggregated_majority"]), "", "")
     for name, label in _RATES.items():
         main.add_row(label, percent(measures[name]), "", "")
+    for name, estimate in measures.get("strategies", {}).items():
+        main.add_row(_STRATEGIES[name], percent(estimate), "", "")
     for role, label in (("search", "search traces cut off"), ("aggregation", "aggregation traces cut off")):
         main.add_row(label, percent(measures["cut_off"][role]), "", "")
 
@@ -176,6 +179,14 @@ _RATES = {
     "spoil_vote_right": "  spoil: wrong when the vote is right",
     "rescue_none_right": "  rescue: right, no candidate is",
     "spoil_some_right": "  spoil: wrong, a candidate is right",
+}
+
+
+_STRATEGIES = {
+    "commonest": "search traces of the commonest strategy",
+    "mixed": "sets of two strategies or more",
+    "right_if_mixed": "  right aggregation of those",
+    "right_if_alike": "  right aggregation of the others",
 }
 
 

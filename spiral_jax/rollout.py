@@ -155,15 +155,15 @@ def aggregation_requests(
 ) -> tuple[GroupRequests, Counter]:
     """What `aggregate` asks for: U = B * K.
 
-    Prompts are spliced from sampled ids; the order of the candidates is shuffled by key. `round` is 1 for aggregations
-    of search traces.
+    Prompts are spliced from sampled ids, candidates in config.aggregation.order. `round` is 1 for aggregations of
+    search traces.
     """
     rows, ids, cleaned = [], [], Counter()
     for b, problem in enumerate(problems):
         purpose, step, cursor = (int(x) for x in candidates.requests.id_Ux6[b, :3])
         for k, member_S in enumerate(member_BxKxS[b]):
             shown = [(candidates.trace_ids(b, n), Stop(candidates.stop_UxC[b, n])) for n in member_S]
-            order = prompts.candidate_order(actor.c.seed, Purpose(purpose), step, cursor, round, k, len(shown))
+            order = prompts.listed_order(actor.c, Purpose(purpose), step, cursor, round, k, len(shown))
             prompt = prompts.aggregation_prompt(actor.scaffold, problem.text, shown, order)
             cleaned.update(
                 removed_special=prompt.removed_special,
@@ -203,15 +203,16 @@ def trace_texts(actor: Actor, groups: Groups, which: Iterable[int] | None = None
 
 
 def load_strategy(c: ConfigDict, task: Task) -> Callable[[str, Problem], Hashable | None] | None:
-    """The function that names a trace's strategy, for the estimator that asks for one; None for the others.
+    """The function that names a trace's strategy; None where neither the config nor the task has one.
 
     Raises:
-      ConfigError: there is none, or it cannot be loaded.
+      ConfigError: it cannot be loaded, or there is none for the estimator that asks for one.
     """
-    if c.loss.estimator != "polychromic":
+    named = c.task.strategy or task.strategy
+    if not named and c.loss.estimator != "polychromic":
         return None
     return load_function(
-        "task.strategy", c.task.strategy or task.strategy,
+        "task.strategy", named,
         f'must be "package.module:function" for polychromic, since the task {c.task.name} names no strategies.',
     )  # fmt: skip
 

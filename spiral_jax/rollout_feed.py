@@ -72,7 +72,7 @@ class RolloutFeed:
 
     def __init__(self, actor: Actor, step: int, cursor: int, keep: Callable[[Rollouts], bool]):
         self._actor, self._step, self._keep = actor, step, keep
-        self._strategy = load_strategy(actor.c, actor.task)
+        self._strategy = load_strategy(actor.c, actor.task) if actor.c.loss.estimator == "polychromic" else None
         self._limit = int(actor.c.sampling.max_ratio * actor.c.batch.problems)
         self._tried: list[_Tried] = []
         self._by_cursor: dict[int, _Tried] = {}

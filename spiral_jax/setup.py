@@ -60,8 +60,12 @@ class Setup:
         return hf.load_params(self.path, self.model, self.mesh)
 
     def load_start(self) -> tuple[Any, Any | None]:
-        """What a run starts from, or what is evaluated: (parameters, adapters or None); see `initial.load_start`."""
+        """What a run starts from: (parameters, adapters or None); see `initial.load_start`."""
         return initial.load_start(self.c, self.path, self.model, self.mesh)
+
+    def load_policies(self) -> tuple[dict, dict | None]:
+        """What is evaluated: collections of the model, and of another that searches; see `initial.load_policies`."""
+        return initial.load_policies(self.c, self.path, self.model, self.mesh)
 
 
 def keep_compiled_programs() -> None:
@@ -94,7 +98,7 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
     load_strategy(c, task)
     path = hf.resolve_path(c.model.hf_path)
     model = hf.model_config(read_architecture(path), c.model)
-    if not (training or c.model.adapter_path or c.model.init_from):
+    if not (training or c.model.adapter_path or c.model.init_from or c.eval.searcher not in ("", "base")):
         model = dataclasses.replace(model, lora_rank=0)  # the checkpoint as it is; a frozen base keeps its dtype
     tokenizer = prompts.load_tokenizer(path)
     if len(tokenizer) > model.arch.V:

@@ -2,11 +2,13 @@
 
     python -m spiral_jax.study --config=configs/study_two_halves.py --workdir=W            # run what is missing, report
     python -m spiral_jax.study --config=configs/study_two_halves.py --workdir=W --report [--out=docs/study]   # report
+    python -m spiral_jax.study --config=configs/study_two_halves_budget.py --workdir=W --sweep=12    # and 12 by optuna
 
 Each run is an ordinary training in a process of its own, W/runs/ARM/seed_0, and an ordinary evaluation of what it has
-trained, W/evaluations/ARM/seed_0/step_000040; what they print is in W/logs. The same command goes on where the study
-was stopped or killed, since both do, and tries failed runs again. A run that fails is recorded in W/journal.jsonl,
-reported, and does not end the others; if it has a checkpoint, that is evaluated.
+trained, W/evaluations/ARM/seed_0/step_000040; what they print is in W/logs. Then the arms of `cross` read each other's
+search: W/evaluations/SEARCHER+READER. The same command goes on where the study was stopped or killed, since both do,
+and tries failed runs again. A run that fails is recorded in W/journal.jsonl, reported, and does not end the others; if
+it has a checkpoint, that is evaluated.
 
 Written: OUT.md, OUT.json, OUT_*.png (default: W/report). The exit status is 1 if a run failed or one of the study's
 claims does not hold.
@@ -15,14 +17,19 @@ claims does not hold.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
-import functools
+import importlib
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from types import ModuleType
 from typing import IO
 
 import jax
@@ -32,10 +39,13 @@ from ml_collections import ConfigDict
 from spiral_jax.checkpoint import CheckpointError
 from spiral_jax.config import ConfigError, digest_of
 from spiral_jax.initial import find_trained
-from spiral_jax.results import ResultsError
+from spiral_jax.measures import columns
+from spiral_jax.results import ResultsError, read_results
 from spiral_jax.studies import report
-from spiral_jax.studies.plan import BASE, EVALUATION, Study, load_study
-from spiral_jax.studies.results import StudyDirectory, gather, read_metrics
+from spiral_jax.studies.cells import value_of
+from spiral_jax.studies.directory import StudyDirectory, pair_name, read_metrics
+from spiral_jax.studies.plan import BASE, EVALUATION, SWEEP_SEED, Study, load_study
+from spiral_jax.studies.results import gather
 from spiral_jax.workdir import WorkdirError, open_workdir
 
 # What a user can mend: these end the program with their message alone, without a stack trace.
@@ -47,6 +57,7 @@ def define_flags() -> None:
     flags.DEFINE_string("config", None, "the study: a file of configs/", required=True)
     flags.DEFINE_string("workdir", None, "directory of the study", required=True)
     flags.DEFINE_bool("report", False, "run nothing, only report")
+    flags.DEFINE_integer("sweep", 0, "let optuna propose so many arms beside the listed ones", lower_bound=0)
     flags.DEFINE_string("out", None, "the report's path without its ending; default: WORKDIR/report")
 
 
@@ -61,8 +72,10 @@ def main(argv: list[str]) -> None:
         plain = study.plain()
         path = open_workdir(given.workdir, plain, digest_of(plain))
         directory = StudyDirectory(path)
+        if given.sweep or directory.sweep.exists():
+            study = study.with_proposed(_sweep_module().proposed(directory))
         if not given.report:
-            run_study(study, directory)
+            study = run_study(study, directory, given.sweep)
         found = gather(study, directory)
         out = pathlib.Path(given.out) if given.out else path / "report"
         print(report.write(study, found, out), flush=True)
@@ -70,36 +83,125 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
     broken = [row["claim"] for row in found["claims"] if row["verdict"] != "holds"]
     failed = [f"{run['arm']} seed {run['seed']}" for run in found["runs"] if run["state"] != "done"]
+    pairs = [row for row in found["cross"] if not row["measures"] or row.get("errors")]
+    failed += [f"search of {row['searcher']}, read by {row['reader']}" for row in pairs]
     if broken or failed:
         sys.exit("\n".join([*(f"claim: {claim}" for claim in broken), *(f"not done: {run}" for run in failed)]))
 
 
-def run_study(study: Study, directory: StudyDirectory) -> None:
-    """Runs what is missing. Returns when every run is done or has failed."""
-    with _alone(directory) as lock:
+def run_study(study: Study, directory: StudyDirectory, proposals: int = 0) -> Study:
+    """Runs what is missing, and a sweep over `proposals` arms. Returns when every run is done or has failed: the study
+    with the arms of its sweep."""
+    with (
+        _alone(directory) as lock,
+        tempfile.TemporaryDirectory(prefix="spiral_jax_programs_") as programs,
+        _stoppable(),
+    ):
         directory.journal.cut_back(sys.maxsize)  # repairs a torn last line
-        environment = _environment()
+        runner = Runner(study, directory, _environment(), lock, programs)
         for number, (arm, seed) in enumerate(study.runs, start=1):
             print(f"[{number}/{len(study.runs)}] {arm}, seed {seed}", flush=True)
-            run_arm(study, directory, arm, seed, environment, lock)
+            runner.run_arm(arm, seed)
+        for number, (pair, seed) in enumerate(study.pairs, start=1):
+            print(f"[pair {number}/{len(study.pairs)}] search of {pair[0]}, read by {pair[1]}, seed {seed}", flush=True)
+            runner.run_pair(pair, seed)
+        if proposals:
+            study = _sweep_module().sweep(study, directory, proposals, runner.value_of)
+    return study
 
 
-def run_arm(study: Study, directory: StudyDirectory, arm: str, seed: int, environment: dict, lock: IO) -> None:
-    """Trains and evaluates one run, as far as that was not done before."""
-    stage = functools.partial(_stage, directory, arm, seed, environment=environment, lock=lock)
-    common, start_from, step = [f"--config.seed={seed}"], [], 0
-    if arm != BASE:
-        c, workdir = study.experiments[arm], directory.run(arm, seed)
-        step = _step(workdir)
-        if not _ended(c, workdir, step):
-            code = stage("train", [f"--config={study.file}:{arm}", f"--workdir={workdir}", *common])
+def _sweep_module() -> ModuleType:
+    """`studies.sweep`, whose library is optional. Raises ConfigError: it is not installed."""
+    try:
+        return importlib.import_module("spiral_jax.studies.sweep")
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"a sweep needs {error.name}: pip install -r requirements-sweep.txt") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """Runs the commands of a study one after the other.
+
+    Attributes:
+      environment: `environment.describe` of the runs.
+      lock: the study's, which its processes hold too.
+      programs: directory where they find each other's compiled programs. It lives as long as the study's command: what
+        is compiled for one machine's CPUs may not run on another's.
+    """
+
+    study: Study
+    directory: StudyDirectory
+    environment: dict
+    lock: IO
+    programs: str
+
+    def run_arm(self, arm: str, seed: int) -> None:
+        """Trains and evaluates one run, as far as that was not done before."""
+        step = 0
+        if arm != BASE:
+            c, workdir = self.study.experiments[arm], self.directory.run(arm, seed)
             step = _step(workdir)
-            if step is None or (code == 0 and not _ended(c, workdir, step)):
-                return  # it failed before its first checkpoint, or was told to stop
-        start_from = [f"--config.model.init_from={workdir}@{step}"]
-    evaluation = directory.evaluation(arm, seed, step)
-    if not (evaluation / "results.json").exists():
-        stage("evaluate", [f"--config={study.file}:{EVALUATION}", f"--workdir={evaluation}", *common, *start_from])
+            if not _ended(c, workdir, step):
+                code = self._stage(arm, seed, "train", f"--config={self.study.file}:{arm}", f"--workdir={workdir}")
+                step = _step(workdir)
+                if step is None or (code == 0 and not _ended(c, workdir, step)):
+                    return  # it failed before its first checkpoint, or was told to stop
+        self._evaluate(arm, seed, step, *self._policy("model.init_from", arm, seed, step))
+
+    def run_pair(self, pair: tuple[str, str], seed: int) -> None:
+        """Evaluates the search of one arm under the aggregator of another, once both have ended."""
+        steps = [0 if arm == BASE else _step(self.directory.run(arm, seed)) for arm in pair]
+        for arm, step in zip(pair, steps, strict=True):
+            if arm != BASE and not _ended(self.study.experiments[arm], self.directory.run(arm, seed), step):
+                return
+        reader = self._policy("model.init_from", pair[1], seed, steps[1])
+        searcher = self._policy("eval.searcher", pair[0], seed, steps[0]) or [f"--config.eval.searcher={BASE}"]
+        self._evaluate(pair_name(*pair), seed, steps[1], *reader, *searcher)
+
+    def value_of(self, study: Study, arm: str) -> float | None:
+        """What the study's first measure is for an arm that a sweep has proposed to it; None: the arm failed."""
+        print(f"[sweep, arm {len(study.proposed)}] {arm}", flush=True)
+        dataclasses.replace(self, study=study).run_arm(arm, SWEEP_SEED)
+        files = self.directory.evaluations(arm, SWEEP_SEED)
+        return value_of(columns(read_results(files[-1])["records"]), study.s.measures[0]) if files else None
+
+    def _policy(self, field: str, arm: str, seed: int, step: int) -> list[str]:
+        """The flag that names what an arm has trained; none for the base."""
+        return [] if arm == BASE else [f"--config.{field}={self.directory.run(arm, seed)}@{step}"]
+
+    def _evaluate(self, name: str, seed: int, step: int, *policies: str) -> None:
+        evaluation = self.directory.evaluation(name, seed, step)
+        if not (evaluation / "results.json").exists():
+            config = f"--config={self.study.file}:{EVALUATION}"
+            self._stage(name, seed, "evaluate", config, f"--workdir={evaluation}", *policies)
+
+    def _stage(self, name: str, seed: int, stage: str, *arguments: str) -> int:
+        """One command in a process of its own; its outcome goes to the journal. Returns its exit status."""
+        log = self.directory.log(name, seed, stage)
+        log.parent.mkdir(exist_ok=True)
+        start = time.monotonic()
+        code = self._run([sys.executable, "-m", f"spiral_jax.{stage}", *arguments, f"--config.seed={seed}"], log)
+        seconds = round(time.monotonic() - start, 1)
+        journal = self.directory.journal
+        row = {"step": len(journal.read()), "arm": name, "seed": seed, "stage": stage, "returncode": code}
+        row |= {"seconds": seconds, "environment": self.environment}
+        if code:
+            row["error"] = _last_words(log, code)
+        journal.append(row)
+        print(f"    {stage}: {seconds:.0f} s" + (f", failed: {row['error']}" if code else ""), flush=True)
+        return code
+
+    def _run(self, command: list[str], log: pathlib.Path) -> int:
+        environment = {"JAX_COMPILATION_CACHE_DIR": self.programs} | os.environ
+        with log.open("ab") as output, subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            pass_fds=(self.lock.fileno(),),
+        ) as process:  # fmt: skip
+            try:
+                return process.wait()
+            except BaseException:  # the study was told to stop: so is the run, which saves what it has
+                process.terminate()
+                raise
 
 
 def _step(workdir: pathlib.Path) -> int | None:
@@ -118,29 +220,14 @@ def _ended(c: ConfigDict, workdir: pathlib.Path, step: int | None) -> bool:
     return step >= c.train.steps or 0 < c.train.max_sampled_tokens <= tokens
 
 
-def _stage(
-    directory: StudyDirectory, arm: str, seed: int, stage: str, arguments: list[str], environment: dict, lock: IO
-) -> int:
-    """One command in a process of its own, which holds the study's lock too; its outcome goes to the journal.
-
-    Returns its exit status.
-    """
-    log = directory.log(arm, seed, stage)
-    log.parent.mkdir(exist_ok=True)
-    start = time.monotonic()
-    with log.open("ab") as output:
-        code = subprocess.run(
-            [sys.executable, "-m", f"spiral_jax.{stage}", *arguments], stdout=output, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, pass_fds=(lock.fileno(),), check=False,
-        ).returncode  # fmt: skip
-    seconds = round(time.monotonic() - start, 1)
-    row = {"step": len(directory.journal.read()), "arm": arm, "seed": seed, "stage": stage, "returncode": code}
-    row |= {"seconds": seconds, "environment": environment}
-    if code:
-        row["error"] = _last_words(log, code)
-    directory.journal.append(row)
-    print(f"    {stage}: {seconds:.0f} s" + (f", failed: {row['error']}" if code else ""), flush=True)
-    return code
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends a study as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop; the same command goes on"))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _last_words(log: pathlib.Path, code: int) -> str:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from spiral_jax.collect import Batch
 from spiral_jax.groups import Groups, Purpose, Role, Stop
-from spiral_jax.prompts import candidate_order
+from spiral_jax.prompts import listed_order
 from spiral_jax.rollout import Rollouts
 
 if TYPE_CHECKING:  # takes seconds to import
@@ -51,7 +51,7 @@ def trace_rows(c: ConfigDict, batch: Batch, tokenizer: PreTrainedTokenizerBase) 
 def _listed(c: ConfigDict, search: Groups, b: int, member_S: np.ndarray, id_6: np.ndarray) -> list[int]:
     """The search traces of a set in the order of its prompt, without those that it left out."""
     purpose, step, cursor, round, _, k = (int(x) for x in id_6)
-    order = candidate_order(c.seed, Purpose(purpose), step, cursor, round, k, len(member_S))
+    order = listed_order(c, Purpose(purpose), step, cursor, round, k, len(member_S))
     drops = c.prompt.truncated == "drop"
     return [int(n) for n in member_S[order] if not (drops and search.stop_UxC[b, n] == Stop.LENGTH)]
 

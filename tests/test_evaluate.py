@@ -93,11 +93,11 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_results(torn, scrip
     evaluate.evaluate(small_config(), str(tmp_path / "whole"))
     asked, real = [], evaluate.evaluate_wave
 
-    def stopping(actor, weights, problems, index_B):
+    def stopping(actor, weights, problems, index_B, **policies):
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append(index_B.tolist())
-        return real(actor, weights, problems, index_B)
+        return real(actor, weights, problems, index_B, **policies)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "evaluate_wave", stopping)
@@ -108,9 +108,9 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_results(torn, scrip
         journal = tmp_path / "stopped" / "waves.jsonl"
         journal.write_bytes(journal.read_bytes()[:-40])
 
-    def counting(actor, weights, problems, index_B):
+    def counting(actor, weights, problems, index_B, **policies):
         asked.append(index_B.tolist())
-        return real(actor, weights, problems, index_B)
+        return real(actor, weights, problems, index_B, **policies)
 
     monkeypatch.setattr(evaluate, "evaluate_wave", counting)
     evaluate.evaluate(small_config(), str(tmp_path / "stopped"))

@@ -174,3 +174,37 @@ def test_a_cut_keeps_the_stop_of_traces_that_fit():
     assert cut.trace_UxCxG.shape == cut.logprob_UxCxG.shape == (1, 3, length[1])
     np.testing.assert_array_equal(cut.trace_ids(0, 2), groups.trace_ids(0, 2)[: length[1]])
     assert cut_at(groups, 12).stop_UxC.tolist() == groups.stop_UxC.tolist()
+
+
+def test_another_policys_search_is_read_by_this_ones_aggregator_in_all_rounds():
+    drew = set()
+
+    class Noting(ScriptedSampler):
+        def stream(self, weights, feed):
+            before = len(self.calls)
+            found = super().stream(weights, feed)
+            drew.update((weights, Role(call.id_Ux6[0, 4])) for call in self.calls[before:])
+            return found
+
+    actor = evaluation_actor(script, eval__rounds=2)
+    actor = dataclasses.replace(actor, sampler=Noting(script))
+    evaluate_wave(actor, "mine", [actor.task.held_out(0)], np.arange(1), search_weights="other's")
+    assert drew == {("other's", Role.SEARCH), ("mine", Role.AGGREGATION)}
+
+
+def test_strategies_of_search_traces_are_recorded_where_something_names_them():
+    actor = evaluation_actor(script, task__strategy="test_evaluation:length_of")
+    problems = [actor.task.held_out(i) for i in range(2)]
+    records, _, _ = evaluate_wave(actor, None, problems, np.arange(2))
+    texts = [script(Role.SEARCH, 0, 0, i).removesuffix("...") for i in range(actor.c.search.traces)]
+    for record, problem in zip(records, problems, strict=True):
+        assert record["search"]["strategy"] == [
+            f"{problem.id} {len(text)}" if "boxed" in text else None for text in texts
+        ]
+    actor.c.task.strategy = ""
+    records, _, _ = evaluate_wave(actor, None, problems, np.arange(2))
+    assert "strategy" not in records[0]["search"]
+
+
+def length_of(text, problem):
+    return f"{problem.id} {len(text)}" if "boxed" in text else None

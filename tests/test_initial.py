@@ -9,7 +9,7 @@ from configs import tiny
 from spiral_jax.checkpoint import CheckpointError, Checkpoints
 from spiral_jax.config import ConfigError
 from spiral_jax.config_checks import validate
-from spiral_jax.initial import check_start, load_start
+from spiral_jax.initial import check_start, load_policies, load_start
 from spiral_jax.mesh import weight_shardings
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, save_adapter
@@ -89,6 +89,23 @@ BAD = {
     "full from LoRA": ({"lora_rank": 0}, "{lora}", "model.lora_rank = 4, this one 0.*spiral_jax.export"),
     "LoRA from full": ({"lora_rank": 4}, "{full}", "model.lora_rank = 0, this one 4.*spiral_jax.export"),
 }
+
+
+def test_an_evaluation_pairs_two_policies_and_the_base_among_them_has_adapters_that_change_nothing(runs, mesh):
+    path, trained = runs["lora"]
+    base = hf.load_params(PATH, model_of(config(lora_rank=4, lora_alpha=6.0)), mesh)
+    for reader, searcher in ((f"{path}@1", "base"), ("", f"{path}@2"), (f"{path}@1", f"{path}@2"), (f"{path}@1", "")):
+        c = config(lora_rank=4, lora_alpha=6.0, init_from=reader)
+        c.eval.searcher = searcher
+        found = load_policies(c, PATH, model_of(c), mesh)
+        for name, policy in zip((reader, searcher), found, strict=True):
+            if policy is None:
+                assert name == ""  # the same as the model
+            elif "@" in name:
+                assert_same(policy["lora"], trained[int(name[-1])])
+            else:
+                assert not any(np.asarray(a).any() for a in jax.tree.leaves(policy["lora"]))
+                assert_same(policy["params"], base)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -45,6 +45,20 @@ def test_curves_count_a_problem_up_to_its_samples_that_are_no_errors():
     np.testing.assert_allclose(total, [[1 / 3, 1 / 3, 0, 0], [0, 0, 0, 0]], atol=1e-15)
 
 
+def test_a_set_is_mixed_if_its_candidates_have_two_strategies():
+    search = stage([1] * 6) | {"strategy": ["left", "left", "right", None, "left", None]}
+    sets = [[0, 1], [1, 2], [2, 3], [3, 5]]  # mixed: no, yes, no (none is no strategy), no
+    aggregated = stage([0, 1, 0, 0, 1, -1, 0, 0])
+    other = record(stage([1] * 6) | {"strategy": ["right"] * 2 + ["left"] * 4}, [[0, 5]], stage([0, 1]))
+    records = [record(search, sets, aggregated), other]
+    assert mean(records, "mixed") == pytest.approx(2 / 5)
+    assert mean(records, "right_if_mixed") == pytest.approx((2 + 1) / (2 + 2))
+    assert mean(records, "right_if_alike") == pytest.approx((1 + 0 + 2) / (2 + 1 + 2))  # an error of ours is none
+    assert mean(records, "commonest") == pytest.approx((3 + 4) / 12)
+    assert summarise(records, 0)["strategies"]["mixed"]["mean"] == pytest.approx(2 / 5)
+    assert "strategies" not in summarise([record(stage([1] * 6), sets, aggregated)], 0)
+
+
 def test_rescue_and_spoil_are_shares_among_the_sets_of_their_kind():
     search = stage([0, 0, 1, 1, 2, None])
     sets = [[0, 1], [0, 2], [2, 3], [4, 5]]  # votes: right, tied, wrong, wrong; some right: yes, yes, no, no

@@ -150,6 +150,13 @@ def test_candidate_order_is_a_pure_function_of_every_number_and_uniform():
     assert ((counts - 200) ** 2 / 200).sum() < 20.5  # chi-squared, 5 degrees of freedom, p = 0.001
 
 
+def test_candidates_are_listed_shuffled_or_as_they_were_sampled():
+    c, place = config.defaults(), (Purpose.TRAIN, 3, 14, 1, 0, 6)
+    np.testing.assert_array_equal(prompts.listed_order(c, *place), prompts.candidate_order(c.seed, *place))
+    c.aggregation.order = "sampled"
+    np.testing.assert_array_equal(prompts.listed_order(c, *place), np.arange(6))
+
+
 # ---- truncated, empty and thinking candidates
 
 

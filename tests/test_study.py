@@ -15,11 +15,12 @@ import study_small
 from matplotlib.image import imread
 
 from spiral_jax import study
-from spiral_jax.config import to_plain
+from spiral_jax.config import ConfigError, to_plain
 from spiral_jax.results import ResultsError
-from spiral_jax.studies import plots, report
+from spiral_jax.studies import plots, report, sweep
+from spiral_jax.studies.directory import StudyDirectory
 from spiral_jax.studies.plan import load_study
-from spiral_jax.studies.results import StudyDirectory, gather
+from spiral_jax.studies.results import gather
 from spiral_jax.workdir import WorkdirError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -53,6 +54,7 @@ else:
     results["settings"] |= json.loads(os.environ["SETTINGS"])
     seed = int(given["--config.seed"])
     for b, record in enumerate(results["records"]):
+        record["search"]["strategy"] = [("left", "right", None)[(b + n) % 3] for n in range(6)]
         for i in range(len(record["aggregation"]["answer"])):
             if "marginal_mean" in str(workdir) and (b + i + seed) % 5:
                 record["aggregation"]["answer"][i] = 0
@@ -105,14 +107,34 @@ def test_every_run_is_an_ordinary_command_seed_by_seed(fake, tmp_path):
         *[("train", "marginal_mean", "0"), ("evaluate", "evaluation", "0")],
         *[("train", "grpo", "0"), ("evaluate", "evaluation", "0")],
         *[("train", "marginal_mean", "1"), ("evaluate", "evaluation", "1")],
+        *[("evaluate", "evaluation", "0"), ("evaluate", "evaluation", "0")],  # the pairs of `cross`
     ]
 
 
 def test_an_evaluation_starts_from_what_its_run_has_trained_and_the_base_from_nothing(fake, tmp_path):
     directory = run(tmp_path / "w")
-    evaluations = [given for command, given in fake() if command == "evaluate"]
+    evaluations = [given for command, given in fake() if command == "evaluate"][:4]
     runs = [directory.run(arm, seed) for arm, seed in (("marginal_mean", 0), ("grpo", 0), ("marginal_mean", 1))]
     assert [given.get("--config.model.init_from") for given in evaluations] == [None, *(f"{path}@3" for path in runs)]
+    assert not any("--config.eval.searcher" in given for given in evaluations)
+
+
+def test_a_pair_is_the_search_of_one_arm_under_the_aggregator_of_the_other(fake, tmp_path):
+    directory = run(tmp_path / "w")
+    pairs = [given for command, given in fake() if command == "evaluate"][4:]
+    trained_at = f"{directory.run('marginal_mean', 0)}@3"
+    fields = ("--config.eval.searcher", "--config.model.init_from")
+    assert [tuple(map(given.get, fields)) for given in pairs] == [("base", trained_at), (trained_at, None)]
+    cross = gather(load_study(FILE), directory)["cross"]
+    seeds = {(row["searcher"], row["reader"]): row["measures"]["aggregated"]["seeds"] for row in cross}
+    assert seeds == {("base", "base"): 1, ("base", "marginal_mean"): 1, ("marginal_mean", "base"): 1,
+                     ("marginal_mean", "marginal_mean"): 2}  # fmt: skip
+
+
+def test_a_pair_waits_until_both_of_its_runs_have_ended(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIL", "marginal_mean/seed_0")
+    run(tmp_path / "w")
+    assert not any("--config.eval.searcher" in given for _, given in fake())
 
 
 def test_what_is_done_is_not_done_again(fake, tmp_path):
@@ -125,12 +147,12 @@ def test_what_is_done_is_not_done_again(fake, tmp_path):
 def test_a_failed_run_ends_no_other_is_reported_and_tried_again(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("FAIL", "runs/grpo")
     directory = run(tmp_path / "w")
-    assert [command for command, _ in fake()].count("evaluate") == 3
+    assert [command for command, _ in fake()].count("evaluate") == 5
     found = gather(load_study(FILE), directory)
     states = {(row["arm"], row["seed"]): (row["state"], row["error"]) for row in found["runs"]}
     assert states["grpo", 0] == ("failed", "train: error: only 0 of 16 problems have a non-zero advantage")
     assert states["marginal_mean", 1] == ("done", "")
-    assert [claim["verdict"] for claim in found["claims"]] == ["open", "open"]
+    assert [claim["verdict"] for claim in found["claims"]][:2] == ["open", "open"]
     text = report.write(load_study(FILE), found, tmp_path / "report")
     assert "3 of 4 runs are done" in text and "only 0 of 16 problems" in text
     monkeypatch.delenv("FAIL")
@@ -159,11 +181,11 @@ def test_a_run_that_fails_after_a_checkpoint_is_evaluated_and_still_called_faile
 def test_a_run_that_was_told_to_stop_is_not_evaluated_and_goes_on(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("STEPS", "2")  # of the three that its configuration asks for
     directory = run(tmp_path / "w")
-    assert [command for command, _ in fake()] == ["evaluate", "train", "train", "train"]  # the base needs no training
+    assert [command for command, _ in fake()] == ["evaluate", "train", "train", "train"]  # base alone; no pair
     assert {row["state"] for row in gather(load_study(FILE), directory)["runs"]} == {"done", "not finished"}
     monkeypatch.delenv("STEPS")
     run(tmp_path / "w")
-    assert [command for command, _ in fake()] == ["train", "evaluate"] * 3
+    assert [command for command, _ in fake()] == ["train", "evaluate"] * 3 + ["evaluate"] * 2
 
 
 def test_the_report_says_everything_and_its_pictures_are_drawn(fake, tmp_path, monkeypatch):
@@ -177,13 +199,15 @@ def test_the_report_says_everything_and_its_pictures_are_drawn(fake, tmp_path, m
         s.question,
         "a machine",
         "| best possible | ",
+        "at most 1 - 2 * 2^-4 = 87.5 %",
+        "| marginal_mean | 2 | ",
         "**holds**",
         "## Runs",
         "4 of 4 runs are done",
     ):
         assert part in text, part
     assert "nan" not in text.lower() and "None" not in text
-    for name in ("arms", "pass_at_k", "rsa", "training"):
+    for name in ("arms", "mixed", "pass_at_k", "rsa", "training"):
         picture = imread(tmp_path / "out" / f"report_{name}.png")
         assert picture.std() > 0.02 and f"report_{name}.png" in text
 
@@ -193,7 +217,7 @@ def test_arms_may_be_added_but_a_run_is_held_to_its_experiment_and_none_goes_uns
     less = load_study(FILE)
     with less.s.unlocked():
         less.s.arms = less.s.arms[1:3]
-        less.s.claims = ()
+        less.s.claims, less.s.cross, less.s.strategies = (), (), 0
     workdir = directory.run("marginal_mean", 1)
     (directory.path / "runs" / "rloo" / "seed_0").mkdir(parents=True)
     found = gather(less, directory)
@@ -214,6 +238,37 @@ def test_arms_may_be_added_but_a_run_is_held_to_its_experiment_and_none_goes_uns
         gather(less, directory)
 
 
+def test_a_sweep_tries_what_optuna_proposes_and_goes_on_where_it_was_stopped(fake, tmp_path, monkeypatch):
+    directory = run(tmp_path / "w")
+    fake()
+    with monkeypatch.context() as patch:  # killed while its first arm is trained
+        patch.setattr(study.Runner, "run_arm", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.sweep(load_study(FILE), directory, 2, runner(directory).value_of)
+    (first,) = sweep.proposed(directory)
+    swept = study.run_study(load_study(FILE), directory, 3)
+    trained = [given["--config"].partition(":")[2] for command, given in fake() if command == "train"]
+    assert trained[0] == first and len(trained) == 3 and tuple(trained) == swept.proposed
+    assert set(trained) < {"N5", "N7", "N9", "N11"}  # those that fit
+    again = study.run_study(load_study(FILE), directory, 4)
+    assert again.proposed[:3] == swept.proposed and set(again.proposed) == {"N5", "N7", "N9", "N11"}
+    assert study.run_study(load_study(FILE), directory, 5).proposed == again.proposed  # there are no others
+    found = gather(again, directory)
+    assert found["arms"]["N7"]["N"] == 7 and found["arms"]["N7"]["measures"] and found["unnamed"] == []
+    without = load_study("configs/study_two_halves.py")
+    with pytest.raises(ConfigError, match="study_two_halves.py: has no function propose"):
+        sweep.sweep(without, directory, 1, lambda study, arm: None)
+
+
+def interrupted(self, arm, seed):
+    if arm.startswith("N"):
+        raise KeyboardInterrupt
+
+
+def runner(directory):
+    return study.Runner(load_study(FILE), directory, {}, None, "")
+
+
 def test_a_study_without_results_says_what_became_of_its_runs(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("FAIL", "seed")
     directory = run(tmp_path / "w")
@@ -222,7 +277,7 @@ def test_a_study_without_results_says_what_became_of_its_runs(fake, tmp_path, mo
 
 
 def test_the_command_ends_with_status_1_if_a_claim_does_not_hold(fake, tmp_path, monkeypatch):
-    flags = SimpleNamespace(config=FILE, workdir=str(tmp_path / "w"), report=False, out=None)
+    flags = SimpleNamespace(config=FILE, workdir=str(tmp_path / "w"), report=False, out=None, sweep=0)
     monkeypatch.setattr(study.flags, "FLAGS", flags)
     study.main(["study"])
     loaded = load_study(FILE)
@@ -248,20 +303,34 @@ test_study.run(test_study.pathlib.Path(sys.argv[2]))
 """
 
 
-@pytest.mark.slow
-def test_after_kill_9_the_run_that_is_left_keeps_the_next_study_out_and_then_it_goes_on(fake, tmp_path, monkeypatch):
-    monkeypatch.setenv("SLEEP", "3")
+def started(tmp_path, monkeypatch, seconds):
+    """A study in a process of its own, once its first command of so many seconds runs."""
+    monkeypatch.setenv("SLEEP", str(seconds))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     driver = subprocess.Popen([PYTHON, "-c", DRIVER, sys.executable, str(tmp_path / "w")], cwd=ROOT)
-    calls = pathlib.Path(os.environ["CALLS"])
     deadline = time.monotonic() + 120
-    while not calls.exists() and time.monotonic() < deadline:
+    while not pathlib.Path(os.environ["CALLS"]).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
+    monkeypatch.setenv("SLEEP", "0")
+    return driver
+
+
+@pytest.mark.slow
+def test_a_study_that_is_told_to_stop_stops_its_run_too(fake, tmp_path, monkeypatch):
+    driver = started(tmp_path, monkeypatch, seconds=600)
+    driver.terminate()
+    assert driver.wait(timeout=60) == 1
+    run(tmp_path / "w")  # nothing is left that keeps it out
+    assert [command for command, _ in fake()].count("train") == 3
+
+
+@pytest.mark.slow
+def test_after_kill_9_the_run_that_is_left_keeps_the_next_study_out_and_then_it_goes_on(fake, tmp_path, monkeypatch):
+    driver, deadline = started(tmp_path, monkeypatch, seconds=3), time.monotonic() + 120
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     with pytest.raises(WorkdirError, match="a run that a killed one has left"):
         run(tmp_path / "w")
-    monkeypatch.setenv("SLEEP", "0")
     while True:  # until the run that was left has ended
         try:
             run(tmp_path / "w")
@@ -270,4 +339,4 @@ def test_after_kill_9_the_run_that_is_left_keeps_the_next_study_out_and_then_it_
             assert time.monotonic() < deadline
             time.sleep(0.2)
     commands = [command for command, _ in fake()]
-    assert commands.count("train") == 3 and commands.count("evaluate") == 4
+    assert commands.count("train") == 3 and commands.count("evaluate") == 6

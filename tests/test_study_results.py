@@ -1,6 +1,5 @@
 """A study's numbers against oracles, and what its configuration refuses."""
 
-import json
 import pathlib
 
 import numpy as np
@@ -9,8 +8,8 @@ import pytest
 from spiral_jax.config import ConfigError
 from spiral_jax.estimators import bootstrap_weights, ratios_and_intervals
 from spiral_jax.measures import Column
-from spiral_jax.studies import plan, results
-from spiral_jax.studies.results import Cells, column_of, estimate
+from spiral_jax.studies import plan, plots, results
+from spiral_jax.studies.cells import Cells, column_of, estimate
 
 FILE = "tests/study_small.py"
 PROBLEMS = 40
@@ -72,8 +71,9 @@ def test_a_gap_is_paired_over_problems_and_over_the_seeds_that_both_have():
 @pytest.mark.parametrize("claim, verdict", [
     (("aggregated", "marginal_mean", "grpo", 0.0), "holds"), (("aggregated", "grpo", "marginal_mean", 0.0), "fails"),
     (("aggregated", "marginal_mean", "grpo", 0.4), "open"), (("aggregated", "marginal_mean", "grpo", 0.7), "fails"),
-    (("aggregated", "marginal_mean", "optimum", -0.3), "holds"), (("aggregated", "optimum", "grpo", 0.3), "holds"),
-    (("aggregated", "optimum", "marginal_mean", 0.3), "fails"), (("aggregated", "base", "grpo", 0.0), "open"),
+    (("aggregated", "marginal_mean", "", 0.6), "holds"), (("aggregated", "marginal_mean", "", 0.8), "open"),
+    (("aggregated", "grpo", "", 0.8), "fails"), (("aggregated", "base", "", 0.0), "open"),
+    (("aggregated", "base", "grpo", 0.0), "open"), (("aggregated", "marginal_mean", "optimum", -0.9), "open"),
     (("efficiency", "marginal_mean", "grpo", 3.0), "holds"), (("efficiency", "marginal_mean", "grpo", 9.0), "fails"),
     (("efficiency", "marginal_mean", "grpo", 5.0), "open"), (("efficiency", "base", "grpo", 1.0), "open"),
 ])  # fmt: skip
@@ -84,9 +84,41 @@ def test_a_claim_holds_or_fails_only_with_its_whole_interval(claim, verdict):
     assert results._claim(study, done, efficiency, claim, WEIGHTS)["verdict"] == verdict
 
 
+def test_the_optimum_is_the_best_share_of_mixed_sets_read_as_well_as_the_base_reads():
+    study = plan.load_study(FILE)
+    rng = np.random.default_rng(1)
+    mixed, alike = (Column(rng.integers(0, count + 1).astype(float), count.astype(float)) for count in
+                    rng.integers(1, 9, size=(2, PROBLEMS, 1)))  # fmt: skip
+    base = cells([0.3])
+    base.columns[0].update(right_if_mixed=mixed, right_if_alike=alike)
+    done = {"base": base, "marginal_mean": cells([0.8, 0.85]), "grpo": cells([0.4, 0.42])}
+    best = results._optimum(study, done, WEIGHTS)
+    by_hand = (1 - 2 / 16) * mixed.total_BxQ.sum() / mixed.count_BxQ.sum()
+    by_hand += 2 / 16 * alike.total_BxQ.sum() / alike.count_BxQ.sum()
+    assert best["aggregated"]["mean"] == pytest.approx(by_hand) and best["mixed"] == 0.875
+    gap = results._claim(study, done, {}, ("aggregated", "grpo", "optimum", 0.0), WEIGHTS)["gap"]
+    grpo = np.mean([column["aggregated"].total_BxQ.mean() for column in done["grpo"].columns])
+    assert gap["mean"] == pytest.approx(grpo - by_hand)
+    other_way = results._claim(study, done, {}, ("aggregated", "optimum", "grpo", 0.0), WEIGHTS)["gap"]
+    assert [other_way[end] for end in ("mean", "low", "high")] == pytest.approx(
+        [-gap[end] for end in ("mean", "high", "low")]
+    )
+    with study.s.unlocked():
+        study.s.strategies = 0
+    assert results._optimum(study, done, WEIGHTS) is None
+
+
+def test_an_arms_training_curve_is_the_mean_of_its_runs_at_equal_tokens_while_all_of_them_run():
+    runs = [{"sampled_tokens": [10, 20, 30], "x": [1.0, None, 1.0]}, {"sampled_tokens": [5, 30, 50], "x": [2.0] * 3}]
+    tokens, value = plots._mean_curve(runs, "x")
+    assert tokens[0] == 10 and tokens[-1] == 30
+    np.testing.assert_allclose(value, 1.5)
+
+
 def test_measures_are_columns_of_the_evaluation():
     assert column_of("single") == ("single", 0) and column_of("pass@32") == ("pass_at_k", 31)
     assert column_of("maj@1") == ("majority_at_k", 0) and column_of("rsa@2") == ("rsa/single", 2)
+    assert column_of("mixed") == ("mixed", 0)
 
 
 # ---- the configuration
@@ -101,7 +133,11 @@ def test_measures_are_columns_of_the_evaluation():
     ({"measures": ("pass@9",)}, "'pass@9' must be .*eval.n = 8"),
     ({"measures": ("rsa@2",)}, "eval.rounds = 1"),
     ({"measures": ("accuracy",)}, "'accuracy' must be"),
-    ({"claims": (("single", "grpo", "optimum", 0.0),)}, "claims: .*'optimum'"),  # of the first measure alone
+    ({"claims": (("single", "grpo", "optimum", 0.0),)}, "claims: .*'optimum'"),  # of `aggregated` alone
+    ({"strategies": 1}, "strategies = 1: must be 0 or at least 2"),
+    ({"arms": (("grpo", (0,)),), "cross": (), "claims": ()}, "strategies = 2: .*without the arm base"),
+    ({"cross": ("grpo", "rloo")}, r"cross = \('grpo', 'rloo'\): must be of the arms base, marginal_mean, grpo"),
+    ({"arms": (("a+b", (0,)), ("grpo", (0,)))}, "without"),
     ({"claims": (("aggregated", "rloo", "grpo", 0.0),)}, "of base, marginal_mean, grpo, optimum"),
     ({"claims": (("efficiency", "grpo", "marginal_mean", 3.0),)}, "efficiency"),
 ])  # fmt: skip
@@ -135,10 +171,3 @@ def test_two_halves_leaves_no_arm_room_for_both_halves_and_its_aggregators_none_
     """16 tokens: the least that one half costs, see test_two_halves.py."""
     for c in plan.load_study("configs/study_two_halves.py").experiments.values():
         assert c.search.max_tokens < 2 * 16 and c.aggregation.max_tokens < 16
-
-
-def test_two_halves_states_the_optimum_that_its_docstring_derives():
-    found = json.loads(pathlib.Path("docs/tiny_model.json").read_text())
-    complete, other = (found[f"fair candidates: {kind}"]["mean"] for kind in
-                       ("complete sets read right", "other sets answered right"))  # fmt: skip
-    assert plan.load_study("configs/study_two_halves.py").s.optimum == round(0.875 * complete + 0.125 * other, 3)

@@ -7,25 +7,30 @@ A study is a file of configs/ whose `get_config` takes a name:
     get_config("evaluation")    how every arm is evaluated, an ordinary one of `python -m spiral_jax.evaluate`
 
 so that any run of it can be repeated by hand with --config=configs/study_x.py:paragator. The arm `base` is the model
-before any training.
+before any training. For sweeps it has a `propose(trial)` that names further arms, see `studies/sweep.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import pathlib
 import re
+from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from spiral_jax.config import ConfigError, to_plain, uses_aggregation
 from spiral_jax.config_checks import validate, validate_evaluation
+from spiral_jax.measures import STRATEGIES
 
 BASE, EVALUATION, OPTIMUM, EFFICIENCY = "base", "evaluation", "optimum", "efficiency"
-_MAY_CHANGE = ("title", "question", "notes", "arms")
-_MEASURE = re.compile(r"(single|aggregated|(pass|maj|rsa)@[1-9][0-9]*)")
+SWEEP_SEED = 0  # of the runs of a sweep
+_MAY_CHANGE = ("title", "question", "notes", "arms", "cross")
+_MEASURE = re.compile(rf"(single|aggregated|{'|'.join(STRATEGIES)}|(pass|maj|rsa)@[1-9][0-9]*)")
 
 
 def defaults() -> ConfigDict:
@@ -35,12 +40,18 @@ def defaults() -> ConfigDict:
     s.question = ""  # what the study is to answer, for the report's reader
     s.notes = ""  # what it does not show, and choices that a reader should know
     s.arms = ()  # (arm, seeds of its runs) in the report's order; the same seed sees the same problems in order
-    # shares that are reported, of held-out problems: "single", "aggregated", "pass@k", "maj@k", "rsa@t" (round t)
+    # shares that are reported, of held-out problems: "single", "aggregated", "pass@k", "maj@k", "rsa@t" (round t); and
+    # where strategies are named, those of `measures.STRATEGIES`
     s.measures = ("aggregated", "single")
     s.baseline = ""  # arm that gaps and scaling efficiency are against
-    s.optimum = 0.0  # best possible value of the first measure where it is known; 0 = unknown
-    # each (measure, arm, other, difference): the arm is to be above the other by more than this. Either side may be
-    # "optimum" of the first measure. ("efficiency", arm, baseline, times): samples for equal coverage, in pass@k
+    # V strategies, of which a set needs two: then at most 1 - V * V^-S of all sets of independent traces are mixed
+    # (`measures.STRATEGIES`), which with the measured reading of `base` bounds the aggregated accuracy: the "optimum".
+    # 0 = no such bound is known
+    s.strategies = 0
+    s.cross = ()  # arms of which each one's search traces are read by each other's aggregator, after training
+    # each (measure, arm, other, difference): the arm is to be above the other by more than this; other = "": the arm
+    # itself is to be above it. Either side may be the "optimum" of "aggregated". ("efficiency", arm, baseline, times):
+    # samples for equal coverage, in pass@k
     s.claims = ()
     return s.lock()
 
@@ -54,23 +65,44 @@ class Study:
       s: `defaults()` with what differs.
       experiments: arm -> configuration, without `base`.
       evaluation: configuration of all evaluations.
+      module: the file's; its `get_config` knows arms that are not listed too, its `propose` names some.
+      proposed: arms of a sweep, beside those of the file.
     """
 
     file: pathlib.Path
     s: ConfigDict
     experiments: dict[str, ConfigDict]
     evaluation: ConfigDict
+    module: ModuleType
+    proposed: tuple[str, ...] = ()
 
     @property
     def arms(self) -> dict[str, list[int]]:
         """Arm -> its seeds."""
-        return {arm: list(seeds) for arm, seeds in self.s.arms}
+        return {arm: list(seeds) for arm, seeds in self.s.arms} | {arm: [SWEEP_SEED] for arm in self.proposed}
+
+    def with_proposed(self, arms: Iterable[str]) -> Study:
+        """The study with these arms of a sweep, as far as the file does not list them; checked."""
+        added = tuple(arm for arm in dict.fromkeys(arms) if arm not in dict(self.s.arms))
+        experiments = self.experiments | {arm: self.module.get_config(arm) for arm in added}
+        study = dataclasses.replace(self, proposed=added, experiments=experiments)
+        _check(study)
+        return study
 
     @property
     def runs(self) -> list[tuple[str, int]]:
         """(arm, seed) of all runs, seed by seed: a study that is stopped early has every arm."""
         seeds = sorted({seed for of_arm in self.arms.values() for seed in of_arm})
         return [(arm, seed) for seed in seeds for arm, of_arm in self.arms.items() if seed in of_arm]
+
+    @property
+    def pairs(self) -> list[tuple[tuple[str, str], int]]:
+        """((searcher, reader), seed) of all evaluations that pair two arms of `cross`, seed by seed."""
+        pairs = list(itertools.permutations(self.s.cross, 2))
+        return sorted(
+            [(pair, seed) for pair in pairs for seed in self.arms[pair[0]] if seed in self.arms[pair[1]]],
+            key=lambda item: item[1],
+        )
 
     def plain(self) -> dict[str, Any]:
         """What the study's directory holds it to, as plain JSON types: what is measured and claimed.
@@ -96,7 +128,7 @@ def load_study(path: str) -> Study:
     if not isinstance(s, ConfigDict) or set(s) != set(defaults()):
         raise ConfigError(f"--config={path}: get_config('') must return plan.defaults() with what differs.")
     experiments = {arm: module.get_config(arm) for arm, _ in s.arms if arm != BASE}
-    study = Study(file, s, experiments, module.get_config(EVALUATION))
+    study = Study(file, s, experiments, module.get_config(EVALUATION), module)
     _check(study)
     return study
 
@@ -105,23 +137,22 @@ def _check(study: Study) -> None:
     s, arms = study.s, study.arms
     for arm, seeds in arms.items():
         ok = bool(seeds) and all(type(seed) is int and seed >= 0 for seed in seeds) and len(set(seeds)) == len(seeds)
-        if not ok or arm in (EVALUATION, OPTIMUM):
-            raise ConfigError(f"arms.{arm} = {seeds!r}: must be different seeds >= 0, and the arm no reserved name.")
-    if len(arms) != len(s.arms) or s.baseline not in arms:
+        if not ok or arm in (EVALUATION, OPTIMUM, "") or "+" in arm:
+            raise ConfigError(
+                f'arms.{arm} = {seeds!r}: must be different seeds >= 0, and the arm no reserved name and without "+".'
+            )
+    if len(arms) != len(s.arms) + len(study.proposed) or s.baseline not in arms:
         raise ConfigError(
             f"baseline = {s.baseline!r}: must be one of the arms {[arm for arm, _ in s.arms]}, each once."
         )
     for measure in s.measures:
         _check_measure(study, measure)
+    if not set(s.cross) <= set(arms) or len(set(s.cross)) != len(s.cross):
+        raise ConfigError(f"cross = {tuple(s.cross)!r}: must be of the arms {', '.join(arms)}, each at most once.")
+    if s.strategies < 0 or s.strategies == 1 or (s.strategies and BASE not in arms):
+        raise ConfigError(f"strategies = {s.strategies!r}: must be 0 or at least 2, and 0 without the arm {BASE}.")
     for claim in s.claims:
-        measure, arm, other, _ = claim
-        sides = [*arms, *([OPTIMUM] if s.optimum and measure == s.measures[0] else [])]
-        known = measure in s.measures or (measure == EFFICIENCY and other == s.baseline)
-        if not known or arm not in sides or other not in sides:
-            raise ConfigError(
-                f"claims: {claim!r} must be (measure, arm, other, difference) of the measures {', '.join(s.measures)} "
-                f"and of {', '.join(sides)}, or ({EFFICIENCY!r}, arm, {s.baseline!r}, times)."
-            )
+        _check_claim(study, claim)
     for name, c in study.experiments.items():
         try:
             validate(c)
@@ -133,14 +164,26 @@ def _check(study: Study) -> None:
         raise ConfigError(f"{study.file}, evaluation: {error}") from error
 
 
+def _check_claim(study: Study, claim: tuple) -> None:
+    measure, arm, other, _ = claim
+    s = study.s
+    sides = [*study.arms, *([OPTIMUM] if s.strategies and measure == "aggregated" else [])]
+    known = measure in s.measures or (measure == EFFICIENCY and other == s.baseline)
+    if not known or arm not in sides or other not in [*sides, ""]:
+        raise ConfigError(
+            f"claims: {claim!r} must be (measure, arm, other, difference) of the measures {', '.join(s.measures)} "
+            f'and of {", ".join(sides)}, or "" as the other, or ({EFFICIENCY!r}, arm, {s.baseline!r}, times).'
+        )
+
+
 def _check_measure(study: Study, measure: str) -> None:
     match = _MEASURE.fullmatch(measure)
     kind, _, number = measure.partition("@")
     e = study.evaluation.eval
     if not match or number and int(number) > (e.rounds if kind == "rsa" else e.n):
         raise ConfigError(
-            f"measures: {measure!r} must be single, aggregated, pass@k or maj@k with k up to eval.n = {e.n}, or rsa@t "
-            f"with t up to eval.rounds = {e.rounds}."
+            f"measures: {measure!r} must be single, aggregated, {', '.join(STRATEGIES)}, pass@k or maj@k with k up to "
+            f"eval.n = {e.n}, or rsa@t with t up to eval.rounds = {e.rounds}."
         )
 
 

@@ -1,9 +1,11 @@
-"""The pictures of a study: OUT_arms.png, OUT_pass_at_k.png, OUT_rsa.png, OUT_training.png."""
+"""The pictures of a study: OUT_arms.png, OUT_mixed.png (where strategies are named), OUT_pass_at_k.png, OUT_rsa.png,
+OUT_training.png.
+"""
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,9 @@ from spiral_jax.studies.plan import BASE
 # Okabe and Ito (2008), distinct for colour-blind readers; arms beyond them repeat the colours with another dash.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", ":")
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")  # filled, then hollow
 _GREY = "#555555"
-_SMOOTH = 3  # points of a training curve that are averaged
+_SMOOTH = 7  # points of a training curve that are averaged
 _MOST_BANDS = 4  # arms whose intervals are drawn; more would hide each other, and the tables have them
 
 
@@ -26,6 +29,7 @@ def draw(found: Mapping[str, Any], out: pathlib.Path) -> list[pathlib.Path]:
     """Writes the pictures beside `out`; returns their paths."""
     pictures = {
         "arms": _arms(found),
+        "mixed": _mixed(found),
         "pass_at_k": _curves(found, "pass_at_k", "k", "Coverage: is any of k independent traces right?"),
         "rsa": _curves(found, "rsa", "round", "Recursive self-aggregation, by round"),
         "training": _training(found),
@@ -59,15 +63,43 @@ def _arms(found: Mapping[str, Any]) -> Figure:
         axes.plot(100 * value["mean"], y, "D", color=color, markersize=6, zorder=3)
         seeds = [100 * run["measures"][measure] for run in found["runs"] if run["arm"] == arm and "measures" in run]
         axes.plot(seeds, [y + 0.22] * len(seeds), "o", color=color, markersize=3, alpha=0.6)
-    if found["optimum"]:
-        axes.axvline(100 * found["optimum"], color=_GREY, linestyle="--", linewidth=1)
-        axes.annotate("best possible", (100 * found["optimum"], -0.55), ha="right", fontsize="small", color=_GREY,
+    if found["optimum"] and measure == "aggregated":
+        best = 100 * found["optimum"]["aggregated"]["mean"]
+        axes.axvline(best, color=_GREY, linestyle="--", linewidth=1)
+        axes.annotate("best possible", (best, -0.55), ha="right", fontsize="small", color=_GREY,
                       xytext=(-3, 0), textcoords="offset points")  # fmt: skip
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(-0.8, len(arms) - 0.4)
     axes.set_xlabel(f"{measure} (% of held-out problems)")
     figure.supxlabel("dots: seeds; bars: 95 % bootstrap interval over seeds and problems", fontsize=8, color=_GREY)
     return _finish(figure, axes, "After training")
+
+
+def _mixed(found: Mapping[str, Any]) -> Figure | None:
+    """Of every run, how many sets are mixed and how often the aggregated answer is right; the line: the base's reading
+    of mixed and other sets, so what is above or below it is due to reading, and what is along it to search."""
+    if not found["optimum"] or not {"mixed", "aggregated"} <= set(found["measures"]):
+        return None
+    best = found["optimum"]
+    figure = Figure(figsize=(7.6, 5.0), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    ends = [100 * best[name]["mean"] for name in ("right_if_alike", "right_if_mixed")]
+    axes.plot([0, 100], ends, color=_GREY, linewidth=1)
+    axes.axvline(100 * best["mixed"], color=_GREY, linestyle="--", linewidth=1)
+    axes.annotate("most that independent traces allow", (100 * best["mixed"], ends[0]), rotation=90, ha="right",
+                  fontsize="small", color=_GREY, xytext=(-3, 0), textcoords="offset points")  # fmt: skip
+    for arm in found["arms"]:
+        of_arm = [run["measures"] for run in found["runs"] if run["arm"] == arm and "measures" in run]
+        if of_arm:
+            x, y = ([100 * measures[m] for measures in of_arm] for m in ("mixed", "aggregated"))
+            place = list(found["arms"]).index(arm)
+            axes.plot(x, y, _MARKERS[place % len(_MARKERS)], color=_style(found, arm)["color"], markersize=6, alpha=0.8,
+                      label=arm, fillstyle="full" if place < len(_MARKERS) else "none")  # fmt: skip
+    axes.set_xlabel("sets of two strategies or more (%)")
+    axes.set_ylabel("aggregated (% right)")
+    axes.set_xlim(0, 100)
+    axes.legend(fontsize="small", framealpha=0.9, loc="upper left")
+    return _finish(figure, axes, "What search offers and what aggregation makes of it; the line is the base's reading")
 
 
 def _curves(found: Mapping[str, Any], name: str, key: str, title: str) -> Figure:
@@ -95,34 +127,44 @@ def _curves(found: Mapping[str, Any], name: str, key: str, title: str) -> Figure
 
 
 def _training(found: Mapping[str, Any]) -> Figure | None:
-    """Reward of what is trained for, and entropy of search traces, over sampled tokens; a line for each run."""
-    runs = [run for run in found["runs"] if "training" in run]
-    if not runs:
+    """Reward of what is trained for, and entropy of search traces, over sampled tokens: an arm's mean over its runs."""
+    runs = {arm: [run["training"] for run in found["runs"] if run["arm"] == arm and "training" in run] for arm in
+            found["arms"]}  # fmt: skip
+    if not any(runs.values()):
         return None
-    figure = Figure(figsize=(13.0, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(13.5, 4.6), dpi=150, layout="constrained")
     panels = {
         "aggregated": ("Reward of aggregation traces", "right (%)", 100),
         "own": ("Own correctness of search traces", "right (%)", 100),
         "entropy": ("Entropy of search traces", "nat a token", 1),
     }
+    lines = {}
     for axes, (curve, (title, label, scale)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        named: set[str] = set()
-        for run in runs:
-            if curve not in run["training"]:
-                continue
-            values = scale * np.array([np.nan if v is None else v for v in run["training"][curve]], float)
-            arm = run["arm"]
-            axes.plot(run["training"]["sampled_tokens"], _smooth(values), linewidth=1.2, alpha=0.85,
-                      label=None if arm in named else arm, **_style(found, arm))  # fmt: skip
-            named.add(arm)
+        for arm, of_arm in runs.items():
+            curves = [run for run in of_arm if curve in run]
+            if curves:
+                tokens, value = _mean_curve(curves, curve)
+                (lines[arm],) = axes.plot(tokens, scale * value, linewidth=1.5, label=arm, **_style(found, arm))
         axes.set_xlabel("sampled tokens")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:,.0f}k"))
         axes.set_ylabel(label)
-        if named:
-            axes.legend(fontsize="x-small", framealpha=0.9)
         _finish(figure, axes, title)
+    figure.legend(lines.values(), lines, loc="outside right upper", fontsize="small")
+    figure.supxlabel(
+        "mean over an arm's runs, smoothed; up to where the shortest of them ends", fontsize=8, color=_GREY
+    )
     return figure
+
+
+def _mean_curve(runs: Sequence[Mapping[str, Sequence]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, mean of a curve there) over the runs of one arm, up to the end of the shortest."""
+    start = max(run["sampled_tokens"][0] for run in runs)
+    end = min(run["sampled_tokens"][-1] for run in runs)
+    grid = np.linspace(start, end, len(runs[0]["sampled_tokens"]))
+    curves = [_smooth(np.array([np.nan if v is None else v for v in run[name]], float)) for run in runs]
+    values = [np.interp(grid, run["sampled_tokens"], curve) for run, curve in zip(runs, curves, strict=True)]
+    return grid, np.mean(values, axis=0)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ def _rendered(found: Mapping[str, Any]) -> str:
     """JSON with a line for each run, arm, gap and claim."""
     parts = []
     for name, value in found.items():
-        if name in ("runs", "claims"):
+        if name in ("runs", "claims", "cross"):
             lines = ",\n  ".join(json.dumps(row, allow_nan=False) for row in value)
             parts.append(f"{json.dumps(name)}: [\n  {lines}\n ]")
         elif name in ("arms", "gaps", "efficiency", "curves"):
@@ -59,14 +59,17 @@ def markdown(study: Study, found: Mapping[str, Any], pictures: Sequence[str]) ->
     )
     head = [
         f"# {study.s.title}", study.s.question,
-        f"{done} of {len(found['runs'])} runs are done. Machine: {'; '.join(found['machines'])}. Commit: "
-        f"{', '.join(found['commits'])}. Written by `python -m spiral_jax.study --config={study.file} --report`.",
+        f"{done} of {len(found['runs'])} runs are done, in {found['seconds'] / 3600:.1f} hours. Machine: "
+        f"{'; '.join(found['machines'])}. Commit: {', '.join(found['commits'])}. Written by "
+        f"`python -m spiral_jax.study --config={study.file} --report`.",
         f"Evaluation: {evaluated}",
         found["unnamed"] and f"In the directory, but not in the configuration: {', '.join(found['unnamed'])}.",
     ]  # fmt: skip
     parts = [
         ("What was claimed before the runs", _claims(found)),
+        ("What is possible", _optimum(found)),
         ("Results", _results(found)),
+        (f"Search of one, read by another: {found['measures'][0]}", _cross(found)),
         (f"Gaps to {found['baseline']}, paired over seeds and problems (points)", _gaps(found)),
         (f"Samples for equal coverage, against {found['baseline']}", _efficiency(found)),
         ("Arms", _arms(found)),
@@ -104,7 +107,7 @@ def _claims(found: Mapping[str, Any]) -> str:
             return _NONE
         if claim["unit"] == "times":
             return f"{gap['mean']:.2f}x [{gap['low']:.2f}, {gap['high']:.2f}]"
-        return percent(gap, "+")
+        return percent(gap, "+" if claim["unit"] == "points" else "")
 
     rows = [[c["claim"], cell(c), c["gap"]["seeds"] if c["gap"] else 0, f"**{c['verdict']}**"] for c in found["claims"]]
     return _table(["claim", "measured", "seeds", "verdict"], rows)
@@ -117,8 +120,39 @@ def _results(found: Mapping[str, Any]) -> str:
         seeds = next(iter(measures.values()))["seeds"] if measures else 0
         rows.append([arm, seeds, *(percent(measures[m]) if measures else _NONE for m in found["measures"])])
     if found["optimum"]:
-        rows.append(["best possible", "", f"{100 * found['optimum']:.1f}", *[""] * (len(found["measures"]) - 1)])
+        best = found["optimum"]
+        known = {"aggregated": percent(best["aggregated"]), "mixed": f"{100 * best['mixed']:.1f}"}
+        rows.append(["best possible", "", *(known.get(m, "") for m in found["measures"])])
     return _table(["arm", "seeds", *found["measures"]], rows)
+
+
+def _optimum(found: Mapping[str, Any]) -> str:
+    """The bound and what it is made of."""
+    o = found["optimum"]
+    if not o:
+        return ""
+    V, S = o["strategies"], o["subset_size"]
+    return (
+        f"Of sets of {S} independent traces of one policy at most 1 - {V} * {V}^-{S} = {100 * o['mixed']:.1f} % are "
+        "mixed, that is, hold two strategies or more. The base, before any training, is right on "
+        f"{percent(o['right_if_mixed'])} % of its mixed sets and on {percent(o['right_if_alike'])} % of the others. "
+        f"Read like that, the best sets give **{percent(o['aggregated'])} %** aggregated accuracy."
+    )
+
+
+def _cross(found: Mapping[str, Any]) -> str:
+    measure = found["measures"][0]
+    arms = list(dict.fromkeys(row["searcher"] for row in found["cross"]))
+    cell = {(row["searcher"], row["reader"]): _cross_cell(row, measure) for row in found["cross"]}
+    rows = [[searcher, *(cell[searcher, reader] for reader in arms)] for searcher in arms]
+    return _table(["search \\ aggregation", *arms], rows)
+
+
+def _cross_cell(row: Mapping[str, Any], measure: str) -> str:
+    """Estimate and its number of seeds; and what failed."""
+    of = row["measures"].get(measure)
+    value = [f"{percent(of)} ({of['seeds']})"] if of else []
+    return "; ".join([*value, *row.get("errors", [])]).replace("|", "\\|") or _NONE
 
 
 def _gaps(found: Mapping[str, Any]) -> str:
@@ -171,7 +205,8 @@ def _training(found: Mapping[str, Any]) -> str:
 
 def _runs(found: Mapping[str, Any]) -> str:
     def measure(run: Mapping[str, Any], name: str) -> str:
-        return f"{100 * run['measures'][name]:.1f}" if "measures" in run else _NONE
+        value = run.get("measures", {}).get(name)
+        return _NONE if value is None else f"{100 * value:.1f}"
 
     costs = ("steps", "sampled_tokens", "seconds")
     rows = [

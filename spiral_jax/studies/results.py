@@ -4,6 +4,8 @@ arms      by arm: `plan.arm_row`, and estimates of every measure over its runs
 runs      every run, failed ones too: state, steps, tokens, seconds, what it said when it failed, its own measures
 unnamed   runs in the directory that the configuration does not name any more
 gaps      by arm and measure: the arm - the baseline
+optimum   the best possible aggregated accuracy where the number of strategies is known, and what it is made of
+cross     for each two arms of `cross`: what the one's aggregator makes of the other's search
 efficiency by arm: samples that the baseline needs for each one of the arm's at equal coverage
 claims    each claim with its gap and a verdict: holds, fails, or open (the interval holds both)
 curves    pass@k and self-aggregation by arm; training by run, thinned
@@ -15,109 +17,24 @@ that both arms have. With one seed an interval says nothing about seeds; with fe
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from spiral_jax.comparison import check_comparable, scaling_efficiency
-from spiral_jax.config import difference, from_plain, to_plain, uses_aggregation
+from spiral_jax.config import eval_subset_size
 from spiral_jax.estimators import bootstrap_weights
-from spiral_jax.measures import Column, columns
+from spiral_jax.measures import columns
 from spiral_jax.results import ResultsError, read_results
+from spiral_jax.studies.cells import Cells, column_of, estimate, value_of
+from spiral_jax.studies.directory import StudyDirectory, pair_name
+from spiral_jax.studies.history import check_evaluation, run_row
 from spiral_jax.studies.plan import BASE, EFFICIENCY, OPTIMUM, Study, arm_row
-from spiral_jax.workdir import StepLog, WorkdirError, read_config
+from spiral_jax.workdir import WorkdirError
 
 VERSION = 1
 DRAWS = 2000  # resamples
-_CURVE_POINTS = 50  # of a run's training that are kept
-_LAST = 0.1  # share of a run's steps that "at the end" means
-_COLUMNS = {
-    "single": ("single", 0), "aggregated": ("aggregated", 0),
-    "pass": ("pass_at_k", -1), "maj": ("majority_at_k", -1), "rsa": ("rsa/single", 0),
-}  # fmt: skip
-_TRAINING = {  # curve: the metric that is drawn, over sampled tokens
-    "aggregated": "reward/aggregated", "own": "reward/search", "entropy": "entropy/search",
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class StudyDirectory:
-    """Where a study keeps what."""
-
-    path: pathlib.Path
-
-    @property
-    def journal(self) -> StepLog:
-        """A row for each command that has ended: arm, seed, stage, returncode, seconds, environment, error."""
-        return StepLog(self.path / "journal.jsonl")
-
-    def run(self, arm: str, seed: int) -> pathlib.Path:
-        return self.path / "runs" / arm / f"seed_{seed}"
-
-    def evaluation(self, arm: str, seed: int, step: int) -> pathlib.Path:
-        return self.path / "evaluations" / arm / f"seed_{seed}" / f"step_{step:06d}"
-
-    def evaluations(self, arm: str, seed: int) -> list[pathlib.Path]:
-        """The finished evaluations of a run, by step."""
-        return sorted((self.path / "evaluations" / arm / f"seed_{seed}").glob("step_*/results.json"))
-
-    def log(self, arm: str, seed: int, stage: str) -> pathlib.Path:
-        return self.path / "logs" / f"{arm}_seed_{seed}_{stage}.log"
-
-    def error(self, arm: str, seed: int) -> str:
-        """What a stage of the run said if it failed when it was tried last; "" if none did."""
-        last = {row["stage"]: row for row in self.journal.read() if (row["arm"], row["seed"]) == (arm, seed)}
-        return next((f"{stage}: {row['error']}" for stage, row in last.items() if row["returncode"]), "")
-
-
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The steps of a run that may still be writing them; none if it has not begun."""
-    file = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
-
-
-@dataclasses.dataclass(frozen=True)
-class Cells:
-    """Evaluations of one arm on the same B problems: its seeds, and the `Column`s of each."""
-
-    seeds: list[int]
-    columns: list[dict[str, Column]]
-
-    def curve(self, name: str, seeds: Sequence[int], weight_RxB: np.ndarray) -> np.ndarray:
-        """[1 + R, Q]: the measure over those seeds, of all problems and then of every resample."""
-        chosen = [self.columns[self.seeds.index(seed)][name] for seed in seeds]
-        total_ZxBxQ, count_ZxBxQ = (np.stack([column[part] for column in chosen]) for part in (0, 1))
-        Z, B = total_ZxBxQ.shape[:2]
-        seed_RxZ = np.concatenate([np.ones((1, Z)), bootstrap_weights(1, Z, len(weight_RxB))])
-        problem_RxB = np.concatenate([np.ones((1, B)), weight_RxB])
-        sums = [np.einsum("rz,rb,zbq->rq", seed_RxZ, problem_RxB, part, optimize=True) for part in
-                (total_ZxBxQ, count_ZxBxQ)]  # fmt: skip
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return sums[0] / sums[1]
-
-    def measure(self, name: str, seeds: Sequence[int], weight_RxB: np.ndarray) -> np.ndarray:
-        """[1 + R] of a measure as `plan.defaults` names it."""
-        column, q = column_of(name)
-        return self.curve(column, seeds, weight_RxB)[:, q]
-
-
-def column_of(measure: str) -> tuple[str, int]:
-    """(name of a column of `measures.columns`, index in it) of a measure such as "pass@32"."""
-    kind, _, number = measure.partition("@")
-    name, offset = _COLUMNS[kind]
-    return name, int(number or 0) + offset if number else offset
-
-
-def estimate(value_R: np.ndarray, seeds: int) -> dict[str, Any]:
-    """Mean, 95 % interval, and how many seeds it is over."""
-    if np.isnan(value_R[0]):  # no problem has a value
-        return {"mean": None, "low": None, "high": None, "seeds": seeds}
-    low, high = np.nanpercentile(value_R[1:], (2.5, 97.5))
-    return {"mean": float(value_R[0]), "low": float(low), "high": float(high), "seeds": seeds}
 
 
 def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
@@ -126,43 +43,116 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
     Raises:
       ResultsError: evaluations that cannot be compared. WorkdirError: none is finished.
     """
-    evaluated, runs, first = {arm: Cells([], []) for arm in study.arms}, [], None
-    for arm, seed in study.runs:
-        run, files = _run(study, directory, arm, seed), directory.evaluations(arm, seed)
-        if files:
-            results = read_results(files[-1])
-            first = first or results
-            check_comparable(first, results)
-            _check_evaluation(study, files[-1], results)
-            evaluated[arm].seeds.append(seed)
-            evaluated[arm].columns.append(columns(results["records"]))
-            run["measures"] = {m: _own_estimate(evaluated[arm], seed, m) for m in study.s.measures}
-        runs.append(run)
+    runs = [run_row(study, directory, arm, seed) for arm, seed in study.runs]
+    first, done = _evaluated(study, directory, [*study.runs, *((pair_name(*pair), seed) for pair, seed in study.pairs)])
     if first is None:
         said = [f"{run['arm']} seed {run['seed']}: {run['error'] or 'not run'}" for run in runs]
         raise WorkdirError(f"{directory.path}: no run has been evaluated yet.\n  " + "\n  ".join(said))
+    for run in runs:
+        cells = done.get(run["arm"])
+        if cells and run["seed"] in cells.seeds:
+            place = cells.seeds.index(run["seed"])
+            run["measures"] = {m: value_of(cells.columns[place], m) for m in study.s.measures}
     weight_RxB = bootstrap_weights(0, len(first["records"]), DRAWS)
-    done = {arm: cells for arm, cells in evaluated.items() if cells.seeds}
+    pairs = {pair_name(*pair) for pair, _ in study.pairs}
+    arms = {arm: cells for arm, cells in done.items() if arm not in pairs}
     journal = directory.journal.read()
-    efficiency = _efficiency(study, done, weight_RxB)
+    efficiency = _efficiency(study, arms, weight_RxB)
     return {
         "version": VERSION,
         "title": study.s.title,
         "machines": sorted({_machine(row["environment"]) for row in journal}),
+        "seconds": sum(row["seconds"] for row in journal),
         "commits": sorted({_commit(row["environment"]) for row in journal}),
         "problems": first["problems"],
         "settings": first["settings"],
         "measures": list(study.s.measures),
         "baseline": study.s.baseline,
-        "optimum": study.s.optimum,
-        "arms": {arm: _arm(study, arm, done.get(arm), weight_RxB) for arm in study.arms},
-        "gaps": _gaps(study, done, weight_RxB),
+        "optimum": _optimum(study, arms, weight_RxB),
+        "arms": {arm: _arm(study, arm, arms.get(arm), weight_RxB) for arm in study.arms},
+        "cross": _cross(study, directory, done, weight_RxB),
+        "gaps": _gaps(study, arms, weight_RxB),
         "efficiency": efficiency,
-        "claims": [_claim(study, done, efficiency, claim, weight_RxB) for claim in study.s.claims],
-        "curves": {arm: _curves(cells, weight_RxB) for arm, cells in done.items()},
+        "claims": [_claim(study, arms, efficiency, claim, weight_RxB) for claim in study.s.claims],
+        "curves": {arm: _curves(cells, weight_RxB) for arm, cells in arms.items()},
         "runs": runs,
         "unnamed": _unnamed(study, directory),
     }
+
+
+def _evaluated(
+    study: Study, directory: StudyDirectory, asked: Sequence[tuple[str, int]]
+) -> tuple[dict[str, Any] | None, dict[str, Cells]]:
+    """Content of the first finished evaluation, and all that are, by name of an arm or a pair.
+
+    Raises:
+      ResultsError: they cannot be compared, sampled something else than is asked, or have no such measure.
+    """
+    first, done = None, {}
+    for name, seed in asked:
+        files = directory.evaluations(name, seed)
+        if not files:
+            continue
+        results = read_results(files[-1])
+        first = first or results
+        check_comparable(first, results)
+        check_evaluation(study, files[-1], results)
+        found = columns(results["records"])
+        needed = [*study.s.measures, *(("right_if_mixed",) if study.s.strategies else ())]
+        if missing := [m for m in needed if column_of(m)[0] not in found]:
+            raise ResultsError(f"{files[-1]}: has no {', '.join(missing)}: its task names no strategies.")
+        cells = done.setdefault(name, Cells([], []))
+        cells.seeds.append(seed)
+        cells.columns.append(found)
+    return first, done
+
+
+def _optimum(study: Study, done: dict[str, Cells], weight_RxB: np.ndarray) -> dict[str, Any] | None:
+    """What is possible, from how well the base reads (measured before any training); None: not known (yet)."""
+    value_R = _optimum_R(study, done, weight_RxB)
+    if value_R is None:
+        return None
+    of = lambda m: estimate(done[BASE].measure(m, done[BASE].seeds, weight_RxB), len(done[BASE].seeds))  # noqa: E731
+    parts = {m: of(m) for m in ("right_if_mixed", "right_if_alike")}
+    S = eval_subset_size(study.evaluation)
+    bound = {"strategies": study.s.strategies, "subset_size": S, "mixed": _most_mixed(study)}
+    return bound | {"aggregated": estimate(value_R, len(done[BASE].seeds))} | parts
+
+
+def _most_mixed(study: Study) -> float:
+    """The best possible share of sets that are not all of one strategy: that of equally frequent ones."""
+    V, S = study.s.strategies, eval_subset_size(study.evaluation)
+    return 1 - V * float(V) ** -S
+
+
+def _optimum_R(study: Study, done: dict[str, Cells], weight_RxB: np.ndarray) -> np.ndarray | None:
+    """[1 + R] of the best possible aggregated accuracy, as `Cells.measure`: the most mixed sets, read by the base."""
+    if not study.s.strategies or BASE not in done:
+        return None
+    mixed = _most_mixed(study)
+    read_R, guessed_R = (
+        done[BASE].measure(name, done[BASE].seeds, weight_RxB) for name in ("right_if_mixed", "right_if_alike")
+    )
+    return mixed * read_R + (1 - mixed) * guessed_R
+
+
+def _cross(
+    study: Study, directory: StudyDirectory, done: dict[str, Cells], weight_RxB: np.ndarray
+) -> list[dict[str, Any]]:
+    """For each two arms of `cross`: measures of the one's search read by the other, over the seeds that are there."""
+    rows = []
+    for searcher in study.s.cross:
+        for reader in study.s.cross:
+            name = searcher if searcher == reader else pair_name(searcher, reader)
+            row = {"searcher": searcher, "reader": reader, "measures": {}}
+            if name in done:
+                of, seeds = done[name], done[name].seeds
+                row["measures"] = {m: estimate(of.measure(m, seeds, weight_RxB), len(seeds)) for m in study.s.measures}
+            if searcher != reader:
+                asked = [seed for pair, seed in study.pairs if pair == (searcher, reader)]
+                row["errors"] = [error for seed in asked if (error := directory.error(name, seed))]
+            rows.append(row)
+    return rows
 
 
 def _machine(environment: Mapping[str, Any]) -> str:
@@ -181,12 +171,6 @@ def _unnamed(study: Study, directory: StudyDirectory) -> list[str]:
     named = {directory.run(arm, seed) for arm, seed in study.runs}
     found = sorted(path for path in (directory.path / "runs").glob("*/seed_*") if path not in named)
     return [str(path.relative_to(directory.path / "runs")) for path in found]
-
-
-def _own_estimate(cells: Cells, seed: int, measure: str) -> float:
-    column, q = column_of(measure)
-    total, count = cells.columns[cells.seeds.index(seed)][column]
-    return float(total[:, q].sum() / max(count[:, q].sum(), 1e-300))
 
 
 def _arm(study: Study, arm: str, cells: Cells | None, weight_RxB: np.ndarray) -> dict[str, Any]:
@@ -231,15 +215,19 @@ def _claim(
     measure, arm, other, points = claim
     by = f" by more than {100 * points:g} points" if points > 0 else f" - {-100 * points:g} points" if points else ""
     row = {"claim": f"{measure}: {arm} > {other}{by}", "unit": "points"}
+    alone = lambda side: done[side].measure(measure, done[side].seeds, weight_RxB)  # noqa: E731
     if measure == EFFICIENCY:
         row = {"claim": f"{arm} needs less than 1/{points:g} of the samples of {other}", "unit": "times"}
         of = efficiency.get(arm)
         gap = of and {"mean": of["ratio"], "low": of["low"], "high": of["high"], "seeds": of["seeds"]}
+    elif not other:
+        row = {"claim": f"{measure}: {arm} > {100 * points:g} %", "unit": "percent"}
+        gap = estimate(alone(arm), len(done[arm].seeds)) if arm in done else None
     elif OPTIMUM in (arm, other):
-        side = other if arm == OPTIMUM else arm
+        side, best_R = other if arm == OPTIMUM else arm, _optimum_R(study, done, weight_RxB)
         gap = None
-        if side in done:
-            value_R = done[side].measure(measure, done[side].seeds, weight_RxB) - study.s.optimum
+        if side in done and best_R is not None:
+            value_R = alone(side) - best_R
             gap = estimate(value_R if side == arm else -value_R, len(done[side].seeds))
     else:
         gap = _gap(done, arm, other, measure, weight_RxB)
@@ -257,67 +245,3 @@ def _curves(cells: Cells, weight_RxB: np.ndarray) -> dict[str, list[dict]]:
         return [{key: q + first} | estimate(curve[:, q], len(cells.seeds)) for q in range(curve.shape[1])]
 
     return {"pass_at_k": rows("pass_at_k", "k", 1), "rsa": rows("rsa/single", "round", 0)}
-
-
-def _check_run(study: Study, directory: StudyDirectory, arm: str, seed: int) -> None:
-    """A run that is there was made with the experiment that its arm has now. Raises WorkdirError: it was not."""
-    workdir = directory.run(arm, seed)
-    if not (workdir / "config.json").exists():
-        return
-    asked = to_plain(study.experiments[arm]) | {"seed": seed}
-    lines = difference(to_plain(from_plain(read_config(workdir)[0])), asked)  # fields may have been added since
-    if lines:
-        raise WorkdirError(
-            f"{workdir}: was run with another config (there -> here):\n  "
-            + "\n  ".join(lines)
-            + "\nGive the changed arm another name, or restore what it was."
-        )
-
-
-def _check_evaluation(study: Study, file: pathlib.Path, results: Mapping[str, Any]) -> None:
-    """An evaluation that is there sampled what the study asks for now. Raises ResultsError: it did not."""
-    asked, held = to_plain(study.evaluation.eval), results["settings"]
-    names = (held.keys() & asked.keys()) - {"subset_size"}  # 0 stands for that of training
-    lines = difference({name: held[name] for name in names}, {name: asked[name] for name in names}, "eval.")
-    if lines:
-        raise ResultsError(
-            f"{file}: sampled with another config (there -> here):\n  "
-            + "\n  ".join(lines)
-            + "\nMove its directory away to evaluate again, or restore what it was."
-        )
-
-
-def _run(study: Study, directory: StudyDirectory, arm: str, seed: int) -> dict[str, Any]:
-    """State of a run and what its training has cost."""
-    if arm != BASE:
-        _check_run(study, directory, arm, seed)
-    error, trained = directory.error(arm, seed), bool(directory.evaluations(arm, seed))
-    state = "done" if trained and not error else "failed" if error else "not finished"
-    run = {"arm": arm, "seed": seed, "state": state, "error": error}
-    steps = read_metrics(directory.run(arm, seed))
-    if not steps:
-        return run
-    last = steps[-max(1, round(_LAST * len(steps))) :]
-
-    def mean(rows: list[dict], name: str) -> float | None:
-        values = [row[name] for row in rows if row.get(name) is not None]
-        return float(np.mean(values)) if values else None
-
-    roles = ("search", *(("aggregation",) if uses_aggregation(study.experiments[arm]) else ()))
-    run |= {
-        "steps": len(steps),
-        "sampled_tokens": round(sum(row["sampling/generated_tokens"] for row in steps)),
-        "prefilled_tokens": round(sum(row["sampling/prefilled_tokens"] for row in steps)),
-        "seconds": round(sum(row["time/step"] for row in steps), 1),
-        "entropy_start": mean(steps[: len(last)], "entropy/search"),
-        "entropy_end": mean(last, "entropy/search"),
-    }
-    for role in roles:
-        run[f"grad_norm_{role}"] = mean(steps, f"grad_norm/{role}")
-        run[f"lowest_parse_rate_{role}"] = min(row[f"verifier/parse_rate_{role}"] for row in steps)
-    kept = np.unique(np.linspace(0, len(steps) - 1, _CURVE_POINTS).round().astype(int))
-    tokens = np.cumsum([row["sampling/generated_tokens"] for row in steps])
-    run["training"] = {"sampled_tokens": tokens[kept].tolist()} | {
-        curve: [steps[i].get(name) for i in kept] for curve, name in _TRAINING.items() if name in steps[0]
-    }
-    return run

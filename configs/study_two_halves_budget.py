@@ -1,0 +1,63 @@
+"""How to spend a problem's tokens between search and aggregation: N, K and M at one ceiling, on two halves.
+
+    python -m spiral_jax.study --config=configs/study_two_halves_budget.py --workdir=runs/study_budget [--sweep=12]
+
+`marginal_mean` of `study_two_halves.py` throughout. The sequential part stays as it is: with fewer than 26 tokens a
+search trace holds no half and an answer, with more than 31 it holds both. Estimated: 2 hours on two cores.
+"""
+
+import math
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import study_two_halves
+from spiral_jax.studies import plan
+
+_CEILING = 416  # tokens a problem, as the arms without aggregation have
+# (N, K, M) with 400 <= N * 26 + K * M * 12 <= 416 tokens: from many aggregations of few traces to the reverse
+_LISTED = (
+    *((6, 7, 3), (6, 3, 7)),
+    *((8, 8, 2), (8, 4, 4), (8, 2, 8)),
+    *((10, 6, 2), (10, 4, 3), (10, 3, 4), (10, 2, 6)),
+    *((12, 4, 2), (12, 2, 4)),
+)
+
+
+def propose(trial: Any) -> str | None:
+    """Any N and M, with as many sets as the ceiling leaves room for."""
+    N, M = trial.suggest_int("N", 5, 13), trial.suggest_int("M", 2, 10)
+    K = (_CEILING - N * 26) // (M * 12)
+    return _name(N, K, M) if 2 <= K <= math.comb(N, 4) else None
+
+
+def _name(N: int, K: int, M: int) -> str:
+    return f"N{N}_K{K}_M{M}"
+
+
+def get_config(name: str = "") -> ConfigDict:
+    if not name:
+        return _study()
+    if name == plan.EVALUATION:
+        return study_two_halves.get_config(name)
+    c = study_two_halves.get_config("marginal_mean")
+    N, K, M = (int(number) for number in re.fullmatch(r"N(\d+)_K(\d+)_M(\d+)", name).groups())
+    c.search.traces, c.aggregation.subsets, c.aggregation.traces = N, K, M
+    c.batch.aggregation_groups = 16  # divides 16 problems times any K
+    c.train.steps = 56  # problems that are kept more often take fewer tokens a step
+    return c
+
+
+def _study() -> ConfigDict:
+    s = study_two_halves.get_config()
+    s.title = "Two halves: the balance of search and aggregation"
+    s.question = "At one ceiling of tokens a problem: more search traces, more sets, or more aggregations of each set?"
+    s.arms = ((plan.BASE, (0, 1)), *((_name(*balance), (0, 1)) for balance in _LISTED))
+    s.baseline = "N8_K4_M4"
+    s.cross = ()
+    s.claims = (
+        ("aggregated", "N8_K8_M2", "N8_K2_M8", 0.0),
+        ("aggregated", "N10_K6_M2", "N10_K2_M6", 0.0),
+    )
+    return s
