@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 
 from spiral_jax.config import ConfigError, digest, eval_subset_size, uses_aggregation
 from spiral_jax.estimators import mean_and_interval
+from spiral_jax.evaluation_feed import EvaluationFeed
 from spiral_jax.groups import Groups, Purpose, Stop
 from spiral_jax.measures import Answers, accuracy, any_correct, set_votes
-from spiral_jax.objective import subsets
 from spiral_jax.results import make_results
-from spiral_jax.rollout import Actor, Rollouts, aggregate, fits, load_strategy, search, verify
+from spiral_jax.rollout import Actor, Rollouts, fits, load_strategy, search, verify
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.rewards import Status, Verdict
 from spiral_jax.verifier.verifier import count_verdicts, number_classes
@@ -85,7 +85,7 @@ def evaluate(actor: Actor, weights: Any, step: int) -> tuple[dict[str, Any], dic
     asked = held_out(actor)
     problems, index_B = list(asked.values()), np.array(list(asked))
     if not uses_aggregation(c):
-        found = _searched(actor, weights, problems, index_B, step)
+        found = _verified(actor, problems, _search(actor, weights, problems, index_B, step))
         return summary(c, step, [{"search": row} for row in found.rows()], found.counts("search")), None
     records, counts, _ = evaluate_wave(actor, weights, problems, index_B, step)
     results = make_results(c, f"step {step} of {digest(c)}", asked, records, counts)
@@ -141,27 +141,30 @@ def evaluate_wave(
       a record of each problem; counts: verdicts, sampled tokens and what cleaning removed from candidates, by stage
       (`search_*`, `aggregation_*`, `rsa_*`); and the traces of search and plain aggregation, for a person to read.
     """
-    c = actor.c
-    search_weights = weights if search_weights is None else search_weights
-    found = _searched(actor, search_weights, problems, index_B, step)
-    member_BxKxS = _disjoint(c, index_B, step)
-    read, cleaned = _aggregated(actor, weights, problems, found.groups, member_BxKxS, c.eval.traces, round=1)
-    counts = found.counts("search") + read.counts("aggregation") + cleaned
-    rounds, of_rounds = _self_aggregated(actor, weights, problems, index_B, found.groups, step)
-    limits = {limit: _verified(actor, problems, cut_at(found.groups, limit)).answers for limit in c.eval.limits}
+    given = None if search_weights is None else _search(actor, search_weights, problems, index_B, step)
+    feed = EvaluationFeed(actor, problems, index_B, step, given)
+    with actor.progress.phase("sampling"):
+        actor.sampler.stream(weights, feed)
+    sampled = feed.sampled()
+    found, read = (_verified(actor, problems, groups) for groups in (sampled.search, sampled.aggregation))
+    rounds = [_verified(actor, problems, groups) for groups in sampled.rounds]
+    counts = found.counts("search") + read.counts("aggregation") + sampled.cleaned
+    counts += sum((stage.counts("rsa") for stage in rounds), Counter())
+    limits = {limit: _verified(actor, problems, cut_at(found.groups, limit)).answers for limit in actor.c.eval.limits}
     searched, aggregated = _with_strategies(actor, problems, found), read.rows()
+    rows_of_rounds = [stage.rows() for stage in rounds]
     records = [
         {
             "index": int(index_B[b]),
             "id": problem.id,
             "search": searched[b],
             "limits": [{"limit": limit, "answer": answers[b]} for limit, answers in limits.items()],
-            "aggregation": {"member": member_BxKxS[b].tolist()} | aggregated[b],
-            "rsa": [rows[b] for rows in rounds],
+            "aggregation": {"member": sampled.member_BxKxS[b].tolist()} | aggregated[b],
+            "rsa": [rows[b] for rows in rows_of_rounds],
         }
         for b, problem in enumerate(problems)
     ]
-    return records, counts + of_rounds, Rollouts(problems, index_B, found.groups, member_BxKxS, read.groups)
+    return records, counts, Rollouts(problems, index_B, found.groups, sampled.member_BxKxS, read.groups)
 
 
 def _with_strategies(actor: Actor, problems: list[Problem], found: Stage) -> list[dict[str, Any]]:
@@ -193,80 +196,10 @@ def cut_at(groups: Groups, limit: int) -> Groups:
     )
 
 
-def _self_aggregated(
-    actor: Actor, weights: Any, problems: list[Problem], index_B: np.ndarray, found: Groups, step: int
-) -> tuple[list[list[dict]], Counter]:
-    """Recursive self-aggregation (arXiv 2509.26626): each round, each member of the next population reads its own
-    `eval.set_size` distinct members of this one and is one new trace. The first population are search traces.
-
-    Returns:
-      for each of `eval.rounds` rounds the B problems' rows, and the counts.
-    """
-    c, e = actor.c, actor.c.eval
-    population, rows, counts = _first_traces(found, e.population), [], Counter()
-    for round in range(1, e.rounds + 1):
-        member_BxKxS = np.stack([
-            subsets.independent_subsets(
-                c.seed, int(Purpose.EVALUATION), step, int(index), round, e.population, e.set_size, e.population
-            )
-            for index in index_B
-        ])  # fmt: skip
-        # round 1 of the random keys is plain aggregation
-        stage, cleaned = _aggregated(actor, weights, problems, population, member_BxKxS, 1, round + 1)
-        population = _as_population(stage.groups, population)
-        rows.append(stage.rows())
-        counts += stage.counts("rsa") + Counter(
-            {f"rsa_{k.removeprefix('aggregation_')}": n for k, n in cleaned.items()}
-        )
-    return rows, counts
-
-
-def _first_traces(groups: Groups, size: int) -> Groups:
-    """The first `size` traces of each group."""
-    return dataclasses.replace(
-        groups,
-        requests=dataclasses.replace(groups.requests, traces=size),
-        trace_UxCxG=groups.trace_UxCxG[:, :size],
-        trace_len_UxC=groups.trace_len_UxC[:, :size],
-        logprob_UxCxG=groups.logprob_UxCxG[:, :size],
-        stop_UxC=groups.stop_UxC[:, :size],
-        reward_UxC=None,
-        verdict_UxC=None,
-    )
-
-
-def _as_population(groups: Groups, before: Groups) -> Groups:
-    """One group a problem of what were U = B * population groups of one trace; prompts and ids are the problem's."""
-    B, size, G = len(before), before.requests.traces, groups.requests.max_tokens
-    return dataclasses.replace(
-        before,
-        requests=dataclasses.replace(before.requests, max_tokens=G),
-        trace_UxCxG=groups.trace_UxCxG.reshape(B, size, G),
-        trace_len_UxC=groups.trace_len_UxC.reshape(B, size),
-        logprob_UxCxG=groups.logprob_UxCxG.reshape(B, size, G),
-        stop_UxC=groups.stop_UxC.reshape(B, size),
-    )
-
-
-def _searched(actor: Actor, weights: Any, problems: list[Problem], index_B: np.ndarray, step: int) -> Stage:
-    return _verified(actor, problems, search(actor, weights, problems, index_B, Purpose.EVALUATION, step))
-
-
-def _aggregated(
-    actor: Actor, weights: Any, problems: list[Problem], candidates: Groups, member_BxKxS: np.ndarray, traces: int,
-    round: int,
-) -> tuple[Stage, Counter]:  # fmt: skip
-    groups, cleaned = aggregate(actor, weights, problems, candidates, member_BxKxS, traces, round)
-    return _verified(actor, problems, groups), Counter({f"aggregation_{k}": n for k, n in cleaned.items()})
+def _search(actor: Actor, weights: Any, problems: list[Problem], index_B: np.ndarray, step: int) -> Groups:
+    return search(actor, weights, problems, index_B, Purpose.EVALUATION, step)
 
 
 def _verified(actor: Actor, problems: list[Problem], groups: Groups) -> Stage:
     groups, texts, verdicts = verify(actor, problems, groups)
     return Stage(groups, texts, verdicts, number_classes(actor.verifier, problems, texts, verdicts))
-
-
-def _disjoint(c: ConfigDict, index_B: np.ndarray, step: int) -> np.ndarray:
-    """int32 [B, K, S]: which traces are aggregated together."""
-    N, S, K = c.search.traces, eval_subset_size(c), c.eval.subsets
-    draw = lambda index: subsets.disjoint_subsets(c.seed, int(Purpose.EVALUATION), step, index, 0, N, S, K)  # noqa: E731
-    return np.stack([draw(int(index)) for index in index_B])

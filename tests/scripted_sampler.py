@@ -1,6 +1,7 @@
 """A rollout without a model: the second implementation of the sampler protocol writes what it is told to."""
 
 import dataclasses
+import re
 
 import numpy as np
 
@@ -57,6 +58,17 @@ class ScriptedSampler:
             stop[0, i] = Stop.LENGTH if text.endswith("...") else Stop.STOP
             trace[0, i, : len(ids)], length[0, i] = ids, len(ids)
         return Groups(request, trace, length, np.zeros((1, C, G), np.float32), stop)
+
+
+class ReadingSampler(ScriptedSampler):
+    """Aggregation traces repeat the largest box that their prompt shows; search traces follow the script."""
+
+    def write(self, request):
+        if request.id_Ux6[0, 4] == Role.SEARCH:
+            return super().write(request)
+        text = TOKENIZER.decode(request.prompt_UxP[0, : request.prompt_len_U[0]])
+        shown = max((int(box) for box in re.findall(r"boxed\{(\d)\}", text)), default=0)
+        return ScriptedSampler(lambda role, cursor, k, i: f"\\boxed{{{shown}}}").write(request)
 
 
 def number_task() -> Task:

@@ -21,17 +21,17 @@ from spiral_jax.sampling.slots import DecodeSettings, SlotClass
 from spiral_jax.sampling.weights import abstract_weights
 
 ARCH = Architecture(V=97, D=256, F=1024, L=4, H=4, J=2, E=64, norm_eps=1e-6, rope_theta=1e4, tied=False)
-CLASSES = (SlotClass(8, 3, 48, 40), SlotClass(16, 2, 32, 80))  # two groups a device: with one, XLA copies caches
+CLASSES = (SlotClass(8, 3, 48, 40), SlotClass(16, 2, 32, 80))
 MOVES = ("copy", "transpose", "convert", "concatenate", "dynamic-slice", "gather", "all-gather", "all-to-all")
 
 
-def compiled_decode(mesh, donate=True, weights=lambda weights: weights, decode=decode_chunk):
+def compiled_decode(mesh, donate=True, weights=lambda weights: weights, decode=decode_chunk, classes=CLASSES):
     """The program, compiled from shapes alone; `weights(abstract weights)` replaces what it reads."""
     settings = DecodeSettings(ModelConfig(ARCH), jnp.float32, Draw(), 0, (1,), 16, mesh)
-    rows = sum(slots.rows for slots in CLASSES) // meshes.group_count_multiple(mesh)
-    states = tuple(abstract_state(settings, slots) for slots in CLASSES)
+    rows = sum(slots.rows for slots in classes) // meshes.group_count_multiple(mesh)
+    states = tuple(abstract_state(settings, slots) for slots in classes)
     out = (jax.tree.map(lambda a: a.sharding, states), None, None, None)
-    program = functools.partial(decode, settings, CLASSES, (0, 0), 8, 1, rows, 0)
+    program = functools.partial(decode, settings, classes, (0,) * len(classes), 8, 1, rows, 0)
     with jax.set_mesh(mesh):
         jitted = jax.jit(program, out_shardings=out, donate_argnums=(1,) if donate else ())
         return jitted.lower(weights(abstract_weights(settings.config, mesh)), states).compile()
@@ -79,6 +79,14 @@ def program(mesh):
 @pytest.mark.devices8
 def test_decode_loop_copies_and_gathers_neither_weights_nor_caches(mesh, program):
     assert max(moves_in_decode_loop(program)) < min(smallest_on_a_device(mesh))
+
+
+@pytest.mark.devices8
+def test_a_cache_of_a_single_slot_a_shard_is_not_copied_in_the_loop_either(mesh):
+    slots = meshes.group_count_multiple(mesh)
+    alone = compiled_decode(mesh, classes=(SlotClass(slots, 3, 48, 40), SlotClass(slots, 2, 32, 80)))
+    assert max(moves_in_decode_loop(alone)) < 32 * ARCH.J // mesh.shape["tensor"] * ARCH.E  # the smallest cache
+    assert alone.memory_analysis().temp_size_in_bytes <= 0.1 * weight_bytes(mesh)
 
 
 @pytest.mark.devices8

@@ -377,7 +377,8 @@ def test_the_start_report_names_every_program_with_its_classes(moving):
     assert f"{len(moving.programs)} programs" in lines[0] and "GiB of keys and values" in lines[0]
     assert len(lines) == 1 + len(moving.programs)
     assert any(line.startswith("  move") and "(4, 3, 8, 4) -> (4, 3, 8, 12)" in line for line in lines)
-    assert any(line.startswith("  admit") and line.endswith("(4, 2, 16, 12)") for line in lines)
+    for kind in ("prefill", "enter"):
+        assert any(line.startswith(f"  {kind}") and line.endswith("(4, 2, 16, 12)") for line in lines)
 
 
 def test_the_start_report_warns_of_classes_with_one_slot_a_shard(mesh, moving):
@@ -392,3 +393,11 @@ def test_devices_without_room_are_refused_with_what_is_missing_and_what_to_lower
     check_room(engine.settings, engine.schedule, 2**20)
     with pytest.raises(ConfigError, match=r"classes need .* 0\.00 GiB more than its .*slots, C, P or G.*int8.*tensor"):
         check_room(engine.settings, engine.schedule, 2**10)
+
+
+def test_the_room_check_counts_prefilled_prompts_beside_the_slots():
+    """Four prompts of 2^20 tokens, 256 bytes each (2 layers, keys and values, 2 heads of 8 floats): 1 GiB, twice."""
+    engine = make_engine(one_device(), (), ((4, C, 2**20, G),), prefill_tokens=2**22)
+    check_room(engine.settings, engine.schedule, 2**31 + 2**20)
+    with pytest.raises(ConfigError, match=r"1\.00 GiB of keys and values.*1\.00 GiB of prefilled prompts"):
+        check_room(engine.settings, engine.schedule, 2**31)

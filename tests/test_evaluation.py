@@ -1,11 +1,10 @@
 """What an evaluation reports, against counts made by hand on scripted traces."""
 
 import dataclasses
-import re
 
 import numpy as np
 import pytest
-from scripted_sampler import TOKENIZER, ScriptedSampler, make_actor, number_task
+from scripted_sampler import TOKENIZER, ReadingSampler, ScriptedSampler, make_actor, number_task
 
 from spiral_jax.comparison import compare
 from spiral_jax.config import ConfigError, for_evaluation, for_evaluation_in_training
@@ -96,17 +95,6 @@ def test_held_out_problems_that_are_too_long_are_left_out_and_counted():
     nothing = dataclasses.replace(longer, held_out=lambda i: longer.held_out(0))
     with pytest.raises(ConfigError, match="prompt.max_problem_tokens = 16"):
         evaluate(in_training(nothing, eval__problems=8), None, step=0)
-
-
-class ReadingSampler(ScriptedSampler):
-    """Aggregation traces repeat the largest box that their prompt shows; search traces follow the script."""
-
-    def write(self, request):
-        if request.id_Ux6[0, 4] == Role.SEARCH:
-            return super().write(request)
-        text = TOKENIZER.decode(request.prompt_UxP[0, : request.prompt_len_U[0]])
-        shown = max((int(box) for box in re.findall(r"boxed\{(\d)\}", text)), default=0)
-        return ScriptedSampler(lambda role, cursor, k, i: f"\\boxed{{{shown}}}").write(request)
 
 
 def evaluation_actor(script, **overrides):

@@ -17,9 +17,9 @@ from spiral_jax.mesh import AXES, group_count_multiple, path_name, weight_spec
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.sampling.decode import decode_step
+from spiral_jax.sampling.programs import abstract_prefilled, admission_shapes
 from spiral_jax.sampling.programs import abstract_state as abstract_state_of
-from spiral_jax.sampling.programs import admission_shapes
-from spiral_jax.sampling.slots import SlotClass, admit
+from spiral_jax.sampling.slots import SlotClass, enter
 from spiral_jax.sampling.weights import abstract_weights
 from spiral_jax.setup import make_samplers
 from spiral_jax.train_step import abstract_state, make_train_step
@@ -133,8 +133,8 @@ def test_every_program_of_the_sampler_traces_at_its_full_shapes(c, mesh):
     states = [abstract_state_of(settings, slots) for slots in classes]
     with jax.set_mesh(mesh):
         for i in schedule.entries():
-            new = admission_shapes(settings, schedule, i)
-            state, token, logprob = jax.eval_shape(functools.partial(admit, settings), weights, states[i], new)
+            ready, new = abstract_prefilled(settings, schedule, i), admission_shapes(settings, schedule, i)
+            state, token, logprob = jax.eval_shape(functools.partial(enter, settings), states[i], ready, new)
             assert token.shape == logprob.shape == (*new.slot_ZxW.shape, classes[i].C)
         step = functools.partial(decode_step, settings, classes, None)
         after, token, logprob = jax.eval_shape(step, weights, tuple(states))

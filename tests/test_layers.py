@@ -15,7 +15,8 @@ FLOORS = {
     | {"objective.subsets", "objective.set_advantages", "objective.own_advantages", "objective.advantages"}
     | {"objective.loss_weights"},
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
-    3: {"setup", "initial", "rollout", "rollout_feed", "collect", "train_step", "evaluation", "results", "comparison"}
+    3: {"setup", "initial", "rollout", "rollout_feed", "collect", "train_step", "evaluation", "evaluation_feed"}
+    | {"results", "comparison"}
     | {"run_log", "saving", "preemption", "watchdog", "guards"}
     | {
         "checkpoint",

@@ -20,7 +20,7 @@ from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.qwen3 import ModelConfig
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
-from spiral_jax.sampling.programs import Schedule
+from spiral_jax.sampling.programs import Schedule, abstract_state
 from spiral_jax.sampling.protocol import Feed, sample
 from spiral_jax.sampling.slots import DecodeSettings, SlotClass
 
@@ -100,12 +100,14 @@ class Spiral:
 
     def peak_bytes(self, work: dict[str, Any], groups_per_batch: int) -> int:
         """Of the program that needs most, with every slot and the weights."""
-        programs = self._engine(Work.from_json(work), 1.0).programs
+        engine = self._engine(Work.from_json(work), 1.0)
+        states = [abstract_state(engine.settings, slots) for slots in engine.schedule.classes]
+        slots = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
         needed = []
-        for program in programs.values():
+        for (kind, *_), program in engine.programs.items():
             memory = program.run.memory_analysis()
             in_and_out = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            needed.append(in_and_out + memory.temp_size_in_bytes)
+            needed.append(in_and_out + memory.temp_size_in_bytes + (slots if kind == "prefill" else 0))
         return max(needed)
 
 

@@ -219,25 +219,25 @@ class Run:
         )
 
     def prefill_program(self, prompt: int) -> Program:
-        """Admission into the class that prompts of so many tokens enter; the unit is one admission of them."""
+        """Prompts of so many tokens, in the shapes of the class that they enter; the unit is one call."""
         schedule, settings, arch = self.engine.schedule, self.engine.settings, self.model.arch
         i = min((i for i in schedule.entries() if prompt <= schedule.classes[i].P), key=lambda i: schedule.classes[i].P)
-        shards, W, P = sampler_programs.admission_shapes(settings, schedule, i).prompt_ZxWxP.shape
-        chunk, recipe = settings.chunk_of(P), self.recipes["admit", i]
+        shards, W, P = sampler_programs.prompt_shapes(settings, schedule, i).prompt_ZxWxP.shape
+        chunk, recipe = settings.chunk_of(P), self.recipes["prefill", i]
         chunks = -(-prompt // chunk)
         flops = prefill_flops(arch, self.model.lora_rank, np.full(shards * W, chunks * chunk)) / self.chips
         weights = bytes_a_chip(self.decode_weights)
         caches = bytes_a_chip(self.caches[i][0]) // schedule.classes[i].slots * shards * W
         return Program(
             name=f"prefill, {shards * W} prompts of {prompt} in {P}",
-            unit="admission",
+            unit="call",
             groups=shards * W,
             tokens=shards * W * chunks * chunk,
             lower=recipe.lower,
             unit_loop="",
             passes={r"/prefill/while$": chunks, r"/prefix_attention/while$": (chunks + 1) / 2},
             memory=self.sampler_memory(),
-            arguments=bytes_a_chip([self.decode_weights, self.slots[i], recipe.shapes[-1]]),
+            arguments=bytes_a_chip([self.decode_weights, recipe.shapes[-1]]),
             kept=0,
             ideal_flops=flops,
             ideal_hbm_bytes=0.0,

@@ -1,6 +1,6 @@
 """The rollout engine: groups enter free slots, decode together, narrow as their traces end, and leave.
 
-feed -> admit (prefill, first token) -> [ decode a chunk -> collect tokens -> leave or move -> admit ] -> feed
+feed -> admit (prefill, enter) -> [ decode a chunk -> collect tokens -> leave or move -> admit ] -> feed
 
 Search and aggregation groups run side by side, and nothing waits for the longest trace of anything but its own group.
 Time is counted in chunks and every choice depends on token counts alone, so a replayed step does the same again, and
@@ -9,6 +9,7 @@ so do all processes of a run: each of them sees every token and follows every gr
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter, deque
 from typing import Any
@@ -21,6 +22,7 @@ from spiral_jax import mesh as meshes
 from spiral_jax.config import ConfigError
 from spiral_jax.groups import GroupRequests
 from spiral_jax.metrics import Mean
+from spiral_jax.sampling.prefill import Prefilled, Prompts
 from spiral_jax.sampling.programs import (
     Program,
     Schedule,
@@ -29,9 +31,10 @@ from spiral_jax.sampling.programs import (
     compile_programs,
     describe,
     device_bytes,
+    prompt_shapes,
 )
 from spiral_jax.sampling.protocol import Feed
-from spiral_jax.sampling.seating import Job, Piece, Seats, cut
+from spiral_jax.sampling.seating import Job, Piece, Seats, cut, plan_prefills
 from spiral_jax.sampling.slots import Admission, DecodeSettings
 from spiral_jax.sampling.weights import DecodeWeights, lay_out
 
@@ -113,6 +116,18 @@ class Engine:
         return fit
 
 
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """Prefilled prompts, and whose they are: the jobs in the rows of each shard."""
+
+    rows: list[list[Job]]
+    prompts: Prefilled
+
+    @property
+    def jobs(self) -> set[Job]:
+        return {job for of_shard in self.rows for job in of_shard}
+
+
 class _Run:
     """One call of `Engine.stream`: device states, who sits where, and what is counted."""
 
@@ -123,6 +138,7 @@ class _Run:
         self.seats = Seats(self.schedule.classes, self.shards)
         self.seated: list[Piece] = []
         self.waiting: deque[tuple[Piece, list[int]]] = deque()
+        self.kept: dict[int, _Ready] = {}  # by class: prompts that waiting pieces will enter from
         self.states = [self.programs["clear", i].run() for i in range(len(self.schedule.classes))]
         self.counts: Counter[str] = Counter()
         rows = [slots.rows // self.shards for slots in self.schedule.classes]
@@ -137,8 +153,11 @@ class _Run:
         entered: dict[int, list[Piece]] = {}
         for _ in range(len(self.waiting)):
             self._seat(*self.waiting.popleft(), entered)
-        room = sum(self.schedule.classes[i].slots for i in self.engine.entries)
-        while len(self.waiting) < room and any(self.seats.has_free(i) for i in self.engine.entries):
+        room = sum(self.schedule.classes[i].slots for i in self.engine.entries)  # groups, however wide
+        while (
+            any(self.seats.has_free(i) for i in self.engine.entries)
+            and len({piece.job for piece, _ in self.waiting}) < room
+        ):
             request = self.feed.next(self.now)
             if request is None:
                 break
@@ -147,7 +166,9 @@ class _Run:
                 self._seat(piece, entries, entered)
         start = time.monotonic()
         for i, pieces in entered.items():
-            self._prefill(i, pieces)
+            self._enter(i, pieces)
+        # the last that waited may have found a seat in another class
+        self.kept = {i: ready for i, ready in self.kept.items() if ready.jobs & self._waiting_for(i)}
         self.counts["prefill_seconds"] += time.monotonic() - start
         return bool(entered)
 
@@ -162,26 +183,56 @@ class _Run:
                 return
         self.waiting.append((piece, entries))
 
-    def _prefill(self, i: int, pieces: list[Piece]) -> None:
-        """Runs as many admissions into class i as the fullest shard needs."""
+    def _waiting_for(self, i: int) -> set[Job]:
+        """Jobs with waiting pieces that may be seated in class i."""
+        width = self.schedule.classes[i].C
+        return {piece.job for piece, entries in self.waiting if i in entries and len(piece.traces) <= width}
+
+    def _enter(self, i: int, pieces: list[Piece]) -> None:
+        """Puts pieces into their slots of class i, from prompts that are kept or are prefilled now.
+
+        At most one call's prompts are kept for a class: pieces are seated in the order in which they wait, so only the
+        last job that enters a class can have more of them.
+        """
+        waiting, ready = self._waiting_for(i), self.kept.pop(i, None)
+        if ready:
+            pieces = self._enter_from(i, ready, pieces, waiting)
+        W = prompt_shapes(self.settings, self.schedule, i).prompt_len_ZxW.shape[1]
+        for rows in plan_prefills(pieces, waiting, self.shards, W):
+            ready = None  # its memory is free before the next prompts take theirs
+            ready = self._prefill(i, rows)
+            pieces = self._enter_from(i, ready, pieces, waiting)
+
+    def _prefill(self, i: int, rows: list[list[Job]]) -> _Ready:
+        """One call; a prompt that is computed on several shards counts once, and its other rows are padding."""
+        shapes = prompt_shapes(self.settings, self.schedule, i)
+        new = _prompts(shapes, rows)
+        chunk = self.settings.chunk_of(self.schedule.classes[i].P)
+        chunks = -(-int(new.prompt_len_ZxW.max()) // chunk)
+        ready = _Ready(rows, self.programs["prefill", i].run(self.weights, _place(new, shapes)))
+        self.counts["prefill_computed"] += new.prompt_len_ZxW.size * chunks * chunk
+        self.counts["prefilled"] += sum(job.prompt_len for job in ready.jobs)
+        return ready
+
+    def _enter_from(self, i: int, ready: _Ready, pieces: list[Piece], waiting: set[Job]) -> list[Piece]:
+        """Enters those whose prompts are ready, keeps these if others wait for them, and returns the other pieces."""
+        jobs = ready.jobs
+        by_shard = [[p for p in pieces if p.job in jobs and p.place[1] == z] for z in range(self.shards)]
         shapes = admission_shapes(self.settings, self.schedule, i)
-        W, by_shard = shapes.slot_ZxW.shape[1], [[p for p in pieces if p.place[1] == z] for z in range(self.shards)]
+        W = shapes.slot_ZxW.shape[1]
         for start in range(0, max(map(len, by_shard)), W):
             batch = {(z, w): piece for z, of in enumerate(by_shard) for w, piece in enumerate(of[start : start + W])}
-            new = _admission(shapes, batch)
-            place = jax.tree.map(lambda a: a.sharding, shapes)
-            self.states[i], tokens, logprobs = self.programs["admit", i].run(
-                self.weights, self.states[i], meshes.place(new, place)
-            )
+            new = _place(_admission(shapes, ready.rows, batch), shapes)
+            self.states[i], tokens, logprobs = self.programs["enter", i].run(self.states[i], ready.prompts, new)
             token_ZxWxC, logprob_ZxWxC = jax.device_get((tokens, logprobs))
             for (z, w), piece in batch.items():
                 self._collect(piece, token_ZxWxC[z, w][None], logprob_ZxWxC[z, w][None])
-                self.counts["generated"] += int((token_ZxWxC[z, w] >= 0).sum())
-                self.counts["prefilled"] += piece.job.prompt_len
-                self.counts["shared"] += piece.job.prompt_len * (sum(trace >= 0 for trace in piece.traces) - 1)
-            chunk = self.settings.chunk_of(self.schedule.classes[i].P)
-            chunks = -(-int(new.prompt_len_ZxW.max()) // chunk)
-            self.counts["prefill_computed"] += new.slot_ZxW.size * chunks * chunk
+                drawn = int((token_ZxWxC[z, w] >= 0).sum())
+                self.counts["generated"] += drawn
+                self.counts["prompt_tokens"] += drawn * piece.job.prompt_len
+        if jobs & waiting:
+            self.kept[i] = ready
+        return [piece for piece in pieces if piece.job not in jobs]
 
     def decode(self) -> None:
         """One chunk of the program with the fewest rows that hold all running ones of each shard."""
@@ -261,7 +312,7 @@ class _Run:
             "tokens_per_s/decode": Mean(float(n["rows_live"]), n["decode_seconds"]),
             "tokens_per_s/prefill": Mean(float(n["prefilled"]), n["prefill_seconds"]),
             "sampling/queue_depth": Mean(float(n["queue_depth"]), float(n["chunks"])),
-            "sampling/shared_prompt_tokens": float(n["shared"]),
+            "sampling/shared_prompt_tokens": float(n["prompt_tokens"] - n["prefilled"]),
             "sampling/prefilled_tokens": float(n["prefilled"]),
             "sampling/moves": float(n["moves"]),
             "sampling/chunks": float(n["chunks"]),
@@ -272,18 +323,31 @@ class _Run:
         }
 
 
-def _admission(shapes: Admission, batch: dict[tuple[int, int], Piece]) -> Admission:
-    """Host arrays of an admission; (shard, w) -> piece."""
+def _prompts(shapes: Prompts, rows: list[list[Job]]) -> Prompts:
+    """Host arrays of a prefill of these jobs' prompts; `rows`: of each shard."""
     new = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
     new.prompt_len_ZxW[...] = 1
+    for z, of_shard in enumerate(rows):
+        for w, job in enumerate(of_shard):
+            new.prompt_ZxWxP[z, w, : job.prompt_len] = job.request.prompt_UxP[0, : job.prompt_len]
+            new.prompt_len_ZxW[z, w] = job.prompt_len
+    return new
+
+
+def _admission(shapes: Admission, rows: list[list[Job]], batch: dict[tuple[int, int], Piece]) -> Admission:
+    """Host arrays of an admission; (shard, w) -> piece. `rows`: whose prompts are prefilled on each shard."""
+    new = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
     new.slot_ZxW[...] = -1
     for at, piece in batch.items():
-        request, length = piece.job.request, piece.job.prompt_len
-        new.prompt_ZxWxP[at][:length] = request.prompt_UxP[0, :length]
-        new.prompt_len_ZxW[at] = length
-        new.id_ZxWx6[at] = request.id_Ux6[0]
+        new.row_ZxW[at] = rows[at[0]].index(piece.job)
+        new.id_ZxWx6[at] = piece.job.request.id_Ux6[0]
         new.first_trace_ZxW[at] = piece.traces[0]
         new.slot_ZxW[at] = piece.place[2]
         for row, trace in enumerate(piece.traces):
             new.limit_ZxWxC[at][row] = piece.job.limit_C[trace] if trace >= 0 else 0
     return new
+
+
+def _place(new: Prompts | Admission, shapes: Prompts | Admission) -> Prompts | Admission:
+    """Host arrays on the devices, with the shardings of `shapes`."""
+    return meshes.place(new, jax.tree.map(lambda a: a.sharding, shapes))

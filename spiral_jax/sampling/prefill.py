@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from spiral_jax.mesh import constrain_groups
 from spiral_jax.model.attention import prefix_attention
@@ -12,24 +13,58 @@ from spiral_jax.model.qwen3 import Block, ModelConfig, rms_norm
 from spiral_jax.sampling.weights import DecodeWeights
 
 
-def prefill(
-    config: ModelConfig,
-    cache_dtype: jnp.dtype,
-    weights: DecodeWeights,
-    prompt_UxP: jax.Array,
-    prompt_len_U: jax.Array,
-    chunk: int,
-) -> tuple[tuple[Cache, ...], jax.Array]:
+@struct.dataclass
+class Prompts:
+    """What is computed in one call: W prompts of each of Z shards.
+
+    Attributes:
+      prompt_ZxWxP: int32, right-padded.
+      prompt_len_ZxW: int32, >= 1.
+    """
+
+    prompt_ZxWxP: jax.Array
+    prompt_len_ZxW: jax.Array
+
+
+@struct.dataclass
+class Prefilled:
+    """Prompts that are computed: any number of groups, or pieces of one, may enter from each of them.
+
+    Attributes:
+      prompt_len_ZxW: int32.
+      logits_ZxWxV: float32, behind each prompt's last token.
+      prompt: a cache [Z, W, J, ...] for each layer.
+    """
+
+    prompt_len_ZxW: jax.Array
+    logits_ZxWxV: jax.Array
+    prompt: tuple[Cache, ...]
+
+
+def prefill(config: ModelConfig, cache_dtype: jnp.dtype, chunk: int, weights: DecodeWeights, new: Prompts) -> Prefilled:
     """Runs right-padded prompts in chunks of tokens; stops behind the longest one, whatever P is.
 
     Args:
-      prompt_UxP: int32; `chunk` divides P.
-      prompt_len_U: int32, >= 1.
-      chunk: prompt tokens whose activations exist at once.
-
-    Returns:
-      a cache [U, J, ...] of P tokens for each layer, and float32 logits [U, V] behind each prompt's last token.
+      chunk: prompt tokens whose activations exist at once; divides P.
     """
+    Z, W, P = new.prompt_ZxWxP.shape
+    prompt_UxP, prompt_len_U = new.prompt_ZxWxP.reshape(Z * W, P), new.prompt_len_ZxW.reshape(Z * W)
+    caches, logits_UxV = _run_chunks(
+        config, cache_dtype, chunk, weights, constrain_groups(prompt_UxP), constrain_groups(prompt_len_U)
+    )
+    caches, logits_ZxWxV = jax.tree.map(lambda a: a.reshape(Z, W, *a.shape[1:]), (caches, logits_UxV))
+    return Prefilled(new.prompt_len_ZxW, logits_ZxWxV, caches)
+
+
+def _run_chunks(
+    config: ModelConfig,
+    cache_dtype: jnp.dtype,
+    chunk: int,
+    weights: DecodeWeights,
+    prompt_UxP: jax.Array,
+    prompt_len_U: jax.Array,
+) -> tuple[tuple[Cache, ...], jax.Array]:
+    """A cache [U, J, ...] of P tokens for each layer, and float32 logits [U, V] behind each prompt's last token."""
     (U, P), arch = prompt_UxP.shape, config.arch
     block = Block(config)
 

@@ -2,7 +2,8 @@
 compilation.
 
     decode[rows]   for all rows, and for fewer of them as `Schedule.row_counts` says
-    admit[i]       into the entry class of each prompt length
+    prefill[i]     prompts of each length, i: the class that groups with such prompts enter
+    enter[i]       groups whose prompts are prefilled into that class
     move[i, j]     from a class to one that is narrower or longer
     clear[i]       a class without groups
 """
@@ -26,7 +27,8 @@ from jax.stages import Compiled, Lowered
 from spiral_jax import mesh as meshes
 from spiral_jax.config import ConfigError
 from spiral_jax.sampling.decode import decode_chunk
-from spiral_jax.sampling.slots import Admission, DecodeSettings, SlotClass, admit, empty_state, move, state_shardings
+from spiral_jax.sampling.prefill import Prefilled, Prompts, prefill
+from spiral_jax.sampling.slots import Admission, DecodeSettings, SlotClass, empty_state, enter, move, state_shardings
 from spiral_jax.sampling.weights import abstract_weights
 
 
@@ -38,7 +40,7 @@ class Schedule:
       classes: of slots; within one prompt length a group may move from class to class.
       chunk: decode steps a call, at most.
       exit_groups: a chunk ends early when this many groups can leave their slot.
-      prefill_tokens: prompt tokens, padding included, of one admission a shard.
+      prefill_tokens: prompt tokens, padding included, of one call a shard.
       row_counts: rows of a shard, ascending, for which there are decode programs beside the one for all rows.
     """
 
@@ -113,7 +115,7 @@ class Recipe:
 
 
 def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...], Program]:
-    """Every program, by ("decode", rows), ("admit", i), ("move", i, j) and ("clear", i)."""
+    """Every program, by ("decode", rows), ("prefill", i), ("enter", i), ("move", i, j) and ("clear", i)."""
     return {name: recipe.compile() for name, recipe in recipes(settings, schedule).items()}
 
 
@@ -128,9 +130,12 @@ def recipes(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...
     for i, slots in enumerate(classes):
         programs["clear", i] = Recipe(mesh, functools.partial(empty_state, settings, slots), (), _places(states[i]))
     for i in schedule.entries():
-        shapes = weights, states[i], admission_shapes(settings, schedule, i)
+        prompts, ready = prompt_shapes(settings, schedule, i), abstract_prefilled(settings, schedule, i)
+        function = functools.partial(prefill, *_of_prefill(settings, classes[i]))
+        programs["prefill", i] = Recipe(mesh, function, (weights, prompts), _places(ready))
+        shapes = states[i], ready, admission_shapes(settings, schedule, i)
         out = _places(states[i]), everywhere, everywhere  # every process follows all groups
-        programs["admit", i] = Recipe(mesh, functools.partial(admit, settings), shapes, out, donate=(1,))
+        programs["enter", i] = Recipe(mesh, functools.partial(enter, settings), shapes, out, donate=(0,))
     for i, j in schedule.moves():
         shapes = states[i], states[j], ints(shards), ints(shards), ints(shards, classes[j].C)
         out = _places(states[i]), _places(states[j])
@@ -156,32 +161,34 @@ def describe(programs: dict[tuple[Any, ...], Program], settings: DecodeSettings,
     needed = _needed_bytes(settings, schedule)
     lines = [
         f"sampler: {len(programs)} programs, compiled in {total:.1f} s; a device holds "
-        f"{needed['weights'] / 2**30:.2f} GiB of weights and {needed['slots'] / 2**30:.2f} GiB of keys and values"
+        f"{needed['weights'] / 2**30:.2f} GiB of weights, {needed['slots'] / 2**30:.2f} GiB of keys and values, and up "
+        f"to {needed['prompts'] / 2**30:.2f} GiB of prefilled prompts"
     ]
     for (kind, *what), program in programs.items():
         sizes = [str(tuple(vars(schedule.classes[i]).values())) for i in what] if kind != "decode" else []
         sizes = " -> ".join(sizes) or f"{what[0]} rows a shard"
-        lines.append(f"  {kind:6} {program.seconds:6.1f} s {program.temp_bytes / 2**20:9.1f} MiB temporary  {sizes}")
+        lines.append(f"  {kind:7} {program.seconds:6.1f} s {program.temp_bytes / 2**20:9.1f} MiB temporary  {sizes}")
     shards = meshes.group_count_multiple(settings.mesh)
     for i, slots in enumerate(schedule.classes):
         if slots.slots == shards:
             lines.append(
-                f"  slow: config.sampling.classes[{i}] has one slot a shard, whose cache XLA copies at every token. "
-                f"Give it {2 * shards} slots."
+                f"  note: config.sampling.classes[{i}] has one slot a shard, whose cache a TPU copies once a call, "
+                f"which takes memory. {2 * shards} slots avoid that."
             )
     return "\n".join(lines)
 
 
 def check_room(settings: DecodeSettings, schedule: Schedule, device_bytes: int) -> None:
-    """Raises `ConfigError` if decode weights and slots alone need more than a device has."""
+    """Raises `ConfigError` if decode weights, slots and prefilled prompts alone need more than a device has."""
     needed = _needed_bytes(settings, schedule)
     missing = sum(needed.values()) - device_bytes
     if missing > 0:
         raise ConfigError(
             f"config.sampling.classes need {needed['slots'] / 2**30:.2f} GiB of keys and values a device, beside "
-            f"{needed['weights'] / 2**30:.2f} GiB of decode weights: {missing / 2**30:.2f} GiB more than its "
-            f"{device_bytes / 2**30:.2f} GiB. Lower slots, C, P or G of the largest class, set sampling.cache_dtype = "
-            "'int8', or raise mesh.tensor."
+            f"{needed['prompts'] / 2**30:.2f} GiB of prefilled prompts and {needed['weights'] / 2**30:.2f} GiB of "
+            f"decode weights: {missing / 2**30:.2f} GiB more than its {device_bytes / 2**30:.2f} GiB. Lower slots, C, "
+            "P or G of the largest class, or sampling.prefill_tokens, set sampling.cache_dtype = 'int8', or raise "
+            "mesh.tensor."
         )
 
 
@@ -198,22 +205,51 @@ def _needed_bytes(settings: DecodeSettings, schedule: Schedule) -> dict[str, int
         leaves = jax.tree.leaves(tree)
         return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
 
-    states = [abstract_state(settings, slots) for slots in schedule.classes]
-    return {"weights": on_a_device(abstract_weights(settings.config, settings.mesh)), "slots": on_a_device(states)}
+    return {
+        "weights": on_a_device(abstract_weights(settings.config, settings.mesh)),
+        "slots": on_a_device([abstract_state(settings, slots) for slots in schedule.classes]),
+        "prompts": on_a_device([abstract_prefilled(settings, schedule, i) for i in schedule.entries()]),
+    }
 
 
 def abstract_state(settings: DecodeSettings, slots: SlotClass) -> Any:
     """Shapes, dtypes and shardings of a class's `SlotState`."""
-    state = jax.eval_shape(functools.partial(empty_state, settings, slots))
-    place = state_shardings(state, settings.mesh)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, place)
+    return _placed(jax.eval_shape(functools.partial(empty_state, settings, slots)), settings.mesh)
+
+
+def abstract_prefilled(settings: DecodeSettings, schedule: Schedule, i: int) -> Prefilled:
+    """Shapes, dtypes and shardings of prompts that groups enter class i from."""
+    function = functools.partial(prefill, *_of_prefill(settings, schedule.classes[i]))
+    weights = abstract_weights(settings.config, settings.mesh)
+    return _placed(jax.eval_shape(function, weights, prompt_shapes(settings, schedule, i)), settings.mesh)
+
+
+def _of_prefill(settings: DecodeSettings, slots: SlotClass) -> tuple[Any, ...]:
+    """The static arguments of `prefill` for a class."""
+    return settings.config, settings.cache_dtype, settings.chunk_of(slots.P)
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    place = state_shardings(tree, mesh)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, place)
+
+
+def prompt_shapes(settings: DecodeSettings, schedule: Schedule, i: int) -> Prompts:
+    """Shapes of a prefill for class i: as many prompts as `prefill_tokens` pays for, at least one a shard."""
+    tokens = settings.cached_prompt(schedule.classes[i].P)
+    ints = _ints(settings, schedule, i)
+    return Prompts(ints(tokens), ints())
 
 
 def admission_shapes(settings: DecodeSettings, schedule: Schedule, i: int) -> Admission:
-    """Shapes of an admission into class i: as many prompts as `prefill_tokens` pays for, at least one a shard."""
+    """Shapes of an admission into class i: as many groups as a prefill has prompts."""
+    ints = _ints(settings, schedule, i)
+    return Admission(ints(), ints(6), ints(), ints(schedule.classes[i].C), ints())
+
+
+def _ints(settings: DecodeSettings, schedule: Schedule, i: int) -> Callable[..., jax.ShapeDtypeStruct]:
+    """(*shape) -> int32 [Z, W, *shape] along the groups' axes; W is that of class i."""
     slots, shards = schedule.classes[i], meshes.group_count_multiple(settings.mesh)
-    prompt = settings.cached_prompt(slots.P)
-    W = max(1, min(schedule.prefill_tokens // prompt, slots.slots // shards))
+    W = max(1, min(schedule.prefill_tokens // settings.cached_prompt(slots.P), slots.slots // shards))
     along = meshes.group_sharding(settings.mesh)
-    ints = lambda *shape: jax.ShapeDtypeStruct((shards, W, *shape), jnp.int32, sharding=along)  # noqa: E731
-    return Admission(ints(prompt), ints(), ints(6), ints(), ints(slots.C), ints())
+    return lambda *shape: jax.ShapeDtypeStruct((shards, W, *shape), jnp.int32, sharding=along)

@@ -1,6 +1,7 @@
 """Who sits where: the host's picture of the slots. NumPy and integers only; every choice is a function of token counts.
 
-A `Job` is a requested group; it is cut into pieces as wide as its entry class, and each `Piece` sits in one slot.
+A `Job` is a requested group; it is cut into pieces as wide as its entry class, and each `Piece` sits in one slot. All
+pieces of a job enter a class from one prefill of its prompt.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from spiral_jax.groups import GroupRequests, Groups, Stop
 from spiral_jax.sampling.slots import SlotClass
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Job:
     """A requested group (U = 1) and what has been drawn for it so far.
 
@@ -136,3 +137,30 @@ def cut(job: Job, width: int) -> list[Piece]:
     pieces = [Piece(job, list(traces[start : start + width])) for start in range(0, len(traces), width)]
     job.pieces = len(pieces)
     return pieces
+
+
+def plan_prefills(pieces: list[Piece], waiting: set[Job], shards: int, W: int) -> list[list[list[Job]]]:
+    """Which prompts are prefilled together, so that seated pieces of one class can enter: first fit, in their order.
+
+    A job's prompt is computed on each shard on which its pieces sit, and on every shard if some of its pieces still
+    wait, since they may be seated anywhere: in one call, whose rows on other shards would mostly be padding.
+
+    Args:
+      waiting: jobs with pieces that will enter the class later.
+      W: prompts of a call on each shard.
+
+    Returns:
+      calls; of each the jobs in the rows of each shard.
+    """
+    shards_of: dict[Job, set[int]] = {}
+    for piece in pieces:
+        sits_on = range(shards) if piece.job in waiting else [piece.place[1]]
+        shards_of.setdefault(piece.job, set()).update(sits_on)
+    calls: list[list[list[Job]]] = []
+    for job, needed in shards_of.items():
+        call = next((call for call in calls if all(len(call[z]) < W for z in needed)), None)
+        if call is None:
+            calls.append(call := [[] for _ in range(shards)])
+        for z in needed:
+            call[z].append(job)
+    return calls

@@ -1,10 +1,10 @@
 """Slots: where groups stand while they are decoded. A class is a table of equal slots; a group may move between them.
 
-    admit   prompts -> prefill -> free slots of a class, with the first token of every trace drawn
+    enter   prefilled prompts -> free slots of a class, with the first token of every trace drawn
     move    a group's remaining traces -> a narrower or longer slot of another class
 
 Device shards (data x fsdp) are handled apart: a group stays on the shard that prefilled it, so nothing is sent around.
-Axes: Z shards, W prompts of one admission a shard; U = Z * (slots a shard) as everywhere.
+Axes: Z shards, W prompts, or groups that enter, of one call a shard; U = Z * (slots a shard) as everywhere.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from spiral_jax.mesh import GROUP_AXES
 from spiral_jax.model.cache import Cache, empty_cache
 from spiral_jax.model.qwen3 import ModelConfig
 from spiral_jax.sampling.draw import Draw, draw_token
-from spiral_jax.sampling.prefill import prefill
+from spiral_jax.sampling.prefill import Prefilled
 from spiral_jax.sampling.randomness import trace_keys, uniforms
-from spiral_jax.sampling.weights import DecodeWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,42 +121,45 @@ def empty_state(settings: DecodeSettings, slots: SlotClass) -> SlotState:
     )
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Slots along the groups' axes, the caches' key/value heads along `tensor` where it divides them."""
+def state_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Slots or shards along the groups' axes; along `tensor`, where it divides them, caches' heads and logits."""
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
-        spec = [GROUP_AXES] + [None] * (len(leaf.shape) - 1)
-        if "prompt/" in meshes.path_name(path) or "own/" in meshes.path_name(path):
-            heads = len(leaf.shape) - 3
-            spec[heads] = "tensor" if leaf.shape[heads] % mesh.shape["tensor"] == 0 else None
+        name, spec, cut = meshes.path_name(path), [GROUP_AXES] + [None] * (len(leaf.shape) - 1), None
+        if "prompt/" in name or "own/" in name:
+            cut = len(leaf.shape) - 3
+        elif "logits" in name:
+            cut = len(leaf.shape) - 1
+        if cut is not None and leaf.shape[cut] % mesh.shape["tensor"] == 0:
+            spec[cut] = "tensor"
         return jax.sharding.NamedSharding(mesh, P(*spec))
 
-    return jax.tree_util.tree_map_with_path(of_leaf, state)
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
 @struct.dataclass
 class Admission:
-    """Groups to admit: W prompts a shard, those without a group with slot = -1.
+    """Groups, or pieces of them, that enter: W a shard, with slot = -1 where there is none.
 
     Attributes:
-      prompt_ZxWxP, prompt_len_ZxW, id_ZxWx6: int32, as in `GroupRequests`.
+      row_ZxW: int32 row of the group's prompt among those that the shard has prefilled.
+      id_ZxWx6: int32, as in `GroupRequests`.
       first_trace_ZxW: int32 index of the first trace: > 0 for a piece of a group that is wider than the class.
       limit_ZxWxC: int32; 0 for rows without a trace.
       slot_ZxW: int32 slot within the shard.
     """
 
-    prompt_ZxWxP: jax.Array
-    prompt_len_ZxW: jax.Array
+    row_ZxW: jax.Array
     id_ZxWx6: jax.Array
     first_trace_ZxW: jax.Array
     limit_ZxWxC: jax.Array
     slot_ZxW: jax.Array
 
 
-def admit(
-    settings: DecodeSettings, weights: DecodeWeights, state: SlotState, new: Admission
+def enter(
+    settings: DecodeSettings, state: SlotState, ready: Prefilled, new: Admission
 ) -> tuple[SlotState, jax.Array, jax.Array]:
-    """Prefills prompts, draws the first token of every trace, and puts the groups into their slots.
+    """Draws the first token of every trace, and puts the groups into their slots, each with a copy of its prompt.
 
     Returns:
       the state; the first tokens [Z, W, C] int32, -1 where there is no trace; their log-probs, float32.
@@ -165,30 +167,27 @@ def admit(
     Z, W, C = new.limit_ZxWxC.shape
     flat = lambda a: meshes.constrain_groups(a.reshape(Z * W, *a.shape[2:]))  # noqa: E731
     split = lambda a: a.reshape(Z, W, *a.shape[1:])  # noqa: E731
-    chunk = settings.chunk_of(new.prompt_ZxWxP.shape[-1])
-    prompt_len_U = flat(new.prompt_len_ZxW)
-    caches, logits_UxV = prefill(
-        settings.config, settings.cache_dtype, weights, flat(new.prompt_ZxWxP), prompt_len_U, chunk
-    )
+    of_prompt = lambda a: flat(jax.vmap(lambda of_shard, row: of_shard[row])(a, new.row_ZxW))  # noqa: E731
     trace_UxC = flat(new.first_trace_ZxW)[:, None] + jnp.arange(C)
     id_UxCx6 = jnp.broadcast_to(flat(new.id_ZxWx6)[:, None], (Z * W, C, new.id_ZxWx6.shape[-1]))
     key_UxCx2 = trace_keys(settings.seed, id_UxCx6, trace_UxC)
     uniform_UxC = uniforms(key_UxCx2, jnp.zeros((Z * W, C), jnp.int32))
+    logits_UxV = of_prompt(ready.logits_ZxWxV)
     logits = jnp.broadcast_to(logits_UxV[:, None], (Z * W, C, logits_UxV.shape[-1]))
     token_UxC, logprob_UxC = draw_token(settings.draw, logits, uniform_UxC)
     limit_UxC = flat(new.limit_ZxWxC)
     group = SlotState(
-        prompt_len_U=prompt_len_U,
+        prompt_len_U=of_prompt(ready.prompt_len_ZxW),
         step_U=jnp.ones(Z * W, jnp.int32),
         token_UxC=token_UxC,
         key_UxCx2=key_UxCx2,
         limit_UxC=limit_UxC,
         ended_UxC=is_stop(settings.stop_ids, token_UxC) | (limit_UxC <= 1),
-        prompt=caches,
+        prompt=(),
         own=(),
     )
     own, group = state.own, jax.tree.map(split, group)
-    state = _put_groups(settings.mesh, state.replace(own=()), group, new.slot_ZxW).replace(own=own)
+    state = _put_groups(settings.mesh, state.replace(own=()), group, ready.prompt, new).replace(own=own)
     return state, split(jnp.where(limit_UxC > 0, token_UxC, -1)), split(logprob_UxC)
 
 
@@ -227,17 +226,23 @@ def _over_shards(mesh: Mesh, function: Any, parts: int) -> Any:
     )
 
 
-def _put_groups(mesh: Mesh, state: SlotState, group_ZxW: SlotState, slot_ZxW: jax.Array) -> SlotState:
-    """Writes admitted groups over their slots, one after the other, in place."""
+def _put_groups(
+    mesh: Mesh, state: SlotState, group_ZxW: SlotState, prompt_ZxW: tuple[Cache, ...], new: Admission
+) -> SlotState:
+    """Writes groups and their prompts over their slots, one after the other, in place."""
 
-    def on_shard(state: SlotState, group_1xW: SlotState, slot_1xW: jax.Array) -> SlotState:
+    def on_shard(
+        state: SlotState, group_1xW: SlotState, prompt_1xW: tuple[Cache, ...], row_1xW: jax.Array, slot_1xW: jax.Array
+    ) -> SlotState:
         def put(w: jax.Array, state: SlotState) -> SlotState:
-            slot = slot_1xW[0, w]
-            return jax.tree.map(lambda all_slots, new: _write_slot(all_slots, new[0, w], slot), state, group_1xW)
+            slot, row = slot_1xW[0, w], row_1xW[0, w]
+            group = jax.tree.map(lambda a: a[0, w], group_1xW)
+            group = group.replace(prompt=jax.tree.map(lambda a: a[0, row], prompt_1xW))
+            return jax.tree.map(lambda all_slots, one: _write_slot(all_slots, one, slot), state, group)
 
         return jax.lax.fori_loop(0, slot_1xW.shape[1], put, state)
 
-    return _over_shards(mesh, on_shard, parts=3)(state, group_ZxW, slot_ZxW)
+    return _over_shards(mesh, on_shard, parts=5)(state, group_ZxW, prompt_ZxW, new.row_ZxW, new.slot_ZxW)
 
 
 def _move_on_shard(
