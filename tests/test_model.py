@@ -88,9 +88,8 @@ def test_padding_changes_no_hidden_state_of_a_real_token(mesh, by):
     wide_hidden = np.asarray(on_mesh(forward, mesh, BASE, variables, wide)[0])
     assert np.isfinite(wide_hidden).all()
     for u, c in np.ndindex(U, C):
-        n = ids.prompt_len[u] + G
         expected = rows_of(hidden, ids, u, c)
-        np.testing.assert_allclose(rows_of(wide_hidden, wide, u, c)[:n], expected, rtol=0, atol=SAME)
+        np.testing.assert_allclose(rows_of(wide_hidden, wide, u, c)[: 1 + G], expected, rtol=0, atol=SAME)
 
 
 def test_padding_changes_neither_logprobs_nor_gradient(mesh):
@@ -187,7 +186,7 @@ def test_rematerialisation_changes_neither_loss_nor_gradient(mesh, remat):
 
 
 def of_traces(hidden_UxTxD):
-    return np.asarray(hidden_UxTxD, np.float32)[:, P:].reshape(U, C, G, -1)
+    return np.asarray(hidden_UxTxD, np.float32)[:, 1:].reshape(U, C, G, -1)
 
 
 def layer_of(variables, layer):
@@ -196,7 +195,7 @@ def layer_of(variables, layer):
 
 @quickly_compiled
 def unrolled(config, variables, prompt, prompt_len, trace):
-    """One `Block.apply` a layer instead of a scan over stacked layers."""
+    """One `Block.apply` a layer for all rows, instead of a scan and a last layer for some; the rows of `forward`."""
     params = variables["params"]
     own = prompt_len[:, None, None] + np.arange(G) + np.zeros((U, C, 1), np.int32)
     position = jnp.concatenate([np.tile(np.arange(P), (U, 1)), own.reshape(U, -1)], axis=1)
@@ -204,6 +203,7 @@ def unrolled(config, variables, prompt, prompt_len, trace):
     lengths = Lengths(prompt_len, jnp.int32(P), jnp.int32(G))
     for layer in range(config.arch.L):
         x, _ = Block(config, P, C).apply(layer_of(variables, layer), x, position, lengths)
+    x = jnp.concatenate([x[np.arange(U), prompt_len - 1][:, None], x[:, P:]], axis=1)
     return rms_norm(x, params["final_norm"], config.arch.norm_eps)
 
 
@@ -237,7 +237,7 @@ def teacher_forced(config, variables, prompt, prompt_len, trace, late_U):
     return jax.lax.fori_loop(0, 2 * G, one_round, ([unwritten] * arch.L, hidden))[1]
 
 
-def test_scan_over_stacked_layers_is_a_loop_over_layers(mesh):
+def test_scan_and_last_layer_are_a_loop_over_whole_layers(mesh):
     variables, ids = random_variables(LORA, mesh), random_ids()
     hidden = on_mesh(unrolled, mesh, LORA, variables, ids)
     np.testing.assert_allclose(on_mesh(forward, mesh, LORA, variables, ids)[0], hidden, rtol=0, atol=SAME)

@@ -31,11 +31,9 @@ def response_hidden(
     have no meaning.
     """
     U, C, G = trace_UxCxG.shape
-    P = prompt_UxP.shape[1]
-    hidden_UxTxD = Transformer(config).apply(variables, prompt_UxP, prompt_len_U, trace_UxCxG, trace_len_UxC)
-    last_UxD = jnp.take_along_axis(hidden_UxTxD, (prompt_len_U - 1)[:, None, None], axis=1)[:, 0]
-    own = hidden_UxTxD[:, P:].reshape(U, C, G, -1)[:, :, :-1]
-    first = jnp.broadcast_to(last_UxD[:, None, None], (U, C, 1, last_UxD.shape[-1]))
+    hidden = Transformer(config).apply(variables, prompt_UxP, prompt_len_U, trace_UxCxG, trace_len_UxC)
+    own = hidden[:, 1:].reshape(U, C, G, -1)[:, :, :-1]
+    first = jnp.broadcast_to(hidden[:, :1, None], (U, C, 1, hidden.shape[-1]))
     return jnp.concatenate([first, own], axis=2)
 
 
