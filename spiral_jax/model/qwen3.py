@@ -91,11 +91,16 @@ def _adapted_forward(scale: float, x: jax.Array, a: jax.Array, b: jax.Array) -> 
 def _adapted_backward(scale: float, kept: tuple, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, inner_NxR, a, b = kept
     d_inner_NxR = scale * (d_out @ b.astype(x.dtype).T)
-    # Two factors that both have their rows first cost XLA's CPU backend up to 3 times as much as one transposed before;
-    # the barrier keeps it from taking that back.
-    inner_RxN, d_inner_RxN = jax.lax.optimization_barrier((inner_NxR.T, d_inner_NxR.T))
     over_rows = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    return d_inner_NxR @ a.astype(x.dtype).T, over_rows(d_inner_RxN, x).T, over_rows(inner_RxN, d_out)
+    d_a_RxD = over_rows(_turned(d_inner_NxR), x)
+    return d_inner_NxR @ a.astype(x.dtype).T, _turned(d_a_RxD), over_rows(_turned(inner_NxR), d_out)
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    """x.T as an array of its own. Without the barriers XLA makes it part of the product before or behind it, and its
+    CPU backend takes up to 3 times as long for a product of two factors that both have their rows first.
+    """
+    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(x).T)
 
 
 _adapted.defvjp(_adapted_forward, _adapted_backward)
@@ -246,16 +251,30 @@ class Transformer(nn.Module):
         return rms_norm(x, norm, arch.norm_eps)
 
     def _predict(self, block: Block, x_UxTxD: jax.Array, position_UxT: jax.Array, lengths: Lengths) -> jax.Array:
-        """All layers, the last one for the rows that predict alone; [U, 1 + C * G, D] before the final norm."""
+        """All layers, the last one for the rows that predict alone; [U, 1 + C * G, D] before the final norm.
+
+        The scan ends before the last layer, and a slice of what it scans over is a copy. So what is frozen beside
+        adapters is read at the layer's index instead; of what is trained that would sum gradients over whole stacks.
+        """
         remat = lambda f, **how: f  # noqa: E731
         if self.config.remat != "none":
             remat = functools.partial(jax.checkpoint, policy=_POLICIES[self.config.remat])
         stacked = {name: tree["layers"] for name, tree in self.variables.items()}
+        frozen = {"params": stacked.pop("params")} if self.config.lora_rank else {}
+        at = lambda tree, i: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)  # noqa: E731
+
+        def whole(x: jax.Array, layer: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
+            i, scanned = layer
+            return block.apply(at(frozen, i) | scanned, x, position_UxT, lengths)
+
+        def last(x: jax.Array, layer: Any) -> jax.Array:
+            return block.apply(layer, x, position_UxT, lengths, method="predict")
+
+        before = self.config.arch.L - 1
         with jax.named_scope("layers"):
-            whole = remat(lambda x, layer: block.apply(layer, x, position_UxT, lengths), prevent_cse=False)  # in a scan
-            x, _ = jax.lax.scan(whole, x_UxTxD, jax.tree.map(lambda a: a[:-1], stacked))
-            last = remat(lambda x, layer: block.apply(layer, x, position_UxT, lengths, method="predict"))
-            return last(x, jax.tree.map(lambda a: a[-1], stacked))
+            scanned = jnp.arange(before), jax.tree.map(lambda a: a[:before], stacked)
+            x, _ = jax.lax.scan(remat(whole, prevent_cse=False), x_UxTxD, scanned)
+            return remat(last)(x, at(frozen | stacked, before))
 
 
 def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
