@@ -185,6 +185,19 @@ def test_rematerialisation_changes_neither_loss_nor_gradient(mesh, remat):
     )
 
 
+def test_frozen_weights_beside_adapters_are_not_copied():
+    """The scan ends before the last layer, but only of what is trained there is a stack without that layer."""
+
+    def lowered(config, trained):
+        shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+        loss = lambda part, rest: group_logprobs(config, rest | {trained: part}, *random_ids(), 1.0, 2)[0].sum()  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(shapes.pop(trained), shapes).as_text()
+
+    gate_of_two_layers = "tensor<2x48x80xf32>"
+    assert gate_of_two_layers in lowered(BASE, "params")
+    assert gate_of_two_layers not in lowered(LORA, "lora")
+
+
 def of_traces(hidden_UxTxD):
     return np.asarray(hidden_UxTxD, np.float32)[:, 1:].reshape(U, C, G, -1)
 
