@@ -97,7 +97,7 @@ def measure(contestants: Contestants, loaded: dict[str, Any], mode: str, shape: 
         tried = {}
         for size in MICRO_BATCHES[name]:
             step(size)  # compiles, or touches new memory
-            tried[size] = run_of(step(size), loaded[name])
+            tried[size] = run_of(step(size)["returned"], loaded[name])
             print(f"{shape.title}; {name}: tried {size} groups: {tried[size]}", flush=True)
         best = min(tried, key=lambda size: tried[size]["seconds"])
         rows[name] = loaded[name] | {
@@ -108,15 +108,15 @@ def measure(contestants: Contestants, loaded: dict[str, Any], mode: str, shape: 
     for _ in range(REPEATS.value):
         for name, contestant in contestants.items():
             answer = contestant.call("step", work=str(path), micro_batch=rows[name]["micro_batch"])
-            rows[name]["runs"].append(run_of(answer, loaded[name]))
+            rows[name]["runs"].append(run_of(answer["returned"], loaded[name]))
             print(f"{shape.title}; {name}: {rows[name]['runs'][-1]}", flush=True)
     flops = shape.flops(adapters=mode == "lora")
     return {"title": shape.title, "trained_tokens": work.trained_tokens, "flops": flops, "contestants": rows}
 
 
-def run_of(answer: dict[str, Any], loaded: dict[str, Any]) -> dict[str, float]:
-    peak = answer["returned"]["peak_bytes"] - loaded["loaded_bytes"]
-    return {"seconds": answer["seconds"], "cpu_seconds": answer["cpu_seconds"], "bytes_over_loaded": peak}
+def run_of(measured: dict[str, Any], loaded: dict[str, Any]) -> dict[str, float]:
+    peak = measured["peak_bytes"] - loaded["loaded_bytes"]
+    return {"seconds": measured["seconds"], "cpu_seconds": measured["cpu_seconds"], "bytes_over_loaded": peak}
 
 
 def summarise(entry: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ Matrix products alone, two operations a multiply-add. Per token and layer, with 
     attention, forward        4 H E a (query, key) pair that the mask shows;    backward 8 H E
     head, a trace token       forward 2 D V, backward 2 D V, and 2 D V for its weights in full fine-tuning
 
-A group's prompt counts once, whatever number of traces continues it. With the name of a remat policy (`model.remat`)
+A group's prompt counts once, whatever number of traces continues it, and in the last layer with its keys, its values
+and its last token alone, since nothing else of it is read there. With the name of a remat policy (`model.remat`)
 the count has what this program computes twice under it on purpose:
 
     any      scores of the attention's backward pass, 2 H E a pair; in full fine-tuning the logits, 2 D V a trace token
@@ -43,18 +44,19 @@ PEAK_FLOPS_PER_S = {
 
 def linear_weights(arch: Architecture) -> int:
     """W: weights of one layer's seven projections; a token is multiplied with each once."""
-    return arch.D * arch.E * 2 * (arch.H + arch.J) + 3 * arch.D * arch.F
+    return sum(width * features for width, features in _projections(arch).values())
 
 
 def adapter_weights(arch: Architecture, lora_rank: int) -> int:
     """A: weights of one layer's adapters on all seven projections."""
-    outputs = arch.H * arch.E + 2 * arch.J * arch.E + 2 * arch.F + 2 * arch.D
-    return lora_rank * (_inputs(arch) + outputs)
+    return lora_rank * sum(width + features for width, features in _projections(arch).values())
 
 
-def _inputs(arch: Architecture) -> int:
-    """Widths of what one layer's seven projections read: q, k, v, gate, up; o; down."""
-    return 5 * arch.D + arch.H * arch.E + arch.F
+def _projections(arch: Architecture) -> dict[str, tuple[int, int]]:
+    """(width of what it reads, features that it writes) of each projection of a layer."""
+    heads, kv = arch.H * arch.E, arch.J * arch.E
+    of_attention = {"q": (arch.D, heads), "k": (arch.D, kv), "v": (arch.D, kv), "o": (heads, arch.D)}
+    return of_attention | {"gate": (arch.D, arch.F), "up": (arch.D, arch.F), "down": (arch.F, arch.D)}
 
 
 def attention_pairs(prompt_len_U: np.ndarray, trace_len_UxC: np.ndarray) -> int:
@@ -78,23 +80,32 @@ def train_flops(
     """
     if remat is not None and remat not in REMAT:
         raise ValueError(f"remat = {remat!r}: must be None or one of {', '.join(REMAT)}")
-    responses = int(np.sum(trace_len_UxC, dtype=np.int64))
+    responses, U = int(np.sum(trace_len_UxC, dtype=np.int64)), len(prompt_len_U)
     tokens, pairs = int(np.sum(prompt_len_U, dtype=np.int64)) + responses, attention_pairs(prompt_len_U, trace_len_UxC)
-    W, A = linear_weights(arch), adapter_weights(arch, lora_rank)
-    linear = 4 * (W + A) + 2 * (A if lora_rank else W)
+    of_last = pairs - attention_pairs(np.asarray(prompt_len_U) - 1, np.zeros((U, 0), int))
+    linear = {name: _linear_flops(name, size, lora_rank, remat) for name, size in _projections(arch).items()}
+    keys_values = linear["k"] + linear["v"]
+    rest = sum(linear.values()) - keys_values
     scores = 2 * arch.H * arch.E
-    attention = 2 * scores + 4 * scores
+    attention = (6 if remat is None else 9 if remat == "layer" else 7) * scores
     head = (4 if lora_rank else 6) * arch.D * arch.V
-    if remat is not None:
-        attention += scores
-        head += 0 if lora_rank else 2 * arch.D * arch.V
+    if remat is not None and not lora_rank:
+        head += 2 * arch.D * arch.V
+    layer = tokens * (keys_values + rest) + pairs * attention
+    last = tokens * keys_values + (U + responses) * rest + of_last * attention
+    return float((arch.L - 1) * layer + last + responses * head)
+
+
+def _linear_flops(name: str, size: tuple[int, int], lora_rank: int, remat: str | None) -> int:
+    """Operations of one projection and its adapter on one token, forward and backward."""
+    width, features = size
+    W, A = width * features, lora_rank * (width + features)
+    flops = 4 * (W + A) + 2 * (A if lora_rank else W)
     if remat == "dots":
-        linear += 2 * lora_rank * _inputs(arch)
+        flops += 2 * lora_rank * width
     if remat in ("attention", "layer"):
-        linear += 2 * (W - arch.F * arch.D + A - lora_rank * arch.D)
-    if remat == "layer":
-        attention += 2 * scores
-    return float(arch.L * (tokens * linear + pairs * attention) + responses * head)
+        flops += 2 * (lora_rank * width if name == "down" else W + A)
+    return flops
 
 
 def ideal_train_flops(arch: Architecture, lora_rank: int, remat: str | None, U: int, C: int, P: int, G: int) -> float:

@@ -42,7 +42,7 @@ def on_mesh(program, mesh, config, variables, ids, *rest):
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(config, variables, prompt, prompt_len, trace):
-    """Hidden states [U, T, D] and logits [U, T, V]."""
+    """Hidden states [U, 1 + C G, D] of each prompt's last token and of its traces, and their logits."""
     hidden = Transformer(config).apply(variables, prompt, prompt_len, trace)
     return hidden, hidden @ head_kernel(config, variables["params"])
 
@@ -54,7 +54,6 @@ def logprobs(config, variables, prompt, prompt_len, trace):
 
 
 def rows_of(out_UxTx, ids, u, c):
-    """The entries of the real tokens of (prompt u, trace c), one after the other."""
-    start = ids.prompt.shape[1] + c * ids.trace.shape[2]
-    prompt, trace = out_UxTx[u, : ids.prompt_len[u]], out_UxTx[u, start : start + ids.trace.shape[2]]
-    return np.concatenate([prompt, trace])
+    """The entries of prompt u's last token and of trace c, one after the other."""
+    G = ids.trace.shape[2]
+    return np.concatenate([out_UxTx[u, :1], out_UxTx[u, 1 + c * G : 1 + (c + 1) * G]])

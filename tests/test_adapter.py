@@ -37,7 +37,7 @@ def random_lora(config, mesh):
 
 
 def in_peft(base, adapter):
-    """(u, c) -> logits of PEFT's model of the adapter in a directory."""
+    """row -> logits of PEFT's model of the adapter in a directory."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -47,11 +47,11 @@ def in_peft(base, adapter):
 
 
 def gap(logits, theirs, ids):
-    """Largest difference of logits, over prompt and trace positions of some groups."""
+    """Largest difference of logits from the prompt's last token on, in some groups."""
     worst = 0.0
     for u, c in ((0, 0), (1, 1), (3, 0)):
         row = np.concatenate([ids.prompt[u, : ids.prompt_len[u]], ids.trace[u, c]])
-        worst = max(worst, np.abs(theirs(row) - rows_of(logits, ids, u, c)).max())
+        worst = max(worst, np.abs(theirs(row)[ids.prompt_len[u] - 1 :] - rows_of(logits, ids, u, c)).max())
     return worst
 
 

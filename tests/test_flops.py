@@ -21,10 +21,17 @@ from spiral_jax.model.architecture import Architecture
 ARCH = Architecture(V=11, D=6, F=10, L=3, H=4, J=2, E=5, norm_eps=1e-6, rope_theta=1e4, tied=True)
 W = 6 * 20 + 2 * 6 * 10 + 20 * 6 + 3 * 6 * 10  # q, k and v, o, gate and up and down
 A = 2 * ((6 + 20) * 2 + (6 + 10) * 2 + (6 + 10) * 3)  # rank 2
+W_KV, A_KV = 2 * 6 * 10, 2 * (6 + 10) * 2
 PROMPT, TRACE = np.array([3, 1]), np.array([[2, 0], [1, 4]])
 TOKENS, RESPONSES = 3 + 1 + 7, 7
 PAIRS = (1 + 2 + 3) + 1 + (2 * 3 + (1 + 2)) + (1 * 1 + 1) + (4 * 1 + (1 + 2 + 3 + 4))
 PAIR = 4 * 4 * 5  # forward: scores and weighted values of 4 heads of 5
+PAIRS_L = 3 * PAIRS - (1 + 2)  # the last layer's prompts have the queries of their last tokens alone
+
+
+def of_layers(all_parts, keys_values):
+    """Operations a token of a layer -> those of all; of prompts the last layer has keys, values and last tokens."""
+    return 2 * TOKENS * all_parts + TOKENS * keys_values + (2 + RESPONSES) * (all_parts - keys_values)
 
 
 def test_the_weights_of_a_layer_are_those_of_its_projections():
@@ -46,16 +53,18 @@ def test_pairs_are_what_the_mask_shows():
 @pytest.mark.parametrize(
     ("rank", "remat", "expected"),
     [
-        (0, None, 3 * (TOKENS * 6 * W + PAIRS * 3 * PAIR) + RESPONSES * 6 * 66),
-        (0, "none", 3 * (TOKENS * 6 * W + PAIRS * 3.5 * PAIR) + RESPONSES * 8 * 66),
-        (0, "dots", 3 * (TOKENS * 6 * W + PAIRS * 3.5 * PAIR) + RESPONSES * 8 * 66),
-        (0, "attention", 3 * (TOKENS * (6 * W + 2 * (W - 60)) + PAIRS * 3.5 * PAIR) + RESPONSES * 8 * 66),
-        (0, "layer", 3 * (TOKENS * (6 * W + 2 * (W - 60)) + PAIRS * 4.5 * PAIR) + RESPONSES * 8 * 66),
-        (2, None, 3 * (TOKENS * (4 * W + 6 * A) + PAIRS * 3 * PAIR) + RESPONSES * 4 * 66),
-        (2, "dots", 3 * (TOKENS * (4 * W + 6 * A + 2 * 2 * 60) + PAIRS * 3.5 * PAIR) + RESPONSES * 4 * 66),
-        (2, "layer", 3 * (TOKENS * (6 * W - 120 + 8 * A - 24) + PAIRS * 4.5 * PAIR) + RESPONSES * 4 * 66),
+        (0, None, of_layers(6 * W, 6 * W_KV) + PAIRS_L * 3 * PAIR + RESPONSES * 6 * 66),
+        (0, "none", of_layers(6 * W, 6 * W_KV) + PAIRS_L * 3.5 * PAIR + RESPONSES * 8 * 66),
+        (0, "dots", of_layers(6 * W, 6 * W_KV) + PAIRS_L * 3.5 * PAIR + RESPONSES * 8 * 66),
+        (0, "attention", of_layers(8 * W - 2 * 60, 8 * W_KV) + PAIRS_L * 3.5 * PAIR + RESPONSES * 8 * 66),
+        (0, "layer", of_layers(8 * W - 2 * 60, 8 * W_KV) + PAIRS_L * 4.5 * PAIR + RESPONSES * 8 * 66),
+        (2, None, of_layers(4 * W + 6 * A, 4 * W_KV + 6 * A_KV) + PAIRS_L * 3 * PAIR + RESPONSES * 4 * 66),
+        (2, "dots", of_layers(4 * W + 6 * A + 2 * 2 * 60, 4 * W_KV + 6 * A_KV + 2 * 2 * 12)
+         + PAIRS_L * 3.5 * PAIR + RESPONSES * 4 * 66),
+        (2, "layer", of_layers(6 * W - 120 + 8 * A - 24, 6 * W_KV + 8 * A_KV)
+         + PAIRS_L * 4.5 * PAIR + RESPONSES * 4 * 66),
     ],
-)
+)  # fmt: skip
 def test_a_step_is_the_sum_of_its_products(rank, remat, expected):
     assert train_flops(ARCH, rank, remat, PROMPT, TRACE) == expected
 
@@ -76,7 +85,9 @@ def test_equal_groups_are_groups_and_every_policy_costs_at_least_the_one_before(
 
 def test_a_prompt_counts_once_whatever_number_of_traces_it_has():
     prompt = train_flops(ARCH, 0, None, np.array([7]), np.zeros((1, 3), int))
-    assert train_flops(ARCH, 0, None, np.array([7]), np.zeros((1, 0), int)) == prompt == 3 * (7 * 6 * W + 28 * 3 * PAIR)
+    linear = 2 * 7 * W + 7 * W_KV + (W - W_KV)  # two whole layers; then keys, values and the last token
+    assert train_flops(ARCH, 0, None, np.array([7]), np.zeros((1, 0), int)) == prompt
+    assert prompt == 6 * linear + (2 * 28 + 7) * 3 * PAIR
 
 
 def test_another_policy_is_an_error_and_peaks_are_per_second():

@@ -33,6 +33,10 @@ def full_logprobs(hidden, kernel, trace, temperature):
     return chosen, -jnp.sum(jnp.exp(logprob) * logprob, axis=-1)
 
 
+def of_embedding(hidden, kernel, *rest):
+    return token_logprobs(hidden, kernel.T, *rest, tied=True)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def weighted(logprobs, weight, hidden, kernel, trace, temperature, chunk):
     """Log-probs, entropy, and the gradient of a weighted sum of the log-probs."""
@@ -46,12 +50,22 @@ def weighted(logprobs, weight, hidden, kernel, trace, temperature, chunk):
     return found, gradient
 
 
-@pytest.mark.parametrize("chunk", [1, 3, G - 1, G, G + 4])  # 3 and 6 do not divide G = 7
-def test_chunked_is_the_full_log_softmax_in_value_and_gradient(chunk):
+@pytest.mark.parametrize(
+    "logprobs, chunk",  # 3 and 6 do not divide G = 7
+    [
+        (token_logprobs, 1),
+        (token_logprobs, 3),
+        (of_embedding, 3),
+        (token_logprobs, G - 1),
+        (of_embedding, G),
+        (token_logprobs, G + 4),
+    ],
+)
+def test_chunked_is_the_full_log_softmax_in_value_and_gradient(logprobs, chunk):
     hidden, kernel, trace = random_heads()
     weight = np.random.default_rng(1).normal(size=trace.shape).astype(np.float32)
     weight[:, :, -1] *= 10  # the last chunk is the ragged one
-    found, gradient = weighted(token_logprobs, weight, hidden, kernel, trace, 0.7, chunk)
+    found, gradient = weighted(logprobs, weight, hidden, kernel, trace, 0.7, chunk)
     expected, its_gradient = weighted(full_logprobs, weight, hidden, kernel, trace, 0.7, None)
     assert [a.shape for a in found] == [(U, C, G)] * 2 and [a.dtype for a in found] == [jnp.float32] * 2
     for a, b in zip(found, expected, strict=True):

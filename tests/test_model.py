@@ -88,9 +88,8 @@ def test_padding_changes_no_hidden_state_of_a_real_token(mesh, by):
     wide_hidden = np.asarray(on_mesh(forward, mesh, BASE, variables, wide)[0])
     assert np.isfinite(wide_hidden).all()
     for u, c in np.ndindex(U, C):
-        n = ids.prompt_len[u] + G
         expected = rows_of(hidden, ids, u, c)
-        np.testing.assert_allclose(rows_of(wide_hidden, wide, u, c)[:n], expected, rtol=0, atol=SAME)
+        np.testing.assert_allclose(rows_of(wide_hidden, wide, u, c)[: 1 + G], expected, rtol=0, atol=SAME)
 
 
 def test_padding_changes_neither_logprobs_nor_gradient(mesh):
@@ -186,8 +185,21 @@ def test_rematerialisation_changes_neither_loss_nor_gradient(mesh, remat):
     )
 
 
+def test_frozen_weights_beside_adapters_are_not_copied():
+    """The scan ends before the last layer, but only of what is trained there is a stack without that layer."""
+
+    def lowered(config, trained):
+        shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+        loss = lambda part, rest: group_logprobs(config, rest | {trained: part}, *random_ids(), 1.0, 2)[0].sum()  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(shapes.pop(trained), shapes).as_text()
+
+    gate_of_two_layers = "tensor<2x48x80xf32>"
+    assert gate_of_two_layers in lowered(BASE, "params")
+    assert gate_of_two_layers not in lowered(LORA, "lora")
+
+
 def of_traces(hidden_UxTxD):
-    return np.asarray(hidden_UxTxD, np.float32)[:, P:].reshape(U, C, G, -1)
+    return np.asarray(hidden_UxTxD, np.float32)[:, 1:].reshape(U, C, G, -1)
 
 
 def layer_of(variables, layer):
@@ -196,7 +208,7 @@ def layer_of(variables, layer):
 
 @quickly_compiled
 def unrolled(config, variables, prompt, prompt_len, trace):
-    """One `Block.apply` a layer instead of a scan over stacked layers."""
+    """One `Block.apply` a layer for all rows, instead of a scan and a last layer for some; the rows of `forward`."""
     params = variables["params"]
     own = prompt_len[:, None, None] + np.arange(G) + np.zeros((U, C, 1), np.int32)
     position = jnp.concatenate([np.tile(np.arange(P), (U, 1)), own.reshape(U, -1)], axis=1)
@@ -204,6 +216,7 @@ def unrolled(config, variables, prompt, prompt_len, trace):
     lengths = Lengths(prompt_len, jnp.int32(P), jnp.int32(G))
     for layer in range(config.arch.L):
         x, _ = Block(config, P, C).apply(layer_of(variables, layer), x, position, lengths)
+    x = jnp.concatenate([x[np.arange(U), prompt_len - 1][:, None], x[:, P:]], axis=1)
     return rms_norm(x, params["final_norm"], config.arch.norm_eps)
 
 
@@ -237,7 +250,7 @@ def teacher_forced(config, variables, prompt, prompt_len, trace, late_U):
     return jax.lax.fori_loop(0, 2 * G, one_round, ([unwritten] * arch.L, hidden))[1]
 
 
-def test_scan_over_stacked_layers_is_a_loop_over_layers(mesh):
+def test_scan_and_last_layer_are_a_loop_over_whole_layers(mesh):
     variables, ids = random_variables(LORA, mesh), random_ids()
     hidden = on_mesh(unrolled, mesh, LORA, variables, ids)
     np.testing.assert_allclose(on_mesh(forward, mesh, LORA, variables, ids)[0], hidden, rtol=0, atol=SAME)

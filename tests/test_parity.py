@@ -25,19 +25,19 @@ def load(directory, mesh, **options):
 
 @functools.cache
 def their_logits(model):
-    """(u, c) -> logits [prompt_len + G, V] of the concatenated row, run alone and without padding."""
+    """(u, c) -> logits [1 + G, V] from the prompt's last token on, of the concatenated row, run alone, unpadded."""
     import torch
 
     ids, logits = random_ids(), {}
     for u, c in np.ndindex(U, C):
         row = np.concatenate([ids.prompt[u, : ids.prompt_len[u]], ids.trace[u, c]])
         with torch.no_grad():
-            logits[u, c] = model(torch.tensor(row, dtype=torch.long)[None]).logits[0].numpy()
+            logits[u, c] = model(torch.tensor(row, dtype=torch.long)[None]).logits[0, -1 - G :].numpy()
     return logits
 
 
 def gap_to_transformers(model, mesh, config, params, program=forward):
-    """Largest difference of logits, over prompt and trace positions."""
+    """Largest difference of logits that predict a trace's token, and of those behind its last."""
     ids = random_ids()
     logits = np.asarray(on_mesh(program, mesh, config, {"params": params}, ids)[1])
     return max(np.abs(theirs - rows_of(logits, ids, *at)).max() for at, theirs in their_logits(model).items())
@@ -50,7 +50,7 @@ def logprob_gap_to_transformers(model, mesh, config, params):
     gaps = []
     for (u, c), theirs in their_logits(model).items():
         log_softmax = theirs - np.log(np.exp(theirs.astype(np.float64)).sum(-1, keepdims=True))
-        expected = log_softmax[ids.prompt_len[u] - 1 + np.arange(G), ids.trace[u, c]]
+        expected = log_softmax[np.arange(G), ids.trace[u, c]]
         gaps.append(np.abs(expected - found[u, c]).max())
     return max(gaps)
 

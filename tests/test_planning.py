@@ -157,7 +157,7 @@ def small_run(mesh):
     c.batch.problems = c.batch.search_groups = c.batch.aggregation_groups = 8
     c.batch.search_lengths, c.batch.aggregation_lengths = ((32, 64),), ((96, 64),)
     c.sampling.classes, c.sampling.prefill_chunk = ((8, 8, 32, 64), (8, 4, 96, 64)), 32
-    arch = Architecture(V=512, D=64, F=128, L=2, H=4, J=2, E=16, norm_eps=1e-6, rope_theta=5e6, tied=True)
+    arch = Architecture(V=512, D=64, F=128, L=3, H=4, J=2, E=16, norm_eps=1e-6, rope_theta=5e6, tied=True)
     return Run(c, hf.model_config(arch, c.model), mesh)
 
 

@@ -32,7 +32,7 @@ from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.qwen3 import ModelConfig
 from spiral_jax.train_step import init_state, make_train_step
 
-REMAT, ATTENTION_BLOCK, LOGPROB_CHUNK = "dots", 256, 64
+REMAT, ATTENTION_BLOCK, LOGPROB_CHUNK = "dots", 256, 32
 
 
 class SpiralStep:

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import gc
 import pathlib
+import time
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,9 @@ def forget_peak() -> None:
 
 
 def measured(step: Any) -> dict[str, Any]:
-    """Runs `step()`; its loss and peak memory."""
+    """Runs `step()`; its loss, its wall and CPU seconds and its peak memory."""
     forget_peak()
-    loss = step()
-    return {"loss": float(loss), "peak_bytes": resident_bytes(peak=True)}
+    started, cpu_started = time.perf_counter(), time.process_time()
+    loss = float(step())
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    return {"loss": loss, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": resident_bytes(peak=True)}

@@ -24,7 +24,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from spiral_jax.model.attention import MASKED, Partial, attend, join, split_heads
-from spiral_jax.model.cache import Cache, cache_entries, read_tokens, write_entries
+from spiral_jax.model.cache import Cache, cache_entries, read_tokens
+
+KeyCotangents = tuple[jax.Array, jax.Array]  # of keys and of values, both [..., E, T]
 
 KEPT = "attention"  # the name of output and log-sum-exp for policies of `jax.checkpoint`
 
@@ -71,6 +73,19 @@ def trace_attention(
     """
     with jax.named_scope("trace_attention"):
         return _attention(q_UxCxGxHxE, own_kv, prompt_kv, lengths.trace, lengths, block)
+
+
+def last_token_attention(
+    q_UxHxE: jax.Array, k_UxPxJxE: jax.Array, v_UxPxJxE: jax.Array, prompt_len_U: jax.Array
+) -> jax.Array:
+    """Attention of each prompt's last token to its prompt; [U, H, E]. One query a group: its scores exist whole."""
+    with jax.named_scope("last_token_attention"):
+        q = split_heads(q_UxHxE, k_UxPxJxE.shape[-2])
+        dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        visible = jnp.arange(k_UxPxJxE.shape[1]) < prompt_len_U[:, None, None, None]
+        score = jnp.where(visible, dot("ujre,upje->ujrp", q, k_UxPxJxE), MASKED)
+        out = dot("ujrp,upje->ujre", jax.nn.softmax(score).astype(q.dtype), v_UxPxJxE)
+        return out.reshape(q_UxHxE.shape).astype(q_UxHxE.dtype)
 
 
 def _attention(
@@ -175,51 +190,77 @@ def _backward(size: _Blocks, kept: Any, d_out: jax.Array) -> tuple:
     U, J, C, R, _, E = q.shape
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
 
-    def one(i: jax.Array, done: tuple[jax.Array, Cache, Cache | None]) -> tuple[jax.Array, Cache, Cache | None]:
+    def one(i: jax.Array, done: tuple) -> tuple:
         d_q, d_own, d_prompt = done
-        rows = tuple(_block_rows(a, i, size.own) for a in (q, d_out, lse, delta))
+        rows = _rows(*(_block_rows(a, i, size.own) for a in (q, d_out, lse, delta)))
 
-        def to_own(j: jax.Array, done: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
+        def to_own(j: jax.Array, done: tuple[jax.Array, KeyCotangents]) -> tuple[jax.Array, KeyCotangents]:
             return _add_block(done, rows, own, j * size.own, size.own, _causal(i, j, size.own, R))
 
         with jax.named_scope("own_keys"):
-            d_rows, d_own = jax.lax.fori_loop(0, i + 1, to_own, (jnp.zeros(rows[0].shape, jnp.float32), d_own))
+            d_rows, d_own = jax.lax.fori_loop(0, i + 1, to_own, (jnp.zeros(rows.q.shape, jnp.float32), d_own))
         if prompt is not None:
-            flat = tuple(a.reshape(U, J, -1, *a.shape[4:]) for a in rows)
+            flat = _rows(*(a.reshape(U, J, -1, *a.shape[4:]) for a in rows[:4]))
 
-            def to_prompt(j: jax.Array, done: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
+            def to_prompt(j: jax.Array, done: tuple[jax.Array, KeyCotangents]) -> tuple[jax.Array, KeyCotangents]:
                 visible = _in_prompt(prompt_len_U, j, size.prompt)
                 return _add_block(done, flat, prompt, j * size.prompt, size.prompt, visible)
 
             with jax.named_scope("prompt_keys"):
-                flat_rows = d_rows.reshape(flat[0].shape)
+                flat_rows = d_rows.reshape(flat.q.shape)
                 d_rows, d_prompt = jax.lax.fori_loop(0, counts[1], to_prompt, (flat_rows, d_prompt))
         d_rows = d_rows.reshape(U, J, C, R, size.own, E).astype(q.dtype)
         return jax.lax.dynamic_update_slice_in_dim(d_q, d_rows, i * size.own, 4), d_own, d_prompt
 
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (own, prompt))
+    zeros = jax.tree.map(lambda k: (jnp.zeros(k.shape, jnp.float32),) * 2, (own["k"], prompt and prompt["k"]))
     d_q, *d_keys = jax.lax.fori_loop(0, counts[0], one, (jnp.zeros_like(q), *zeros))
-    d_own, d_prompt = jax.tree.map(lambda d: d.astype(q.dtype), d_keys)
-    return d_q, d_own, d_prompt, None, None
+    as_cache = lambda d: d and {"k": d[0].astype(q.dtype), "v": jnp.swapaxes(d[1], -1, -2).astype(q.dtype)}  # noqa: E731
+    return d_q, *map(as_cache, d_keys), None, None
 
 
 _blockwise.defvjp(_keep, _backward)
 
 
+class _Rows(NamedTuple):
+    """A block of queries in the backward pass.
+
+    Attributes:
+      q, d_out: [..., N, E].
+      lse, delta: [..., N].
+      columns: q and d_out as [..., E, N], once for all blocks of keys: two factors that both have their rows first
+        cost XLA's CPU backend more.
+    """
+
+    q: jax.Array
+    d_out: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+    columns: tuple[jax.Array, jax.Array]
+
+
+def _rows(q: jax.Array, d_out: jax.Array, lse: jax.Array, delta: jax.Array) -> _Rows:
+    return _Rows(q, d_out, lse, delta, (jnp.swapaxes(q, -1, -2), jnp.swapaxes(d_out, -1, -2)))
+
+
 def _add_block(
-    done: tuple[jax.Array, Cache], rows: tuple[jax.Array, ...], keys: Cache, start: jax.Array, size: int, visible
-) -> tuple[jax.Array, Cache]:
+    done: tuple[jax.Array, KeyCotangents], rows: _Rows, keys: Cache, start: jax.Array, size: int, visible: jax.Array
+) -> tuple[jax.Array, KeyCotangents]:
     """Adds to (d_q of the rows, cotangents of all keys) what `size` keys from `start` on contribute."""
-    (q, d_out, lse, delta), part = rows, read_tokens(keys, start, size)
+    part, (d_rows, d_keys) = read_tokens(keys, start, size), done
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    score = dot("...ne,...et->...nt", q, part["k"])
-    weight = jnp.where(visible, jnp.exp(score - lse[..., None]), 0.0)
-    d_score = weight * (dot("...ne,...te->...nt", d_out, part["v"]) - delta[..., None])
-    weight, d_score = weight.astype(q.dtype), d_score.astype(q.dtype)
-    d_rows, d_keys = done
-    new = {"k": dot("...ne,...nt->...et", q, d_score), "v": dot("...nt,...ne->...te", weight, d_out)}
-    new = jax.tree.map(jnp.add, read_tokens(d_keys, start, size), new)
-    return d_rows + dot("...nt,...et->...ne", d_score, part["k"]), write_entries(d_keys, new, start)
+    score = dot("...ne,...et->...nt", rows.q, part["k"])
+    weight = jnp.where(visible, jnp.exp(score - rows.lse[..., None]), 0.0)
+    d_score = weight * (dot("...ne,...te->...nt", rows.d_out, part["v"]) - rows.delta[..., None])
+    weight, d_score = weight.astype(rows.q.dtype), d_score.astype(rows.q.dtype)
+    new = (dot("...en,...nt->...et", of, by) for of, by in zip(rows.columns, (d_score, weight), strict=True))
+    d_keys = tuple(_add_tokens(d, tokens, start) for d, tokens in zip(d_keys, new, strict=True))
+    return d_rows + dot("...nt,...et->...ne", d_score, part["k"]), d_keys
+
+
+def _add_tokens(total_xT: jax.Array, tokens_xN: jax.Array, start: jax.Array) -> jax.Array:
+    """`total` with `tokens` added from `start` on, along the last axis."""
+    new = jax.lax.dynamic_slice_in_dim(total_xT, start, tokens_xN.shape[-1], -1) + tokens_xN
+    return jax.lax.dynamic_update_slice_in_dim(total_xT, new, start, total_xT.ndim - 1)
 
 
 def _causal(i: jax.Array, j: jax.Array, size: int, R: int) -> jax.Array:

@@ -2,12 +2,14 @@
 
 Collections: `params` (the base, or what full fine-tuning trains) and `lora` (adapters; absent at rank 0). Training
 scans over stacked layers; the sampler applies one `Block` per layer on separate per-layer arrays (slicing stacked
-weights inside a loop would copy all of them).
+weights inside a loop would copy all of them). Of a prompt nobody reads more in the last layer than keys, values and
+what its last token predicts, so training computes no more of it there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spiral_jax.mesh import constrain_groups
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.group_attention import KEPT, Lengths, prompt_attention, trace_attention
+from spiral_jax.model.group_attention import KEPT, Lengths, last_token_attention, prompt_attention, trace_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,37 @@ class Linear(nn.Module):
             init_a = nn.initializers.normal(width**-0.5)
             a = self.variable("lora", "a", lambda: init_a(self.make_rng("params"), (width, c.lora_rank), jnp.float32))
             b = self.variable("lora", "b", jnp.zeros, (c.lora_rank, self.features), jnp.float32)
-            y += (c.lora_alpha / c.lora_rank) * ((rows @ a.value.astype(x.dtype)) @ b.value.astype(x.dtype))
+            y += _adapted(c.lora_alpha / c.lora_rank, rows, a.value, b.value)
         return checkpoint_name(y, _PROJECTED).reshape(*x.shape[:-1], self.features)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _adapted(scale: float, x_NxD: jax.Array, a_DxR: jax.Array, b_RxF: jax.Array) -> jax.Array:
+    """scale x A B. Products in x's dtype; gradients of A and B in float32, whose sums over rows are float32."""
+    return _adapted_forward(scale, x_NxD, a_DxR, b_RxF)[0]
+
+
+def _adapted_forward(scale: float, x: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
+    inner_NxR = scale * (x @ a.astype(x.dtype))
+    return inner_NxR @ b.astype(x.dtype), (x, inner_NxR, a, b)
+
+
+def _adapted_backward(scale: float, kept: tuple, d_out: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, inner_NxR, a, b = kept
+    d_inner_NxR = scale * (d_out @ b.astype(x.dtype).T)
+    over_rows = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    d_a_RxD = over_rows(_turned(d_inner_NxR), x)
+    return d_inner_NxR @ a.astype(x.dtype).T, _turned(d_a_RxD), over_rows(_turned(inner_NxR), d_out)
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    """x.T as an array of its own. Without the barriers XLA makes it part of the product before or behind it, and its
+    CPU backend takes up to 3 times as long for a product of two factors that both have their rows first.
+    """
+    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(x).T)
+
+
+_adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -93,10 +124,10 @@ def rope(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
 
 
 class Block(nn.Module):
-    """One layer. `__call__` runs whole groups; the sampler puts its own attention between `project` and `finish`."""
+    """One layer. `__call__` and `predict` run groups; the sampler has attention of its own after `project`."""
 
     config: ModelConfig
-    prompt_tokens: int = 0  # P of the rows that `__call__` gets
+    prompt_tokens: int = 0  # P of the rows that `__call__` and `predict` get
     traces: int = 0  # C
 
     def setup(self) -> None:
@@ -114,12 +145,21 @@ class Block(nn.Module):
 
     def project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., D] at `position` [...] -> q [..., H, E], k and v [..., J, E]."""
+        h = rms_norm(x, self.attention_norm, self.config.arch.norm_eps)
+        return self._queries(h, position), *self._keys_values(h, position)
+
+    def _queries(self, h: jax.Array, position: jax.Array) -> jax.Array:
         arch = self.config.arch
-        h = rms_norm(x, self.attention_norm, arch.norm_eps)
-        q, k, v = (linear(h).reshape(*x.shape[:-1], -1, arch.E) for linear in (self.q, self.k, self.v))
-        if arch.qk_norm:
-            q, k = rms_norm(q, self.q_norm, arch.norm_eps), rms_norm(k, self.k_norm, arch.norm_eps)
-        return rope(q, position, arch.rope_theta), rope(k, position, arch.rope_theta), v
+        q = self._heads(self.q, h)
+        return rope(rms_norm(q, self.q_norm, arch.norm_eps) if arch.qk_norm else q, position, arch.rope_theta)
+
+    def _keys_values(self, h: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        arch = self.config.arch
+        k, v = self._heads(self.k, h), self._heads(self.v, h)
+        return rope(rms_norm(k, self.k_norm, arch.norm_eps) if arch.qk_norm else k, position, arch.rope_theta), v
+
+    def _heads(self, linear: Linear, h: jax.Array) -> jax.Array:
+        return linear(h).reshape(*h.shape[:-1], -1, self.config.arch.E)
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Residual of attention output [..., H, E], then the feed-forward part."""
@@ -130,17 +170,36 @@ class Block(nn.Module):
 
     def __call__(self, x_UxTxD: jax.Array, position_UxT: jax.Array, lengths: Lengths) -> tuple[jax.Array, None]:
         """Rows of T = P + C * G tokens: the prompt, then its traces one after the other. (x, nothing), as scan asks."""
-        P, C, block = self.prompt_tokens, self.traces, self.config.attention_block
-        U, T, _ = x_UxTxD.shape
+        P = self.prompt_tokens
         x = constrain_groups(x_UxTxD)
         q, k, v = self.project(x, position_UxT)
-        out = prompt_attention(q[:, :P], k[:, :P], v[:, :P], lengths, block)
-        if C:
-            G = (T - P) // C
-            own_q, own_k, own_v = (a[:, P:].reshape(U, C, G, *a.shape[2:]) for a in (q, k, v))
-            of_traces = trace_attention(own_q, (k[:, :P], v[:, :P]), (own_k, own_v), lengths, block)
-            out = jnp.concatenate([out, of_traces.reshape(U, C * G, *out.shape[2:])], axis=1)
+        out = prompt_attention(q[:, :P], k[:, :P], v[:, :P], lengths, self.config.attention_block)
+        if self.traces:
+            out = jnp.concatenate([out, self._attend_traces(q[:, P:], (k, v), lengths)], axis=1)
         return self.finish(x, out), None
+
+    def predict(self, x_UxTxD: jax.Array, position_UxT: jax.Array, lengths: Lengths) -> jax.Array:
+        """The last layer, for the rows that predict a trace's token: the prompt's last one, then all of the traces.
+
+        Takes what `__call__` takes; [U, 1 + C * G, D].
+        """
+        P, arch = self.prompt_tokens, self.config.arch
+        x = constrain_groups(x_UxTxD)
+        h = rms_norm(x, self.attention_norm, arch.norm_eps)
+        k, v = self._keys_values(h, position_UxT)
+        last_U = (lengths.prompt_U - 1)[:, None, None]
+        x, h = (jnp.concatenate([jnp.take_along_axis(a, last_U, 1), a[:, P:]], 1) for a in (x, h))
+        q = self._queries(h, jnp.concatenate([last_U[..., 0], position_UxT[:, P:]], axis=1))
+        of_last = last_token_attention(q[:, 0], k[:, :P], v[:, :P], lengths.prompt_U)
+        out = jnp.concatenate([of_last[:, None], self._attend_traces(q[:, 1:], (k, v), lengths)], axis=1)
+        return self.finish(x, out)
+
+    def _attend_traces(self, q: jax.Array, kv: tuple[jax.Array, jax.Array], lengths: Lengths) -> jax.Array:
+        """[U, C * G, H, E] of the traces' queries, which are as many; keys and values of all rows."""
+        P, U = self.prompt_tokens, len(q)
+        by_trace = lambda a: a.reshape(U, self.traces, -1, *a.shape[2:])  # noqa: E731
+        of_prompt, own = (tuple(part(a) for a in kv) for part in (lambda a: a[:, :P], lambda a: by_trace(a[:, P:])))
+        return trace_attention(by_trace(q), of_prompt, own, lengths, self.config.attention_block).reshape(q.shape)
 
 
 class Transformer(nn.Module):
@@ -156,9 +215,11 @@ class Transformer(nn.Module):
         trace_UxCxG: jax.Array | None,
         trace_len_UxC: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states [U, T, D] of groups after the final norm, T = P + C * G; a trace starts at `prompt_len`.
+        """Hidden states after the final norm: [U, P, D] of prompts alone, or [U, 1 + C * G, D] of groups.
 
-        They have no meaning behind the longest prompt, and in traces behind the longest trace (None: G).
+        A group's are those that predict its traces: of the prompt's last token, then of each trace. A trace starts at
+        `prompt_len`. States behind the longest prompt, and in traces behind the longest trace (None: G), have no
+        meaning. Prompts alone are no training: the backward pass would keep everything.
         """
         c, arch = self.config, self.config.arch
         embed = self.param("embed", nn.initializers.normal(0.02), (arch.V, arch.D), c.param_dtype)
@@ -173,18 +234,47 @@ class Transformer(nn.Module):
             ids = jnp.concatenate([ids, trace_UxCxG.reshape(U, C * G)], axis=1)
             position = jnp.concatenate([position, own.reshape(U, C * G)], axis=1)
         x = embed[ids].astype(c.compute_dtype)
-        layers = nn.scan(
-            Block if c.remat == "none" else nn.remat(Block, prevent_cse=False, policy=_POLICIES[c.remat]),
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=arch.L,
-        )
         longest_trace = jnp.int32(G) if trace_len_UxC is None else jnp.max(trace_len_UxC)
         lengths = Lengths(prompt_len_U, jnp.max(prompt_len_U), longest_trace)
-        x, _ = layers(c, P, C, name="layers")(x, position, lengths)
+        if trace_UxCxG is None:
+            layers = nn.scan(
+                Block,
+                variable_axes={"params": 0, "lora": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast),
+                length=arch.L,
+            )
+            x, _ = layers(c, P, name="layers")(x, position, lengths)
+        else:
+            x = self._predict(Block(c, P, C, parent=None), x, position, lengths)
         norm = self.param("final_norm", nn.initializers.ones, (arch.D,), c.param_dtype)
         return rms_norm(x, norm, arch.norm_eps)
+
+    def _predict(self, block: Block, x_UxTxD: jax.Array, position_UxT: jax.Array, lengths: Lengths) -> jax.Array:
+        """All layers, the last one for the rows that predict alone; [U, 1 + C * G, D] before the final norm.
+
+        The scan ends before the last layer, and a slice of what it scans over is a copy. So what is frozen beside
+        adapters is read at the layer's index instead; of what is trained that would sum gradients over whole stacks.
+        """
+        remat = lambda f, **how: f  # noqa: E731
+        if self.config.remat != "none":
+            remat = functools.partial(jax.checkpoint, policy=_POLICIES[self.config.remat])
+        stacked = {name: tree["layers"] for name, tree in self.variables.items()}
+        frozen = {"params": stacked.pop("params")} if self.config.lora_rank else {}
+        at = lambda tree, i: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)  # noqa: E731
+
+        def whole(x: jax.Array, layer: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
+            i, scanned = layer
+            return block.apply(at(frozen, i) | scanned, x, position_UxT, lengths)
+
+        def last(x: jax.Array, layer: Any) -> jax.Array:
+            return block.apply(layer, x, position_UxT, lengths, method="predict")
+
+        before = self.config.arch.L - 1
+        with jax.named_scope("layers"):
+            scanned = jnp.arange(before), jax.tree.map(lambda a: a[:before], stacked)
+            x, _ = jax.lax.scan(remat(whole, prevent_cse=False), x_UxTxD, scanned)
+            return remat(last)(x, at(frozen | stacked, before))
 
 
 def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

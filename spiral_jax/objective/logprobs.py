@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.model.qwen3 import ModelConfig, Transformer, head_kernel
+from spiral_jax.model.qwen3 import ModelConfig, Transformer
 
 
 def response_hidden(
@@ -31,20 +31,24 @@ def response_hidden(
     have no meaning.
     """
     U, C, G = trace_UxCxG.shape
-    P = prompt_UxP.shape[1]
-    hidden_UxTxD = Transformer(config).apply(variables, prompt_UxP, prompt_len_U, trace_UxCxG, trace_len_UxC)
-    last_UxD = jnp.take_along_axis(hidden_UxTxD, (prompt_len_U - 1)[:, None, None], axis=1)[:, 0]
-    own = hidden_UxTxD[:, P:].reshape(U, C, G, -1)[:, :, :-1]
-    first = jnp.broadcast_to(last_UxD[:, None, None], (U, C, 1, last_UxD.shape[-1]))
+    hidden = Transformer(config).apply(variables, prompt_UxP, prompt_len_U, trace_UxCxG, trace_len_UxC)
+    own = hidden[:, 1:].reshape(U, C, G, -1)[:, :, :-1]
+    first = jnp.broadcast_to(hidden[:, :1, None], (U, C, 1, hidden.shape[-1]))
     return jnp.concatenate([first, own], axis=2)
 
 
 class _Head(NamedTuple):
-    """What a chunk's program depends on, beside arrays; `chunk`: response positions of each trace."""
+    """What a chunk's program depends on, beside arrays.
+
+    Attributes:
+      chunk: response positions of each trace.
+      axes: "dv", or "vd" where the kernel is a tied embedding: turned around it would be copied.
+    """
 
     temperature: float
     chunk: int
     frozen: bool
+    axes: str
 
 
 def token_logprobs(
@@ -55,18 +59,19 @@ def token_logprobs(
     chunk: int,
     trace_len_UxC: jax.Array | None = None,
     frozen_head: bool = False,
+    tied: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-prob of each trace token and the entropy of its distribution, both [U, C, G] float32, in nat.
 
     Chunks of `chunk` response positions: [U, C, chunk, V] logits exist at a time; chunks behind the longest trace
     (None: G) are not computed. Padded positions hold finite numbers without meaning; lengths mask them later. Entropy
-    passes no gradient, and to a frozen head neither do the log-probs.
+    passes no gradient, and to a frozen head neither do the log-probs. `tied`: the kernel is an embedding, [V, D].
     """
     G = trace_UxCxG.shape[-1]
     chunk = -(-G // -(-G // chunk))
     pad = ((0, 0), (0, 0), (0, -G % chunk))
     longest = G if trace_len_UxC is None else jnp.max(trace_len_UxC)
-    head = _Head(temperature, chunk, frozen_head)
+    head = _Head(temperature, chunk, frozen_head, "vd" if tied else "dv")
     hidden, kernel = jnp.pad(hidden_UxCxGxD, (*pad, (0, 0))), kernel_DxV.astype(hidden_UxCxGxD.dtype)
     logprob, entropy = _in_chunks(head, hidden, kernel, jnp.pad(trace_UxCxG, pad), -(-longest // chunk))
     return logprob[..., :G], entropy[..., :G]
@@ -97,8 +102,9 @@ def _forward(
         lse = top + jnp.log(total)
         new = [chosen - lse, jnp.log(total) - jnp.sum(weight * below, axis=-1) / total, lse]
         if head.frozen:
-            mean = jnp.einsum("nv,dv->nd", weight.astype(h.dtype), kernel, preferred_element_type=jnp.float32)
-            new.append((kernel[:, ids].T - mean / total[:, None]) / head.temperature)
+            mean = _dot(f"nv,{head.axes}->nd", weight.astype(h.dtype), kernel)
+            of_chosen = kernel[ids] if head.axes == "vd" else kernel[:, ids].T
+            new.append((of_chosen - mean / total[:, None]) / head.temperature)
         return tuple(_write(a, b, i, head.chunk) for a, b in zip(done, new, strict=True))
 
     zeros = [jnp.zeros(trace.shape, jnp.float32)] * 3 + [jnp.zeros_like(hidden)] * head.frozen
@@ -120,10 +126,10 @@ def _backward(head: _Head, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -
     def one(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h, ids, of_row, d = (_rows(a, i, head.chunk) for a in (hidden, trace, lse, d_logprob))
         softmax = jnp.exp(_logits(head, h, kernel) - of_row[:, None])
-        one_hot = jnp.arange(kernel.shape[1]) == ids[:, None]
+        one_hot = jnp.arange(softmax.shape[-1]) == ids[:, None]
         d_logits = (d[:, None] / head.temperature * (one_hot - softmax)).astype(h.dtype)
-        d_kernel = jnp.einsum("nd,nv->dv", h, d_logits, preferred_element_type=jnp.float32)
-        return _write(done[0], jnp.einsum("nv,dv->nd", d_logits, kernel), i, head.chunk), done[1] + d_kernel
+        d_kernel = _dot(f"nd,nv->{head.axes}", h, d_logits)
+        return _write(done[0], _dot(f"nv,{head.axes}->nd", d_logits, kernel), i, head.chunk), done[1] + d_kernel
 
     zeros = jnp.zeros_like(hidden), jnp.zeros(kernel.shape, jnp.float32)
     with jax.named_scope("logprobs"):
@@ -134,10 +140,13 @@ def _backward(head: _Head, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -
 _in_chunks.defvjp(_keep, _backward)
 
 
-def _logits(head: _Head, hidden_NxD: jax.Array, kernel_DxV: jax.Array) -> jax.Array:
+def _logits(head: _Head, hidden_NxD: jax.Array, kernel: jax.Array) -> jax.Array:
     """float32 [N, V], tempered."""
     with jax.named_scope("head"):
-        return jnp.einsum("nd,dv->nv", hidden_NxD, kernel_DxV, preferred_element_type=jnp.float32) / head.temperature
+        return _dot(f"nd,{head.axes}->nv", hidden_NxD, kernel) / head.temperature
+
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _rows(a_UxCxG: jax.Array, i: jax.Array, chunk: int) -> jax.Array:
@@ -167,9 +176,9 @@ def group_logprobs(
     With adapters the head is frozen.
     """
     hidden = response_hidden(config, variables, prompt_UxP, prompt_len_U, trace_UxCxG, trace_len_UxC)
-    kernel = head_kernel(config, variables["params"])
-    frozen = config.lora_rank > 0
-    return token_logprobs(hidden, kernel, trace_UxCxG, temperature, chunk, trace_len_UxC, frozen)
+    tied, frozen = config.arch.tied, config.lora_rank > 0
+    kernel = variables["params"]["embed" if tied else "head"]
+    return token_logprobs(hidden, kernel, trace_UxCxG, temperature, chunk, trace_len_UxC, frozen, tied)
 
 
 def length_mask(trace_len_UxC: jax.Array, G: int) -> jax.Array:
