@@ -139,7 +139,7 @@ def run_waves(setup: Setup, journal: StepLog, model: str, verifier: Verifier) ->
         with progress.phase("loading weights"), deadline(read, c.train.wait_s):
             policy, searcher = setup.load_policies()
             weights = setup.eval_sampler.prepare(policy)
-            search_weights = weights if searcher is None else setup.eval_sampler.prepare(searcher)
+            search_weights = None if searcher is None else setup.eval_sampler.prepare(searcher)
         for number in range(len(done), len(waves)):
             start, index_B = time.monotonic(), np.array(waves[number])
             watchdog.starts("wave", number)
