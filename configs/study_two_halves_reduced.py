@@ -1,5 +1,5 @@
-"""The reduced study: `study_two_halves.py` with one seed and two arms, about 10 minutes on two CPU cores that do
-nothing else; a pilot that shared them took 14.
+"""The reduced study: `study_two_halves.py` with one seed and two arms, 6 min 20 s on two CPU cores that do
+nothing else (docs/study_reduced.md).
 
     python -m spiral_jax.study --config=configs/study_two_halves_reduced.py --workdir=runs/study_reduced
 
