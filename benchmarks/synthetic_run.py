@@ -110,7 +110,7 @@ def _problem(
 
 
 def _place(role: str, k: int | None = None, member_S: list | None = None, order: list | None = None) -> dict[str, Any]:
-    return {"role": role, "set": k, "subset": member_S, "order": order}
+    return {"role": role, "round": None if k is None else 1, "set": k, "subset": member_S, "order": order}
 
 
 def _trace(

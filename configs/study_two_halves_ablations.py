@@ -2,9 +2,8 @@
 
     python -m spiral_jax.study --config=configs/study_two_halves_ablations.py --workdir=runs/study_ablations
 
-The learning rate is Adam's, so a weight on both terms changes little; the balance of the two does. 10 arms and the base
-with 3 seeds: about 2.5 hours on two cores that do nothing else. Stopped, it goes on with the same
-command.
+The learning rate is Adam's, so a weight on both terms changes little; the balance of the two does. 11 arms and the base
+with 3 seeds: about 2.5 hours on two cores that do nothing else. Stopped, it goes on with the same command.
 """
 
 from ml_collections import ConfigDict
@@ -27,6 +26,8 @@ _ARMS = {
     "gate_22_tokens": {"loss.length_gate": 22.0},  # search traces have 20 to 24: it hits the longer sums, not a half
     # candidates in the order of their sampling; prediction: nothing changes, as a problem's traces are exchangeable
     "order_sampled": {"aggregation.order": "sampled"},
+    # as many aggregations, half of them of aggregations; prediction: this reader is not lost in the second round of RSA
+    "2_rounds": {"aggregation.rounds": 2, "aggregation.traces": 2},
 }
 
 
@@ -46,8 +47,8 @@ def _study() -> ConfigDict:
     s = study_two_halves.get_config()
     s.title = "Two halves: ablations"
     s.question = (
-        "Estimator, normaliser, weight of the search term, sets against samples a set, length gate and order of the "
-        "candidates, one at a time."
+        "Estimator, normaliser, weight of the search term, sets against samples a set, length gate, order of the "
+        "candidates, and a second round of aggregation in training, one at a time."
     )
     s.arms = tuple((arm, (0, 1, 2)) for arm in (plan.BASE, *_ARMS))
     s.baseline = "marginal_mean"
@@ -57,5 +58,6 @@ def _study() -> ConfigDict:
         ("aggregated", "8_sets_of_2", "2_sets_of_8", 0.0),
         ("aggregated", "gate_off", "marginal_mean", -0.02),
         ("aggregated", "order_sampled", "marginal_mean", -0.02),
+        ("rsa@10", "2_rounds", "marginal_mean", 0.10),
     )
     return s

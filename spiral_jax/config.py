@@ -32,6 +32,7 @@ ESTIMATORS = {
     "grpo_nostd": "search",
     "rloo": "search",
 }
+LATER_ROUNDS = ("marginal_mean", "with_without", "aggregator_only")  # estimators that several rounds can have
 MOST_SCORED_SETS = 2000  # of polychromic, which scores all S-subsets of a problem's traces: more take gigabytes
 REMAT = ("none", "dots", "attention", "layer")  # ascending in what is computed twice
 MEASURES = ("single", "pass_at_n", "majority", "aggregated")  # of an evaluation
@@ -118,6 +119,9 @@ def defaults() -> ConfigDict:
     c.aggregation.subset_size = 4  # S (paper)
     c.aggregation.traces = 4  # M for each subset (paper)
     c.aggregation.max_tokens = 4096  # limit of an aggregation trace (paper)
+    # R: in round 1 the sets are of search traces (paper), in each later one of the K * M traces of the round before,
+    # which earn the success of the sets that they are in beside their own. RSA at evaluation goes on like that. (ours)
+    c.aggregation.rounds = 1
     c.aggregation.order = "shuffled"  # of a subset's candidates in the prompt; or "sampled", as they were drawn (ours)
 
     c.sampling = ConfigDict()
@@ -249,6 +253,19 @@ def parse_flags(argv: list[str]) -> list[str]:
 def uses_aggregation(c: ConfigDict) -> bool:
     """Whether the rollout has an aggregation stage, which GRPO and its relatives do without."""
     return ESTIMATORS[c.loss.estimator] != "search"
+
+
+def aggregation_rounds(c: ConfigDict) -> int:
+    """R, the rounds of aggregation of a training rollout; 0 without that stage."""
+    return c.aggregation.rounds if uses_aggregation(c) else 0
+
+
+def groups_of_step(c: ConfigDict) -> dict[str, int]:
+    """How many groups of each role a step trains on, at most."""
+    groups = {"search": c.batch.problems}
+    if uses_aggregation(c):
+        groups["aggregation"] = c.batch.problems * c.aggregation.subsets * c.aggregation.rounds
+    return groups
 
 
 def eval_subset_size(c: ConfigDict) -> int:

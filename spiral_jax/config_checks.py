@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from spiral_jax.config import (
     ESTIMATORS,
+    LATER_ROUNDS,
     MEASURES,
     METRIC_WRITERS,
     MOST_EVAL_TRACES,
@@ -17,6 +18,7 @@ from spiral_jax.config import (
     TASKS,
     ConfigError,
     eval_subset_size,
+    groups_of_step,
     uses_aggregation,
 )
 
@@ -116,7 +118,7 @@ def _validate_choices(c: ConfigDict) -> None:
         "model.attention_block": 1,
         "trace_log.every": 0, "trace_log.keep_steps": 1, "optimizer.warmup_steps": 0, "prompt.max_problem_tokens": 1,
         "loss.length_gate": 0, "prompt.keep_tail_tokens": 1, "optimizer.weight_decay": 0, "optimizer.clip_norm": 0,
-        "aggregation.subset_size": 1, "eval.subset_size": 0,
+        "aggregation.subset_size": 1, "aggregation.rounds": 1, "eval.subset_size": 0,
         "loss.clip_low": 0, "loss.clip_high": 0, "loss.dual_clip": 0, "loss.tis_cap": 0, "loss.kl_coef": 0,
     }  # fmt: skip
     for field, least in minima.items():
@@ -187,6 +189,8 @@ def _validate_sets(c: ConfigDict) -> None:
     _validate_search_signal(c, n, k, s)
     _require(m >= 2, "aggregation.traces", m, ">= 2",
              "With one trace a subset every aggregation advantage is zero.")  # fmt: skip
+    if c.aggregation.rounds > 1:
+        _validate_later_rounds(c, k * m, k, s)
     if c.eval.problems:
         size = eval_subset_size(c)
         _require(c.eval.subset_size <= n, "eval.subset_size", c.eval.subset_size, f"at most search.traces = {n}")
@@ -195,6 +199,15 @@ def _validate_sets(c: ConfigDict) -> None:
         _require(c.eval.traces >= 1, "eval.traces", c.eval.traces, ">= 1")
         if c.eval.rounds_in_training:
             _validate_populations(c, n, "search.traces")
+
+
+def _validate_later_rounds(c: ConfigDict, n: int, k: int, s: int) -> None:
+    """The sets of rounds that read the n traces of the round before."""
+    _require(c.loss.estimator in LATER_ROUNDS, "aggregation.rounds", c.aggregation.rounds,
+             f"1 for {c.loss.estimator}", f"More are defined for {', '.join(LATER_ROUNDS)}.")  # fmt: skip
+    total = math.comb(n, s)
+    _require(k <= total and s < n, "aggregation.rounds", c.aggregation.rounds, f"1 at {n} traces a round",
+             f"A later round needs {k} distinct sets of {s} of them, with some trace outside.")  # fmt: skip
 
 
 def _validate_search_signal(c: ConfigDict, n: int, k: int, s: int) -> None:
@@ -231,10 +244,7 @@ def _validate_loss(c: ConfigDict) -> None:
 
 
 def _validate_batch(c: ConfigDict) -> None:
-    roles = [("search", c.batch.problems)]
-    if uses_aggregation(c):
-        roles.append(("aggregation", c.batch.problems * c.aggregation.subsets))
-    for role, groups in roles:
+    for role, groups in groups_of_step(c).items():
         micro = c.batch[f"{role}_groups"]
         _require(
             groups % micro == 0, f"batch.{role}_groups", micro, f"a divisor of the {groups} {role} groups of a step"

@@ -21,7 +21,7 @@ from spiral_jax.evaluation_feed import EvaluationFeed
 from spiral_jax.groups import Groups, Purpose, Stop
 from spiral_jax.measures import Answers, accuracy, any_correct, set_votes
 from spiral_jax.results import make_results
-from spiral_jax.rollout import Actor, Rollouts, fits, load_strategy, search, verify
+from spiral_jax.rollout import Actor, Rollouts, Round, fits, load_strategy, search, verify
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.rewards import Status, Verdict
 from spiral_jax.verifier.verifier import count_verdicts, number_classes
@@ -164,7 +164,7 @@ def evaluate_wave(
         }
         for b, problem in enumerate(problems)
     ]
-    return records, counts, Rollouts(problems, index_B, found.groups, sampled.member_BxKxS, read.groups)
+    return records, counts, Rollouts(problems, index_B, found.groups, (Round(sampled.member_BxKxS, read.groups),))
 
 
 def _with_strategies(actor: Actor, problems: list[Problem], found: Stage) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from spiral_jax.config import eval_subset_size
 from spiral_jax.groups import GroupRequests, Groups, Purpose, Role, concat_groups, take_groups
 from spiral_jax.objective import subsets
-from spiral_jax.rollout import Actor, aggregation_requests, search_requests
+from spiral_jax.rollout import Actor, aggregation_requests, as_population, search_requests
 from spiral_jax.tasks.problem import Problem
 
 _PLAIN = 1  # the round in the random keys of plain aggregation; round r of self-aggregation has r + 1
@@ -106,7 +106,7 @@ class EvaluationFeed:
             of_round = asked.by_round.setdefault(round, {})
             of_round[k] = group
             if round > _PLAIN and len(of_round) == e.population:
-                asked.population = _as_population(asked.groups(round), asked.population)
+                asked.population = as_population(asked.groups(round), asked.search)
                 self._begin_round(asked, round - _PLAIN + 1)
         self._open -= 1
 
@@ -163,17 +163,4 @@ def _first_traces(group: Groups, size: int) -> Groups:
         trace_len_UxC=group.trace_len_UxC[:, :size],
         logprob_UxCxG=group.logprob_UxCxG[:, :size],
         stop_UxC=group.stop_UxC[:, :size],
-    )
-
-
-def _as_population(groups: Groups, before: Groups) -> Groups:
-    """One group (U = 1) of what were groups of one trace; prompt and id are the problem's."""
-    G = groups.requests.max_tokens
-    return dataclasses.replace(
-        before,
-        requests=dataclasses.replace(before.requests, max_tokens=G),
-        trace_UxCxG=groups.trace_UxCxG.reshape(1, -1, G),
-        trace_len_UxC=groups.trace_len_UxC.reshape(1, -1),
-        logprob_UxCxG=groups.logprob_UxCxG.reshape(1, -1, G),
-        stop_UxC=groups.stop_UxC.reshape(1, -1),
     )

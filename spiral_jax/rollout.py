@@ -1,5 +1,7 @@
 """The stages of a rollout: problems -> search groups -> subsets -> aggregation groups -> rewards.
 
+With several rounds of aggregation the traces of one are the candidates of the next.
+
 Each is a function of (actor, weights, ...) that training and evaluation share. Randomness is named by integers:
 purpose, step, cursor, round, role, set, trace.
 """
@@ -47,62 +49,104 @@ class Actor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Round:
+    """One round of aggregation of B problems.
+
+    Attributes:
+      member_BxKxS: which traces of the stage before each set holds: search traces in the first round, in a later one
+        the K * M of the round before, numbered set by set.
+      groups: U = B * K in (problem, set) order.
+    """
+
+    member_BxKxS: np.ndarray
+    groups: Groups
+
+    @property
+    def reward_BxKxM(self) -> np.ndarray:
+        return self.groups.reward_UxC.reshape(*self.member_BxKxS.shape[:2], -1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """B problems with all their traces.
+    """B problems with all their traces, stage by stage: search, then every round of aggregation.
 
     Attributes:
       problems: B of them, in cursor order.
       cursor_B: where each stands in the task's stream.
       search: U = B groups. Their rewards are own correctness: a diagnostic for the estimators over drawn sets.
-      member_BxKxS: which traces each subset holds; None without an aggregation stage.
-      aggregation: U = B * K groups in (problem, subset) order; None without an aggregation stage.
+      rounds: config.aggregation.rounds of them; none without an aggregation stage.
       strategy_BxN: numbers of the search traces' strategies in each problem, -1 = none; None unless asked for.
     """
 
     problems: list[Problem]
     cursor_B: np.ndarray
     search: Groups
-    member_BxKxS: np.ndarray | None
-    aggregation: Groups | None
+    rounds: tuple[Round, ...] = ()
     strategy_BxN: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.problems)
 
     @property
+    def stages(self) -> list[Groups]:
+        """Search, then every round: round r reads stage r - 1 and writes stage r."""
+        return [self.search, *(round.groups for round in self.rounds)]
+
+    @property
+    def aggregation(self) -> Groups | None:
+        """U = R * B * K, round by round; None without that stage."""
+        return concat_groups([round.groups for round in self.rounds]) if self.rounds else None
+
+    @property
     def sampled_tokens(self) -> int:
-        return self.search.sampled_tokens + (self.aggregation.sampled_tokens if self.aggregation else 0)
+        return sum(groups.sampled_tokens for groups in self.stages)
 
-    def aggregated_reward_BxKxM(self) -> np.ndarray:
-        return self.aggregation.reward_UxC.reshape(len(self), -1, self.aggregation.requests.traces)
+    def rewards(self) -> list[Rewards]:
+        """What the objective is made from, one a round: the traces that it reads as those of search, and its own.
 
-    def rewards(self) -> Rewards:
-        """What the objective is made from."""
-        aggregated_BxKxM = None if self.aggregation is None else self.aggregated_reward_BxKxM()
-        return Rewards(self.search.reward_UxC, aggregated_BxKxM, self.member_BxKxS, self.strategy_BxN)
+        Without aggregation it is one, of the search traces alone.
+        """
+        if not self.rounds:
+            return [Rewards(self.search.reward_UxC, strategy_BxN=self.strategy_BxN)]
+        read = [groups.reward_UxC.reshape(len(self), -1) for groups in self.stages[:-1]]
+        strategies = [self.strategy_BxN] + [None] * (len(self.rounds) - 1)
+        return [
+            Rewards(own_BxN, round.reward_BxKxM, round.member_BxKxS, strategy_BxN)
+            for own_BxN, round, strategy_BxN in zip(read, self.rounds, strategies, strict=True)
+        ]
 
     def take(self, index: np.ndarray) -> Rollouts:
         """The problems at `index`, with their groups."""
-        if self.aggregation is None:
-            member, aggregation = None, None
-        else:
-            K = self.member_BxKxS.shape[1]
-            member = self.member_BxKxS[index]
-            aggregation = take_groups(self.aggregation, (index[:, None] * K + np.arange(K)).reshape(-1))
+        rounds = []
+        for round in self.rounds:
+            K = round.member_BxKxS.shape[1]
+            groups = take_groups(round.groups, (index[:, None] * K + np.arange(K)).reshape(-1))
+            rounds.append(Round(round.member_BxKxS[index], groups))
         problems = [self.problems[b] for b in index]
         strategy = None if self.strategy_BxN is None else self.strategy_BxN[index]
-        return Rollouts(problems, self.cursor_B[index], take_groups(self.search, index), member, aggregation, strategy)
+        return Rollouts(problems, self.cursor_B[index], take_groups(self.search, index), tuple(rounds), strategy)
+
+    def with_advantages(self, advantage: list[np.ndarray]) -> Rollouts:
+        """The same with advantages [U, C] of each stage."""
+        search, *read = (
+            dataclasses.replace(groups, advantage_UxC=advantage_UxC)
+            for groups, advantage_UxC in zip(self.stages, advantage, strict=True)
+        )
+        rounds = [dataclasses.replace(r, groups=groups) for r, groups in zip(self.rounds, read, strict=True)]
+        return dataclasses.replace(self, search=search, rounds=tuple(rounds))
 
 
 def concat_rollouts(parts: list[Rollouts]) -> Rollouts:
     """The problems of all parts, one after the other."""
-    with_aggregation, with_strategies = parts[0].aggregation is not None, parts[0].strategy_BxN is not None
+    with_strategies = parts[0].strategy_BxN is not None
     return Rollouts(
         problems=[problem for part in parts for problem in part.problems],
         cursor_B=np.concatenate([part.cursor_B for part in parts]),
         search=concat_groups([part.search for part in parts]),
-        member_BxKxS=np.concatenate([part.member_BxKxS for part in parts]) if with_aggregation else None,
-        aggregation=concat_groups([part.aggregation for part in parts]) if with_aggregation else None,
+        rounds=tuple(
+            Round(np.concatenate([r.member_BxKxS for r in same]), concat_groups([r.groups for r in same]))
+            for same in zip(*(part.rounds for part in parts), strict=True)
+        ),
         strategy_BxN=np.concatenate([part.strategy_BxN for part in parts]) if with_strategies else None,
     )
 
@@ -176,6 +220,22 @@ def aggregation_requests(
     prompt_UxP, prompt_len_U = pad_rows(rows)
     max_tokens = actor.c.aggregation.max_tokens
     return GroupRequests(prompt_UxP, prompt_len_U, np.array(ids, np.int32), traces, max_tokens), cleaned
+
+
+def as_population(groups: Groups, search: Groups) -> Groups:
+    """One group (U = 1) of all traces of one problem's groups, set by set, so that sets can be made of them.
+
+    Prompt and id are those of the problem's search group.
+    """
+    G = groups.requests.max_tokens
+    return dataclasses.replace(
+        search,
+        requests=dataclasses.replace(search.requests, traces=groups.trace_len_UxC.size, max_tokens=G),
+        trace_UxCxG=groups.trace_UxCxG.reshape(1, -1, G),
+        trace_len_UxC=groups.trace_len_UxC.reshape(1, -1),
+        logprob_UxCxG=groups.logprob_UxCxG.reshape(1, -1, G),
+        stop_UxC=groups.stop_UxC.reshape(1, -1),
+    )
 
 
 def verify(actor: Actor, problems: list[Problem], groups: Groups) -> tuple[Groups, list[str], list[Verdict]]:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from spiral_jax import batching, initial, prompts
 from spiral_jax import mesh as meshes
-from spiral_jax.config import ConfigError, eval_subset_size, uses_aggregation
+from spiral_jax.config import ConfigError, eval_subset_size, groups_of_step, uses_aggregation
 from spiral_jax.config_checks import validate, validate_evaluation
 from spiral_jax.groups import Role
 from spiral_jax.metric_writers import check_installed
@@ -145,12 +145,11 @@ def check_shapes(setup: Setup) -> None:
 
 def abstract_blocks(c: ConfigDict) -> list[batching.Block]:
     """Shapes of the blocks of one step."""
-    roles = [(Role.SEARCH, c.batch.problems, c.search.traces)]
-    if uses_aggregation(c):
-        roles.append((Role.AGGREGATION, c.batch.problems * c.aggregation.subsets, c.aggregation.traces))
+    most = groups_of_step(c)
     return [
-        batching.abstract_block(role, groups, c.batch[f"{role.label}_groups"], traces, P, G)
-        for role, groups, traces in roles
+        batching.abstract_block(role, most[role.label], c.batch[f"{role.label}_groups"], c[role.label].traces, P, G)
+        for role in Role
+        if role.label in most
         for P, G in c.batch[f"{role.label}_lengths"]
     ]
 
@@ -165,7 +164,7 @@ def _check_prompt_lengths(c: ConfigDict, scaffold: Scaffold, training: bool) -> 
         length = prompts.max_aggregation_prompt(scaffold, _largest_sets(c, training))
         longest.append((Role.AGGREGATION, slots, length))
     if training and uses_aggregation(c):
-        length = prompts.max_aggregation_prompt(scaffold, c)
+        length = prompts.max_aggregation_prompt(scaffold, _longest_candidates(c) if c.aggregation.rounds > 1 else c)
         longest.append((Role.AGGREGATION, "batch.aggregation_lengths", length))
     for role, field, length in longest:
         room, name = field.split(".")
@@ -184,11 +183,18 @@ def _check_prompt_lengths(c: ConfigDict, scaffold: Scaffold, training: bool) -> 
 def _largest_sets(c: ConfigDict, training: bool) -> ConfigDict:
     """`c` with the largest sets and the longest candidates that are aggregated, those of evaluation included."""
     sizes = [c.aggregation.subset_size, eval_subset_size(c)]
-    c = c.copy_and_resolve_references()
-    if not training or c.eval.rounds_in_training:
+    rsa = not training or c.eval.rounds_in_training
+    if rsa:
         sizes.append(c.eval.set_size)
-        c.search.max_tokens = max(c.search.max_tokens, c.aggregation.max_tokens)  # RSA reads aggregation traces
+    c = _longest_candidates(c) if rsa or c.aggregation.rounds > 1 else c.copy_and_resolve_references()
     c.aggregation.subset_size = max(sizes)
+    return c
+
+
+def _longest_candidates(c: ConfigDict) -> ConfigDict:
+    """`c` with the longest candidates of rounds that read aggregation traces."""
+    c = c.copy_and_resolve_references()
+    c.search.max_tokens = max(c.search.max_tokens, c.aggregation.max_tokens)
     return c
 
 

@@ -23,7 +23,8 @@ def trace_rows(c: ConfigDict, batch: Batch, tokenizer: PreTrainedTokenizerBase) 
     Kept problems first, then those that dynamic sampling discarded (`kept` is false, advantages are 0).
 
         problem, cursor, kept, problem_text, reference_answer    the same in all rows of a problem
-        role, set, subset, order, trace     `set` k reads the search traces `subset`, listed in its prompt by `order`
+        role, round, set, subset, order, trace    `set` k of a round reads the traces `subset`, listed in its prompt by
+                                      `order`: search traces, or those of the round before, numbered k * M + trace
         text, ids, logprobs, length, stop   as sampled; `stop` is "stop" or "length"
         verdict, verdict_detail, reward     a verifier's `Status`, what an error was, and 0, 1 or null
         advantage                           as trained on, behind the length gate
@@ -37,23 +38,24 @@ def trace_rows(c: ConfigDict, batch: Batch, tokenizer: PreTrainedTokenizerBase) 
                 "problem_text": rollouts.problems[b].text,
                 "reference_answer": rollouts.problems[b].answer,
             }
-            place = {"role": Role.SEARCH.label, "set": None, "subset": None, "order": None}
+            place = {"role": Role.SEARCH.label, "round": None, "set": None, "subset": None, "order": None}
             yield from _group_rows(shared | place, rollouts.search, b, tokenizer)
-            if rollouts.aggregation is None:
-                continue
-            for k, member_S in enumerate(rollouts.member_BxKxS[b]):
-                u = b * rollouts.member_BxKxS.shape[1] + k
-                order = _listed(c, rollouts.search, b, member_S, rollouts.aggregation.requests.id_Ux6[u])
-                place = {"role": Role.AGGREGATION.label, "set": k, "subset": member_S.tolist(), "order": order}
-                yield from _group_rows(shared | place, rollouts.aggregation, u, tokenizer)
+            for r, of_round in enumerate(rollouts.rounds, start=1):
+                K = of_round.member_BxKxS.shape[1]
+                stop_N = rollouts.stages[r - 1].stop_UxC.reshape(len(rollouts), -1)[b]
+                for k, member_S in enumerate(of_round.member_BxKxS[b]):
+                    u = b * K + k
+                    order = _listed(c, stop_N, member_S, of_round.groups.requests.id_Ux6[u])
+                    place = {"role": Role.AGGREGATION.label, "round": r, "set": k, "subset": member_S.tolist()}
+                    yield from _group_rows(shared | place | {"order": order}, of_round.groups, u, tokenizer)
 
 
-def _listed(c: ConfigDict, search: Groups, b: int, member_S: np.ndarray, id_6: np.ndarray) -> list[int]:
-    """The search traces of a set in the order of its prompt, without those that it left out."""
+def _listed(c: ConfigDict, stop_N: np.ndarray, member_S: np.ndarray, id_6: np.ndarray) -> list[int]:
+    """The traces of a set in the order of its prompt, without those that it left out; `stop_N` is why each ended."""
     purpose, step, cursor, round, _, k = (int(x) for x in id_6)
     order = listed_order(c, Purpose(purpose), step, cursor, round, k, len(member_S))
     drops = c.prompt.truncated == "drop"
-    return [int(n) for n in member_S[order] if not (drops and search.stop_UxC[b, n] == Stop.LENGTH)]
+    return [int(n) for n in member_S[order] if not (drops and stop_N[n] == Stop.LENGTH)]
 
 
 def _group_rows(
@@ -77,12 +79,10 @@ def _group_rows(
 
 
 def render_examples(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> str:
-    """One search prompt, one aggregation prompt (text and ids) and one trace of each, as they really were."""
-    parts = [("search", rollouts.search)]
-    if rollouts.aggregation is not None:
-        parts.append(("aggregation", rollouts.aggregation))
+    """A search prompt, an aggregation prompt of each round (text and ids) and a trace of each, as they really were."""
     lines = []
-    for name, groups in parts:
+    for r, groups in enumerate(rollouts.stages):
+        name = ("search", "aggregation")[r] if r < 2 else f"aggregation, round {r},"
         prompt = groups.requests.prompt_UxP[0, : groups.requests.prompt_len_U[0]]
         lines += [f"--- {name} prompt, {len(prompt)} tokens", tokenizer.decode(prompt), f"ids: {prompt.tolist()}"]
         lines += [f"--- {name} trace, reward {groups.reward_UxC[0, 0]:g}", tokenizer.decode(groups.trace_ids(0, 0))]

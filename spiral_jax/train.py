@@ -255,14 +255,16 @@ def _evaluate_once(run: Run, weights: Any, step: int) -> None:
 
 def _blocks(c: ConfigDict, batch: Batch) -> list[batching.Block]:
     """The batch as micro-batches of the step's static shapes, on the host."""
-    roles = [(Role.SEARCH, batch.rollouts.search, batch.search_weight_UxC, c.batch.problems)]
-    if batch.rollouts.aggregation is not None:
-        most = c.batch.problems * c.aggregation.subsets
-        roles.append((Role.AGGREGATION, batch.rollouts.aggregation, batch.aggregation_weight_UxC, most))
+    most = config.groups_of_step(c)
+    roles = [(Role.SEARCH, batch.rollouts.search, batch.search_weight_UxC)]
+    if batch.rollouts.rounds:
+        roles.append((Role.AGGREGATION, batch.rollouts.aggregation, batch.aggregation_weight_UxC))
     blocks = []
-    for role, groups, weight_UxC, most in roles:
+    for role, groups, weight_UxC in roles:
         lengths, micro = c.batch[f"{role.label}_lengths"], c.batch[f"{role.label}_groups"]
-        blocks += batching.make_blocks(role, groups, weight_UxC, [tuple(pair) for pair in lengths], micro, most)
+        blocks += batching.make_blocks(
+            role, groups, weight_UxC, [tuple(pair) for pair in lengths], micro, most[role.label]
+        )
     return blocks
 
 
@@ -280,8 +282,9 @@ def _log_step(run: Run, step: int, batch: Batch, found: dict[str, Any], start: f
     _check_mismatch(c, step, metrics)
     seconds = time.monotonic() - start
     metrics |= progress.take_times() | {"time/step": seconds, "tokens_per_s": batch.sampled_tokens / seconds}
-    trained = [groups for groups in (batch.rollouts.search, batch.rollouts.aggregation) if groups is not None]
-    metrics |= update_metrics(model.arch, model.lora_rank, trained, metrics["time/updating"]) | memory_metrics()
+    metrics |= (
+        update_metrics(model.arch, model.lora_rank, batch.rollouts.stages, metrics["time/updating"]) | memory_metrics()
+    )
     metrics["checkpoint/failed_saves"] = float(run.saver.failures)
     logged = c.trace_log.every and step % c.trace_log.every == 0
     run.log.step(step, metrics, trace_rows(c, batch, run.setup.tokenizer) if logged else None)

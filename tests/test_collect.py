@@ -61,8 +61,8 @@ def test_weights_are_those_of_the_objective_on_the_kept_problems():
     batch = collect_batch(actor, None, step=1, cursor=0)
     kept = batch.rollouts
     reward = right[kept.cursor_B].astype(np.float32)
-    np.testing.assert_array_equal(kept.aggregated_reward_BxKxM(), reward)
-    found = advantages.compute("marginal_mean", Rewards(np.zeros((4, 8)), reward, kept.member_BxKxS))
+    np.testing.assert_array_equal(kept.rounds[-1].reward_BxKxM, reward)
+    found = advantages.compute("marginal_mean", Rewards(np.zeros((4, 8)), reward, kept.rounds[0].member_BxKxS))
     np.testing.assert_allclose(batch.search_weight_UxC, found.search_BxN / (4 * 0.886), rtol=1e-3)  # c to 3 digits
     weight_BxKxM = batch.aggregation_weight_UxC.reshape(4, 4, 4)
     np.testing.assert_allclose(weight_BxKxM, found.aggregation_BxKxM / (4 * 4 * 3), rtol=1e-6)
@@ -163,7 +163,7 @@ def test_own_correctness_decides_where_the_aggregations_are_flat(estimator):
     actor = make_actor(OWN_RIGHT, loss__estimator=estimator, task__strategy="test_collect:first_word")
     batch = collect_batch(actor, None, step=0, cursor=0)
     assert batch.rollouts.cursor_B.tolist() == [1, 2, 3, 5]  # cursor % 4 == 0: all wrong
-    found = advantages.compute(estimator, batch.rollouts.rewards())
+    found = advantages.compute(estimator, *batch.rollouts.rewards())
     assert found.search_BxN.any(axis=1).all() and not batch.aggregation_weight_UxC.any()
     scale = batch.search_weight_UxC[0, 0] / found.search_BxN[0, 0]
     np.testing.assert_allclose(batch.search_weight_UxC, scale * found.search_BxN, rtol=1e-6)
@@ -190,7 +190,7 @@ def test_relatives_of_grpo_have_no_aggregation(estimator):
 def test_disjoint_sets_partition_the_traces_and_their_members_share_a_weight():
     actor = make_actor(answers(lambda cursor, k, i: k == 0), loss__estimator="disjoint_sets", aggregation__subsets=2)
     batch = collect_batch(actor, None, step=0, cursor=0)
-    for b, member_KxS in enumerate(batch.rollouts.member_BxKxS):
+    for b, member_KxS in enumerate(batch.rollouts.rounds[0].member_BxKxS):
         assert sorted(member_KxS.ravel().tolist()) == list(range(8))
         np.testing.assert_allclose(batch.search_weight_UxC[b, member_KxS], [[0.5 / 4] * 4, [-0.5 / 4] * 4])
 

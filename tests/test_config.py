@@ -52,6 +52,7 @@ BAD = {
     "aggregation.subset_size": (9, "between 1 and search.traces = 8"),
     "aggregation.subsets": (71, "C(N=8, S=4) = 70"),
     "aggregation.traces": (1, "every aggregation advantage is zero"),
+    "aggregation.rounds": (0, ">= 1"),
     "batch.search_groups": (7, "divisor"),
     "batch.aggregation_groups": (24, "divisor"),
     "loss.estimator": ("reinforce", "marginal_mean, with_without"),
@@ -139,6 +140,26 @@ def test_an_estimator_refuses_sets_that_give_it_no_signal(estimator, changes, wo
     with pytest.raises(ConfigError) as caught:
         validate(c)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"loss.estimator": "paragator"}, "aggregation.rounds = 2: must be 1 for paragator. More are defined for marginal"),
+    ({"aggregation.subsets": 2, "aggregation.traces": 2}, "must be 1 at 4 traces a round. A later round needs 2"),
+    ({"batch.aggregation_groups": 96}, "a divisor of the 128 aggregation groups of a step"),
+])  # fmt: skip
+def test_a_second_round_needs_an_estimator_sets_and_micro_batches_that_have_one(changes, words):
+    c = tiny.get_config()
+    c.aggregation.rounds = 2
+    validate(c)
+    for field, value in changes.items():
+        room, name = field.split(".")
+        c[room][name] = value
+    with pytest.raises(ConfigError) as caught:
+        validate(c)
+    assert words in str(caught.value)
+    if "estimator" in str(changes):
+        c.loss.estimator = "grpo"  # has no aggregation, so the rounds of it are as idle as its sets
+        validate(c)
 
 
 def test_jsonl_needs_a_training_file_and_a_held_out_one_unless_nothing_is_evaluated():

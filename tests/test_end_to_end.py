@@ -110,6 +110,21 @@ def test_the_trace_log_holds_every_trace_with_its_ids_log_probs_reward_and_advan
 
 
 @pytest.mark.slow
+def test_a_run_with_two_rounds_of_aggregation_trains_on_both_and_reports_them(tmp_path):
+    done = run(tmp_path / "run", "--config.aggregation.rounds=2", "--config.train.steps=2", "--config.eval.problems=0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "--- aggregation, round 2, prompt" in done.stdout
+    rows = metrics_of(tmp_path / "run")
+    assert rows[0]["mismatch/max_abs_log_ratio"] <= 1e-4
+    assert all(0 < row["reward/aggregated_round_1"] < 1 and row["grad_norm/aggregation"] > 0 for row in rows)
+    with gzip.open(tmp_path / "run" / "traces" / "step_000001.jsonl.gz", "rt") as file:
+        kept = [row for row in map(json.loads, file) if row["kept"]]
+    assert {row["round"]: sum(row["round"] == other["round"] for other in kept) for row in kept} == {
+        None: 4 * 8, 1: 4 * 4 * 4, 2: 4 * 4 * 4,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
 def test_kill_9_between_steps_then_the_same_command_equals_the_uninterrupted_run(finished, tmp_path):
     workdir, _ = finished
     killed = tmp_path / "killed"

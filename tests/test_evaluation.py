@@ -125,7 +125,7 @@ def test_each_round_reads_the_population_before_it_and_draws_its_own_sets():
             population = [max(population[n] for n in member_S) for member_S in member]
             assert [answer == 0 for answer in found["answer"]] == [value == 7 for value in population]
             assert len(set(found["answer"])) == len(set(population))
-    assert len(rollouts) == 2 and rollouts.aggregated_reward_BxKxM().shape == (2, 3, 2)
+    assert len(rollouts) == 2 and rollouts.rounds[0].reward_BxKxM.shape == (2, 3, 2)
     keys = [tuple(ids[3:]) for call in actor.sampler.calls for ids in call.id_Ux6 if ids[2] == 4]
     assert len(set(keys)) == len(keys)  # no two groups of a problem share random numbers
     assert counts["rsa_candidates"] == 2 * 3 * 8 * 2 and counts["aggregation_candidates"] == 2 * 9

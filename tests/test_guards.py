@@ -69,7 +69,7 @@ def test_a_resumed_guard_is_that_of_the_uninterrupted_run():
 def batch():
     groups, weight = random_groups(0, Role.SEARCH, U=2)
     problems = [Problem("train:0", "?", "1"), Problem("train:é", "?", "2")]
-    rollouts = Rollouts(problems, np.array([4, 5]), groups, None, None)
+    rollouts = Rollouts(problems, np.array([4, 5]), groups)
     return Batch(rollouts, rollouts.take(np.arange(0)), weight, None, 6, 10, {})
 
 

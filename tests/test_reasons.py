@@ -16,6 +16,7 @@ from spiral_jax.reporting.reasons import (
 )
 
 SETS = [[0, 1], [0, 2], [1, 2], [1, 3]]
+NAMES = "ABCDEF"
 SCORES = [Score(3, 4), Score(3, 4), Score(0, 4), Score(2, 4)]
 
 
@@ -42,7 +43,7 @@ def test_the_reason_of_every_set_advantage_ends_in_the_objectives_number(estimat
         found = advantages.compute(estimator, rewards)
         scores = scores_of(reward_KxM)
         for i in range(N):
-            reason = explain_search(estimator, i, member_KxS.tolist(), scores)
+            reason = explain_search(estimator, i, member_KxS.tolist(), scores, NAMES)
             assert reason.value == pytest.approx(found.search_BxN[0, i], abs=1e-6)  # float32
             said = re.search(r": ([+-][\d.]+|0)\.$", reason.words)
             assert reason.value == pytest.approx(float(said[1]) if said else 0.0, abs=5.01e-4)  # three decimals
@@ -68,11 +69,11 @@ def test_the_reason_of_every_advantage_of_own_correctness_ends_in_the_objectives
 
 
 def test_the_words_name_the_sets_with_their_counts():
-    reason = explain_search("with_without", 0, SETS, SCORES)
+    reason = explain_search("with_without", 0, SETS, SCORES, NAMES)
     assert reason.value == 0.5
     assert reason.words == ("Mean score of sets with it 0.750 (A 3/4, B 3/4), of sets without it 0.250 (C 0/4, D 2/4): "
                             "+0.500.")  # fmt: skip
-    reason = explain_search("marginal_mean", 0, SETS, SCORES)
+    reason = explain_search("marginal_mean", 0, SETS, SCORES, NAMES)
     assert reason.words.endswith("of all sets 0.500 (A 3/4, B 3/4, C 0/4, D 2/4): +0.250.")
     assert explain_aggregation(1.0, SCORES[0]).words == (
         "3 of the set's 4 aggregations are right. Its reward 1 - their mean 0.750 = +0.250."
@@ -88,18 +89,19 @@ def test_the_words_name_the_sets_with_their_counts():
 
 
 def test_traces_without_a_comparison_say_so():
-    assert "in no set" in explain_search("marginal_mean", 9, SETS, SCORES).words
-    assert "in every set" in explain_search("with_without", 0, SETS[:2], SCORES[:2]).words
-    assert "in no set" in explain_search("with_without", 3, SETS, [*SCORES[:3], Score(0, 0)]).words
+    assert "in no set" in explain_search("marginal_mean", 9, SETS, SCORES, NAMES).words
+    assert "in every set" in explain_search("with_without", 0, SETS[:2], SCORES[:2], NAMES).words
+    assert "in no set" in explain_search("with_without", 3, SETS, [*SCORES[:3], Score(0, 0)], NAMES).words
     assert "our failure" in explain_aggregation(None, Score(0, 0)).words
     assert "our failure" in explain_own("grpo", None, Score(2, 4), 4).words
-    assert "no search traces" in explain_search("aggregator_only", 0, SETS, SCORES).words
+    assert "no traces for being read" in explain_search("aggregator_only", 0, SETS, SCORES, NAMES).words
 
 
 def test_an_estimator_that_is_not_explained_claims_no_number():
-    reason = explain_search("polychromic", 0, SETS, SCORES)
+    reason = explain_search("polychromic", 0, SETS, SCORES, NAMES)
     assert reason.value is None and "loss.estimator = polychromic" in reason.words
 
 
 def test_sets_have_letters_and_then_numbers_too():
     assert [set_name(k) for k in (0, 25, 26, 52)] == ["A", "Z", "A1", "A2"]
+    assert [set_name(k, round=3) for k in (1, 26)] == ["B''", "A1''"]

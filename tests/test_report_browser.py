@@ -185,7 +185,7 @@ def test_a_click_leads_to_the_problem_its_set_and_an_aggregation_with_its_reason
     assert shown.locator(".why").first.inner_text().endswith(trace["why"])
     assert shown.locator("pre").evaluate("element => element.textContent") == trace["text"]
     for quote in trace["quotes"]:
-        assert f"trace {quote['trace']} (" in shown.inner_text()
+        assert f"trace {quote['name']} (" in shown.inner_text()
     page.click("#problem .grid tbody button >> nth=4")
     assert page.locator("#trace-4 pre").is_visible()
 

@@ -18,15 +18,15 @@ REWARD = {"correct": 1.0, "wrong": 0.0, "unparsed": 0.0, "timeout": 0.0, "error"
 
 def row(role, trace, text, verdict="wrong", **more):
     shared = {"problem": "p0", "cursor": 5, "kept": True, "problem_text": "What is 6 * 7?",
-              "reference_answer": "42", "set": None, "subset": None, "order": None, "length": 10, "stop": "stop",
-              "verdict_detail": ""}  # fmt: skip
+              "reference_answer": "42", "round": None, "set": None, "subset": None, "order": None, "length": 10,
+              "stop": "stop", "verdict_detail": ""}  # fmt: skip
     return shared | {"role": role, "trace": trace, "text": text, "verdict": verdict, "reward": REWARD[verdict],
                      "advantage": 0.0} | more  # fmt: skip
 
 
 def of_set(k, order, *verdicts, text="\\boxed{42}", **more):
-    return [row("aggregation", m, text if verdict == "correct" else "\\boxed{9}", verdict, set=k, subset=sorted(order),
-                order=order, **more) for m, verdict in enumerate(verdicts)]  # fmt: skip
+    return [row("aggregation", m, text if verdict == "correct" else "\\boxed{9}", verdict, round=1, set=k,
+                subset=sorted(order), order=order, **more) for m, verdict in enumerate(verdicts)]  # fmt: skip
 
 
 RIGHT, WRONG = row("search", 0, "\\boxed{42}", "correct"), row("search", 1, "\\boxed{8}")
@@ -124,10 +124,10 @@ def test_short_aggregations_are_matched_by_short_runs_and_answers_by_the_verifie
     ]
     rows = of_set(0, [3, 2, 1, 0], "correct", "wrong", "unparsed", text="left:3, right:6, \\boxed{36}")
     (found,) = page(search, rows)["sets"]
-    quotes = [{quote["trace"]: quote["same_answer"] for quote in trace["quotes"]} for trace in found["traces"]]
-    assert quotes[0] == {1: True, 0: False}
-    assert quotes[1] == {3: True}  # 9 and " 9 "
-    assert quotes[2].get(2) is None  # no answer equals no other
+    quotes = [{quote["name"]: quote["same_answer"] for quote in trace["quotes"]} for trace in found["traces"]]
+    assert quotes[0] == {"1": True, "0": False}
+    assert quotes[1] == {"3": True}  # 9 and " 9 "
+    assert quotes[2].get("2") is None  # no answer equals no other
 
 
 def test_what_a_candidate_thought_cannot_be_quoted_where_it_was_not_shown():
@@ -136,4 +136,4 @@ def test_what_a_candidate_thought_cannot_be_quoted_where_it_was_not_shown():
     assert page(search, rows)["sets"][0]["traces"][0]["quotes"] == []
     full = {**PLAIN, "prompt": PLAIN["prompt"] | {"thinking": "full"}}
     (trace, _) = problem_page(0, [*search, *rows], full)["sets"][0]["traces"]
-    assert [quote["trace"] for quote in trace["quotes"]] == [0]
+    assert [quote["name"] for quote in trace["quotes"]] == ["0"]

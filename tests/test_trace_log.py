@@ -51,7 +51,7 @@ def test_the_order_is_that_of_the_prompt_and_leaves_out_what_it_leaves_out():
             assert [int(n) for n in listed] == row["order"]
             assert set(row["order"]) == set(row["subset"]) - dropped
             assert row["set"] == seen % 4
-            np.testing.assert_array_equal(row["subset"], batch.rollouts.member_BxKxS[seen // 4, seen % 4])
+            np.testing.assert_array_equal(row["subset"], batch.rollouts.rounds[0].member_BxKxS[seen // 4, seen % 4])
             seen += 1
         assert seen == 16
 

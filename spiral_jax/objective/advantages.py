@@ -206,6 +206,11 @@ class Advantages:
     keep_B: np.ndarray
     starved_B: np.ndarray
 
+    def take(self, index: np.ndarray) -> Advantages:
+        """Those of the problems at `index`."""
+        aggregation = None if self.aggregation_BxKxM is None else self.aggregation_BxKxM[index]
+        return Advantages(self.search_BxN[index], aggregation, self.keep_B[index], self.starved_B[index])
+
 
 def compute(estimator: str, rewards: Rewards) -> Advantages:
     """Advantages of B problems under one of `config.ESTIMATORS`.

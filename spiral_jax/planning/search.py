@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from spiral_jax import mesh as meshes
-from spiral_jax.config import ConfigError, uses_aggregation
+from spiral_jax.config import ConfigError, groups_of_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.planning.profile import Profile, profile
@@ -127,9 +127,7 @@ def mesh_shapes(c: ConfigDict, arch: Architecture, chips: int) -> Iterator[tuple
 
 def train_options(c: ConfigDict, multiple: int) -> list[Overrides]:
     """Micro-batches that the mesh divides, from the configured size down to one group a shard; then with remat."""
-    roles = {"search_groups": c.batch.problems}
-    if uses_aggregation(c):
-        roles["aggregation_groups"] = c.batch.problems * c.aggregation.subsets
+    roles = {f"{role}_groups": groups for role, groups in groups_of_step(c).items()}
     options = []
     for halvings in range(8):
         sizes = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spiral_jax.config import uses_aggregation
+from spiral_jax.config import groups_of_step, uses_aggregation
 from spiral_jax.groups import Role
 from spiral_jax.planning.profile import Profile
 from spiral_jax.planning.programs import Run
@@ -52,7 +52,7 @@ def work_of(c: ConfigDict, assumed: Assumptions) -> list[Work]:
     if uses_aggregation(c):
         a = c.aggregation
         prompt, length = problem + a.subset_size * response, max(1, round(assumed.response_share * a.max_tokens))
-        groups = (tried * a.subsets, c.batch.problems * a.subsets)
+        groups = (tried * a.subsets * a.rounds, groups_of_step(c)["aggregation"])
         found.append(Work(Role.AGGREGATION, *groups, a.traces, prompt, length))
     return found
 

@@ -2,7 +2,8 @@
 
 step, cursor, id, kept, text, reference, flags
 search   traces, see `_trace`; `sets` are those it is in
-sets     name, members, order (as the prompt lists them), right, verified, vote, flags; traces, each with its quotes
+sets     of all rounds: round, name, members, order (as the prompt lists them), listed (the same by name), right,
+         verified, vote, flags; traces, each with its quotes and, unless the round is the last one, the `sets` it is in
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.groups import Role, Stop
+from spiral_jax.groups import Stop
 from spiral_jax.measures import vote
 from spiral_jax.objective.advantages import length_gate
 from spiral_jax.reporting.quotes import Quoting
@@ -55,38 +56,29 @@ def problem_page(step: int, rows: Sequence[dict[str, Any]], config: dict[str, An
       rows: all its rows of the trace log.
       config: the run's plain configuration: its estimator and length gate explain the advantages.
     """
-    searched = [row for row in rows if row["role"] == Role.SEARCH.label]
-    by_set: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["role"] == Role.AGGREGATION.label:
-            by_set.setdefault(row["set"], []).append(row)
-    drawn = [by_set[k] for k in sorted(by_set)]
-    members = [read[0]["subset"] for read in drawn]
-    scores, kept = [_score(read) for read in drawn], rows[0]["kept"]
-    estimator = config["loss"]["estimator"]
-
-    def reason(row: dict[str, Any]) -> Reason:
-        if row["role"] == Role.AGGREGATION.label:
-            return explain_aggregation(row["reward"], _score(by_set[row["set"]]))
-        if estimator in OWN_CORRECTNESS:
-            return explain_own(estimator, row["reward"], _score(searched), config["aggregation"]["subset_size"])
-        return explain_search(estimator, row["trace"], members, scores)
-
+    stages = _stages(rows)
     answers = _numbered(rows)
-    search = [_trace(row, reason(row), config) for row in searched]
-    for trace in search:
-        trace["sets"] = [k for k, member_S in enumerate(members) if trace["trace"] in member_S]
-    full = config["prompt"]["thinking"] == "full"
-    shown = [row["text"] if full else row["text"].rpartition("</think>")[2] for row in searched]
-    quoting = Quoting(rows[0]["problem_text"], shown)
+    search, *read = [
+        [
+            [_trace(row, _reasons(row, stages, config), config) | {"name": _trace_name(row)} for row in of_set]
+            for of_set in of_stage
+        ]
+        for of_stage in stages
+    ]
     sets = []
-    for k, read in enumerate(drawn):
-        traces = [_trace(row, reason(row), config) for row in read]
-        for trace, row in zip(traces, read, strict=True):
-            trace["quotes"] = _quotes(row, searched, quoting, answers)
-        sets.append(_set_page(k, read, scores[k], [answers[id(searched[n])] for n in members[k]]) | {"traces": traces})
+    for r, traces_of_sets in enumerate(read, start=1):
+        candidates = [row for of_set in stages[r - 1] for row in of_set]
+        quoting = _quoting(candidates, config)
+        for of_set, traces in zip(stages[r], traces_of_sets, strict=True):
+            for trace, row in zip(traces, of_set, strict=True):
+                trace["quotes"] = _quotes(row, candidates, quoting, answers)
+            sets.append(_set_page(of_set, candidates, answers) | {"traces": traces})
+    for r, of_stage in enumerate((search, *read[:-1]), start=1):
+        for n, trace in enumerate(itertools.chain(*of_stage)):
+            trace["sets"] = [k for k, one in enumerate(sets) if one["round"] == r and n in one["members"]]
     flags = {flag for of_set in sets for flag in of_set["flags"]} | _trace_flags(rows)
-    if not kept or (not sets and len({row["reward"] for row in searched} - {None}) < 2):
+    kept = rows[0]["kept"]
+    if not kept or (not sets and len({row["reward"] for row in rows} - {None}) < 2):
         flags.add("flat")
     return {
         "step": step,
@@ -96,21 +88,63 @@ def problem_page(step: int, rows: Sequence[dict[str, Any]], config: dict[str, An
         "text": rows[0]["problem_text"],
         "reference": rows[0]["reference_answer"],
         "flags": [flag for flag in FLAGS if flag in flags],
-        "search": search,
+        "search": search[0],
         "sets": sets,
     }
 
 
-def _trace(row: dict[str, Any], reason: Reason, config: dict[str, Any]) -> dict[str, Any]:
-    """One trace: its answer, what became of it, and its advantage with the reason in words."""
-    words, logged = reason.words, row["advantage"]
+def _stages(rows: Sequence[dict[str, Any]]) -> list[list[list[dict[str, Any]]]]:
+    """The rows by stage and set: the search traces as one set, then the sets of each round."""
+    found: dict[int, dict[int, list[dict[str, Any]]]] = {}
+    for row in rows:
+        found.setdefault(row["round"] or 0, {}).setdefault(row["set"] or 0, []).append(row)
+    return [[of_stage[k] for k in sorted(of_stage)] for _, of_stage in sorted(found.items())]
+
+
+def _trace_name(row: dict[str, Any]) -> str:
+    """3, the search trace; A.3, of a set."""
+    return f"{_name_of(row)}.{row['trace']}" if row["round"] else str(row["trace"])
+
+
+def _name_of(row: dict[str, Any]) -> str:
+    return set_name(row["set"], row["round"])
+
+
+def _reasons(row: dict[str, Any], stages: list, config: dict[str, Any]) -> list[Reason]:
+    """Why a trace has its advantage: by its own set, and by the sets of the next round that it is in."""
+    estimator, r = config["loss"]["estimator"], row["round"] or 0
+    reasons = []
+    if r:
+        reasons.append(explain_aggregation(row["reward"], _score(stages[r][row["set"]])))
+    elif estimator in OWN_CORRECTNESS:
+        reasons.append(
+            explain_own(estimator, row["reward"], _score(stages[0][0]), config["aggregation"]["subset_size"])
+        )
+    if (r == 0 or r + 1 < len(stages)) and estimator not in OWN_CORRECTNESS:
+        sets, place = (*stages, [])[r + 1], (row["set"] or 0) * len(stages[r][0]) + row["trace"]
+        members, names = [of_set[0]["subset"] for of_set in sets], [_name_of(of_set[0]) for of_set in sets]
+        reasons.append(explain_search(estimator, place, members, [_score(of_set) for of_set in sets], names))
+    return reasons
+
+
+def _quoting(candidates: Sequence[dict[str, Any]], config: dict[str, Any]) -> Quoting:
+    full = config["prompt"]["thinking"] == "full"
+    shown = [row["text"] if full else row["text"].rpartition("</think>")[2] for row in candidates]
+    return Quoting(candidates[0]["problem_text"], shown)
+
+
+def _trace(row: dict[str, Any], reasons: list[Reason], config: dict[str, Any]) -> dict[str, Any]:
+    """One trace: its answer, what became of it, and its advantage with the reasons in words."""
+    words, logged = " ".join(reason.words for reason in reasons), row["advantage"]
     if not row["kept"]:
         words = f"Dynamic sampling discarded the problem: nothing was learned from it. {words}"
-    elif reason.value is not None:
-        expected = reason.value
-        if _is_gated(row, expected, config):
-            words += f" The length gate takes it: positive, and {_too_long(row, config)}, so 0."
-            expected = 0.0
+    elif all(reason.value is not None for reason in reasons):
+        gated = [_is_gated(row, reason.value, config) for reason in reasons]
+        taken = f" The length gate takes it: positive, and {_too_long(row, config)}, so 0."
+        words = " ".join(r.words + (taken if gate else "") for r, gate in zip(reasons, gated, strict=True))
+        expected = sum(0.0 if gate else r.value for r, gate in zip(reasons, gated, strict=True))
+        if len(reasons) > 1:
+            words += f" Together {expected:+.3f}."
         if abs(expected - logged) > _ROUNDING * max(1, abs(logged)):
             words += f" But {logged:+.4f} was logged: the run's objective is not the one explained here."
     return {
@@ -168,19 +202,22 @@ def _numbered(rows: Sequence[dict[str, Any]]) -> dict[int, int | None]:
 
 
 def _quotes(
-    row: dict[str, Any], searched: Sequence[dict[str, Any]], quoting: Quoting, answers: dict[int, int | None]
+    row: dict[str, Any], candidates: Sequence[dict[str, Any]], quoting: Quoting, answers: dict[int, int | None]
 ) -> list[dict[str, Any]]:
     """The candidates that an aggregation quotes, in the order of its prompt."""
     found = []
     for n, copied in zip(row["order"], quoting.copied(row["text"], row["order"]), strict=True):
-        same = answers[id(row)] == answers[id(searched[n])] and answers[id(row)] not in (None, ERROR)
+        same = answers[id(row)] == answers[id(candidates[n])] and answers[id(row)] not in (None, ERROR)
         if same or copied:
-            found.append({"trace": n, "copied": round(copied, 3), "same_answer": same})
+            found.append({"name": _trace_name(candidates[n]), "copied": round(copied, 3), "same_answer": same})
     return found
 
 
-def _set_page(k: int, read: Sequence[dict[str, Any]], score: Score, candidates: list[int | None]) -> dict[str, Any]:
-    chance, flags = vote(candidates), set()
+def _set_page(
+    of_set: Sequence[dict[str, Any]], candidates: Sequence[dict[str, Any]], answers: dict[int, int | None]
+) -> dict[str, Any]:
+    first, score, flags = of_set[0], _score(of_set), set()
+    chance = vote([answers[id(candidates[n])] for n in first["subset"]])
     if score.right and chance < 0.5:
         flags.add("rescue")
     if score.right < score.verified and chance > 0.5:
@@ -188,9 +225,11 @@ def _set_page(k: int, read: Sequence[dict[str, Any]], score: Score, candidates: 
     if score.right in (0, score.verified):
         flags.add("flat")
     return {
-        "name": set_name(k),
-        "members": read[0]["subset"],
-        "order": read[0]["order"],
+        "round": first["round"],
+        "name": _name_of(first),
+        "members": first["subset"],
+        "order": first["order"],
+        "listed": [_trace_name(candidates[n]) for n in first["order"]],
         "right": score.right,
         "verified": score.verified,
         "vote": chance,

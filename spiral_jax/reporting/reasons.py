@@ -36,16 +36,23 @@ class Score:
         return f"{self.right}/{self.verified}"
 
 
-def set_name(k: int) -> str:
-    """A, B, ... Z, then A1, B1, ...: what pages call set k."""
+def set_name(k: int, round: int = 1) -> str:
+    """A, B, ... Z, then A1, B1, ...: what pages call set k; A', B', ... those of the second round, and so on."""
     letter, again = string.ascii_uppercase[k % 26], k // 26
-    return f"{letter}{again or ''}"
+    return f"{letter}{again or ''}" + "'" * (round - 1)
 
 
-def explain_search(estimator: str, trace: int, member_KxS: Sequence[Sequence[int]], scores: Sequence[Score]) -> Reason:
-    """Why a search trace has its advantage under an estimator over drawn sets; else see `explain_own`."""
+def explain_search(
+    estimator: str, trace: int, member_KxS: Sequence[Sequence[int]], scores: Sequence[Score], names: Sequence[str]
+) -> Reason:
+    """Why a trace has the advantage of being read, under an estimator over drawn sets; else see `explain_own`.
+
+    Args:
+      trace: which of the traces that the round reads.
+      member_KxS, scores, names: of the sets of that round.
+    """
     if estimator == "aggregator_only":
-        return Reason(0.0, "aggregator_only trains no search traces: 0.")
+        return Reason(0.0, "aggregator_only trains no traces for being read: 0.")
     if estimator not in ("marginal_mean", "with_without", "disjoint_sets"):
         return _without_words(estimator)
     valid = [k for k, score in enumerate(scores) if score.verified]
@@ -60,8 +67,8 @@ def explain_search(estimator: str, trace: int, member_KxS: Sequence[Sequence[int
             return Reason(0.0, "It is in every set that was scored: there is nothing to compare them with, 0.")
     with_it, reference = _mean(inside, scores), _mean(others, scores)
     words = (
-        f"Mean score of sets with it {_decimal(with_it)} ({_listed(inside, scores)}), "
-        f"of {name} {_decimal(reference)} ({_listed(others, scores)}): {_signed(with_it - reference)}."
+        f"Mean score of sets with it {_decimal(with_it)} ({_listed(inside, scores, names)}), "
+        f"of {name} {_decimal(reference)} ({_listed(others, scores, names)}): {_signed(with_it - reference)}."
     )
     return Reason(float(with_it - reference), words)
 
@@ -148,8 +155,8 @@ def _mean(sets: Sequence[int], scores: Sequence[Score]) -> Fraction:
     return sum((scores[k].share for k in sets), Fraction(0)) / len(sets)
 
 
-def _listed(sets: Sequence[int], scores: Sequence[Score]) -> str:
-    return ", ".join(f"{set_name(k)} {scores[k]}" for k in sets)
+def _listed(sets: Sequence[int], scores: Sequence[Score], names: Sequence[str]) -> str:
+    return ", ".join(f"{names[k]} {scores[k]}" for k in sets)
 
 
 def _decimal(value: Fraction) -> str:

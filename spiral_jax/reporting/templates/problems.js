@@ -135,12 +135,25 @@
           + (problem.kept ? "" : "; discarded by dynamic sampling, not trained on")),
         el("pre", { class: "text" }, problem.text),
         el("p", {}, "Reference answer: ", el("code", { class: "answer" }, problem.reference))),
-      el("h4", {}, problem.sets.length ? "Search traces, and the sets that read them" : "Search traces"),
-      grid(problem, most),
-      el("div", { class: "traces" }, problem.search.map((trace) => traceBox(`trace ${trace.trace}`, `trace-${trace.trace}`, trace, most))),
-      problem.sets.map((set, k) => setBox(set, k, most)),
-    ].flat();
+      stages(problem, most),
+    ].flat(2);
   };
+
+  // search, then each round: the traces that it reads in a table with its sets, and under it all that they wrote
+  const stages = (problem, most) => {
+    const rounds = Math.max(1, ...problem.sets.map((set) => set.round)), shown = [];
+    let read = problem.search.map((trace) => ({ trace, name: `trace ${trace.name}`, id: `trace-${trace.trace}` }));
+    for (let round = 1; round <= rounds; round++) {
+      const sets = problem.sets.flatMap((set, k) => set.round === round ? [{ set, k }] : []);
+      const what = round === 1 ? "Search traces" : `Aggregations of round ${round - 1}`;
+      shown.push(el("h4", {}, sets.length ? `${what}, and the sets that read them` : what), grid(read, sets, most));
+      if (round === 1) shown.push(el("div", { class: "traces" }, read.map(({ trace, name, id }) => traceBox(name, id, trace, most))));
+      shown.push(...sets.map(({ set, k }) => setBox(set, k, most)));
+      read = sets.flatMap(({ set, k }) => set.traces.map((trace) => ({ trace, name: trace.name, id: aggregationId(k, trace) })));
+    }
+    return shown;
+  };
+  const aggregationId = (k, trace) => `aggregation-${k}-${trace.trace}`;
 
   const reveal = (id) => {
     const target = document.getElementById(id);
@@ -149,23 +162,23 @@
     (target.querySelector("summary") || target).focus();
   };
 
-  const grid = (problem, most) => {
-    const cell = (trace, set) => {
-      if (!set.members.includes(trace.trace)) return el("td", { class: "out" }, "·");
-      const at = set.order.indexOf(trace.trace);
+  const grid = (read, sets, most) => {
+    const cell = (n, set) => {
+      if (!set.members.includes(n)) return el("td", { class: "out" }, "·");
+      const at = set.order.indexOf(n);
       return el("td", { class: "in" }, el("span", { title: at < 0 ? "in the set, left out of its prompt" : `attempt ${at + 1} in its prompt` }, at < 0 ? "○" : String(at + 1)));
     };
-    const heads = problem.sets.map((set, k) => el("th", { scope: "col" },
+    const heads = sets.map(({ set, k }) => el("th", { scope: "col" },
       el("button", { type: "button", onclick: () => reveal(`set-${k}`) }, set.name, el("small", {}, ` ${set.right}/${set.verified}`))));
-    const rows = problem.search.map((trace) => el("tr", {},
-      el("th", { scope: "row" }, el("button", { type: "button", onclick: () => reveal(`trace-${trace.trace}`) }, `trace ${trace.trace}`)),
+    const rows = read.map(({ trace, name, id }, n) => el("tr", {},
+      el("th", { scope: "row" }, el("button", { type: "button", onclick: () => reveal(id) }, name)),
       el("td", {}, answer(trace)), el("td", {}, verdict(trace)),
       el("td", { class: trace.stop === "length" ? "number cut" : "number" }, String(trace.length), trace.stop === "length" ? el("small", {}, " cut off") : null),
-      el("td", {}, advantage(trace.advantage, most)), problem.sets.map((set) => cell(trace, set))));
+      el("td", {}, advantage(trace.advantage, most)), sets.map(({ set }) => cell(n, set))));
     return el("div", { class: "scroll", tabindex: "0" }, el("table", { class: "grid" },
       el("thead", {}, el("tr", {}, ["", "answer", "verdict", "tokens", "advantage"].map((head) => el("th", { scope: "col" }, head)), heads)),
       el("tbody", {}, rows)),
-      problem.sets.length ? el("p", { class: "note" }, "Sets are columns: right / verified aggregations; a number is the place of the trace in the set's prompt.") : null);
+      sets.length ? el("p", { class: "note" }, "Sets are columns: right / verified aggregations; a number is the place of the trace in the set's prompt.") : null);
   };
 
   const traceBox = (name, id, trace, most) => el("details", { id, class: "trace" },
@@ -176,18 +189,18 @@
     trace.quotes ? el("p", { class: "why" }, el("b", {}, "Quotes: "), trace.quotes.length ? trace.quotes.map(quoteWords).join("; ") + "." : "no candidate by this page's definition.") : null,
     el("pre", { class: "text" }, trace.text));
 
-  const quoted = (trace) => trace.quotes.length ? `quotes ${trace.quotes.map((quote) => quote.trace).join(", ")}` : "quotes none";
+  const quoted = (trace) => trace.quotes.length ? `quotes ${trace.quotes.map((quote) => quote.name).join(", ")}` : "quotes none";
   const quoteWords = (quote) => {
     const parts = [];
     if (quote.same_answer) parts.push("same answer");
     if (quote.copied > 0) parts.push(`${Math.max(1, Math.round(100 * quote.copied))} % of its runs of words`);
-    return `trace ${quote.trace} (${parts.join(", ")})`;
+    return `trace ${quote.name} (${parts.join(", ")})`;
   };
 
   const setBox = (set, k, most) => el("section", { class: "set", id: `set-${k}`, tabindex: "-1" },
     el("h4", {}, `Set ${set.name}: ${set.right} of ${set.verified} aggregations right `, badges(set.flags)),
-    el("p", { class: "where" }, `Its prompt lists ${set.order.length ? `traces ${set.order.join(", ")}` : "no trace"}, in this order; a vote among its candidates is right with chance ${set.vote.toFixed(2)}.`),
-    set.traces.map((trace) => traceBox(`aggregation ${trace.trace}`, `aggregation-${k}-${trace.trace}`, trace, most)));
+    el("p", { class: "where" }, `Its prompt lists ${set.order.length ? `traces ${set.listed.join(", ")}` : "no trace"}, in this order; a vote among its candidates is right with chance ${set.vote.toFixed(2)}.`),
+    set.traces.map((trace) => traceBox(`aggregation ${trace.trace}`, aggregationId(k, trace), trace, most)));
 
   // ---- what a person does
 
