@@ -4,7 +4,7 @@
     python -m benchmarks.sampler --json=docs/sampler.json     # also writes docs/sampler.md
 
 Each contestant is a process of its own that stays; one works at a time and may use every core. They take turns, run by
-run, so that all see the same machine. Everything is compiled in warm-up runs over a case's first groups. The files are
+run, so that all see the same machine. Everything is compiled in the warm-up runs. The files are
 written after every round; cases that are not run this time keep what the JSON has of them. A case that the same commit
 has measured in part, on the same machine, goes on until it has its repeats: (c) takes hours, which need not be one
 sitting. `--against=` measures ours alone.
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
             entry = report["cases"][name] = entry or where | start_case(case, contestants)
             done = len(entry["contestants"][OURS]["runs"])
             for round_ in range(warmups.value):
-                run_round(case, case.work.first(case.trial_groups), entry, contestants, round_, "warmups")
+                run_round(case, case.work, entry, contestants, round_, "warmups")
             for round_ in range(done, repeats.value):
                 run_round(case, case.work, entry, contestants, round_, "runs")
                 write(report, out)

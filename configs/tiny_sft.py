@@ -14,6 +14,7 @@ from configs import tiny
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # weights and demonstrations
+    c.task = "two_halves"
     c.task_seed = 0  # which problems: only training problems are practised
     c.prompt = ConfigDict(tiny.get_config().prompt)  # the scaffold that the model will be used with
 
@@ -31,10 +32,11 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.search_problems = 16  # a step
     c.data.search_traces = 4  # demonstrations of each
-    c.data.left_share = 0.9  # chance that a search demonstration works on the left half
+    c.data.search = ConfigDict({"left_share": 0.9})  # chance that a search demonstration works on the left half
     c.data.sets = 48  # aggregation demonstrations a step
     c.data.set_size = 4  # candidates of each
-    c.data.left_shares = (0.5, 0.5, 0.9, 0.1, 1.0, 0.0)  # a set's own chance of a left candidate is one of these
+    # a set's own chance of a left candidate is one of these
+    c.data.aggregation = ConfigDict({"left_shares": (0.5, 0.5, 0.9, 0.1, 1.0, 0.0)})
 
     c.optimizer = ConfigDict()
     c.optimizer.steps = 1500

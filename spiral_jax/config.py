@@ -15,7 +15,7 @@ from absl import app
 from ml_collections import ConfigDict
 
 MOST_EVAL_TRACES = 1000  # above, binomials leave float64: see estimators.py
-TASKS = ("jsonl", "parquet", "hf", "two_halves", "reasoning_gym")
+TASKS = ("jsonl", "parquet", "hf", "two_halves", "end_digit", "reasoning_gym")
 METRIC_WRITERS = ("tensorboard", "wandb", "trackio")
 # How the search traces of each estimator are used: "sets", K distinct S-subsets drawn from a problem's traces are
 # aggregated; "partition", K disjoint ones; "search", no aggregation stage. Its advantages: objective/advantages.py.

@@ -1,6 +1,7 @@
-"""Makes the bundled tiny model: tokenizer, random weights, supervised demonstrations, a Hugging Face directory.
+"""Makes a bundled model: tokenizer, random weights, supervised demonstrations, a Hugging Face directory.
 
-    python -m spiral_jax.sft --config=configs/tiny_sft.py --out=DIR
+    python -m spiral_jax.sft --config=configs/tiny_sft.py --out=DIR            # bundled:tiny, for two_halves
+    python -m spiral_jax.sft --config=configs/end_digit_sft.py --out=DIR       # bundled:end_digit
 
 One step: problems -> demonstrated search traces and aggregation traces, as groups -> mean negative log-likelihood a
 token of both roles, added -> one Adam step.
@@ -28,10 +29,11 @@ from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.qwen3 import ModelConfig, init_variables
 from spiral_jax.objective.logprobs import group_logprobs, length_mask
-from spiral_jax.tasks import two_halves
-from spiral_jax.tasks.problem import Problem, Task
+from spiral_jax.tasks import end_digit, two_halves
+from spiral_jax.tasks.problem import Task
 from spiral_jax.tasks.tiny_tokenizer import train_tokenizer
 
+TASKS = {"two_halves": two_halves, "end_digit": end_digit}  # modules with demonstrations
 _TOKENIZER_PROBLEMS = 2000
 _LOG_EVERY = 100
 
@@ -45,8 +47,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     c, out = flags.FLAGS.config, pathlib.Path(flags.FLAGS.out)
-    task = two_halves.task(c.task_seed)
-    tokenizer = train_tokenizer(tokenizer_texts(task, c.seed), c.model.vocab_size, out)
+    task = TASKS[c.task].task(c.task_seed)
+    tokenizer = train_tokenizer(tokenizer_texts(c.task, task, c.seed), c.model.vocab_size, out)
     config = ModelConfig(_architecture(c.model, len(tokenizer)), remat="none")
     params = init_variables(config, jax.random.key(c.seed))["params"]
     params = fit(c, config, params, batches(c, task, tokenizer))
@@ -54,44 +56,33 @@ def main(argv: list[str]) -> None:
     print(f"{config.arch.parameters:,} parameters in {out}", flush=True)
 
 
-def tokenizer_texts(task: Task, seed: int) -> Iterator[str]:
+def tokenizer_texts(name: str, task: Task, seed: int) -> Iterator[str]:
     """What the tokenizer is trained on: every kind of text that the task knows."""
     rng = np.random.default_rng([seed, 0])
     for cursor in range(_TOKENIZER_PROBLEMS):
-        problem, side = task.train(cursor), two_halves.SIDES[rng.integers(2)]
-        yield problem.text
-        yield "#"
-        yield two_halves.work_out(problem, side, int(rng.integers(10)))
-        yield two_halves.read_out(problem, {side}, int(rng.integers(10)))
-        yield two_halves.read_out(problem, set(two_halves.SIDES), 0)
+        yield from TASKS[name].tokenizer_texts(task.train(cursor), rng)
 
 
 def batches(c: ConfigDict, task: Task, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[dict, dict]]:
     """Endless (search, aggregation) batches of demonstrated groups: prompt, prompt_len, trace, trace_len."""
     scaffold = prompts.make_scaffold(tokenizer, c.prompt, (tokenizer.eos_token_id,))
     encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id])  # noqa: E731
-    rng = np.random.default_rng([c.seed, 1])
-
-    def work_out(problem: Problem, left_share: float) -> str:
-        side = two_halves.SIDES[int(rng.random() >= left_share)]
-        return two_halves.work_out(problem, side, int(rng.integers(10)))
-
+    rng, module, data = np.random.default_rng([c.seed, 1]), TASKS[c.task], c.data
     cursor = 0
     while True:
         search = []
-        for _ in range(c.data.search_problems):
+        for _ in range(data.search_problems):
             problem, cursor = task.train(cursor), cursor + 1
-            traces = [encode(work_out(problem, c.data.left_share)) for _ in range(c.data.search_traces)]
+            texts = [module.demonstrate_search(problem, **data.search, rng=rng) for _ in range(data.search_traces)]
+            traces = [encode(text) for text in texts]
             search.append((prompts.search_prompt(scaffold, problem.text), traces))
         sets = []
-        for _ in range(c.data.sets):
+        for _ in range(data.sets):
             problem, cursor = task.train(cursor), cursor + 1
-            left_share = rng.choice(c.data.left_shares)
-            texts = [work_out(problem, left_share) for _ in range(c.data.set_size)]
-            worked = {two_halves.worked_half(problem, text) for text in texts}
+            texts, read = module.demonstrate_set(problem, data.set_size, **data.aggregation, rng=rng)
             candidates = [(encode(text), Stop.STOP) for text in texts]
-            prompt = prompts.aggregation_prompt(scaffold, problem.text, candidates, np.arange(c.data.set_size)).ids
-            sets.append((prompt, [encode(two_halves.read_out(problem, worked, int(rng.integers(10))))]))
+            prompt = prompts.aggregation_prompt(scaffold, problem.text, candidates, np.arange(data.set_size)).ids
+            sets.append((prompt, [encode(read)]))
         yield _groups(search), _groups(sets)
 
 

@@ -72,7 +72,7 @@ BAD = {
     "search.max_tokens": (27, None),
     "model.hf_path": ("", "directory"),
     "model.compute_dtype": ("float16", "float32, bfloat16"),
-    "task.name": ("gsm", "jsonl, parquet, hf, two_halves, reasoning_gym"),
+    "task.name": ("gsm", "jsonl, parquet, hf, two_halves, end_digit, reasoning_gym"),
     "task.reward": ("my_reward", "package.module:function"),
     "eval.subsets": (3, "between 1 and"),
     "train.steps": (0, ">= 1"),

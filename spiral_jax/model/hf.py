@@ -25,7 +25,8 @@ from spiral_jax.model.tensor_files import Output, TensorFiles, WeightsError, ope
 
 STEM = "model"  # of the weight files' names
 MAX_SHARD_BYTES = 5 * 10**9  # larger files are awkward to copy and to resume
-BUNDLED = {"bundled:tiny": pathlib.Path(__file__).parent.parent / "assets" / "tiny"}
+_ASSETS = pathlib.Path(__file__).parent.parent / "assets"
+BUNDLED = {"bundled:tiny": _ASSETS / "tiny", "bundled:end_digit": _ASSETS / "end_digit"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FROM_HUB = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "vocab*", "merges*", "LICENSE*", "NOTICE*"]
 _ROPE_CONSTANT = ".self_attn.rotary_emb.inv_freq"  # old Llama files store what rope_theta already says

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from spiral_jax.config import TASKS, ConfigError
-from spiral_jax.tasks import hub, jsonl, two_halves
+from spiral_jax.tasks import end_digit, hub, jsonl, two_halves
 from spiral_jax.tasks.problem import Task
 
 
@@ -31,6 +31,8 @@ def load_task(c: ConfigDict) -> Task:
         return hub.task(t.dataset, t.subset, splits, t.problem_column, t.answer_column, c.seed)
     if c.task.name == "two_halves":
         return two_halves.task(c.task.seed)
+    if c.task.name == "end_digit":
+        return end_digit.task(c.task.seed)
     if c.task.name == "reasoning_gym":
         from spiral_jax.tasks import reasoning_gym_task  # takes seconds to import; only this task needs it
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -78,6 +79,38 @@ def read_out(problem: Problem, worked: set[str], guess: int) -> str:
     digits = [problem.answer[i] if side in worked else str(guess) for i, side in enumerate(SIDES)]
     said = [f"{'' if side in worked else 'maybe '}{side}:{digits[i]}, " for i, side in enumerate(SIDES)]
     return f"{''.join(said)}\\boxed{{{''.join(digits)}}}"
+
+
+# Demonstrations, for spiral_jax/sft.py
+
+
+def tokenizer_texts(problem: Problem, rng: np.random.Generator) -> Iterator[str]:
+    """Every kind of text that the task knows."""
+    side = SIDES[rng.integers(2)]
+    yield problem.text
+    yield "#"
+    yield work_out(problem, side, int(rng.integers(10)))
+    yield read_out(problem, {side}, int(rng.integers(10)))
+    yield read_out(problem, set(SIDES), 0)
+
+
+def demonstrate_search(problem: Problem, left_share: float, rng: np.random.Generator) -> str:
+    """A trace that works on the left half with chance `left_share`."""
+    side = SIDES[int(rng.random() >= left_share)]
+    return work_out(problem, side, int(rng.integers(10)))
+
+
+def demonstrate_set(
+    problem: Problem, size: int, left_shares: Sequence[float], rng: np.random.Generator
+) -> tuple[list[str], str]:
+    """Candidates of which each is a left one with the same chance, one of `left_shares`, and what reads them."""
+    left_share = rng.choice(left_shares)
+    shown = [demonstrate_search(problem, left_share, rng) for _ in range(size)]
+    worked = {worked_half(problem, text) for text in shown}
+    return shown, read_out(problem, worked, int(rng.integers(10)))
+
+
+# What a trace did
 
 
 def strategy(text: str, problem: Problem) -> str | None:

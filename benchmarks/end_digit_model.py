@@ -1,0 +1,85 @@
+"""What the model of the end digit can do before any RL: how its search leans, whether it knows a hit, how it reads.
+
+    python -m benchmarks.end_digit_model --out=docs/end_digit_model
+
+On held-out problems at T = 1. A try is sound if its digits, arithmetic, verdict and box are (`end_digit.is_sound`).
+A set has a hit if one of its candidates is right.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from benchmarks.machine import machine
+from spiral_jax.estimators import mean_and_interval
+from spiral_jax.groups import Purpose
+from spiral_jax.objective import subsets
+from spiral_jax.progress import Progress
+from spiral_jax.rollout import Actor, aggregate, search, verify
+from spiral_jax.setup import set_up
+from spiral_jax.tasks import end_digit
+from spiral_jax.train_step import variables
+from spiral_jax.verifier.verifier import Verifier
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/end_digit.py", "model and scaffold", lock_config=True)
+OUT = flags.DEFINE_string("out", "docs/end_digit_model", "the report, without its ending")
+PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
+
+
+def main(argv: list[str]) -> None:
+    setup = set_up(CONFIG.value)
+    c, base = setup.c, setup.load_base()
+    problems, index_B = [setup.task.held_out(index) for index in range(PROBLEMS.value)], np.arange(PROBLEMS.value)
+    with Verifier(setup.reward, 1, c.verifier.timeout_s) as verifier, jax.set_mesh(setup.mesh):
+        actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, Progress(1, 0))
+        weights = setup.sampler.prepare(variables(setup.model, None, base))
+        searched = search(actor, weights, problems, index_B, Purpose.EVALUATION, 0)
+        searched, tried, _ = verify(actor, problems, searched)
+        N, a = c.search.traces, c.aggregation
+        member_BxKxS = np.stack([
+            subsets.disjoint_subsets(c.seed, int(Purpose.EVALUATION), 0, b, 0, N, a.subset_size, 1) for b in index_B
+        ])  # fmt: skip
+        read, _ = aggregate(actor, weights, problems, searched, member_BxKxS, a.traces)
+        read, said, _ = verify(actor, problems, read)
+    right_BxN, right_BxM = searched.reward_UxC, read.reward_UxC
+    has_hit_B = np.take_along_axis(right_BxN, member_BxKxS[:, 0], axis=1).any(axis=1)
+    report = {"machine": machine(), "problems": len(problems), "search traces": tries(problems, tried, right_BxN)}
+    report["search traces"]["try the first expression"] = float(np.mean([
+        end_digit.strategy(text, p) == end_digit.strategy(end_digit.try_out(p, end_digit.EXPRESSIONS[0]), p)
+        for p, text in zip(np.repeat(problems, N), tried, strict=True)
+    ]))  # fmt: skip
+    report |= {
+        "right share of all expressions": float(np.mean([end_digit.right_share(problem) for problem in problems])),
+        "aggregation traces": tries(problems, said, right_BxM),
+        "sets with a hit": share(has_hit_B.astype(float)),
+        "sets with a hit read right": share(right_BxM[has_hit_B].mean(axis=1)),
+        "other sets answered right": share(right_BxM[~has_hit_B].mean(axis=1)),
+    }
+    pathlib.Path(OUT.value).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+def tries(problems: list, texts: list[str], right_BxC: np.ndarray) -> dict[str, float]:
+    """Shares over all traces of a role; of those that are right, and that are not, how many say that they hit."""
+    of_text = np.repeat(problems, right_BxC.shape[1])
+    says_yes, right = np.array([": yes," in text for text in texts]), right_BxC.reshape(-1) == 1
+    return {
+        "are sound": float(np.mean([end_digit.is_sound(p, text) for p, text in zip(of_text, texts, strict=True)])),
+        "are right": float(right.mean()),
+        "say yes if right": float(says_yes[right].mean()),
+        "say yes if wrong": float(says_yes[~right].mean()),
+    }
+
+
+def share(values: np.ndarray) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in vars(mean_and_interval(values)).items()}
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,123 @@
+"""The second bundled task: its reward against enumeration, its splits, and the demonstrations that made its model."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from configs import end_digit as config
+from spiral_jax.model import hf
+from spiral_jax.prompts import load_tokenizer, make_scaffold, max_aggregation_prompt, search_prompt
+from spiral_jax.tasks import end_digit
+from spiral_jax.tasks.problem import Problem
+
+
+def numbers(problem):
+    *digits, end = map(int, re.fullmatch(r"digits (\d) (\d) (\d) (\d) end (\d)", problem.text).groups())
+    return digits, end
+
+
+def right_ones(problem):
+    """Every expression as text that is an answer, by going through all ordered choices of three places."""
+    digits, end = numbers(problem)
+    chosen = itertools.permutations(digits, 3)
+    return {f"{a}*{b}+{c}" for a, b, c in chosen if str(a * b + c)[-1] == str(end)}
+
+
+def test_the_reward_is_that_of_enumeration_for_every_expression_of_any_digits():
+    for index in range(20):
+        problem = end_digit.task(0).held_out(index)
+        right, seen = right_ones(problem), 0
+        for a, b, c in itertools.product(range(10), repeat=3):
+            found = end_digit.reward(f"so \\boxed{{{a}*{b}+{c}}}", problem)
+            assert found == (f"{a}*{b}+{c}" in right)
+            seen += found
+        assert seen == len(right) and problem.answer in right
+
+
+@pytest.mark.parametrize("text, verdict", [
+    ("9*4+7", None), ("\\boxed{}", None), ("\\boxed{ }", None), ("\\boxed{43}", False), ("\\boxed{9*4+7=43}", False),
+    ("\\boxed{9*4+7}", True), ("\\boxed{ 4 * 9 + 7 }", True), ("\\boxed{9*4+7} or \\boxed{8*7+9}", False),
+    ("\\boxed{8*7+9} or \\boxed{9*4+7}", True), ("\\boxed{9*4+4+3}", False), ("\\boxed{__import__('os')}", False),
+    ("\\boxed{4*4+7}", False), ("\\boxed{-9*4+7}", False), ("\\boxed{٩*4+7}", False),
+])  # fmt: skip
+def test_an_answer_is_a_box_with_one_expression(text, verdict):
+    problem = Problem("p", "digits 4 7 8 9 end 3", "9*4+7", {"digits": [4, 7, 8, 9], "end": 3})
+    assert end_digit.reward(text, problem) is verdict
+
+
+def test_a_digit_that_is_there_twice_may_be_used_twice():
+    problem = Problem("p", "digits 4 4 8 9 end 5", "4*4+9", {"digits": [4, 4, 8, 9], "end": 5})
+    assert end_digit.reward("\\boxed{4*4+9}", problem) and not end_digit.reward("\\boxed{8*8+1}", problem)
+
+
+def test_no_digits_with_an_end_digit_are_in_both_splits_in_any_order_whatever_the_seeds():
+    def keys(problems):
+        return {(tuple(sorted(numbers(problem)[0])), numbers(problem)[1]) for problem in problems}
+
+    train = keys(end_digit.task(seed).train(i) for seed in (0, 1) for i in range(4000))
+    held_out = keys(end_digit.task(seed).held_out(i) for seed in (0, 2) for i in range(2000))
+    assert not train & held_out and len(train) > 1000 < 10 * len(held_out)
+
+
+def test_problems_are_a_pure_function_of_seed_and_cursor():
+    assert end_digit.task(3).train(17) == end_digit.task(3).train(17) != end_digit.task(4).train(17)
+    assert end_digit.task(3).fingerprint != end_digit.task(4).fingerprint
+
+
+def test_the_right_share_is_that_of_enumeration():
+    for index in range(50):
+        problem = end_digit.task(0).train(index)
+        digits, end = numbers(problem)
+        chosen = [(digits[a], digits[b], digits[c]) for a, b, c in itertools.permutations(range(4), 3) if a < b]
+        right = [int(str(a * b + c)[-1]) == end for a, b, c in chosen]
+        assert len(right) == 12 and end_digit.right_share(problem) == pytest.approx(np.mean(right))
+
+
+def test_a_demonstrated_try_is_sound_and_right_if_it_says_so_and_with_any_other_digit_it_is_not():
+    said = set()
+    for index, places in enumerate(end_digit.EXPRESSIONS):
+        problem = end_digit.task(0).train(index)
+        text = end_digit.try_out(problem, places)
+        assert end_digit.is_sound(problem, text)
+        assert end_digit.reward(text, problem) == (": yes," in text) == (end_digit.strategy(text, problem) in {
+            f"{min(a, b)}*{max(a, b)}+{c}" for a, b, c in (re.findall(r"\d", one) for one in right_ones(problem))
+        })  # fmt: skip
+        said.add(": yes," in text)
+        for i in [i for i, char in enumerate(text) if char.isdigit()]:
+            assert not end_digit.is_sound(problem, text[:i] + str((int(text[i]) + 1) % 10) + text[i + 1 :])
+        other = text.replace(": yes,", ": no,") if ": yes," in text else text.replace(": no,", ": yes,")
+        assert not end_digit.is_sound(problem, other)
+    assert said == {True, False}
+
+
+def test_search_leans_and_the_reader_copies_the_first_candidate_that_hits_or_tries_itself():
+    rng, problem = np.random.default_rng(0), end_digit.task(0).train(0)
+    first = end_digit.try_out(problem, end_digit.EXPRESSIONS[0])
+    share = np.mean([end_digit.demonstrate_search(problem, 0.5, rng) == first for _ in range(2000)])
+    assert share == pytest.approx(1 / (2 - 2.0**-11), abs=0.05)  # 4.5 standard errors
+    copied = 0
+    for cursor in range(300):
+        problem = end_digit.task(0).train(cursor)
+        shown, read = end_digit.demonstrate_set(problem, 4, 0.1, 0.5, rng)
+        hits = [text for text in shown if end_digit.reward(text, problem)]
+        assert len(shown) == 4 and all(end_digit.is_sound(problem, text) for text in (*shown, read))
+        if hits:
+            assert read == hits[0]
+        copied += bool(hits)
+    assert 150 < copied < 290
+
+
+def test_a_trace_has_room_for_one_try_and_a_prompt_for_four_of_the_longest():
+    c, path = config.get_config(), hf.resolve_path("bundled:end_digit")
+    tokenizer = load_tokenizer(path)
+    scaffold = make_scaffold(tokenizer, c.prompt, (tokenizer.eos_token_id,))
+    tokens = set()
+    for cursor in range(200):
+        problem = end_digit.task(0).train(cursor)
+        assert len(search_prompt(scaffold, problem.text)) <= c.prompt.max_problem_tokens
+        text = end_digit.try_out(problem, end_digit.EXPRESSIONS[cursor % 12])
+        tokens.add(len(tokenizer.encode(text, add_special_tokens=False)) + 1)
+    assert max(tokens) <= c.search.max_tokens < 2 * min(tokens) - 10  # the box and the end of a try are 10
+    assert max_aggregation_prompt(scaffold, c) <= c.batch.aggregation_lengths[-1][0]
