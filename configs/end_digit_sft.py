@@ -18,5 +18,6 @@ def get_config() -> ConfigDict:
     c.data.search = ConfigDict({"halving": 0.5})  # each expression is tried half as often as the one before
     # a candidate hits with this chance beside that of any try: 7 sets in 10 have one that does
     c.data.aggregation = ConfigDict({"right": 0.1, "halving": 0.5})
-    c.optimizer.steps = 2500
+    c.data.sets = 24
+    c.optimizer.steps = 2000
     return c.lock()

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from configs import end_digit as config
-from spiral_jax.model import hf
-from spiral_jax.prompts import load_tokenizer, make_scaffold, max_aggregation_prompt, search_prompt
+from configs import end_digit_sft
+from spiral_jax import sft
+from spiral_jax.prompts import make_scaffold, max_aggregation_prompt, search_prompt
 from spiral_jax.tasks import end_digit
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.tasks.tiny_tokenizer import train_tokenizer
 
 
 def numbers(problem):
@@ -109,9 +111,10 @@ def test_search_leans_and_the_reader_copies_the_first_candidate_that_hits_or_tri
     assert 150 < copied < 290
 
 
-def test_a_trace_has_room_for_one_try_and_a_prompt_for_four_of_the_longest():
-    c, path = config.get_config(), hf.resolve_path("bundled:end_digit")
-    tokenizer = load_tokenizer(path)
+def test_a_trace_has_room_for_one_try_and_a_prompt_for_four_of_the_longest(tmp_path):
+    c, made = config.get_config(), end_digit_sft.get_config()
+    texts = sft.tokenizer_texts(made.task, end_digit.task(made.task_seed), made.seed)
+    tokenizer = train_tokenizer(texts, made.model.vocab_size, tmp_path)
     scaffold = make_scaffold(tokenizer, c.prompt, (tokenizer.eos_token_id,))
     tokens = set()
     for cursor in range(200):
