@@ -193,8 +193,9 @@ def arm_row(c: ConfigDict) -> dict[str, Any]:
     rollouts, ceiling = c.search.traces, c.search.traces * c.search.max_tokens
     if uses_aggregation(c):
         a = c.aggregation
-        row |= {"S": a.subset_size, "K": a.subsets, "M": a.traces, "L aggregation": a.max_tokens}
-        rollouts += a.subsets * a.traces
-        ceiling += a.subsets * a.traces * a.max_tokens
+        row |= {"S": a.subset_size, "K": a.subsets, "M": a.traces, "R": a.rounds, "L aggregation": a.max_tokens}
+        aggregations = a.subsets * a.traces * a.rounds
+        rollouts += aggregations
+        ceiling += aggregations * a.max_tokens
     stop = {"problems a step": c.batch.problems, "steps": c.train.steps, "token budget": c.train.max_sampled_tokens}
     return row | {"rollouts": rollouts, "ceiling": ceiling} | stop | {"lr": c.optimizer.lr}

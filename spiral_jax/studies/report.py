@@ -15,7 +15,7 @@ from spiral_jax.studies.plan import Study
 
 _NONE = "–"
 _COLUMNS = (  # of an arm's row: key, head
-    ("estimator", "estimator"), ("N", "N"), ("S", "S"), ("K", "K"), ("M", "M"), ("L search", "L, search"),
+    ("estimator", "estimator"), ("N", "N"), ("S", "S"), ("K", "K"), ("M", "M"), ("R", "R"), ("L search", "L, search"),
     ("L aggregation", "L, aggregation"), ("rollouts", "rollouts"), ("ceiling", "tokens a problem, at most"),
     ("problems a step", "problems a step"), ("steps", "steps, at most"), ("token budget", "sampled tokens, at most"),
     ("lr", "lr"),
