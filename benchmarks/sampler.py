@@ -4,10 +4,10 @@
     python -m benchmarks.sampler --json=docs/sampler.json     # also writes docs/sampler.md
 
 Each contestant is a process of its own that stays; one works at a time and may use every core. They take turns, run by
-run, so that all see the same machine. Everything is compiled in the warm-up runs. The files are
-written after every round; cases that are not run this time keep what the JSON has of them. A case that the same commit
-has measured in part, on the same machine, goes on until it has its repeats: (c) takes hours, which need not be one
-sitting. `--against=` measures ours alone.
+run, so that all see the same machine. Everything is compiled in the warm-up runs. The files are written after every
+round; cases that are not run this time keep what the JSON has of them. A case that the same commit has measured in
+part, on the same machine, goes on until it has its repeats: (c) takes hours, which need not be one sitting.
+`--against=` measures ours alone.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -80,12 +81,12 @@ def reward(text: str, problem: Problem) -> bool | None:
 
 def _hits(digits: tuple[int, int, int], problem: Problem) -> bool:
     a, b, c = digits
-    left = list(problem.metadata["digits"])
-    for digit in digits:
-        if digit not in left:
-            return False
-        left.remove(digit)
-    return (a * b + c) % 10 == problem.metadata["end"]
+    return _are_there(digits, problem) and (a * b + c) % 10 == problem.metadata["end"]
+
+
+def _are_there(digits: Sequence[int], problem: Problem) -> bool:
+    """Whether the problem has these digits, each at a place of its own."""
+    return not Counter(digits) - Counter(problem.metadata["digits"])
 
 
 def strategy(text: str, problem: Problem) -> str | None:
@@ -121,11 +122,8 @@ def is_sound(problem: Problem, text: str) -> bool:
     if found is None:
         return False
     a, b, c = map(int, found.groups()[:3])
-    left = list(problem.metadata["digits"])
-    for digit in (a, b, c):
-        if digit not in left:
-            return False
-        left.remove(digit)
+    if not _are_there((a, b, c), problem):
+        return False
     value, end = a * b + c, problem.metadata["end"]
     said = (a * b, c, value, value % 10, end, "yes" if value % 10 == end else "no", a, b, c)
     return tuple(int(g) if g.isdigit() else g for g in found.groups()[3:]) == said
