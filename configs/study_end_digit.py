@@ -85,7 +85,7 @@ def _experiment(arm: str) -> ConfigDict:
 
 def _evaluation() -> ConfigDict:
     c = end_digit.get_config()
-    c.eval.problems = 512
+    c.eval.problems = 128  # as in `study_two_halves.py`
     c.eval.n = 32
     c.eval.subsets = 4
     c.eval.rounds = 10  # trained for one

@@ -26,5 +26,6 @@ def get_config(name: str = "") -> ConfigDict:
             ("aggregated", "marginal_mean", "grpo", 0.0),
         )
     elif name == plan.EVALUATION:
+        c.eval.problems = 512
         c.eval.rounds = 1
     return c

@@ -1,8 +1,9 @@
-"""Runs a study: arms x seeds, one after the other, and reports what came out.
+"""Runs a study: arms x seeds, and reports what came out.
 
     python -m spiral_jax.study --config=configs/study_two_halves.py --workdir=W            # run what is missing, report
     python -m spiral_jax.study --config=configs/study_two_halves.py --workdir=W --report [--out=docs/study]   # report
     python -m spiral_jax.study --config=configs/study_two_halves_budget.py --workdir=W --sweep=12    # and 12 by optuna
+    ... --at_once=2    # two runs side by side, with half of the cores each
 
 Each run is an ordinary training in a process of its own, W/runs/ARM/seed_0, and an ordinary evaluation of what it has
 trained, W/evaluations/ARM/seed_0/step_000040; what they print is in W/logs. Then the arms of `cross` read each other's
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import importlib
 import json
 import os
@@ -27,6 +29,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from types import ModuleType
@@ -45,6 +48,7 @@ from spiral_jax.studies import report
 from spiral_jax.studies.cells import value_of
 from spiral_jax.studies.directory import StudyDirectory, pair_name, read_metrics
 from spiral_jax.studies.plan import BASE, EVALUATION, SWEEP_SEED, Study, load_study
+from spiral_jax.studies.processes import Processes
 from spiral_jax.studies.results import gather
 from spiral_jax.workdir import WorkdirError, open_workdir
 
@@ -56,6 +60,7 @@ _ENVIRONMENT = "import json; from spiral_jax import environment; print(json.dump
 def define_flags() -> None:
     flags.DEFINE_string("config", None, "the study: a file of configs/", required=True)
     flags.DEFINE_string("workdir", None, "directory of the study", required=True)
+    flags.DEFINE_integer("at_once", 1, "runs side by side, each with its share of the cores; not on accelerators")
     flags.DEFINE_bool("report", False, "run nothing, only report")
     flags.DEFINE_integer("sweep", 0, "let optuna propose so many arms beside the listed ones", lower_bound=0)
     flags.DEFINE_string("out", None, "the report's path without its ending; default: WORKDIR/report")
@@ -75,7 +80,7 @@ def main(argv: list[str]) -> None:
         if given.sweep or directory.sweep.exists():
             study = study.with_proposed(_sweep_module().proposed(directory))
         if not given.report:
-            study = run_study(study, directory, given.sweep)
+            study = run_study(study, directory, Processes(given.at_once), given.sweep)
         found = gather(study, directory)
         out = pathlib.Path(given.out) if given.out else path / "report"
         print(report.write(study, found, out), flush=True)
@@ -89,22 +94,33 @@ def main(argv: list[str]) -> None:
         sys.exit("\n".join([*(f"claim: {claim}" for claim in broken), *(f"not done: {run}" for run in failed)]))
 
 
-def run_study(study: Study, directory: StudyDirectory, proposals: int = 0) -> Study:
+def run_study(study: Study, directory: StudyDirectory, processes: Processes, proposals: int = 0) -> Study:
     """Runs what is missing, and a sweep over `proposals` arms. Returns when every run is done or has failed: the study
-    with the arms of its sweep."""
+    with the arms of its sweep.
+
+    Raises:
+      ConfigError: several runs at once on an accelerator.
+    """
     with (
         _alone(directory) as lock,
         tempfile.TemporaryDirectory(prefix="spiral_jax_programs_") as programs,
         _stoppable(),
     ):
         directory.journal.cut_back(sys.maxsize)  # repairs a torn last line
-        runner = Runner(study, directory, _environment(), lock, programs)
-        for number, (arm, seed) in enumerate(study.runs, start=1):
-            print(f"[{number}/{len(study.runs)}] {arm}, seed {seed}", flush=True)
-            runner.run_arm(arm, seed)
-        for number, (pair, seed) in enumerate(study.pairs, start=1):
-            print(f"[pair {number}/{len(study.pairs)}] search of {pair[0]}, read by {pair[1]}, seed {seed}", flush=True)
-            runner.run_pair(pair, seed)
+        environment = _environment()
+        if processes.at_once > 1 and "cpu" not in environment["devices"]:
+            raise ConfigError(
+                f"--at_once={processes.at_once}: must be 1 on {environment['devices']}; runs share a CPU's cores only."
+            )
+        runner = Runner(study, directory, environment, lock, programs, processes)
+        processes.each(
+            functools.partial(runner.run_arm, arm, seed, f"{number}/{len(study.runs)}")
+            for number, (arm, seed) in enumerate(study.runs, start=1)
+        )
+        processes.each(
+            functools.partial(runner.run_pair, pair, seed, f"pair {number}/{len(study.pairs)}")
+            for number, (pair, seed) in enumerate(study.pairs, start=1)
+        )
         if proposals:
             study = _sweep_module().sweep(study, directory, proposals, runner.value_of)
     return study
@@ -120,13 +136,15 @@ def _sweep_module() -> ModuleType:
 
 @dataclasses.dataclass(frozen=True)
 class Runner:
-    """Runs the commands of a study one after the other.
+    """Runs the commands of a study.
 
     Attributes:
       environment: `environment.describe` of the runs.
       lock: the study's, which its processes hold too.
       programs: directory where they find each other's compiled programs. It lives as long as the study's command: what
         is compiled for one machine's CPUs may not run on another's.
+      processes: how many at once.
+      guard: of the journal.
     """
 
     study: Study
@@ -134,9 +152,12 @@ class Runner:
     environment: dict
     lock: IO
     programs: str
+    processes: Processes
+    guard: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
-    def run_arm(self, arm: str, seed: int) -> None:
-        """Trains and evaluates one run, as far as that was not done before."""
+    def run_arm(self, arm: str, seed: int, number: str) -> None:
+        """Trains and evaluates one run, as far as that was not done before; `number`: of it, for what is printed."""
+        print(f"[{number}] {arm}, seed {seed}", flush=True)
         step = 0
         if arm != BASE:
             c, workdir = self.study.experiments[arm], self.directory.run(arm, seed)
@@ -148,8 +169,9 @@ class Runner:
                     return  # it failed before its first checkpoint, or was told to stop
         self._evaluate(arm, seed, step, *self._policy("model.init_from", arm, seed, step))
 
-    def run_pair(self, pair: tuple[str, str], seed: int) -> None:
+    def run_pair(self, pair: tuple[str, str], seed: int, number: str) -> None:
         """Evaluates the search of one arm under the aggregator of another, once both have ended."""
+        print(f"[{number}] search of {pair[0]}, read by {pair[1]}, seed {seed}", flush=True)
         steps = [0 if arm == BASE else _step(self.directory.run(arm, seed)) for arm in pair]
         for arm, step in zip(pair, steps, strict=True):
             if arm != BASE and not _ended(self.study.experiments[arm], self.directory.run(arm, seed), step):
@@ -160,8 +182,7 @@ class Runner:
 
     def value_of(self, study: Study, arm: str) -> float | None:
         """What the study's first measure is for an arm that a sweep has proposed to it; None: the arm failed."""
-        print(f"[sweep, arm {len(study.proposed)}] {arm}", flush=True)
-        dataclasses.replace(self, study=study).run_arm(arm, SWEEP_SEED)
+        dataclasses.replace(self, study=study).run_arm(arm, SWEEP_SEED, f"sweep, arm {len(study.proposed)}")
         files = self.directory.evaluations(arm, SWEEP_SEED)
         return value_of(columns(read_results(files[-1])["records"]), study.s.measures[0]) if files else None
 
@@ -179,29 +200,21 @@ class Runner:
         """One command in a process of its own; its outcome goes to the journal. Returns its exit status."""
         log = self.directory.log(name, seed, stage)
         log.parent.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", f"spiral_jax.{stage}", *arguments, f"--config.seed={seed}"]
+        environment = {"JAX_COMPILATION_CACHE_DIR": self.programs} | os.environ
         start = time.monotonic()
-        code = self._run([sys.executable, "-m", f"spiral_jax.{stage}", *arguments, f"--config.seed={seed}"], log)
+        with log.open("ab") as output:
+            code = self.processes.run(command, output, environment, pass_fds=(self.lock.fileno(),))
         seconds = round(time.monotonic() - start, 1)
-        journal = self.directory.journal
-        row = {"step": len(journal.read()), "arm": name, "seed": seed, "stage": stage, "returncode": code}
-        row |= {"seconds": seconds, "environment": self.environment}
+        row = {"arm": name, "seed": seed, "stage": stage, "returncode": code, "seconds": seconds}
+        row |= {"at_once": self.processes.at_once, "environment": self.environment}
         if code:
             row["error"] = _last_words(log, code)
-        journal.append(row)
-        print(f"    {stage}: {seconds:.0f} s" + (f", failed: {row['error']}" if code else ""), flush=True)
+        with self.guard:
+            self.directory.journal.append({"step": len(self.directory.journal.read())} | row)
+        failed = f", failed: {row['error']}" if code else ""
+        print(f"    {name}, seed {seed}, {stage}: {seconds:.0f} s{failed}", flush=True)
         return code
-
-    def _run(self, command: list[str], log: pathlib.Path) -> int:
-        environment = {"JAX_COMPILATION_CACHE_DIR": self.programs} | os.environ
-        with log.open("ab") as output, subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-            pass_fds=(self.lock.fileno(),),
-        ) as process:  # fmt: skip
-            try:
-                return process.wait()
-            except BaseException:  # the study was told to stop: so is the run, which saves what it has
-                process.terminate()
-                raise
 
 
 def _step(workdir: pathlib.Path) -> int | None:

@@ -20,6 +20,7 @@ from spiral_jax.results import ResultsError
 from spiral_jax.studies import plots, report, sweep
 from spiral_jax.studies.directory import StudyDirectory
 from spiral_jax.studies.plan import load_study
+from spiral_jax.studies.processes import Processes
 from spiral_jax.studies.results import gather
 from spiral_jax.workdir import WorkdirError
 
@@ -31,13 +32,18 @@ FAKE = r'''#!{python}
 """Stands for the Python that runs spiral_jax.train and spiral_jax.evaluate."""
 import json, os, pathlib, sys, time
 if sys.argv[1] == "-c":
-    print(json.dumps({"hardware": "a machine", "devices": "1 x cpu", "versions": {"python": "3", "jax": "0"},
-                      "commit": "0123456789abcdef", "modified": True}))
+    print(json.dumps({"hardware": "a machine", "devices": os.environ.get("DEVICES", "1 x cpu"),
+                      "versions": {"python": "3", "jax": "0"}, "commit": "0123456789abcdef", "modified": True}))
     sys.exit()
 given = dict(a.split("=", 1) for a in sys.argv[3:])
 command, workdir = sys.argv[2].split(".")[1], pathlib.Path(given["--workdir"])
 with open(os.environ["CALLS"], "a") as calls:
-    calls.write(json.dumps([command, given]) + "\n")
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    calls.write(json.dumps([command, given | {"cores": cores}]) + "\n")
+deadline = time.monotonic() + 60
+while open(os.environ["CALLS"]).read().count('["train"') < int(os.environ.get("MEET", "0")) and command == "train":
+    assert time.monotonic() < deadline, "nobody came"
+    time.sleep(0.01)
 time.sleep(float(os.environ.get("SLEEP", "0")))
 if os.environ.get("FAIL", "nothing") in str(workdir):
     print("a stack trace\nerror: only 0 of 16 problems have a non-zero advantage")
@@ -92,10 +98,10 @@ def trained(workdir, step):
     return SimpleNamespace(step=len((workdir / "metrics.jsonl").read_text().splitlines()))
 
 
-def run(path):
+def run(path, at_once=1):
     path.mkdir(exist_ok=True)
     found = StudyDirectory(path)
-    study.run_study(load_study(FILE), found)
+    study.run_study(load_study(FILE), found, Processes(at_once))
     return found
 
 
@@ -109,6 +115,39 @@ def test_every_run_is_an_ordinary_command_seed_by_seed(fake, tmp_path):
         *[("train", "marginal_mean", "1"), ("evaluate", "evaluation", "1")],
         *[("evaluate", "evaluation", "0"), ("evaluate", "evaluation", "0")],  # the pairs of `cross`
     ]
+
+
+needs_two_cores = pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [0])(0)) < 2, reason="one core")
+
+
+@needs_two_cores
+def test_runs_side_by_side_are_the_same_runs_each_on_cores_of_its_own(fake, tmp_path, monkeypatch):
+    run(tmp_path / "one")
+    plain = lambda calls: sorted(json.dumps([c, given | {"cores": 0}]) for c, given in calls)  # noqa: E731
+    alone = [line.replace("/one/", "/two/") for line in plain(fake())]
+    monkeypatch.setenv("MEET", "2")  # the first training goes on only once the second has begun too
+    directory = run(tmp_path / "two", at_once=2)
+    calls = fake()
+    assert plain(calls) == alone
+    cores = {tuple(given["cores"]) for _, given in calls}
+    assert len(cores) == 2 and not set.intersection(*map(set, cores))
+    rows = directory.journal.read()
+    assert [row["step"] for row in rows] == list(range(len(calls))) and {row["at_once"] for row in rows} == {2}
+
+
+@pytest.mark.parametrize("at_once", [0, -1, 10_000])
+def test_side_by_side_is_at_most_a_core_each(at_once):
+    with pytest.raises(ConfigError, match=rf"--at_once={at_once}: must be from 1 to \d+"):
+        Processes(at_once)
+
+
+@needs_two_cores
+def test_an_accelerator_is_not_shared(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEVICES", "1 x NVIDIA H100 (cuda)")
+    with pytest.raises(ConfigError, match=r"--at_once=2: .*NVIDIA H100"):
+        run(tmp_path / "w", at_once=2)
+    assert fake() == []
+    run(tmp_path / "w")
 
 
 def test_an_evaluation_starts_from_what_its_run_has_trained_and_the_base_from_nothing(fake, tmp_path):
@@ -246,13 +285,14 @@ def test_a_sweep_tries_what_optuna_proposes_and_goes_on_where_it_was_stopped(fak
         with pytest.raises(KeyboardInterrupt):
             sweep.sweep(load_study(FILE), directory, 2, runner(directory).value_of)
     (first,) = sweep.proposed(directory)
-    swept = study.run_study(load_study(FILE), directory, 3)
+    swept = study.run_study(load_study(FILE), directory, Processes(1), 3)
     trained = [given["--config"].partition(":")[2] for command, given in fake() if command == "train"]
     assert trained[0] == first and len(trained) == 3 and tuple(trained) == swept.proposed
     assert set(trained) < {"N5", "N7", "N9", "N11"}  # those that fit
-    again = study.run_study(load_study(FILE), directory, 4)
+    again = study.run_study(load_study(FILE), directory, Processes(1), 4)
     assert again.proposed[:3] == swept.proposed and set(again.proposed) == {"N5", "N7", "N9", "N11"}
-    assert study.run_study(load_study(FILE), directory, 5).proposed == again.proposed  # there are no others
+    more = study.run_study(load_study(FILE), directory, Processes(1), 5)
+    assert more.proposed == again.proposed  # there are no others
     found = gather(again, directory)
     assert found["arms"]["N7"]["N"] == 7 and found["arms"]["N7"]["measures"] and found["unnamed"] == []
     without = load_study("configs/study_two_halves.py")
@@ -260,13 +300,13 @@ def test_a_sweep_tries_what_optuna_proposes_and_goes_on_where_it_was_stopped(fak
         sweep.sweep(without, directory, 1, lambda study, arm: None)
 
 
-def interrupted(self, arm, seed):
+def interrupted(self, arm, seed, number):
     if arm.startswith("N"):
         raise KeyboardInterrupt
 
 
 def runner(directory):
-    return study.Runner(load_study(FILE), directory, {}, None, "")
+    return study.Runner(load_study(FILE), directory, {}, None, "", Processes(1))
 
 
 def test_a_study_without_results_says_what_became_of_its_runs(fake, tmp_path, monkeypatch):
@@ -277,7 +317,7 @@ def test_a_study_without_results_says_what_became_of_its_runs(fake, tmp_path, mo
 
 
 def test_the_command_ends_with_status_1_if_a_claim_does_not_hold(fake, tmp_path, monkeypatch):
-    flags = SimpleNamespace(config=FILE, workdir=str(tmp_path / "w"), report=False, out=None, sweep=0)
+    flags = SimpleNamespace(config=FILE, workdir=str(tmp_path / "w"), report=False, out=None, sweep=0, at_once=1)
     monkeypatch.setattr(study.flags, "FLAGS", flags)
     study.main(["study"])
     loaded = load_study(FILE)
@@ -299,29 +339,30 @@ import test_study
 from spiral_jax import study
 study.find_trained = test_study.trained
 sys.executable = sys.argv[1]
-test_study.run(test_study.pathlib.Path(sys.argv[2]))
+test_study.run(test_study.pathlib.Path(sys.argv[2]), int(sys.argv[3]))
 """
 
 
-def started(tmp_path, monkeypatch, seconds):
-    """A study in a process of its own, once its first command of so many seconds runs."""
+def started(tmp_path, monkeypatch, seconds, at_once=1):
+    """A study in a process of its own, once its first commands of so many seconds run."""
     monkeypatch.setenv("SLEEP", str(seconds))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    driver = subprocess.Popen([PYTHON, "-c", DRIVER, sys.executable, str(tmp_path / "w")], cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while not pathlib.Path(os.environ["CALLS"]).exists() and time.monotonic() < deadline:
+    driver = subprocess.Popen([PYTHON, "-c", DRIVER, sys.executable, str(tmp_path / "w"), str(at_once)], cwd=ROOT)
+    deadline, calls = time.monotonic() + 120, pathlib.Path(os.environ["CALLS"])
+    while not (calls.exists() and len(calls.read_text().splitlines()) == at_once) and time.monotonic() < deadline:
         time.sleep(0.05)
     monkeypatch.setenv("SLEEP", "0")
     return driver
 
 
 @pytest.mark.slow
-def test_a_study_that_is_told_to_stop_stops_its_run_too(fake, tmp_path, monkeypatch):
-    driver = started(tmp_path, monkeypatch, seconds=600)
+@pytest.mark.parametrize("at_once", [1, pytest.param(2, marks=needs_two_cores)])
+def test_a_study_that_is_told_to_stop_stops_its_runs_too(fake, tmp_path, monkeypatch, at_once):
+    driver = started(tmp_path, monkeypatch, 600, at_once)
     driver.terminate()
     assert driver.wait(timeout=60) == 1
     run(tmp_path / "w")  # nothing is left that keeps it out
-    assert [command for command, _ in fake()].count("train") == 3
+    assert [command for command, _ in fake()].count("train") == 3 + (at_once - 1)  # one of two had begun to train
 
 
 @pytest.mark.slow

@@ -59,7 +59,8 @@ def markdown(study: Study, found: Mapping[str, Any], pictures: Sequence[str]) ->
     )
     head = [
         f"# {study.s.title}", study.s.question,
-        f"{done} of {len(found['runs'])} runs are done, in {found['seconds'] / 3600:.1f} hours. Machine: "
+        f"{done} of {len(found['runs'])} runs are done, in {found['seconds'] / 3600:.1f} hours, added up over "
+        f"trainings and evaluations, of which {found['at_once']} ran at once. Machine: "
         f"{'; '.join(found['machines'])}. Commit: {', '.join(found['commits'])}. Written by "
         f"`python -m spiral_jax.study --config={study.file} --report`.",
         f"Evaluation: {evaluated}",

@@ -63,6 +63,7 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
         "title": study.s.title,
         "machines": sorted({_machine(row["environment"]) for row in journal}),
         "seconds": sum(row["seconds"] for row in journal),
+        "at_once": max(row["at_once"] for row in journal),
         "commits": sorted({_commit(row["environment"]) for row in journal}),
         "problems": first["problems"],
         "settings": first["settings"],
