@@ -62,6 +62,7 @@ def _study() -> ConfigDict:
     s.claims = (
         ("efficiency", "marginal_mean", "grpo", 3.0),
         ("rsa@10", "marginal_mean", "grpo", 0.10),
+        ("entropy", "marginal_mean", "grpo", 0.0),
         ("aggregated", "marginal_mean", "grpo", 0.0),
         ("aggregated", "marginal_mean", "aggregator_only", 0.0),
         ("aggregated", "marginal_mean", "paragator", 0.0),

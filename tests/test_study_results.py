@@ -8,8 +8,10 @@ import pytest
 from spiral_jax.config import ConfigError
 from spiral_jax.estimators import bootstrap_weights, ratios_and_intervals
 from spiral_jax.measures import Column
-from spiral_jax.studies import plan, plots, results
-from spiral_jax.studies.cells import Cells, column_of, estimate
+from spiral_jax.studies import plan, plots
+from spiral_jax.studies.cells import Cells, column_of, estimate, gap
+from spiral_jax.studies.claims import judged
+from spiral_jax.studies.optimum import optimum
 
 FILE = "tests/study_small.py"
 PROBLEMS = 40
@@ -59,13 +61,13 @@ def test_a_ratio_weighs_runs_and_problems_by_their_counts():
 
 def test_a_gap_is_paired_over_problems_and_over_the_seeds_that_both_have():
     a, b = cells([0.5, 0.7, 0.6], seeds=[0, 1, 2]), cells([0.6, 0.5], seeds=[1, 2])
-    gap = results._gap({"a": a, "b": b}, "a", "b", "aggregated", WEIGHTS)
+    found = gap({"a": a, "b": b}, "a", "b", "aggregated", WEIGHTS)
     means = [np.mean([of.columns[of.seeds.index(s)]["aggregated"].total_BxQ.mean() for s in (1, 2)]) for of in (a, b)]
-    assert gap["mean"] == pytest.approx(means[0] - means[1]) and gap["seeds"] == 2
+    assert found["mean"] == pytest.approx(means[0] - means[1]) and found["seeds"] == 2
     alone = [estimate(of.measure("aggregated", [1, 2], WEIGHTS), 2) for of in (a, b)]
-    assert gap["high"] - gap["low"] < min(one["high"] - one["low"] for one in alone)
-    assert results._gap({"a": cells([0.5], [0]), "b": cells([0.5], [1])}, "a", "b", "aggregated", WEIGHTS) is None
-    assert results._gap({"a": a}, "a", "b", "aggregated", WEIGHTS) is None
+    assert found["high"] - found["low"] < min(one["high"] - one["low"] for one in alone)
+    assert gap({"a": cells([0.5], [0]), "b": cells([0.5], [1])}, "a", "b", "aggregated", WEIGHTS) is None
+    assert gap({"a": a}, "a", "b", "aggregated", WEIGHTS) is None
 
 
 @pytest.mark.parametrize("claim, verdict", [
@@ -81,7 +83,24 @@ def test_a_claim_holds_or_fails_only_with_its_whole_interval(claim, verdict):
     study = plan.load_study(FILE)
     done = {"marginal_mean": cells([0.8, 0.85]), "grpo": cells([0.4, 0.42])}
     efficiency = {"marginal_mean": {"ratio": 5.0, "low": 4.0, "high": 6.0, "seeds": 2}}
-    assert results._claim(study, done, efficiency, claim, WEIGHTS)["verdict"] == verdict
+    assert judged(study, done, [], efficiency, claim, WEIGHTS)["verdict"] == verdict
+
+
+ENDS = {("marginal_mean", 0): 0.30, ("marginal_mean", 1): 0.34, ("marginal_mean", 2): 0.9, ("grpo", 0): 0.20,
+        ("grpo", 1): 0.22, ("rloo", 0): None}  # fmt: skip
+
+
+@pytest.mark.parametrize("claim, verdict", [
+    (("entropy", "marginal_mean", "grpo", 0.0), "holds"), (("entropy", "grpo", "marginal_mean", 0.0), "fails"),
+    (("entropy", "marginal_mean", "grpo", 0.11), "open"), (("entropy", "grpo", "rloo", 0.0), "open"),
+])  # fmt: skip
+def test_a_claim_of_entropy_is_paired_over_the_seeds_that_both_arms_have(claim, verdict):
+    runs = [{"arm": arm, "seed": seed, "entropy_end": end} for (arm, seed), end in ENDS.items()]
+    runs.append({"arm": "rloo", "seed": 1})  # it has not begun
+    found = judged(plan.load_study(FILE), {}, runs, {}, claim, WEIGHTS)
+    assert found["verdict"] == verdict and found["unit"] == "nat"
+    if verdict == "holds":  # two seeds: a resample holds one twice in half of all cases
+        assert found["gap"] == pytest.approx({"mean": 0.11, "low": 0.10, "high": 0.12, "seeds": 2})
 
 
 def test_the_optimum_is_the_best_share_of_mixed_sets_read_as_well_as_the_base_reads():
@@ -92,20 +111,20 @@ def test_the_optimum_is_the_best_share_of_mixed_sets_read_as_well_as_the_base_re
     base = cells([0.3])
     base.columns[0].update(right_if_mixed=mixed, right_if_alike=alike)
     done = {"base": base, "marginal_mean": cells([0.8, 0.85]), "grpo": cells([0.4, 0.42])}
-    best = results._optimum(study, done, WEIGHTS)
+    best = optimum(study, done, WEIGHTS)
     by_hand = (1 - 2 / 16) * mixed.total_BxQ.sum() / mixed.count_BxQ.sum()
     by_hand += 2 / 16 * alike.total_BxQ.sum() / alike.count_BxQ.sum()
     assert best["aggregated"]["mean"] == pytest.approx(by_hand) and best["mixed"] == 0.875
-    gap = results._claim(study, done, {}, ("aggregated", "grpo", "optimum", 0.0), WEIGHTS)["gap"]
+    found = judged(study, done, [], {}, ("aggregated", "grpo", "optimum", 0.0), WEIGHTS)["gap"]
     grpo = np.mean([column["aggregated"].total_BxQ.mean() for column in done["grpo"].columns])
-    assert gap["mean"] == pytest.approx(grpo - by_hand)
-    other_way = results._claim(study, done, {}, ("aggregated", "optimum", "grpo", 0.0), WEIGHTS)["gap"]
+    assert found["mean"] == pytest.approx(grpo - by_hand)
+    other_way = judged(study, done, [], {}, ("aggregated", "optimum", "grpo", 0.0), WEIGHTS)["gap"]
     assert [other_way[end] for end in ("mean", "low", "high")] == pytest.approx(
-        [-gap[end] for end in ("mean", "high", "low")]
+        [-found[end] for end in ("mean", "high", "low")]
     )
     with study.s.unlocked():
         study.s.strategies = 0
-    assert results._optimum(study, done, WEIGHTS) is None
+    assert optimum(study, done, WEIGHTS) is None
 
 
 def test_an_arms_training_curve_is_the_mean_of_its_runs_at_equal_tokens_while_all_of_them_run():
@@ -140,6 +159,8 @@ def test_measures_are_columns_of_the_evaluation():
     ({"arms": (("a+b", (0,)), ("grpo", (0,)))}, "without"),
     ({"claims": (("aggregated", "rloo", "grpo", 0.0),)}, "of base, marginal_mean, grpo, optimum"),
     ({"claims": (("efficiency", "grpo", "marginal_mean", 3.0),)}, "efficiency"),
+    ({"claims": (("entropy", "grpo", "base", 0.0),)}, "of two that are trained"),
+    ({"claims": (("entropy", "grpo", "", 0.0),)}, "of two that are trained"),
 ])  # fmt: skip
 def test_a_study_that_cannot_be_is_refused(changes, words, monkeypatch):
     study = plan.load_study(FILE)

@@ -63,3 +63,14 @@ def estimate(value_R: np.ndarray, seeds: int) -> dict[str, Any]:
         return {"mean": None, "low": None, "high": None, "seeds": seeds}
     low, high = np.nanpercentile(value_R[1:], (2.5, 97.5))
     return {"mean": float(value_R[0]), "low": float(low), "high": float(high), "seeds": seeds}
+
+
+def gap(done: Mapping[str, Cells], arm: str, other: str, measure: str, weight_RxB: np.ndarray) -> dict[str, Any] | None:
+    """arm - other over the seeds that both have; None if there are none."""
+    if arm not in done or other not in done:
+        return None
+    seeds = [seed for seed in done[arm].seeds if seed in done[other].seeds]
+    if not seeds:
+        return None
+    a, b = (done[side].measure(measure, seeds, weight_RxB) for side in (arm, other))
+    return estimate(a - b, len(seeds))

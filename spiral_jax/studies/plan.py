@@ -27,7 +27,7 @@ from spiral_jax.config import ConfigError, to_plain, uses_aggregation
 from spiral_jax.config_checks import validate, validate_evaluation
 from spiral_jax.measures import STRATEGIES
 
-BASE, EVALUATION, OPTIMUM, EFFICIENCY = "base", "evaluation", "optimum", "efficiency"
+BASE, EVALUATION, OPTIMUM, EFFICIENCY, ENTROPY = "base", "evaluation", "optimum", "efficiency", "entropy"
 SWEEP_SEED = 0  # of the runs of a sweep
 _MAY_CHANGE = ("title", "question", "notes", "arms", "cross")
 _MEASURE = re.compile(rf"(single|aggregated|{'|'.join(STRATEGIES)}|(pass|maj|rsa)@[1-9][0-9]*)")
@@ -51,7 +51,8 @@ def defaults() -> ConfigDict:
     s.cross = ()  # arms of which each one's search traces are read by each other's aggregator, after training
     # each (measure, arm, other, difference): the arm is to be above the other by more than this; other = "": the arm
     # itself is to be above it. Either side may be the "optimum" of "aggregated". ("efficiency", arm, baseline, times):
-    # samples for equal coverage, in pass@k
+    # samples for equal coverage, in pass@k. ("entropy", arm, other, difference): nat a token of search traces, over
+    # the last tenth of a training's steps
     s.claims = ()
     return s.lock()
 
@@ -169,10 +170,13 @@ def _check_claim(study: Study, claim: tuple) -> None:
     s = study.s
     sides = [*study.arms, *([OPTIMUM] if s.strategies and measure == "aggregated" else [])]
     known = measure in s.measures or (measure == EFFICIENCY and other == s.baseline)
+    if measure == ENTROPY:
+        known, sides = bool(other), list(study.experiments)
     if not known or arm not in sides or other not in [*sides, ""]:
         raise ConfigError(
             f"claims: {claim!r} must be (measure, arm, other, difference) of the measures {', '.join(s.measures)} "
-            f'and of {", ".join(sides)}, or "" as the other, or ({EFFICIENCY!r}, arm, {s.baseline!r}, times).'
+            f'and of {", ".join(sides)}, or "" as the other, or ({EFFICIENCY!r}, arm, {s.baseline!r}, times), or '
+            f"({ENTROPY!r}, arm, other, nat) of two that are trained."
         )
 
 

@@ -108,6 +108,8 @@ def _claims(found: Mapping[str, Any]) -> str:
             return _NONE
         if claim["unit"] == "times":
             return f"{gap['mean']:.2f}x [{gap['low']:.2f}, {gap['high']:.2f}]"
+        if claim["unit"] == "nat":
+            return f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}] nat"
         return percent(gap, "+" if claim["unit"] == "points" else "")
 
     rows = [[c["claim"], cell(c), c["gap"]["seeds"] if c["gap"] else 0, f"**{c['verdict']}**"] for c in found["claims"]]

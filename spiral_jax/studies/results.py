@@ -23,14 +23,15 @@ from typing import Any
 import numpy as np
 
 from spiral_jax.comparison import check_comparable, scaling_efficiency
-from spiral_jax.config import eval_subset_size
 from spiral_jax.estimators import bootstrap_weights
 from spiral_jax.measures import columns
 from spiral_jax.results import ResultsError, read_results
-from spiral_jax.studies.cells import Cells, column_of, estimate, value_of
+from spiral_jax.studies.cells import Cells, column_of, estimate, gap, value_of
+from spiral_jax.studies.claims import judged
 from spiral_jax.studies.directory import StudyDirectory, pair_name
 from spiral_jax.studies.history import check_evaluation, run_row
-from spiral_jax.studies.plan import BASE, EFFICIENCY, OPTIMUM, Study, arm_row
+from spiral_jax.studies.optimum import optimum
+from spiral_jax.studies.plan import BASE, Study, arm_row
 from spiral_jax.workdir import WorkdirError
 
 VERSION = 1
@@ -69,12 +70,12 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
         "settings": first["settings"],
         "measures": list(study.s.measures),
         "baseline": study.s.baseline,
-        "optimum": _optimum(study, arms, weight_RxB),
+        "optimum": optimum(study, arms, weight_RxB),
         "arms": {arm: _arm(study, arm, arms.get(arm), weight_RxB) for arm in study.arms},
         "cross": _cross(study, directory, done, weight_RxB),
         "gaps": _gaps(study, arms, weight_RxB),
         "efficiency": efficiency,
-        "claims": [_claim(study, arms, efficiency, claim, weight_RxB) for claim in study.s.claims],
+        "claims": [judged(study, arms, runs, efficiency, claim, weight_RxB) for claim in study.s.claims],
         "curves": {arm: _curves(cells, weight_RxB) for arm, cells in arms.items()},
         "runs": runs,
         "unnamed": _unnamed(study, directory),
@@ -106,35 +107,6 @@ def _evaluated(
         cells.seeds.append(seed)
         cells.columns.append(found)
     return first, done
-
-
-def _optimum(study: Study, done: dict[str, Cells], weight_RxB: np.ndarray) -> dict[str, Any] | None:
-    """What is possible, from how well the base reads (measured before any training); None: not known (yet)."""
-    value_R = _optimum_R(study, done, weight_RxB)
-    if value_R is None:
-        return None
-    of = lambda m: estimate(done[BASE].measure(m, done[BASE].seeds, weight_RxB), len(done[BASE].seeds))  # noqa: E731
-    parts = {m: of(m) for m in ("right_if_mixed", "right_if_alike")}
-    S = eval_subset_size(study.evaluation)
-    bound = {"strategies": study.s.strategies, "subset_size": S, "mixed": _most_mixed(study)}
-    return bound | {"aggregated": estimate(value_R, len(done[BASE].seeds))} | parts
-
-
-def _most_mixed(study: Study) -> float:
-    """The best possible share of sets that are not all of one strategy: that of equally frequent ones."""
-    V, S = study.s.strategies, eval_subset_size(study.evaluation)
-    return 1 - V * float(V) ** -S
-
-
-def _optimum_R(study: Study, done: dict[str, Cells], weight_RxB: np.ndarray) -> np.ndarray | None:
-    """[1 + R] of the best possible aggregated accuracy, as `Cells.measure`: the most mixed sets, read by the base."""
-    if not study.s.strategies or BASE not in done:
-        return None
-    mixed = _most_mixed(study)
-    read_R, guessed_R = (
-        done[BASE].measure(name, done[BASE].seeds, weight_RxB) for name in ("right_if_mixed", "right_if_alike")
-    )
-    return mixed * read_R + (1 - mixed) * guessed_R
 
 
 def _cross(
@@ -180,21 +152,10 @@ def _arm(study: Study, arm: str, cells: Cells | None, weight_RxB: np.ndarray) ->
     return row | {"measures": {m: of(m) for m in study.s.measures} if cells else {}}
 
 
-def _gap(done: dict[str, Cells], arm: str, other: str, measure: str, weight_RxB: np.ndarray) -> dict | None:
-    """arm - other over the seeds that both have; None if there are none."""
-    if arm not in done or other not in done:
-        return None
-    seeds = [seed for seed in done[arm].seeds if seed in done[other].seeds]
-    if not seeds:
-        return None
-    a, b = (done[side].measure(measure, seeds, weight_RxB) for side in (arm, other))
-    return estimate(a - b, len(seeds))
-
-
 def _gaps(study: Study, done: dict[str, Cells], weight_RxB: np.ndarray) -> dict[str, Any]:
     baseline = study.s.baseline
     return {
-        arm: {m: _gap(done, arm, baseline, m, weight_RxB) for m in study.s.measures} for arm in done if arm != baseline
+        arm: {m: gap(done, arm, baseline, m, weight_RxB) for m in study.s.measures} for arm in done if arm != baseline
     }
 
 
@@ -207,35 +168,6 @@ def _efficiency(study: Study, done: dict[str, Cells], weight_RxB: np.ndarray) ->
             curves = [side.curve("pass_at_k", seeds, weight_RxB) for side in (baseline, cells)]
             found[arm] = scaling_efficiency(*curves)[-1] | {"seeds": len(seeds)}
     return found
-
-
-def _claim(
-    study: Study, done: dict[str, Cells], efficiency: dict[str, Any], claim: Sequence, weight_RxB: np.ndarray
-) -> dict[str, Any]:
-    """holds: the whole interval is above what is asked; fails: below; open: neither, or not measured."""
-    measure, arm, other, points = claim
-    by = f" by more than {100 * points:g} points" if points > 0 else f" - {-100 * points:g} points" if points else ""
-    row = {"claim": f"{measure}: {arm} > {other}{by}", "unit": "points"}
-    alone = lambda side: done[side].measure(measure, done[side].seeds, weight_RxB)  # noqa: E731
-    if measure == EFFICIENCY:
-        row = {"claim": f"{arm} needs less than 1/{points:g} of the samples of {other}", "unit": "times"}
-        of = efficiency.get(arm)
-        gap = of and {"mean": of["ratio"], "low": of["low"], "high": of["high"], "seeds": of["seeds"]}
-    elif not other:
-        row = {"claim": f"{measure}: {arm} > {100 * points:g} %", "unit": "percent"}
-        gap = estimate(alone(arm), len(done[arm].seeds)) if arm in done else None
-    elif OPTIMUM in (arm, other):
-        side, best_R = other if arm == OPTIMUM else arm, _optimum_R(study, done, weight_RxB)
-        gap = None
-        if side in done and best_R is not None:
-            value_R = alone(side) - best_R
-            gap = estimate(value_R if side == arm else -value_R, len(done[side].seeds))
-    else:
-        gap = _gap(done, arm, other, measure, weight_RxB)
-    if gap is None or gap["mean"] is None:
-        return row | {"gap": None, "verdict": "open"}
-    verdict = "holds" if gap["low"] > points else "fails" if gap["high"] <= points else "open"
-    return row | {"gap": gap, "verdict": verdict}
 
 
 def _curves(cells: Cells, weight_RxB: np.ndarray) -> dict[str, list[dict]]:
