@@ -7,9 +7,9 @@
 
 Each run is an ordinary training in a process of its own, W/runs/ARM/seed_0, and an ordinary evaluation of what it has
 trained, W/evaluations/ARM/seed_0/step_000040; what they print is in W/logs. Then the arms of `cross` read each other's
-search: W/evaluations/SEARCHER+READER. The same command goes on where the study was stopped or killed, since both do,
-and tries failed runs again. A run that fails is recorded in W/journal.jsonl, reported, and does not end the others; if
-it has a checkpoint, that is evaluated.
+search, W/evaluations/SEARCHER+READER, and the next seed begins. The same command goes on where the study was stopped or
+killed, since both do, and tries failed runs again. A run that fails is recorded in W/journal.jsonl, reported, and does
+not end the others; if it has a checkpoint, that is evaluated.
 
 Written: OUT.md, OUT.json, OUT_*.png (default: W/report). The exit status is 1 if a run failed or one of the study's
 claims does not hold.
@@ -113,14 +113,18 @@ def run_study(study: Study, directory: StudyDirectory, processes: Processes, pro
                 f"--at_once={processes.at_once}: must be 1 on {environment['devices']}; runs share a CPU's cores only."
             )
         runner = Runner(study, directory, environment, lock, programs, processes)
-        processes.each(
-            functools.partial(runner.run_arm, arm, seed, f"{number}/{len(study.runs)}")
-            for number, (arm, seed) in enumerate(study.runs, start=1)
-        )
-        processes.each(
-            functools.partial(runner.run_pair, pair, seed, f"pair {number}/{len(study.pairs)}")
-            for number, (pair, seed) in enumerate(study.pairs, start=1)
-        )
+        runs, pairs = list(enumerate(study.runs, start=1)), list(enumerate(study.pairs, start=1))
+        for seed in study.seeds:
+            processes.each(
+                functools.partial(runner.run_arm, arm, seed, f"{number}/{len(runs)}")
+                for number, (arm, of) in runs
+                if of == seed
+            )
+            processes.each(
+                functools.partial(runner.run_pair, pair, seed, f"pair {number}/{len(pairs)}")
+                for number, (pair, of) in pairs
+                if of == seed
+            )
         if proposals:
             study = _sweep_module().sweep(study, directory, proposals, runner.value_of)
     return study

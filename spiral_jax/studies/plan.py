@@ -91,10 +91,14 @@ class Study:
         return study
 
     @property
+    def seeds(self) -> list[int]:
+        """Of any arm, in order."""
+        return sorted({seed for of_arm in self.arms.values() for seed in of_arm})
+
+    @property
     def runs(self) -> list[tuple[str, int]]:
         """(arm, seed) of all runs, seed by seed: a study that is stopped early has every arm."""
-        seeds = sorted({seed for of_arm in self.arms.values() for seed in of_arm})
-        return [(arm, seed) for seed in seeds for arm, of_arm in self.arms.items() if seed in of_arm]
+        return [(arm, seed) for seed in self.seeds for arm, of_arm in self.arms.items() if seed in of_arm]
 
     @property
     def pairs(self) -> list[tuple[tuple[str, str], int]]:
