@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     c, out = flags.FLAGS.config, pathlib.Path(flags.FLAGS.out)
-    task = TASKS[c.task].task(c.task_seed)
+    task = TASKS[c.task].practice(c.task_seed)
     tokenizer = train_tokenizer(tokenizer_texts(c.task, task, c.seed), c.model.vocab_size, out)
     config = ModelConfig(_architecture(c.model, len(tokenizer)), remat="none")
     params = init_variables(config, jax.random.key(c.seed))["params"]

@@ -63,6 +63,26 @@ def test_no_digits_with_an_end_digit_are_in_both_splits_in_any_order_whatever_th
     assert not train & held_out and len(train) > 1000 < 10 * len(held_out)
 
 
+def hit_shares(problems):
+    """By expression, in the order of the lean: share of problems that it hits."""
+    return np.mean([[end_digit.reward(end_digit.try_out(problem, places), problem) for places in end_digit.EXPRESSIONS]
+                    for problem in problems], axis=0)  # fmt: skip
+
+
+def test_problems_lean_to_the_first_expressions_and_those_of_practice_to_none():
+    B = 3000
+    chance = 0.7 ** np.arange(12)
+    chance /= chance.sum()
+    tasks = end_digit.task(0), end_digit.practice(0)
+    leaning, even = (hit_shares([task.train(i) for i in range(B)]) for task in tasks)
+    assert tasks[0].fingerprint != tasks[1].fingerprint
+    assert np.ptp(even) < 0.06  # six standard errors of sqrt(0.23 * 0.77 / B)
+    # beside what it was made from, a problem is hit by chance, by equally many expressions of either task
+    by_chance = (even.mean() - 1 / 12) / (11 / 12)
+    np.testing.assert_allclose(leaning, chance + (1 - chance) * by_chance, atol=0.06)
+    assert leaning[0] > 0.38 and leaning[0] == max(leaning)  # what a trace gains that always tries the first
+
+
 def test_problems_are_a_pure_function_of_seed_and_cursor():
     assert end_digit.task(3).train(17) == end_digit.task(3).train(17) != end_digit.task(4).train(17)
     assert end_digit.task(3).fingerprint != end_digit.task(4).fingerprint
@@ -113,7 +133,7 @@ def test_search_leans_and_the_reader_copies_the_first_candidate_that_hits_or_tri
 
 def test_a_trace_has_room_for_one_try_and_a_prompt_for_four_of_the_longest(tmp_path):
     c, made = config.get_config(), end_digit_sft.get_config()
-    texts = sft.tokenizer_texts(made.task, end_digit.task(made.task_seed), made.seed)
+    texts = sft.tokenizer_texts(made.task, end_digit.practice(made.task_seed), made.seed)
     tokenizer = train_tokenizer(texts, made.model.vocab_size, tmp_path)
     scaffold = make_scaffold(tokenizer, c.prompt, (tokenizer.eos_token_id,))
     tokens = set()

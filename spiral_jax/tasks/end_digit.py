@@ -10,9 +10,10 @@ else tries once more, in the same words, so that it can be a candidate in turn:
     4*7+8=28+8=36, 6 for 3: no, \boxed{4*7+8}
     4*9+7=36+7=43, 3 for 3: yes, \boxed{4*9+7}
 
-Twelve expressions, of which 1 to 12 hit. Which one a trace tries is a matter of taste, since nothing but working it out
-tells: the model is made to lean to the first ones, each half as often as the one before. One trace is right as often
-whatever it leans to, several together are not.
+Twelve expressions, of which 1 to 12 hit; nothing but working one out tells which. A problem is made from one of them,
+the first most often, so that one trace is right most often if it always tries the first (42 % of problems), while a set
+is if its traces try different ones: four that do as the problems do hold a hit in 71 %. Own correctness and the success
+of a set pull in opposite directions here. The model leans too, to each expression half as often as to the one before.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from spiral_jax.verifier.extract import last_boxed
 _LARGEST = 9
 _HELD_OUT_SHARE = 10  # one pair of (digits in any order, end digit) in ten belongs to the held-out problems
 _HELD_OUT_SIZE = 4096
+_PROBLEMS_LEAN = 0.7  # problems are made from each expression so many times as often as from the one before
 # places (a, b, c) of the twelve expressions a*b+c, in the order of the lean
 EXPRESSIONS = tuple(
     (a, b, c) for c in (3, 2, 1, 0) for a, b in itertools.combinations([i for i in range(4) if i != c], 2)
@@ -42,27 +44,44 @@ _TRY = re.compile(r"(\d)\*(\d)\+(\d)=(\d+)\+(\d)=(\d+), (\d) for (\d): (yes|no),
 
 def task(seed: int) -> Task:
     """The task with training and held-out problems drawn by `seed`; no digits with an end digit are in both."""
+    return _task(seed, _PROBLEMS_LEAN)
+
+
+def practice(seed: int) -> Task:
+    """What the model practises on: the same, made from every expression as often."""
+    return _task(seed, 1.0)
+
+
+def _task(seed: int, halving: float) -> Task:
     return Task(
-        train=lambda cursor: _draw(seed, "train", cursor),
-        held_out=lambda index: _draw(seed, "held_out", index),
+        train=lambda cursor: _draw(seed, "train", cursor, halving),
+        held_out=lambda index: _draw(seed, "held_out", index, halving),
         held_out_size=_HELD_OUT_SIZE,
-        fingerprint=hashlib.sha256(f"end_digit v1 seed {seed}".encode()).hexdigest(),
+        fingerprint=hashlib.sha256(f"end_digit v2 seed {seed} {halving}".encode()).hexdigest(),
         reward="spiral_jax.tasks.end_digit:reward",
         strategy="spiral_jax.tasks.end_digit:strategy",
     )
 
 
-def _draw(seed: int, split: str, index: int) -> Problem:
+def _draw(seed: int, split: str, index: int, halving: float) -> Problem:
     rng = np.random.default_rng([seed, ("train", "held_out").index(split), index])
     while True:
         digits = rng.integers(1, _LARGEST + 1, size=4).tolist()
-        a, b, c = (digits[place] for place in EXPRESSIONS[rng.integers(len(EXPRESSIONS))])
+        a, b, c = (digits[place] for place in _leaning(halving, rng))
         end = (a * b + c) % 10
         if (_split_number(tuple(sorted(digits)), end) == 0) == (split == "held_out"):
             break
     text = f"digits {' '.join(map(str, digits))} end {end}"
     metadata = {"digits": digits, "end": end}
     return Problem(id=f"{split}:{index}", text=text, answer=f"{a}*{b}+{c}", metadata=metadata)
+
+
+def _leaning(halving: float, rng: np.random.Generator) -> tuple[int, int, int]:
+    """Places of an expression; that at place i of the lean has a chance proportional to halving**i (1: all alike)."""
+    if halving == 1:
+        return EXPRESSIONS[rng.integers(len(EXPRESSIONS))]
+    chance = halving ** np.arange(len(EXPRESSIONS))
+    return EXPRESSIONS[rng.choice(len(EXPRESSIONS), p=chance / chance.sum())]
 
 
 @functools.cache
@@ -99,7 +118,7 @@ def strategy(text: str, problem: Problem) -> str | None:
 
 
 def right_share(problem: Problem) -> float:
-    """Share of the twelve expressions that hit: on average the chance of one trace, whatever it leans to."""
+    """Share of the twelve expressions that hit: the chance of a trace that leans to none."""
     return float(np.mean([_hits(_digits(problem, places), problem) for places in EXPRESSIONS]))
 
 
@@ -140,9 +159,8 @@ def tokenizer_texts(problem: Problem, rng: np.random.Generator) -> Iterator[str]
 
 
 def demonstrate_search(problem: Problem, halving: float, rng: np.random.Generator) -> str:
-    """A try; the expression at place i of the lean has a chance proportional to halving**i (1: all alike)."""
-    chance = halving ** np.arange(len(EXPRESSIONS))
-    return try_out(problem, EXPRESSIONS[rng.choice(len(EXPRESSIONS), p=chance / chance.sum())])
+    """A try that leans to the first expressions."""
+    return try_out(problem, _leaning(halving, rng))
 
 
 def demonstrate_set(

@@ -45,6 +45,9 @@ def task(seed: int) -> Task:
     )
 
 
+practice = task  # what the model practises on
+
+
 def _draw(seed: int, split: str, index: int) -> Problem:
     rng = np.random.default_rng([seed, ("train", "held_out").index(split), index])
     while True:
