@@ -10,9 +10,9 @@ Of sets of S = 4 independent traces at most 1 - 2 * 2^-4 = 0.875 hold both halve
 and that do not is measured on `base`, before any training: together they say what is possible.
 
 A run ends when its sampled tokens are spent, or at its limit of steps, which lies beyond (from pilots of seed 0); there
-is no other stopping rule, and no run is left out. Estimated for two cores and --at_once=2: 4 minutes a run and 2 an
-evaluation on one core; 30 runs, 33 evaluations of them and 18 of pairs: 2 hours. Stopped or killed at any time, it goes
-on with the same command; seeds come one after the other, so that what is there always has all arms.
+is no other stopping rule, and no run is left out. 30 runs of 3 to 5 minutes on one core, 33 evaluations of them and 18
+of pairs of a minute and a half: two cores and --at_once=2 took 2 hours (docs/study.md). Stopped or killed at any time, it
+goes on with the same command; seeds come one after the other, so that what is there always has all arms.
 """
 
 from ml_collections import ConfigDict
