@@ -11,8 +11,8 @@ and that do not is measured on `base`, before any training: together they say wh
 
 A run ends when its sampled tokens are spent, or at its limit of steps, which lies beyond (from pilots of seed 0); there
 is no other stopping rule, and no run is left out. 30 runs of 3 to 5 minutes on one core, 33 evaluations of them and 18
-of pairs of a minute and a half: two cores and --at_once=2 took 2 hours (docs/study.md). Stopped or killed at any time, it
-goes on with the same command; seeds come one after the other, so that what is there always has all arms.
+of pairs of a minute and a half took 2 hours on two cores with --at_once=2 (docs/study.md). Stopped or killed at any
+time, it goes on with the same command; seeds come one after the other, so that what is there always has all arms.
 """
 
 from ml_collections import ConfigDict
