@@ -16,7 +16,7 @@ from spiral_jax.config import ConfigError
 class Processes:
     """Runs commands, `at_once` of them side by side, each on its share of the cores where the system can pin it.
 
-    A small model leaves most of several cores idle: two runs with a core each are through sooner than one after the
+    A small model does not keep several cores busy: two runs with a core each are through sooner than one after the
     other with both.
 
     Raises:
