@@ -1,9 +1,9 @@
 """What the paper leaves open, on two halves: one change at a time to the arm `marginal_mean` of `study_two_halves.py`.
 
-    python -m spiral_jax.study --config=configs/study_two_halves_ablations.py --workdir=runs/study_ablations
+    python -m spiral_jax.study --config=configs/study_two_halves_ablations.py --workdir=runs/study_ablations --at_once=2
 
 The learning rate is Adam's, so a weight on both terms changes little; the balance of the two does. 12 arms and the base
-with 3 seeds: about 2.5 hours on two cores with --at_once=2. Stopped, it goes on with the same command.
+with 3 seeds: estimated 2.5 hours on two cores. Stopped, it goes on with the same command.
 """
 
 from ml_collections import ConfigDict
