@@ -143,6 +143,10 @@ def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[T
             metrics["reference_kl"] = jax.lax.stop_gradient(kl)
         return value, metrics
 
+    def update(state: TrainState, gradient: Any) -> TrainState:
+        updates, opt = optimizer.update(gradient, state.opt, state.trained)
+        return TrainState(step=state.step + 1, trained=optax.apply_updates(state.trained, updates), opt=opt)
+
     def train_step(state: TrainState, base: Any, blocks: list[Block]) -> tuple[TrainState, Metrics]:
         gradients, losses, metrics = {}, {}, {}
         for block in blocks:
@@ -157,10 +161,8 @@ def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[T
             metrics = merge(metrics, found)
         total = jax.tree.map(lambda *parts: sum(parts), *gradients.values())
         with jax.named_scope("optimizer"):
-            updates, opt = optimizer.update(total, state.opt, state.trained)
-            new = TrainState(step=state.step + 1, trained=optax.apply_updates(state.trained, updates), opt=opt)
             finite = jnp.isfinite(sum(losses.values())) & jnp.isfinite(optax.tree.norm(total))
-            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+            new = jax.lax.cond(finite, update, lambda state, _: state, state, total)  # a `where` would copy the moments
         for role in gradients:
             metrics[f"loss/{role.label}"] = Mean(losses[role], jnp.ones(()))
             metrics[f"grad_norm/{role.label}"] = Mean(optax.tree.norm(gradients[role]), jnp.ones(()))
@@ -184,5 +186,8 @@ def _accumulate(loss: Callable[..., Any], trained: Any, base: Any, block: Block)
         return jax.tree.map(jnp.add, total[0], gradient), total[1] + value, merge(total[2], metrics)
 
     gradient, value, metrics = jax.eval_shape(one, jnp.zeros((), jnp.int32))
-    zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), (gradient, value))
-    return jax.lax.fori_loop(0, block.count, body, (*zeros, empty(metrics)))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (gradient, value))
+    nothing = (*zeros, empty(metrics))
+    if len(block.prompt_len_AxU) == 1:  # nothing to add up, so no room for a sum beside the gradient
+        return jax.lax.cond(block.count > 0, one, lambda _: nothing, 0)
+    return jax.lax.fori_loop(0, block.count, body, nothing)

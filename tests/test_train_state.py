@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,15 @@ def test_the_state_alone_is_donated_and_only_what_is_trained_has_moments(kind):
     assert (frozen is None) == (lora is None)
     for tree in (state.trained, *(optax.tree_utils.tree_get(state.opt, moment) for moment in ("mu", "nu"))):
         assert jax.tree.structure(tree) == jax.tree.structure(base if lora is None else lora)
+
+
+def test_the_optimizer_works_where_the_state_lies():
+    """Copies of the moments would be two thirds of the state."""
+    frozen, state = start("full", one_device())
+    compiled = make_train_step(config(b1=0.9), MODELS["full"]).lower(state, frozen, blocks_of(search_alone())).compile()
+    text = compiled.as_text()
+    assert re.search(r"%state_opt\S*__mu__embed__", text)  # how the program calls what it gets
+    assert not re.findall(r"copy\(%state_(?:opt|trained)\S*__embed__\S*\)", text)
 
 
 @pytest.mark.devices8

@@ -107,10 +107,13 @@ _adapted.defvjp(_adapted_forward, _adapted_backward)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis in float32, returned in x's dtype."""
-    y = x.astype(jnp.float32)
+    """Root-mean-square norm over the last axis in float32, returned in x's dtype.
+
+    The first two axes of x [U, T, ...] become one: of a single group XLA's CPU backend would take 4 times as long.
+    """
+    y = (x.reshape(-1, *x.shape[2:]) if x.ndim > 2 else x).astype(jnp.float32)
     y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype).reshape(x.shape)
 
 
 def rope(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
@@ -253,28 +256,40 @@ class Transformer(nn.Module):
     def _predict(self, block: Block, x_UxTxD: jax.Array, position_UxT: jax.Array, lengths: Lengths) -> jax.Array:
         """All layers, the last one for the rows that predict alone; [U, 1 + C * G, D] before the final norm.
 
-        The scan ends before the last layer, and a slice of what it scans over is a copy. So what is frozen beside
-        adapters is read at the layer's index instead; of what is trained that would sum gradients over whole stacks.
+        The scan ends before the last layer, and a slice of what it scans over would be a copy of all other layers.
         """
         remat = lambda f, **how: f  # noqa: E731
         if self.config.remat != "none":
             remat = functools.partial(jax.checkpoint, policy=_POLICIES[self.config.remat])
         stacked = {name: tree["layers"] for name, tree in self.variables.items()}
-        frozen = {"params": stacked.pop("params")} if self.config.lora_rank else {}
-        at = lambda tree, i: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)  # noqa: E731
+        read = jax.lax.stop_gradient(stacked)
+        before = self.config.arch.L - 1
 
         def whole(x: jax.Array, layer: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
-            i, scanned = layer
-            return block.apply(at(frozen, i) | scanned, x, position_UxT, lengths)
+            i, trained = layer
+            weights = jax.tree.map(lambda stack, slot: _layer_of(stack, i, slot), read, trained)
+            return block.apply(weights, x, position_UxT, lengths)
 
         def last(x: jax.Array, layer: Any) -> jax.Array:
             return block.apply(layer, x, position_UxT, lengths, method="predict")
 
-        before = self.config.arch.L - 1
         with jax.named_scope("layers"):
             scanned = jnp.arange(before), jax.tree.map(lambda a: a[:before], stacked)
             x, _ = jax.lax.scan(remat(whole, prevent_cse=False), x_UxTxD, scanned)
-            return remat(last)(x, at(frozen | stacked, before))
+            return remat(last)(x, jax.tree.map(lambda a: a[before], stacked))
+
+
+@jax.custom_vjp
+def _layer_of(stack: jax.Array, i: jax.Array, slot: jax.Array) -> jax.Array:
+    """Layer i of stacked weights, read where it lies. Its gradient is that of `slot`, the same layer as a scan's own
+    argument: never read, it is never made, but a scan puts gradients of such arguments into one stack, where those of
+    `stack` would be a sum of stacks.
+    """
+    del slot
+    return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+
+
+_layer_of.defvjp(lambda stack, i, slot: (_layer_of(stack, i, slot), None), lambda _, d_layer: (None, None, d_layer))
 
 
 def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

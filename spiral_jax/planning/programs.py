@@ -139,7 +139,7 @@ class Run:
         flops = ideal_train_flops(arch, rank, remat, U, C, P, G) / self.chips
         logits = U // self.shards * C * min(self.c.loss.logprob_chunk, G)
         trained, own = bytes_a_chip(self.state.trained), tokens // self.shards
-        roles, loop = len({one.role for one in self.blocks}), rf"/{block.role.label}_block/while$"
+        roles = len({one.role for one in self.blocks})
 
         def lower() -> Lowered:
             with jax.set_mesh(self.mesh):
@@ -151,8 +151,8 @@ class Run:
             groups=U,
             tokens=tokens,
             lower=lower,
-            unit_loop=loop if A > 1 else "",  # the work of a single micro-batch does not stay in its loop
-            passes=self._train_passes(P, G) | ({} if A > 1 else {loop: 1}),
+            unit_loop=rf"/{block.role.label}_block/while$" if A > 1 else "",  # a single micro-batch has no loop
+            passes=self._train_passes(P, G),
             memory=self.state_memory()
             | {"batch": bytes_a_chip(self.blocks), "gradients of other roles": (roles - 1) * trained},
             arguments=bytes_a_chip([self.base, self.state, block]),
