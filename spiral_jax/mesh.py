@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -44,10 +45,15 @@ def host_mesh() -> Mesh:
 
 
 def make_mesh(sizes: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of these devices, by default of all there are; its shape as `mesh_shape` says."""
+    """The mesh of these devices, by default of all there are; its shape as `mesh_shape` says.
+
+    An axis of the mesh may be a part of an axis of a TPU slice, as (4, 8, 2) is of 8 x 8; `jax.make_mesh` allows that on
+    v5e alone.
+    """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices), devices[0].platform)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def mesh_shape(sizes: ConfigDict, count: int, kind: str) -> tuple[int, int, int]:

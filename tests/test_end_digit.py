@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -121,12 +122,13 @@ def test_a_demonstrated_try_is_sound_and_right_if_it_says_so_and_with_any_other_
 def test_search_leans_and_the_reader_copies_the_first_candidate_that_hits_or_tries_itself():
     rng, problem = np.random.default_rng(0), end_digit.task(0).train(0)
     first = end_digit.try_out(problem, end_digit.EXPRESSIONS[0])
-    share = np.mean([end_digit.demonstrate_search(problem, 0.5, rng) == first for _ in range(2000)])
-    assert share == pytest.approx(1 / (2 - 2.0**-11), abs=0.05)  # 4.5 standard errors
+    tried = Counter(end_digit.demonstrate_search(problem, 0.8, rng) for _ in range(2000))
+    assert tried.pop(first) / 2000 == pytest.approx(0.8, abs=0.04)  # 4.5 standard errors
+    assert len(tried) == 11 and max(tried.values()) < 70  # 36 each; 5.5 standard errors
     copied = 0
     for cursor in range(300):
         problem = end_digit.task(0).train(cursor)
-        shown, read = end_digit.demonstrate_set(problem, 4, 0.1, 0.5, rng)
+        shown, read = end_digit.demonstrate_set(problem, 4, 0.1, 0.8, rng)
         hits = [text for text in shown if end_digit.reward(text, problem)]
         assert len(shown) == 4 and all(end_digit.is_sound(problem, text) for text in (*shown, read))
         if hits:

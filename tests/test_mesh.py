@@ -1,5 +1,7 @@
 """The mesh is what config says, and one table places every array of parameters, adapters and optimizer state."""
 
+import dataclasses
+import itertools
 import math
 
 import jax
@@ -69,6 +71,36 @@ def test_sizes_that_do_not_fit_are_an_error_that_shows_them(asked, message):
     with pytest.raises(ConfigError, match=message) as error:
         meshes.make_mesh(sizes(*asked))
     assert "config.mesh = data={}, fsdp={}, tensor={}".format(*asked) in str(error.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a device."""
+
+    id: int
+    coords: tuple[int, ...]
+    device_kind: str
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "slice_shape", "shape"),
+    [
+        ("TPU v6 lite", (8, 8, 1), (4, 8, 2)),
+        ("TPU v6 lite", (16, 16, 1), (2, 32, 4)),
+        ("TPU v5", (4, 4, 4), (8, 8, 1)),
+        ("TPU v5 lite", (8, 8, 1), (2, 8, 4)),
+    ],
+)
+def test_axes_of_the_mesh_may_be_parts_of_a_slices_axes_and_tensor_lies_on_neighbours(kind, slice_shape, shape):
+    chips = [Chip(i, coords, kind) for i, coords in enumerate(itertools.product(*map(range, slice_shape)))]
+    placed = meshes.make_mesh(sizes(*shape), chips).devices
+    assert placed.shape == shape and set(placed.flat) == set(chips)
+    for row in placed.reshape(-1, shape[-1]):
+        ring = zip(row, row[1:], strict=False)
+        assert all(sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) == 1 for one, other in ring)
 
 
 @pytest.mark.parametrize(

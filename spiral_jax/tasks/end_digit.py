@@ -13,7 +13,8 @@ else tries once more, in the same words, so that it can be a candidate in turn:
 Twelve expressions, of which 1 to 12 hit; nothing but working one out tells which. A problem is made from one of them,
 the first most often, so that one trace is right most often if it always tries the first (42 % of problems), while a set
 is if its traces try different ones: four that do as the problems do hold a hit in 71 %. Own correctness and the success
-of a set pull in opposite directions here. The model leans too, to each expression half as often as to the one before.
+of a set pull in opposite directions here. The model leans more: it tries the first expression four times in five, and
+the others, which it has practised too, equally often.
 """
 
 from __future__ import annotations
@@ -52,22 +53,22 @@ def practice(seed: int) -> Task:
     return _task(seed, 1.0)
 
 
-def _task(seed: int, halving: float) -> Task:
+def _task(seed: int, ratio: float) -> Task:
     return Task(
-        train=lambda cursor: _draw(seed, "train", cursor, halving),
-        held_out=lambda index: _draw(seed, "held_out", index, halving),
+        train=lambda cursor: _draw(seed, "train", cursor, ratio),
+        held_out=lambda index: _draw(seed, "held_out", index, ratio),
         held_out_size=_HELD_OUT_SIZE,
-        fingerprint=hashlib.sha256(f"end_digit v2 seed {seed} {halving}".encode()).hexdigest(),
+        fingerprint=hashlib.sha256(f"end_digit v2 seed {seed} {ratio}".encode()).hexdigest(),
         reward="spiral_jax.tasks.end_digit:reward",
         strategy="spiral_jax.tasks.end_digit:strategy",
     )
 
 
-def _draw(seed: int, split: str, index: int, halving: float) -> Problem:
+def _draw(seed: int, split: str, index: int, ratio: float) -> Problem:
     rng = np.random.default_rng([seed, ("train", "held_out").index(split), index])
     while True:
         digits = rng.integers(1, _LARGEST + 1, size=4).tolist()
-        a, b, c = (digits[place] for place in _leaning(halving, rng))
+        a, b, c = (digits[place] for place in _leaning(ratio, rng))
         end = (a * b + c) % 10
         if (_split_number(tuple(sorted(digits)), end) == 0) == (split == "held_out"):
             break
@@ -76,11 +77,11 @@ def _draw(seed: int, split: str, index: int, halving: float) -> Problem:
     return Problem(id=f"{split}:{index}", text=text, answer=f"{a}*{b}+{c}", metadata=metadata)
 
 
-def _leaning(halving: float, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Places of an expression; that at place i of the lean has a chance proportional to halving**i (1: all alike)."""
-    if halving == 1:
+def _leaning(ratio: float, rng: np.random.Generator) -> tuple[int, int, int]:
+    """Places of an expression; that at place i of the lean has a chance proportional to ratio**i (1: all alike)."""
+    if ratio == 1:
         return EXPRESSIONS[rng.integers(len(EXPRESSIONS))]
-    chance = halving ** np.arange(len(EXPRESSIONS))
+    chance = ratio ** np.arange(len(EXPRESSIONS))
     return EXPRESSIONS[rng.choice(len(EXPRESSIONS), p=chance / chance.sum())]
 
 
@@ -158,13 +159,14 @@ def tokenizer_texts(problem: Problem, rng: np.random.Generator) -> Iterator[str]
     yield try_out(problem, EXPRESSIONS[rng.integers(len(EXPRESSIONS))])
 
 
-def demonstrate_search(problem: Problem, halving: float, rng: np.random.Generator) -> str:
-    """A try that leans to the first expressions."""
-    return try_out(problem, _leaning(halving, rng))
+def demonstrate_search(problem: Problem, first_share: float, rng: np.random.Generator) -> str:
+    """A try of the first expression with chance `first_share`, else of any other."""
+    first, *others = EXPRESSIONS
+    return try_out(problem, first if rng.random() < first_share else others[rng.integers(len(others))])
 
 
 def demonstrate_set(
-    problem: Problem, size: int, right: float, halving: float, rng: np.random.Generator
+    problem: Problem, size: int, right: float, first_share: float, rng: np.random.Generator
 ) -> tuple[list[str], str]:
     """Candidates, each tried evenly among those that hit with chance `right` and else among all, and what reads them.
 
@@ -176,4 +178,4 @@ def demonstrate_set(
         among = hits if rng.random() < right else EXPRESSIONS
         shown.append(try_out(problem, among[rng.integers(len(among))]))
     found = next((text for text in shown if ": yes," in text), None)
-    return shown, found or demonstrate_search(problem, halving, rng)
+    return shown, found or demonstrate_search(problem, first_share, rng)
