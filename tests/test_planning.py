@@ -112,6 +112,13 @@ def test_what_was_too_large_is_what_changes():
     assert "sampling.classes" not in last.overrides
 
 
+def test_no_configuration_is_tried_twice():
+    c, arch = four_b()
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, 4, 1
+    tried = [changed(c, one.overrides) for one in planner(arch, gpus(hbm_bytes=10**10)).attempts(c, most=12)]
+    assert len(tried) > 3 and len({str(one) for one in tried}) == len(tried)
+
+
 def test_a_model_that_no_change_makes_fit_says_so():
     c, arch = four_b()
     *_, last = planner(arch, gpus(chips=1, hbm_bytes=10**10)).attempts(c, most=12)

@@ -70,9 +70,12 @@ class Planner:
             mesh = {f"mesh.{axis}": size for axis, size in zip(meshes.AXES, shape, strict=True)}
             train, sampler = (deque(options(c, shape[0] * shape[1])) for options in (train_options, sampler_options))
             while train and sampler:
-                attempt = self.attempt(c, mesh | train[0] | sampler[0])
-                yield attempt
-                tried += 1
+                overrides = mesh | train[0] | sampler[0]
+                attempt = as_given
+                if not _is_configured(c, overrides):
+                    attempt = self.attempt(c, overrides)
+                    yield attempt
+                    tried += 1
                 if attempt.fits or tried >= most:
                     return
                 if attempt.part == "mesh":
@@ -113,6 +116,11 @@ def changed(c: ConfigDict, overrides: Overrides) -> ConfigDict:
         room, name = field.split(".")
         c[room][name] = value
     return c
+
+
+def _is_configured(c: ConfigDict, overrides: Overrides) -> bool:
+    rooms = ((field.split("."), value) for field, value in overrides.items())
+    return all(c[room][name] == value for (room, name), value in rooms)
 
 
 def mesh_shapes(c: ConfigDict, arch: Architecture, chips: int) -> Iterator[tuple[int, int, int]]:
