@@ -47,8 +47,8 @@ def host_mesh() -> Mesh:
 def make_mesh(sizes: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of these devices, by default of all there are; its shape as `mesh_shape` says.
 
-    An axis of the mesh may be a part of an axis of a TPU slice, as (4, 8, 2) is of 8 x 8; `jax.make_mesh` allows that on
-    v5e alone.
+    Its axes may be parts of a TPU slice's axes, as those of (4, 8, 2) are on 8 x 8; `jax.make_mesh` allows that on v5e
+    alone.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices), devices[0].platform)
