@@ -107,7 +107,8 @@ def _bars(plans: dict[str, Any]) -> list[str]:
         lines.append(f"- {plan['topology']}, state within 5 % of the arithmetic of shapes and shardings: "
                      f"{padding:.1%} above it at most, {_met(padding <= 0.05)}.")  # fmt: skip
     if plan := plans["v5e_8x8"]:
-        lines.append(f"- The paper's batch fits v5e:8x8 with 10 % free: {_met(plan['fits'])}.")
+        why = "" if plan["fits"] else f" ({plan['tried'][0]['verdict']})"
+        lines.append(f"- The paper's batch fits v5e:8x8 with 10 % free: {_met(plan['fits'])}{why}.")
     return lines
 
 
