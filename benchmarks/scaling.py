@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     for name, (mesh, slots, groups) in MACHINES.items():
         if not TABLE_ONLY.value and ONLY.value in (None, name):
-            report = plan(configured(mesh, slots, groups), name, Assumptions(), FREE, most_tries=1)
+            report = plan(configured(mesh, slots, groups), name, Assumptions(), FREE, most_tries=0)
             write(name.replace(":", "_"), report)
     if not TABLE_ONLY.value and ONLY.value in (None, "weak"):
         write("weak", {"slices": [weak(name, data) for name, data in WEAK.items()]})

@@ -63,7 +63,7 @@ class Planner:
         """
         as_given = self.attempt(c, {})
         yield as_given
-        if as_given.fits:
+        if as_given.fits or not most:
             return
         tried = 0
         for shape in mesh_shapes(c, self.arch, self.topology.chips):
