@@ -13,7 +13,7 @@ else tries once more, in the same words, so that it can be a candidate in turn:
 Twelve expressions, of which 1 to 12 hit; nothing but working one out tells which. A problem is made from one of them,
 the first most often, so that one trace is right most often if it always tries the first (42 % of problems), while a set
 is if its traces try different ones: four that do as the problems do hold a hit in 71 %. Own correctness and the success
-of a set pull in opposite directions here. The model leans more: it tries the first expression four times in five, and
+of a set pull in opposite directions here. The model leans more: it tries the first expression three times in four, and
 the others, which it has practised too, equally often.
 """
 
