@@ -266,8 +266,8 @@ class Transformer(nn.Module):
         before = self.config.arch.L - 1
 
         def whole(x: jax.Array, layer: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
-            i, trained = layer
-            weights = jax.tree.map(lambda stack, slot: _layer_of(stack, i, slot), read, trained)
+            i, slots = layer
+            weights = jax.tree.map(lambda stack, slot: _layer_of(stack, i, slot), read, slots)
             return block.apply(weights, x, position_UxT, lengths)
 
         def last(x: jax.Array, layer: Any) -> jax.Array:
