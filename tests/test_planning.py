@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 from configs import qwen3_4b, tiny
 from spiral_jax.config import ConfigError
 from spiral_jax.groups import Role
-from spiral_jax.mesh import AXES
+from spiral_jax.mesh import AXES, mesh_shape
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.planning import compiled as compiled_module
@@ -112,11 +112,14 @@ def test_what_was_too_large_is_what_changes():
     assert "sampling.classes" not in last.overrides
 
 
-def test_no_configuration_is_tried_twice():
+@pytest.mark.parametrize("mesh", [(2, 4, 1), (1, -1, 1)])
+def test_no_configuration_is_tried_twice(mesh):
     c, arch = four_b()
-    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, 4, 1
-    tried = [changed(c, one.overrides) for one in planner(arch, gpus(hbm_bytes=10**10)).attempts(c, most=12)]
-    assert len(tried) > 3 and len({str(one) for one in tried}) == len(tried)
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = mesh
+    tried = [changed(c, one.overrides) for one in planner(arch, gpus(hbm_bytes=10**10)).attempts(c, most=2)]
+    for one in tried:
+        one.mesh.data, one.mesh.fsdp, one.mesh.tensor = mesh_shape(one.mesh, 8, "GPU")
+    assert len(tried) == 3 and len({str(one) for one in tried}) == len(tried)
 
 
 def test_a_model_that_no_change_makes_fit_says_so():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -65,14 +66,14 @@ class Planner:
         yield as_given
         if as_given.fits or not most:
             return
-        tried = 0
+        tried, given = 0, _with_whole_mesh(c, self.topology.chips)
         for shape in mesh_shapes(c, self.arch, self.topology.chips):
-            mesh = {f"mesh.{axis}": size for axis, size in zip(meshes.AXES, shape, strict=True)}
+            mesh = _mesh_overrides(shape)
             train, sampler = (deque(options(c, shape[0] * shape[1])) for options in (train_options, sampler_options))
             while train and sampler:
                 overrides = mesh | train[0] | sampler[0]
                 attempt = as_given
-                if not _is_configured(c, overrides):
+                if changed(c, overrides) != given:
                     attempt = self.attempt(c, overrides)
                     yield attempt
                     tried += 1
@@ -118,9 +119,15 @@ def changed(c: ConfigDict, overrides: Overrides) -> ConfigDict:
     return c
 
 
-def _is_configured(c: ConfigDict, overrides: Overrides) -> bool:
-    rooms = ((field.split("."), value) for field, value in overrides.items())
-    return all(c[room][name] == value for (room, name), value in rooms)
+def _mesh_overrides(shape: tuple[int, int, int]) -> Overrides:
+    return {f"mesh.{axis}": size for axis, size in zip(meshes.AXES, shape, strict=True)}
+
+
+def _with_whole_mesh(c: ConfigDict, chips: int) -> ConfigDict:
+    """`c` with what a -1 in config.mesh stands for; a mesh that cannot be stays as it is."""
+    with contextlib.suppress(ConfigError):
+        return changed(c, _mesh_overrides(meshes.mesh_shape(c.mesh, chips, "")))
+    return changed(c, {})
 
 
 def mesh_shapes(c: ConfigDict, arch: Architecture, chips: int) -> Iterator[tuple[int, int, int]]:
