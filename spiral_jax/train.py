@@ -187,6 +187,7 @@ def _loop(run: Run, state: TrainState, at: Position) -> Position:
             print(render_examples(batch.rollouts, run.setup.tokenizer), flush=True)
         with progress.phase("updating"):
             blocks = _blocks(c, batch)
+            del weights  # their memory is the update's now
             state, found = train_step(state, run.frozen, _placed(blocks, mesh))
             faults.passed("update")
             weights = for_decoding(state)

@@ -79,7 +79,8 @@ def test_state_bytes_of_a_chip_are_those_of_the_arithmetic():
     """64 chips, base cut in 8 x 4, its decode copy in 4: the numbers of docs/scaling.md."""
     c, arch = four_b()
     mesh = AbstractMesh((2, 8, 4), AXES)
-    memory = Run(c, hf.model_config(arch, c.model), mesh).sampler_memory()
+    run = Run(c, hf.model_config(arch, c.model), mesh)
+    memory = run.sampler_memory()
     adapters = 66_060_288
     assert memory["weights"] == pytest.approx(2 * arch.parameters / 32 + 4 * adapters / 8, rel=0.12)  # cut one way
     assert memory["optimizer"] == pytest.approx(2 * (memory["weights"] - 2 * arch.parameters / 32), rel=0.02)
@@ -88,6 +89,9 @@ def test_state_bytes_of_a_chip_are_those_of_the_arithmetic():
     token = 2 * 2 * arch.L * arch.J * arch.E  # keys and values of one token in bfloat16: 144 KiB
     tokens = sum(slots * (P + C * G) for slots, C, P, G in c.sampling.classes)
     assert memory["keys and values"] == tokens * token // 64
+    trains = run.train_program(run.blocks[0]).memory
+    assert trains["weights"] == memory["weights"] and trains["optimizer"] == memory["optimizer"]
+    assert not {"decode copy", "keys and values"} & trains.keys()  # both are gone by then, see test_train_memory
 
 
 def test_groups_that_the_mesh_does_not_divide_lead_to_the_first_change_that_fits():
@@ -104,6 +108,7 @@ def test_groups_that_the_mesh_does_not_divide_lead_to_the_first_change_that_fits
 
 def test_what_was_too_large_is_what_changes():
     c, arch = four_b()
+    c.batch.search_groups = c.batch.aggregation_groups = 32  # so that training is fuller than sampling
     as_given = planner(arch, gpus()).attempt(c, {})
     small = int(0.97 * max(one.needed for one in as_given.profiles.values()) / 0.9)
     *failed, last = planner(arch, gpus(hbm_bytes=small)).attempts(c, most=12)

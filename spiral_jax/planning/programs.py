@@ -107,12 +107,19 @@ class Run:
         return self.model.compute_dtype.itemsize
 
     def state_memory(self) -> dict[str, int]:
-        """Bytes a chip that always lie there: base and adapters (or all in float32), optimizer, decode copy."""
+        """Bytes a chip that always lie there: base and adapters (or all in float32), optimizer."""
         return {
             "weights": bytes_a_chip([self.base, self.state.trained]),
             "optimizer": bytes_a_chip(self.state.opt),
-            "decode copy": bytes_a_chip(self.decode_weights),
         }
+
+    def policy_memory(self) -> dict[str, int]:
+        """The same and the decode copy, which lies there from the end of an update to the start of the next."""
+        return self.state_memory() | {"decode copy": bytes_a_chip(self.decode_weights)}
+
+    def sampler_memory(self) -> dict[str, int]:
+        """The same and the caches of all slots, which lie there while traces are sampled."""
+        return self.policy_memory() | {"keys and values": bytes_a_chip(self.caches)}
 
     def programs(self, prompts: dict[Role, int]) -> dict[str, Program]:
         """All of them, the most demanding of each kind first: train/ROLE/BUCKET, decode, prefill/ROLE, decode_copy.
@@ -190,9 +197,6 @@ class Run:
         found = {"logits": ({arch.V, arch.V // tensor} - others, U * C * G)}
         return found if P in others else found | {"scores": ({P}, U * arch.H // tensor * P)}
 
-    def sampler_memory(self) -> dict[str, int]:
-        return self.state_memory() | {"keys and values": bytes_a_chip(self.caches)}
-
     def decode_program(self) -> Program:
         """The program of all rows; the unit is one token of every row."""
         schedule, arch = self.engine.schedule, self.model.arch
@@ -248,7 +252,7 @@ class Run:
         )
 
     def lay_out_program(self) -> Program:
-        """The decode copy after an update, beside the one before it; the unit is the whole."""
+        """The decode copy after an update; the unit is the whole."""
         collections, copy = variables(self.model, self.base, self.state.trained), bytes_a_chip(self.decode_weights)
         sent = {"all-gather": copy * (self.sizes["fsdp"] - 1) / self.sizes["fsdp"]}
         return Program(

@@ -91,7 +91,7 @@ class Planner:
         except ConfigError as error:
             return Attempt(overrides, str(error), "sampler" if "sampling." in str(error) else "train")
         room = (1 - self.free) * self.topology.chip.hbm_bytes
-        for part, memory in (("mesh", run.state_memory()), ("sampler", run.sampler_memory())):
+        for part, memory in (("mesh", run.policy_memory()), ("sampler", run.sampler_memory())):
             if sum(memory.values()) > room:
                 return Attempt(overrides, f"{', '.join(memory)}: {_gib(sum(memory.values()))} of {_gib(room)}", part)
         works, done = work_of(c, self.assumed), {}

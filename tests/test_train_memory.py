@@ -1,0 +1,35 @@
+"""What lies in memory while the weights are updated: nothing of the sampler's."""
+
+import collections
+
+import jax
+import pytest
+
+from configs import tiny
+from spiral_jax import train as program
+from spiral_jax.setup import set_up
+
+
+@pytest.mark.slow
+def test_during_an_update_neither_decode_weights_nor_caches_take_memory(tmp_path, monkeypatch):
+    c = tiny.get_config()
+    c.train.steps, c.eval.problems, c.batch.problems = 2, 0, 4
+    c.batch.search_groups, c.batch.aggregation_groups = 4, 8
+    c.sampling.classes = ((32, 8, 124, 26),)
+    make_train_step, before, found = program.make_train_step, jax.live_arrays(), []
+
+    def watched(c, model):
+        step = make_train_step(c, model)
+
+        def watched_step(*given):
+            known = {id(a) for a in jax.tree.leaves([before, given])}
+            found.append(collections.Counter(str(a.aval) for a in jax.live_arrays() if id(a) not in known))
+            return step(*given)
+
+        return watched_step
+
+    monkeypatch.setattr(program, "make_train_step", watched)
+    assert program.train(set_up(c), str(tmp_path / "run"))
+    small = "key<", "int32[]", "uint32[]"
+    found = [{kind: count for kind, count in one.items() if not kind.startswith(small)} for one in found]
+    assert found == [{}, {}]
