@@ -20,9 +20,9 @@ busy. Verifier and host are not counted.
 
 What lies on a chip of a mesh (data, fsdp, tensor) beside a program's own memory, by arithmetic: the frozen base,
 4,022,468,096 parameters of 2 bytes over fsdp x tensor; adapters, 66,060,288 of 4 bytes, and twice that for Adam, over
-fsdp on their side of width D and over tensor on a side that is cut by heads or columns; while traces are sampled the
-decode copy, base, adapters and a transposed head of 388,956,160, 2 bytes each, over tensor, and keys and values, 147,456
-bytes a token over all chips.
+fsdp on their side of width D and over tensor on a side that is cut by heads or columns; and while traces are sampled
+the decode copy, base, adapters and a transposed head of 388,956,160, 2 bytes each, over tensor, and keys and values,
+147,456 bytes a token over all chips.
 "Padding" is what the compiled program's arguments take beyond that, "activations" what the remat policy keeps.
 """
 
