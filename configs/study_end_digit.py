@@ -9,9 +9,9 @@ it, as the model tries once.
 
 A run ends when its sampled tokens are spent, or at its limit of steps, which lies beyond (from pilots of seed 0); there
 is no other stopping rule, and no run is left out: one whose policy has collapsed until no problem gives a signal ends
-there, is listed as failed, and is evaluated at its last checkpoint. For two cores and --at_once=2: 5 minutes a run and
-2.5 an evaluation on one core, as a first version took; 36 runs and 39 evaluations: 2.5 hours. Stopped or killed at any
-time, it goes on with the same command; seeds come one after the other, so that what is there always has all arms.
+there, is listed as failed, and is evaluated at its last checkpoint. 36 runs and 39 evaluations, of up to 5 and 2.5
+minutes on one core: two hours on two cores with --at_once=2. Stopped or killed at any time, it goes on with the same
+command; seeds come one after the other, so that what is there always has all arms.
 """
 
 from ml_collections import ConfigDict
