@@ -39,7 +39,7 @@ OUT = pathlib.Path("docs/scaling")
 FREE = 0.1
 # (data, fsdp, tensor); slots of every class, two a shard where the memory allows; groups of a micro-batch, one a shard.
 MACHINES = {
-    "v5e:8x8": ((2, 8, 4), 16, 16),
+    "v5e:8x8": ((2, 8, 4), 32, 16),
     "v6e:8x8": ((4, 8, 2), 64, 32),
     "v5p:4x4x4": ((8, 8, 1), 128, 64),
     "h100:8": ((1, 8, 1), 16, 16),
