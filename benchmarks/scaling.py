@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import app, flags
-from ml_collections import ConfigDict
 
 from benchmarks.machine import commit, machine
 from benchmarks.scaling_table import table
@@ -28,7 +27,7 @@ from spiral_jax.plan import plan
 from spiral_jax.planning.model import planned_model
 from spiral_jax.planning.profile import profile
 from spiral_jax.planning.programs import Run
-from spiral_jax.planning.search import changed, make_mesh
+from spiral_jax.planning.search import as_flags, changed, make_mesh
 from spiral_jax.planning.step import Assumptions
 from spiral_jax.planning.topology import find_topology
 
@@ -37,13 +36,43 @@ TABLE_ONLY = flags.DEFINE_bool("table_only", False, "compile nothing")
 
 OUT = pathlib.Path("docs/scaling")
 FREE = 0.1
-# (data, fsdp, tensor); slots of every class, two a shard where the memory allows; groups of a micro-batch, one a shard.
+
+
+class Fit(NamedTuple):
+    """What of the configuration belongs to a machine.
+
+    Attributes:
+      mesh: data, fsdp, tensor.
+      slots: of every class of the sampler, two a shard where the memory allows.
+      groups: of a micro-batch, one a shard.
+      remat: the one that computes the least twice, of those that fit.
+      attention_block: on v5p scores lie in HBM, whatever their size, so that large blocks pass through it less often.
+    """
+
+    mesh: tuple[int, int, int]
+    slots: int
+    groups: int
+    remat: str = "attention"
+    attention_block: int = 256
+
+    def overrides(self) -> dict[str, Any]:
+        classes = tuple((self.slots, C, P, G) for _, C, P, G in qwen3_4b.get_config().sampling.classes)
+        return {
+            **{f"mesh.{axis}": size for axis, size in zip(AXES, self.mesh, strict=True)},
+            "sampling.classes": classes,
+            "batch.search_groups": self.groups,
+            "batch.aggregation_groups": self.groups,
+            "model.remat": self.remat,
+            "model.attention_block": self.attention_block,
+        }
+
+
 MACHINES = {
-    "v5e:8x8": ((2, 8, 4), 32, 16),
-    "v6e:8x8": ((4, 8, 2), 64, 32),
-    "v5p:4x4x4": ((8, 8, 1), 128, 64),
-    "h100:8": ((1, 8, 1), 16, 16),
-    "h200:8": ((1, 8, 1), 16, 16),
+    "v5e:8x8": Fit((2, 8, 4), 32, 16),
+    "v6e:8x8": Fit((4, 8, 2), 64, 32),
+    "v5p:4x4x4": Fit((8, 4, 2), 128, 32, attention_block=512),
+    "h100:8": Fit((1, 8, 1), 16, 8),
+    "h200:8": Fit((1, 8, 1), 16, 8, remat="dots"),
 }
 # v5e slices of 16 to 256 chips: 4 x 4 of them hold the model, and `data` repeats them, each with 4 groups.
 WEAK = {"v5e:4x4": 1, "v5e:4x8": 2, "v5e:8x8": 4, "v5e:8x16": 8, "v5e:16x16": 16}
@@ -52,26 +81,20 @@ WEAK = {"v5e:4x4": 1, "v5e:4x8": 2, "v5e:8x8": 4, "v5e:8x16": 8, "v5e:16x16": 16
 def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     OUT.mkdir(parents=True, exist_ok=True)
-    for name, (mesh, slots, groups) in MACHINES.items():
+    for name, fit in MACHINES.items():
         if not TABLE_ONLY.value and ONLY.value in (None, name):
-            report = plan(configured(mesh, slots, groups), name, Assumptions(), FREE, most_tries=0)
-            write(name.replace(":", "_"), report)
+            c = changed(qwen3_4b.get_config(), fit.overrides())
+            report = plan(c, name, Assumptions(), FREE, most_tries=0)
+            write(name.replace(":", "_"), {"flags": as_flags(fit.overrides()), **report})
     if not TABLE_ONLY.value and ONLY.value in (None, "weak"):
         write("weak", {"slices": [weak(name, data) for name, data in WEAK.items()]})
     pathlib.Path("docs/scaling.md").write_text(table(OUT))
 
 
-def configured(mesh: tuple[int, int, int], slots: int, groups: int) -> ConfigDict:
-    c = qwen3_4b.get_config()
-    overrides = {f"mesh.{axis}": size for axis, size in zip(AXES, mesh, strict=True)}
-    overrides["sampling.classes"] = tuple((slots, C, P, G) for _, C, P, G in c.sampling.classes)
-    overrides["batch.search_groups"] = overrides["batch.aggregation_groups"] = groups
-    return changed(c, overrides)
-
-
 def weak(name: str, data: int) -> dict[str, Any]:
     """The train step on search groups of 1,024 + 8 x 1,024 tokens, four for each 16 chips."""
-    c, topology = configured((data, 4, 4), 4 * data, 4 * data), find_topology(name)
+    fit = Fit((data, 4, 4), 4 * data, 4 * data, remat="layer")
+    c, topology = changed(qwen3_4b.get_config(), fit.overrides()), find_topology(name)
     run = Run(c, planned_model(c)[0], make_mesh(c, topology))
     block = run.placed(abstract_block(Role.SEARCH, 16 * data, 4 * data, 8, 1024, 1024))
     print(f"{name}: {topology.chips} chips", flush=True)

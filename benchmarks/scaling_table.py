@@ -14,6 +14,7 @@ Written by `python -m benchmarks.scaling` from the files in `docs/scaling/`: the
 TPUs: the real programs, compiled by libtpu for a slice that was not there; costs are read from their HLO, loops taken
 as often as they run. GPUs: arithmetic alone. Nothing here was measured on an accelerator: every second is a roofline,
 the least that the slowest of compute, HBM and links needs when all overlap. Numbers are those of one chip.
+`python -m spiral_jax.plan --config=configs/qwen3_4b.py --topology=MACHINE` says the same with the flags given below.
 
 Assumed for a step: mean problem of 256 tokens, mean traces of 2,048, half of the problems kept, 80 % of decode rows
 busy. Verifier and host are not counted.
@@ -72,6 +73,8 @@ def _programs(plan: dict[str, Any]) -> list[str]:
     stamp = f"{plan['machine']}, commit {plan['commit']}"
     lines = [
         f"### {plan['topology']} ({plan['source']}; {stamp})",
+        "",
+        f"`{plan['flags']}`",
         "",
         "| program | GiB by kind | GiB | unit | TFLOP | / ideal | HBM GB | sent GB | ms | bound |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
