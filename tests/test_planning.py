@@ -22,9 +22,10 @@ from spiral_jax.model.architecture import Architecture
 from spiral_jax.planning import compiled as compiled_module
 from spiral_jax.planning import topology as topologies
 from spiral_jax.planning.compiled import compile_kept, needed_bytes
+from spiral_jax.planning.hlo import parse
 from spiral_jax.planning.model import planned_model
-from spiral_jax.planning.profile import profile
-from spiral_jax.planning.programs import Run
+from spiral_jax.planning.profile import forbidden_arrays, profile
+from spiral_jax.planning.programs import Forbidden, Run
 from spiral_jax.planning.search import Planner, as_flags, changed
 from spiral_jax.planning.step import Assumptions, bucket, work_of
 from spiral_jax.planning.topology import CHIPS, Topology, find_topology
@@ -193,6 +194,19 @@ def test_the_real_programs_compute_what_the_ideal_count_says(small_run, here, tm
         assert one.memory["padding"] <= 0.05 * one.program.arguments, name
         assert not one.forbidden and not one.kernels
     json.dumps([one.to_plain() for one in profiles.values()])
+
+
+@pytest.mark.parametrize(
+    ("shape", "found"),
+    [((2, 4, 48, 48), True), ((8, 48, 48), True), ((2, 4 * 48, 48), True), ((2, 4 * 48 * 48), False),
+     ((2, 3, 48, 48), False), ((35, 2, 4, 48, 16), False), ((48,), False)],
+)  # fmt: skip
+def test_whole_scores_are_told_from_the_outputs_that_all_layers_keep(shape, found):
+    """35 layers' outputs [.., P, E] have more elements beside P than one layer's scores [.., P, P]."""
+    array = f"f32[{','.join(map(str, shape))}]"
+    module = parse(f"HloModule m\n\nENTRY %main () -> {array} {{\n  ROOT %a = {array} iota(), iota_dimension=0\n}}\n")
+    scores = Forbidden({48}, 2 * 4 * 48, multiple=48)
+    assert forbidden_arrays(module, {"scores": scores}) == ([f"scores f32{list(shape)}"] if found else [])
 
 
 def run_plan(tmp_path, *arguments, timeout=600):

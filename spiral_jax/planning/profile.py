@@ -9,7 +9,7 @@ from typing import Any
 from spiral_jax.planning.compiled import Compiled, compile_kept
 from spiral_jax.planning.costs import Cost, cost_of
 from spiral_jax.planning.hlo import Array, Module, parse
-from spiral_jax.planning.programs import Program
+from spiral_jax.planning.programs import Forbidden, Program
 from spiral_jax.planning.roofline import Roofline, roofline
 from spiral_jax.planning.topology import Topology
 from spiral_jax.planning.traffic import uncounted_kernels
@@ -141,14 +141,22 @@ def largest_array(module: Module) -> Array:
     return max(made, key=lambda array: array.bytes)
 
 
-def forbidden_arrays(module: Module, forbidden: dict[str, tuple[set[int], int]]) -> list[str]:
-    """Arrays with an axis of a given size and at least so many elements beside it, such as "logits f32[4, 4096, V]"."""
+def forbidden_arrays(module: Module, forbidden: dict[str, Forbidden]) -> list[str]:
+    """Those that the program makes, such as "logits f32[4, 4096, V]"."""
     found = set()
     for array in module.arrays():
-        for name, (sizes, others) in forbidden.items():
-            if any(size in sizes and math.prod(array.shape) // size >= others for size in array.shape):
+        for name, what in forbidden.items():
+            if _is_forbidden(array.shape, what):
                 found.add(f"{name} {array.dtype}{list(array.shape)}")
     return sorted(found)
+
+
+def _is_forbidden(shape: tuple[int, ...], what: Forbidden) -> bool:
+    for i in (i for i, size in enumerate(shape) if size in what.sizes):
+        others = shape[:i] + shape[i + 1 :]
+        if math.prod(others) >= what.others and any(size % what.multiple == 0 for size in others):
+            return True
+    return False
 
 
 def _memory(program: Program, compiled: Compiled) -> dict[str, int]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +33,20 @@ from spiral_jax.train_step import abstract_state, keeps_base, make_train_step, v
 _STOP_IDS = (0, 1)  # which ids end a trace changes no shape, and the tokenizer is not read
 
 
+class Forbidden(NamedTuple):
+    """Arrays that are not to be made, told by their shape.
+
+    Attributes:
+      sizes: one axis has one of them.
+      others: the least product of the other axes.
+      multiple: one of the other axes is a multiple of it.
+    """
+
+    sizes: set[int]
+    others: int
+    multiple: int = 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """One program of a run. Bytes and costs are those of one chip.
@@ -50,7 +64,7 @@ class Program:
       kept: bytes of `memory` and of its own that the forward pass keeps for the backward pass.
       ideal_flops: of one unit.
       ideal_hbm_bytes: of one unit; 0 where no single number is meant.
-      forbidden: arrays that it must not make, by what they would be: (sizes of one axis, least product of the others).
+      forbidden: arrays that it must not make, by what they would be.
       estimate: cost of one unit by arithmetic.
       estimated_temporary: bytes beside `memory` and `kept`, by arithmetic.
     """
@@ -69,7 +83,7 @@ class Program:
     ideal_hbm_bytes: float
     estimate: Cost
     estimated_temporary: int
-    forbidden: dict[str, tuple[set[int], int]] = dataclasses.field(default_factory=dict)
+    forbidden: dict[str, Forbidden] = dataclasses.field(default_factory=dict)
 
 
 class Run:
@@ -187,15 +201,15 @@ class Run:
             r"\blogprobs\W*/while$": -(-G // chunk),
         }
 
-    def _forbidden(self, U: int, C: int, P: int, G: int) -> dict[str, tuple[set[int], int]]:
+    def _forbidden(self, U: int, C: int, P: int, G: int) -> dict[str, Forbidden]:
         """Whole logits [.., C G, V] and whole scores [.., P, P] of a shard's U groups.
 
         Sizes that another axis of the model has are left out: then a shape does not tell what an array is.
         """
         arch, tensor = self.model.arch, self.sizes["tensor"]
         others = {axis // cut for axis in (arch.D, arch.F, arch.H * arch.E, arch.J * arch.E) for cut in (1, tensor)}
-        found = {"logits": ({arch.V, arch.V // tensor} - others, U * C * G)}
-        return found if P in others else found | {"scores": ({P}, U * arch.H // tensor * P)}
+        found = {"logits": Forbidden({arch.V, arch.V // tensor} - others, U * C * G)}
+        return found if P in others else found | {"scores": Forbidden({P}, U * arch.H // tensor * P, multiple=P)}
 
     def decode_program(self) -> Program:
         """The program of all rows; the unit is one token of every row."""
