@@ -10,6 +10,7 @@ token of both roles, added -> one Adam step.
 from __future__ import annotations
 
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     c, out = flags.FLAGS.config, pathlib.Path(flags.FLAGS.out)
+    if c.task not in TASKS:
+        sys.exit(f"error: config.task={c.task!r}: only {' and '.join(TASKS)} have demonstrations; choose one of them.")
     task = TASKS[c.task].practice(c.task_seed)
     tokenizer = train_tokenizer(tokenizer_texts(c.task, task, c.seed), c.model.vocab_size, out)
     config = ModelConfig(_architecture(c.model, len(tokenizer)), remat="none")

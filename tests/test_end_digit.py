@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,3 +151,12 @@ def test_a_trace_has_room_for_one_try_and_a_prompt_for_four_of_the_longest(tmp_p
         tokens.add(len(tokenizer.encode(text, add_special_tokens=False)) + 1)
     assert max(tokens) <= c.search.max_tokens < 2 * min(tokens) - 10  # the box and the end of a try are 10
     assert max_aggregation_prompt(scaffold, c) <= c.batch.aggregation_lengths[-1][0]
+
+
+def test_a_model_of_a_task_without_demonstrations_is_refused(monkeypatch, tmp_path):
+    c = end_digit_sft.get_config()
+    with c.unlocked():
+        c.task = "jsonl"
+    monkeypatch.setattr(sft.flags, "FLAGS", SimpleNamespace(config=c, out=str(tmp_path)))
+    with pytest.raises(SystemExit, match="config.task='jsonl': only two_halves and end_digit"):
+        sft.main(["sft"])
