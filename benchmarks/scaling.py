@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from benchmarks.machine import commit, machine
 from benchmarks.scaling_table import table
 from configs import qwen3_4b
 from spiral_jax.batching import abstract_block
+from spiral_jax.config import ConfigError
 from spiral_jax.groups import Role
 from spiral_jax.mesh import AXES
 from spiral_jax.plan import plan
@@ -84,7 +86,10 @@ def main(argv: list[str]) -> None:
     for name, fit in MACHINES.items():
         if not TABLE_ONLY.value and ONLY.value in (None, name):
             c = changed(qwen3_4b.get_config(), fit.overrides())
-            report = plan(c, name, Assumptions(), FREE, most_tries=0)
+            try:
+                report = plan(c, name, Assumptions(), FREE, most_tries=0)
+            except ConfigError as error:
+                sys.exit(f"error: {error}")
             write(name.replace(":", "_"), {"flags": as_flags(fit.overrides()), **report})
     if not TABLE_ONLY.value and ONLY.value in (None, "weak"):
         write("weak", {"slices": [weak(name, data) for name, data in WEAK.items()]})
