@@ -47,7 +47,7 @@ class Fit(NamedTuple):
       mesh: data, fsdp, tensor.
       slots: of every class of the sampler, two a shard where the memory allows.
       groups: of a micro-batch, one a shard.
-      remat: the one that computes the least twice, of those that fit.
+      remat: the fastest that fits, and the one that keeps the least if several are.
       attention_block: on v5p scores lie in HBM, whatever their size, so that large blocks pass through it less often.
     """
 
