@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from spiral_jax import mesh as meshes
 from spiral_jax.batching import Block
 from spiral_jax.metrics import Max, Mean, empty, merge
-from spiral_jax.model.qwen3 import ModelConfig, init_variables
+from spiral_jax.model.qwen3 import ModelConfig, in_its_dtype, init_variables
 from spiral_jax.objective.logprobs import group_logprobs, length_mask
 from spiral_jax.objective.loss import Objective, policy_loss, reference_kl
 
@@ -170,7 +170,7 @@ def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[T
         metrics["skipped_update"] = Mean(1.0 - finite, jnp.ones(()))
         return new, metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(in_its_dtype(config, train_step), donate_argnums=0)
 
 
 def _accumulate(loss: Callable[..., Any], trained: Any, base: Any, block: Block) -> tuple[Any, jax.Array, Metrics]:

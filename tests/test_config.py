@@ -5,7 +5,7 @@ import pathlib
 import pytest
 from ml_collections import ConfigDict
 
-from configs import grpo_qwen3_4b, qwen3_4b, smollm2_135m, tiny
+from configs import grpo_qwen3_4b, qwen3_4b, smollm2_135m, smollm2_chain_sum, tiny
 from spiral_jax.config import (
     ConfigError,
     defaults,
@@ -16,7 +16,13 @@ from spiral_jax.config import (
 )
 from spiral_jax.config_checks import validate, validate_evaluation
 
-CONFIGS = {"tiny": tiny, "qwen3_4b": qwen3_4b, "grpo_qwen3_4b": grpo_qwen3_4b, "smollm2_135m": smollm2_135m}
+CONFIGS = {
+    "tiny": tiny,
+    "qwen3_4b": qwen3_4b,
+    "grpo_qwen3_4b": grpo_qwen3_4b,
+    "smollm2_135m": smollm2_135m,
+    "smollm2_chain_sum": smollm2_chain_sum,
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -43,6 +44,21 @@ class ModelConfig:
     lora_alpha: float = 1.0
     attention_block: int = 512
     remat: str = "layer"
+
+
+def in_its_dtype(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, traced so that products of a float32 model are float32.
+
+    By default JAX multiplies float32 matrices in TF32 on GPUs and in bfloat16 on TPUs: sampler and trainer would part.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        exact = jnp.dtype(config.compute_dtype) == jnp.float32
+        with jax.default_matmul_precision("highest" if exact else "default"):
+            return function(*args)
+
+    return traced
 
 
 _PROJECTED = "projected"  # the name of what a `Linear` returns, for policies of `jax.checkpoint`

@@ -26,6 +26,7 @@ from jax.stages import Compiled, Lowered
 
 from spiral_jax import mesh as meshes
 from spiral_jax.config import ConfigError
+from spiral_jax.model.qwen3 import in_its_dtype
 from spiral_jax.sampling.decode import decode_chunk
 from spiral_jax.sampling.prefill import Prefilled, Prompts, prefill
 from spiral_jax.sampling.slots import Admission, DecodeSettings, SlotClass, empty_state, enter, move, state_shardings
@@ -131,7 +132,7 @@ def recipes(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...
         programs["clear", i] = Recipe(mesh, functools.partial(empty_state, settings, slots), (), _places(states[i]))
     for i in schedule.entries():
         prompts, ready = prompt_shapes(settings, schedule, i), abstract_prefilled(settings, schedule, i)
-        function = functools.partial(prefill, *_of_prefill(settings, classes[i]))
+        function = in_its_dtype(settings.config, functools.partial(prefill, *_of_prefill(settings, classes[i])))
         programs["prefill", i] = Recipe(mesh, function, (weights, prompts), _places(ready))
         shapes = states[i], ready, admission_shapes(settings, schedule, i)
         out = _places(states[i]), everywhere, everywhere  # every process follows all groups
@@ -146,6 +147,7 @@ def recipes(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...
         function = functools.partial(
             decode_chunk, settings, classes, leave_at, schedule.chunk, schedule.exit_groups, rows, fewer
         )
+        function = in_its_dtype(settings.config, function)
         out = _places(tuple(states)), everywhere, everywhere, everywhere
         programs["decode", rows] = Recipe(mesh, function, (weights, tuple(states)), out, donate=(1,))
     return programs

@@ -103,7 +103,7 @@ def _mixed(found: Mapping[str, Any]) -> Figure | None:
 
 
 def _curves(found: Mapping[str, Any], name: str, key: str, title: str) -> Figure:
-    figure = Figure(figsize=(7.6, 5.0), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9.0, 5.0), dpi=150, layout="constrained")
     axes = figure.subplots()
     for arm, curves in found["curves"].items():
         rows, style = curves[name], _style(found, arm)
@@ -122,7 +122,7 @@ def _curves(found: Mapping[str, Any], name: str, key: str, title: str) -> Figure
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("round of aggregation (0: independent search traces)")
-    axes.legend(fontsize="small", framealpha=0.9)
+    figure.legend(loc="outside right upper", fontsize="small")
     return _finish(figure, axes, title)
 
 

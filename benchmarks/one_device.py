@@ -1,0 +1,208 @@
+"""How fast is a step of the 4B model on the one accelerator that is here, and how far from the plan's arithmetic?
+
+    python -m benchmarks.one_device --topology=h100:1 --json=docs/one_device.json
+
+Random weights of Qwen3-4B's sizes in bfloat16 and adapters of rank 32, as `configs/qwen3_4b.py` has them, with slots
+and micro-batches for one device of 80 GB. For each role all slots are filled, every trace is decoded up to its limit
+(no id ends one), and two of the groups are trained on. All programs are compiled, and run once, before one is timed:
+minutes. Beside each time is the roofline of `spiral_jax.plan` for the same program; mismatch is between the log-probs
+that the sampler recorded and the trainer's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from jax.stages import Compiled
+from ml_collections import ConfigDict
+
+from benchmarks.machine import commit, machine
+from configs import qwen3_4b
+from spiral_jax import mesh as meshes
+from spiral_jax import telemetry
+from spiral_jax.batching import Block, abstract_block, make_blocks
+from spiral_jax.flops import ideal_train_flops
+from spiral_jax.groups import GroupRequests, Groups, Purpose, Role, take_groups
+from spiral_jax.metrics import divide
+from spiral_jax.model.qwen3 import init_variables
+from spiral_jax.planning.model import planned_model
+from spiral_jax.planning.programs import Program, Run
+from spiral_jax.planning.roofline import roofline
+from spiral_jax.planning.topology import Topology, find_topology
+from spiral_jax.sampling.engine import Engine
+from spiral_jax.sampling.protocol import sample
+from spiral_jax.setup import make_samplers
+from spiral_jax.train_step import init_state, variables
+
+TOPOLOGY = flags.DEFINE_string("topology", "h100:1", "whose data sheet the rooflines are of")
+JSON = flags.DEFINE_string("json", None, "file that gets the report")
+SMALL = flags.DEFINE_bool("small", False, "two layers and short groups, to try this program itself")
+
+# (slots, C, P, G): what fits beside 16 GB of weights; a quarter of the paper's trace length.
+SLOTS = {Role.SEARCH: (16, 8, 1024, 1024), Role.AGGREGATION: (8, 4, 9216, 1024)}
+SHORT = {Role.SEARCH: (2, 8, 64, 16), Role.AGGREGATION: (2, 4, 128, 16)}
+TRAINED = 2  # groups, one a micro-batch
+VARIANTS = (("attention", 256), ("attention", 1024), ("dots", 256))  # model.remat, model.attention_block
+
+
+@dataclasses.dataclass
+class Case:
+    """One role's work: its configuration, its programs, and the groups that were sampled."""
+
+    role: Role
+    slots: tuple[int, int, int, int]
+    c: ConfigDict
+    run: Run
+    engine: Engine
+    groups: Groups | None = None
+
+    @property
+    def block(self) -> Block:
+        """Shapes of what a step trains on."""
+        _, C, P, G = self.slots
+        return self.run.placed(abstract_block(self.role, TRAINED, 1, C, P, G))
+
+
+def main(argv: list[str]) -> None:
+    topology = find_topology(TOPOLOGY.value)
+    cases = [make_case(role, slots) for role, slots in (SHORT if SMALL.value else SLOTS).items()]
+    model, mesh = cases[0].run.model, cases[0].run.mesh
+    report = {
+        "machine": machine(),
+        "device": jax.devices()[0].device_kind,
+        "commit": commit(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        "layers": model.arch.L,
+        "sampling": {},
+        "training": {},
+    }
+    with ThreadPoolExecutor() as threads:  # compilers use one core each
+        sampler = threads.map(lambda case: case.engine.programs, cases)
+        steps = threads.map(lambda one: compile_step(*one), [(case, *v) for case in cases for v in VARIANTS])
+        list(sampler), (steps := list(steps))
+    make = lambda: init_variables(model, jax.random.key(0))["params"]  # noqa: E731
+    base = jax.jit(make, out_shardings=meshes.weight_shardings(jax.eval_shape(make), mesh))()
+    _, state = init_state(cases[0].c, model, base, mesh)
+    weights = cases[0].engine.prepare(variables(model, base, state.trained))
+    for case in cases:
+        report["sampling"][case.role.label] = measure_sampling(case, weights, topology)
+        show(report)
+    del weights
+    for case, program, step, label in steps:
+        report["training"][label] = measure_training(case, program, step, base, topology)
+        show(report)
+
+
+def compile_step(case: Case, remat: str, attention_block: int) -> tuple[Case, Program, Compiled, str]:
+    model = dataclasses.replace(case.run.model, remat=remat, attention_block=attention_block)
+    program = Run(case.c, model, case.run.mesh).train_program(case.block)
+    return case, program, program.lower().compile(), f"{case.role.label}, remat {remat}, blocks of {attention_block}"
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints and writes what there is so far."""
+    text = json.dumps(report, indent=1) + "\n"
+    print(text, flush=True)
+    if JSON.value:
+        pathlib.Path(JSON.value).write_text(text)
+
+
+def make_case(role: Role, slots: tuple[int, int, int, int]) -> Case:
+    """The 4B run of one role alone, on the devices that are here."""
+    c, (_, C, P, G) = qwen3_4b.get_config(), slots
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = -1, 1, 1
+    c.sampling.classes, c.sampling.row_counts = (slots,), ()
+    c[role.label].traces = C
+    c.batch[f"{role.label}_groups"] = 1
+    c.batch[f"{role.label}_lengths"] = ((P, G),)
+    model, _ = planned_model(c)
+    if SMALL.value:
+        model = dataclasses.replace(model, arch=dataclasses.replace(model.arch, L=2))
+    mesh = meshes.make_mesh(c.mesh)
+    return Case(role, slots, c, Run(c, model, mesh), make_samplers(c, model, mesh, stop_ids=())[0])
+
+
+def measure_sampling(case: Case, weights: Any, topology: Topology) -> dict[str, Any]:
+    """Seconds of all prompts' prefill, first tokens included, and of one token of every row."""
+    (slots, C, P, G), run = case.slots, case.run
+    few = G // 8 + 1
+    sample(case.engine, weights, requests(case, 2))  # the first calls
+    prefill, _ = timed(lambda: sample(case.engine, weights, requests(case, 1)))
+    start, _ = timed(lambda: sample(case.engine, weights, requests(case, few)))
+    whole, case.groups = timed(lambda: sample(case.engine, weights, requests(case, G)))
+    decode = (whole - start) / (G - few)
+    of_decode, of_prefill = run.decode_program(), run.prefill_program(P)
+    return {
+        "groups": f"{slots} x ({P} + {C} x {G})",
+        "seconds": whole,
+        "decode_seconds_a_token": decode,
+        "decode_roofline_seconds": roofline(of_decode.estimate, topology.chip, 1).seconds,
+        "decode_tokens_per_s": slots * C / decode,
+        "decode_hbm_gb": of_decode.ideal_hbm_bytes / 1e9,
+        "prefill_seconds": prefill,
+        "prefill_roofline_seconds": roofline(of_prefill.estimate, topology.chip, 1).seconds * slots / of_prefill.groups,
+        "prefill_tokens_per_s": slots * P / prefill,
+        "peak_gb": peak_gb(),
+    }
+
+
+def requests(case: Case, tokens: int) -> GroupRequests:
+    """Groups of random prompts for all slots, whose traces have that many tokens."""
+    slots, C, P, G = case.slots
+    prompt_UxP = np.random.default_rng(0).integers(1, case.run.model.arch.V, (slots, P), np.int32)
+    id_Ux6 = np.zeros((slots, 6), np.int32)
+    id_Ux6[:] = (Purpose.EVALUATION, 0, 0, 0, case.role, 0)
+    id_Ux6[:, 2] = np.arange(slots)
+    return GroupRequests(prompt_UxP, np.full(slots, P, np.int32), id_Ux6, C, G, np.full((slots, C), tokens, np.int32))
+
+
+def measure_training(case: Case, program: Program, step: Compiled, base: Any, topology: Topology) -> dict[str, Any]:
+    """Seconds of a micro-batch of one group, Adam's update shared among them."""
+    _, C, P, G = case.slots
+    weight_UxC = np.random.default_rng(1).normal(size=(TRAINED, C)).astype(np.float32)
+    groups, model = take_groups(case.groups, np.arange(TRAINED)), case.run.model
+    (block,) = make_blocks(case.role, groups, weight_UxC, [(P, G)], 1, TRAINED)
+    _, state = init_state(case.c, model, base, case.run.mesh)
+    block = jax.device_put(block, jax.tree.map(lambda leaf: leaf.sharding, case.block))
+    state, metrics = jax.block_until_ready(step(state, base, [block]))
+    seconds = timed(lambda: jax.block_until_ready(step(state, base, [block])))[0] / TRAINED
+    flops = ideal_train_flops(model.arch, model.lora_rank, None, 1, C, P, G)
+    memory = step.memory_analysis()
+    mismatch = divide({name: metric for name, metric in metrics.items() if name.startswith("mismatch/")})
+    return {
+        "group": f"{P} + {C} x {G}",
+        "seconds": seconds,
+        "roofline_seconds": roofline(program.estimate, topology.chip, 1).seconds,
+        "tokens_per_s": (P + C * G) / seconds,
+        "mfu": flops / seconds / topology.chip.flops_per_s,
+        "needed_gb": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e9,
+        "planned_gb": (program.arguments + program.kept + program.estimated_temporary) / 1e9,
+        **mismatch,
+    }
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what it returns, which has been waited for."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def peak_gb() -> float | None:
+    """The most that the device has held so far; None where it does not report it."""
+    peak = telemetry.memory_metrics().get("memory/device_peak")
+    return None if peak is None else peak / 1e9
+
+
+if __name__ == "__main__":
+    app.run(main)
