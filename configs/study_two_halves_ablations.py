@@ -3,7 +3,7 @@
     python -m spiral_jax.study --config=configs/study_two_halves_ablations.py --workdir=runs/study_ablations --at_once=2
 
 The learning rate is Adam's, so a weight on both terms changes little; the balance of the two does. 12 arms and the base
-with 3 seeds: estimated 2.5 hours on two cores. Stopped, it goes on with the same command.
+with 3 seeds: two and a quarter hours on two cores. Stopped, it goes on with the same command.
 """
 
 from ml_collections import ConfigDict

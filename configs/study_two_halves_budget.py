@@ -45,7 +45,9 @@ def get_config(name: str = "") -> ConfigDict:
     N, K, M = (int(number) for number in re.fullmatch(r"N(\d+)_K(\d+)_M(\d+)", name).groups())
     c.search.traces, c.aggregation.subsets, c.aggregation.traces = N, K, M
     c.batch.aggregation_groups = 16  # divides 16 problems times any K
-    c.train.steps = 56  # problems that are kept more often take fewer tokens a step
+    # A tenth more than the tokens buy: 34 steps with 2 sets, 41 with 4 and 52 with 8 (docs/study_ablations.md), as with
+    # more sets more problems have a signal.
+    c.train.steps = round(1.1 * (28 + 3 * K))
     return c
 
 
