@@ -87,9 +87,10 @@ def main(argv: list[str]) -> None:
         "training": {},
     }
     with ThreadPoolExecutor() as threads:  # compilers use one core each
-        sampler = threads.map(lambda case: case.engine.programs, cases)
-        steps = threads.map(lambda one: compile_step(*one), [(case, *v) for case in cases for v in VARIANTS])
-        list(sampler), (steps := list(steps))
+        samplers = [threads.submit(lambda case=case: case.engine.programs) for case in cases]
+        steps = [threads.submit(compile_step, case, *variant) for case in cases for variant in VARIANTS]
+    for one in samplers:
+        one.result()
     make = lambda: init_variables(model, jax.random.key(0))["params"]  # noqa: E731
     base = jax.jit(make, out_shardings=meshes.weight_shardings(jax.eval_shape(make), mesh))()
     _, state = init_state(cases[0].c, model, base, mesh)
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> None:
         report["sampling"][case.role.label] = measure_sampling(case, weights, topology)
         show(report)
     del weights
-    for case, program, step, label in steps:
+    for case, program, step, label in (one.result() for one in steps):
         report["training"][label] = measure_training(case, program, step, base, topology)
         show(report)
 

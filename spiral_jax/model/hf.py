@@ -202,7 +202,9 @@ def _read_leaf(files: TensorFiles, name: str, leaf: jax.ShapeDtypeStruct, mesh: 
             done[bounds] = out
         return done[bounds]
 
-    return jax.make_array_from_callback(leaf.shape, NamedSharding(mesh, weight_spec(name, leaf.shape, mesh)), read)
+    place = NamedSharding(mesh, weight_spec(name, leaf.shape, mesh))
+    # Copies to devices lag behind: without waiting, several parameters would be in host memory.
+    return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, place, read))
 
 
 def model_config(arch: Any, c: Any) -> ModelConfig:
