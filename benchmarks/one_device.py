@@ -1,4 +1,4 @@
-"""How fast is a step of the 4B model on the one accelerator that is here, and how far from the plan's arithmetic?
+"""How fast is a step of the 4B model on one accelerator, and how far from the plan's arithmetic?
 
     python -m benchmarks.one_device --topology=h100:1 --json=docs/one_device.json
 
@@ -15,6 +15,7 @@ import dataclasses
 import importlib.metadata
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from configs import qwen3_4b
 from spiral_jax import mesh as meshes
 from spiral_jax import telemetry
 from spiral_jax.batching import Block, abstract_block, make_blocks
+from spiral_jax.config import ConfigError
 from spiral_jax.flops import ideal_train_flops
 from spiral_jax.groups import GroupRequests, Groups, Purpose, Role, take_groups
 from spiral_jax.metrics import divide
@@ -74,7 +76,10 @@ class Case:
 
 
 def main(argv: list[str]) -> None:
-    topology = find_topology(TOPOLOGY.value)
+    try:
+        topology = find_topology(TOPOLOGY.value)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     cases = [make_case(role, slots) for role, slots in (SHORT if SMALL.value else SLOTS).items()]
     model, mesh = cases[0].run.model, cases[0].run.mesh
     report = {
@@ -119,9 +124,9 @@ def show(report: dict[str, Any]) -> None:
 
 
 def make_case(role: Role, slots: tuple[int, int, int, int]) -> Case:
-    """The 4B run of one role alone, on the devices that are here."""
+    """The 4B run of one role alone, on the first device."""
     c, (_, C, P, G) = qwen3_4b.get_config(), slots
-    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = -1, 1, 1
+    c.mesh.data = c.mesh.fsdp = c.mesh.tensor = 1
     c.sampling.classes, c.sampling.row_counts = (slots,), ()
     c[role.label].traces = C
     c.batch[f"{role.label}_groups"] = 1
@@ -129,7 +134,7 @@ def make_case(role: Role, slots: tuple[int, int, int, int]) -> Case:
     model, _ = planned_model(c)
     if SMALL.value:
         model = dataclasses.replace(model, arch=dataclasses.replace(model.arch, L=2))
-    mesh = meshes.make_mesh(c.mesh)
+    mesh = meshes.make_mesh(c.mesh, jax.devices()[:1])
     return Case(role, slots, c, Run(c, model, mesh), make_samplers(c, model, mesh, stop_ids=())[0])
 
 

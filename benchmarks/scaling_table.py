@@ -14,7 +14,7 @@ Written by `python -m benchmarks.scaling` from the files in `docs/scaling/`: the
 TPUs: the real programs, compiled by libtpu for a slice that was not there; costs are read from their HLO, loops taken
 as often as they run. GPUs: arithmetic alone. Nothing here was measured on an accelerator: every second is a roofline,
 the least that the slowest of compute, HBM and links needs when all overlap. Numbers are those of one chip. On one H100
-decoding took 1.9 times that and prefill 3 times (one_device.json): there plans by arithmetic are optimistic.
+decoding took 1.9 times that and prefill 3 times, of the one shape that was measured (one_device.json).
 `python -m spiral_jax.plan --config=configs/qwen3_4b.py --topology=MACHINE` says the same with the flags given below.
 
 Assumed for a step: mean problem of 256 tokens, mean traces of 2,048, half of the problems kept, 80 % of decode rows

@@ -1,9 +1,10 @@
 """How to spend a problem's tokens between search and aggregation: N, K and M at one ceiling, on two halves.
 
-    python -m spiral_jax.study --config=configs/study_two_halves_budget.py --workdir=runs/study_budget [--sweep=12]
+    python -m spiral_jax.study --config=configs/study_two_halves_budget.py --workdir=runs/study_budget --at_once=2
 
 `marginal_mean` of `study_two_halves.py` throughout. The sequential part stays as it is: with fewer than 26 tokens a
-search trace holds no half and an answer, with more than 31 it holds both. The listed arms took 1.3 hours on two cores.
+search trace holds no half and an answer, with more than 31 it holds both. The listed arms took 1.3 hours on two cores;
+with `--sweep=12` optuna proposes twelve more.
 """
 
 import math

@@ -9,6 +9,7 @@ token of both roles, added -> one Adam step.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import sys
 import time
@@ -28,7 +29,7 @@ from spiral_jax.config import parse_flags
 from spiral_jax.groups import Stop, pad_rows
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.qwen3 import ModelConfig, init_variables
+from spiral_jax.model.qwen3 import ModelConfig, in_its_dtype, init_variables
 from spiral_jax.objective.logprobs import group_logprobs, length_mask
 from spiral_jax.tasks import end_digit, two_halves
 from spiral_jax.tasks.problem import Task
@@ -119,6 +120,7 @@ def fit(c: ConfigDict, config: ModelConfig, params: Any, data: Iterator[tuple[di
         return -jnp.sum(jnp.where(mask, logprob, 0.0)) / jnp.sum(mask)
 
     @jax.jit
+    @functools.partial(in_its_dtype, config)
     def step(params: Any, state: Any, search: dict, aggregation: dict) -> tuple[Any, Any, jax.Array]:
         def loss(params: Any) -> tuple[jax.Array, jax.Array]:
             both = jnp.stack([nll(params, search), nll(params, aggregation)])

@@ -10,9 +10,12 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from ml_collections import ConfigDict
 from small_sampler import MANY_SIZES, make_settings, one_device
-from small_steps import MODELS, blocks_of, both_roles, config, place, start
+from small_steps import MODELS, blocks_of, both_roles, config, place, random_groups, random_trees, start
 
+from spiral_jax import sft
+from spiral_jax.groups import Role
 from spiral_jax.sampling.programs import Schedule, recipes
 from spiral_jax.sampling.slots import SlotClass
 from spiral_jax.train_step import make_train_step
@@ -52,8 +55,32 @@ def test_a_float32_train_step_multiplies_in_float32(settings):
 def test_a_float32_sampler_multiplies_in_float32():
     lowered = sampler({})
     for kind in ("prefill", "decode"):
-        found = [pair for name, program in lowered.items() if name[0] == kind for pair in products(program)]
-        assert len(found) > 20 and set(found) == {("HIGHEST", "HIGHEST")}
+        assert all(len(products(program)) > 20 for name, program in lowered.items() if name[0] == kind)
+    assert {pair for program in lowered.values() for pair in products(program)} == {("HIGHEST", "HIGHEST")}
+
+
+def test_fine_tuning_multiplies_in_float32(monkeypatch):
+    lowered, jit = [], jax.jit
+
+    def recorded(function):
+        def call(*args):
+            lowered.append(jit(function).lower(*args))
+            return jit(function)(*args)
+
+        return call
+
+    monkeypatch.setattr(sft.jax, "jit", recorded)
+    c = ConfigDict({"optimizer": {"lr": 1e-3, "warmup_steps": 1, "steps": 2, "clip_norm": 1.0, "b2": 0.99}})
+    params, _ = random_trees("full")
+    sft.fit(c, MODELS["full"], params, iter([(some_groups(0), some_groups(1))]))
+    (step,) = lowered
+    assert len(products(step)) > 50 and set(products(step)) == {("HIGHEST", "HIGHEST")}
+
+
+def some_groups(seed):
+    groups, _ = random_groups(seed, Role.SEARCH)
+    arrays = {name: getattr(groups, name) for name in ("trace_UxCxG", "trace_len_UxC")}
+    return arrays | {name: getattr(groups.requests, name) for name in ("prompt_UxP", "prompt_len_U")}
 
 
 def test_bfloat16_programs_ask_for_nothing_slower():

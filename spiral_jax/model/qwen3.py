@@ -47,15 +47,16 @@ class ModelConfig:
 
 
 def in_its_dtype(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, traced so that products of a float32 model are float32.
+    """`function`, traced so that products of a float32 model are float32; of another model as it is.
 
     By default JAX multiplies float32 matrices in TF32 on GPUs and in bfloat16 on TPUs: sampler and trainer would part.
     """
+    if jnp.dtype(config.compute_dtype) != jnp.float32:
+        return function
 
     @functools.wraps(function)
     def traced(*args: Any) -> Any:
-        exact = jnp.dtype(config.compute_dtype) == jnp.float32
-        with jax.default_matmul_precision("highest" if exact else "default"):
+        with jax.default_matmul_precision("highest"):
             return function(*args)
 
     return traced
