@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from safetensors.numpy import save_file
 
 from benchmarks.nursery import Nursery
-from spiral_jax.faults import VARIABLE
+from spiral_jax.core.faults import VARIABLE
 from spiral_jax.tasks import two_halves
 from spiral_jax.tasks.problem import Problem
 

@@ -17,10 +17,10 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from benchmarks.machine import machine
+from spiral_jax.core.groups import Purpose
+from spiral_jax.core.progress import Progress
 from spiral_jax.estimators import mean_and_interval
-from spiral_jax.groups import Purpose
 from spiral_jax.objective import subsets
-from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor, aggregate, search, verify
 from spiral_jax.setup import set_up
 from spiral_jax.tasks import end_digit

@@ -2,7 +2,7 @@
 
     python -m benchmarks.kill_soak [--folder=runs/soak] [--kills=100] [--seconds=2700] [--json=docs/kill_soak.json]
 
-Each kill is SIGKILL at a counted point (spiral_jax/faults.py), at which the process has decoded a chunk at least; then
+Each kill is SIGKILL at a counted point (spiral_jax/core/faults.py), at which the process has decoded a chunk at least; then
 the same command goes on. Beside the kills: SIGTERM while traces are decoded, and a newest checkpoint that is cut short
 on disk while nothing runs. A run that ends is compared bit for bit, and the next round begins. A stopped soak goes on
 with the same command.
@@ -21,7 +21,7 @@ import time
 from benchmarks import drill
 from benchmarks.machine import commit, machine
 from benchmarks.orphans import workers_left
-from spiral_jax.faults import POINTS
+from spiral_jax.core.faults import POINTS
 
 STEPS = 12  # of the run
 MOST = {"search": 6, "aggregation": 4, "verifier": 30, "update": 2, "checkpoint": 4, "epoch": 2}  # passes, at most

@@ -54,7 +54,8 @@ def serve() -> None:
     """Reads a run a line from standard input, forks it, and answers with its exit code."""
     from absl import app
 
-    from spiral_jax import config, faults, run_log, train
+    from spiral_jax import run_log, train
+    from spiral_jax.core import config, faults
 
     for line in sys.stdin:
         flags, fault, out, err = json.loads(line)

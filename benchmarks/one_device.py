@@ -29,13 +29,13 @@ from ml_collections import ConfigDict
 
 from benchmarks.machine import commit, machine
 from configs import qwen3_4b
-from spiral_jax import mesh as meshes
 from spiral_jax import telemetry
 from spiral_jax.batching import Block, abstract_block, make_blocks
-from spiral_jax.config import ConfigError
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.config import ConfigError
+from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role, take_groups
+from spiral_jax.core.metrics import divide
 from spiral_jax.flops import ideal_train_flops
-from spiral_jax.groups import GroupRequests, Groups, Purpose, Role, take_groups
-from spiral_jax.metrics import divide
 from spiral_jax.model.qwen3 import init_variables
 from spiral_jax.planning.model import planned_model
 from spiral_jax.planning.programs import Program, Run

@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.machine import machine
-from spiral_jax.mesh import host_mesh
+from spiral_jax.core.mesh import host_mesh
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import hf_fields, parse_architecture, read_architecture
 from spiral_jax.model.qwen3 import ModelConfig, Transformer, head_kernel

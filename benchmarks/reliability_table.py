@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pathlib
 
-from spiral_jax.faults import POINTS
+from spiral_jax.core.faults import POINTS
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 STATUSES = ("correct", "wrong", "unparsed", "timeout", "error")

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax.config import digest, to_plain, uses_aggregation
-from spiral_jax.groups import Purpose, Stop
+from spiral_jax.core.config import digest, to_plain, uses_aggregation
+from spiral_jax.core.groups import Purpose, Stop
 from spiral_jax.objective import advantages, subsets
 from spiral_jax.workdir import StepLog, TraceLog, open_workdir
 

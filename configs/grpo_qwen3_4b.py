@@ -8,7 +8,7 @@ paper does not say of its baseline is taken from its SPIRAL run.
 
 from ml_collections import ConfigDict
 
-from spiral_jax.config import defaults
+from spiral_jax.core.config import defaults
 
 
 def get_config() -> ConfigDict:

@@ -1,14 +1,14 @@
 """SPIRAL on Qwen3-4B-Instruct-2507 at the paper's settings (arXiv 2606.23595, Table 1 and section 3.2).
 
 A problem costs 8 search and 4 x 4 aggregation traces of up to 4,096 tokens: at most 98,304, as in `grpo_qwen3_4b.py`.
-What is not named here is in `spiral_jax/config.py`.
+What is not named here is in `spiral_jax/core/config.py`.
 
     --config.model.hf_path=DIR --config.task.train_path=FILE --config.task.eval_path=FILE
 """
 
 from ml_collections import ConfigDict
 
-from spiral_jax.config import defaults
+from spiral_jax.core.config import defaults
 
 
 def get_config() -> ConfigDict:

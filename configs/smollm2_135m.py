@@ -9,7 +9,7 @@ GSM8K's own lines, {"question", "answer": "... #### 42"}. The settings make step
 
 from ml_collections import ConfigDict
 
-from spiral_jax.config import defaults
+from spiral_jax.core.config import defaults
 
 # A model of this size follows an example, not an instruction: asked for a box alone, one trace in a hundred has one.
 SEARCH = (

@@ -13,7 +13,7 @@ On an H100 a step takes seconds (docs/README.md). Nothing is tuned.
 
 from ml_collections import ConfigDict
 
-from spiral_jax.config import defaults
+from spiral_jax.core.config import defaults
 
 SEARCH = (
     "State the final answer to the following arithmetic problem: 41 - 7 =\n"

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from spiral_jax.config import defaults
+from spiral_jax.core.config import defaults
 
 
 def get_config() -> ConfigDict:

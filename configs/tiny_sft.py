@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     c.task_seed = 0  # which problems: only training problems are practised
     c.prompt = ConfigDict(tiny.get_config().prompt)  # the scaffold that the model will be used with
 
-    c.model = ConfigDict()  # sizes by their axis letter (spiral_jax/groups.py)
+    c.model = ConfigDict()  # sizes by their axis letter (spiral_jax/core/groups.py)
     c.model.vocab_size = 352  # pieces: 256 bytes, the task's characters and their merges
     c.model.D = 128
     c.model.F = 384

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from spiral_jax.groups import Groups, Role
-from spiral_jax.metrics import Mean
+from spiral_jax.core.groups import Groups, Role
+from spiral_jax.core.metrics import Mean
 
 
 @struct.dataclass

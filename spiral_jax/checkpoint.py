@@ -21,8 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from spiral_jax import faults
-from spiral_jax.mesh import path_name
+from spiral_jax.core import faults
+from spiral_jax.core.mesh import path_name
 
 
 class CheckpointError(ValueError):

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax.groups import Groups, Role, Stop
-from spiral_jax.metrics import Mean
+from spiral_jax.core.groups import Groups, Role, Stop
+from spiral_jax.core.metrics import Mean
 from spiral_jax.objective import advantages, loss_weights
 from spiral_jax.rollout import Actor, Rollouts
 from spiral_jax.rollout_feed import RolloutFeed

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from spiral_jax.config import defaults, difference, to_plain
+from spiral_jax.core.config import defaults, difference, to_plain
 from spiral_jax.estimators import bootstrap_weights, ratios_and_intervals
 from spiral_jax.measures import BOOTSTRAP_DRAWS, Column, columns
 from spiral_jax.results import ResultsError, make_table, percent, powers_of_two

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from spiral_jax.config import MOST_EVAL_TRACES
+from spiral_jax.core.config import MOST_EVAL_TRACES
 
 _BOOTSTRAP_STREAM = 0x626F6F74  # keeps these draws apart from others that are made from the same seed
 

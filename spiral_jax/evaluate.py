@@ -31,13 +31,14 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from spiral_jax import comparison, config, config_checks, distributed, results, scaling_plots
-from spiral_jax.config import ConfigError
-from spiral_jax.distributed import DistributedError
+from spiral_jax import comparison, results, scaling_plots
+from spiral_jax.core import config, config_checks, distributed
+from spiral_jax.core.config import ConfigError
+from spiral_jax.core.distributed import DistributedError
+from spiral_jax.core.mesh import make_mesh
+from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation import evaluate_wave, held_out
-from spiral_jax.mesh import make_mesh
 from spiral_jax.model import hf
-from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
 from spiral_jax.setup import Setup, keep_compiled_programs, set_up
 from spiral_jax.tasks.problem import Problem, TaskError

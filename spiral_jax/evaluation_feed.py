@@ -15,8 +15,8 @@ from collections import Counter, deque
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax.config import eval_subset_size
-from spiral_jax.groups import GroupRequests, Groups, Purpose, Role, concat_groups, take_groups
+from spiral_jax.core.config import eval_subset_size
+from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role, concat_groups, take_groups
 from spiral_jax.objective import subsets
 from spiral_jax.rollout import Actor, aggregation_requests, as_population, search_requests
 from spiral_jax.tasks.problem import Problem

@@ -25,9 +25,9 @@ from jax.sharding import Mesh
 
 from spiral_jax import prompts
 from spiral_jax.checkpoint import CheckpointError
-from spiral_jax.config import ConfigError, digest, parse_flags, to_plain
+from spiral_jax.core.config import ConfigError, digest, parse_flags, to_plain
+from spiral_jax.core.mesh import host_mesh, path_name
 from spiral_jax.initial import Trained, find_trained
-from spiral_jax.mesh import host_mesh, path_name
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, save_adapter
 from spiral_jax.model.architecture import read_architecture

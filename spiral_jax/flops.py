@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spiral_jax.config import REMAT
+from spiral_jax.core.config import REMAT
 from spiral_jax.model.architecture import Architecture
 
 # Dense bfloat16 operations a second of one JAX device, by `device_kind`, from the vendors' data sheets.

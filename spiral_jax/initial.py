@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spiral_jax.checkpoint import CheckpointError, Checkpoints
-from spiral_jax.config import ConfigError, from_plain
-from spiral_jax.mesh import weight_shardings
+from spiral_jax.core.config import ConfigError, from_plain
+from spiral_jax.core.mesh import weight_shardings
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, check_adapter, load_adapter
 from spiral_jax.model.qwen3 import ModelConfig

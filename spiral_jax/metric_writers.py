@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from spiral_jax.config import ConfigError
+from spiral_jax.core.config import ConfigError
 
 _PACKAGE = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _PROJECT = "spiral_jax"

@@ -21,9 +21,9 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from spiral_jax import config
-from spiral_jax.config import ConfigError
-from spiral_jax.config_checks import validate
+from spiral_jax.core import config
+from spiral_jax.core.config import ConfigError
+from spiral_jax.core.config_checks import validate
 from spiral_jax.planning.model import planned_model
 from spiral_jax.planning.profile import Profile
 from spiral_jax.planning.search import Attempt, Planner, as_flags

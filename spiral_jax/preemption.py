@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
-from spiral_jax.groups import GroupRequests, Groups
-from spiral_jax.metrics import Mean
+from spiral_jax.core.groups import GroupRequests, Groups
+from spiral_jax.core.metrics import Mean
 from spiral_jax.sampling.protocol import Feed, Sampler
 from spiral_jax.watchdog import deadline
 

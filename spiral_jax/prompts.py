@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax.config import ConfigError
-from spiral_jax.groups import Purpose, Stop
+from spiral_jax.core.config import ConfigError
+from spiral_jax.core.groups import Purpose, Stop
 from spiral_jax.templates import END_THINK, THINK, render, split_template
 
 if TYPE_CHECKING:  # takes seconds to import

@@ -17,7 +17,7 @@ from absl import app, flags
 from etils import epath
 
 from spiral_jax.comparison import check_comparable
-from spiral_jax.config import ConfigError
+from spiral_jax.core.config import ConfigError
 from spiral_jax.reporting.main_page import write_report
 from spiral_jax.reporting.run import read_run
 from spiral_jax.results import ResultsError

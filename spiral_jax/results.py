@@ -23,7 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from spiral_jax import config
+from spiral_jax.core import config
 from spiral_jax.measures import summarise
 from spiral_jax.tasks.problem import Problem
 

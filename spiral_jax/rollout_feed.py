@@ -19,9 +19,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from spiral_jax import distributed, faults
-from spiral_jax.config import ESTIMATORS, ConfigError, aggregation_rounds
-from spiral_jax.groups import GroupRequests, Groups, Purpose, Role, concat_groups
+from spiral_jax.core import distributed, faults
+from spiral_jax.core.config import ESTIMATORS, ConfigError, aggregation_rounds
+from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role, concat_groups
 from spiral_jax.objective import subsets
 from spiral_jax.rollout import (
     Actor,

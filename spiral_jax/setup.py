@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spiral_jax import batching, initial, prompts
-from spiral_jax import mesh as meshes
-from spiral_jax.config import ConfigError, eval_subset_size, groups_of_step, uses_aggregation
-from spiral_jax.config_checks import validate, validate_evaluation
-from spiral_jax.groups import Role
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.config import ConfigError, eval_subset_size, groups_of_step, uses_aggregation
+from spiral_jax.core.config_checks import validate, validate_evaluation
+from spiral_jax.core.groups import Role
 from spiral_jax.metric_writers import check_installed
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture, read_architecture

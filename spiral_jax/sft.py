@@ -25,8 +25,8 @@ from ml_collections import ConfigDict, config_flags
 from transformers import PreTrainedTokenizerBase
 
 from spiral_jax import prompts
-from spiral_jax.config import parse_flags
-from spiral_jax.groups import Stop, pad_rows
+from spiral_jax.core.config import parse_flags
+from spiral_jax.core.groups import Stop, pad_rows
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.qwen3 import ModelConfig, in_its_dtype, init_variables

@@ -40,7 +40,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from spiral_jax.checkpoint import CheckpointError
-from spiral_jax.config import ConfigError, digest_of
+from spiral_jax.core.config import ConfigError, digest_of
 from spiral_jax.initial import find_trained
 from spiral_jax.measures import columns
 from spiral_jax.results import ResultsError, read_results

@@ -8,9 +8,9 @@ from types import TracebackType
 import jax
 from ml_collections import ConfigDict
 
-from spiral_jax import distributed
+from spiral_jax.core import distributed
+from spiral_jax.core.groups import Groups
 from spiral_jax.flops import PEAK_FLOPS_PER_S, train_flops
-from spiral_jax.groups import Groups
 from spiral_jax.model.architecture import Architecture
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import jinja2
 from ml_collections import ConfigDict
 
-from spiral_jax.config import ConfigError
+from spiral_jax.core.config import ConfigError
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from spiral_jax.collect import Batch
-from spiral_jax.groups import Groups, Purpose, Role, Stop
+from spiral_jax.core.groups import Groups, Purpose, Role, Stop
 from spiral_jax.prompts import listed_order
 from spiral_jax.rollout import Rollouts
 

@@ -15,7 +15,7 @@ One step, in the order of the code below:
     checkpoint, evaluation, logs
 
 The same command on the same workdir resumes at the newest checkpoint, bit for bit; a finished run prints its table. On
-several hosts it is started once on each: `spiral_jax.distributed`.
+several hosts it is started once on each: `spiral_jax.core.distributed`.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from spiral_jax import batching, config, distributed, faults, initial
-from spiral_jax import mesh as meshes
+from spiral_jax import batching, initial
 from spiral_jax.checkpoint import CheckpointError, Checkpoints, Retention
 from spiral_jax.collect import Batch, NoSignal, collect_batch
-from spiral_jax.config import ConfigError
-from spiral_jax.distributed import DistributedError
+from spiral_jax.core import config, distributed, faults
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.config import ConfigError
+from spiral_jax.core.distributed import DistributedError
+from spiral_jax.core.groups import Role
+from spiral_jax.core.metrics import divide
+from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation import evaluate
-from spiral_jax.groups import Role
 from spiral_jax.guards import BadSteps, NumericsGuard, watched
-from spiral_jax.metrics import divide
 from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.preemption import Preemption
-from spiral_jax.progress import Progress
 from spiral_jax.rollout import Actor
 from spiral_jax.run_log import RunLog
 from spiral_jax.saving import Saver

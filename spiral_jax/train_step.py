@@ -19,9 +19,9 @@ from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spiral_jax import mesh as meshes
 from spiral_jax.batching import Block
-from spiral_jax.metrics import Max, Mean, empty, merge
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.metrics import Max, Mean, empty, merge
 from spiral_jax.model.qwen3 import ModelConfig, in_its_dtype, init_variables
 from spiral_jax.objective.logprobs import group_logprobs, length_mask
 from spiral_jax.objective.loss import Objective, policy_loss, reference_kl

@@ -27,8 +27,8 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from spiral_jax.config import compared, difference
-from spiral_jax.distributed import is_first
+from spiral_jax.core.config import compared, difference
+from spiral_jax.core.distributed import is_first
 
 _CONFIG = "config.json"
 _SHARED_WITHIN_S = 90.0  # network file systems remember for up to a minute that a file was not there

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 from small_verifier import REWARD_MODULE
 
-from spiral_jax.mesh import make_mesh
+from spiral_jax.core.mesh import make_mesh
 
 
 @pytest.fixture(scope="session")

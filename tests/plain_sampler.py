@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spiral_jax import mesh as meshes
-from spiral_jax.groups import Groups, Stop
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.groups import Groups, Stop
 from spiral_jax.model.qwen3 import head_kernel
 from spiral_jax.objective.logprobs import response_hidden
 from spiral_jax.sampling.draw import draw_token

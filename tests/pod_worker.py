@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from spiral_jax import distributed, mesh
+from spiral_jax.core import distributed, mesh
 
 SHAPES = {"layers": {"q": {"kernel": (3, 16, 8)}}, "embed": (32, 8), "final_norm": (8,), "step": ()}
 

@@ -6,7 +6,7 @@ import typing
 import jax
 import numpy as np
 
-from spiral_jax import mesh as meshes
+from spiral_jax.core import mesh as meshes
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.qwen3 import Transformer, head_kernel
 from spiral_jax.objective.logprobs import group_logprobs

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from spiral_jax import mesh as meshes
-from spiral_jax.groups import GroupRequests, Groups, pad_rows, take_groups
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.groups import GroupRequests, Groups, pad_rows, take_groups
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.qwen3 import ModelConfig, init_variables
 from spiral_jax.sampling.draw import Draw

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from spiral_jax import mesh as meshes
 from spiral_jax.batching import make_blocks
-from spiral_jax.config import defaults
-from spiral_jax.groups import GroupRequests, Groups, Role
-from spiral_jax.metrics import divide
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.config import defaults
+from spiral_jax.core.groups import GroupRequests, Groups, Role
+from spiral_jax.core.metrics import divide
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.qwen3 import ModelConfig, init_variables
 from spiral_jax.train_step import init_state, make_train_step

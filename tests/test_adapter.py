@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 from small_model import forward, on_mesh, random_ids, rows_of
 
-from spiral_jax.config import ConfigError
-from spiral_jax.mesh import path_name, weight_shardings
+from spiral_jax.core.config import ConfigError
+from spiral_jax.core.mesh import path_name, weight_shardings
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, check_adapter, load_adapter, save_adapter
 from spiral_jax.model.architecture import read_architecture

@@ -10,8 +10,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from spiral_jax.config import ESTIMATORS
-from spiral_jax.groups import Stop
+from spiral_jax.core.config import ESTIMATORS
+from spiral_jax.core.groups import Stop
 from spiral_jax.objective import advantages as adv
 from spiral_jax.objective.advantages import Rewards
 from spiral_jax.objective.subsets import disjoint_subsets, draw_subsets

@@ -7,7 +7,7 @@ import math
 import jax
 import pytest
 
-from spiral_jax.config import ConfigError
+from spiral_jax.core.config import ConfigError
 from spiral_jax.model.architecture import Architecture, hf_fields, parse_architecture, read_architecture
 from spiral_jax.model.qwen3 import ModelConfig, init_variables
 

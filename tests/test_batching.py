@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spiral_jax.batching import Block, abstract_block, empty_block, make_blocks
-from spiral_jax.groups import GroupRequests, Groups, Role
+from spiral_jax.core.groups import GroupRequests, Groups, Role
 
 FIELDS = {
     "prompt_AxUxP": lambda groups: groups.requests.prompt_UxP,

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
-from spiral_jax import progress
+from spiral_jax.core import progress
+from spiral_jax.core.progress import Progress
 from spiral_jax.curves import draw_curves, evaluation_table
-from spiral_jax.progress import Progress
 
 KEYS = ["reward/aggregated", "reward/search", "length/search", "length/aggregation", "verifier/parse_rate_search",
         "verifier/parse_rate_aggregation", "grad_norm", "mismatch/kl"]  # fmt: skip

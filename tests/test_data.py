@@ -14,8 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from configs import tiny
-from spiral_jax import config_checks, prepare_data
-from spiral_jax.config import ConfigError
+from spiral_jax import prepare_data
+from spiral_jax.core import config_checks
+from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks import hub, jsonl, verl_parquet
 from spiral_jax.tasks.load import load_task
 from spiral_jax.tasks.overlap import describe, find_overlap, normalised

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from small_sampler import one_device
 
-from spiral_jax import mesh as meshes
+from spiral_jax.core import mesh as meshes
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.qwen3 import ModelConfig
 from spiral_jax.sampling.decode import decode_chunk

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import drill
 from benchmarks.kill_soak import truncate_newest
 from benchmarks.orphans import workers_left
-from spiral_jax import faults
+from spiral_jax.core import faults
 
 STEPS = 4
 

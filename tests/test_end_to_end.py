@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import tiny
-from spiral_jax.config import ConfigError, digest, to_plain
+from spiral_jax.core.config import ConfigError, digest, to_plain
 from spiral_jax.setup import set_up
 from spiral_jax.workdir import open_workdir
 

@@ -29,9 +29,9 @@ from small_sampler import (
     requests_of,
 )
 
-from spiral_jax import mesh as meshes
-from spiral_jax.config import ConfigError
-from spiral_jax.groups import Stop, pad_rows
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.config import ConfigError
+from spiral_jax.core.groups import Stop, pad_rows
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.objective.logprobs import group_logprobs, length_mask
 from spiral_jax.sampling.draw import Draw

@@ -13,8 +13,8 @@ from scripted_sampler import ScriptedSampler, number_task
 
 from configs import tiny
 from spiral_jax import evaluate
-from spiral_jax.config import ConfigError, for_evaluation
-from spiral_jax.groups import Role
+from spiral_jax.core.config import ConfigError, for_evaluation
+from spiral_jax.core.groups import Role
 from spiral_jax.setup import set_up
 from spiral_jax.tasks import jsonl
 from spiral_jax.workdir import WorkdirError

@@ -16,10 +16,10 @@ from small_runs import make_run
 from small_steps import QUICK, blocks_of, place, search_alone
 
 from configs import tiny
-from spiral_jax.config import ConfigError, to_plain
+from spiral_jax.core.config import ConfigError, to_plain
+from spiral_jax.core.metrics import divide
 from spiral_jax.export import export, merged_outputs
 from spiral_jax.initial import find_trained
-from spiral_jax.metrics import divide
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.tensor_files import WeightsError, open_tensors

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from spiral_jax.config import REMAT
+from spiral_jax.core.config import REMAT
 from spiral_jax.flops import (
     PEAK_FLOPS_PER_S,
     adapter_weights,

@@ -10,10 +10,10 @@ from jax.sharding import AbstractMesh
 
 from configs import grpo_qwen3_4b, qwen3_4b
 from spiral_jax.batching import abstract_block
-from spiral_jax.config import difference, to_plain, uses_aggregation
-from spiral_jax.config_checks import validate
-from spiral_jax.groups import Role
-from spiral_jax.mesh import AXES, group_count_multiple, path_name, weight_spec
+from spiral_jax.core.config import difference, to_plain, uses_aggregation
+from spiral_jax.core.config_checks import validate
+from spiral_jax.core.groups import Role
+from spiral_jax.core.mesh import AXES, group_count_multiple, path_name, weight_spec
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.sampling.decode import decode_step

@@ -10,8 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 
-from spiral_jax.config import ConfigError, defaults
-from spiral_jax.mesh import make_mesh, path_name
+from spiral_jax.core.config import ConfigError, defaults
+from spiral_jax.core.mesh import make_mesh, path_name
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.qwen3 import ModelConfig

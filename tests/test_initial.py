@@ -7,10 +7,10 @@ from small_runs import make_run, random_like
 
 from configs import tiny
 from spiral_jax.checkpoint import CheckpointError, Checkpoints
-from spiral_jax.config import ConfigError
-from spiral_jax.config_checks import validate
+from spiral_jax.core.config import ConfigError
+from spiral_jax.core.config_checks import validate
+from spiral_jax.core.mesh import weight_shardings
 from spiral_jax.initial import check_start, load_policies, load_start
-from spiral_jax.mesh import weight_shardings
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, save_adapter
 from spiral_jax.model.architecture import read_architecture

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spiral_jax.metrics import Max, divide
+from spiral_jax.core.metrics import Max, divide
 from spiral_jax.objective.logprobs import length_mask
 from spiral_jax.objective.loss import policy_loss
 

@@ -11,8 +11,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from configs import tiny
 from spiral_jax import environment
-from spiral_jax.config import ConfigError, to_plain
-from spiral_jax.config_checks import validate
+from spiral_jax.core.config import ConfigError, to_plain
+from spiral_jax.core.config_checks import validate
 from spiral_jax.metric_writers import MetricWriters, check_installed
 
 ROW = {"step": 3, "reward/search": 0.5, "grad_norm": None, "loss": math.nan, "name": "x",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small_model import ARCH, C, G, Ids, P, U, forward, on_mesh, quickly_compiled, random_ids, rows_of
 
-from spiral_jax import mesh as meshes
+from spiral_jax.core import mesh as meshes
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.attention import decode_attention, prefix_attention
 from spiral_jax.model.cache import cache_entries, empty_cache, write_entries

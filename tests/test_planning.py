@@ -14,9 +14,9 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from configs import qwen3_4b, tiny
-from spiral_jax.config import ConfigError
-from spiral_jax.groups import Role
-from spiral_jax.mesh import AXES, mesh_shape
+from spiral_jax.core.config import ConfigError
+from spiral_jax.core.groups import Role
+from spiral_jax.core.mesh import AXES, mesh_shape
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.planning import compiled as compiled_module

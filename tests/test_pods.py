@@ -11,7 +11,7 @@ import pytest
 from small_pods import ROOT, launch
 from small_runs import random_like
 
-from spiral_jax import mesh as meshes
+from spiral_jax.core import mesh as meshes
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.qwen3 import ModelConfig

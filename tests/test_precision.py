@@ -15,7 +15,7 @@ from small_sampler import MANY_SIZES, make_settings, one_device
 from small_steps import MODELS, blocks_of, both_roles, config, place, random_groups, random_trees, start
 
 from spiral_jax import sft
-from spiral_jax.groups import Role
+from spiral_jax.core.groups import Role
 from spiral_jax.sampling.programs import Schedule, recipes
 from spiral_jax.sampling.slots import SlotClass
 from spiral_jax.train_step import make_train_step

@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from benchmarks.synthetic_run import write_run
 from configs import tiny
 from spiral_jax import report
-from spiral_jax.config import ConfigError, defaults, difference, to_plain
+from spiral_jax.core.config import ConfigError, defaults, difference, to_plain
 from spiral_jax.reporting import main_page, pages
 from spiral_jax.reporting.charts import overview_charts, running_mean
 from spiral_jax.reporting.evaluation_charts import evaluation_charts, measure_table

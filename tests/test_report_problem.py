@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.synthetic_run import write_run
 from configs import tiny
-from spiral_jax.config import to_plain
+from spiral_jax.core.config import to_plain
 from spiral_jax.reporting.problem import FLAGS, problem_page, split_problems
 from spiral_jax.reporting.quotes import Quoting
 from spiral_jax.workdir import read_traces, trace_files

@@ -9,8 +9,8 @@ from scripted_sampler import TOKENIZER, ScriptedSampler, make_actor
 
 from configs import tiny
 from spiral_jax.collect import NoSignal, collect_batch, find_advantages, weigh
-from spiral_jax.config import ConfigError, to_plain
-from spiral_jax.groups import GroupRequests, Groups, Role
+from spiral_jax.core.config import ConfigError, to_plain
+from spiral_jax.core.groups import GroupRequests, Groups, Role
 from spiral_jax.objective import subsets
 from spiral_jax.reporting.problem import problem_page, split_problems
 from spiral_jax.rollout import Rollouts, Round

@@ -9,7 +9,7 @@ from small_model import Ids, forward, on_mesh, rows_of
 
 from configs import smollm2_135m
 from spiral_jax import prompts
-from spiral_jax.groups import pad_rows
+from spiral_jax.core.groups import pad_rows
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.qwen3 import ModelConfig

@@ -13,8 +13,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from spiral_jax import prompts, spiral_infer
-from spiral_jax.config import defaults
-from spiral_jax.groups import Stop
+from spiral_jax.core.config import defaults
+from spiral_jax.core.groups import Stop
 from spiral_jax.model import hf
 from spiral_jax.spiral_infer import Endpoint, EndpointError, Trace
 from spiral_jax.verifier.extract import last_boxed

@@ -15,7 +15,7 @@ import study_small
 from matplotlib.image import imread
 
 from spiral_jax import study
-from spiral_jax.config import ConfigError, to_plain
+from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.results import ResultsError
 from spiral_jax.studies import plots, report, sweep
 from spiral_jax.studies.directory import StudyDirectory

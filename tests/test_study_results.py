@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from spiral_jax.config import ConfigError
+from spiral_jax.core.config import ConfigError
 from spiral_jax.estimators import bootstrap_weights, ratios_and_intervals
 from spiral_jax.measures import Column
 from spiral_jax.studies import plan, plots

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from spiral_jax import config
+from spiral_jax.core import config
 from spiral_jax.tasks import jsonl, reasoning_gym_task, two_halves
 from spiral_jax.tasks.load import load_task
 from spiral_jax.tasks.problem import Problem, TaskError

@@ -28,8 +28,8 @@ from small_steps import (
 )
 
 from spiral_jax.batching import make_blocks
-from spiral_jax.groups import Role
-from spiral_jax.mesh import path_name, weight_shardings
+from spiral_jax.core.groups import Role
+from spiral_jax.core.mesh import path_name, weight_shardings
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.programs import Schedule

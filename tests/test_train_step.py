@@ -25,9 +25,9 @@ from small_steps import (
     step_of,
 )
 
-from spiral_jax import mesh as meshes
-from spiral_jax.groups import Role, take_groups
-from spiral_jax.metrics import divide
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.groups import Role, take_groups
+from spiral_jax.core.metrics import divide
 from spiral_jax.model.qwen3 import Transformer, head_kernel
 from spiral_jax.train_step import variables
 

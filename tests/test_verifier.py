@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_verifier import problem
 
-from spiral_jax.config import ConfigError
+from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.extract import last_boxed
 from spiral_jax.verifier.rewards import (

@@ -9,7 +9,7 @@ import pytest
 from plain_sampler import plain_sample
 from small_sampler import ARCH, C, G, V, make_engine, make_settings, random_variables, requests_of
 
-from spiral_jax import mesh as meshes
+from spiral_jax.core import mesh as meshes
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.qwen3 import ModelConfig
 from spiral_jax.sampling.seating import Job, Piece, plan_prefills

@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import AxisType
 
 from benchmarks.peers.contestant import Work, serve
-from spiral_jax import mesh as meshes
-from spiral_jax.groups import GroupRequests, Groups, Purpose, Role
-from spiral_jax.metrics import Mean
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role
+from spiral_jax.core.metrics import Mean
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.qwen3 import ModelConfig

@@ -23,10 +23,10 @@ from benchmarks.peers.step_work import (
     measured,
     resident_bytes,
 )
-from spiral_jax import mesh as meshes
 from spiral_jax.batching import make_blocks
-from spiral_jax.config import defaults
-from spiral_jax.groups import GroupRequests, Groups, Role
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.config import defaults
+from spiral_jax.core.groups import GroupRequests, Groups, Role
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.qwen3 import ModelConfig

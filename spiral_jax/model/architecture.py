@@ -9,7 +9,7 @@ import math
 import pathlib
 from typing import Any
 
-from spiral_jax.config import ConfigError
+from spiral_jax.core.config import ConfigError
 
 # model_type -> whether queries and keys of each head are normalised; the families differ in nothing else that runs.
 _QK_NORM = {"qwen3": True, "llama": False}
@@ -29,7 +29,7 @@ _NEUTRAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Sizes by their axis letter (see `spiral_jax.groups`) and the constants of a dense Qwen3 or Llama decoder.
+    """Sizes by their axis letter (see `spiral_jax.core.groups`) and the constants of a dense Qwen3 or Llama decoder.
 
     `qk_norm`: queries and keys are normalised per head (Qwen3) or not (Llama).
     """

@@ -17,8 +17,8 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from jax.sharding import Mesh, NamedSharding
 
-from spiral_jax.config import ConfigError
-from spiral_jax.mesh import path_name, weight_spec
+from spiral_jax.core.config import ConfigError
+from spiral_jax.core.mesh import path_name, weight_spec
 from spiral_jax.model.architecture import hf_fields
 from spiral_jax.model.qwen3 import ModelConfig, init_variables
 from spiral_jax.model.tensor_files import Output, TensorFiles, WeightsError, open_tensors, write_tensors

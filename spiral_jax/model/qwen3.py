@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from spiral_jax.mesh import constrain_groups
+from spiral_jax.core.mesh import constrain_groups
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.group_attention import KEPT, Lengths, last_token_attention, prompt_attention, trace_attention
 

@@ -20,7 +20,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.metrics import Max, Mean
+from spiral_jax.core.metrics import Max, Mean
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pathlib
 from huggingface_hub import hf_hub_download
 from ml_collections import ConfigDict
 
-from spiral_jax.config import ConfigError
+from spiral_jax.core.config import ConfigError
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.qwen3 import ModelConfig

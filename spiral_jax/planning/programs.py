@@ -14,10 +14,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 from ml_collections import ConfigDict
 
-from spiral_jax import mesh as meshes
 from spiral_jax.batching import Block
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.groups import Role
 from spiral_jax.flops import decode_flops, ideal_train_flops, prefill_flops
-from spiral_jax.groups import Role
 from spiral_jax.model import hf
 from spiral_jax.model.group_attention import even_block
 from spiral_jax.model.qwen3 import ModelConfig

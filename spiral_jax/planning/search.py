@@ -11,8 +11,8 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from spiral_jax import mesh as meshes
-from spiral_jax.config import ConfigError, groups_of_step
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.config import ConfigError, groups_of_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.planning.profile import Profile, profile

@@ -8,8 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spiral_jax.config import groups_of_step, uses_aggregation
-from spiral_jax.groups import Role
+from spiral_jax.core.config import groups_of_step, uses_aggregation
+from spiral_jax.core.groups import Role
 from spiral_jax.planning.profile import Profile
 from spiral_jax.planning.programs import Run
 from spiral_jax.planning.roofline import roofline

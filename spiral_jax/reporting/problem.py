@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.groups import Stop
+from spiral_jax.core.groups import Stop
 from spiral_jax.measures import vote
 from spiral_jax.objective.advantages import length_gate
 from spiral_jax.reporting.quotes import Quoting

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from spiral_jax.mesh import GROUP_AXES, constrain_groups, group_count_multiple
+from spiral_jax.core.mesh import GROUP_AXES, constrain_groups, group_count_multiple
 from spiral_jax.model.attention import decode_attention
 from spiral_jax.model.cache import Cache, cache_entries, write_entries
 from spiral_jax.model.qwen3 import Block, rms_norm

@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from spiral_jax import faults
-from spiral_jax import mesh as meshes
-from spiral_jax.config import ConfigError
-from spiral_jax.groups import GroupRequests
-from spiral_jax.metrics import Mean
+from spiral_jax.core import faults
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.config import ConfigError
+from spiral_jax.core.groups import GroupRequests
+from spiral_jax.core.metrics import Mean
 from spiral_jax.sampling.prefill import Prefilled, Prompts
 from spiral_jax.sampling.programs import (
     Program,

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 
-from spiral_jax import mesh as meshes
-from spiral_jax.config import ConfigError
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.config import ConfigError
 from spiral_jax.model.qwen3 import in_its_dtype
 from spiral_jax.sampling.decode import decode_chunk
 from spiral_jax.sampling.prefill import Prefilled, Prompts, prefill

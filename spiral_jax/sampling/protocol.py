@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, Protocol
 
-from spiral_jax.groups import GroupRequests, Groups, concat_groups
-from spiral_jax.metrics import Mean
+from spiral_jax.core.groups import GroupRequests, Groups, concat_groups
+from spiral_jax.core.metrics import Mean
 
 
 class Feed(Protocol):

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from spiral_jax.groups import GroupRequests, Groups, Stop
+from spiral_jax.core.groups import GroupRequests, Groups, Stop
 from spiral_jax.sampling.slots import SlotClass
 
 

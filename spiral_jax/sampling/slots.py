@@ -19,8 +19,8 @@ from flax import struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from spiral_jax import mesh as meshes
-from spiral_jax.mesh import GROUP_AXES
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.mesh import GROUP_AXES
 from spiral_jax.model.cache import Cache, empty_cache
 from spiral_jax.model.qwen3 import ModelConfig
 from spiral_jax.sampling.draw import Draw, draw_token

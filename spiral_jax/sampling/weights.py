@@ -9,7 +9,7 @@ import jax
 from flax import struct
 from jax.sharding import Mesh
 
-from spiral_jax import mesh as meshes
+from spiral_jax.core import mesh as meshes
 from spiral_jax.model.qwen3 import ModelConfig, head_kernel, init_variables
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.config import eval_subset_size
+from spiral_jax.core.config import eval_subset_size
 from spiral_jax.studies.cells import Cells, estimate
 from spiral_jax.studies.plan import BASE, Study
 

@@ -23,8 +23,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spiral_jax.config import ConfigError, to_plain, uses_aggregation
-from spiral_jax.config_checks import validate, validate_evaluation
+from spiral_jax.core.config import ConfigError, to_plain, uses_aggregation
+from spiral_jax.core.config_checks import validate, validate_evaluation
 from spiral_jax.measures import STRATEGIES
 
 BASE, EVALUATION, OPTIMUM, EFFICIENCY, ENTROPY = "base", "evaluation", "optimum", "efficiency", "entropy"

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import IO
 
-from spiral_jax.config import ConfigError
+from spiral_jax.core.config import ConfigError
 
 
 class Processes:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import optuna
 from optuna.trial import TrialState
 
-from spiral_jax.config import ConfigError
+from spiral_jax.core.config import ConfigError
 from spiral_jax.studies.directory import StudyDirectory
 from spiral_jax.studies.plan import SWEEP_SEED, Study
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax import faults
+from spiral_jax.core import faults
 from spiral_jax.tasks.overlap import describe, find_overlap
 from spiral_jax.tasks.problem import Problem, Task, TaskError
 

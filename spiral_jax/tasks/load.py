@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from spiral_jax.config import TASKS, ConfigError
+from spiral_jax.core.config import TASKS, ConfigError
 from spiral_jax.tasks import end_digit, hub, jsonl, two_halves
 from spiral_jax.tasks.problem import Task
 

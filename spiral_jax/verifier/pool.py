@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 
-from spiral_jax import faults
+from spiral_jax.core import faults
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier import sandbox
 from spiral_jax.verifier.rewards import MATH, Status, Verdict, judge, load_reward

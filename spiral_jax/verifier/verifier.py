@@ -15,8 +15,8 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from spiral_jax import distributed
-from spiral_jax.config import ConfigError
+from spiral_jax.core import distributed
+from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.extract import last_boxed
 from spiral_jax.verifier.pool import Pool, VerifierFailure

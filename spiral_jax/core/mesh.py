@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from spiral_jax.config import ConfigError
+from spiral_jax.core.config import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 GROUP_AXES = ("data", "fsdp")

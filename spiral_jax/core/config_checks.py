@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spiral_jax.config import (
+from spiral_jax.core.config import (
     ESTIMATORS,
     LATER_ROUNDS,
     MEASURES,

@@ -6,15 +6,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import grpo_qwen3_4b, qwen3_4b, smollm2_135m, smollm2_chain_sum, tiny
-from spiral_jax.config import (
-    ConfigError,
-    defaults,
-    difference,
-    digest,
-    for_evaluation,
-    to_plain,
-)
-from spiral_jax.config_checks import validate, validate_evaluation
+from spiral_jax.core.config import ConfigError, defaults, difference, digest, for_evaluation, to_plain
+from spiral_jax.core.config_checks import validate, validate_evaluation
 
 CONFIGS = {
     "tiny": tiny,
@@ -46,7 +39,7 @@ def test_a_value_of_another_type_is_an_error():
 
 
 def test_every_field_has_a_comment():
-    source = (pathlib.Path(__file__).parent.parent / "spiral_jax" / "config.py").read_text()
+    source = (pathlib.Path(__file__).parents[2] / "spiral_jax" / "core" / "config.py").read_text()
     lines = source[source.index("def defaults") : source.index("return c.lock()")].splitlines()
     fields = [i for i, line in enumerate(lines) if line.startswith("    c.") and "ConfigDict()" not in line]
     assert len(fields) > 60

@@ -4,8 +4,8 @@ import jax
 import pytest
 from small_pods import launch
 
-from spiral_jax import distributed
-from spiral_jax.distributed import DistributedError, environment, start
+from spiral_jax.core import distributed
+from spiral_jax.core.distributed import DistributedError, environment, start
 
 WORKER = ["-m", "tests.pod_worker"]
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spiral_jax.metrics import Max, Mean, divide, empty, merge
+from spiral_jax.core.metrics import Max, Mean, divide, empty, merge
 
 
 def measure(values, mask):

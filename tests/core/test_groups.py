@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from spiral_jax.groups import GroupRequests, Groups, Role, Stop, concat_groups, pad_rows, take_groups
+from spiral_jax.core.groups import GroupRequests, Groups, Role, Stop, concat_groups, pad_rows, take_groups
 
 C, G = 3, 5
 

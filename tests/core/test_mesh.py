@@ -11,8 +11,8 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from spiral_jax import mesh as meshes
-from spiral_jax.config import ConfigError, defaults
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.config import ConfigError, defaults
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.qwen3 import ModelConfig, init_variables
 from spiral_jax.setup import check_mesh
