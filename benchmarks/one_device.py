@@ -35,8 +35,8 @@ from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role, take_groups
 from spiral_jax.core.metrics import divide
-from spiral_jax.flops import ideal_train_flops
-from spiral_jax.model.qwen3 import init_variables
+from spiral_jax.model.flops import ideal_train_flops
+from spiral_jax.model.transformer import init_variables
 from spiral_jax.planning.model import planned_model
 from spiral_jax.planning.programs import Program, Run
 from spiral_jax.planning.roofline import roofline

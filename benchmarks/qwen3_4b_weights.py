@@ -27,8 +27,8 @@ from benchmarks.machine import machine
 from spiral_jax.core.mesh import host_mesh
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import hf_fields, parse_architecture, read_architecture
-from spiral_jax.model.qwen3 import ModelConfig, Transformer, head_kernel
 from spiral_jax.model.tensor_files import Output, write_tensors
+from spiral_jax.model.transformer import ModelConfig, Transformer, head_kernel
 
 DIR = flags.DEFINE_string("dir", None, "where the checkpoints and logits go: 10 GB", required=True)
 JSON = flags.DEFINE_string("json", None, "file that gets the report")

@@ -12,7 +12,7 @@ from benchmarks import heavy_tail
 from benchmarks.peers.contestant import Work
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.qwen3 import ModelConfig, init_variables
+from spiral_jax.model.transformer import ModelConfig, init_variables
 
 # theta is the one value with which tunix's Qwen3 computes the same function as the other two
 ARCHITECTURE = Architecture(

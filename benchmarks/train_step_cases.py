@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.peers.step_work import LORA_RANK, StepWork
 from benchmarks.sampler_cases import ARCHITECTURE
-from spiral_jax.flops import ideal_train_flops
+from spiral_jax.model.flops import ideal_train_flops
 
 PARTS = ("q", "k", "v", "o", "gate", "up", "down")
 

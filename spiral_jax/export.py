@@ -31,8 +31,8 @@ from spiral_jax.initial import Trained, find_trained
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, save_adapter
 from spiral_jax.model.architecture import read_architecture
-from spiral_jax.model.qwen3 import ModelConfig
 from spiral_jax.model.tensor_files import Output, TensorFiles, WeightsError, open_tensors, write_tensors
+from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.prompts import CUT_OFF, EMPTY, Scaffold
 from spiral_jax.workdir import WorkdirError
 

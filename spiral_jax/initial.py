@@ -16,7 +16,7 @@ from spiral_jax.core.config import ConfigError, from_plain
 from spiral_jax.core.mesh import weight_shardings
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, check_adapter, load_adapter
-from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.workdir import WorkdirError, read_config
 
 

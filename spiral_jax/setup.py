@@ -19,7 +19,7 @@ from spiral_jax.core.groups import Role
 from spiral_jax.metric_writers import check_installed
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture, read_architecture
-from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.prompts import Scaffold
 from spiral_jax.rollout import load_strategy
 from spiral_jax.sampling.draw import Draw

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core import distributed
 from spiral_jax.core.groups import Groups
-from spiral_jax.flops import PEAK_FLOPS_PER_S, train_flops
 from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.flops import PEAK_FLOPS_PER_S, train_flops
 
 
 def update_metrics(arch: Architecture, lora_rank: int, trained: list[Groups], seconds: float) -> dict[str, float]:

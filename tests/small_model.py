@@ -8,7 +8,7 @@ import numpy as np
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.qwen3 import Transformer, head_kernel
+from spiral_jax.model.transformer import Transformer, head_kernel
 from spiral_jax.objective.logprobs import group_logprobs
 
 U, C, P, G = 4, 2, 9, 5

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.groups import GroupRequests, Groups, pad_rows, take_groups
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.qwen3 import ModelConfig, init_variables
+from spiral_jax.model.transformer import ModelConfig, init_variables
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.programs import Schedule

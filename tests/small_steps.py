@@ -17,7 +17,7 @@ from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import GroupRequests, Groups, Role
 from spiral_jax.core.metrics import divide
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.qwen3 import ModelConfig, init_variables
+from spiral_jax.model.transformer import ModelConfig, init_variables
 from spiral_jax.train_step import init_state, make_train_step
 
 ARCH = Architecture(V=97, D=32, F=48, L=2, H=4, J=2, E=8, norm_eps=1e-5, rope_theta=500.0, tied=True)

@@ -13,7 +13,7 @@ from small_sampler import one_device
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.sampling.decode import decode_chunk
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.programs import abstract_state

@@ -10,7 +10,7 @@ import pytest
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.qwen3 import ModelConfig, Transformer, head_kernel, init_variables
+from spiral_jax.model.transformer import ModelConfig, Transformer, head_kernel, init_variables
 from spiral_jax.objective.logprobs import group_logprobs, length_mask, response_hidden, token_logprobs
 
 U, C, G, D, V = 3, 2, 7, 16, 97

@@ -11,7 +11,7 @@ from small_sampler import ARCH, C, G, V, make_engine, make_settings, random_vari
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.sampling.seating import Job, Piece, plan_prefills
 
 MODEL = ModelConfig(Architecture(**(vars(ARCH) | {"L": 1})))  # compiles in half the time

@@ -17,7 +17,7 @@ from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role
 from spiral_jax.core.metrics import Mean
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
-from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.programs import Schedule, abstract_state

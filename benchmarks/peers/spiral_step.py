@@ -29,7 +29,7 @@ from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import GroupRequests, Groups, Role
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
-from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.train_step import init_state, make_train_step
 
 REMAT, ATTENTION_BLOCK, LOGPROB_CHUNK = "dots", 256, 32

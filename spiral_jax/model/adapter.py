@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.model.hf import MAX_SHARD_BYTES, PROJECTIONS, check_tensors, outputs_of, read_tree
-from spiral_jax.model.qwen3 import ModelConfig, init_variables
 from spiral_jax.model.tensor_files import open_tensors, write_tensors
+from spiral_jax.model.transformer import ModelConfig, init_variables
 
 STEM = "adapter_model"
 _CONFIG = "adapter_config.json"

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from spiral_jax.model.attention import MASKED, Partial, attend, join, split_heads
 from spiral_jax.model.cache import Cache, cache_entries, read_tokens
+from spiral_jax.model.cache_attention import MASKED, Partial, attend, join, split_heads
 
 KeyCotangents = tuple[jax.Array, jax.Array]  # of keys and of values, both [..., E, T]
 

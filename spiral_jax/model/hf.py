@@ -20,8 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.mesh import path_name, weight_spec
 from spiral_jax.model.architecture import hf_fields
-from spiral_jax.model.qwen3 import ModelConfig, init_variables
 from spiral_jax.model.tensor_files import Output, TensorFiles, WeightsError, open_tensors, write_tensors
+from spiral_jax.model.transformer import ModelConfig, init_variables
 
 STEM = "model"  # of the weight files' names
 MAX_SHARD_BYTES = 5 * 10**9  # larger files are awkward to copy and to resume

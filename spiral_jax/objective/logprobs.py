@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.model.qwen3 import ModelConfig, Transformer
+from spiral_jax.model.transformer import ModelConfig, Transformer
 
 
 def response_hidden(

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from spiral_jax.flops import linear_weights
 from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.flops import linear_weights
 from spiral_jax.planning.costs import Cost
 
 # Elements that a backward pass keeps of each token and layer under a policy of `config.REMAT`, beside its gradient:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from spiral_jax.core.config import ConfigError
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
-from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.model.transformer import ModelConfig
 
 _SHIPPED = pathlib.Path(__file__).parent.parent / "assets" / "architectures"
 

@@ -17,10 +17,10 @@ from ml_collections import ConfigDict
 from spiral_jax.batching import Block
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.groups import Role
-from spiral_jax.flops import decode_flops, ideal_train_flops, prefill_flops
 from spiral_jax.model import hf
+from spiral_jax.model.flops import decode_flops, ideal_train_flops, prefill_flops
 from spiral_jax.model.group_attention import even_block
-from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.planning import analytic
 from spiral_jax.planning.analytic import bytes_a_chip
 from spiral_jax.planning.costs import Cost

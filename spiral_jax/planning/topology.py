@@ -12,7 +12,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from spiral_jax.core.config import ConfigError
-from spiral_jax.flops import PEAK_FLOPS_PER_S
+from spiral_jax.model.flops import PEAK_FLOPS_PER_S
 
 GB, GIB = 1e9, 2**30
 INSTALL = "pip install -r requirements-plan.txt"

@@ -14,9 +14,9 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from spiral_jax.core.mesh import GROUP_AXES, constrain_groups, group_count_multiple
-from spiral_jax.model.attention import decode_attention
 from spiral_jax.model.cache import Cache, cache_entries, write_entries
-from spiral_jax.model.qwen3 import Block, rms_norm
+from spiral_jax.model.cache_attention import decode_attention
+from spiral_jax.model.transformer import Block, rms_norm
 from spiral_jax.sampling.draw import draw_token
 from spiral_jax.sampling.randomness import uniforms
 from spiral_jax.sampling.slots import DecodeSettings, SlotClass, SlotState, is_stop

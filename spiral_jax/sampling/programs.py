@@ -26,7 +26,7 @@ from jax.stages import Compiled, Lowered
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
-from spiral_jax.model.qwen3 import in_its_dtype
+from spiral_jax.model.transformer import in_its_dtype
 from spiral_jax.sampling.decode import decode_chunk
 from spiral_jax.sampling.prefill import Prefilled, Prompts, prefill
 from spiral_jax.sampling.slots import Admission, DecodeSettings, SlotClass, empty_state, enter, move, state_shardings

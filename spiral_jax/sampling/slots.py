@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.mesh import GROUP_AXES
 from spiral_jax.model.cache import Cache, empty_cache
-from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.sampling.draw import Draw, draw_token
 from spiral_jax.sampling.prefill import Prefilled
 from spiral_jax.sampling.randomness import trace_keys, uniforms

@@ -10,7 +10,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from spiral_jax.core import mesh as meshes
-from spiral_jax.model.qwen3 import ModelConfig, head_kernel, init_variables
+from spiral_jax.model.transformer import ModelConfig, head_kernel, init_variables
 
 
 @struct.dataclass

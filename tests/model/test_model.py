@@ -12,10 +12,10 @@ from small_model import ARCH, C, G, Ids, P, U, forward, on_mesh, quickly_compile
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.attention import decode_attention, prefix_attention
 from spiral_jax.model.cache import cache_entries, empty_cache, write_entries
+from spiral_jax.model.cache_attention import decode_attention, prefix_attention
 from spiral_jax.model.group_attention import Lengths
-from spiral_jax.model.qwen3 import Block, ModelConfig, init_variables, rms_norm
+from spiral_jax.model.transformer import Block, ModelConfig, init_variables, rms_norm
 from spiral_jax.objective.logprobs import group_logprobs, length_mask
 
 pytestmark = pytest.mark.devices8

@@ -12,9 +12,9 @@ from spiral_jax import prompts
 from spiral_jax.core.groups import pad_rows
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
-from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.model.transformer import ModelConfig
 
-DIRECTORY = pathlib.Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct"
+DIRECTORY = pathlib.Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not DIRECTORY.is_dir(), reason=f"no {DIRECTORY}: bash launch/fetch_smollm2.sh makes it"),

@@ -14,7 +14,7 @@ from spiral_jax.core.config import ConfigError, defaults
 from spiral_jax.core.mesh import make_mesh, path_name
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
-from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.model.transformer import ModelConfig
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 

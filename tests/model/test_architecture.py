@@ -9,7 +9,7 @@ import pytest
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.model.architecture import Architecture, hf_fields, parse_architecture, read_architecture
-from spiral_jax.model.qwen3 import ModelConfig, init_variables
+from spiral_jax.model.transformer import ModelConfig, init_variables
 
 # The config.json of Qwen3-4B-Instruct-2507, as transformers 4 wrote it.
 FOUR_B = {

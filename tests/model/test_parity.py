@@ -10,7 +10,7 @@ from small_model import ARCH, C, G, U, forward, logprobs, on_mesh, quickly_compi
 
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
-from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.model.transformer import ModelConfig
 
 pytestmark = pytest.mark.devices8
 

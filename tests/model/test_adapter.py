@@ -15,8 +15,8 @@ from spiral_jax.core.mesh import path_name, weight_shardings
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, check_adapter, load_adapter, save_adapter
 from spiral_jax.model.architecture import read_architecture
-from spiral_jax.model.qwen3 import ModelConfig
 from spiral_jax.model.tensor_files import WeightsError
+from spiral_jax.model.transformer import ModelConfig
 
 PARITY = 1e-4  # float32 against float32 in another order of sums, logits up to about 3
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from spiral_jax.model.tensor_files import Output, WeightsError, open_tensors, write_tensors
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 TENSORS = {name: np.arange(24, dtype=np.float32).reshape(4, 6) + i for i, name in enumerate("abcde")}
 
 

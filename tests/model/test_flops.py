@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from spiral_jax.core.config import REMAT
-from spiral_jax.flops import (
+from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.flops import (
     PEAK_FLOPS_PER_S,
     adapter_weights,
     attention_pairs,
@@ -16,7 +17,6 @@ from spiral_jax.flops import (
     prefill_flops,
     train_flops,
 )
-from spiral_jax.model.architecture import Architecture
 
 ARCH = Architecture(V=11, D=6, F=10, L=3, H=4, J=2, E=5, norm_eps=1e-6, rope_theta=1e4, tied=True)
 W = 6 * 20 + 2 * 6 * 10 + 20 * 6 + 3 * 6 * 10  # q, k and v, o, gate and up and down
