@@ -17,7 +17,7 @@ from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import Stop
 from spiral_jax.model import hf
 from spiral_jax.spiral_infer import Endpoint, EndpointError, Trace
-from spiral_jax.verifier.extract import last_boxed
+from spiral_jax.tasks.answer import last_boxed
 
 SPECIALS = ["<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 

@@ -7,8 +7,8 @@ import pytest
 from small_verifier import problem
 
 from spiral_jax.core.config import ConfigError
+from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.extract import last_boxed
 from spiral_jax.verifier.rewards import (
     BrokenReference,
     Status,

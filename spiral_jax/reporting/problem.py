@@ -27,7 +27,7 @@ from spiral_jax.reporting.reasons import (
     explain_search,
     set_name,
 )
-from spiral_jax.verifier.extract import last_boxed
+from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.verifier.rewards import Status
 from spiral_jax.verifier.verifier import CORRECT, ERROR
 

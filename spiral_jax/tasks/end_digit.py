@@ -28,8 +28,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem, Task
-from spiral_jax.verifier.extract import last_boxed
 
 _LARGEST = 9
 _HELD_OUT_SHARE = 10  # one pair of (digits in any order, end digit) in ten belongs to the held-out problems

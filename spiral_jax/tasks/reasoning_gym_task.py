@@ -22,8 +22,8 @@ import numpy as np
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
+from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem, Task, TaskError
-from spiral_jax.verifier.extract import last_boxed
 
 # Generators of 0.1.25 whose items also depend on Python's string hashes or on the global `random` state: another
 # process would make other problems from the same seed (found by comparing processes; `_entry_of` catches the rest).

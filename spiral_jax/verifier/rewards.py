@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 from spiral_jax.core.config import ConfigError
+from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.extract import last_boxed
 
 MATH = "math"
 RewardFunction = Callable[[str, Problem], bool | int | None]

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 from spiral_jax.core import distributed
 from spiral_jax.core.config import ConfigError
+from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.extract import last_boxed
 from spiral_jax.verifier.pool import Pool, VerifierFailure
 from spiral_jax.verifier.rewards import MATH, Status, Verdict, exact_verdict, load_reward
 

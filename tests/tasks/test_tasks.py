@@ -189,7 +189,7 @@ def test_reasoning_gym_metadata_survives_json_and_scores_in_a_process_with_other
     )
     env = {**os.environ, "PYTHONHASHSEED": "12345"}
     command = [sys.executable, "-c", script, plain]
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     out = subprocess.run(command, capture_output=True, text=True, env=env, cwd=root, check=True)
     assert out.stdout.split() == ["True", "False"]
 
