@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from benchmarks.machine import machine
 from configs import smollm2_135m
-from spiral_jax import prompts
 from spiral_jax.core.groups import GroupRequests, Role, pad_rows
+from spiral_jax.prompts import prompts
 from spiral_jax.sampling.protocol import sample
 from spiral_jax.setup import Setup, set_up
 from spiral_jax.train_step import variables

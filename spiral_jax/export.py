@@ -23,7 +23,6 @@ from absl import app, flags, logging
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
-from spiral_jax import prompts
 from spiral_jax.checkpoint import CheckpointError
 from spiral_jax.core.config import ConfigError, digest, parse_flags, to_plain
 from spiral_jax.core.mesh import host_mesh, path_name
@@ -33,7 +32,8 @@ from spiral_jax.model.adapter import abstract_lora, save_adapter
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.tensor_files import Output, TensorFiles, WeightsError, open_tensors, write_tensors
 from spiral_jax.model.transformer import ModelConfig
-from spiral_jax.prompts import CUT_OFF, EMPTY, Scaffold
+from spiral_jax.prompts import prompts
+from spiral_jax.prompts.prompts import CUT_OFF, EMPTY, Scaffold
 from spiral_jax.workdir import WorkdirError
 
 SCAFFOLD = "spiral_scaffold.json"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spiral_jax import batching, initial, prompts
+from spiral_jax import batching, initial
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError, eval_subset_size, groups_of_step, uses_aggregation
 from spiral_jax.core.config_checks import validate, validate_evaluation
@@ -20,7 +20,8 @@ from spiral_jax.metric_writers import check_installed
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture, read_architecture
 from spiral_jax.model.transformer import ModelConfig
-from spiral_jax.prompts import Scaffold
+from spiral_jax.prompts import prompts
+from spiral_jax.prompts.prompts import Scaffold
 from spiral_jax.rollout import load_strategy
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from spiral_jax.collect import Batch
 from spiral_jax.core.groups import Groups, Purpose, Role, Stop
-from spiral_jax.prompts import listed_order
+from spiral_jax.prompts.prompts import listed_order
 from spiral_jax.rollout import Rollouts
 
 if TYPE_CHECKING:  # takes seconds to import

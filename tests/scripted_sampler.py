@@ -6,10 +6,10 @@ import re
 import numpy as np
 
 from configs import tiny
-from spiral_jax import prompts
 from spiral_jax.core.groups import GroupRequests, Groups, Role, Stop
 from spiral_jax.core.progress import Progress
 from spiral_jax.model import hf
+from spiral_jax.prompts import prompts
 from spiral_jax.rollout import Actor
 from spiral_jax.tasks.problem import Problem, Task
 from spiral_jax.verifier.verifier import Verifier

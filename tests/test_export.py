@@ -23,7 +23,7 @@ from spiral_jax.initial import find_trained
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.tensor_files import WeightsError, open_tensors
-from spiral_jax.prompts import load_tokenizer, stop_ids
+from spiral_jax.prompts.prompts import load_tokenizer, stop_ids
 from spiral_jax.train_step import init_state, make_train_step
 
 ROOT = pathlib.Path(__file__).parent.parent

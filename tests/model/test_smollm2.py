@@ -8,11 +8,11 @@ import pytest
 from small_model import Ids, forward, on_mesh, rows_of
 
 from configs import smollm2_135m
-from spiral_jax import prompts
 from spiral_jax.core.groups import pad_rows
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.transformer import ModelConfig
+from spiral_jax.prompts import prompts
 
 DIRECTORY = pathlib.Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 pytestmark = [

@@ -11,7 +11,7 @@ import pytest
 from configs import end_digit as config
 from configs import end_digit_sft
 from spiral_jax import sft
-from spiral_jax.prompts import make_scaffold, max_aggregation_prompt, search_prompt
+from spiral_jax.prompts.prompts import make_scaffold, max_aggregation_prompt, search_prompt
 from spiral_jax.tasks import end_digit
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.tasks.tiny_tokenizer import train_tokenizer

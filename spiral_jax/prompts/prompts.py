@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Purpose, Stop
-from spiral_jax.templates import END_THINK, THINK, render, split_template
+from spiral_jax.prompts.templates import END_THINK, THINK, render, split_template
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerBase

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from small_tokenizer import CHATML, chatml_tokenizer, decode, encode, scaffold_of
 
-from spiral_jax import prompts
 from spiral_jax.core import config
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Purpose, Stop
+from spiral_jax.prompts import prompts
 
 
 @pytest.fixture(scope="module")
