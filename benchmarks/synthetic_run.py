@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.config import digest, to_plain, uses_aggregation
 from spiral_jax.core.groups import Purpose, Stop
-from spiral_jax.objective import advantages, subsets
+from spiral_jax.objective import estimators as advantages
+from spiral_jax.objective import subsets
 from spiral_jax.workdir import StepLog, TraceLog, open_workdir
 
 _WORDS = (

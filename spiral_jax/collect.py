@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.groups import Groups, Role, Stop
 from spiral_jax.core.metrics import Mean
-from spiral_jax.objective import advantages, loss_weights
+from spiral_jax.objective import estimators as advantages
+from spiral_jax.objective import weights as loss_weights
 from spiral_jax.rollout import Actor, Rollouts
 from spiral_jax.rollout_feed import RolloutFeed
 from spiral_jax.verifier.verifier import check_error_rate

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role, Stop, concat_groups, pad_rows, take_groups
 from spiral_jax.core.progress import Progress
-from spiral_jax.objective.advantages import Rewards
+from spiral_jax.objective.estimators import Rewards
 from spiral_jax.prompts import prompts
 from spiral_jax.prompts.prompts import Scaffold
 from spiral_jax.sampling.protocol import Sampler, sample

@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from spiral_jax.objective import advantages, subsets
+from spiral_jax.objective import estimators as advantages
+from spiral_jax.objective import subsets
 from spiral_jax.reporting.reasons import (
     OWN_CORRECTNESS,
     Score,

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from enumerable_policy import THETA, arbitrary_set_function, score_gradient, tuples_and_probability
 
-from spiral_jax.objective import advantages as adv
-from spiral_jax.objective.advantages import Rewards
-from spiral_jax.objective.loss_weights import aggregation_weights, search_weights
+from spiral_jax.objective import estimators as adv
+from spiral_jax.objective.estimators import Rewards
 from spiral_jax.objective.subsets import bias_factor
+from spiral_jax.objective.weights import aggregation_weights, search_weights
 
 NAN = float("nan")
 RIGHT = np.array([0.0, 1.0, 1.0])  # which outcomes are right, and of which strategy

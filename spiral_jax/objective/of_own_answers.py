@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from spiral_jax.objective.set_advantages import clean, mean
+from spiral_jax.objective.of_sets import clean, mean
 
 _STD_EPS = 1e-6
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 import numpy as np
 
 from spiral_jax.core.groups import Stop
-from spiral_jax.objective import own_advantages as own
-from spiral_jax.objective import set_advantages as sets
+from spiral_jax.objective import of_own_answers as own
+from spiral_jax.objective import of_sets as sets
 from spiral_jax.objective.subsets import bias_factor, incidence
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spiral_jax.objective.advantages import RULES, Rewards
+from spiral_jax.objective.estimators import RULES, Rewards
 
 
 def search_weights(

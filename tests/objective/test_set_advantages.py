@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from enumerable_policy import POLICY, arbitrary_set_function, score_gradient, tuples_and_probability
 
-from spiral_jax.objective import set_advantages as sets
+from spiral_jax.objective import of_sets as sets
 from spiral_jax.objective.subsets import bias_factor, incidence
 
 NAN = float("nan")

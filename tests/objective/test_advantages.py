@@ -12,8 +12,8 @@ import pytest
 
 from spiral_jax.core.config import ESTIMATORS
 from spiral_jax.core.groups import Stop
-from spiral_jax.objective import advantages as adv
-from spiral_jax.objective.advantages import Rewards
+from spiral_jax.objective import estimators as adv
+from spiral_jax.objective.estimators import Rewards
 from spiral_jax.objective.subsets import disjoint_subsets, draw_subsets
 
 NAN = float("nan")
