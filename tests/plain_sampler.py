@@ -11,7 +11,7 @@ from spiral_jax.core.groups import Groups, Stop
 from spiral_jax.model.transformer import head_kernel
 from spiral_jax.objective.logprobs import response_hidden
 from spiral_jax.sampling.draw import draw_token
-from spiral_jax.sampling.randomness import trace_keys, uniforms
+from spiral_jax.sampling.keys import trace_keys, uniforms
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

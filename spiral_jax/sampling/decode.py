@@ -18,7 +18,7 @@ from spiral_jax.model.cache import Cache, cache_entries, write_entries
 from spiral_jax.model.cache_attention import decode_attention
 from spiral_jax.model.transformer import Block, rms_norm
 from spiral_jax.sampling.draw import draw_token
-from spiral_jax.sampling.randomness import uniforms
+from spiral_jax.sampling.keys import uniforms
 from spiral_jax.sampling.slots import DecodeSettings, SlotClass, SlotState, is_stop
 from spiral_jax.sampling.weights import DecodeWeights
 

@@ -24,8 +24,8 @@ from spiral_jax.core.mesh import GROUP_AXES
 from spiral_jax.model.cache import Cache, empty_cache
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.sampling.draw import Draw, draw_token
+from spiral_jax.sampling.keys import trace_keys, uniforms
 from spiral_jax.sampling.prefill import Prefilled
-from spiral_jax.sampling.randomness import trace_keys, uniforms
 
 
 @dataclasses.dataclass(frozen=True)

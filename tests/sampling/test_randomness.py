@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from spiral_jax.sampling.draw import Draw, draw_token
-from spiral_jax.sampling.randomness import trace_keys, uniforms
+from spiral_jax.sampling.keys import trace_keys, uniforms
 
 
 @functools.partial(jax.jit, static_argnums=2)
