@@ -20,11 +20,11 @@ from benchmarks.machine import machine
 from spiral_jax.core.groups import Purpose
 from spiral_jax.core.progress import Progress
 from spiral_jax.estimators import mean_and_interval
+from spiral_jax.learner.step import variables
 from spiral_jax.objective import subsets
 from spiral_jax.rollout import Actor, aggregate, search, verify
 from spiral_jax.setup import set_up
 from spiral_jax.tasks import end_digit
-from spiral_jax.train_step import variables
 from spiral_jax.verifier.verifier import Verifier
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/end_digit.py", "model and scaffold", lock_config=True)

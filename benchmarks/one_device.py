@@ -30,11 +30,12 @@ from ml_collections import ConfigDict
 from benchmarks.machine import commit, machine
 from configs import qwen3_4b
 from spiral_jax import telemetry
-from spiral_jax.batching import Block, abstract_block, make_blocks
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role, take_groups
 from spiral_jax.core.metrics import divide
+from spiral_jax.learner.blocks import Block, abstract_block, make_blocks
+from spiral_jax.learner.step import init_state, variables
 from spiral_jax.model.flops import ideal_train_flops
 from spiral_jax.model.transformer import init_variables
 from spiral_jax.planning.model import planned_model
@@ -44,7 +45,6 @@ from spiral_jax.planning.topology import Topology, find_topology
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.protocol import sample
 from spiral_jax.setup import make_samplers
-from spiral_jax.train_step import init_state, variables
 
 TOPOLOGY = flags.DEFINE_string("topology", "h100:1", "whose data sheet the rooflines are of")
 JSON = flags.DEFINE_string("json", None, "file that gets the report")

@@ -21,10 +21,10 @@ from absl import app, flags
 from benchmarks.machine import commit, machine
 from benchmarks.scaling_table import table
 from configs import qwen3_4b
-from spiral_jax.batching import abstract_block
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import AXES
+from spiral_jax.learner.blocks import abstract_block
 from spiral_jax.plan import plan
 from spiral_jax.planning.model import planned_model
 from spiral_jax.planning.profile import profile

@@ -26,10 +26,10 @@ from transformers import PreTrainedTokenizerBase
 
 from spiral_jax.core.config import parse_flags
 from spiral_jax.core.groups import Stop, pad_rows
+from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.transformer import ModelConfig, in_its_dtype, init_variables
-from spiral_jax.objective.logprobs import group_logprobs, length_mask
 from spiral_jax.prompts import prompts
 from spiral_jax.tasks import end_digit, two_halves
 from spiral_jax.tasks.problem import Task

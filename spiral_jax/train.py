@@ -32,7 +32,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from spiral_jax import batching, initial
+from spiral_jax import initial
 from spiral_jax.checkpoint import CheckpointError, Checkpoints, Retention
 from spiral_jax.collect import Batch, NoSignal, collect_batch
 from spiral_jax.core import config, distributed, faults
@@ -44,6 +44,8 @@ from spiral_jax.core.metrics import divide
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation import evaluate
 from spiral_jax.guards import BadSteps, NumericsGuard, watched
+from spiral_jax.learner import blocks as batching
+from spiral_jax.learner.step import TrainState, abstract_state, init_state, make_train_step, variables
 from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.preemption import Preemption
 from spiral_jax.rollout import Actor
@@ -53,7 +55,6 @@ from spiral_jax.setup import Setup, check_shapes, keep_compiled_programs, set_up
 from spiral_jax.tasks.problem import TaskError
 from spiral_jax.telemetry import StepProfile, memory_metrics, update_metrics
 from spiral_jax.trace_log import render_examples, trace_rows
-from spiral_jax.train_step import TrainState, abstract_state, init_state, make_train_step, variables
 from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import Verifier
 from spiral_jax.watchdog import Watchdog, deadline

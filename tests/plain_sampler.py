@@ -8,8 +8,8 @@ import numpy as np
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.groups import Groups, Stop
+from spiral_jax.learner.logprobs import response_hidden
 from spiral_jax.model.transformer import head_kernel
-from spiral_jax.objective.logprobs import response_hidden
 from spiral_jax.sampling.draw import draw_token
 from spiral_jax.sampling.keys import trace_keys, uniforms
 

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from spiral_jax.core import mesh as meshes
+from spiral_jax.learner.logprobs import group_logprobs
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.transformer import Transformer, head_kernel
-from spiral_jax.objective.logprobs import group_logprobs
 
 U, C, P, G = 4, 2, 9, 5
 PROMPT_LEN = np.array([9, 6, 1, 4], np.int32)

@@ -6,9 +6,9 @@ import numpy as np
 from spiral_jax.checkpoint import Checkpoints
 from spiral_jax.core.config import digest, to_plain
 from spiral_jax.core.mesh import weight_shardings
+from spiral_jax.learner.step import abstract_state
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora
-from spiral_jax.train_step import abstract_state
 from spiral_jax.workdir import open_workdir
 
 

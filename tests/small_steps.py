@@ -11,14 +11,14 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from spiral_jax.batching import make_blocks
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import GroupRequests, Groups, Role
 from spiral_jax.core.metrics import divide
+from spiral_jax.learner.blocks import make_blocks
+from spiral_jax.learner.step import init_state, make_train_step
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.transformer import ModelConfig, init_variables
-from spiral_jax.train_step import init_state, make_train_step
 
 ARCH = Architecture(V=97, D=32, F=48, L=2, H=4, J=2, E=8, norm_eps=1e-5, rope_theta=500.0, tied=True)
 MODELS = {

@@ -11,10 +11,10 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.core.config_checks import validate
 from spiral_jax.core.mesh import weight_shardings
 from spiral_jax.initial import check_start, load_policies, load_start
+from spiral_jax.learner.step import init_state
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, save_adapter
 from spiral_jax.model.architecture import read_architecture
-from spiral_jax.train_step import init_state
 
 PATH = hf.BUNDLED["bundled:tiny"]
 

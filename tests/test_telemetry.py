@@ -8,10 +8,10 @@ import pytest
 from small_steps import ARCH, blocks_of, both_roles
 
 from spiral_jax import telemetry
-from spiral_jax.batching import padding
 from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import Role
 from spiral_jax.core.metrics import divide
+from spiral_jax.learner.blocks import padding
 from spiral_jax.model.flops import train_flops
 from spiral_jax.telemetry import StepProfile, memory_metrics, update_metrics
 

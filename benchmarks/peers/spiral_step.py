@@ -23,14 +23,14 @@ from benchmarks.peers.step_work import (
     measured,
     resident_bytes,
 )
-from spiral_jax.batching import make_blocks
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import GroupRequests, Groups, Role
+from spiral_jax.learner.blocks import make_blocks
+from spiral_jax.learner.step import init_state, make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.transformer import ModelConfig
-from spiral_jax.train_step import init_state, make_train_step
 
 REMAT, ATTENTION_BLOCK, LOGPROB_CHUNK = "dots", 256, 32
 

@@ -14,9 +14,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 from ml_collections import ConfigDict
 
-from spiral_jax.batching import Block
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.groups import Role
+from spiral_jax.learner.blocks import Block
+from spiral_jax.learner.step import abstract_state, keeps_base, make_train_step, variables
 from spiral_jax.model import hf
 from spiral_jax.model.flops import decode_flops, ideal_train_flops, prefill_flops
 from spiral_jax.model.group_attention import even_block
@@ -28,7 +29,6 @@ from spiral_jax.sampling import programs as sampler_programs
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.weights import abstract_weights, lay_out
 from spiral_jax.setup import abstract_blocks, check_mesh, check_micro_batches, make_samplers
-from spiral_jax.train_step import abstract_state, keeps_base, make_train_step, variables
 
 _STOP_IDS = (0, 1)  # which ids end a trace changes no shape, and the tokenizer is not read
 

@@ -9,11 +9,12 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from configs import grpo_qwen3_4b, qwen3_4b
-from spiral_jax.batching import abstract_block
 from spiral_jax.core.config import difference, to_plain, uses_aggregation
 from spiral_jax.core.config_checks import validate
 from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import AXES, group_count_multiple, path_name, weight_spec
+from spiral_jax.learner.blocks import abstract_block
+from spiral_jax.learner.step import abstract_state, make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.sampling.decode import decode_step
@@ -22,7 +23,6 @@ from spiral_jax.sampling.programs import abstract_state as abstract_state_of
 from spiral_jax.sampling.slots import SlotClass, enter
 from spiral_jax.sampling.weights import abstract_weights
 from spiral_jax.setup import make_samplers
-from spiral_jax.train_step import abstract_state, make_train_step
 
 # config.json of Qwen3-4B-Instruct-2507
 ARCH = Architecture(V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True)

@@ -11,12 +11,12 @@ import pytest
 from small_model import ARCH, C, G, Ids, P, U, forward, on_mesh, quickly_compiled, random_ids, rows_of
 
 from spiral_jax.core import mesh as meshes
+from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.cache import cache_entries, empty_cache, write_entries
 from spiral_jax.model.cache_attention import decode_attention, prefix_attention
 from spiral_jax.model.group_attention import Lengths
 from spiral_jax.model.transformer import Block, ModelConfig, init_variables, rms_norm
-from spiral_jax.objective.logprobs import group_logprobs, length_mask
 
 pytestmark = pytest.mark.devices8
 

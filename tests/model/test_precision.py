@@ -16,9 +16,9 @@ from small_steps import MODELS, blocks_of, both_roles, config, place, random_gro
 
 from spiral_jax import sft
 from spiral_jax.core.groups import Role
+from spiral_jax.learner.step import make_train_step
 from spiral_jax.sampling.programs import Schedule, recipes
 from spiral_jax.sampling.slots import SlotClass
-from spiral_jax.train_step import make_train_step
 
 BFLOAT16 = {"param_dtype": jnp.bfloat16, "compute_dtype": jnp.bfloat16}
 

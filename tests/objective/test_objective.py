@@ -14,9 +14,9 @@ from small_steps import MODELS, QUICK, blocks_of, both_roles, one_device, place,
 
 from spiral_jax.core.groups import Role
 from spiral_jax.core.metrics import divide
+from spiral_jax.learner.loss import Objective, policy_loss, reference_kl
+from spiral_jax.learner.step import variables
 from spiral_jax.model.transformer import Transformer, head_kernel
-from spiral_jax.objective.loss import Objective, policy_loss, reference_kl
-from spiral_jax.train_step import variables
 
 SAME = 1e-5
 

@@ -32,8 +32,8 @@ from small_sampler import (
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Stop, pad_rows
+from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.objective.logprobs import group_logprobs, length_mask
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.programs import check_room, describe
 from spiral_jax.sampling.protocol import sample

@@ -27,15 +27,15 @@ from small_steps import (
     step_of,
 )
 
-from spiral_jax.batching import make_blocks
 from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import path_name, weight_shardings
+from spiral_jax.learner.blocks import make_blocks
+from spiral_jax.learner.step import init_state, make_optimizer, make_train_step, variables
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.programs import Schedule
 from spiral_jax.sampling.protocol import sample
 from spiral_jax.sampling.slots import DecodeSettings, SlotClass
-from spiral_jax.train_step import init_state, make_optimizer, make_train_step, variables
 
 # ---- optimizer
 

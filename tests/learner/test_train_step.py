@@ -28,8 +28,8 @@ from small_steps import (
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.groups import Role, take_groups
 from spiral_jax.core.metrics import divide
+from spiral_jax.learner.step import variables
 from spiral_jax.model.transformer import Transformer, head_kernel
-from spiral_jax.train_step import variables
 
 # fp32 sums in another order, as DESIGN section 8 states them
 SAME_GRADIENT, SAME_LOSS = 2e-6, 1e-6

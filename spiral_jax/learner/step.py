@@ -19,12 +19,12 @@ from flax import struct
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spiral_jax.batching import Block
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.metrics import Max, Mean, empty, merge
+from spiral_jax.learner.blocks import Block
+from spiral_jax.learner.logprobs import group_logprobs, length_mask
+from spiral_jax.learner.loss import Objective, policy_loss, reference_kl
 from spiral_jax.model.transformer import ModelConfig, in_its_dtype, init_variables
-from spiral_jax.objective.logprobs import group_logprobs, length_mask
-from spiral_jax.objective.loss import Objective, policy_loss, reference_kl
 
 Metrics = dict[str, Mean | Max]
 

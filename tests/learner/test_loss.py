@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from spiral_jax.core.metrics import Max, divide
-from spiral_jax.objective.logprobs import length_mask
-from spiral_jax.objective.loss import policy_loss
+from spiral_jax.learner.logprobs import length_mask
+from spiral_jax.learner.loss import policy_loss
 
 SHAPE = U, C, G = 3, 4, 6
 LENGTH_UxC = np.array([[6, 1, 0, 3], [2, 5, 6, 1], [0, 0, 0, 0]])

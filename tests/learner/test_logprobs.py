@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from spiral_jax.core import mesh as meshes
+from spiral_jax.learner.logprobs import group_logprobs, length_mask, response_hidden, token_logprobs
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.transformer import ModelConfig, Transformer, head_kernel, init_variables
-from spiral_jax.objective.logprobs import group_logprobs, length_mask, response_hidden, token_logprobs
 
 U, C, G, D, V = 3, 2, 7, 16, 97
 FLOAT32 = dict(rtol=1e-5, atol=1e-5)  # log-probs of order 10, sums over 97 entries

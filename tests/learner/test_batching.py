@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from spiral_jax.batching import Block, abstract_block, empty_block, make_blocks
 from spiral_jax.core.groups import GroupRequests, Groups, Role
+from spiral_jax.learner.blocks import Block, abstract_block, empty_block, make_blocks
 
 FIELDS = {
     "prompt_AxUxP": lambda groups: groups.requests.prompt_UxP,
