@@ -24,7 +24,7 @@ from spiral_jax.core.progress import Progress
 from spiral_jax.estimators import mean_and_interval
 from spiral_jax.learner.step import variables
 from spiral_jax.objective import subsets
-from spiral_jax.rollout import Actor, aggregate, search, verify
+from spiral_jax.rollout.requests import Actor, aggregate, search, verify
 from spiral_jax.setup import set_up
 from spiral_jax.tasks import two_halves
 from spiral_jax.verifier.verifier import Verifier

@@ -39,7 +39,7 @@ from spiral_jax.core.mesh import make_mesh
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation import evaluate_wave, held_out
 from spiral_jax.model import hf
-from spiral_jax.rollout import Actor
+from spiral_jax.rollout.requests import Actor
 from spiral_jax.setup import Setup, keep_compiled_programs, set_up
 from spiral_jax.tasks.problem import Problem, TaskError
 from spiral_jax.trace_log import render_examples

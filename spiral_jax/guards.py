@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.collect import Batch
 from spiral_jax.core import distributed
 from spiral_jax.core.groups import Role
+from spiral_jax.rollout.collect import Batch
 
 SKIPPED = "skipped_update"  # metric of the train step: 1 where loss or gradient was not finite
 WATCHED = ("grad_norm", "loss/search", "loss/aggregation")

@@ -24,7 +24,7 @@ from spiral_jax.model.architecture import Architecture, read_architecture
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.prompts import prompts
 from spiral_jax.prompts.prompts import Scaffold
-from spiral_jax.rollout import load_strategy
+from spiral_jax.rollout.requests import load_strategy
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.programs import Schedule

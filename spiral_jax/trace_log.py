@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax.collect import Batch
 from spiral_jax.core.groups import Groups, Purpose, Role, Stop
 from spiral_jax.prompts.prompts import listed_order
-from spiral_jax.rollout import Rollouts
+from spiral_jax.rollout.collect import Batch
+from spiral_jax.rollout.requests import Rollouts
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerBase

@@ -34,7 +34,6 @@ from ml_collections import ConfigDict, config_flags
 
 from spiral_jax import initial
 from spiral_jax.checkpoint import CheckpointError, Checkpoints, Retention
-from spiral_jax.collect import Batch, NoSignal, collect_batch
 from spiral_jax.core import config, distributed, faults
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
@@ -48,7 +47,8 @@ from spiral_jax.learner import blocks as batching
 from spiral_jax.learner.step import TrainState, abstract_state, init_state, make_train_step, variables
 from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.preemption import Preemption
-from spiral_jax.rollout import Actor
+from spiral_jax.rollout.collect import Batch, NoSignal, collect_batch
+from spiral_jax.rollout.requests import Actor
 from spiral_jax.run_log import RunLog
 from spiral_jax.saving import Saver
 from spiral_jax.setup import Setup, check_shapes, keep_compiled_programs, set_up

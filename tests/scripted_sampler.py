@@ -10,7 +10,7 @@ from spiral_jax.core.groups import GroupRequests, Groups, Role, Stop
 from spiral_jax.core.progress import Progress
 from spiral_jax.model import hf
 from spiral_jax.prompts import prompts
-from spiral_jax.rollout import Actor
+from spiral_jax.rollout.requests import Actor
 from spiral_jax.tasks.problem import Problem, Task
 from spiral_jax.verifier.verifier import Verifier
 

@@ -5,8 +5,8 @@ import re
 import numpy as np
 from scripted_sampler import TOKENIZER, make_actor
 
-from spiral_jax.collect import collect_batch
 from spiral_jax.core.groups import Role
+from spiral_jax.rollout.collect import collect_batch
 from spiral_jax.trace_log import trace_rows
 
 

@@ -13,12 +13,12 @@ from small_tokenizer import CHATML, chatml_tokenizer, decode, encode, scaffold_o
 from tokenizers import processors
 
 from configs import tiny
-from spiral_jax import rollout
 from spiral_jax.core import config, config_checks
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Purpose, Stop
 from spiral_jax.model import hf
 from spiral_jax.prompts import prompts
+from spiral_jax.rollout import requests as rollout
 
 # As Qwen3's: thinking switched off is an empty think block. As Qwen3-Thinking's where it is not: the answer opens it.
 HYBRID = CHATML.replace(

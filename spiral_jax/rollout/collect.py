@@ -16,8 +16,8 @@ from spiral_jax.core.groups import Groups, Role, Stop
 from spiral_jax.core.metrics import Mean
 from spiral_jax.objective import estimators as advantages
 from spiral_jax.objective import weights as loss_weights
-from spiral_jax.rollout import Actor, Rollouts
-from spiral_jax.rollout_feed import RolloutFeed
+from spiral_jax.rollout.feed import RolloutFeed
+from spiral_jax.rollout.requests import Actor, Rollouts
 from spiral_jax.verifier.verifier import check_error_rate
 
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from spiral_jax.core.config import eval_subset_size
 from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role, concat_groups, take_groups
 from spiral_jax.objective import subsets
-from spiral_jax.rollout import Actor, aggregation_requests, as_population, search_requests
+from spiral_jax.rollout.requests import Actor, aggregation_requests, as_population, search_requests
 from spiral_jax.tasks.problem import Problem
 
 _PLAIN = 1  # the round in the random keys of plain aggregation; round r of self-aggregation has r + 1

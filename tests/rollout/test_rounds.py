@@ -8,12 +8,12 @@ import pytest
 from scripted_sampler import TOKENIZER, ScriptedSampler, make_actor
 
 from configs import tiny
-from spiral_jax.collect import NoSignal, collect_batch, find_advantages, weigh
 from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.core.groups import GroupRequests, Groups, Role
 from spiral_jax.objective import subsets
 from spiral_jax.reporting.problem import problem_page, split_problems
-from spiral_jax.rollout import Rollouts, Round
+from spiral_jax.rollout.collect import NoSignal, collect_batch, find_advantages, weigh
+from spiral_jax.rollout.requests import Rollouts, Round
 from spiral_jax.setup import set_up
 from spiral_jax.trace_log import trace_rows
 

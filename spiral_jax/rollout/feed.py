@@ -23,7 +23,7 @@ from spiral_jax.core import distributed, faults
 from spiral_jax.core.config import ESTIMATORS, ConfigError, aggregation_rounds
 from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role, concat_groups
 from spiral_jax.objective import subsets
-from spiral_jax.rollout import (
+from spiral_jax.rollout.requests import (
     Actor,
     Rollouts,
     Round,

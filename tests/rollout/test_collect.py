@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from scripted_sampler import TOKENIZER, make_actor, number_task
 
-from spiral_jax.collect import NoSignal, collect_batch
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Purpose, Role, Stop
 from spiral_jax.objective import estimators as advantages
 from spiral_jax.objective import of_own_answers as own_advantages
 from spiral_jax.objective.estimators import Rewards
 from spiral_jax.prompts import prompts
-from spiral_jax.rollout import aggregate, search, verify
+from spiral_jax.rollout.collect import NoSignal, collect_batch
+from spiral_jax.rollout.requests import aggregate, search, verify
 from spiral_jax.verifier.pool import VerifierFailure
 
 
