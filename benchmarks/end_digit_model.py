@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from benchmarks.machine import machine
 from spiral_jax.core.groups import Purpose
 from spiral_jax.core.progress import Progress
-from spiral_jax.estimators import mean_and_interval
+from spiral_jax.evaluation.statistics import mean_and_interval
 from spiral_jax.learner.step import variables
 from spiral_jax.objective import subsets
 from spiral_jax.rollout.requests import Actor, aggregate, search, verify

@@ -4,7 +4,7 @@
     python -m spiral_jax.evaluate --compare A/results.json B/results.json [--workdir=W]
 
 Held-out problems are evaluated in waves of `config.eval.wave`; each finished wave is a line of W/waves.jsonl, so that
-the same command goes on where it was stopped and ends with the same W/results.json (layout: `spiral_jax.results`), a
+the same command goes on where it was stopped and ends with the same W/results.json (layout: `spiral_jax.evaluation.results`), a
 table, and four pictures. The first wave prints one prompt and one trace of each role, as they really were: a wrong chat
 template shows there. A finished evaluation prints its table again. Of the config it uses `model`, `mesh`,
 `task`, `prompt`, `search.max_tokens`, `aggregation.max_tokens`, `sampling`, `verifier`, `eval`, `seed`,
@@ -31,13 +31,14 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from spiral_jax import comparison, results, scaling_plots
+from spiral_jax import scaling_plots
 from spiral_jax.core import config, config_checks, distributed
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.distributed import DistributedError
 from spiral_jax.core.mesh import make_mesh
 from spiral_jax.core.progress import Progress
-from spiral_jax.evaluation import evaluate_wave, held_out
+from spiral_jax.evaluation import comparison, results
+from spiral_jax.evaluation.wave import evaluate_wave, held_out
 from spiral_jax.model import hf
 from spiral_jax.rollout.requests import Actor
 from spiral_jax.setup import Setup, keep_compiled_programs, set_up

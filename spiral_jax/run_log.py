@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from spiral_jax import STARTED, environment
 from spiral_jax.core import config, distributed
+from spiral_jax.evaluation.results import write_results
 from spiral_jax.metric_writers import MetricWriters
-from spiral_jax.results import write_results
 from spiral_jax.workdir import StepLog, TraceLog
 
 

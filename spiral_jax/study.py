@@ -41,9 +41,9 @@ from ml_collections import ConfigDict
 
 from spiral_jax.checkpoint import CheckpointError
 from spiral_jax.core.config import ConfigError, digest_of
+from spiral_jax.evaluation.measures import columns
+from spiral_jax.evaluation.results import ResultsError, read_results
 from spiral_jax.initial import find_trained
-from spiral_jax.measures import columns
-from spiral_jax.results import ResultsError, read_results
 from spiral_jax.studies import report
 from spiral_jax.studies.cells import value_of
 from spiral_jax.studies.directory import StudyDirectory, pair_name, read_metrics

@@ -41,7 +41,7 @@ from spiral_jax.core.distributed import DistributedError
 from spiral_jax.core.groups import Role
 from spiral_jax.core.metrics import divide
 from spiral_jax.core.progress import Progress
-from spiral_jax.evaluation import evaluate
+from spiral_jax.evaluation.wave import evaluate
 from spiral_jax.guards import BadSteps, NumericsGuard, watched
 from spiral_jax.learner import blocks as batching
 from spiral_jax.learner.step import TrainState, abstract_state, init_state, make_train_step, variables

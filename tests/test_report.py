@@ -16,12 +16,12 @@ from benchmarks.synthetic_run import write_run
 from configs import tiny
 from spiral_jax import report
 from spiral_jax.core.config import ConfigError, defaults, difference, to_plain
+from spiral_jax.evaluation.results import ResultsError, read_results
 from spiral_jax.reporting import main_page, pages
 from spiral_jax.reporting.charts import overview_charts, running_mean
 from spiral_jax.reporting.evaluation_charts import evaluation_charts, measure_table
 from spiral_jax.reporting.render import embed, render
 from spiral_jax.reporting.run import changed_fields, read_run
-from spiral_jax.results import ResultsError, read_results
 from spiral_jax.workdir import StepLog, WorkdirError
 
 ROOT = pathlib.Path(__file__).parent.parent

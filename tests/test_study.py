@@ -16,7 +16,7 @@ from matplotlib.image import imread
 
 from spiral_jax import study
 from spiral_jax.core.config import ConfigError, to_plain
-from spiral_jax.results import ResultsError
+from spiral_jax.evaluation.results import ResultsError
 from spiral_jax.studies import plots, report, sweep
 from spiral_jax.studies.directory import StudyDirectory
 from spiral_jax.studies.plan import load_study

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from spiral_jax.core.config import ConfigError
-from spiral_jax.estimators import bootstrap_weights, ratios_and_intervals
-from spiral_jax.measures import Column
+from spiral_jax.evaluation.measures import Column
+from spiral_jax.evaluation.statistics import bootstrap_weights, ratios_and_intervals
 from spiral_jax.studies import plan, plots
 from spiral_jax.studies.cells import Cells, column_of, estimate, gap
 from spiral_jax.studies.claims import judged

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from spiral_jax.core.groups import Stop
-from spiral_jax.measures import vote
+from spiral_jax.evaluation.measures import vote
 from spiral_jax.objective.estimators import length_gate
 from spiral_jax.reporting.quotes import Quoting
 from spiral_jax.reporting.reasons import (

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.estimators import bootstrap_weights
-from spiral_jax.measures import STRATEGIES, Column
+from spiral_jax.evaluation.measures import STRATEGIES, Column
+from spiral_jax.evaluation.statistics import bootstrap_weights
 
 _COLUMNS = {
     "single": ("single", 0), "aggregated": ("aggregated", 0),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from spiral_jax.core.config import difference, from_plain, to_plain, uses_aggregation
-from spiral_jax.results import ResultsError
+from spiral_jax.evaluation.results import ResultsError
 from spiral_jax.studies.directory import StudyDirectory, read_metrics
 from spiral_jax.studies.plan import BASE, Study
 from spiral_jax.workdir import WorkdirError, read_config

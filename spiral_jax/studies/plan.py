@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.config import ConfigError, to_plain, uses_aggregation
 from spiral_jax.core.config_checks import validate, validate_evaluation
-from spiral_jax.measures import STRATEGIES
+from spiral_jax.evaluation.measures import STRATEGIES
 
 BASE, EVALUATION, OPTIMUM, EFFICIENCY, ENTROPY = "base", "evaluation", "optimum", "efficiency", "entropy"
 SWEEP_SEED = 0  # of the runs of a sweep

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.results import percent
+from spiral_jax.evaluation.results import percent
 from spiral_jax.studies import plots
 from spiral_jax.studies.plan import Study
 

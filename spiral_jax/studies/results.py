@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.comparison import check_comparable, scaling_efficiency
-from spiral_jax.estimators import bootstrap_weights
-from spiral_jax.measures import columns
-from spiral_jax.results import ResultsError, read_results
+from spiral_jax.evaluation.comparison import check_comparable, scaling_efficiency
+from spiral_jax.evaluation.measures import columns
+from spiral_jax.evaluation.results import ResultsError, read_results
+from spiral_jax.evaluation.statistics import bootstrap_weights
 from spiral_jax.studies.cells import Cells, column_of, estimate, gap, value_of
 from spiral_jax.studies.claims import judged
 from spiral_jax.studies.directory import StudyDirectory, pair_name

@@ -8,7 +8,7 @@ from scripted_sampler import ReadingSampler, make_actor
 
 from spiral_jax.core.config import for_evaluation
 from spiral_jax.core.groups import Role
-from spiral_jax.evaluation import evaluate_wave
+from spiral_jax.evaluation.wave import evaluate_wave
 
 SIZES = {
     "eval__n": 9, "eval__population": 6, "eval__set_size": 2, "eval__rounds": 3, "eval__subsets": 3,

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from scripted_sampler import TOKENIZER, ReadingSampler, ScriptedSampler, make_actor, number_task
 
-from spiral_jax.comparison import compare
 from spiral_jax.core.config import ConfigError, for_evaluation, for_evaluation_in_training
 from spiral_jax.core.groups import GroupRequests, Purpose, Role, Stop
-from spiral_jax.evaluation import cut_at, evaluate, evaluate_wave
+from spiral_jax.evaluation.comparison import compare
+from spiral_jax.evaluation.results import make_results, read_results, write_results
+from spiral_jax.evaluation.wave import cut_at, evaluate, evaluate_wave
 from spiral_jax.objective.subsets import independent_subsets
-from spiral_jax.results import make_results, read_results, write_results
 
 
 def script(role, cursor, k, i):

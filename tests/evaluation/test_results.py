@@ -5,8 +5,8 @@ import json
 import pytest
 from rich.console import Console
 
-from spiral_jax.measures import summarise
-from spiral_jax.results import number, percent, powers_of_two, results_tables, write_results
+from spiral_jax.evaluation.measures import summarise
+from spiral_jax.evaluation.results import number, percent, powers_of_two, results_tables, write_results
 
 
 def results(records, **problems):

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spiral_jax.estimators import (
+from spiral_jax.evaluation.statistics import (
     answer_entropy,
     bootstrap_weights,
     longest_of_k,

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.config import ConfigError, digest, eval_subset_size, uses_aggregation
 from spiral_jax.core.groups import Groups, Purpose, Stop
-from spiral_jax.estimators import mean_and_interval
-from spiral_jax.measures import Answers, accuracy, any_correct, set_votes
-from spiral_jax.results import make_results
+from spiral_jax.evaluation.measures import Answers, accuracy, any_correct, set_votes
+from spiral_jax.evaluation.results import make_results
+from spiral_jax.evaluation.statistics import mean_and_interval
 from spiral_jax.rollout.evaluation_feed import EvaluationFeed
 from spiral_jax.rollout.requests import Actor, Rollouts, Round, fits, load_strategy, search, verify
 from spiral_jax.tasks.problem import Problem

@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from spiral_jax import comparison, evaluate
-from spiral_jax.comparison import compare, samples_needed, scaling_efficiency
-from spiral_jax.results import VERSION, ResultsError, write_results
+from spiral_jax import evaluate
+from spiral_jax.evaluation import comparison
+from spiral_jax.evaluation.comparison import compare, samples_needed, scaling_efficiency
+from spiral_jax.evaluation.results import VERSION, ResultsError, write_results
 
 SETTINGS = {"n": 4, "subsets": 1, "traces": 1, "population": 2, "set_size": 1, "rounds": 2, "limits": [], "seed": 0,
             "temperature": 1.0, "subset_size": 2, "search_max_tokens": 8, "aggregation_max_tokens": 8}  # fmt: skip

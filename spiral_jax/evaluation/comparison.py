@@ -15,9 +15,9 @@ import numpy as np
 from rich.table import Table
 
 from spiral_jax.core.config import defaults, difference, to_plain
-from spiral_jax.estimators import bootstrap_weights, ratios_and_intervals
-from spiral_jax.measures import BOOTSTRAP_DRAWS, Column, columns
-from spiral_jax.results import ResultsError, make_table, percent, powers_of_two
+from spiral_jax.evaluation.measures import BOOTSTRAP_DRAWS, Column, columns
+from spiral_jax.evaluation.results import ResultsError, make_table, percent, powers_of_two
+from spiral_jax.evaluation.statistics import bootstrap_weights, ratios_and_intervals
 
 VERSION = 1
 _BUDGETS = 4  # token budgets at which accuracies are compared, each half of the one above

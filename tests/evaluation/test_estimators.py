@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from spiral_jax.estimators import (
+from spiral_jax.evaluation.statistics import (
     Estimate,
     answer_entropy,
     bootstrap_weights,

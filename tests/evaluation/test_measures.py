@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from spiral_jax.measures import accuracy, any_correct, columns, set_votes, summarise, vote
+from spiral_jax.evaluation.measures import accuracy, any_correct, columns, set_votes, summarise, vote
 
 
 def stage(answer, length=None, cut_off=None):

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from spiral_jax.core import config
-from spiral_jax.measures import summarise
+from spiral_jax.evaluation.measures import summarise
 from spiral_jax.tasks.problem import Problem
 
 VERSION = 1
