@@ -23,7 +23,7 @@ from spiral_jax.evaluation.statistics import mean_and_interval
 from spiral_jax.learner.step import variables
 from spiral_jax.objective import subsets
 from spiral_jax.rollout.requests import Actor, aggregate, search, verify
-from spiral_jax.setup import set_up
+from spiral_jax.run.setup import set_up
 from spiral_jax.tasks import end_digit
 from spiral_jax.verifier.verifier import Verifier
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 
-from spiral_jax import environment
+from spiral_jax.run import environment
 
 
 def machine() -> str:

@@ -54,8 +54,9 @@ def serve() -> None:
     """Reads a run a line from standard input, forks it, and answers with its exit code."""
     from absl import app
 
-    from spiral_jax import run_log, train
+    from spiral_jax import train
     from spiral_jax.core import config, faults
+    from spiral_jax.run import log as run_log
 
     for line in sys.stdin:
         flags, fault, out, err = json.loads(line)

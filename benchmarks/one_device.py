@@ -29,7 +29,6 @@ from ml_collections import ConfigDict
 
 from benchmarks.machine import commit, machine
 from configs import qwen3_4b
-from spiral_jax import telemetry
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role, take_groups
@@ -42,9 +41,10 @@ from spiral_jax.planning.model import planned_model
 from spiral_jax.planning.programs import Program, Run
 from spiral_jax.planning.roofline import roofline
 from spiral_jax.planning.topology import Topology, find_topology
+from spiral_jax.run import telemetry
+from spiral_jax.run.setup import make_samplers
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.protocol import sample
-from spiral_jax.setup import make_samplers
 
 TOPOLOGY = flags.DEFINE_string("topology", "h100:1", "whose data sheet the rooflines are of")
 JSON = flags.DEFINE_string("json", None, "file that gets the report")

@@ -29,11 +29,11 @@ from playwright.sync_api import sync_playwright
 from benchmarks.machine import machine
 from benchmarks.synthetic_run import write_run
 from configs import tiny
-from spiral_jax import environment
 from spiral_jax.reporting import main_page
 from spiral_jax.reporting.pages import write_pages
 from spiral_jax.reporting.run import read_run
-from spiral_jax.workdir import StepLog
+from spiral_jax.run import environment
+from spiral_jax.run.workdir import StepLog
 
 JSON = flags.DEFINE_string("json", "docs/report.json", "file that the numbers are written to")
 STEPS = flags.DEFINE_integer("steps", 500, "steps, each with a trace file")

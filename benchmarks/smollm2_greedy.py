@@ -21,8 +21,8 @@ from configs import smollm2_135m
 from spiral_jax.core.groups import GroupRequests, Role, pad_rows
 from spiral_jax.learner.step import variables
 from spiral_jax.prompts import prompts
+from spiral_jax.run.setup import Setup, set_up
 from spiral_jax.sampling.protocol import sample
-from spiral_jax.setup import Setup, set_up
 
 HF_PATH = flags.DEFINE_string("hf_path", "models/SmolLM2-135M-Instruct", "model directory")
 QUESTIONS = flags.DEFINE_string("questions", None, 'JSONL of {"question", "answer"}', required=True)

@@ -16,7 +16,7 @@ from spiral_jax.core.config import digest, to_plain, uses_aggregation
 from spiral_jax.core.groups import Purpose, Stop
 from spiral_jax.objective import estimators as advantages
 from spiral_jax.objective import subsets
-from spiral_jax.workdir import StepLog, TraceLog, open_workdir
+from spiral_jax.run.workdir import StepLog, TraceLog, open_workdir
 
 _WORDS = (
     "so",

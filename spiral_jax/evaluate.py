@@ -41,13 +41,13 @@ from spiral_jax.evaluation import comparison, results
 from spiral_jax.evaluation.wave import evaluate_wave, held_out
 from spiral_jax.model import hf
 from spiral_jax.rollout.requests import Actor
-from spiral_jax.setup import Setup, keep_compiled_programs, set_up
+from spiral_jax.run.setup import Setup, keep_compiled_programs, set_up
+from spiral_jax.run.trace_log import render_examples
+from spiral_jax.run.watchdog import Watchdog, deadline
+from spiral_jax.run.workdir import StepLog, WorkdirError, open_workdir
 from spiral_jax.tasks.problem import Problem, TaskError
-from spiral_jax.trace_log import render_examples
 from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import CORRECT, Verifier
-from spiral_jax.watchdog import Watchdog, deadline
-from spiral_jax.workdir import StepLog, WorkdirError, open_workdir
 
 # What a user can mend: these end the program with their message alone, without a stack trace.
 USER_ERRORS = (ConfigError, hf.WeightsError, TaskError, WorkdirError, VerifierFailure, results.ResultsError,

@@ -23,10 +23,8 @@ from absl import app, flags, logging
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
-from spiral_jax.checkpoint import CheckpointError
 from spiral_jax.core.config import ConfigError, digest, parse_flags, to_plain
 from spiral_jax.core.mesh import host_mesh, path_name
-from spiral_jax.initial import Trained, find_trained
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, save_adapter
 from spiral_jax.model.architecture import read_architecture
@@ -34,7 +32,9 @@ from spiral_jax.model.tensor_files import Output, TensorFiles, WeightsError, ope
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.prompts import prompts
 from spiral_jax.prompts.prompts import CUT_OFF, EMPTY, Scaffold
-from spiral_jax.workdir import WorkdirError
+from spiral_jax.run.checkpoint import CheckpointError
+from spiral_jax.run.start import Trained, find_trained
+from spiral_jax.run.workdir import WorkdirError
 
 SCAFFOLD = "spiral_scaffold.json"
 INFER = pathlib.Path(__file__).parent / "spiral_infer.py"

@@ -39,18 +39,18 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from spiral_jax.checkpoint import CheckpointError
 from spiral_jax.core.config import ConfigError, digest_of
 from spiral_jax.evaluation.measures import columns
 from spiral_jax.evaluation.results import ResultsError, read_results
-from spiral_jax.initial import find_trained
+from spiral_jax.run.checkpoint import CheckpointError
+from spiral_jax.run.start import find_trained
+from spiral_jax.run.workdir import WorkdirError, open_workdir
 from spiral_jax.studies import report
 from spiral_jax.studies.cells import value_of
 from spiral_jax.studies.directory import StudyDirectory, pair_name, read_metrics
 from spiral_jax.studies.plan import BASE, EVALUATION, SWEEP_SEED, Study, load_study
 from spiral_jax.studies.processes import Processes
 from spiral_jax.studies.results import gather
-from spiral_jax.workdir import WorkdirError, open_workdir
 
 # What a user can mend: these end the program with their message alone, without a stack trace.
 USER_ERRORS = (ConfigError, WorkdirError, ResultsError)

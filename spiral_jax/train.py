@@ -32,8 +32,6 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from spiral_jax import initial
-from spiral_jax.checkpoint import CheckpointError, Checkpoints, Retention
 from spiral_jax.core import config, distributed, faults
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
@@ -42,23 +40,25 @@ from spiral_jax.core.groups import Role
 from spiral_jax.core.metrics import divide
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.wave import evaluate
-from spiral_jax.guards import BadSteps, NumericsGuard, watched
 from spiral_jax.learner import blocks as batching
 from spiral_jax.learner.step import TrainState, abstract_state, init_state, make_train_step, variables
 from spiral_jax.model.tensor_files import WeightsError
-from spiral_jax.preemption import Preemption
 from spiral_jax.rollout.collect import Batch, NoSignal, collect_batch
 from spiral_jax.rollout.requests import Actor
-from spiral_jax.run_log import RunLog
-from spiral_jax.saving import Saver
-from spiral_jax.setup import Setup, check_shapes, keep_compiled_programs, set_up
+from spiral_jax.run import start as initial
+from spiral_jax.run.checkpoint import CheckpointError, Checkpoints, Retention
+from spiral_jax.run.guards import BadSteps, NumericsGuard, watched
+from spiral_jax.run.log import RunLog
+from spiral_jax.run.preemption import Preemption
+from spiral_jax.run.saving import Saver
+from spiral_jax.run.setup import Setup, check_shapes, keep_compiled_programs, set_up
+from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
+from spiral_jax.run.trace_log import render_examples, trace_rows
+from spiral_jax.run.watchdog import Watchdog, deadline
+from spiral_jax.run.workdir import WorkdirError, open_workdir
 from spiral_jax.tasks.problem import TaskError
-from spiral_jax.telemetry import StepProfile, memory_metrics, update_metrics
-from spiral_jax.trace_log import render_examples, trace_rows
 from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import Verifier
-from spiral_jax.watchdog import Watchdog, deadline
-from spiral_jax.workdir import WorkdirError, open_workdir
 
 
 class Mismatch(RuntimeError):

@@ -83,7 +83,7 @@ class Chunks:
 
 def preempt():
     """All leave the same chunk of the same step, in which one of them got a SIGTERM, and begin nothing new."""
-    from spiral_jax.preemption import Preemption
+    from spiral_jax.run.preemption import Preemption
 
     with Preemption(grace_s=60.0) as preemption:
         for step in range(3):
@@ -106,7 +106,7 @@ def this_mesh():
 
 def checkpoint():
     """Restores the newest checkpoint onto this mesh, checks every value, saves the next one."""
-    from spiral_jax.checkpoint import Checkpoints
+    from spiral_jax.run.checkpoint import Checkpoints
 
     def arrays(step):
         make = lambda path, shape: (  # noqa: E731

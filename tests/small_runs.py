@@ -3,13 +3,13 @@
 import jax
 import numpy as np
 
-from spiral_jax.checkpoint import Checkpoints
 from spiral_jax.core.config import digest, to_plain
 from spiral_jax.core.mesh import weight_shardings
 from spiral_jax.learner.step import abstract_state
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora
-from spiral_jax.workdir import open_workdir
+from spiral_jax.run.checkpoint import Checkpoints
+from spiral_jax.run.workdir import open_workdir
 
 
 def random_like(shapes, mesh, seed, scale=0.1):

@@ -16,8 +16,8 @@ import pytest
 
 from configs import tiny
 from spiral_jax.core.config import ConfigError, digest, to_plain
-from spiral_jax.setup import set_up
-from spiral_jax.workdir import open_workdir
+from spiral_jax.run.setup import set_up
+from spiral_jax.run.workdir import open_workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = [

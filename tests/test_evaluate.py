@@ -15,9 +15,9 @@ from configs import tiny
 from spiral_jax import evaluate
 from spiral_jax.core.config import ConfigError, for_evaluation
 from spiral_jax.core.groups import Role
-from spiral_jax.setup import set_up
+from spiral_jax.run.setup import set_up
+from spiral_jax.run.workdir import WorkdirError
 from spiral_jax.tasks import jsonl
-from spiral_jax.workdir import WorkdirError
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(__file__).parent / "golden_results.json"

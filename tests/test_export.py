@@ -19,12 +19,12 @@ from configs import tiny
 from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.core.metrics import divide
 from spiral_jax.export import export, merged_outputs
-from spiral_jax.initial import find_trained
 from spiral_jax.learner.step import init_state, make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.tensor_files import WeightsError, open_tensors
 from spiral_jax.prompts.prompts import load_tokenizer, stop_ids
+from spiral_jax.run.start import find_trained
 
 ROOT = pathlib.Path(__file__).parent.parent
 PARITY = 1e-4  # float32 against float32 in another order of sums, logits up to about 3

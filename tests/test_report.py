@@ -22,7 +22,7 @@ from spiral_jax.reporting.charts import overview_charts, running_mean
 from spiral_jax.reporting.evaluation_charts import evaluation_charts, measure_table
 from spiral_jax.reporting.render import embed, render
 from spiral_jax.reporting.run import changed_fields, read_run
-from spiral_jax.workdir import StepLog, WorkdirError
+from spiral_jax.run.workdir import StepLog, WorkdirError
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDEN = pathlib.Path(__file__).parent / "golden_results.json"

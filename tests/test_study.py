@@ -17,12 +17,12 @@ from matplotlib.image import imread
 from spiral_jax import study
 from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.evaluation.results import ResultsError
+from spiral_jax.run.workdir import WorkdirError
 from spiral_jax.studies import plots, report, sweep
 from spiral_jax.studies.directory import StudyDirectory
 from spiral_jax.studies.plan import load_study
 from spiral_jax.studies.processes import Processes
 from spiral_jax.studies.results import gather
-from spiral_jax.workdir import WorkdirError
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILE = "tests/study_small.py"

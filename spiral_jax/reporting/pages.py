@@ -16,7 +16,7 @@ from spiral_jax.reporting.problem import FLAGS, problem_page, split_problems
 from spiral_jax.reporting.quotes import DEFINITION
 from spiral_jax.reporting.render import embed, render
 from spiral_jax.reporting.run import Run
-from spiral_jax.workdir import WorkdirError, read_traces
+from spiral_jax.run.workdir import WorkdirError, read_traces
 
 FOLDER = "report"
 _PAGE_FILE = re.compile(r"step_\d+(_\d+)?\.html")

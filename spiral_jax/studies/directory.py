@@ -7,7 +7,7 @@ import json
 import pathlib
 from typing import Any
 
-from spiral_jax.workdir import StepLog
+from spiral_jax.run.workdir import StepLog
 
 
 def pair_name(searcher: str, reader: str) -> str:

@@ -26,13 +26,13 @@ from spiral_jax.evaluation.comparison import check_comparable, scaling_efficienc
 from spiral_jax.evaluation.measures import columns
 from spiral_jax.evaluation.results import ResultsError, read_results
 from spiral_jax.evaluation.statistics import bootstrap_weights
+from spiral_jax.run.workdir import WorkdirError
 from spiral_jax.studies.cells import Cells, column_of, estimate, gap, value_of
 from spiral_jax.studies.claims import judged
 from spiral_jax.studies.directory import StudyDirectory, pair_name
 from spiral_jax.studies.history import check_evaluation, run_row
 from spiral_jax.studies.optimum import optimum
 from spiral_jax.studies.plan import BASE, Study, arm_row
-from spiral_jax.workdir import WorkdirError
 
 VERSION = 1
 DRAWS = 2000  # resamples

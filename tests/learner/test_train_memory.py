@@ -7,7 +7,7 @@ import pytest
 
 from configs import tiny
 from spiral_jax import train as program
-from spiral_jax.setup import set_up
+from spiral_jax.run.setup import set_up
 
 
 @pytest.mark.slow

@@ -17,12 +17,12 @@ from spiral_jax.learner.blocks import abstract_block
 from spiral_jax.learner.step import abstract_state, make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
+from spiral_jax.run.setup import make_samplers
 from spiral_jax.sampling.decode import decode_step
 from spiral_jax.sampling.programs import abstract_prefilled, admission_shapes
 from spiral_jax.sampling.programs import abstract_state as abstract_state_of
 from spiral_jax.sampling.slots import SlotClass, enter
 from spiral_jax.sampling.weights import abstract_weights
-from spiral_jax.setup import make_samplers
 
 # config.json of Qwen3-4B-Instruct-2507
 ARCH = Architecture(V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True)

@@ -14,8 +14,8 @@ from spiral_jax.objective import subsets
 from spiral_jax.reporting.problem import problem_page, split_problems
 from spiral_jax.rollout.collect import NoSignal, collect_batch, find_advantages, weigh
 from spiral_jax.rollout.requests import Rollouts, Round
-from spiral_jax.setup import set_up
-from spiral_jax.trace_log import trace_rows
+from spiral_jax.run.setup import set_up
+from spiral_jax.run.trace_log import trace_rows
 
 N, K, S, M = 8, 4, 4, 4
 

@@ -7,13 +7,13 @@ import jax
 import pytest
 from small_steps import ARCH, blocks_of, both_roles
 
-from spiral_jax import telemetry
 from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import Role
 from spiral_jax.core.metrics import divide
 from spiral_jax.learner.blocks import padding
 from spiral_jax.model.flops import train_flops
-from spiral_jax.telemetry import StepProfile, memory_metrics, update_metrics
+from spiral_jax.run import telemetry
+from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
 
 
 @dataclasses.dataclass

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import textwrap
 
-from spiral_jax.watchdog import HUNG, Watchdog, deadline
+from spiral_jax.run.watchdog import HUNG, Watchdog, deadline
 
 
 def run(code):

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spiral_jax import workdir as workdirs
 from spiral_jax.core import config
-from spiral_jax.workdir import StepLog, TraceLog, WorkdirError, open_workdir, read_config
+from spiral_jax.run import workdir as workdirs
+from spiral_jax.run.workdir import StepLog, TraceLog, WorkdirError, open_workdir, read_config
 
 
 def settings(**changes):

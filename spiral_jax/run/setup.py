@@ -11,20 +11,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spiral_jax import initial
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError, eval_subset_size, groups_of_step, uses_aggregation
 from spiral_jax.core.config_checks import validate, validate_evaluation
 from spiral_jax.core.groups import Role
 from spiral_jax.learner import blocks as batching
 from spiral_jax.learner.step import abstract_state, keeps_base, make_train_step
-from spiral_jax.metric_writers import check_installed
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture, read_architecture
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.prompts import prompts
 from spiral_jax.prompts.prompts import Scaffold
 from spiral_jax.rollout.requests import load_strategy
+from spiral_jax.run import start as initial
+from spiral_jax.run.metric_writers import check_installed
+from spiral_jax.run.watchdog import deadline
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.programs import Schedule
@@ -32,7 +33,6 @@ from spiral_jax.sampling.slots import DecodeSettings, SlotClass
 from spiral_jax.tasks.load import load_task
 from spiral_jax.tasks.problem import Task
 from spiral_jax.verifier.rewards import MATH, load_reward
-from spiral_jax.watchdog import deadline
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerBase

@@ -15,11 +15,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spiral_jax import STARTED, environment
+from spiral_jax import STARTED
 from spiral_jax.core import config, distributed
 from spiral_jax.evaluation.results import write_results
-from spiral_jax.metric_writers import MetricWriters
-from spiral_jax.workdir import StepLog, TraceLog
+from spiral_jax.run import environment
+from spiral_jax.run.metric_writers import MetricWriters
+from spiral_jax.run.workdir import StepLog, TraceLog
 
 
 class RunLog:

@@ -7,9 +7,9 @@ import pytest
 from small_steps import random_groups
 
 from spiral_jax.core.groups import Role
-from spiral_jax.guards import BadSteps, NumericsGuard, watched
 from spiral_jax.rollout.collect import Batch
 from spiral_jax.rollout.requests import Rollouts
+from spiral_jax.run.guards import BadSteps, NumericsGuard, watched
 from spiral_jax.tasks.problem import Problem
 
 

@@ -4,7 +4,7 @@
     WORKDIR/starts.jsonl                   one JSON object each time the run starts or resumes, see `environment`
     WORKDIR/metrics.jsonl                  one JSON object a step
     WORKDIR/traces/step_000123.jsonl.gz    one JSON object a trace
-    WORKDIR/checkpoints/                   see `spiral_jax.checkpoint`
+    WORKDIR/checkpoints/                   see `spiral_jax.run.checkpoint`
 
 Row `step` = s belongs to the step that starts with s steps done, so a resume from the checkpoint of step s first calls
 `cut_back(s)` on both logs. In a run of several processes only process 0 touches the directory: what writes does nothing

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spiral_jax.checkpoint import CheckpointError, Checkpoints
 from spiral_jax.core.config import ConfigError, from_plain
 from spiral_jax.core.mesh import weight_shardings
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, check_adapter, load_adapter
 from spiral_jax.model.transformer import ModelConfig
-from spiral_jax.workdir import WorkdirError, read_config
+from spiral_jax.run.checkpoint import CheckpointError, Checkpoints
+from spiral_jax.run.workdir import WorkdirError, read_config
 
 
 @dataclasses.dataclass(frozen=True)

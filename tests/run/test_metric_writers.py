@@ -10,10 +10,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from configs import tiny
-from spiral_jax import environment
 from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.core.config_checks import validate
-from spiral_jax.metric_writers import MetricWriters, check_installed
+from spiral_jax.run import environment
+from spiral_jax.run.metric_writers import MetricWriters, check_installed
 
 ROW = {"step": 3, "reward/search": 0.5, "grad_norm": None, "loss": math.nan, "name": "x",
        "single": {"mean": 0.25, "low": 0.125, "high": None, "count": 8}}  # fmt: skip

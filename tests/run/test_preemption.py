@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from spiral_jax.preemption import Preemption
-from spiral_jax.watchdog import HUNG
+from spiral_jax.run.preemption import Preemption
+from spiral_jax.run.watchdog import HUNG
 
 
 def test_a_notice_ends_interruptible_work_where_it_is():

@@ -6,15 +6,15 @@ import pytest
 from small_runs import make_run, random_like
 
 from configs import tiny
-from spiral_jax.checkpoint import CheckpointError, Checkpoints
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.config_checks import validate
 from spiral_jax.core.mesh import weight_shardings
-from spiral_jax.initial import check_start, load_policies, load_start
 from spiral_jax.learner.step import init_state
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, save_adapter
 from spiral_jax.model.architecture import read_architecture
+from spiral_jax.run.checkpoint import CheckpointError, Checkpoints
+from spiral_jax.run.start import check_start, load_policies, load_start
 
 PATH = hf.BUNDLED["bundled:tiny"]
 

@@ -7,7 +7,7 @@ from scripted_sampler import TOKENIZER, make_actor
 
 from spiral_jax.core.groups import Role
 from spiral_jax.rollout.collect import collect_batch
-from spiral_jax.trace_log import trace_rows
+from spiral_jax.run.trace_log import trace_rows
 
 
 def script(role, cursor, k, i):

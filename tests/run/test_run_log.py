@@ -3,8 +3,8 @@
 import json
 
 from configs import tiny
-from spiral_jax.run_log import RunLog
-from spiral_jax.workdir import trace_files
+from spiral_jax.run.log import RunLog
+from spiral_jax.run.workdir import trace_files
 
 
 def rows(path, name):

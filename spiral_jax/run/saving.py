@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from spiral_jax.checkpoint import CheckpointError, Checkpoints
-from spiral_jax.watchdog import deadline
+from spiral_jax.run.checkpoint import CheckpointError, Checkpoints
+from spiral_jax.run.watchdog import deadline
 
 
 class Saver:

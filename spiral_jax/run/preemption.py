@@ -14,8 +14,8 @@ from jax.experimental import multihost_utils
 
 from spiral_jax.core.groups import GroupRequests, Groups
 from spiral_jax.core.metrics import Mean
+from spiral_jax.run.watchdog import deadline
 from spiral_jax.sampling.protocol import Feed, Sampler
-from spiral_jax.watchdog import deadline
 
 Result = TypeVar("Result")
 
