@@ -23,11 +23,11 @@ from absl import app, flags
 from benchmarks.machine import machine
 from configs import qwen3_4b
 from spiral_jax.planning.compiled import compile_kept
+from spiral_jax.planning.fit import make_mesh
 from spiral_jax.planning.hlo import Module, parse
-from spiral_jax.planning.model import planned_model
+from spiral_jax.planning.inventory import Run
 from spiral_jax.planning.profile import unit_and_call
-from spiral_jax.planning.programs import Run
-from spiral_jax.planning.search import make_mesh
+from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.topology import find_topology
 
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x2", "a TPU slice that libtpu knows")

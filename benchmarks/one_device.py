@@ -37,9 +37,9 @@ from spiral_jax.learner.blocks import Block, abstract_block, make_blocks
 from spiral_jax.learner.step import init_state, variables
 from spiral_jax.model.flops import ideal_train_flops
 from spiral_jax.model.transformer import init_variables
-from spiral_jax.planning.model import planned_model
-from spiral_jax.planning.programs import Program, Run
+from spiral_jax.planning.inventory import Program, Run
 from spiral_jax.planning.roofline import roofline
+from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.topology import Topology, find_topology
 from spiral_jax.run import telemetry
 from spiral_jax.run.setup import make_samplers

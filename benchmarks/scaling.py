@@ -26,12 +26,12 @@ from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import AXES
 from spiral_jax.learner.blocks import abstract_block
 from spiral_jax.plan import plan
-from spiral_jax.planning.model import planned_model
+from spiral_jax.planning.fit import as_flags, changed, make_mesh
+from spiral_jax.planning.inventory import Run
 from spiral_jax.planning.profile import profile
-from spiral_jax.planning.programs import Run
-from spiral_jax.planning.search import as_flags, changed, make_mesh
-from spiral_jax.planning.step import Assumptions
+from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.topology import find_topology
+from spiral_jax.planning.whole_step import Assumptions
 
 ONLY = flags.DEFINE_string("only", None, 'one machine, or "weak" for the table of weak scaling')
 TABLE_ONLY = flags.DEFINE_bool("table_only", False, "compile nothing")

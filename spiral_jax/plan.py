@@ -24,11 +24,11 @@ from ml_collections import config_flags
 from spiral_jax.core import config
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.config_checks import validate
-from spiral_jax.planning.model import planned_model
+from spiral_jax.planning.fit import Attempt, Planner, as_flags
 from spiral_jax.planning.profile import Profile
-from spiral_jax.planning.search import Attempt, Planner, as_flags
-from spiral_jax.planning.step import Assumptions
+from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.topology import Topology, find_topology
+from spiral_jax.planning.whole_step import Assumptions
 
 GIB = 2**30
 

@@ -9,7 +9,7 @@ from typing import Any
 from spiral_jax.planning.compiled import Compiled, compile_kept
 from spiral_jax.planning.costs import Cost, cost_of
 from spiral_jax.planning.hlo import Array, Module, parse
-from spiral_jax.planning.programs import Forbidden, Program
+from spiral_jax.planning.inventory import Forbidden, Program
 from spiral_jax.planning.roofline import Roofline, roofline
 from spiral_jax.planning.topology import Topology
 from spiral_jax.planning.traffic import uncounted_kernels

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.config import groups_of_step, uses_aggregation
 from spiral_jax.core.groups import Role
+from spiral_jax.planning.inventory import Run
 from spiral_jax.planning.profile import Profile
-from spiral_jax.planning.programs import Run
 from spiral_jax.planning.roofline import roofline
 from spiral_jax.planning.topology import Topology
 

@@ -22,13 +22,13 @@ from spiral_jax.model.architecture import Architecture
 from spiral_jax.planning import compiled as compiled_module
 from spiral_jax.planning import topology as topologies
 from spiral_jax.planning.compiled import compile_kept, needed_bytes
+from spiral_jax.planning.fit import Planner, as_flags, changed
 from spiral_jax.planning.hlo import parse
-from spiral_jax.planning.model import planned_model
+from spiral_jax.planning.inventory import Forbidden, Run
 from spiral_jax.planning.profile import forbidden_arrays, profile
-from spiral_jax.planning.programs import Forbidden, Run
-from spiral_jax.planning.search import Planner, as_flags, changed
-from spiral_jax.planning.step import Assumptions, bucket, work_of
+from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.topology import CHIPS, Topology, find_topology
+from spiral_jax.planning.whole_step import Assumptions, bucket, work_of
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 ASSUMED = Assumptions()

@@ -15,10 +15,10 @@ from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError, groups_of_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
+from spiral_jax.planning.inventory import Run
 from spiral_jax.planning.profile import Profile, profile
-from spiral_jax.planning.programs import Run
-from spiral_jax.planning.step import Assumptions, predict, work_of
 from spiral_jax.planning.topology import Topology
+from spiral_jax.planning.whole_step import Assumptions, predict, work_of
 
 Overrides = dict[str, Any]
 
