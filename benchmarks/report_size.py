@@ -31,7 +31,7 @@ from benchmarks.synthetic_run import write_run
 from configs import tiny
 from spiral_jax.reporting import main_page
 from spiral_jax.reporting.pages import write_pages
-from spiral_jax.reporting.run import read_run
+from spiral_jax.reporting.read_run import read_run
 from spiral_jax.run import environment
 from spiral_jax.run.workdir import StepLog
 

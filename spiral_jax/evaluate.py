@@ -31,7 +31,6 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
-from spiral_jax import scaling_plots
 from spiral_jax.core import config, config_checks, distributed
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.distributed import DistributedError
@@ -40,6 +39,7 @@ from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation import comparison, results
 from spiral_jax.evaluation.wave import evaluate_wave, held_out
 from spiral_jax.model import hf
+from spiral_jax.reporting import evaluation_figures as scaling_plots
 from spiral_jax.rollout.requests import Actor
 from spiral_jax.run.setup import Setup, keep_compiled_programs, set_up
 from spiral_jax.run.trace_log import render_examples

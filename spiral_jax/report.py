@@ -20,7 +20,7 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.evaluation.comparison import check_comparable
 from spiral_jax.evaluation.results import ResultsError
 from spiral_jax.reporting.main_page import write_report
-from spiral_jax.reporting.run import read_run
+from spiral_jax.reporting.read_run import read_run
 from spiral_jax.run.workdir import WorkdirError
 
 # What a user can mend: these end the program with their message alone, without a stack trace.

@@ -11,10 +11,10 @@ from markupsafe import Markup
 from spiral_jax.reporting.charts import overview_charts
 from spiral_jax.reporting.evaluation_charts import evaluation_charts, measure_table, training_table
 from spiral_jax.reporting.pages import Traces, write_pages
-from spiral_jax.reporting.problem import FLAGS
+from spiral_jax.reporting.problem_page import FLAGS
 from spiral_jax.reporting.quotes import DEFINITION
+from spiral_jax.reporting.read_run import Run, changed_fields
 from spiral_jax.reporting.render import embed, render
-from spiral_jax.reporting.run import Run, changed_fields
 
 NAME = "report.html"
 MOST_BYTES = 30 * 2**20  # of the main file

@@ -12,10 +12,10 @@ from typing import Any
 from etils import epath
 from markupsafe import Markup
 
-from spiral_jax.reporting.problem import FLAGS, problem_page, split_problems
+from spiral_jax.reporting.problem_page import FLAGS, problem_page, split_problems
 from spiral_jax.reporting.quotes import DEFINITION
+from spiral_jax.reporting.read_run import Run
 from spiral_jax.reporting.render import embed, render
-from spiral_jax.reporting.run import Run
 from spiral_jax.run.workdir import WorkdirError, read_traces
 
 FOLDER = "report"

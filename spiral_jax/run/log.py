@@ -98,7 +98,9 @@ class RunLog:
 
     def summarise(self, steps: int, sampled_tokens: int) -> None:
         """Draws the curves, writes and prints the table."""
-        from spiral_jax import curves  # matplotlib takes half a second, which a restart can do without
+        from spiral_jax.reporting import (
+            training_figures as curves,
+        )
 
         if not distributed.is_first():
             return

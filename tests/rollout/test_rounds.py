@@ -11,7 +11,7 @@ from configs import tiny
 from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.core.groups import GroupRequests, Groups, Role
 from spiral_jax.objective import subsets
-from spiral_jax.reporting.problem import problem_page, split_problems
+from spiral_jax.reporting.problem_page import problem_page, split_problems
 from spiral_jax.rollout.collect import NoSignal, collect_batch, find_advantages, weigh
 from spiral_jax.rollout.requests import Rollouts, Round
 from spiral_jax.run.setup import set_up

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from spiral_jax.core import progress
 from spiral_jax.core.progress import Progress
-from spiral_jax.curves import draw_curves, evaluation_table
+from spiral_jax.reporting.training_figures import draw_curves, evaluation_table
 
 KEYS = ["reward/aggregated", "reward/search", "length/search", "length/aggregation", "verifier/parse_rate_search",
         "verifier/parse_rate_aggregation", "grad_norm", "mismatch/kl"]  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.synthetic_run import write_run
 from configs import tiny
 from spiral_jax.core.config import to_plain
-from spiral_jax.reporting.problem import FLAGS, problem_page, split_problems
+from spiral_jax.reporting.problem_page import FLAGS, problem_page, split_problems
 from spiral_jax.reporting.quotes import Quoting
 from spiral_jax.run.workdir import read_traces, trace_files
 

@@ -13,8 +13,8 @@ from benchmarks.synthetic_run import write_run
 from configs import tiny
 from spiral_jax import report
 from spiral_jax.reporting import main_page
-from spiral_jax.reporting.problem import FLAGS, problem_page, split_problems
-from spiral_jax.reporting.run import read_run
+from spiral_jax.reporting.problem_page import FLAGS, problem_page, split_problems
+from spiral_jax.reporting.read_run import read_run
 from spiral_jax.run.workdir import read_traces
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -20,12 +20,12 @@ from spiral_jax.evaluation.results import ResultsError, read_results
 from spiral_jax.reporting import main_page, pages
 from spiral_jax.reporting.charts import overview_charts, running_mean
 from spiral_jax.reporting.evaluation_charts import evaluation_charts, measure_table
+from spiral_jax.reporting.read_run import changed_fields, read_run
 from spiral_jax.reporting.render import embed, render
-from spiral_jax.reporting.run import changed_fields, read_run
 from spiral_jax.run.workdir import StepLog, WorkdirError
 
-ROOT = pathlib.Path(__file__).parent.parent
-GOLDEN = pathlib.Path(__file__).parent / "golden_results.json"
+ROOT = pathlib.Path(__file__).parents[2]
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden_results.json"
 
 
 def settings(**changes):

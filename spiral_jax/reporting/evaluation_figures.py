@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from spiral_jax.curves import BLUE, GREEN, ORANGE
+from spiral_jax.reporting.training_figures import BLUE, GREEN, ORANGE
 
 VERMILION = "#D55E00"  # of the same colour-blind-safe palette (Okabe and Ito, 2008) as curves.py's
 # way to spend compute: its colour when alone, line style, marker
