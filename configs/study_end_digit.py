@@ -17,7 +17,7 @@ command; seeds come one after the other, so that what is there always has all ar
 from ml_collections import ConfigDict
 
 from configs import end_digit
-from spiral_jax.studies import plan
+from spiral_jax.studies import design as plan
 
 _TOKENS = 800_000  # sampled tokens that end a run of any arm
 # Rollouts of a problem, all of at most 28 tokens: N search traces, K sets of S = 4, M aggregation traces

@@ -18,7 +18,7 @@ time, it goes on with the same command; seeds come one after the other, so that 
 from ml_collections import ConfigDict
 
 from configs import tiny
-from spiral_jax.studies import plan
+from spiral_jax.studies import design as plan
 
 _TOKENS = (
     540_000  # sampled tokens that end a run of any arm: what 40 steps of marginal_mean take (docs/quickstart.json)

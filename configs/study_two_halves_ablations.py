@@ -9,7 +9,7 @@ with 3 seeds: two and a quarter hours on two cores. Stopped, it goes on with the
 from ml_collections import ConfigDict
 
 from configs import study_two_halves
-from spiral_jax.studies import plan
+from spiral_jax.studies import design as plan
 
 _LONG = {"train.max_sampled_tokens": 1_400_000, "train.steps": 115}
 # arm: what differs

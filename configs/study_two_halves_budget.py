@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import study_two_halves
-from spiral_jax.studies import plan
+from spiral_jax.studies import design as plan
 
 _CEILING = 416  # tokens a problem, as the arms without aggregation have
 # (N, K, M) with 400 <= N * 26 + K * M * 12 <= 416 tokens: from many aggregations of few traces to the reverse

@@ -10,7 +10,7 @@ self-aggregation cost less. From nothing half an hour on two cores.
 from ml_collections import ConfigDict
 
 from configs import study_two_halves, study_two_halves_reduced
-from spiral_jax.studies import plan
+from spiral_jax.studies import design as plan
 
 
 def get_config(name: str = "") -> ConfigDict:

@@ -9,7 +9,7 @@ Ends with status 1 if the ordering does not hold.
 from ml_collections import ConfigDict
 
 from configs import study_two_halves
-from spiral_jax.studies import plan
+from spiral_jax.studies import design as plan
 
 
 def get_config(name: str = "") -> ConfigDict:

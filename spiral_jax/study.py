@@ -47,10 +47,10 @@ from spiral_jax.run.start import find_trained
 from spiral_jax.run.workdir import WorkdirError, open_workdir
 from spiral_jax.studies import report
 from spiral_jax.studies.cells import value_of
+from spiral_jax.studies.design import BASE, EVALUATION, SWEEP_SEED, Study, load_study
 from spiral_jax.studies.directory import StudyDirectory, pair_name, read_metrics
-from spiral_jax.studies.plan import BASE, EVALUATION, SWEEP_SEED, Study, load_study
+from spiral_jax.studies.gather import gather
 from spiral_jax.studies.processes import Processes
-from spiral_jax.studies.results import gather
 
 # What a user can mend: these end the program with their message alone, without a stack trace.
 USER_ERRORS = (ConfigError, WorkdirError, ResultsError)

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from configs import tiny
-from spiral_jax.studies import plan
+from spiral_jax.studies import design as plan
 
 
 def get_config(name: str = "") -> ConfigDict:

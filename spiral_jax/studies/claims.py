@@ -9,8 +9,8 @@ import numpy as np
 
 from spiral_jax.evaluation.statistics import bootstrap_weights
 from spiral_jax.studies.cells import Cells, estimate, gap
+from spiral_jax.studies.design import EFFICIENCY, ENTROPY, OPTIMUM, Study
 from spiral_jax.studies.optimum import optimum_R
-from spiral_jax.studies.plan import EFFICIENCY, ENTROPY, OPTIMUM, Study
 
 
 def judged(

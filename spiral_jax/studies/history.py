@@ -11,8 +11,8 @@ import numpy as np
 from spiral_jax.core.config import difference, from_plain, to_plain, uses_aggregation
 from spiral_jax.evaluation.results import ResultsError
 from spiral_jax.run.workdir import WorkdirError, read_config
+from spiral_jax.studies.design import BASE, Study
 from spiral_jax.studies.directory import StudyDirectory, read_metrics
-from spiral_jax.studies.plan import BASE, Study
 
 _CURVE_POINTS = 50  # of a run's training that are kept
 _LAST = 0.1  # share of a run's steps that "at the end" means

@@ -9,7 +9,7 @@ import numpy as np
 
 from spiral_jax.core.config import eval_subset_size
 from spiral_jax.studies.cells import Cells, estimate
-from spiral_jax.studies.plan import BASE, Study
+from spiral_jax.studies.design import BASE, Study
 
 
 def optimum(study: Study, done: Mapping[str, Cells], weight_RxB: np.ndarray) -> dict[str, Any] | None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from spiral_jax.evaluation.results import percent
-from spiral_jax.studies import plots
-from spiral_jax.studies.plan import Study
+from spiral_jax.studies import figures as plots
+from spiral_jax.studies.design import Study
 
 _NONE = "–"
 _COLUMNS = (  # of an arm's row: key, head

@@ -14,8 +14,8 @@ import optuna
 from optuna.trial import TrialState
 
 from spiral_jax.core.config import ConfigError
+from spiral_jax.studies.design import SWEEP_SEED, Study
 from spiral_jax.studies.directory import StudyDirectory
-from spiral_jax.studies.plan import SWEEP_SEED, Study
 
 _ASKS = 20  # times optuna is asked for each arm that is wanted: it may propose what does not fit, or was tried
 

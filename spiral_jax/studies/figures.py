@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from spiral_jax.evaluation.results import powers_of_two
-from spiral_jax.studies.plan import BASE
+from spiral_jax.studies.design import BASE
 
 # Okabe and Ito (2008), distinct for colour-blind readers; arms beyond them repeat the colours with another dash.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

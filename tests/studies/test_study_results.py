@@ -8,7 +8,8 @@ import pytest
 from spiral_jax.core.config import ConfigError
 from spiral_jax.evaluation.measures import Column
 from spiral_jax.evaluation.statistics import bootstrap_weights, ratios_and_intervals
-from spiral_jax.studies import plan, plots
+from spiral_jax.studies import design as plan
+from spiral_jax.studies import figures as plots
 from spiral_jax.studies.cells import Cells, column_of, estimate, gap
 from spiral_jax.studies.claims import judged
 from spiral_jax.studies.optimum import optimum

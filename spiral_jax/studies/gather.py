@@ -29,10 +29,10 @@ from spiral_jax.evaluation.statistics import bootstrap_weights
 from spiral_jax.run.workdir import WorkdirError
 from spiral_jax.studies.cells import Cells, column_of, estimate, gap, value_of
 from spiral_jax.studies.claims import judged
+from spiral_jax.studies.design import BASE, Study, arm_row
 from spiral_jax.studies.directory import StudyDirectory, pair_name
 from spiral_jax.studies.history import check_evaluation, run_row
 from spiral_jax.studies.optimum import optimum
-from spiral_jax.studies.plan import BASE, Study, arm_row
 
 VERSION = 1
 DRAWS = 2000  # resamples

@@ -18,13 +18,14 @@ from spiral_jax import study
 from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.evaluation.results import ResultsError
 from spiral_jax.run.workdir import WorkdirError
-from spiral_jax.studies import plots, report, sweep
+from spiral_jax.studies import figures as plots
+from spiral_jax.studies import report, sweep
+from spiral_jax.studies.design import load_study
 from spiral_jax.studies.directory import StudyDirectory
-from spiral_jax.studies.plan import load_study
+from spiral_jax.studies.gather import gather
 from spiral_jax.studies.processes import Processes
-from spiral_jax.studies.results import gather
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 FILE = "tests/study_small.py"
 GOLDEN = ROOT / "tests" / "golden_results.json"
 PYTHON, DRAW = sys.executable, plots.draw
