@@ -37,7 +37,7 @@ from spiral_jax.run.start import Trained, find_trained
 from spiral_jax.run.workdir import WorkdirError
 
 SCAFFOLD = "spiral_scaffold.json"
-INFER = pathlib.Path(__file__).parent / "spiral_infer.py"
+INFER = pathlib.Path(__file__).parent / "assets" / "spiral_infer.py"
 _TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "LICENSE*", "NOTICE*",

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from spiral_jax import spiral_infer
+from spiral_jax.assets import spiral_infer
+from spiral_jax.assets.spiral_infer import Endpoint, EndpointError, Trace
 from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import Stop
 from spiral_jax.model import hf
 from spiral_jax.prompts import prompts
-from spiral_jax.spiral_infer import Endpoint, EndpointError, Trace
 from spiral_jax.tasks.answer import last_boxed
 
 SPECIALS = ["<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
