@@ -19,8 +19,8 @@ from spiral_jax.run.setup import set_up
 from spiral_jax.run.workdir import WorkdirError
 from spiral_jax.tasks import jsonl
 
-ROOT = pathlib.Path(__file__).parent.parent
-GOLDEN = pathlib.Path(__file__).parent / "golden_results.json"
+ROOT = pathlib.Path(__file__).parents[2]
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden_results.json"
 PICTURES = {"pass_at_k.png", "rsa.png", "tokens.png", "voting.png"}
 
 

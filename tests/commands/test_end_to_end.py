@@ -19,7 +19,7 @@ from spiral_jax.core.config import ConfigError, digest, to_plain
 from spiral_jax.run.setup import set_up
 from spiral_jax.run.workdir import open_workdir
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SMALL = [
     "--config=configs/tiny.py", "--config.batch.problems=4", "--config.batch.search_groups=4",
     "--config.batch.aggregation_groups=8", "--config.sampling.classes=((8, 8, 16, 26), (32, 4, 124, 12))",

@@ -26,7 +26,7 @@ from spiral_jax.model.tensor_files import WeightsError, open_tensors
 from spiral_jax.prompts.prompts import load_tokenizer, stop_ids
 from spiral_jax.run.start import find_trained
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PARITY = 1e-4  # float32 against float32 in another order of sums, logits up to about 3
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 KINDS = {"qwen3 lora": ("qwen3", 4, False), "llama lora": ("llama", 4, True), "llama full": ("llama", 0, False)}

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = [*sorted(ROOT.glob("launch/*.sh")), *sorted(ROOT.glob("launch/*.sbatch")), ROOT / ".ci" / "run"]
 FLAGS = [
     "--config=configs/qwen3_4b.py",

@@ -22,7 +22,7 @@ from spiral_jax.tasks.load import load_task
 from spiral_jax.tasks.overlap import describe, find_overlap, normalised
 from spiral_jax.tasks.problem import Problem, TaskError
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 # ---- verl's parquet layout
