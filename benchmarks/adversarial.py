@@ -1,4 +1,6 @@
-"""Answers made to break a verifier, with what must become of each; a seed gives the same ones again."""
+"""Answers made to break a verifier, with what must become of each; a seed gives the same ones
+again.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def _boxed(content: str) -> str:
 
 def _tower(rng: random.Random, _: str) -> tuple[str, str]:
     levels = rng.randint(4, 6)
-    return _boxed("^{".join(str(rng.randint(7, 9)) for _ in range(levels)) + "}" * (levels - 1)), "5"
+    return _boxed(
+        "^{".join(str(rng.randint(7, 9)) for _ in range(levels)) + "}" * (levels - 1)
+    ), "5"
 
 
 def _bomb(rng: random.Random, _: str) -> tuple[str, str]:
@@ -63,8 +67,12 @@ def _long_number(rng: random.Random, _: str) -> tuple[str, str]:
 
 
 def _digits(rng: random.Random, _: str) -> tuple[str, str]:
-    zero = rng.choice([0x660, 0x966, 0xFF10, 0x1D7CE, 0x2080])  # Arabic, Devanagari, full width, bold, subscript
-    return _boxed("".join(chr(zero + rng.randint(0, 9)) for _ in range(rng.randint(1, 6)))), "5000000"
+    zero = rng.choice(
+        [0x660, 0x966, 0xFF10, 0x1D7CE, 0x2080]
+    )  # Arabic, Devanagari, full width, bold, subscript
+    return _boxed(
+        "".join(chr(zero + rng.randint(0, 9)) for _ in range(rng.randint(1, 6)))
+    ), "5000000"
 
 
 def _unterminated(rng: random.Random, _: str) -> tuple[str, str]:

@@ -1,4 +1,5 @@
-"""How far sampler and trainer are apart in bfloat16: the first steps of the bundled model's run, in either dtype.
+"""How far sampler and trainer are apart in bfloat16: the first steps of the bundled model's run, in
+either dtype.
 
     python -m benchmarks.bf16_mismatch [--steps=2] [--json=docs/bf16_mismatch.json]
 
@@ -20,9 +21,13 @@ KEYS = ("mismatch/max_abs_log_ratio", "mismatch/kl", "mismatch/effective_share")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("docs/bf16_mismatch.json"))
+    parser.add_argument(
+        "--json", type=pathlib.Path, default=pathlib.Path("docs/bf16_mismatch.json")
+    )
     asked = parser.parse_args()
     result = {"machine": machine(), "commit": commit(), "steps": asked.steps}
     for dtype in ("float32", "bfloat16"):

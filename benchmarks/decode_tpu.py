@@ -1,4 +1,5 @@
-"""What does the decode program of a 4B run do on a TPU? Compiled for a slice that need not exist, read from its HLO.
+"""What does the decode program of a 4B run do on a TPU? Compiled for a slice that need not exist,
+read from its HLO.
 
     pip install -r requirements-plan.txt
     python -m benchmarks.decode_tpu --topology=v5p:2x2x2 --json=docs/decode_tpu.json
@@ -33,7 +34,15 @@ from spiral_jax.planning.topology import find_topology
 TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x2", "a TPU slice that libtpu knows")
 JSON = flags.DEFINE_string("json", None, "file that gets the report")
 
-MOVES = ("copy", "copy-start", "transpose", "all-gather", "all-gather-start", "all-to-all", "collective-permute")
+MOVES = (
+    "copy",
+    "copy-start",
+    "transpose",
+    "all-gather",
+    "all-gather-start",
+    "all-to-all",
+    "collective-permute",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -45,13 +54,18 @@ def main(argv: list[str]) -> None:
     compiled = compile_kept(program.lower(), topology.name)
     module = parse(compiled.text)
     step, _ = unit_and_call(module, program.unit_loop, program.passes)
-    on_chip = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves([run.decode_weights, run.caches])]
+    on_chip = [
+        leaf.sharding.shard_shape(leaf.shape)
+        for leaf in jax.tree.leaves([run.decode_weights, run.caches])
+    ]
     report = {
         "machine": machine(),
         "topology": topology.name,
         "classes": [list(row) for row in c.sampling.classes],
         "compile_seconds": round(compiled.seconds),
-        "copies": copies(module, min(math.prod(shape) for shape in on_chip if len(shape) > 1 and min(shape) > 64)),
+        "copies": copies(
+            module, min(math.prod(shape) for shape in on_chip if len(shape) > 1 and min(shape) > 64)
+        ),
         "argument_gb": compiled.arguments / 1e9,
         "temporary_share": compiled.temporary / compiled.arguments,
         "aliased_gb": compiled.aliased / 1e9,
@@ -65,7 +79,9 @@ def main(argv: list[str]) -> None:
 
 
 def copies(module: Module, smallest: int) -> dict[str, int]:
-    """How often the program moves an array of at least `smallest` elements to HBM, by operation and shape."""
+    """How often the program moves an array of at least `smallest` elements to HBM, by operation and
+    shape.
+    """
     found = Counter(
         f"{one.operation} {one.arrays[0].dtype}{list(one.arrays[0].shape)}"
         for computation in module.computations.values()

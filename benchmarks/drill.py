@@ -1,5 +1,6 @@
-"""The run that the drills kill: a random model of a few thousand parameters, three problems, steps of well under a
-second, every kind of file that a real run writes. The tests and `benchmarks.kill_soak` share it.
+"""The run that the drills kill: a random model of a few thousand parameters, three problems, steps
+of well under a second, every kind of file that a real run writes. The tests and
+`benchmarks.kill_soak` share it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ FLAGS = [
 
 
 def reward(text: str, problem: Problem) -> bool:
-    """A coin that falls the same way for the same text: a random model gets some of its traces right."""
+    """A coin that falls the same way for the same text: a random model gets some of its traces
+    right.
+    """
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) % 2 == 0
 
 
@@ -62,28 +65,42 @@ def prepare(folder: pathlib.Path, seed: int = 0) -> None:
         "self_attn.q_proj": (H * E, D), "self_attn.k_proj": (J * E, D), "self_attn.v_proj": (J * E, D),
         "self_attn.o_proj": (D, H * E), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F),
     }  # fmt: skip
-    norms = {"self_attn.q_norm": E, "self_attn.k_norm": E, "input_layernorm": D, "post_attention_layernorm": D}
-    weights = {f"model.layers.0.{name}.weight": rng.normal(0, 0.3, shape) for name, shape in layer.items()}
+    norms = {
+        "self_attn.q_norm": E,
+        "self_attn.k_norm": E,
+        "input_layernorm": D,
+        "post_attention_layernorm": D,
+    }
+    weights = {
+        f"model.layers.0.{name}.weight": rng.normal(0, 0.3, shape) for name, shape in layer.items()
+    }
     weights |= {f"model.layers.0.{name}.weight": np.ones(size) for name, size in norms.items()}
     weights["model.embed_tokens.weight"] = rng.normal(0, 0.3, (config["vocab_size"], D))
     weights["model.norm.weight"] = np.ones(D)
-    save_file({name: array.astype(np.float32) for name, array in weights.items()}, model / "model.safetensors")
+    save_file(
+        {name: array.astype(np.float32) for name, array in weights.items()},
+        model / "model.safetensors",
+    )
     task = two_halves.task(0)
-    rows = [{"problem": task.train(i).text, "answer": task.train(i).answer} for i in range(PROBLEMS)]
+    rows = [
+        {"problem": task.train(i).text, "answer": task.train(i).answer} for i in range(PROBLEMS)
+    ]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Runs:
     """Starts or resumes the run of `folder`, with or without a fault. A context manager.
 
-    Programs are compiled once for all of them. The processes are forks of one that has imported the program
-    (benchmarks/nursery.py); `fresh` gives one of its own, as a user starts it.
+    Programs are compiled once for all of them. The processes are forks of one that has imported the
+    program (benchmarks/nursery.py); `fresh` gives one of its own, as a user starts it.
     """
 
     def __init__(self, folder: pathlib.Path):
         prepare(folder)
         self.folder = folder
-        self._environment = {name: value for name, value in os.environ.items() if name != VARIABLE} | {
+        self._environment = {
+            name: value for name, value in os.environ.items() if name != VARIABLE
+        } | {
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -97,7 +114,9 @@ class Runs:
     def __exit__(self, *error: object) -> None:
         self._nursery.__exit__(*error)
 
-    def run(self, workdir: pathlib.Path, steps: int, fault: str = "", fresh: bool = False) -> CompletedProcess[str]:
+    def run(
+        self, workdir: pathlib.Path, steps: int, fault: str = "", fresh: bool = False
+    ) -> CompletedProcess[str]:
         paths = [f"--config.model.hf_path={self.folder / 'model'}", f"--workdir={workdir}",
                  f"--config.task.train_path={self.folder / 'train.jsonl'}"]  # fmt: skip
         flags = [*FLAGS, *paths, f"--config.train.steps={steps}"]
@@ -105,7 +124,9 @@ class Runs:
             return self._nursery.run(flags, fault)
         command = [sys.executable, "-m", "spiral_jax.train", *flags]
         environment = self._environment | {VARIABLE: fault}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+        )
 
 
 def finished_steps(workdir: pathlib.Path) -> int:
@@ -122,7 +143,13 @@ def saved_step(workdir: pathlib.Path) -> int:
 
 def half_written(workdir: pathlib.Path) -> int:
     """Directories of checkpoints whose writing was cut short."""
-    return len([path for path in (workdir / "checkpoints").glob("*") if "orbax-checkpoint-tmp" in path.name])
+    return len(
+        [
+            path
+            for path in (workdir / "checkpoints").glob("*")
+            if "orbax-checkpoint-tmp" in path.name
+        ]
+    )
 
 
 def seconds_to_start(output: str) -> float | None:
@@ -138,22 +165,34 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     if step != other_step or arrays.keys() != other_arrays.keys():
         return [f"the final checkpoints are of steps {step} and {other_step}, or hold other arrays"]
     for name, array in arrays.items():
-        one_bytes, other_bytes = (np.frombuffer(a.tobytes(), np.uint8) for a in (array, other_arrays[name]))
+        one_bytes, other_bytes = (
+            np.frombuffer(a.tobytes(), np.uint8) for a in (array, other_arrays[name])
+        )
         if bits := int(np.unpackbits(one_bytes ^ other_bytes).sum()):
             found.append(f"{name}: {bits} bits")
     for number, (row, other_row) in enumerate(zip(_metrics(one), _metrics(other), strict=True)):
-        found += [f"row {number}, {key}" for key in row.keys() | other_row.keys() if row.get(key) != other_row.get(key)]
+        found += [
+            f"row {number}, {key}"
+            for key in row.keys() | other_row.keys()
+            if row.get(key) != other_row.get(key)
+        ]
     names = {path.name for folder in (one, other) for path in (folder / "traces").iterdir()}
     for name in sorted(names):
         files = [folder / "traces" / name for folder in (one, other)]
-        if not all(file.exists() for file in files) or files[0].read_bytes() != files[1].read_bytes():
+        if (
+            not all(file.exists() for file in files)
+            or files[0].read_bytes() != files[1].read_bytes()
+        ):
             found.append(f"traces/{name}")
     return found
 
 
 def _arrays(workdir: pathlib.Path) -> tuple[int, dict[str, np.ndarray]]:
     step = saved_step(workdir)
-    directory, reader = (workdir / "checkpoints" / str(step) / "state").absolute(), ocp.PyTreeCheckpointer()
+    directory, reader = (
+        (workdir / "checkpoints" / str(step) / "state").absolute(),
+        ocp.PyTreeCheckpointer(),
+    )
     on_host = ocp.RestoreArgs(restore_type=np.ndarray)  # whatever devices the run had
     where = jax.tree.map(lambda _: on_host, reader.metadata(directory).item_metadata.tree)
     tree = reader.restore(directory, restore_args=where)

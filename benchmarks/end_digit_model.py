@@ -1,9 +1,10 @@
-"""What the model of the end digit can do before any RL: how its search leans, whether it knows a hit, how it reads.
+"""What the model of the end digit can do before any RL: how its search leans, whether it knows a
+hit, how it reads.
 
     python -m benchmarks.end_digit_model --out=docs/end_digit_model
 
-On held-out problems at T = 1. A try is sound if its digits, arithmetic, verdict and box are (`end_digit.is_sound`).
-A set has a hit if one of its candidates is right.
+On held-out problems at T = 1. A try is sound if its digits, arithmetic, verdict and box are
+(`end_digit.is_sound`). A set has a hit if one of its candidates is right.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from spiral_jax.run.setup import set_up
 from spiral_jax.tasks import end_digit
 from spiral_jax.verifier.verifier import Verifier
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/end_digit.py", "model and scaffold", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/end_digit.py", "model and scaffold", lock_config=True
+)
 OUT = flags.DEFINE_string("out", "docs/end_digit_model", "the report, without its ending")
 PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 
@@ -35,7 +38,10 @@ PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 def main(argv: list[str]) -> None:
     setup = set_up(CONFIG.value)
     c, base = setup.c, setup.load_base()
-    problems, index_B = [setup.task.held_out(index) for index in range(PROBLEMS.value)], np.arange(PROBLEMS.value)
+    problems, index_B = (
+        [setup.task.held_out(index) for index in range(PROBLEMS.value)],
+        np.arange(PROBLEMS.value),
+    )
     with Verifier(setup.reward, 1, c.verifier.timeout_s) as verifier, jax.set_mesh(setup.mesh):
         actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, Progress(1, 0))
         weights = setup.sampler.prepare(variables(setup.model, None, base))
@@ -49,13 +55,19 @@ def main(argv: list[str]) -> None:
         read, said, _ = verify(actor, problems, read)
     right_BxN, right_BxM = searched.reward_UxC, read.reward_UxC
     has_hit_B = np.take_along_axis(right_BxN, member_BxKxS[:, 0], axis=1).any(axis=1)
-    report = {"machine": machine(), "problems": len(problems), "search traces": tries(problems, tried, right_BxN)}
+    report = {
+        "machine": machine(),
+        "problems": len(problems),
+        "search traces": tries(problems, tried, right_BxN),
+    }
     report["search traces"]["try the first expression"] = float(np.mean([
         end_digit.strategy(text, p) == end_digit.strategy(end_digit.try_out(p, end_digit.EXPRESSIONS[0]), p)
         for p, text in zip(np.repeat(problems, N), tried, strict=True)
     ]))  # fmt: skip
     report |= {
-        "right share of all expressions": float(np.mean([end_digit.right_share(problem) for problem in problems])),
+        "right share of all expressions": float(
+            np.mean([end_digit.right_share(problem) for problem in problems])
+        ),
         "aggregation traces": tries(problems, said, right_BxM),
         "sets with a hit": share(has_hit_B.astype(float)),
         "sets with a hit read right": share(right_BxM[has_hit_B].mean(axis=1)),
@@ -66,11 +78,15 @@ def main(argv: list[str]) -> None:
 
 
 def tries(problems: list, texts: list[str], right_BxC: np.ndarray) -> dict[str, float]:
-    """Shares over all traces of a role; of those that are right, and that are not, how many say that they hit."""
+    """Shares over all traces of a role; of those that are right, and that are not, how many say
+    that they hit.
+    """
     of_text = np.repeat(problems, right_BxC.shape[1])
     says_yes, right = np.array([": yes," in text for text in texts]), right_BxC.reshape(-1) == 1
     return {
-        "are sound": float(np.mean([end_digit.is_sound(p, text) for p, text in zip(of_text, texts, strict=True)])),
+        "are sound": float(
+            np.mean([end_digit.is_sound(p, text) for p, text in zip(of_text, texts, strict=True)])
+        ),
         "are right": float(right.mean()),
         "say yes if right": float(says_yes[right].mean()),
         "say yes if wrong": float(says_yes[~right].mean()),

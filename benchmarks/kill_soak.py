@@ -1,11 +1,14 @@
-"""Kills one run again and again, in every phase, and compares what comes out with a run that was left alone.
+"""Kills one run again and again, in every phase, and compares what comes out with a run that was
+left alone.
 
-    python -m benchmarks.kill_soak [--folder=runs/soak] [--kills=100] [--seconds=2700] [--json=docs/kill_soak.json]
+    python -m benchmarks.kill_soak [--folder=runs/soak] [--kills=100] [--seconds=2700]
+    [--json=docs/kill_soak.json]
 
-Each kill is SIGKILL at a counted point (spiral_jax/core/faults.py), at which the process has decoded a chunk at least; then
-the same command goes on. Beside the kills: SIGTERM while traces are decoded, and a newest checkpoint that is cut short
-on disk while nothing runs. A run that ends is compared bit for bit, and the next round begins. A stopped soak goes on
-with the same command.
+Each kill is SIGKILL at a counted point (spiral_jax/core/faults.py), at which the process has
+decoded a chunk at least; then
+the same command goes on. Beside the kills: SIGTERM while traces are decoded, and a newest
+checkpoint that is cut short on disk while nothing runs. A run that ends is compared bit for bit,
+and the next round begins. A stopped soak goes on with the same command.
 """
 
 from __future__ import annotations
@@ -24,17 +27,30 @@ from benchmarks.orphans import workers_left
 from spiral_jax.core.faults import POINTS
 
 STEPS = 12  # of the run
-MOST = {"search": 6, "aggregation": 4, "verifier": 30, "update": 2, "checkpoint": 4, "epoch": 2}  # passes, at most
+MOST = {
+    "search": 6,
+    "aggregation": 4,
+    "verifier": 30,
+    "update": 2,
+    "checkpoint": 4,
+    "epoch": 2,
+}  # passes, at most
 SIGTERM, TRUNCATED = "SIGTERM", "truncated"
-FRESH = 10  # one process in so many is started as a user does, the others are forks of one that has imported all
+# one process in so many is started as a user does, the others are forks of one that has imported
+# all
+FRESH = 10
 CYCLE = [*POINTS, *POINTS, SIGTERM, *POINTS, TRUNCATED]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path("runs/soak"))
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=2700, help="stop after the drill that ends after this long")
+    parser.add_argument(
+        "--seconds", type=float, default=2700, help="stop after the drill that ends after this long"
+    )
     parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("docs/kill_soak.json"))
     asked = parser.parse_args()
     end = time.monotonic() + asked.seconds
@@ -58,7 +74,11 @@ class Soak:
     def __init__(self, runs: drill.Runs, reference: pathlib.Path):
         self._runs, self._reference = runs, reference
         self._log = runs.folder / "drills.jsonl"
-        self.drills = [json.loads(line) for line in self._log.read_text().splitlines()] if self._log.exists() else []
+        self.drills = (
+            [json.loads(line) for line in self._log.read_text().splitlines()]
+            if self._log.exists()
+            else []
+        )
 
     @property
     def kills(self) -> int:
@@ -87,7 +107,9 @@ class Soak:
             self._compare(workdir)
             return
         if done.returncode != (0 if name == SIGTERM else -9):
-            raise SystemExit(f"{fault}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+            raise SystemExit(
+                f"{fault}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+            )
         rows, saved = drill.finished_steps(workdir), drill.saved_step(workdir)
         self._note(
             drill=name, fault=fault, chunks=int(stopped[1]), finished=rows, saved=saved, lost=max(0, rows - saved),
@@ -120,7 +142,9 @@ class Soak:
 
 
 def truncate_newest(workdir: pathlib.Path) -> bool:
-    """Cuts the largest file of the newest checkpoint in half, if there is one before it; returns whether."""
+    """Cuts the largest file of the newest checkpoint in half, if there is one before it; returns
+    whether.
+    """
     saved = drill.saved_step(workdir)
     folders = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
     if len(folders) < 2:
@@ -135,7 +159,9 @@ def truncate_newest(workdir: pathlib.Path) -> bool:
 def check(done: object) -> None:
     """Ends the soak if a run that should have ended well has not."""
     if done.returncode:
-        raise SystemExit(f"the run failed: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"the run failed: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
 
 
 def write(path: pathlib.Path, asked: int, soak: Soak) -> None:
@@ -156,7 +182,9 @@ def write(path: pathlib.Path, asked: int, soak: Soak) -> None:
             name: {
                 "tried": len([row for row in rows if row.get("applied", True)]),
                 "finished_steps_lost_most": max(row["lost"] for row in rows),
-                "least_chunks": min((row["chunks"] for row in rows if "chunks" in row), default=None),
+                "least_chunks": min(
+                    (row["chunks"] for row in rows if "chunks" in row), default=None
+                ),
                 "half_written": sum(row.get("half_written", 0) > 0 for row in rows),
             }
             for name, rows in by_drill.items()

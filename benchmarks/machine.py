@@ -13,6 +13,8 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, "+" behind it if files differ from it; "unknown" outside a checkout."""
+    """Short hash of the checked-out commit, "+" behind it if files differ from it; "unknown"
+    outside a checkout.
+    """
     head, modified = environment.commit()
     return f"{head[:7]}{'+' if modified else ''}" if head else "unknown"

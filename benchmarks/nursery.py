@@ -1,5 +1,6 @@
-"""Starts `python -m spiral_jax.train` many times at the price of one import: a process that has imported the program
-and nothing more forks one for each run, before JAX has opened a device. For drills, of which half the time is imports.
+"""Starts `python -m spiral_jax.train` many times at the price of one import: a process that has
+imported the program and nothing more forks one for each run, before JAX has opened a device. For
+drills, of which half the time is imports.
 
     with Nursery(environment) as nursery:
         done = nursery.run(["--config=configs/tiny.py", ...], fault="search:2")
@@ -38,7 +39,9 @@ class Nursery:
         self._process.wait()
 
     def run(self, flags: Sequence[str], fault: str = "") -> subprocess.CompletedProcess[str]:
-        """One run from its start to its end: exit code (-9: killed), standard output and standard error."""
+        """One run from its start to its end: exit code (-9: killed), standard output and standard
+        error.
+        """
         with tempfile.TemporaryDirectory() as folder:
             out, err = (os.path.join(folder, name) for name in ("out", "err"))
             self._process.stdin.write(json.dumps([list(flags), fault, out, err]) + "\n")

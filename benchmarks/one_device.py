@@ -2,11 +2,12 @@
 
     python -m benchmarks.one_device --topology=h100:1 --json=docs/one_device.json
 
-Random weights of Qwen3-4B's sizes in bfloat16 and adapters of rank 32, as `configs/qwen3_4b.py` has them, with slots
-and micro-batches for one device of 80 GB. For each role all slots are filled, every trace is decoded up to its limit
-(no id ends one), and two of the groups are trained on. All programs are compiled, and run once, before one is timed:
-minutes. Beside each time is the roofline of `spiral_jax.plan` for the same program; mismatch is between the log-probs
-that the sampler recorded and the trainer's.
+Random weights of Qwen3-4B's sizes in bfloat16 and adapters of rank 32, as `configs/qwen3_4b.py` has
+them, with slots and micro-batches for one device of 80 GB. For each role all slots are filled,
+every trace is decoded up to its limit (no id ends one), and two of the groups are trained on. All
+programs are compiled, and run once, before one is timed: minutes. Beside each time is the roofline
+of `spiral_jax.plan` for the same program; mismatch is between the log-probs that the sampler
+recorded and the trainer's.
 """
 
 from __future__ import annotations
@@ -54,7 +55,11 @@ SMALL = flags.DEFINE_bool("small", False, "two layers and short groups, to try t
 SLOTS = {Role.SEARCH: (16, 8, 1024, 1024), Role.AGGREGATION: (8, 4, 9216, 1024)}
 SHORT = {Role.SEARCH: (2, 8, 64, 16), Role.AGGREGATION: (2, 4, 128, 16)}
 TRAINED = 2  # groups, one a micro-batch
-VARIANTS = (("attention", 256), ("attention", 1024), ("dots", 256))  # model.remat, model.attention_block
+VARIANTS = (
+    ("attention", 256),
+    ("attention", 1024),
+    ("dots", 256),
+)  # model.remat, model.attention_block
 
 
 @dataclasses.dataclass
@@ -93,7 +98,9 @@ def main(argv: list[str]) -> None:
     }
     with ThreadPoolExecutor() as threads:  # compilers use one core each
         samplers = [threads.submit(lambda case=case: case.engine.programs) for case in cases]
-        steps = [threads.submit(compile_step, case, *variant) for case in cases for variant in VARIANTS]
+        steps = [
+            threads.submit(compile_step, case, *variant) for case in cases for variant in VARIANTS
+        ]
     for one in samplers:
         one.result()
     make = lambda: init_variables(model, jax.random.key(0))["params"]  # noqa: E731
@@ -109,10 +116,17 @@ def main(argv: list[str]) -> None:
         show(report)
 
 
-def compile_step(case: Case, remat: str, attention_block: int) -> tuple[Case, Program, Compiled, str]:
+def compile_step(
+    case: Case, remat: str, attention_block: int
+) -> tuple[Case, Program, Compiled, str]:
     model = dataclasses.replace(case.run.model, remat=remat, attention_block=attention_block)
     program = Run(case.c, model, case.run.mesh).train_program(case.block)
-    return case, program, program.lower().compile(), f"{case.role.label}, remat {remat}, blocks of {attention_block}"
+    return (
+        case,
+        program,
+        program.lower().compile(),
+        f"{case.role.label}, remat {remat}, blocks of {attention_block}",
+    )
 
 
 def show(report: dict[str, Any]) -> None:
@@ -156,7 +170,9 @@ def measure_sampling(case: Case, weights: Any, topology: Topology) -> dict[str, 
         "decode_tokens_per_s": slots * C / decode,
         "decode_hbm_gb": of_decode.ideal_hbm_bytes / 1e9,
         "prefill_seconds": prefill,
-        "prefill_roofline_seconds": roofline(of_prefill.estimate, topology.chip, 1).seconds * slots / of_prefill.groups,
+        "prefill_roofline_seconds": roofline(of_prefill.estimate, topology.chip, 1).seconds
+        * slots
+        / of_prefill.groups,
         "prefill_tokens_per_s": slots * P / prefill,
         "peak_gb": peak_gb(),
     }
@@ -169,10 +185,14 @@ def requests(case: Case, tokens: int) -> GroupRequests:
     id_Ux6 = np.zeros((slots, 6), np.int32)
     id_Ux6[:] = (Purpose.EVALUATION, 0, 0, 0, case.role, 0)
     id_Ux6[:, 2] = np.arange(slots)
-    return GroupRequests(prompt_UxP, np.full(slots, P, np.int32), id_Ux6, C, G, np.full((slots, C), tokens, np.int32))
+    return GroupRequests(
+        prompt_UxP, np.full(slots, P, np.int32), id_Ux6, C, G, np.full((slots, C), tokens, np.int32)
+    )
 
 
-def measure_training(case: Case, program: Program, step: Compiled, base: Any, topology: Topology) -> dict[str, Any]:
+def measure_training(
+    case: Case, program: Program, step: Compiled, base: Any, topology: Topology
+) -> dict[str, Any]:
     """Seconds of a micro-batch of one group, Adam's update shared among them."""
     _, C, P, G = case.slots
     weight_UxC = np.random.default_rng(1).normal(size=(TRAINED, C)).astype(np.float32)
@@ -184,7 +204,9 @@ def measure_training(case: Case, program: Program, step: Compiled, base: Any, to
     seconds = timed(lambda: jax.block_until_ready(step(state, base, [block])))[0] / TRAINED
     flops = ideal_train_flops(model.arch, model.lora_rank, None, 1, C, P, G)
     memory = step.memory_analysis()
-    mismatch = divide({name: metric for name, metric in metrics.items() if name.startswith("mismatch/")})
+    mismatch = divide(
+        {name: metric for name, metric in metrics.items() if name.startswith("mismatch/")}
+    )
     return {
         "group": f"{P} + {C} x {G}",
         "seconds": seconds,

@@ -1,10 +1,12 @@
-"""Does the quickstart learn what it claims? SPIRAL against aggregator_only, same base, equal sampled tokens, all seeds.
+"""Does the quickstart learn what it claims? SPIRAL against aggregator_only, same base, equal
+sampled tokens, all seeds.
 
     python -m benchmarks.quickstart --workdir=runs/quickstart --out=docs/quickstart
 
-For each seed: the default run (`configs/tiny.py`), then `aggregator_only` until it has sampled as many tokens. Writes
-OUT.json and OUT.md: every seed, first and last held-out evaluation with 95 % intervals, seconds of all steps together
-(compilation included; start and evaluations, about a minute, are not).
+For each seed: the default run (`configs/tiny.py`), then `aggregator_only` until it has sampled as
+many tokens. Writes
+OUT.json and OUT.md: every seed, first and last held-out evaluation with 95 % intervals, seconds of
+all steps together (compilation included; start and evaluations, about a minute, are not).
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ from absl import app, flags
 
 from benchmarks.machine import machine
 
-WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "where the runs go; finished ones are not run again")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/quickstart", "where the runs go; finished ones are not run again"
+)
 OUT = flags.DEFINE_string("out", "docs/quickstart", "the report, without its ending")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of the runs")
 
@@ -49,10 +53,15 @@ def run(workdir: pathlib.Path, seed: str, arm: str, max_tokens: int) -> dict:
         f"--config.seed={seed}", f"--config.loss.estimator={arm}",
     ]  # fmt: skip
     if max_tokens:  # the schedule's length is about what the budget pays for
-        command += [f"--config.train.max_sampled_tokens={max_tokens}", f"--config.train.steps={CONTROL_STEPS}"]
+        command += [
+            f"--config.train.max_sampled_tokens={max_tokens}",
+            f"--config.train.steps={CONTROL_STEPS}",
+        ]
     subprocess.run(command, check=True)
     steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [json.loads(line) for line in (workdir / "evaluations.jsonl").read_text().splitlines()]
+    evaluations = [
+        json.loads(line) for line in (workdir / "evaluations.jsonl").read_text().splitlines()
+    ]
     return {
         "arm": arm,
         "seed": int(seed),
@@ -62,7 +71,8 @@ def run(workdir: pathlib.Path, seed: str, arm: str, max_tokens: int) -> dict:
         "first": evaluations[0],
         "last": evaluations[-1],
         "lowest_parse_rate": {
-            role: min(step[f"verifier/parse_rate_{role}"] for step in steps) for role in ("search", "aggregation")
+            role: min(step[f"verifier/parse_rate_{role}"] for step in steps)
+            for role in ("search", "aggregation")
         },
     }
 
@@ -73,14 +83,30 @@ def table(rows: list[dict]) -> str:
     def cell(estimate: dict) -> str:
         return f"{100 * estimate['mean']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
 
-    heads = ["arm", "seed", "steps", "tokens", "seconds", "aggregated, start", *(f"{m}, end" for m in MEASURES)]
+    heads = [
+        "arm",
+        "seed",
+        "steps",
+        "tokens",
+        "seconds",
+        "aggregated, start",
+        *(f"{m}, end" for m in MEASURES),
+    ]
     heads += ["parse rate, end (search / aggregation)", "lowest in a step"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for row in rows:
         first, last, lowest = row["first"], row["last"], row["lowest_parse_rate"]
-        cells = [row["arm"], str(row["seed"]), str(row["steps"]), f"{row['sampled_tokens']:,}", str(row["seconds"])]
+        cells = [
+            row["arm"],
+            str(row["seed"]),
+            str(row["steps"]),
+            f"{row['sampled_tokens']:,}",
+            str(row["seconds"]),
+        ]
         cells += [cell(first["aggregated"]), *(cell(last[measure]) for measure in MEASURES)]
-        cells.append(f"{100 * last['parse_rate_search']:.1f} / {100 * last['parse_rate_aggregation']:.1f}")
+        cells.append(
+            f"{100 * last['parse_rate_search']:.1f} / {100 * last['parse_rate_aggregation']:.1f}"
+        )
         cells.append(f"{100 * lowest['search']:.1f} / {100 * lowest['aggregation']:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

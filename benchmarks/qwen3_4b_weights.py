@@ -1,9 +1,12 @@
-"""Does a checkpoint of Qwen3-4B's true size load on a small host, and does bfloat16 cost us more than transformers?
+"""Does a checkpoint of Qwen3-4B's true size load on a small host, and does bfloat16 cost us more
+than transformers?
 
     python -m benchmarks.qwen3_4b_weights --dir=/tmp/qwen3_4b --json=docs/qwen3_4b_weights.json
 
-1. Random weights in bfloat16 are streamed into three shards (8 GB of disk) and loaded: seconds and peak memory.
-2. The same weights cut to four layers: KL of our bfloat16 logits to those of transformers, beside the KL of its own
+1. Random weights in bfloat16 are streamed into three shards (8 GB of disk) and loaded: seconds and
+peak memory.
+2. The same weights cut to four layers: KL of our bfloat16 logits to those of transformers, beside
+the KL of its own
    bfloat16 to its float32. Each program runs in a process of its own, one after the other.
 """
 
@@ -32,7 +35,9 @@ from spiral_jax.model.transformer import ModelConfig, Transformer, head_kernel
 
 DIR = flags.DEFINE_string("dir", None, "where the checkpoints and logits go: 10 GB", required=True)
 JSON = flags.DEFINE_string("json", None, "file that gets the report")
-PART = flags.DEFINE_enum("part", None, ["load", "ours", "theirs"], "one part alone, as the program calls itself")
+PART = flags.DEFINE_enum(
+    "part", None, ["load", "ours", "theirs"], "one part alone, as the program calls itself"
+)
 
 FIELDS = {
     "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
@@ -68,7 +73,9 @@ def measure(whole: pathlib.Path, cut: pathlib.Path) -> dict:
     loading = json.loads(run("load"))
     run("ours")
     run("theirs")
-    ours, theirs, exact = (np.load(root / f"{name}.npy") for name in ("ours", "theirs_bfloat16", "theirs_float32"))
+    ours, theirs, exact = (
+        np.load(root / f"{name}.npy") for name in ("ours", "theirs_bfloat16", "theirs_float32")
+    )
     return {
         "shards": len(shards), "stored_gb": sum(shard.stat().st_size for shard in shards) / 1e9, **loading,
         "kl_ours_to_transformers_bfloat16": kl(theirs, ours), "kl_transformers_bfloat16_to_float32": kl(exact, theirs),
@@ -77,12 +84,20 @@ def measure(whole: pathlib.Path, cut: pathlib.Path) -> dict:
 
 
 def run(part: str) -> str:
-    words = [sys.executable, "-m", "benchmarks.qwen3_4b_weights", f"--dir={DIR.value}", f"--part={part}"]
+    words = [
+        sys.executable,
+        "-m",
+        "benchmarks.qwen3_4b_weights",
+        f"--dir={DIR.value}",
+        f"--part={part}",
+    ]
     return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def make(path: pathlib.Path, fields: dict) -> list[pathlib.Path]:
-    """Random weights by name, so that fewer layers are the first of many; peaked attention, logits of order three."""
+    """Random weights by name, so that fewer layers are the first of many; peaked attention, logits
+    of order three.
+    """
     path.mkdir(parents=True, exist_ok=True)
     arch = parse_architecture(fields, str(path))
     written = hf_fields(arch, (151645,)) | {"torch_dtype": "bfloat16"}
@@ -105,12 +120,20 @@ def make(path: pathlib.Path, fields: dict) -> list[pathlib.Path]:
 
 def memory(field: str) -> float:
     """GB of `field` of this process."""
-    return int(re.search(rf"{field}:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+    return (
+        int(re.search(rf"{field}:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+        * 1024
+        / 1e9
+    )
 
 
 def load(path: pathlib.Path) -> dict:
     """Seconds, GB of the arrays, and the peak of all other memory that is not the mapped files."""
-    config, peak, done = ModelConfig(read_architecture(path), jnp.bfloat16), [0.0], threading.Event()
+    config, peak, done = (
+        ModelConfig(read_architecture(path), jnp.bfloat16),
+        [0.0],
+        threading.Event(),
+    )
 
     def watch() -> None:
         while not done.wait(0.005):
@@ -139,8 +162,12 @@ def our_logits(path: pathlib.Path) -> np.ndarray:
 
     @jax.jit
     def logits(params: dict) -> jax.Array:
-        hidden = Transformer(config).apply({"params": params}, jnp.asarray(token_ids()), lengths, None)
-        return jnp.einsum("utd,dv->utv", hidden, head_kernel(config, params), preferred_element_type=jnp.float32)
+        hidden = Transformer(config).apply(
+            {"params": params}, jnp.asarray(token_ids()), lengths, None
+        )
+        return jnp.einsum(
+            "utd,dv->utv", hidden, head_kernel(config, params), preferred_element_type=jnp.float32
+        )
 
     return np.asarray(logits(params))
 
@@ -158,7 +185,10 @@ def kl(p: np.ndarray, q: np.ndarray) -> float:
     """Mean over positions of KL(p | q), both logits, in nats."""
     total = 0.0
     for row_p, row_q in zip(p.reshape(-1, p.shape[-1]), q.reshape(-1, q.shape[-1]), strict=True):
-        a, b = (row.astype(np.float64) - np.logaddexp.reduce(row.astype(np.float64)) for row in (row_p, row_q))
+        a, b = (
+            row.astype(np.float64) - np.logaddexp.reduce(row.astype(np.float64))
+            for row in (row_p, row_q)
+        )
         total += float(np.sum(np.exp(a) * (a - b)))
     return total / (p.size // p.shape[-1])
 

@@ -118,15 +118,25 @@ BEHAVIOUR = (
 
 def main() -> None:
     kills, answers, mismatch = (
-        json.loads((DOCS / f"{name}.json").read_text()) for name in ("kill_soak", "verifier_soak", "bf16_mismatch")
+        json.loads((DOCS / f"{name}.json").read_text())
+        for name in ("kill_soak", "verifier_soak", "bf16_mismatch")
     )
-    lines = [*kill_lines(kills), *behaviour_lines(), *verifier_lines(answers), *mismatch_lines(mismatch)]
+    lines = [
+        *kill_lines(kills),
+        *behaviour_lines(),
+        *verifier_lines(answers),
+        *mismatch_lines(mismatch),
+    ]
     (DOCS / "reliability.md").write_text(INTRODUCTION + "\n".join(lines) + "\n")
 
 
 def kill_lines(soak: dict) -> list[str]:
     """The table of drills."""
-    compared = f"**{len(soak['differences'])} differences**" if soak["comparisons"] else "**none has ended yet**"
+    compared = (
+        f"**{len(soak['differences'])} differences**"
+        if soak["comparisons"]
+        else "**none has ended yet**"
+    )
     half_written = sum(drill["half_written"] for drill in soak["drills"].values())
     lines = [
         "",
@@ -159,13 +169,21 @@ def kill_lines(soak: dict) -> list[str]:
 
 def behaviour_lines() -> list[str]:
     """The table of everything else."""
-    lines = ["", "## What happens otherwise", "", "| event | what the run does | held by |", "| --- | --- | --- |"]
+    lines = [
+        "",
+        "## What happens otherwise",
+        "",
+        "| event | what the run does | held by |",
+        "| --- | --- | --- |",
+    ]
     return lines + [f"| {event} | {does} | {tests} |" for event, does, tests in BEHAVIOUR]
 
 
 def verifier_lines(soak: dict) -> list[str]:
     """The table of answers by kind and outcome."""
-    total = {status: sum(of_kind[status] for of_kind in soak["counts"].values()) for status in STATUSES}
+    total = {
+        status: sum(of_kind[status] for of_kind in soak["counts"].values()) for status in STATUSES
+    }
     lines = [
         "",
         "## Answers made to break the verifier",
@@ -181,7 +199,9 @@ def verifier_lines(soak: dict) -> list[str]:
         "| --- |" + " --- |" * len(STATUSES),
     ]
     for kind, of_kind in soak["counts"].items():
-        lines.append(f"| {kind} | " + " | ".join(str(of_kind[status]) for status in STATUSES) + " |")
+        lines.append(
+            f"| {kind} | " + " | ".join(str(of_kind[status]) for status in STATUSES) + " |"
+        )
     lines.append("| **all** | " + " | ".join(f"**{total[status]}**" for status in STATUSES) + " |")
     errors = "; ".join(f"{detail} ({times}x)" for detail, times in soak["errors"].items())
     lines += ["", f"Errors: {errors or 'none'}.", "", f"Machine: {soak['machine']}, shared with other work; commit "

@@ -1,7 +1,10 @@
-"""Pictures of the report of a run, as a browser shows them: docs/report_light.png, report_dark.png, report_phone.png.
+"""Pictures of the report of a run, as a browser shows them: docs/report_light.png, report_dark.png,
+report_phone.png.
 
-    python -m spiral_jax.train --config=configs/tiny.py --workdir=runs/report --config.train.steps=20 \
-        --config.trace_log.every=5 --config.eval.every=10 --config.eval.rounds_in_training=2 --config.eval.problems=128
+    python -m spiral_jax.train --config=configs/tiny.py --workdir=runs/report
+    --config.train.steps=20 \
+        --config.trace_log.every=5 --config.eval.every=10 --config.eval.rounds_in_training=2
+        --config.eval.problems=128
     python -m spiral_jax.report --workdir=runs/report
     python -m benchmarks.report_screenshots --workdir=runs/report
 """
@@ -20,7 +23,9 @@ OUT = flags.DEFINE_string("out", "docs", "directory of the pictures")
 
 def main(argv: list[str]) -> None:
     file, out = pathlib.Path(WORKDIR.value, "report.html").absolute(), pathlib.Path(OUT.value)
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     with (
         sync_playwright() as playwright,
         playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]) as browser,
@@ -30,7 +35,9 @@ def main(argv: list[str]) -> None:
             ("dark", (1280, 900), "dark", show_evaluation),
             ("phone", (400, 860), "light", show_aggregation),
         ):
-            page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+            page = browser.new_page(
+                viewport={"width": size[0], "height": size[1]}, color_scheme=scheme
+            )
             page.set_default_timeout(0)
             page.goto(file.as_uri())
             show(page)

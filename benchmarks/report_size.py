@@ -1,13 +1,17 @@
-"""How long the report of a run of 500 steps x 256 problems takes to open: synthetic, from the disk, headless Chromium.
+"""How long the report of a run of 500 steps x 256 problems takes to open: synthetic, from the disk,
+headless Chromium.
 
-    python -m benchmarks.report_size [--json=docs/report.json] [--steps=500] [--problems=256] [--written=5]
+    python -m benchmarks.report_size [--json=docs/report.json] [--steps=500] [--problems=256]
+    [--written=5]
 
-To take minutes it writes traces and page files of `--written` steps alone, and lists their problems under other ids for
-the other steps: what is opened has an entry for each of the 128,000 problems, metrics of all steps, and a sample of the
-full 12 MiB. Each time by a new browser, from the beginning of the navigation: `listed_s` until the problems are listed
-and the first is shown, `first_charts_s` until the first chart is drawn; `filtered_s` from a click on a filter to its
-result. `first_charts_cpu_s` is what the page's process computed until then, whatever else ran on the machine; `load` is
-the number of programs that wanted a core.
+To take minutes it writes traces and page files of `--written` steps alone, and lists their problems
+under other ids for
+the other steps: what is opened has an entry for each of the 128,000 problems, metrics of all steps,
+and a sample of the full 12 MiB. Each time by a new browser, from the beginning of the navigation:
+`listed_s` until the problems are listed and the first is shown, `first_charts_s` until the first
+chart is drawn; `filtered_s` from a click on a filter to its result. `first_charts_cpu_s` is what
+the page's process computed until then, whatever else ran on the machine; `load` is the number of
+programs that wanted a core.
 """
 
 from __future__ import annotations
@@ -69,7 +73,9 @@ def main(argv: list[str]) -> None:
 
 
 def write_large_run(path: pathlib.Path) -> None:
-    """Traces of the first steps, in the paper's shape (24 a problem, about 30 words each), and metrics of all."""
+    """Traces of the first steps, in the paper's shape (24 a problem, about 30 words each), and
+    metrics of all.
+    """
     c = tiny.get_config()
     c.batch.problems, c.train.steps = PROBLEMS.value, STEPS.value
     c.trace_log.every, c.trace_log.keep_steps = 1, STEPS.value
@@ -95,7 +101,9 @@ def repeat(index: list[dict[str, Any]], times: int) -> list[dict[str, Any]]:
 
 def measure(file: pathlib.Path, repeats: int) -> dict[str, Any]:
     """Seconds to open `file`, median and worst, each time in a new browser."""
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     found: dict[str, list[float]] = collections.defaultdict(list)
     with sync_playwright() as playwright:
         for _ in range(repeats):
@@ -107,8 +115,13 @@ def measure(file: pathlib.Path, repeats: int) -> dict[str, Any]:
                 page.goto(file.as_uri(), wait_until="commit")
                 page.wait_for_selector(".chart .main-svg", state="attached")
                 found["first_charts_s"].append(page.evaluate("performance.now()") / 1000)
-                found["listed_s"].append(page.evaluate("performance.getEntriesByName('listed')[0].startTime") / 1000)
-                metrics = {m["name"]: m["value"] for m in computed.send("Performance.getMetrics")["metrics"]}
+                found["listed_s"].append(
+                    page.evaluate("performance.getEntriesByName('listed')[0].startTime") / 1000
+                )
+                metrics = {
+                    m["name"]: m["value"]
+                    for m in computed.send("Performance.getMetrics")["metrics"]
+                }
                 found["first_charts_cpu_s"].append(metrics["ProcessTime"])
                 start = time.monotonic()
                 page.check("[name=flag] >> nth=0")

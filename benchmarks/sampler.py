@@ -1,13 +1,15 @@
-"""How fast is the sampler? Ours, transformers' `generate` and tunix's sampler on the same weights and the same work.
+"""How fast is the sampler? Ours, transformers' `generate` and tunix's sampler on the same weights
+and the same work.
 
     bash benchmarks/peers/venvs.sh                            # once: an interpreter for each peer
     python -m benchmarks.sampler --json=docs/sampler.json     # also writes docs/sampler.md
 
-Each contestant is a process of its own that stays; one works at a time and may use every core. They take turns, run by
-run, so that all see the same machine. Everything is compiled in the warm-up runs. The files are written after every
-round; cases that are not run this time keep what the JSON has of them. A case that the same commit has measured in
-part, on the same machine, goes on until it has its repeats: (c) takes hours, which need not be one sitting.
-`--against=` measures ours alone.
+Each contestant is a process of its own that stays; one works at a time and may use every core. They
+take turns, run by run, so that all see the same machine. Everything is compiled in the warm-up
+runs. The files are written after every round; cases that are not run this time keep what the JSON
+has of them. A case that the same commit has measured in
+part, on the same machine, goes on until it has its repeats: (c) takes hours, which need not be one
+sitting. `--against=` measures ours alone.
 """
 
 from __future__ import annotations
@@ -26,10 +28,16 @@ from benchmarks.peers.contestant import Work
 from benchmarks.peers.process import OURS, PEERS, ContestantProcess
 from benchmarks.sampler_cases import Case
 
-JSON = flags.DEFINE_string("json", "docs/sampler.json", "the report; its table goes beside it as .md")
+JSON = flags.DEFINE_string(
+    "json", "docs/sampler.json", "the report; its table goes beside it as .md"
+)
 ONLY = flags.DEFINE_list("only", ["a", "b", "c", "memory", "draw"], "what to measure")
-WORKDIR = flags.DEFINE_string("workdir", "runs/sampler", "where the model and the contestants' logs go")
-REPEATS = flags.DEFINE_integer("repeats", 5, "measured runs of (a) and (b), earlier sittings included")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/sampler", "where the model and the contestants' logs go"
+)
+REPEATS = flags.DEFINE_integer(
+    "repeats", 5, "measured runs of (a) and (b), earlier sittings included"
+)
 WARMUPS = flags.DEFINE_integer("warmups", 2, "unmeasured runs before them, in every sitting")
 REPEATS_C = flags.DEFINE_integer(
     "repeats_c", 5, "measured runs of (c), which take many minutes, earlier sittings included"
@@ -37,7 +45,9 @@ REPEATS_C = flags.DEFINE_integer(
 WARMUPS_C = flags.DEFINE_integer("warmups_c", 2, "unmeasured runs of it, in every sitting")
 GROUPS_C = flags.DEFINE_integer("groups_c", 64, "groups of (c); fewer for a quick look")
 
-AGAINST = flags.DEFINE_list("against", list(PEERS), "peers to measure; none: ours alone, without a ratio")
+AGAINST = flags.DEFINE_list(
+    "against", list(PEERS), "peers to measure; none: ours alone, without a ratio"
+)
 
 GREEDY_TOKENS = 32
 MEMORY_TRACES = (1, 2, 4, 8)
@@ -76,8 +86,13 @@ def main(argv: list[str]) -> None:
 
 
 def load(contestants: Contestants, model: pathlib.Path) -> dict[str, Any]:
-    """Loads the model everywhere and makes sure that all compute the same function; their versions and settings."""
-    loaded = {name: contestant.call("load", model=str(model))["returned"] for name, contestant in contestants.items()}
+    """Loads the model everywhere and makes sure that all compute the same function; their versions
+    and settings.
+    """
+    loaded = {
+        name: contestant.call("load", model=str(model))["returned"]
+        for name, contestant in contestants.items()
+    }
     prompt = sampler_cases.greedy_prompt()
     greedy = {
         name: contestant.call("greedy", prompt=prompt, tokens=GREEDY_TOKENS)["returned"]
@@ -85,7 +100,10 @@ def load(contestants: Contestants, model: pathlib.Path) -> dict[str, Any]:
     }
     if any(ids != greedy[OURS] for ids in greedy.values()):
         raise RuntimeError(f"greedy tokens differ, so speeds cannot be compared: {greedy}")
-    return {key: {name: fields[key] for name, fields in loaded.items()} for key in ("versions", "settings")}
+    return {
+        key: {name: fields[key] for name, fields in loaded.items()}
+        for key in ("versions", "settings")
+    }
 
 
 def stopped(
@@ -108,42 +126,61 @@ def start_case(case: Case, contestants: Contestants) -> dict[str, Any]:
         tried = try_batch_sizes(case, contestant) if name in PEERS else {}
         best = int(max(tried, key=tried.get)) if tried else case.groups_per_batch[-1]
         print(f"{case.title}; {name}: useful tokens/s by groups per batch {tried}", flush=True)
-        entry["contestants"][name] = {"groups_per_batch": best, "tried": tried, "warmups": [], "runs": []}
+        entry["contestants"][name] = {
+            "groups_per_batch": best,
+            "tried": tried,
+            "warmups": [],
+            "runs": [],
+        }
     return entry
 
 
 def try_batch_sizes(case: Case, contestant: ContestantProcess) -> dict[str, float]:
-    """Useful tokens/s of the case's first groups by groups per batch (keys as JSON has them), compilation excluded."""
+    """Useful tokens/s of the case's first groups by groups per batch (keys as JSON has them),
+    compilation excluded.
+    """
     work, tried = case.work.first(case.trial_groups), {}
     for groups in case.groups_per_batch:
         for _ in range(2):  # the first one compiles
-            seconds = contestant.call("sample", work=work.to_json(), groups_per_batch=groups, seed=0)["seconds"]
+            seconds = contestant.call(
+                "sample", work=work.to_json(), groups_per_batch=groups, seed=0
+            )["seconds"]
         tried[str(groups)] = work.useful_tokens / seconds
     return tried
 
 
-def run_round(case: Case, work: Work, entry: dict[str, Any], contestants: Contestants, round_: int, kind: str) -> None:
+def run_round(
+    case: Case, work: Work, entry: dict[str, Any], contestants: Contestants, round_: int, kind: str
+) -> None:
     """One run of each contestant over `work`, appended to its `kind` of runs."""
     for name, contestant in contestants.items():
         row = entry["contestants"][name]
-        answer = contestant.call("sample", work=work.to_json(), groups_per_batch=row["groups_per_batch"], seed=round_)
+        answer = contestant.call(
+            "sample", work=work.to_json(), groups_per_batch=row["groups_per_batch"], seed=round_
+        )
         row[kind].append({"computed_rows": answer.pop("returned"), **answer})
         tokens_per_s = work.useful_tokens / answer["seconds"]
-        print(f"{case.title}; {kind} {len(row[kind])}; {name}: {tokens_per_s:.1f} useful tokens/s", flush=True)
+        print(
+            f"{case.title}; {kind} {len(row[kind])}; {name}: {tokens_per_s:.1f} useful tokens/s",
+            flush=True,
+        )
 
 
 def measure_memory(ours: ContestantProcess) -> dict[str, Any]:
-    """Peak bytes of (b) by traces, and what each added trace costs beside its own keys and values in arithmetic."""
+    """Peak bytes of (b) by traces, and what each added trace costs beside its own keys and values
+    in arithmetic.
+    """
     peak = {}
     for traces in MEMORY_TRACES:
         work = sampler_cases.memory_work(traces)
-        peak[str(traces)] = ours.call("peak_bytes", work=work.to_json(), groups_per_batch=len(work.prompt_UxP))[
-            "returned"
-        ]
+        peak[str(traces)] = ours.call(
+            "peak_bytes", work=work.to_json(), groups_per_batch=len(work.prompt_UxP)
+        )["returned"]
     added = (MEMORY_TRACES[-1] - MEMORY_TRACES[0]) * len(work.prompt_UxP)
     return {
         "peak_bytes_by_traces": peak,
-        "bytes_per_added_trace": (peak[str(MEMORY_TRACES[-1])] - peak[str(MEMORY_TRACES[0])]) / added,
+        "bytes_per_added_trace": (peak[str(MEMORY_TRACES[-1])] - peak[str(MEMORY_TRACES[0])])
+        / added,
         "arithmetic_bytes_per_trace": sampler_cases.bytes_per_trace(work.longest),
     }
 
@@ -159,17 +196,28 @@ def measure_draw(ours: ContestantProcess) -> dict[str, Any]:
             if round_ >= WARMUPS.value:
                 runs.append(answer["seconds"])
     medians = {temperature: statistics.median(runs) for temperature, runs in seconds.items()}
-    return {"seconds_by_temperature": seconds, "drawing_over_greedy": medians["1.0"] / medians["0.0"] - 1}
+    return {
+        "seconds_by_temperature": seconds,
+        "drawing_over_greedy": medians["1.0"] / medians["0.0"] - 1,
+    }
 
 
 def summarise(entry: dict[str, Any]) -> None:
-    """Adds to a case's entry what follows from its measured runs; nothing before the first one is complete."""
+    """Adds to a case's entry what follows from its measured runs; nothing before the first one is
+    complete.
+    """
     for row in entry["contestants"].values():
         if not row["runs"]:
             return
         speeds = [entry["useful_tokens"] / run["seconds"] for run in row["runs"]]
-        row["tokens_per_s"] = {"median": statistics.median(speeds), "min": min(speeds), "max": max(speeds)}
-        row["cores_used"] = statistics.median(run["cpu_seconds"] / run["seconds"] for run in row["runs"])
+        row["tokens_per_s"] = {
+            "median": statistics.median(speeds),
+            "min": min(speeds),
+            "max": max(speeds),
+        }
+        row["cores_used"] = statistics.median(
+            run["cpu_seconds"] / run["seconds"] for run in row["runs"]
+        )
         row["occupancy"] = entry["useful_tokens"] / row["runs"][-1]["computed_rows"]
         row["peak_rss_bytes"] = row["runs"][-1]["peak_rss_bytes"]
     median = {name: row["tokens_per_s"]["median"] for name, row in entry["contestants"].items()}

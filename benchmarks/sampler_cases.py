@@ -1,4 +1,6 @@
-"""What the sampler benchmark measures: one model; (a) search, (b) aggregation, (c) a heavy tail of lengths."""
+"""What the sampler benchmark measures: one model; (a) search, (b) aggregation, (c) a heavy tail of
+lengths.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ ARCHITECTURE = Architecture(
     V=32_000, D=512, F=1536, L=8, H=8, J=4, E=64, norm_eps=1e-6, rope_theta=1_000_000.0, tied=True
 )  # fmt: skip
 MODEL_SEED, PROMPT_SEED = 0, 1
-KERNEL_SCALE = 8  # with layers at init's 0.02 a tied model repeats its last token, and equal greedy tokens show nothing
+# with layers at init's 0.02 a tied model repeats its last token, and equal greedy tokens show
+# nothing
+KERNEL_SCALE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Case:
     Attributes:
       title: for the table.
       work: prompts and forced lengths.
-      groups_per_batch: static batch sizes that each peer tries; its fastest one is what it is measured at.
+      groups_per_batch: static batch sizes that each peer tries; its fastest one is what it is
+      measured at.
       trial_groups: how many groups a try samples.
     """
 
@@ -42,9 +47,16 @@ class Case:
 def make_case(name: str, groups_c: int) -> Case:
     """Case "a", "b" or "c"; (c) with its first `groups_c` groups."""
     if name == "a":
-        return Case("search: 4 prompts x 8 traces, 128 + 256 tokens", _even(4, 8, 128, 256), (1, 2, 4), 4)
+        return Case(
+            "search: 4 prompts x 8 traces, 128 + 256 tokens", _even(4, 8, 128, 256), (1, 2, 4), 4
+        )
     if name == "b":
-        return Case("aggregation: 4 contexts x 4 traces, 1,024 + 128 tokens", _even(4, 4, 1024, 128), (1, 2, 4), 4)
+        return Case(
+            "aggregation: 4 contexts x 4 traces, 1,024 + 128 tokens",
+            _even(4, 4, 1024, 128),
+            (1, 2, 4),
+            4,
+        )
     limit_UxC = heavy_tail.limits()[:groups_c]
     title = f"heavy tail: {len(limit_UxC)} groups x {limit_UxC.shape[1]} traces, 128 + {limit_UxC.mean():.0f} tokens"
     title += f" (longest {limit_UxC.max()})"
@@ -67,12 +79,16 @@ def greedy_prompt() -> list[int]:
 
 
 def write_model(path: pathlib.Path) -> None:
-    """Random weights from a seed as a Hugging Face directory without stop ids; nothing if it is there."""
+    """Random weights from a seed as a Hugging Face directory without stop ids; nothing if it is
+    there.
+    """
     if (path / "config.json").exists():  # the last file but one that save_params writes
         return
     config = ModelConfig(ARCHITECTURE)
     params = init_variables(config, jax.random.key(MODEL_SEED))["params"]
-    params["layers"] = jax.tree.map(lambda a: KERNEL_SCALE * a if a.ndim == 3 else a, params["layers"])
+    params["layers"] = jax.tree.map(
+        lambda a: KERNEL_SCALE * a if a.ndim == 3 else a, params["layers"]
+    )
     hf.save_params(path, params, config, stop_ids=())
 
 
@@ -81,4 +97,6 @@ def _even(groups: int, traces: int, prompt_tokens: int, tokens: int) -> Work:
 
 
 def _prompts(groups: int, tokens: int) -> np.ndarray:
-    return np.random.default_rng(PROMPT_SEED).integers(1, ARCHITECTURE.V, (groups, tokens), np.int32)
+    return np.random.default_rng(PROMPT_SEED).integers(
+        1, ARCHITECTURE.V, (groups, tokens), np.int32
+    )

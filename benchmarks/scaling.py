@@ -1,11 +1,12 @@
-"""Plans of the paper's run for five machines, and what weak scaling costs on v5e: docs/scaling.md and docs/scaling/.
+"""Plans of the paper's run for five machines, and what weak scaling costs on v5e: docs/scaling.md
+and docs/scaling/.
 
     pip install -r requirements-plan.txt
     python -m benchmarks.scaling [--only=v5e:8x8] [--table_only]
 
-Compiles some forty programs of the 4B model, a minute or two each on two idle cores, one after the other; what is
-compiled is kept (SPIRAL_JAX_PLANS), so a run that was stopped goes on. `--table_only` writes the tables of the JSON
-files that are there.
+Compiles some forty programs of the 4B model, a minute or two each on two idle cores, one after the
+other; what is compiled is kept (SPIRAL_JAX_PLANS), so a run that was stopped goes on.
+`--table_only` writes the tables of the JSON files that are there.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Fit(NamedTuple):
       slots: of every class of the sampler, two a shard where the memory allows.
       groups: of a micro-batch, one a shard.
       remat: the fastest that fits, and the one that keeps the least if several are.
-      attention_block: on v5p scores lie in HBM, whatever their size, so that large blocks pass through it less often.
+      attention_block: on v5p scores lie in HBM, whatever their size, so that large blocks pass
+      through it less often.
     """
 
     mesh: tuple[int, int, int]
@@ -58,7 +60,9 @@ class Fit(NamedTuple):
     attention_block: int = 256
 
     def overrides(self) -> dict[str, Any]:
-        classes = tuple((self.slots, C, P, G) for _, C, P, G in qwen3_4b.get_config().sampling.classes)
+        classes = tuple(
+            (self.slots, C, P, G) for _, C, P, G in qwen3_4b.get_config().sampling.classes
+        )
         return {
             **{f"mesh.{axis}": size for axis, size in zip(AXES, self.mesh, strict=True)},
             "sampling.classes": classes,
@@ -76,7 +80,8 @@ MACHINES = {
     "h100:8": Fit((1, 8, 1), 16, 8),
     "h200:8": Fit((1, 8, 1), 16, 8, remat="dots"),
 }
-# v5e slices of 16 to 256 chips: 4 x 4 of them hold the model, and `data` repeats them, each with 4 groups.
+# v5e slices of 16 to 256 chips: 4 x 4 of them hold the model, and `data` repeats them, each with 4
+# groups.
 WEAK = {"v5e:4x4": 1, "v5e:4x8": 2, "v5e:8x8": 4, "v5e:8x16": 8, "v5e:16x16": 16}
 
 
@@ -108,7 +113,11 @@ def weak(name: str, data: int) -> dict[str, Any]:
     run = Run(c, planned_model(c)[0], make_mesh(c, topology))
     block = run.placed(abstract_block(Role.SEARCH, 16 * data, 4 * data, 8, 1024, 1024))
     print(f"{name}: {topology.chips} chips", flush=True)
-    return {"topology": name, "chips": topology.chips, **profile(run.train_program(block), topology, FREE).to_plain()}
+    return {
+        "topology": name,
+        "chips": topology.chips,
+        **profile(run.train_program(block), topology, FREE).to_plain(),
+    }
 
 
 def write(name: str, report: dict[str, Any]) -> None:

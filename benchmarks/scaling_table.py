@@ -40,7 +40,11 @@ def table(directory: pathlib.Path) -> str:
         parts += _programs(plan)
     weak = directory / "weak.json"
     parts += ["## Bars", "", *_bars(plans)]
-    parts += _weak(json.loads(weak.read_text())) if weak.exists() else ["- Weak scaling: not compiled yet."]
+    parts += (
+        _weak(json.loads(weak.read_text()))
+        if weak.exists()
+        else ["- Weak scaling: not compiled yet."]
+    )
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -81,8 +85,17 @@ def _programs(plan: dict[str, Any]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in plan["programs"].values():
-        kinds = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in one["memory_bytes"].items() if size > 0.05 * GIB)
-        sent = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in one["sent_bytes"].items() if size > 5e6) or "-"
+        kinds = ", ".join(
+            f"{kind} {size / GIB:.1f}"
+            for kind, size in one["memory_bytes"].items()
+            if size > 0.05 * GIB
+        )
+        sent = (
+            ", ".join(
+                f"{kind} {size / 1e9:.2f}" for kind, size in one["sent_bytes"].items() if size > 5e6
+            )
+            or "-"
+        )
         ratio = f"{one['flops_over_ideal']:.2f}" if one["flops_over_ideal"] else "-"
         work = f"{one['unit']} | {one['flops'] / 1e12:.2f} | {ratio} | {one['hbm_bytes'] / 1e9:.1f} | {sent}"
         lines.append(
@@ -99,7 +112,11 @@ def _bars(plans: dict[str, Any]) -> list[str]:
         return ["Nothing was compiled yet."]
     lines = []
     for plan in compiled:
-        train = [one for name, one in plan["programs"].items() if name.startswith("train") and one["flops_over_ideal"]]
+        train = [
+            one
+            for name, one in plan["programs"].items()
+            if name.startswith("train") and one["flops_over_ideal"]
+        ]
         worst = max(one["flops_over_ideal"] for one in train)
         lines.append(f"- {plan['topology']}, operations of a micro-batch at most 1.15 x ideal for its remat policy: "
                      f"at most {worst:.3f}, {_met(worst <= 1.15)}.")  # fmt: skip
@@ -108,7 +125,10 @@ def _bars(plans: dict[str, Any]) -> list[str]:
         lines.append(f"- {plan['topology']}, no whole logits [.., T, V] and no whole scores [.., P, P]: "
                      f"{', '.join(found) or 'none found'}, {_met(not found)}. "
                      f"Looked for in {'; '.join(checked)}.")  # fmt: skip
-        padding = max(one["memory_bytes"].get("padding", 0) / _resident(one) for one in plan["programs"].values())
+        padding = max(
+            one["memory_bytes"].get("padding", 0) / _resident(one)
+            for one in plan["programs"].values()
+        )
         lines.append(f"- {plan['topology']}, state within 5 % of the arithmetic of shapes and shardings: "
                      f"{padding:.1%} above it at most, {_met(padding <= 0.05)}.")  # fmt: skip
     if plan := plans["v5e_8x8"]:
@@ -138,7 +158,9 @@ def _weak(weak: dict[str, Any]) -> list[str]:
     ]
     for one, total in zip(slices, sent, strict=True):
         gather, reduce = (one["sent_bytes"].get(kind, 0.0) for kind in ("all-gather", "all-reduce"))
-        kinds = " | ".join(f"{size / 1e9:.3f}" for size in (total, gather, reduce, total - gather - reduce))
+        kinds = " | ".join(
+            f"{size / 1e9:.3f}" for size in (total, gather, reduce, total - gather - reduce)
+        )
         lines.append(
             f"| {one['chips']} | {one['flops'] / 1e12:.2f} | {kinds} | {1e3 * one['seconds']:.1f} | {one['bound']} |"
         )

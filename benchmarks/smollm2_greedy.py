@@ -1,9 +1,12 @@
-"""Does our sampler decode a real model as transformers does? Greedy tokens of SmolLM2 on GSM8K questions, one by one.
+"""Does our sampler decode a real model as transformers does? Greedy tokens of SmolLM2 on GSM8K
+questions, one by one.
 
-    python -m benchmarks.smollm2_greedy --hf_path=models/SmolLM2-135M-Instruct --questions=test.jsonl --json=FILE
+    python -m benchmarks.smollm2_greedy --hf_path=models/SmolLM2-135M-Instruct
+    --questions=test.jsonl --json=FILE
 
-Both in float32 on the CPU, transformers after us, each question alone there and all as one batch here. A difference is
-reported with the gap between the two best logits of transformers at the first other token: below 1e-4 it is a tie.
+Both in float32 on the CPU, transformers after us, each question alone there and all as one batch
+here. A difference is reported with the gap between the two best logits of transformers at the first
+other token: below 1e-4 it is a tie.
 """
 
 from __future__ import annotations
@@ -40,7 +43,10 @@ def main(argv: list[str]) -> None:
     start = time.monotonic()
     ours = decode_here(setup, rows)
     middle = time.monotonic()
-    compared = [compare(mine, *theirs) for mine, theirs in zip(ours, decode_in_transformers(rows), strict=True)]
+    compared = [
+        compare(mine, *theirs)
+        for mine, theirs in zip(ours, decode_in_transformers(rows), strict=True)
+    ]
     report = {
         "machine": machine(), "questions": len(rows), "max_tokens": MAX_TOKENS.value,
         "equal": sum(row["equal"] for row in compared), "ties": sum(row["tie"] for row in compared),
@@ -93,12 +99,23 @@ def decode_in_transformers(rows: list[np.ndarray]) -> list[tuple[list[int], list
 
 
 def compare(ours: list[int], theirs: list[int], gaps: list[float]) -> dict:
-    """Where two answers part: `at` is the place of the first other token, `gap` is between transformers' two best."""
-    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    """Where two answers part: `at` is the place of the first other token, `gap` is between
+    transformers' two best.
+    """
+    at = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+        min(len(ours), len(theirs)),
+    )
     if ours == theirs:
         return {"equal": True, "tie": False, "tokens": len(theirs), "smallest_gap": min(gaps)}
     gap = gaps[at] if at < len(gaps) else None
-    return {"equal": False, "tie": gap is not None and gap <= TIE, "tokens": len(theirs), "at": at, "gap": gap}
+    return {
+        "equal": False,
+        "tie": gap is not None and gap <= TIE,
+        "tokens": len(theirs),
+        "at": at,
+        "gap": gap,
+    }
 
 
 if __name__ == "__main__":

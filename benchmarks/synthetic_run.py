@@ -1,4 +1,5 @@
-"""The directory of a run that never was: random rollouts with the advantages that the objective gives them, as files.
+"""The directory of a run that never was: random rollouts with the advantages that the objective
+gives them, as files.
 
 For the report's size benchmark and its tests; nothing is sampled and no model is loaded.
 """
@@ -44,12 +45,19 @@ Text = Callable[[str, int], str]
 
 
 def write_run(
-    path: pathlib.Path, c: ConfigDict, steps: range, words: int = 30, text: Text | None = None, failing: float = 0.01
+    path: pathlib.Path,
+    c: ConfigDict,
+    steps: range,
+    words: int = 30,
+    text: Text | None = None,
+    failing: float = 0.01,
 ) -> None:
-    """Writes config.json, starts.jsonl, metrics.jsonl, evaluations.jsonl and a trace file for each of `steps`.
+    """Writes config.json, starts.jsonl, metrics.jsonl, evaluations.jsonl and a trace file for each
+    of `steps`.
 
     Args:
-      c: `batch.problems` problems a step, all of them logged, with N, K, S, M and the estimator of `c`.
+      c: `batch.problems` problems a step, all of them logged, with N, K, S, M and the estimator of
+      `c`.
       words: of a trace, on average.
       text: (text of a trace, its number in the run) -> what is logged in its place.
       failing: share of the traces that could not be verified.
@@ -61,7 +69,11 @@ def write_run(
     numbers = _Numbers()
     for step in steps:
         rng = np.random.default_rng([c.seed, step])
-        rows = [row for b in range(c.batch.problems) for row in _problem(c, rng, step, b, words, failing)]
+        rows = [
+            row
+            for b in range(c.batch.problems)
+            for row in _problem(c, rng, step, b, words, failing)
+        ]
         if text:
             for row in rows:
                 row["text"] = text(row["text"], numbers.next())
@@ -96,28 +108,44 @@ def _problem(
         yield from _gated(c, shared | _place("search"), search, found.search_BxN[0])
         return
     a = c.aggregation
-    member_KxS = subsets.draw_subsets(c.seed, int(Purpose.TRAIN), step, cursor, 0, N, a.subset_size, a.subsets)
+    member_KxS = subsets.draw_subsets(
+        c.seed, int(Purpose.TRAIN), step, cursor, 0, N, a.subset_size, a.subsets
+    )
     read = [[_trace(c, "aggregation", rng, 0.2 + 0.6 * skill, words, failing) for _ in range(a.traces)]
             for _ in range(a.subsets)]  # fmt: skip
     reward_1xKxM = np.array([[[_REWARD[row["verdict"]] for row in of_set] for of_set in read]])
-    found = advantages.compute(c.loss.estimator, advantages.Rewards(own_1xN, reward_1xKxM, member_KxS[None]))
+    found = advantages.compute(
+        c.loss.estimator, advantages.Rewards(own_1xN, reward_1xKxM, member_KxS[None])
+    )
     yield from _gated(c, shared | _place("search"), search, found.search_BxN[0])
     for k, of_set in enumerate(read):
         for row in of_set:  # some of it is read off a candidate
             candidate = search[rng.choice(member_KxS[k])]["text"].split()
             row["text"] = " ".join([*candidate[: len(candidate) // 2], row["text"]])
-        place = _place("aggregation", k, member_KxS[k].tolist(), rng.permutation(member_KxS[k]).tolist())
+        place = _place(
+            "aggregation", k, member_KxS[k].tolist(), rng.permutation(member_KxS[k]).tolist()
+        )
         yield from _gated(c, shared | place, of_set, found.aggregation_BxKxM[0, k])
 
 
-def _place(role: str, k: int | None = None, member_S: list | None = None, order: list | None = None) -> dict[str, Any]:
-    return {"role": role, "round": None if k is None else 1, "set": k, "subset": member_S, "order": order}
+def _place(
+    role: str, k: int | None = None, member_S: list | None = None, order: list | None = None
+) -> dict[str, Any]:
+    return {
+        "role": role,
+        "round": None if k is None else 1,
+        "set": k,
+        "subset": member_S,
+        "order": order,
+    }
 
 
 def _trace(
     c: ConfigDict, role: str, rng: np.random.Generator, right: float, words: int, failing: float
 ) -> dict[str, Any]:
-    chances = np.array([right, 0.9 - right, 0.1, 0.0]) * (1 - failing) + np.array([0, 0, 0, failing])
+    chances = np.array([right, 0.9 - right, 0.1, 0.0]) * (1 - failing) + np.array(
+        [0, 0, 0, failing]
+    )
     verdict = _VERDICTS[rng.choice(4, p=chances)]
     length = int(rng.integers(words // 2, words * 3 // 2))
     box = {"correct": r"\boxed{42}", "unparsed": ""}.get(verdict, rf"\boxed{{{rng.integers(5)}}}")
@@ -135,9 +163,16 @@ def _trace(
     }
 
 
-def _gated(c: ConfigDict, shared: dict[str, Any], rows: list[dict[str, Any]], advantage_C: np.ndarray) -> Iterator:
-    length, stop = np.array([row["length"] for row in rows]), np.array([Stop[row["stop"].upper()] for row in rows])
-    gated_C = advantages.length_gate(advantage_C, length, stop, c[shared["role"]].max_tokens, c.loss.length_gate)
+def _gated(
+    c: ConfigDict, shared: dict[str, Any], rows: list[dict[str, Any]], advantage_C: np.ndarray
+) -> Iterator:
+    length, stop = (
+        np.array([row["length"] for row in rows]),
+        np.array([Stop[row["stop"].upper()] for row in rows]),
+    )
+    gated_C = advantages.length_gate(
+        advantage_C, length, stop, c[shared["role"]].max_tokens, c.loss.length_gate
+    )
     for i, row in enumerate(rows):
         yield shared | {"trace": i} | row | {"advantage": float(gated_C[i])}
 
@@ -147,7 +182,9 @@ def _metrics(c: ConfigDict, rng: np.random.Generator, step: int, steps: int) -> 
     row = {"step": step, "tokens_per_s": 1000 + 50 * rng.random(), "grad_norm": 1 / (1 + done) + 0.1 * rng.random(),
            "mismatch/kl": 1e-6 * rng.random(), "sampling/generated_tokens": 1e5, "sampling/tried": 2 * c.batch.problems,
            "sampling/kept": c.batch.problems}  # fmt: skip
-    for role, name in (("search", "search"), ("aggregation", "aggregated"))[: 1 + uses_aggregation(c)]:
+    for role, name in (("search", "search"), ("aggregation", "aggregated"))[
+        : 1 + uses_aggregation(c)
+    ]:
         row |= {f"reward/{name}": 0.3 + 0.4 * done + 0.05 * rng.random(), f"length/{role}": 100 + 50 * done,
                 f"entropy/{role}": 1 - 0.5 * done, f"length/cut_off_{role}": 0.1 * rng.random(),
                 f"verifier/parse_rate_{role}": 0.9, f"verifier/error_{role}": 0.0}  # fmt: skip
@@ -156,7 +193,13 @@ def _metrics(c: ConfigDict, rng: np.random.Generator, step: int, steps: int) -> 
 
 def _estimate(rng: np.random.Generator) -> dict[str, Any]:
     mean = 0.3 + 0.4 * rng.random()
-    return {"mean": mean, "low": mean - 0.05, "high": mean + 0.05, "standard_error": 0.025, "count": 512}
+    return {
+        "mean": mean,
+        "low": mean - 0.05,
+        "high": mean + 0.05,
+        "standard_error": 0.025,
+        "count": 512,
+    }
 
 
 _START = {

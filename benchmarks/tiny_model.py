@@ -1,10 +1,11 @@
-"""What the bundled model can do before any RL: how its search leans, how well it works out a half, how well it reads.
+"""What the bundled model can do before any RL: how its search leans, how well it works out a half,
+how well it reads.
 
     python -m benchmarks.tiny_model --out=docs/tiny_model
 
-On held-out problems at T = 1. A set is complete if its candidates worked out both halves without an error. A wrong
-candidate's digit is accepted if a half that one candidate worked out rightly is answered by another digit, which some
-candidate only guessed.
+On held-out problems at T = 1. A set is complete if its candidates worked out both halves without an
+error. A wrong candidate's digit is accepted if a half that one candidate worked out rightly is
+answered by another digit, which some candidate only guessed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from spiral_jax.run.setup import set_up
 from spiral_jax.tasks import two_halves
 from spiral_jax.verifier.verifier import Verifier
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/tiny.py", "model and scaffold", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/tiny.py", "model and scaffold", lock_config=True
+)
 OUT = flags.DEFINE_string("out", "docs/tiny_model", "the report, without its ending")
 PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 
@@ -47,7 +50,9 @@ def main(argv: list[str]) -> None:
         found, texts, verdicts = verify(
             actor, problems, search(actor, weights, problems, index_B, Purpose.EVALUATION, 0)
         )
-        report = {"machine": machine(), "problems": len(problems)} | search_report(problems, texts, verdicts)
+        report = {"machine": machine(), "problems": len(problems)} | search_report(
+            problems, texts, verdicts
+        )
         fair = demonstrate(setup, problems, found)
         for name, (candidates, shown) in {"own": (found, texts), "fair": fair}.items():
             read = reader(actor, weights, problems, candidates, shown)
@@ -62,10 +67,16 @@ def search_report(problems: list, texts: list[str], verdicts: list) -> dict[str,
     N = len(texts) // len(problems)
     worked = [two_halves.worked_half(problems[i // N], text) for i, text in enumerate(texts)]
     return {
-        "search traces that parse": float(np.mean([v.status.value in ("correct", "wrong") for v in verdicts])),
+        "search traces that parse": float(
+            np.mean([v.status.value in ("correct", "wrong") for v in verdicts])
+        ),
         "search traces that are right": float(np.mean([v.reward for v in verdicts])),
-        "search traces that work out a half without an error": float(np.mean([side is not None for side in worked])),
-        "search traces that start with the left half": float(np.mean([text.startswith("left") for text in texts])),
+        "search traces that work out a half without an error": float(
+            np.mean([side is not None for side in worked])
+        ),
+        "search traces that start with the left half": float(
+            np.mean([text.startswith("left") for text in texts])
+        ),
     }
 
 
@@ -76,11 +87,18 @@ def demonstrate(setup, problems: list, like: Groups) -> tuple[Groups, list[str]]
     texts = []
     for b, problem in enumerate(problems):
         for n in range(trace.shape[1]):
-            text = two_halves.work_out(problem, two_halves.SIDES[rng.integers(2)], int(rng.integers(10)))
-            ids = [*setup.tokenizer.encode(text, add_special_tokens=False), setup.tokenizer.eos_token_id]
+            text = two_halves.work_out(
+                problem, two_halves.SIDES[rng.integers(2)], int(rng.integers(10))
+            )
+            ids = [
+                *setup.tokenizer.encode(text, add_special_tokens=False),
+                setup.tokenizer.eos_token_id,
+            ]
             trace[b, n, : len(ids)], length[b, n] = ids, len(ids)
             texts.append(text)
-    return Groups(like.requests, trace, length, like.logprob_UxCxG, np.zeros_like(like.stop_UxC)), texts
+    return Groups(
+        like.requests, trace, length, like.logprob_UxCxG, np.zeros_like(like.stop_UxC)
+    ), texts
 
 
 def reader(actor: Actor, weights, problems: list, candidates: Groups, texts: list[str]) -> dict:
@@ -101,7 +119,11 @@ def reader(actor: Actor, weights, problems: list, candidates: Groups, texts: lis
         for text in said[b * c.aggregation.traces : (b + 1) * c.aggregation.traces]:
             answer = text[text.rfind("{") + 1 : text.rfind("}")]
             for i, side in enumerate(two_halves.SIDES):
-                wrong = {digit for guessed, digit in guesses if guessed == side and digit != problem.answer[i]}
+                wrong = {
+                    digit
+                    for guessed, digit in guesses
+                    if guessed == side and digit != problem.answer[i]
+                }
                 if side in worked and wrong and len(answer) == 2:
                     exposed += 1
                     accepted += answer[i] in wrong
@@ -109,7 +131,9 @@ def reader(actor: Actor, weights, problems: list, candidates: Groups, texts: lis
     right_B = groups.reward_UxC.mean(axis=1)
     share = lambda values: {k: round(v, 4) for k, v in vars(mean_and_interval(values)).items()}  # noqa: E731
     return {
-        "aggregation traces that parse": float(np.mean([v.status.value in ("correct", "wrong") for v in verdicts])),
+        "aggregation traces that parse": float(
+            np.mean([v.status.value in ("correct", "wrong") for v in verdicts])
+        ),
         "complete sets": share(complete.astype(float)),
         "complete sets read right": share(right_B[complete]),
         "other sets answered right": share(right_B[~complete]),

@@ -1,12 +1,14 @@
-"""How fast is the train step? Ours, a plain step on transformers and torch, and tunix's GRPO step, on the same groups.
+"""How fast is the train step? Ours, a plain step on transformers and torch, and tunix's GRPO step,
+on the same groups.
 
     bash benchmarks/peers/venvs.sh                                  # once: an interpreter for each peer
     python -m benchmarks.train_step --json=docs/train_step.json     # also writes docs/train_step.md
 
-Each contestant is a process of its own that stays; they take turns, step by step. First all of them must find the same
-gradient on a small batch. Each tries micro-batches of several sizes and is measured at its fastest. Memory is the most
-that a process held during a measured step over what it held after loading model and optimizer. Entries that are not run
-this time stay as the JSON has them.
+Each contestant is a process of its own that stays; they take turns, step by step. First all of them
+must find the same gradient on a small batch. Each tries micro-batches of several sizes and is
+measured at its fastest. Memory is the most that a process held during a measured step over what it
+held after loading model and optimizer. Entries that are not run this time stay as the JSON has
+them.
 """
 
 from __future__ import annotations
@@ -25,12 +27,18 @@ from benchmarks.machine import commit, machine
 from benchmarks.peers.process import ContestantProcess
 from benchmarks.train_step_cases import SHAPES, SMALL, Shape, write_adapters
 
-JSON = flags.DEFINE_string("json", "docs/train_step.json", "the report; its table goes beside it as .md")
+JSON = flags.DEFINE_string(
+    "json", "docs/train_step.json", "the report; its table goes beside it as .md"
+)
 SHAPE = flags.DEFINE_list("shapes", list(SHAPES), "which groups")
 MODES = flags.DEFINE_list("modes", ["lora", "full"], "what is trained")
-WORKDIR = flags.DEFINE_string("workdir", "runs/train_step", "where model, work and the contestants' logs go")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/train_step", "where model, work and the contestants' logs go"
+)
 REPEATS = flags.DEFINE_integer("repeats", 5, "measured steps, after those that choose the size")
-PEERS = flags.DEFINE_list("peers", ["transformers_step", "transformers_step_all", "tunix_step"], "against whom")
+PEERS = flags.DEFINE_list(
+    "peers", ["transformers_step", "transformers_step_all", "tunix_step"], "against whom"
+)
 
 OURS = "spiral_step"
 MICRO_BATCHES = {  # groups: what each may try; a half is half of a group's traces
@@ -57,19 +65,27 @@ def main(argv: list[str]) -> None:
             loaded = load(contestants, workdir, mode)
             for name in SHAPE.value:
                 entry = {"machine": machine(), "commit": commit(), "mode": mode}
-                report["entries"][f"{name}, {mode}"] = entry | measure(contestants, loaded, mode, SHAPES[name])
+                report["entries"][f"{name}, {mode}"] = entry | measure(
+                    contestants, loaded, mode, SHAPES[name]
+                )
                 write(report, out)
 
 
 def load(contestants: Contestants, workdir: pathlib.Path, mode: str) -> dict[str, Any]:
-    """Loads model and adapters everywhere and compares all gradients with ours; what each contestant says of itself."""
+    """Loads model and adapters everywhere and compares all gradients with ours; what each
+    contestant says of itself.
+    """
     adapters = str(workdir / "adapters.npz") if mode == "lora" else None
     loaded, small = {}, workdir / "small.npz"
     SMALL.work().save(small)
     for name, contestant in contestants.items():
-        loaded[name] = contestant.call("load", model=str(workdir / "model"), adapters=adapters)["returned"]
+        loaded[name] = contestant.call("load", model=str(workdir / "model"), adapters=adapters)[
+            "returned"
+        ]
         gradient = workdir / f"{name}_{mode}.npz"
-        loaded[name]["small_loss"] = contestant.call("gradient", work=str(small), out=str(gradient))["returned"]
+        loaded[name]["small_loss"] = contestant.call(
+            "gradient", work=str(small), out=str(gradient)
+        )["returned"]
         loaded[name]["gradient_distance"] = distance(gradient, workdir / f"{OURS}_{mode}.npz")
         print(f"{mode}; {name}: {loaded[name]}", flush=True)
         if loaded[name]["gradient_distance"] > SAME_GRADIENT:
@@ -78,16 +94,31 @@ def load(contestants: Contestants, workdir: pathlib.Path, mode: str) -> dict[str
 
 
 def distance(path: pathlib.Path, reference: pathlib.Path) -> float:
-    """Relative L2 over the arrays that both have: projections or adapters, and the embedding if it is trained."""
+    """Relative L2 over the arrays that both have: projections or adapters, and the embedding if it
+    is trained.
+    """
     with np.load(path) as found, np.load(reference) as ours:
         shared = set(found) & set(ours)
-        if not {name for name in ours if name.startswith("layers/") and "norm" not in name} <= shared:
+        if (
+            not {name for name in ours if name.startswith("layers/") and "norm" not in name}
+            <= shared
+        ):
             raise RuntimeError(f"{path}: gradients of {sorted(found)} alone")
-        pairs = [(found[name].reshape(ours[name].shape).astype(np.float64), ours[name]) for name in shared]
-    return float(np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs) / sum(np.sum(np.square(b)) for _, b in pairs)))
+        pairs = [
+            (found[name].reshape(ours[name].shape).astype(np.float64), ours[name])
+            for name in shared
+        ]
+    return float(
+        np.sqrt(
+            sum(np.sum((a - b) ** 2) for a, b in pairs)
+            / sum(np.sum(np.square(b)) for _, b in pairs)
+        )
+    )
 
 
-def measure(contestants: Contestants, loaded: dict[str, Any], mode: str, shape: Shape) -> dict[str, Any]:
+def measure(
+    contestants: Contestants, loaded: dict[str, Any], mode: str, shape: Shape
+) -> dict[str, Any]:
     """Tries micro-batch sizes, then measures in turns."""
     work, path = shape.work(), pathlib.Path(WORKDIR.value) / "work.npz"
     work.save(path)
@@ -111,12 +142,21 @@ def measure(contestants: Contestants, loaded: dict[str, Any], mode: str, shape: 
             rows[name]["runs"].append(run_of(answer["returned"], loaded[name]))
             print(f"{shape.title}; {name}: {rows[name]['runs'][-1]}", flush=True)
     flops = shape.flops(adapters=mode == "lora")
-    return {"title": shape.title, "trained_tokens": work.trained_tokens, "flops": flops, "contestants": rows}
+    return {
+        "title": shape.title,
+        "trained_tokens": work.trained_tokens,
+        "flops": flops,
+        "contestants": rows,
+    }
 
 
 def run_of(measured: dict[str, Any], loaded: dict[str, Any]) -> dict[str, float]:
     peak = measured["peak_bytes"] - loaded["loaded_bytes"]
-    return {"seconds": measured["seconds"], "cpu_seconds": measured["cpu_seconds"], "bytes_over_loaded": peak}
+    return {
+        "seconds": measured["seconds"],
+        "cpu_seconds": measured["cpu_seconds"],
+        "bytes_over_loaded": peak,
+    }
 
 
 def summarise(entry: dict[str, Any]) -> None:
@@ -124,13 +164,19 @@ def summarise(entry: dict[str, Any]) -> None:
     rows = entry["contestants"]
     for row in rows.values():
         speeds = [entry["trained_tokens"] / run["seconds"] for run in row["runs"]]
-        row["tokens_per_s"] = {"median": statistics.median(speeds), "min": min(speeds), "max": max(speeds)}
+        row["tokens_per_s"] = {
+            "median": statistics.median(speeds),
+            "min": min(speeds),
+            "max": max(speeds),
+        }
         row["peak_bytes"] = max(run["bytes_over_loaded"] for run in row["runs"])
     peers = [name for name in rows if name != OURS]
     if peers:
         best = max(peers, key=lambda name: rows[name]["tokens_per_s"]["median"])
         entry["better_peer"] = best
-        entry["speed_over_better_peer"] = rows[OURS]["tokens_per_s"]["median"] / rows[best]["tokens_per_s"]["median"]
+        entry["speed_over_better_peer"] = (
+            rows[OURS]["tokens_per_s"]["median"] / rows[best]["tokens_per_s"]["median"]
+        )
         entry["memory_over_better_peer"] = rows[OURS]["peak_bytes"] / rows[best]["peak_bytes"]
 
 

@@ -1,4 +1,6 @@
-"""What the training benchmark measures: the sampler benchmark's model; groups shaped as aggregation and as search."""
+"""What the training benchmark measures: the sampler benchmark's model; groups shaped as aggregation
+and as search.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +32,22 @@ class Shape:
         return StepWork(
             prompt_UxP=ids(self.U, self.P),
             trace_UxCxG=ids(self.U, self.C, self.G),
-            recorded_UxCxG=rng.uniform(-11, -10, (self.U, self.C, self.G)).astype(np.float32),  # about -log V
+            recorded_UxCxG=rng.uniform(-11, -10, (self.U, self.C, self.G)).astype(
+                np.float32
+            ),  # about -log V
             weight_UxC=rng.normal(size=(self.U, self.C)).astype(np.float32),
         )
 
     def flops(self, adapters: bool) -> dict[str, float]:
-        """Operations without anything computed twice: with each prompt once, and with it repeated for each trace."""
+        """Operations without anything computed twice: with each prompt once, and with it repeated
+        for each trace.
+        """
         rank = LORA_RANK if adapters else 0
         return {
             "shared": ideal_train_flops(ARCHITECTURE, rank, None, self.U, self.C, self.P, self.G),
-            "repeated": ideal_train_flops(ARCHITECTURE, rank, None, self.U * self.C, 1, self.P, self.G),
+            "repeated": ideal_train_flops(
+                ARCHITECTURE, rank, None, self.U * self.C, 1, self.P, self.G
+            ),
         }
 
 
@@ -51,11 +59,17 @@ SMALL = Shape("gradient check", 2, 2, 24, 9)
 
 
 def write_adapters(path: pathlib.Path) -> None:
-    """Random adapters of all projections by our names, none of them zero: `layers/q/a` [L, in, rank] and so on."""
+    """Random adapters of all projections by our names, none of them zero: `layers/q/a` [L, in,
+    rank] and so on.
+    """
     a, rng, arrays = ARCHITECTURE, np.random.default_rng(2), {}
     heads, kv = a.H * a.E, a.J * a.E
     sizes = [(a.D, heads), (a.D, kv), (a.D, kv), (heads, a.D), (a.D, a.F), (a.D, a.F), (a.F, a.D)]
     for name, (width, features) in zip(PARTS, sizes, strict=True):
-        arrays[f"layers/{name}/a"] = rng.normal(0, width**-0.5, (a.L, width, LORA_RANK)).astype(np.float32)
-        arrays[f"layers/{name}/b"] = rng.normal(0, 0.02, (a.L, LORA_RANK, features)).astype(np.float32)
+        arrays[f"layers/{name}/a"] = rng.normal(0, width**-0.5, (a.L, width, LORA_RANK)).astype(
+            np.float32
+        )
+        arrays[f"layers/{name}/b"] = rng.normal(0, 0.02, (a.L, LORA_RANK, features)).astype(
+            np.float32
+        )
     np.savez(path, **arrays)

@@ -7,14 +7,29 @@ from typing import Any
 
 def table(report: dict[str, Any]) -> str:
     """One section an entry."""
-    return "\n\n".join(["# Train step", *(section(*item) for item in sorted(report["entries"].items()))]) + "\n"
+    return (
+        "\n\n".join(
+            ["# Train step", *(section(*item) for item in sorted(report["entries"].items()))]
+        )
+        + "\n"
+    )
 
 
 def section(name: str, entry: dict[str, Any]) -> str:
     """Speed is response tokens over the wall time of a whole step: forward, backward, Adam."""
     flops = entry["flops"]
-    lines = [f"## {name}", "", f"{entry['title']}; {entry['machine']}, commit {entry['commit']}.", ""]
-    heads = ["contestant", "trained tokens/s: median [min, max]", "memory over loaded, MiB", "groups a micro-batch"]
+    lines = [
+        f"## {name}",
+        "",
+        f"{entry['title']}; {entry['machine']}, commit {entry['commit']}.",
+        "",
+    ]
+    heads = [
+        "contestant",
+        "trained tokens/s: median [min, max]",
+        "memory over loaded, MiB",
+        "groups a micro-batch",
+    ]
     heads += ["cores used", "useful GFLOP/s", "gradient's distance"]
     lines += ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for contestant, row in entry["contestants"].items():
@@ -26,8 +41,15 @@ def section(name: str, entry: dict[str, Any]) -> str:
             for size, run in row["tried"].items()
         )
         cells = [contestant, f"{speed['median']:.1f} [{speed['min']:.1f}, {speed['max']:.1f}]"]
-        cells += [f"{row['peak_bytes'] / 2**20:.0f}", f"{row['micro_batch']:g} ({tried})", f"{cores:.2f}"]
-        cells += [f"{needed / seconds[len(seconds) // 2] / 1e9:.0f}", f"{row['gradient_distance']:.1e}"]
+        cells += [
+            f"{row['peak_bytes'] / 2**20:.0f}",
+            f"{row['micro_batch']:g} ({tried})",
+            f"{cores:.2f}",
+        ]
+        cells += [
+            f"{needed / seconds[len(seconds) // 2] / 1e9:.0f}",
+            f"{row['gradient_distance']:.1e}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     text = f"With the prompt once a group the step needs {flops['shared'] / 1e12:.2f} TFLOP, repeated for each trace "
     text += f"{flops['repeated'] / 1e12:.2f}: {flops['repeated'] / flops['shared']:.2f}x."

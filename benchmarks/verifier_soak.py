@@ -1,6 +1,8 @@
-"""Ten thousand answers made to break the verifier: what became of them, how long it took, what it held.
+"""Ten thousand answers made to break the verifier: what became of them, how long it took, what it
+held.
 
-    python -m benchmarks.verifier_soak [--answers=10000] [--seconds=1800] [--json=docs/verifier_soak.json]
+    python -m benchmarks.verifier_soak [--answers=10000] [--seconds=1800]
+    [--json=docs/verifier_soak.json]
 
 A stopped soak goes on with the same command: batches that are done are in --log.
 """
@@ -37,7 +39,8 @@ class Outcome:
       errors: details of `Status.ERROR`, with how often.
       replaced: workers that were killed or died.
       seconds: wall clock, the workers' start included.
-      peak_worker_bytes: largest resident memory of a worker, or of another child that the process has had before.
+      peak_worker_bytes: largest resident memory of a worker, or of another child that the process
+      has had before.
       canary: whether some answer created the file that it named.
       commits: of the code that verified them.
     """
@@ -85,21 +88,34 @@ def soak(count: int, seed: int, workers: int, timeout_s: float, memory_gb: float
             if verdict.status is Status.ERROR:
                 errors[verdict.detail.partition(" at problem")[0][:100]] += 1
         found = os.path.exists(canary)
-    plain = {kind: {status.value: of_kind[status] for status in Status} for kind, of_kind in counts.items()}
+    plain = {
+        kind: {status.value: of_kind[status] for status in Status}
+        for kind, of_kind in counts.items()
+    }
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     seconds = time.monotonic() - start
-    return Outcome(count, plain, not_allowed, dict(errors), replaced, seconds, peak, found, [commit()])
+    return Outcome(
+        count, plain, not_allowed, dict(errors), replaced, seconds, peak, found, [commit()]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--answers", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--timeout_s", type=float, default=1.0)
     parser.add_argument("--memory_gb", type=float, default=2.0)
-    parser.add_argument("--seconds", type=float, default=1800, help="stop after the batch that ends after this long")
-    parser.add_argument("--log", type=pathlib.Path, default=pathlib.Path("runs/verifier_soak.jsonl"))
-    parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("docs/verifier_soak.json"))
+    parser.add_argument(
+        "--seconds", type=float, default=1800, help="stop after the batch that ends after this long"
+    )
+    parser.add_argument(
+        "--log", type=pathlib.Path, default=pathlib.Path("runs/verifier_soak.jsonl")
+    )
+    parser.add_argument(
+        "--json", type=pathlib.Path, default=pathlib.Path("docs/verifier_soak.json")
+    )
     asked = parser.parse_args()
     os.environ["HF_TOKEN"] = "a secret that no worker may see"
     end, total, batches = time.monotonic() + asked.seconds, Outcome(), []

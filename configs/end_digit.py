@@ -1,4 +1,6 @@
-"""The second bundled task and model: search is hard, checking is easy (`spiral_jax/tasks/end_digit.py`)."""
+"""The second bundled task and model: search is hard, checking is easy
+(`spiral_jax/tasks/end_digit.py`).
+"""
 
 from ml_collections import ConfigDict
 

@@ -2,8 +2,8 @@
 
     python -m spiral_jax.sft --config=configs/end_digit_sft.py --out=DIR
 
-It works out any try and knows whether it hits, but leans to one of the twelve expressions. Its reader finds a candidate
-that hits.
+It works out any try and knows whether it hits, but leans to one of the twelve expressions. Its
+reader finds a candidate that hits.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,9 @@ def get_config() -> ConfigDict:
     c = tiny_sft.get_config().unlock()
     c.task = "end_digit"
     c.prompt = ConfigDict(end_digit.get_config().prompt)
-    c.data.search = ConfigDict({"first_share": 0.8})  # the other expressions are tried equally often
+    c.data.search = ConfigDict(
+        {"first_share": 0.8}
+    )  # the other expressions are tried equally often
     # a candidate hits with this chance beside that of any try: 7 sets in 10 have one that does
     c.data.aggregation = ConfigDict({"right": 0.1, "first_share": 0.8})
     c.data.sets = 24

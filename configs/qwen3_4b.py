@@ -1,7 +1,8 @@
-"""SPIRAL on Qwen3-4B-Instruct-2507 at the paper's settings (arXiv 2606.23595, Table 1 and section 3.2).
+"""SPIRAL on Qwen3-4B-Instruct-2507 at the paper's settings (arXiv 2606.23595, Table 1 and section
+3.2).
 
-A problem costs 8 search and 4 x 4 aggregation traces of up to 4,096 tokens: at most 98,304, as in `grpo_qwen3_4b.py`.
-What is not named here is in `spiral_jax/core/config.py`.
+A problem costs 8 search and 4 x 4 aggregation traces of up to 4,096 tokens: at most 98,304, as in
+`grpo_qwen3_4b.py`. What is not named here is in `spiral_jax/core/config.py`.
 
     --config.model.hf_path=DIR --config.task.train_path=FILE --config.task.eval_path=FILE
 """
@@ -14,13 +15,18 @@ from spiral_jax.core.config import defaults
 def get_config() -> ConfigDict:
     c = defaults()
     c.model.hf_path = "models/Qwen3-4B-Instruct-2507"  # Hugging Face directory (paper: this model)
-    c.model.lora_rank = 32  # adapters on all seven projections, one set for both roles: 66.06 M parameters (paper)
+    c.model.lora_rank = (
+        32  # adapters on all seven projections, one set for both roles: 66.06 M parameters (paper)
+    )
     c.model.lora_alpha = 32.0  # scale alpha / rank = 1 (ours; unpublished)
-    c.model.param_dtype = "bfloat16"  # of the frozen base: 8.0 GB; adapters and Adam's moments: float32 (ours)
+    c.model.param_dtype = (
+        "bfloat16"  # of the frozen base: 8.0 GB; adapters and Adam's moments: float32 (ours)
+    )
 
-    # One host of 8 devices, or several (ours). fsdp: the base is cut in 8, 1.0 GB a device. tensor: 1 if a
-    # device holds the decode weights, 8.0 GB in bfloat16, beside its share of the cache (144 KiB a token); else up to
-    # 8, the number of key/value heads. All U below must be multiples of data * fsdp.
+    # One host of 8 devices, or several (ours). fsdp: the base is cut in 8, 1.0 GB a device. tensor:
+    # 1 if a device holds the decode weights, 8.0 GB in bfloat16, beside its share of the cache (144
+    # KiB a token); else up to 8, the number of key/value heads. All U below must be multiples of
+    # data * fsdp.
     c.mesh.data = -1
     c.mesh.fsdp = 8
     c.mesh.tensor = 1
@@ -28,8 +34,12 @@ def get_config() -> ConfigDict:
     c.task.name = "jsonl"  # paper: a filtered POLARIS-53K; the filter is unpublished
     c.task.train_path = "data/train.jsonl"
     c.task.eval_path = "data/eval.jsonl"
-    c.task.reward = "math"  # 0/1 on the final answer in \boxed{} (paper: exact answer; the parser is ours)
-    c.prompt.max_problem_tokens = 1024  # tokens of a search prompt; longer ones are left out (paper)
+    c.task.reward = (
+        "math"  # 0/1 on the final answer in \boxed{} (paper: exact answer; the parser is ours)
+    )
+    c.prompt.max_problem_tokens = (
+        1024  # tokens of a search prompt; longer ones are left out (paper)
+    )
 
     c.search.traces = 8  # N (paper)
     c.search.max_tokens = 4096  # tokens a search trace (paper)
@@ -39,9 +49,14 @@ def get_config() -> ConfigDict:
     c.aggregation.max_tokens = 4096  # tokens an aggregation trace (paper)
 
     c.sampling.temperature = 1.0  # (paper)
-    # Slots (slots, C, P, G), 144 KiB of cache a token in bfloat16: 20, 76, 40 and 79 GB over all devices (ours). The
-    # last P: 1,024 + 4 * 4,096 + words. Lower the slots for devices of 16 GB.
-    c.sampling.classes = ((16, 8, 1024, 1024), (16, 8, 1024, 4096), (16, 4, 1024, 4096), (16, 4, 17920, 4096))
+    # Slots (slots, C, P, G), 144 KiB of cache a token in bfloat16: 20, 76, 40 and 79 GB over all
+    # devices (ours). The last P: 1,024 + 4 * 4,096 + words. Lower the slots for devices of 16 GB.
+    c.sampling.classes = (
+        (16, 8, 1024, 1024),
+        (16, 8, 1024, 4096),
+        (16, 4, 1024, 4096),
+        (16, 4, 17920, 4096),
+    )
     c.sampling.max_ratio = 4.0  # problems tried / batch.problems, at most (ours)
 
     c.batch.problems = 256  # B, with a non-zero advantage (paper)
@@ -54,13 +69,18 @@ def get_config() -> ConfigDict:
     c.loss.normalizer = "unbiased"  # both terms are gradients of the same J (ours; unpublished)
     c.loss.search_weight = 1.0  # w_s (ours; unpublished)
     c.loss.aggregation_weight = 1.0  # w_a (ours; unpublished)
-    c.loss.length_gate = 0.0  # positive advantages die on traces that the limit cut off (paper: a shorter, unpublished
+    # positive advantages die on traces that the limit cut off (paper: a shorter, unpublished
+    c.loss.length_gate = 0.0
     # limit)
 
     c.optimizer.lr = 2e-5  # constant, without warm-up (paper; its schedule is unpublished)
     c.optimizer.schedule = "constant"
     c.optimizer.warmup_steps = 0
-    c.optimizer.b1, c.optimizer.b2, c.optimizer.eps = 0.9, 0.95, 1e-8  # Adam (ours: the paper's framework's default)
+    c.optimizer.b1, c.optimizer.b2, c.optimizer.eps = (
+        0.9,
+        0.95,
+        1e-8,
+    )  # Adam (ours: the paper's framework's default)
     c.optimizer.weight_decay = 0.0  # (ours; unpublished)
     c.optimizer.clip_norm = 0.0  # no clipping (ours; unpublished)
     c.train.steps = 250  # (paper: about 250, two epochs)

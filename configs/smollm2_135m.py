@@ -1,17 +1,20 @@
-"""A real small model, end to end: SmolLM2-135M-Instruct with LoRA on GSM8K, float32, hours on a CPU.
+"""A real small model, end to end: SmolLM2-135M-Instruct with LoRA on GSM8K, float32, hours on a
+CPU.
 
     bash launch/fetch_smollm2.sh
     python -m spiral_jax.train --config=configs/smollm2_135m.py --workdir=runs/smollm2 \\
         --config.task.train_path=train.jsonl --config.task.eval_path=test.jsonl
 
-GSM8K's own lines, {"question", "answer": "... #### 42"}. The settings make steps of minutes; they are not tuned.
+GSM8K's own lines, {"question", "answer": "... #### 42"}. The settings make steps of minutes; they
+are not tuned.
 """
 
 from ml_collections import ConfigDict
 
 from spiral_jax.core.config import defaults
 
-# A model of this size follows an example, not an instruction: asked for a box alone, one trace in a hundred has one.
+# A model of this size follows an example, not an instruction: asked for a box alone, one trace in a
+# hundred has one.
 SEARCH = (
     "Question: Ann has 3 bags with 4 apples each. She eats 2 apples. How many apples are left?\n"
     "Answer: 3 bags of 4 apples are 3 * 4 = 12 apples. After 2 are eaten, 12 - 2 = 10 are left. The answer is "
@@ -40,8 +43,14 @@ def get_config() -> ConfigDict:
     c.task.train_path = "data/gsm8k/train.jsonl"
     c.task.eval_path = "data/gsm8k/test.jsonl"
     c.task.reward = "math"
-    c.prompt.search, c.prompt.aggregation, c.prompt.candidate = SEARCH, AGGREGATION, "Attempt: {candidate}\n"
-    c.prompt.max_problem_tokens = 384  # GSM8K's longest search prompts have 337 (train) and 302 (test) tokens
+    c.prompt.search, c.prompt.aggregation, c.prompt.candidate = (
+        SEARCH,
+        AGGREGATION,
+        "Attempt: {candidate}\n",
+    )
+    c.prompt.max_problem_tokens = (
+        384  # GSM8K's longest search prompts have 337 (train) and 302 (test) tokens
+    )
     c.prompt.keep_tail_tokens = 192
 
     c.search.traces = 8
@@ -51,8 +60,15 @@ def get_config() -> ConfigDict:
     c.aggregation.traces = 2
     c.aggregation.max_tokens = 192
 
-    # (slots, C, P, G); the longest aggregation prompt, example, question and 4 candidates, has 1,232 tokens
-    c.sampling.classes = ((4, 8, 384, 192), (4, 4, 384, 192), (4, 2, 384, 192), (8, 2, 1280, 192), (4, 1, 1280, 192))
+    # (slots, C, P, G); the longest aggregation prompt, example, question and 4 candidates, has
+    # 1,232 tokens
+    c.sampling.classes = (
+        (4, 8, 384, 192),
+        (4, 4, 384, 192),
+        (4, 2, 384, 192),
+        (8, 2, 1280, 192),
+        (4, 1, 1280, 192),
+    )
     c.sampling.chunk = 16
     c.sampling.exit_groups = 1
     c.sampling.prefill_tokens = 2560

@@ -1,12 +1,14 @@
-"""A real small model on one GPU, minutes: SmolLM2-135M-Instruct with LoRA on sums of reasoning-gym, bfloat16.
+"""A real small model on one GPU, minutes: SmolLM2-135M-Instruct with LoRA on sums of reasoning-gym,
+bfloat16.
 
     bash launch/fetch_smollm2.sh
     python -m spiral_jax.train --config=configs/smollm2_chain_sum.py --workdir=runs/chain_sum
 
-Two numbers of one or two digits, added or subtracted in one line; an aggregation trace reads four such lines. GRPO at
-as many traces a problem:
+Two numbers of one or two digits, added or subtracted in one line; an aggregation trace reads four
+such lines. GRPO at as many traces a problem:
 
-    --config.loss.estimator=grpo --config.search.traces=24 '--config.sampling.classes=((22,24,128,32),)'
+    --config.loss.estimator=grpo --config.search.traces=24
+    '--config.sampling.classes=((22,24,128,32),)'
 
 On an H100 a step takes seconds (docs/README.md). Nothing is tuned.
 """
@@ -45,7 +47,11 @@ def get_config() -> ConfigDict:
     c.task.generator_args = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
     c.task.reward = "math"
     c.prompt.template = "plain"  # a model of this size follows an example, not an instruction
-    c.prompt.search, c.prompt.aggregation, c.prompt.candidate = SEARCH, AGGREGATION, "Attempt: {candidate}\n"
+    c.prompt.search, c.prompt.aggregation, c.prompt.candidate = (
+        SEARCH,
+        AGGREGATION,
+        "Attempt: {candidate}\n",
+    )
     c.prompt.stop = ("\n",)
     c.prompt.max_problem_tokens = 128
     c.prompt.keep_tail_tokens = 32

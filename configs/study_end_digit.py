@@ -1,17 +1,21 @@
-"""The study on a task where search is hard and checking is easy: every arm on the end digit (`tasks/end_digit.py`).
+"""The study on a task where search is hard and checking is easy: every arm on the end digit
+(`tasks/end_digit.py`).
 
-    python -m spiral_jax.study --config=configs/study_end_digit.py --workdir=runs/study_end_digit --at_once=2
+    python -m spiral_jax.study --config=configs/study_end_digit.py --workdir=runs/study_end_digit
+    --at_once=2
 
-Own correctness has a direction here, unlike on two halves, and it is another one than that of sets: a single trace is
-right most often if it always tries the first expression, a set if its traces try different ones. All arms have the same
-ceiling of output tokens a problem, 24 traces of L = 28: GRPO spends it on search alone. Traces of 2 L would not help
-it, as the model tries once.
+Own correctness has a direction here, unlike on two halves, and it is another one than that of sets:
+a single trace is right most often if it always tries the first expression, a set if its traces try
+different ones. All arms have the same ceiling of output tokens a problem, 24 traces of L = 28: GRPO
+spends it on search alone. Traces of 2 L would not help it, as the model tries once.
 
-A run ends when its sampled tokens are spent, or at its limit of steps, which lies beyond (from pilots of seed 0); there
-is no other stopping rule, and no run is left out: one whose policy has collapsed until no problem gives a signal ends
-there, is listed as failed, and is evaluated at its last checkpoint. 36 runs and 39 evaluations, of up to 5 and 2.5
-minutes on one core: two hours on two cores with --at_once=2. Stopped or killed at any time, it goes on with the same
-command; seeds come one after the other, so that what is there always has all arms.
+A run ends when its sampled tokens are spent, or at its limit of steps, which lies beyond (from
+pilots of seed 0); there
+is no other stopping rule, and no run is left out: one whose policy has collapsed until no problem
+gives a signal ends there, is listed as failed, and is evaluated at its last checkpoint. 36 runs and
+39 evaluations, of up to 5 and 2.5
+minutes on one core: two hours on two cores with --at_once=2. Stopped or killed at any time, it goes
+on with the same command; seeds come one after the other, so that what is there always has all arms.
 """
 
 from ml_collections import ConfigDict
@@ -20,12 +24,13 @@ from configs import end_digit
 from spiral_jax.studies import design as plan
 
 _TOKENS = 800_000  # sampled tokens that end a run of any arm
-# Rollouts of a problem, all of at most 28 tokens: N search traces, K sets of S = 4, M aggregation traces
+# Rollouts of a problem, all of at most 28 tokens: N search traces, K sets of S = 4, M aggregation
+# traces
 _SPIRAL = {"N": 8, "K": 4, "M": 4}
 _DISJOINT = {"N": 8, "K": 2, "M": 8}  # as many traces of each role; only the sets differ
 _SEARCH = {"N": 24}
-# estimator: rollouts, and steps at most, which are the length of the learning rate's cosine: a tenth more than the
-# tokens buy, as steps differ in how many problems they have to try
+# estimator: rollouts, and steps at most, which are the length of the learning rate's cosine: a
+# tenth more than the tokens buy, as steps differ in how many problems they have to try
 _ARMS = {
     "marginal_mean": (_SPIRAL, 33),
     "with_without": (_SPIRAL, 33),
@@ -62,7 +67,16 @@ def _study() -> ConfigDict:
     )
     five = ("marginal_mean", "grpo", "paragator")
     s.arms = (("base", _THREE), *((arm, _FIVE if arm in five else _THREE) for arm in _ARMS))
-    s.measures = ("aggregated", "single", "pass@4", "pass@32", "maj@8", "commonest", "rsa@1", "rsa@10")
+    s.measures = (
+        "aggregated",
+        "single",
+        "pass@4",
+        "pass@32",
+        "maj@8",
+        "commonest",
+        "rsa@1",
+        "rsa@10",
+    )
     s.baseline = "grpo"
     s.claims = (
         ("efficiency", "marginal_mean", "grpo", 3.0),

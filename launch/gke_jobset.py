@@ -1,6 +1,8 @@
-"""Fills in launch/gke_jobset.yaml and applies it with kubectl; `--dry_run` prints it instead. Python's library alone.
+"""Fills in launch/gke_jobset.yaml and applies it with kubectl; `--dry_run` prints it instead.
+Python's library alone.
 
-python launch/gke_jobset.py [--dry_run] --name=N --slice=v5e:8x8 --image=I --claim=C [--restarts=20] -- TRAIN_FLAGS...
+python launch/gke_jobset.py [--dry_run] --name=N --slice=v5e:8x8 --image=I --claim=C [--restarts=20]
+-- TRAIN_FLAGS...
 """
 
 from __future__ import annotations
@@ -16,7 +18,12 @@ import sys
 
 TEMPLATE = pathlib.Path(__file__).with_suffix(".yaml")
 CHIPS_PER_HOST = 4  # of every slice with more than one host
-ACCELERATORS = {"v4": "tpu-v4-podslice", "v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
+ACCELERATORS = {
+    "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
+}
 DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}
 
 
@@ -32,7 +39,11 @@ def render(name: str, slice: str, image: str, claim: str, restarts: int, args: l
     """
     kind, _, topology = slice.partition(":")
     sizes = [int(size) for size in topology.split("x") if size.isdecimal()]
-    if kind not in ACCELERATORS or "x".join(map(str, sizes)) != topology or len(sizes) != DIMENSIONS[kind]:
+    if (
+        kind not in ACCELERATORS
+        or "x".join(map(str, sizes)) != topology
+        or len(sizes) != DIMENSIONS[kind]
+    ):
         known = ", ".join(f"{kind}:{'x'.join('NNN'[:n])}" for kind, n in DIMENSIONS.items())
         raise ValueError(f"--slice={slice}: must be one of {known}, with a number for each N.")
     if math.prod(sizes) % CHIPS_PER_HOST or math.prod(sizes) <= CHIPS_PER_HOST:
@@ -40,7 +51,9 @@ def render(name: str, slice: str, image: str, claim: str, restarts: int, args: l
             f"--slice={slice}: {math.prod(sizes)} chips are no whole hosts of {CHIPS_PER_HOST}, two or more."
         )
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
-        raise ValueError(f"--name={name}: must be small letters, digits and hyphens, at most 40, a letter first.")
+        raise ValueError(
+            f"--name={name}: must be small letters, digits and hyphens, at most 40, a letter first."
+        )
     return string.Template(TEMPLATE.read_text()).substitute(
         name=name,
         restarts=restarts,
@@ -55,7 +68,9 @@ def render(name: str, slice: str, image: str, claim: str, restarts: int, args: l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dry_run", action="store_true")
     for name in ("name", "slice", "image", "claim"):
         parser.add_argument(f"--{name}", required=True)

@@ -2,4 +2,6 @@
 
 import time
 
-STARTED = time.monotonic()  # the first line that any of its programs runs: start-up is counted from here
+STARTED = (
+    time.monotonic()
+)  # the first line that any of its programs runs: start-up is counted from here

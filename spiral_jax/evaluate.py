@@ -1,19 +1,23 @@
-"""Measures how a checkpoint does with one trace, with many, with an aggregator and with rounds of self-aggregation.
+"""Measures how a checkpoint does with one trace, with many, with an aggregator and with rounds of
+self-aggregation.
 
-    python -m spiral_jax.evaluate --config=configs/qwen3_4b.py --config.model.hf_path=DIR --workdir=W
+    python -m spiral_jax.evaluate --config=configs/qwen3_4b.py --config.model.hf_path=DIR
+    --workdir=W
     python -m spiral_jax.evaluate --compare A/results.json B/results.json [--workdir=W]
 
-Held-out problems are evaluated in waves of `config.eval.wave`; each finished wave is a line of W/waves.jsonl, so that
-the same command goes on where it was stopped and ends with the same W/results.json (layout: `spiral_jax.evaluation.results`), a
-table, and four pictures. The first wave prints one prompt and one trace of each role, as they really were: a wrong chat
-template shows there. A finished evaluation prints its table again. Of the config it uses `model`, `mesh`,
-`task`, `prompt`, `search.max_tokens`, `aggregation.max_tokens`, `sampling`, `verifier`, `eval`, `seed`,
-`train.wait_s` and `train.watchdog`. The model is the checkpoint of `model.hf_path`, with the adapter of
-`model.adapter_path`, or as `model.init_from` has trained it; it reads the search traces of `eval.searcher` where that
-names another.
+Held-out problems are evaluated in waves of `config.eval.wave`; each finished wave is a line of
+W/waves.jsonl, so that the same command goes on where it was stopped and ends with the same
+W/results.json (layout: `spiral_jax.evaluation.results`), a table, and four pictures. The first wave
+prints one prompt and one trace of each role, as they really were: a wrong chat template shows
+there. A finished evaluation prints its table again. Of the config it uses `model`, `mesh`, `task`,
+`prompt`, `search.max_tokens`, `aggregation.max_tokens`, `sampling`, `verifier`, `eval`, `seed`,
+`train.wait_s` and `train.watchdog`. The model is the checkpoint of `model.hf_path`, with the
+adapter of `model.adapter_path`, or as `model.init_from` has trained it; it reads the search traces
+of `eval.searcher` where that names another.
 
-`--compare` sets two results on the same problems and scaffold side by side: samples that B needs for what A reaches,
-gaps with paired intervals, the same four pictures with both (in B's directory, `compare/`, unless --workdir is given).
+`--compare` sets two results on the same problems and scaffold side by side: samples that B needs
+for what A reaches, gaps with paired intervals, the same four pictures with both (in B's directory,
+`compare/`, unless --workdir is given).
 """
 
 from __future__ import annotations
@@ -55,8 +59,12 @@ USER_ERRORS = (ConfigError, hf.WeightsError, TaskError, WorkdirError, VerifierFa
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "model, task and what to sample", lock_config=True)
-    flags.DEFINE_string("workdir", None, "directory of the evaluation, or of the comparison's pictures")
+    config_flags.DEFINE_config_file(
+        "config", None, "model, task and what to sample", lock_config=True
+    )
+    flags.DEFINE_string(
+        "workdir", None, "directory of the evaluation, or of the comparison's pictures"
+    )
     flags.DEFINE_bool("compare", False, "compare two results.json: A, the baseline, and B")
     distributed.define_flags()
     flags.FLAGS.set_gnu_getopt(True)  # flags may follow the two files
@@ -74,7 +82,9 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unknown arguments: {argv[1:]}")
         if given.config is None or given.workdir is None:
-            raise app.UsageError("--config and --workdir are required (or --compare A/results.json B/results.json)")
+            raise app.UsageError(
+                "--config and --workdir are required (or --compare A/results.json B/results.json)"
+            )
         with distributed.joined(given, USER_ERRORS):
             distributed.introduce(make_mesh(given.config.mesh))
             evaluate(given.config, given.workdir)
@@ -83,7 +93,8 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate(c: ConfigDict, workdir: str) -> None:
-    """Evaluates what `c` names, or goes on with it; writes results.json and pictures, prints the table.
+    """Evaluates what `c` names, or goes on with it; writes results.json and pictures, prints the
+    table.
 
     Raises:
       WorkdirError: `workdir` holds an evaluation with another config, other weights or other data.
@@ -92,7 +103,9 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
     keep_compiled_programs()
     setup = set_up(config.for_evaluation(c), training=False)
     path = open_workdir(workdir, config.to_plain(c), config.digest(c))
-    model = model_fingerprint([setup.path, *([pathlib.Path(c.model.adapter_path)] if c.model.adapter_path else [])])
+    model = model_fingerprint(
+        [setup.path, *([pathlib.Path(c.model.adapter_path)] if c.model.adapter_path else [])]
+    )
     journal = StepLog(path / "waves.jsonl")
     distributed.check_equal(config=config.digest(c), model=model, data=setup.task.fingerprint)
     v = c.verifier
@@ -105,7 +118,11 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
     counts = sum((Counter(wave["counts"]) for wave in waves), Counter())
     found = results.make_results(setup.c, model, problems, records, counts)
     results.write_results(path / "results.json", found)
-    _show(results.results_tables(found), path / "results.json", scaling_plots.draw({path.name: found}, path))
+    _show(
+        results.results_tables(found),
+        path / "results.json",
+        scaling_plots.draw({path.name: found}, path),
+    )
 
 
 def _show(tables: list[Table], file: pathlib.Path, pictures: list[pathlib.Path]) -> None:
@@ -117,7 +134,8 @@ def _show(tables: list[Table], file: pathlib.Path, pictures: list[pathlib.Path])
 
 
 def run_waves(setup: Setup, journal: StepLog, model: str, verifier: Verifier) -> dict[int, Problem]:
-    """Evaluates the waves that `journal` does not hold yet, and appends them; returns the evaluated problems by index.
+    """Evaluates the waves that `journal` does not hold yet, and appends them; returns the evaluated
+    problems by index.
 
     Raises:
       WorkdirError: the journal was begun with other weights or data.
@@ -128,7 +146,9 @@ def run_waves(setup: Setup, journal: StepLog, model: str, verifier: Verifier) ->
     waves = [list(problems)[i : i + c.eval.wave] for i in range(0, len(problems), c.eval.wave)]
     journal.cut_back(len(waves))
     stamp = {"model": model, "data": setup.task.fingerprint}
-    done = distributed.from_first(lambda: [{name: wave[name] for name in ("step", *stamp)} for wave in journal.read()])
+    done = distributed.from_first(
+        lambda: [{name: wave[name] for name in ("step", *stamp)} for wave in journal.read()]
+    )
     _check_journal(journal, done, stamp)
     if len(done) == len(waves):
         return problems
@@ -136,7 +156,11 @@ def run_waves(setup: Setup, journal: StepLog, model: str, verifier: Verifier) ->
             Watchdog(c.train.watchdog, c.train.wait_s) as watchdog:  # fmt: skip
         actor = Actor(c, setup.task, setup.scaffold, setup.eval_sampler, verifier, progress)
         with progress.phase("compiling"):
-            print(*filter(None, (setup.task.report, setup.eval_sampler.start_report())), sep="\n", flush=True)
+            print(
+                *filter(None, (setup.task.report, setup.eval_sampler.start_report())),
+                sep="\n",
+                flush=True,
+            )
         read = "the weights that config.model names to be read (config.train.wait_s)"
         with progress.phase("loading weights"), deadline(read, c.train.wait_s):
             policy, searcher = setup.load_policies()
@@ -146,13 +170,21 @@ def run_waves(setup: Setup, journal: StepLog, model: str, verifier: Verifier) ->
             start, index_B = time.monotonic(), np.array(waves[number])
             watchdog.starts("wave", number)
             asked = [problems[index] for index in waves[number]]
-            records, counts, rollouts = evaluate_wave(actor, weights, asked, index_B, search_weights=search_weights)
+            records, counts, rollouts = evaluate_wave(
+                actor, weights, asked, index_B, search_weights=search_weights
+            )
             watchdog.ends()
             if number == 0:
                 print(render_examples(rollouts, setup.tokenizer), flush=True)
             journal.append({"step": number, **stamp, "records": records, "counts": counts})
             tokens = sum(count for name, count in counts.items() if name.endswith("sampled_tokens"))
-            right = np.mean([answer == CORRECT for record in records for answer in record["aggregation"]["answer"]])
+            right = np.mean(
+                [
+                    answer == CORRECT
+                    for record in records
+                    for answer in record["aggregation"]["answer"]
+                ]
+            )
             progress.step_done(number + 1, float(right), tokens, time.monotonic() - start)
     return problems
 
@@ -168,9 +200,13 @@ def _check_journal(journal: StepLog, done: list[dict], stamp: dict[str, str]) ->
 
 
 def model_fingerprint(directories: list[pathlib.Path]) -> str:
-    """SHA-256 over every weight file's name, size and 256 blocks of it: other weights in the same place show."""
+    """SHA-256 over every weight file's name, size and 256 blocks of it: other weights in the same
+    place show.
+    """
     digest = hashlib.sha256()
-    for path in [file for directory in directories for file in sorted(directory.glob("*.safetensors"))]:
+    for path in [
+        file for directory in directories for file in sorted(directory.glob("*.safetensors"))
+    ]:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
@@ -188,9 +224,13 @@ def compare(path_a: str, path_b: str, workdir: str | None) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WorkdirError(f"--workdir={out}: not a directory that can be written ({error}).") from error
+        raise WorkdirError(
+            f"--workdir={out}: not a directory that can be written ({error})."
+        ) from error
     comparison.write(out / "comparison.json", found)
-    pictures = scaling_plots.draw(comparison.names(path_a, a, path_b, b), out, found["efficiency"][-1])
+    pictures = scaling_plots.draw(
+        comparison.names(path_a, a, path_b, b), out, found["efficiency"][-1]
+    )
     _show(comparison.tables(found), out / "comparison.json", pictures)
 
 

@@ -1,10 +1,13 @@
 """Writes what a run has trained as a Hugging Face directory that transformers and vLLM load.
 
-    python -m spiral_jax.export --workdir=runs/4b --out=models/my-spiral-4b [--step=200] [--adapter] [--max_shard_gb=5]
+    python -m spiral_jax.export --workdir=runs/4b --out=models/my-spiral-4b [--step=200] [--adapter]
+    [--max_shard_gb=5]
 
-trained arrays + base checkpoint -> merged weights, streamed tensor by tensor in the base's dtypes -> shards, config,
-tokenizer; or, with --adapter, a PEFT adapter. The scaffold (prompts, rules, sizes of the sets) is part of the model, so
-it travels along: spiral_scaffold.json, and spiral_infer.py, which runs it on any OpenAI-style endpoint.
+trained arrays + base checkpoint -> merged weights, streamed tensor by tensor in the base's dtypes
+-> shards, config, tokenizer; or, with --adapter, a PEFT adapter. The scaffold (prompts, rules,
+sizes of the sets) is part of the model, so
+it travels along: spiral_scaffold.json, and spiral_infer.py, which runs it on any OpenAI-style
+endpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +31,13 @@ from spiral_jax.core.mesh import host_mesh, path_name
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, save_adapter
 from spiral_jax.model.architecture import read_architecture
-from spiral_jax.model.tensor_files import Output, TensorFiles, WeightsError, open_tensors, write_tensors
+from spiral_jax.model.tensor_files import (
+    Output,
+    TensorFiles,
+    WeightsError,
+    open_tensors,
+    write_tensors,
+)
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.prompts import prompts
 from spiral_jax.prompts.prompts import CUT_OFF, EMPTY, Scaffold
@@ -47,9 +56,13 @@ _TOKENIZER_FILES = (
 def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "directory of the run", required=True)
     flags.DEFINE_integer("step", None, "step of the checkpoint; default: the newest")
-    flags.DEFINE_string("out", None, "directory that is written; must be missing or empty", required=True)
+    flags.DEFINE_string(
+        "out", None, "directory that is written; must be missing or empty", required=True
+    )
     flags.DEFINE_bool("adapter", False, "write the LoRA adapter alone, in PEFT's format")
-    flags.DEFINE_float("max_shard_gb", 5.0, "10^9 bytes of weights in a file, at most", lower_bound=1e-6)
+    flags.DEFINE_float(
+        "max_shard_gb", 5.0, "10^9 bytes of weights in a file, at most", lower_bound=1e-6
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -59,23 +72,35 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         trained = find_trained(pathlib.Path(given.workdir), given.step)
-        files = export(trained, pathlib.Path(given.out), given.adapter, int(given.max_shard_gb * 1e9))
+        files = export(
+            trained, pathlib.Path(given.out), given.adapter, int(given.max_shard_gb * 1e9)
+        )
     except (ConfigError, WeightsError, WorkdirError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     size = sum(file.stat().st_size for file in files)
-    print(f"step {trained.step}: {size / 1e9:.2f} GB of weights in {len(files)} files in {given.out}", flush=True)
+    print(
+        f"step {trained.step}: {size / 1e9:.2f} GB of weights in {len(files)} files in {given.out}",
+        flush=True,
+    )
 
 
-def export(trained: Trained, out: pathlib.Path, adapter: bool, max_shard_bytes: int) -> list[pathlib.Path]:
-    """Writes the directory `out`; returns its weight files. config.json comes last: without it nothing loads the rest.
+def export(
+    trained: Trained, out: pathlib.Path, adapter: bool, max_shard_bytes: int
+) -> list[pathlib.Path]:
+    """Writes the directory `out`; returns its weight files. config.json comes last: without it
+    nothing loads the rest.
 
     Raises:
-      ConfigError: `out` is not empty, the base model is not there, or `adapter` for a run without adapters.
-      WeightsError, CheckpointError: the base's weights or the checkpoint are not what they should be.
+      ConfigError: `out` is not empty, the base model is not there, or `adapter` for a run without
+      adapters.
+      WeightsError, CheckpointError: the base's weights or the checkpoint are not what they should
+      be.
     """
     c = trained.c
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out={out}: not an empty directory. Give a new one; nothing is overwritten.")
+        raise ConfigError(
+            f"--out={out}: not an empty directory. Give a new one; nothing is overwritten."
+        )
     if adapter and not c.model.lora_rank:
         raise ConfigError("--adapter: the run trained all parameters (config.model.lora_rank = 0), so it has no "
                           "adapter. Leave the flag out.")  # fmt: skip
@@ -92,30 +117,45 @@ def export(trained: Trained, out: pathlib.Path, adapter: bool, max_shard_bytes: 
     _write_json(out / SCAFFOLD, scaffold_fields(trained, scaffold, stop_ids))
     mesh = host_mesh()
     if adapter:
-        save_adapter(out, trained.load(abstract_lora(model), mesh), model, _base_name(c.model.hf_path, base))
+        save_adapter(
+            out, trained.load(abstract_lora(model), mesh), model, _base_name(c.model.hf_path, base)
+        )
         return sorted(out.glob("adapter_model*.safetensors"))
     with open_tensors(base, hf.STEM) as tensors:
-        files = write_tensors(out, hf.STEM, merged_outputs(trained, tensors, model, mesh), max_shard_bytes)
-    _write_json(out / "generation_config.json", generation_fields(base, c.sampling.temperature, stop_ids))
+        files = write_tensors(
+            out, hf.STEM, merged_outputs(trained, tensors, model, mesh), max_shard_bytes
+        )
+    _write_json(
+        out / "generation_config.json", generation_fields(base, c.sampling.temperature, stop_ids)
+    )
     shutil.copy(base / "config.json", out / "config.json")
     return files
 
 
-def merged_outputs(trained: Trained, base: TensorFiles, model: ModelConfig, mesh: Mesh) -> list[Output]:
-    """Every tensor of the merged model, in the dtype that the base stores it in; made one by one when written.
+def merged_outputs(
+    trained: Trained, base: TensorFiles, model: ModelConfig, mesh: Mesh
+) -> list[Output]:
+    """Every tensor of the merged model, in the dtype that the base stores it in; made one by one
+    when written.
 
     An adapter is merged in float32 and rounded once: W + (alpha / rank) (A B)^T.
     """
     expected = hf.abstract_params(model)
     hf.check_tensors(base, expected, model.arch.tied)
-    lora = jax.tree.map(np.asarray, trained.load(abstract_lora(model), mesh)) if model.lora_rank else None
+    lora = (
+        jax.tree.map(np.asarray, trained.load(abstract_lora(model), mesh))
+        if model.lora_rank
+        else None
+    )
 
     @functools.lru_cache(maxsize=1)  # a stacked parameter is read once for all of its layers
     def full(name: str, shape: jax.ShapeDtypeStruct) -> np.ndarray:
         part = trained.load(unflatten_dict({name: shape}, sep="/"), mesh)
         return np.asarray(jax.tree.leaves(part)[0])
 
-    def reader(name: str, leaf: jax.ShapeDtypeStruct, theirs: str, layer: int, transposed: bool) -> Callable[[], Any]:
+    def reader(
+        name: str, leaf: jax.ShapeDtypeStruct, theirs: str, layer: int, transposed: bool
+    ) -> Callable[[], Any]:
         def read() -> np.ndarray:
             if lora is None:
                 whole = full(name, leaf)
@@ -140,8 +180,12 @@ def merged_outputs(trained: Trained, base: TensorFiles, model: ModelConfig, mesh
     return outputs
 
 
-def scaffold_fields(trained: Trained, scaffold: Scaffold, stop_ids: tuple[int, ...]) -> dict[str, Any]:
-    """What spiral_infer.py needs to prompt and sample as in training; all of config.prompt, so that nothing is lost."""
+def scaffold_fields(
+    trained: Trained, scaffold: Scaffold, stop_ids: tuple[int, ...]
+) -> dict[str, Any]:
+    """What spiral_infer.py needs to prompt and sample as in training; all of config.prompt, so that
+    nothing is lost.
+    """
     c = trained.c
     decode = lambda i: scaffold.tokenizer.decode([int(i)], skip_special_tokens=False)  # noqa: E731
     return {
@@ -154,22 +198,38 @@ def scaffold_fields(trained: Trained, scaffold: Scaffold, stop_ids: tuple[int, .
         "search": c.search.to_dict(),
         "aggregation": c.aggregation.to_dict(),
         "sampling": {"temperature": c.sampling.temperature, "top_p": 1.0},
-        "trained": {"step": trained.step, "estimator": c.loss.estimator, "config_digest": digest(c)},
+        "trained": {
+            "step": trained.step,
+            "estimator": c.loss.estimator,
+            "config_digest": digest(c),
+        },
     }
 
 
-def generation_fields(base: pathlib.Path, temperature: float, stop_ids: tuple[int, ...]) -> dict[str, Any]:
-    """generation_config.json: the base's special ids, and sampling as it was trained: no top-p, no top-k."""
+def generation_fields(
+    base: pathlib.Path, temperature: float, stop_ids: tuple[int, ...]
+) -> dict[str, Any]:
+    """generation_config.json: the base's special ids, and sampling as it was trained: no top-p, no
+    top-k.
+    """
     file = base / "generation_config.json"
     theirs = json.loads(file.read_text()) if file.is_file() else {}
-    kept = {name: theirs[name] for name in ("bos_token_id", "pad_token_id") if theirs.get(name) is not None}
+    kept = {
+        name: theirs[name]
+        for name in ("bos_token_id", "pad_token_id")
+        if theirs.get(name) is not None
+    }
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
     return kept | {"eos_token_id": list(stop_ids)} | sampling
 
 
 def _base_name(hf_path: str, base: pathlib.Path) -> str:
     """What PEFT is told to load the adapter onto: the Hub id, or the directory where it lies here."""
-    return hf_path if hf_path not in hf.BUNDLED and not pathlib.Path(hf_path).is_dir() else str(base.absolute())
+    return (
+        hf_path
+        if hf_path not in hf.BUNDLED and not pathlib.Path(hf_path).is_dir()
+        else str(base.absolute())
+    )
 
 
 def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

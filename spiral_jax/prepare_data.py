@@ -1,11 +1,13 @@
-"""The paper's sets of problems as JSONL files: fetched from the Hugging Face Hub, or converted from downloads.
+"""The paper's sets of problems as JSONL files: fetched from the Hugging Face Hub, or converted from
+downloads.
 
     python -m spiral_jax.prepare_data --out=data                              # all that SETS lists
     python -m spiral_jax.prepare_data --out=data polaris_53k aime_2025=DIR    # one fetched, one from a local directory
 
-Data set -> checked problems -> OUT/NAME.jsonl, lines of {"id", "problem", "answer"} for task.name = "jsonl". A file
-that is there already is kept and read. OUT/report.json and the terminal say how many problems each file has, its
-SHA-256, which problems are there twice, and which evaluation problems are in a training set too.
+Data set -> checked problems -> OUT/NAME.jsonl, lines of {"id", "problem", "answer"} for task.name =
+"jsonl". A file that is there already is kept and read. OUT/report.json and the terminal say how
+many problems each file has, its SHA-256, which problems are there twice, and which evaluation
+problems are in a training set too.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ SETS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sets", nargs="*", metavar="NAME[=DIRECTORY]", help=f"default: {' '.join(SETS)}")
+    parser.add_argument(
+        "sets", nargs="*", metavar="NAME[=DIRECTORY]", help=f"default: {' '.join(SETS)}"
+    )
     parser.add_argument("--out", required=True, type=pathlib.Path, help="directory of the files")
     words = parser.parse_args()
     wanted = dict(word.partition("=")[::2] for word in words.sets or SETS)
@@ -52,7 +56,8 @@ def main() -> None:
 
 
 def prepare(wanted: dict[str, str], out: pathlib.Path) -> bool:
-    """Writes the files and the report; what cannot be had is said and left out. Returns whether everything is there.
+    """Writes the files and the report; what cannot be had is said and left out. Returns whether
+    everything is there.
 
     Args:
       wanted: names in `SETS` -> a local directory instead of the Hub, or "".
@@ -62,22 +67,31 @@ def prepare(wanted: dict[str, str], out: pathlib.Path) -> bool:
     files = {}
     for name, directory in wanted.items():
         try:
-            found[name], files[name] = fetch(name, directory or SETS[name].dataset, out / f"{name}.jsonl")
+            found[name], files[name] = fetch(
+                name, directory or SETS[name].dataset, out / f"{name}.jsonl"
+            )
         except TaskError as error:
             print(f"{name}: error: {error}", flush=True)
             continue
         entry = files[name]
-        print(f"{name}: {entry['problems']:,} problems, {entry['from']}, sha256 {entry['sha256'][:16]}", flush=True)
+        print(
+            f"{name}: {entry['problems']:,} problems, {entry['from']}, sha256 {entry['sha256'][:16]}",
+            flush=True,
+        )
     overlaps = compare(found)
     for against, overlap in overlaps.items():
         print(f"{against}: {describe(overlap)}", flush=True)
-    report = {"files": files, "overlaps": {name: dataclasses.asdict(overlap) for name, overlap in overlaps.items()}}
+    report = {
+        "files": files,
+        "overlaps": {name: dataclasses.asdict(overlap) for name, overlap in overlaps.items()},
+    }
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return len(found) == len(wanted)
 
 
 def fetch(name: str, dataset: str, file: pathlib.Path) -> tuple[list[Problem], dict]:
-    """The problems of a set, with `file` written if it was not there, and what report.json says of the file.
+    """The problems of a set, with `file` written if it was not there, and what report.json says of
+    the file.
 
     Raises:
       TaskError: the set cannot be had, or a row is malformed.
@@ -87,21 +101,36 @@ def fetch(name: str, dataset: str, file: pathlib.Path) -> tuple[list[Problem], d
         source = f"{dataset}, {SETS[name].split}"
         rows = hub.problems(dataset, "", SETS[name].split, "problem", "answer", name)
         lines = [
-            {"id": problem.id.removeprefix(f"{name}:"), "problem": problem.text, "answer": problem.answer}
+            {
+                "id": problem.id.removeprefix(f"{name}:"),
+                "problem": problem.text,
+                "answer": problem.answer,
+            }
             for problem in distinct(rows, source)
         ]
         unfinished = file.with_suffix(".tmp")
-        unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+        unfinished.write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8"
+        )
         unfinished.replace(file)
     content = file.read_bytes()
     problems = jsonl.parse(content, str(file), name)
     sha256 = hashlib.sha256(content).hexdigest()
-    return problems, {"file": file.name, "from": source, "problems": len(problems), "sha256": sha256}
+    return problems, {
+        "file": file.name,
+        "from": source,
+        "problems": len(problems),
+        "sha256": sha256,
+    }
 
 
 def compare(found: dict[str, list[Problem]]) -> dict[str, Overlap]:
-    """Each evaluation set against all training sets together; training sets alone where nothing is evaluated."""
-    train = [problem for name, problems in found.items() if SETS[name].training for problem in problems]
+    """Each evaluation set against all training sets together; training sets alone where nothing is
+    evaluated.
+    """
+    train = [
+        problem for name, problems in found.items() if SETS[name].training for problem in problems
+    ]
     held_out = {name: problems for name, problems in found.items() if not SETS[name].training}
     if train and not held_out:
         return {"training": find_overlap(train, [])}

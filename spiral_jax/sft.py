@@ -1,10 +1,11 @@
-"""Makes a bundled model: tokenizer, random weights, supervised demonstrations, a Hugging Face directory.
+"""Makes a bundled model: tokenizer, random weights, supervised demonstrations, a Hugging Face
+directory.
 
     python -m spiral_jax.sft --config=configs/tiny_sft.py --out=DIR            # bundled:tiny, for two_halves
     python -m spiral_jax.sft --config=configs/end_digit_sft.py --out=DIR       # bundled:end_digit
 
-One step: problems -> demonstrated search traces and aggregation traces, as groups -> mean negative log-likelihood a
-token of both roles, added -> one Adam step.
+One step: problems -> demonstrated search traces and aggregation traces, as groups -> mean negative
+log-likelihood a token of both roles, added -> one Adam step.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ _LOG_EVERY = 100
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", "configs/tiny_sft.py", "what to make", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config", "configs/tiny_sft.py", "what to make", lock_config=True
+    )
     flags.DEFINE_string("out", None, "directory that gets the model", required=True)
 
 
@@ -50,7 +53,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     c, out = flags.FLAGS.config, pathlib.Path(flags.FLAGS.out)
     if c.task not in TASKS:
-        sys.exit(f"error: config.task={c.task!r}: only {' and '.join(TASKS)} have demonstrations; choose one of them.")
+        sys.exit(
+            f"error: config.task={c.task!r}: only {' and '.join(TASKS)} have demonstrations; choose one of them."
+        )
     task = TASKS[c.task].practice(c.task_seed)
     tokenizer = train_tokenizer(tokenizer_texts(c.task, task, c.seed), c.model.vocab_size, out)
     config = ModelConfig(_architecture(c.model, len(tokenizer)), remat="none")
@@ -67,31 +72,46 @@ def tokenizer_texts(name: str, task: Task, seed: int) -> Iterator[str]:
         yield from TASKS[name].tokenizer_texts(task.train(cursor), rng)
 
 
-def batches(c: ConfigDict, task: Task, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[dict, dict]]:
-    """Endless (search, aggregation) batches of demonstrated groups: prompt, prompt_len, trace, trace_len."""
+def batches(
+    c: ConfigDict, task: Task, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[dict, dict]]:
+    """Endless (search, aggregation) batches of demonstrated groups: prompt, prompt_len, trace,
+    trace_len.
+    """
     scaffold = prompts.make_scaffold(tokenizer, c.prompt, (tokenizer.eos_token_id,))
-    encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id])  # noqa: E731
+    encode = lambda text: np.array(
+        tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
+    )  # noqa: E731
     rng, module, data = np.random.default_rng([c.seed, 1]), TASKS[c.task], c.data
     cursor = 0
     while True:
         search = []
         for _ in range(data.search_problems):
             problem, cursor = task.train(cursor), cursor + 1
-            texts = [module.demonstrate_search(problem, **data.search, rng=rng) for _ in range(data.search_traces)]
+            texts = [
+                module.demonstrate_search(problem, **data.search, rng=rng)
+                for _ in range(data.search_traces)
+            ]
             traces = [encode(text) for text in texts]
             search.append((prompts.search_prompt(scaffold, problem.text), traces))
         sets = []
         for _ in range(data.sets):
             problem, cursor = task.train(cursor), cursor + 1
-            texts, read = module.demonstrate_set(problem, data.set_size, **data.aggregation, rng=rng)
+            texts, read = module.demonstrate_set(
+                problem, data.set_size, **data.aggregation, rng=rng
+            )
             candidates = [(encode(text), Stop.STOP) for text in texts]
-            prompt = prompts.aggregation_prompt(scaffold, problem.text, candidates, np.arange(data.set_size)).ids
+            prompt = prompts.aggregation_prompt(
+                scaffold, problem.text, candidates, np.arange(data.set_size)
+            ).ids
             sets.append((prompt, [encode(read)]))
         yield _groups(search), _groups(sets)
 
 
 def _groups(demonstrations: list[tuple[np.ndarray, list[np.ndarray]]]) -> dict[str, np.ndarray]:
-    """(prompt ids, trace ids) of each group -> right-padded arrays; widths are rounded up so that few shapes occur."""
+    """(prompt ids, trace ids) of each group -> right-padded arrays; widths are rounded up so that
+    few shapes occur.
+    """
     prompt_UxP, prompt_len_U = _pad([prompt for prompt, _ in demonstrations])
     trace, trace_len = _pad([trace for _, traces in demonstrations for trace in traces])
     U = len(demonstrations)
@@ -114,14 +134,22 @@ def fit(c: ConfigDict, config: ModelConfig, params: Any, data: Iterator[tuple[di
     optimizer = optax.chain(optax.clip_by_global_norm(o.clip_norm), optax.adam(schedule, b2=o.b2))
 
     def nll(params: Any, groups: dict[str, jax.Array]) -> jax.Array:
-        prompt, prompt_len, trace = groups["prompt_UxP"], groups["prompt_len_U"], groups["trace_UxCxG"]
-        logprob, _ = group_logprobs(config, {"params": params}, prompt, prompt_len, trace, 1.0, trace.shape[-1])
+        prompt, prompt_len, trace = (
+            groups["prompt_UxP"],
+            groups["prompt_len_U"],
+            groups["trace_UxCxG"],
+        )
+        logprob, _ = group_logprobs(
+            config, {"params": params}, prompt, prompt_len, trace, 1.0, trace.shape[-1]
+        )
         mask = length_mask(groups["trace_len_UxC"], trace.shape[-1])
         return -jnp.sum(jnp.where(mask, logprob, 0.0)) / jnp.sum(mask)
 
     @jax.jit
     @functools.partial(in_its_dtype, config)
-    def step(params: Any, state: Any, search: dict, aggregation: dict) -> tuple[Any, Any, jax.Array]:
+    def step(
+        params: Any, state: Any, search: dict, aggregation: dict
+    ) -> tuple[Any, Any, jax.Array]:
         def loss(params: Any) -> tuple[jax.Array, jax.Array]:
             both = jnp.stack([nll(params, search), nll(params, aggregation)])
             return both.sum(), both

@@ -5,14 +5,15 @@
     python -m spiral_jax.study --config=configs/study_two_halves_budget.py --workdir=W --sweep=12    # and 12 by optuna
     ... --at_once=2    # two runs side by side, with half of the cores each
 
-Each run is an ordinary training in a process of its own, W/runs/ARM/seed_0, and an ordinary evaluation of what it has
-trained, W/evaluations/ARM/seed_0/step_000040; what they print is in W/logs. Then the arms of `cross` read each other's
-search, W/evaluations/SEARCHER+READER, and the next seed begins. The same command goes on where the study was stopped or
-killed, since both do, and tries failed runs again. A run that fails is recorded in W/journal.jsonl, reported, and does
-not end the others; if it has a checkpoint, that is evaluated.
+Each run is an ordinary training in a process of its own, W/runs/ARM/seed_0, and an ordinary
+evaluation of what it has trained, W/evaluations/ARM/seed_0/step_000040; what they print is in
+W/logs. Then the arms of `cross` read each other's search, W/evaluations/SEARCHER+READER, and the
+next seed begins. The same command goes on where the study was stopped or killed, since both do, and
+tries failed runs again. A run that fails is recorded in W/journal.jsonl, reported, and does not end
+the others; if it has a checkpoint, that is evaluated.
 
-Written: OUT.md, OUT.json, OUT_*.png (default: W/report). The exit status is 1 if a run failed or one of the study's
-claims does not hold.
+Written: OUT.md, OUT.json, OUT_*.png (default: W/report). The exit status is 1 if a run failed or
+one of the study's claims does not hold.
 """
 
 from __future__ import annotations
@@ -54,16 +55,24 @@ from spiral_jax.studies.processes import Processes
 
 # What a user can mend: these end the program with their message alone, without a stack trace.
 USER_ERRORS = (ConfigError, WorkdirError, ResultsError)
-_ENVIRONMENT = "import json; from spiral_jax import environment; print(json.dumps(environment.describe()))"
+_ENVIRONMENT = (
+    "import json; from spiral_jax import environment; print(json.dumps(environment.describe()))"
+)
 
 
 def define_flags() -> None:
     flags.DEFINE_string("config", None, "the study: a file of configs/", required=True)
     flags.DEFINE_string("workdir", None, "directory of the study", required=True)
-    flags.DEFINE_integer("at_once", 1, "runs side by side, each with its share of the cores; not on accelerators")
+    flags.DEFINE_integer(
+        "at_once", 1, "runs side by side, each with its share of the cores; not on accelerators"
+    )
     flags.DEFINE_bool("report", False, "run nothing, only report")
-    flags.DEFINE_integer("sweep", 0, "let optuna propose so many arms beside the listed ones", lower_bound=0)
-    flags.DEFINE_string("out", None, "the report's path without its ending; default: WORKDIR/report")
+    flags.DEFINE_integer(
+        "sweep", 0, "let optuna propose so many arms beside the listed ones", lower_bound=0
+    )
+    flags.DEFINE_string(
+        "out", None, "the report's path without its ending; default: WORKDIR/report"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -91,12 +100,18 @@ def main(argv: list[str]) -> None:
     pairs = [row for row in found["cross"] if not row["measures"] or row.get("errors")]
     failed += [f"search of {row['searcher']}, read by {row['reader']}" for row in pairs]
     if broken or failed:
-        sys.exit("\n".join([*(f"claim: {claim}" for claim in broken), *(f"not done: {run}" for run in failed)]))
+        sys.exit(
+            "\n".join(
+                [*(f"claim: {claim}" for claim in broken), *(f"not done: {run}" for run in failed)]
+            )
+        )
 
 
-def run_study(study: Study, directory: StudyDirectory, processes: Processes, proposals: int = 0) -> Study:
-    """Runs what is missing, and a sweep over `proposals` arms. Returns when every run is done or has failed: the study
-    with the arms of its sweep.
+def run_study(
+    study: Study, directory: StudyDirectory, processes: Processes, proposals: int = 0
+) -> Study:
+    """Runs what is missing, and a sweep over `proposals` arms. Returns when every run is done or
+    has failed: the study with the arms of its sweep.
 
     Raises:
       ConfigError: several runs at once on an accelerator.
@@ -135,7 +150,9 @@ def _sweep_module() -> ModuleType:
     try:
         return importlib.import_module("spiral_jax.studies.sweep")
     except ModuleNotFoundError as error:
-        raise ConfigError(f"a sweep needs {error.name}: pip install -r requirements-sweep.txt") from error
+        raise ConfigError(
+            f"a sweep needs {error.name}: pip install -r requirements-sweep.txt"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +162,8 @@ class Runner:
     Attributes:
       environment: `environment.describe` of the runs.
       lock: the study's, which its processes hold too.
-      programs: directory where they find each other's compiled programs. It lives as long as the study's command: what
-        is compiled for one machine's CPUs may not run on another's.
+      programs: directory where they find each other's compiled programs. It lives as long as the
+        study's command: what is compiled for one machine's CPUs may not run on another's.
       processes: how many at once.
       guard: of the journal.
     """
@@ -160,14 +177,18 @@ class Runner:
     guard: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def run_arm(self, arm: str, seed: int, number: str) -> None:
-        """Trains and evaluates one run, as far as that was not done before; `number`: of it, for what is printed."""
+        """Trains and evaluates one run, as far as that was not done before; `number`: of it, for
+        what is printed.
+        """
         print(f"[{number}] {arm}, seed {seed}", flush=True)
         step = 0
         if arm != BASE:
             c, workdir = self.study.experiments[arm], self.directory.run(arm, seed)
             step = _step(workdir)
             if not _ended(c, workdir, step):
-                code = self._stage(arm, seed, "train", f"--config={self.study.file}:{arm}", f"--workdir={workdir}")
+                code = self._stage(
+                    arm, seed, "train", f"--config={self.study.file}:{arm}", f"--workdir={workdir}"
+                )
                 step = _step(workdir)
                 if step is None or (code == 0 and not _ended(c, workdir, step)):
                     return  # it failed before its first checkpoint, or was told to stop
@@ -178,17 +199,29 @@ class Runner:
         print(f"[{number}] search of {pair[0]}, read by {pair[1]}, seed {seed}", flush=True)
         steps = [0 if arm == BASE else _step(self.directory.run(arm, seed)) for arm in pair]
         for arm, step in zip(pair, steps, strict=True):
-            if arm != BASE and not _ended(self.study.experiments[arm], self.directory.run(arm, seed), step):
+            if arm != BASE and not _ended(
+                self.study.experiments[arm], self.directory.run(arm, seed), step
+            ):
                 return
         reader = self._policy("model.init_from", pair[1], seed, steps[1])
-        searcher = self._policy("eval.searcher", pair[0], seed, steps[0]) or [f"--config.eval.searcher={BASE}"]
+        searcher = self._policy("eval.searcher", pair[0], seed, steps[0]) or [
+            f"--config.eval.searcher={BASE}"
+        ]
         self._evaluate(pair_name(*pair), seed, steps[1], *reader, *searcher)
 
     def value_of(self, study: Study, arm: str) -> float | None:
-        """What the study's first measure is for an arm that a sweep has proposed to it; None: the arm failed."""
-        dataclasses.replace(self, study=study).run_arm(arm, SWEEP_SEED, f"sweep, arm {len(study.proposed)}")
+        """What the study's first measure is for an arm that a sweep has proposed to it; None: the
+        arm failed.
+        """
+        dataclasses.replace(self, study=study).run_arm(
+            arm, SWEEP_SEED, f"sweep, arm {len(study.proposed)}"
+        )
         files = self.directory.evaluations(arm, SWEEP_SEED)
-        return value_of(columns(read_results(files[-1])["records"]), study.s.measures[0]) if files else None
+        return (
+            value_of(columns(read_results(files[-1])["records"]), study.s.measures[0])
+            if files
+            else None
+        )
 
     def _policy(self, field: str, arm: str, seed: int, step: int) -> list[str]:
         """The flag that names what an arm has trained; none for the base."""
@@ -201,7 +234,9 @@ class Runner:
             self._stage(name, seed, "evaluate", config, f"--workdir={evaluation}", *policies)
 
     def _stage(self, name: str, seed: int, stage: str, *arguments: str) -> int:
-        """One command in a process of its own; its outcome goes to the journal. Returns its exit status."""
+        """One command in a process of its own; its outcome goes to the journal. Returns its exit
+        status.
+        """
         log = self.directory.log(name, seed, stage)
         log.parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", f"spiral_jax.{stage}", *arguments, f"--config.seed={seed}"]
@@ -230,7 +265,9 @@ def _step(workdir: pathlib.Path) -> int | None:
 
 
 def _ended(c: ConfigDict, workdir: pathlib.Path, step: int | None) -> bool:
-    """Whether the checkpoint is where the experiment ends: all steps are done, or its tokens are spent."""
+    """Whether the checkpoint is where the experiment ends: all steps are done, or its tokens are
+    spent.
+    """
     if step is None:
         return False
     tokens = sum(row["sampling/generated_tokens"] for row in read_metrics(workdir)[:step])
@@ -240,7 +277,9 @@ def _ended(c: ConfigDict, workdir: pathlib.Path, step: int | None) -> bool:
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
     """SIGTERM ends a study as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop; the same command goes on"))
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("told to stop; the same command goes on")
+    )
     try:
         yield
     finally:
@@ -250,13 +289,17 @@ def _stoppable() -> Iterator[None]:
 def _last_words(log: pathlib.Path, code: int) -> str:
     """What a failed command said last: its `error:` line if it has one, in at most 500 characters."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines[-50:] if line.startswith("error:")] or lines[-1:] or ["(nothing)"]
+    said = (
+        [line for line in lines[-50:] if line.startswith("error:")] or lines[-1:] or ["(nothing)"]
+    )
     return (f"killed by signal {-code}; " if code < 0 else "") + said[-1][:500]
 
 
 @contextlib.contextmanager
 def _alone(directory: StudyDirectory) -> Iterator[IO]:
-    """The study's lock. Its processes hold it too, so one that outlives a killed study keeps the next one out."""
+    """The study's lock. Its processes hold it too, so one that outlives a killed study keeps the
+    next one out.
+    """
     with (directory.path / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -270,7 +313,9 @@ def _alone(directory: StudyDirectory) -> Iterator[IO]:
 
 def _environment() -> dict:
     """`environment.describe` of the runs, asked in a process like theirs."""
-    done = subprocess.run([sys.executable, "-c", _ENVIRONMENT], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _ENVIRONMENT], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise WorkdirError(f"JAX does not start here: {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,7 @@
 """Trains one model to search and to aggregate (SPIRAL, arXiv 2606.23595). Start reading here.
 
-    python -m spiral_jax.train --config=configs/tiny.py --workdir=runs/tiny [--config.optimizer.lr=1e-3] [--dry_run]
+    python -m spiral_jax.train --config=configs/tiny.py --workdir=runs/tiny
+    [--config.optimizer.lr=1e-3] [--dry_run]
 
 One step, in the order of the code below:
 
@@ -14,7 +15,8 @@ One step, in the order of the code below:
     train step        both kinds of trace, one gradient, one Adam step                          train_step
     checkpoint, evaluation, logs
 
-The same command on the same workdir resumes at the newest checkpoint, bit for bit; a finished run prints its table. On
+The same command on the same workdir resumes at the newest checkpoint, bit for bit; a finished run
+prints its table. On
 several hosts it is started once on each: `spiral_jax.core.distributed`.
 """
 
@@ -41,7 +43,13 @@ from spiral_jax.core.metrics import divide
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.wave import evaluate
 from spiral_jax.learner import blocks as batching
-from spiral_jax.learner.step import TrainState, abstract_state, init_state, make_train_step, variables
+from spiral_jax.learner.step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    make_train_step,
+    variables,
+)
 from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.rollout.collect import Batch, NoSignal, collect_batch
 from spiral_jax.rollout.requests import Actor
@@ -71,7 +79,9 @@ USER_ERRORS = (ConfigError, WeightsError, TaskError, WorkdirError, CheckpointErr
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "the experiment: a file of configs/", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config", None, "the experiment: a file of configs/", lock_config=True
+    )
     flags.DEFINE_string("workdir", None, "directory of the run: logs, traces, checkpoints")
     flags.DEFINE_bool("dry_run", False, "check config, data, tokenizer and shapes; write nothing")
     flags.DEFINE_integer("preempted_exit_code", 0, "of a run that a preemption notice has ended, after it has saved: "
@@ -107,7 +117,9 @@ def main(argv: list[str]) -> None:
 
 @dataclasses.dataclass
 class Position:
-    """Where a run stands, beside its weights: it is saved with them, and a resumed run goes on from it."""
+    """Where a run stands, beside its weights: it is saved with them, and a resumed run goes on from
+    it.
+    """
 
     step: int = 0
     cursor: int = 0
@@ -116,7 +128,9 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the loop works with, all of it open: the policy's frozen part, and who samples, logs, saves and watches."""
+    """What the loop works with, all of it open: the policy's frozen part, and who samples, logs,
+    saves and watches.
+    """
 
     setup: Setup
     frozen: Any
@@ -130,17 +144,22 @@ class Run:
 
 
 def train(setup: Setup, workdir: str) -> bool:
-    """Trains until `train.steps`, or until `train.max_sampled_tokens` are spent, from scratch or where it stopped.
+    """Trains until `train.steps`, or until `train.max_sampled_tokens` are spent, from scratch or
+    where it stopped.
 
     Returns:
       whether it is finished: False after a preemption notice.
     """
     c, v = setup.c, setup.c.verifier
-    if not pathlib.Path(workdir, "checkpoints").exists():  # a resumed run no longer needs what it started from
+    if not pathlib.Path(
+        workdir, "checkpoints"
+    ).exists():  # a resumed run no longer needs what it started from
         initial.check_start(c, setup.path, setup.model)
     path = open_workdir(workdir, config.to_plain(c), config.digest(c), c.resume.allow)
     log = RunLog(path, c)
-    checkpoints = Checkpoints(path / "checkpoints", Retention(c.checkpoint.keep, c.checkpoint.keep_every, log.scores))
+    checkpoints = Checkpoints(
+        path / "checkpoints", Retention(c.checkpoint.keep, c.checkpoint.keep_every, log.scores)
+    )
     newest = f"step {checkpoints.latest()}"
     distributed.check_equal(config=config.digest(c), data=setup.task.fingerprint, checkpoint=newest)
     with deadline("weights and checkpoint to be read (config.train.wait_s)", c.train.wait_s):
@@ -158,21 +177,31 @@ def train(setup: Setup, workdir: str) -> bool:
         actor = Actor(c, setup.task, setup.scaffold, sampler, verifier, progress)
         run = Run(setup, frozen, actor, log, saver, guard, preemption, watchdog, profile)
         if not _finished(c, at):
-            print(*filter(None, (setup.task.report, setup.sampler.start_report())), sep="\n", flush=True)
+            print(
+                *filter(None, (setup.task.report, setup.sampler.start_report())),
+                sep="\n",
+                flush=True,
+            )
             log.started()
         at = _loop(run, state, at)
     if preemption.noticed:
-        print(f"preempted: saved at step {at.step}; the same command goes on from there", flush=True)
+        print(
+            f"preempted: saved at step {at.step}; the same command goes on from there", flush=True
+        )
     else:
         log.summarise(at.step, at.sampled_tokens)
     return not preemption.noticed
 
 
 def _loop(run: Run, state: TrainState, at: Position) -> Position:
-    """Step after step, until the run is finished or preempted; returns where it stands then, saved and evaluated."""
+    """Step after step, until the run is finished or preempted; returns where it stands then, saved
+    and evaluated.
+    """
     c, model, mesh = run.setup.c, run.setup.model, run.setup.mesh
     train_step, progress = make_train_step(c, model), run.actor.progress
-    for_decoding = lambda state: run.setup.sampler.prepare(variables(model, run.frozen, state.trained))  # noqa: E731
+    for_decoding = lambda state: run.setup.sampler.prepare(
+        variables(model, run.frozen, state.trained)
+    )  # noqa: E731
     weights = for_decoding(state)
     while not _finished(c, at) and not run.preemption.reached():
         if at.step == 0 or (c.eval.every and at.step % c.eval.every == 0):
@@ -181,7 +210,9 @@ def _loop(run: Run, state: TrainState, at: Position) -> Position:
         run.watchdog.starts("step", at.step)
         start = time.monotonic()
 
-        batch = run.preemption.run(functools.partial(collect_batch, run.actor, weights, at.step, at.cursor))
+        batch = run.preemption.run(
+            functools.partial(collect_batch, run.actor, weights, at.step, at.cursor)
+        )
         if batch is None:
             break
         run.saver.settle()  # here, so that a kill never costs two finished steps
@@ -204,13 +235,17 @@ def _loop(run: Run, state: TrainState, at: Position) -> Position:
     if run.preemption.noticed and at.step:
         run.saver.save_if_missing(at.step, state, _record(run.setup, at))
     if not run.saver.settle():
-        raise CheckpointError(f"{run.log.path}: the checkpoint of step {at.step} could not be written; see above.")
+        raise CheckpointError(
+            f"{run.log.path}: the checkpoint of step {at.step} could not be written; see above."
+        )
     _evaluate_once(run, weights, at.step)
     return at
 
 
 def _start_or_resume(setup: Setup, checkpoints: Checkpoints) -> tuple[Any, TrainState, Position]:
-    """(frozen base, state, position) from the newest whole checkpoint, or from what config.model names."""
+    """(frozen base, state, position) from the newest whole checkpoint, or from what config.model
+    names.
+    """
     c, mesh = setup.c, setup.mesh
     new = checkpoints.latest() is None
     reference = c.loss.kl_coef > 0 and not c.model.lora_rank  # KL is to what the run started from
@@ -242,10 +277,14 @@ def _check_data(fingerprint: str, setup: Setup) -> None:
 
 
 def _evaluate_once(run: Run, weights: Any, step: int) -> None:
-    """Evaluates the policy after `step` steps, unless that was done before, or a preemption notice ends it."""
+    """Evaluates the policy after `step` steps, unless that was done before, or a preemption notice
+    ends it.
+    """
     c, progress = run.setup.c, run.actor.progress
     sampler = run.preemption.interrupting(run.setup.eval_sampler)
-    evaluator = dataclasses.replace(run.actor, c=config.for_evaluation_in_training(c), sampler=sampler)
+    evaluator = dataclasses.replace(
+        run.actor, c=config.for_evaluation_in_training(c), sampler=sampler
+    )
     if c.eval.problems and not run.log.is_evaluated(step):
         run.watchdog.starts("evaluation", step)
         with progress.phase("evaluating"):
@@ -284,9 +323,13 @@ def _log_step(run: Run, step: int, batch: Batch, found: dict[str, Any], start: f
     metrics |= run.guard.check(step, metrics)
     _check_mismatch(c, step, metrics)
     seconds = time.monotonic() - start
-    metrics |= progress.take_times() | {"time/step": seconds, "tokens_per_s": batch.sampled_tokens / seconds}
+    metrics |= progress.take_times() | {
+        "time/step": seconds,
+        "tokens_per_s": batch.sampled_tokens / seconds,
+    }
     metrics |= (
-        update_metrics(model.arch, model.lora_rank, batch.rollouts.stages, metrics["time/updating"]) | memory_metrics()
+        update_metrics(model.arch, model.lora_rank, batch.rollouts.stages, metrics["time/updating"])
+        | memory_metrics()
     )
     metrics["checkpoint/failed_saves"] = float(run.saver.failures)
     logged = c.trace_log.every and step % c.trace_log.every == 0
@@ -305,7 +348,9 @@ def _step_metrics(batch: Batch, found: dict[str, Any]) -> dict[str, float | None
 
 
 def _check_mismatch(c: ConfigDict, step: int, metrics: dict[str, float | None]) -> None:
-    """At the first step both sides run the same policy: a difference beyond rounding is a bug, so the run stops."""
+    """At the first step both sides run the same policy: a difference beyond rounding is a bug, so
+    the run stops.
+    """
     limit, worst = c.train.mismatch_limit, metrics["mismatch/max_abs_log_ratio"]
     if limit and step == 0 and not worst <= limit:  # NaN is no agreement
         raise Mismatch(

@@ -1,4 +1,6 @@
-"""What several test files share: the mesh of all devices, and random checkpoints as transformers writes them."""
+"""What several test files share: the mesh of all devices, and random checkpoints as transformers
+writes them.
+"""
 
 import functools
 import os
@@ -31,7 +33,9 @@ FIELDS = {
 
 
 def randomise(model):
-    """Peaked attention: with transformers' own initialisation a wrong rope theta would go unnoticed."""
+    """Peaked attention: with transformers' own initialisation a wrong rope theta would go
+    unnoticed.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -51,7 +55,9 @@ def randomise(model):
 
 @pytest.fixture(scope="session")
 def qwen3_checkpoint(tmp_path_factory):
-    """(shard="5GB", **fields) -> (directory, transformers' model): random, in files of at most `shard`."""
+    """(shard="5GB", **fields) -> (directory, transformers' model): random, in files of at most
+    `shard`.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     @functools.cache

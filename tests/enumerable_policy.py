@@ -17,7 +17,9 @@ def arbitrary_set_function(s, seed):
     """A random number for each multiset of S outcomes: symmetric, with no order among outcomes."""
     rng = np.random.default_rng(seed)
     table = {key: rng.random() for key in itertools.combinations_with_replacement(range(3), s)}
-    return lambda rows: np.array([table[tuple(sorted(row))] for row in rows.reshape(-1, s)]).reshape(rows.shape[:-1])
+    return lambda rows: np.array(
+        [table[tuple(sorted(row))] for row in rows.reshape(-1, s)]
+    ).reshape(rows.shape[:-1])
 
 
 def score_gradient(outcome):

@@ -1,4 +1,6 @@
-"""Sampling as it is defined: the whole group through the training forward pass for every token. No cache, no slots."""
+"""Sampling as it is defined: the whole group through the training forward pass for every token. No
+cache, no slots.
+"""
 
 import functools
 
@@ -18,8 +20,12 @@ from spiral_jax.sampling.keys import trace_keys, uniforms
 def next_tokens(config, draw, variables, prompt, prompt_len, trace, key, g):
     hidden = response_hidden(config, variables, prompt, prompt_len, trace)
     at = jax.lax.dynamic_index_in_dim(hidden, g, axis=2, keepdims=False)
-    logits = jnp.einsum("ucd,dv->ucv", at, head_kernel(config, variables["params"]).astype(at.dtype))
-    return draw_token(draw, logits.astype(jnp.float32), uniforms(key, jnp.broadcast_to(g, key.shape[:2])))
+    logits = jnp.einsum(
+        "ucd,dv->ucv", at, head_kernel(config, variables["params"]).astype(at.dtype)
+    )
+    return draw_token(
+        draw, logits.astype(jnp.float32), uniforms(key, jnp.broadcast_to(g, key.shape[:2]))
+    )
 
 
 def plain_sample(settings, variables, requests):
@@ -33,10 +39,14 @@ def plain_sample(settings, variables, requests):
     trace, logprob = np.zeros((U, C, G), np.int32), np.zeros((U, C, G), np.float32)
     length, stop = np.zeros((U, C), np.int32), np.full((U, C), int(Stop.LENGTH), np.int32)
     with jax.set_mesh(settings.mesh):
-        key = place(np.asarray(trace_keys(settings.seed, id_UxCx6, np.broadcast_to(np.arange(C), (U, C)))))
+        key = place(
+            np.asarray(trace_keys(settings.seed, id_UxCx6, np.broadcast_to(np.arange(C), (U, C))))
+        )
         prompt, prompt_len = place(requests.prompt_UxP), place(requests.prompt_len_U)
         for g in range(G):
-            drawn = next_tokens(settings.config, settings.draw, variables, prompt, prompt_len, place(trace), key, g)
+            drawn = next_tokens(
+                settings.config, settings.draw, variables, prompt, prompt_len, place(trace), key, g
+            )
             token, value = (np.asarray(a)[:U] for a in drawn)
             runs = (stop == Stop.LENGTH) & (g < limit)
             trace[..., g], logprob[..., g] = np.where(runs, token, 0), np.where(runs, value, 0)

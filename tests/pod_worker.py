@@ -39,7 +39,9 @@ def exchange():
     distributed.check_equal(config="same", data="same too")
     kept = distributed.global_state.client.key_value_dir_get("spiral_jax/exchange")
     assert len(kept) <= 2 * count, kept
-    x = mesh.place(np.arange(64).reshape(8, 8), NamedSharding(this_mesh(), P(("data", "fsdp"), "tensor")))
+    x = mesh.place(
+        np.arange(64).reshape(8, 8), NamedSharding(this_mesh(), P(("data", "fsdp"), "tensor"))
+    )
     whole = jax.jit(lambda x: 2 * x, out_shardings=mesh.replicated(this_mesh()))(x)
     np.testing.assert_array_equal(np.asarray(whole), 2 * np.arange(64).reshape(8, 8))
 
@@ -82,7 +84,9 @@ class Chunks:
 
 
 def preempt():
-    """All leave the same chunk of the same step, in which one of them got a SIGTERM, and begin nothing new."""
+    """All leave the same chunk of the same step, in which one of them got a SIGTERM, and begin
+    nothing new.
+    """
     from spiral_jax.run.preemption import Preemption
 
     with Preemption(grace_s=60.0) as preemption:
@@ -110,18 +114,27 @@ def checkpoint():
 
     def arrays(step):
         make = lambda path, shape: (  # noqa: E731
-            step + np.random.default_rng([*mesh.path_name(path).encode()]).normal(size=shape).astype(np.float32)
+            step
+            + np.random.default_rng([*mesh.path_name(path).encode()])
+            .normal(size=shape)
+            .astype(np.float32)
         )
-        return jax.tree_util.tree_map_with_path(make, SHAPES, is_leaf=lambda a: isinstance(a, tuple))
+        return jax.tree_util.tree_map_with_path(
+            make, SHAPES, is_leaf=lambda a: isinstance(a, tuple)
+        )
 
     with Checkpoints(pathlib.Path(flags.FLAGS.directory), keep=5) as checkpoints:
         step = checkpoints.latest() or 0
         expected, here = arrays(step), mesh.weight_shardings(arrays(step), this_mesh())
         if step:
-            like = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), expected, here)
+            like = jax.tree.map(
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), expected, here
+            )
             state, record = checkpoints.restore(like)
             assert record == {"cursor": 7 * step}
-            for found, all_of_it in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+            for found, all_of_it in zip(
+                jax.tree.leaves(state), jax.tree.leaves(expected), strict=True
+            ):
                 for shard in found.addressable_shards:
                     np.testing.assert_array_equal(np.asarray(shard.data), all_of_it[shard.index])
         checkpoints.save(step + 1, mesh.place(arrays(step + 1), here), {"cursor": 7 * (step + 1)})

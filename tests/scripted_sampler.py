@@ -1,4 +1,6 @@
-"""A rollout without a model: the second implementation of the sampler protocol writes what it is told to."""
+"""A rollout without a model: the second implementation of the sampler protocol writes what it is
+told to.
+"""
 
 import dataclasses
 import re
@@ -19,7 +21,9 @@ TOKENIZER = prompts.load_tokenizer(hf.resolve_path("bundled:tiny"))
 
 @dataclasses.dataclass
 class ScriptedSampler:
-    """A `Sampler` whose traces are texts: `script(role, cursor, set, trace)`; "..." at the end means cut off."""
+    """A `Sampler` whose traces are texts: `script(role, cursor, set, trace)`; "..." at the end
+    means cut off.
+    """
 
     script: object
     at_once: int = 6
@@ -32,7 +36,9 @@ class ScriptedSampler:
         return variables
 
     def stream(self, weights, feed):
-        """Takes up to `at_once` groups, then hands them back; one round is one unit of virtual time."""
+        """Takes up to `at_once` groups, then hands them back; one round is one unit of virtual
+        time.
+        """
         now, tokens = 0, 0
         while not feed.finished(now):
             taken = []
@@ -61,7 +67,9 @@ class ScriptedSampler:
 
 
 class ReadingSampler(ScriptedSampler):
-    """Aggregation traces repeat the largest box that their prompt shows; search traces follow the script."""
+    """Aggregation traces repeat the largest box that their prompt shows; search traces follow the
+    script.
+    """
 
     def write(self, request):
         if request.id_Ux6[0, 4] == Role.SEARCH:
@@ -86,4 +94,11 @@ def make_actor(script, task=None, at_once=6, **overrides) -> Actor:
         c[room][name] = value
     scaffold = prompts.make_scaffold(TOKENIZER, c.prompt, (TOKENIZER.eos_token_id,))
     verifier = Verifier("math", workers=1, timeout_s=5.0)
-    return Actor(c, task or number_task(), scaffold, ScriptedSampler(script, at_once), verifier, Progress(1, 0))
+    return Actor(
+        c,
+        task or number_task(),
+        scaffold,
+        ScriptedSampler(script, at_once),
+        verifier,
+        Progress(1, 0),
+    )

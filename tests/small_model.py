@@ -1,4 +1,6 @@
-"""A small model and random groups, run on the mesh: what the tests of the model and of its parity share."""
+"""A small model and random groups, run on the mesh: what the tests of the model and of its parity
+share.
+"""
 
 import functools
 import typing
@@ -13,10 +15,13 @@ from spiral_jax.model.transformer import Transformer, head_kernel
 
 U, C, P, G = 4, 2, 9, 5
 PROMPT_LEN = np.array([9, 6, 1, 4], np.int32)
-ARCH = Architecture(V=97, D=48, F=80, L=3, H=6, J=3, E=16, norm_eps=1e-3, rope_theta=777.0, tied=False)
+ARCH = Architecture(
+    V=97, D=48, F=80, L=3, H=6, J=3, E=16, norm_eps=1e-3, rope_theta=777.0, tied=False
+)
 
 
-# Programs that are compiled for one run: machine code without LLVM's optimisations takes half the time.
+# Programs that are compiled for one run: machine code without LLVM's optimisations takes half the
+# time.
 UNOPTIMISED = {"xla_backend_optimization_level": 0}
 quickly_compiled = functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMISED)
 
@@ -31,18 +36,26 @@ class Ids(typing.NamedTuple):
 
 def random_ids():
     rng = np.random.default_rng(0)
-    return Ids(rng.integers(0, 97, (U, P), np.int32), PROMPT_LEN, rng.integers(0, 97, (U, C, G), np.int32))
+    return Ids(
+        rng.integers(0, 97, (U, P), np.int32), PROMPT_LEN, rng.integers(0, 97, (U, C, G), np.int32)
+    )
 
 
 def on_mesh(program, mesh, config, variables, ids, *rest):
-    """Runs a jitted `program(config, variables, prompt, prompt_len, trace)` with groups along the mesh."""
+    """Runs a jitted `program(config, variables, prompt, prompt_len, trace)` with groups along the
+    mesh.
+    """
     with jax.set_mesh(mesh):
-        return program(config, variables, *jax.device_put(tuple(ids), meshes.group_sharding(mesh)), *rest)
+        return program(
+            config, variables, *jax.device_put(tuple(ids), meshes.group_sharding(mesh)), *rest
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(config, variables, prompt, prompt_len, trace):
-    """Hidden states [U, 1 + C G, D] of each prompt's last token and of its traces, and their logits."""
+    """Hidden states [U, 1 + C G, D] of each prompt's last token and of its traces, and their
+    logits.
+    """
     hidden = Transformer(config).apply(variables, prompt, prompt_len, trace)
     return hidden, hidden @ head_kernel(config, variables["params"])
 

@@ -18,17 +18,24 @@ def free_port():
 
 
 def launch(command, processes, devices, timeout=300, only=None, env=None):
-    """Runs `command` in all `processes` (or those of `only`) at once, each with `devices` fake devices.
+    """Runs `command` in all `processes` (or those of `only`) at once, each with `devices` fake
+    devices.
 
-    `env` may be a function of the process's number. Returns the `CompletedProcess`es in order; on a time-out all are
-    killed and it raises.
+    `env` may be a function of the process's number. Returns the `CompletedProcess`es in order; on a
+    time-out all are killed and it raises.
     """
-    join = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"] if processes > 1 else []
+    join = (
+        [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
+        if processes > 1
+        else []
+    )
     started = []
     try:
         for process in range(processes) if only is None else only:
             flags = [*join, f"--process={process}"] if join else []
-            inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TPU_"))}
+            inherited = {
+                k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TPU_"))
+            }
             settings = {
                 "JAX_PLATFORMS": "cpu",
                 "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",

@@ -1,4 +1,6 @@
-"""A reward for models that know nothing, in a module that the verifier's processes import: arbitrary, but fixed."""
+"""A reward for models that know nothing, in a module that the verifier's processes import:
+arbitrary, but fixed.
+"""
 
 import os
 import time
@@ -14,6 +16,8 @@ def every_other(text, problem):
 
 
 def slow_coin(text, problem):
-    """The coin of the drills, after a while in which nothing is computed: a signal takes a second to reach all."""
+    """The coin of the drills, after a while in which nothing is computed: a signal takes a second
+    to reach all.
+    """
     time.sleep(0.25)
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) % 2 == 0

@@ -19,7 +19,9 @@ def random_like(shapes, mesh, seed, scale=0.1):
 
 
 def make_run(path, c, model, mesh, steps=(1,), scale=0.1):
-    """Writes a run into `path`; returns what was trained by step: random adapters, or parameters at rank 0."""
+    """Writes a run into `path`; returns what was trained by step: random adapters, or parameters at
+    rank 0.
+    """
     open_workdir(path, to_plain(c), digest(c))
     shapes = abstract_lora(model) if model.lora_rank else hf.abstract_params(model)
     zeros = lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding)  # noqa: E731

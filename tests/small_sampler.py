@@ -1,4 +1,6 @@
-"""What the sampler's tests share: a small random model far from uniform, requests of many kinds, comparisons."""
+"""What the sampler's tests share: a small random model far from uniform, requests of many kinds,
+comparisons.
+"""
 
 import dataclasses
 
@@ -17,7 +19,9 @@ from spiral_jax.sampling.programs import Schedule
 from spiral_jax.sampling.slots import DecodeSettings, SlotClass
 
 C, G, V = 3, 12, 97
-ARCH = Architecture(V=V, D=32, F=48, L=2, H=4, J=2, E=8, norm_eps=1e-3, rope_theta=777.0, tied=False)
+ARCH = Architecture(
+    V=V, D=32, F=48, L=2, H=4, J=2, E=8, norm_eps=1e-3, rope_theta=777.0, tied=False
+)
 MODEL = ModelConfig(ARCH, lora_rank=4)
 DRAW = Draw(temperature=0.7)
 OTHER_PROGRAM = 1e-5  # nat; float32 sums in another order, log-probs down to about -10
@@ -26,20 +30,28 @@ MANY_SIZES = ((4, 3, 8, 4), (4, 3, 8, 12), (4, 1, 8, 12), (4, 2, 16, 12))
 
 
 def random_variables(config, mesh):
-    """Parameters and adapters far from their initial values: entropy of the next token about 3 of log(97) = 4.6 nat."""
+    """Parameters and adapters far from their initial values: entropy of the next token about 3 of
+    log(97) = 4.6 nat.
+    """
 
     def make(path, leaf):
         name = meshes.path_name(path)
         rng = np.random.default_rng([*name.encode()])
-        values = rng.uniform(0.5, 1.5, leaf.shape) if "norm" in name else rng.normal(0, 0.2, leaf.shape)
+        values = (
+            rng.uniform(0.5, 1.5, leaf.shape) if "norm" in name else rng.normal(0, 0.2, leaf.shape)
+        )
         return values.astype(leaf.dtype)
 
-    tree = jax.tree_util.tree_map_with_path(make, jax.eval_shape(lambda: init_variables(config, jax.random.key(0))))
+    tree = jax.tree_util.tree_map_with_path(
+        make, jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    )
     return jax.device_put(tree, meshes.weight_shardings(tree, mesh))
 
 
 def one_device():
-    return jax.make_mesh((1, 1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return jax.make_mesh(
+        (1, 1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
 
 
 def make_settings(mesh, stop_ids=(), **changes):
@@ -48,7 +60,14 @@ def make_settings(mesh, stop_ids=(), **changes):
 
 
 def make_engine(
-    mesh, stop_ids=(), classes=ONE_SIZE, chunk=5, exit_groups=2, row_counts=(), prefill_tokens=32, **changes
+    mesh,
+    stop_ids=(),
+    classes=ONE_SIZE,
+    chunk=5,
+    exit_groups=2,
+    row_counts=(),
+    prefill_tokens=32,
+    **changes,
 ):
     classes = tuple(SlotClass(*row) for row in classes)
     schedule = Schedule(classes, chunk, exit_groups, prefill_tokens, row_counts)
@@ -80,13 +99,17 @@ def assert_bit_equal(found, expected):
 def assert_same_up_to_rounding(found, expected):
     for name in ("trace_UxCxG", "trace_len_UxC", "stop_UxC"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
-    np.testing.assert_allclose(found.logprob_UxCxG, expected.logprob_UxCxG, rtol=0, atol=OTHER_PROGRAM)
+    np.testing.assert_allclose(
+        found.logprob_UxCxG, expected.logprob_UxCxG, rtol=0, atol=OTHER_PROGRAM
+    )
 
 
 def compilations(run):
     """How many programs `run()` compiles."""
     compiled = []
-    listener = lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
+    listener = lambda event, *_, **__: (
+        compiled.append(event) if "backend_compile" in event else None
+    )  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
         run()

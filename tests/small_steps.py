@@ -1,6 +1,8 @@
-"""Material of the train step's tests: two small models away from initialisation, random groups, one step.
+"""Material of the train step's tests: two small models away from initialisation, random groups, one
+step.
 
-Adam's first moment after one step is (1 - b1) times the gradient; with b1 = 0 it is the gradient itself.
+Adam's first moment after one step is (1 - b1) times the gradient; with b1 = 0 it is the gradient
+itself.
 """
 
 import dataclasses
@@ -20,7 +22,9 @@ from spiral_jax.learner.step import init_state, make_train_step
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.transformer import ModelConfig, init_variables
 
-ARCH = Architecture(V=97, D=32, F=48, L=2, H=4, J=2, E=8, norm_eps=1e-5, rope_theta=500.0, tied=True)
+ARCH = Architecture(
+    V=97, D=32, F=48, L=2, H=4, J=2, E=8, norm_eps=1e-5, rope_theta=500.0, tied=True
+)
 MODELS = {
     "lora": ModelConfig(ARCH, lora_rank=4, lora_alpha=8.0, attention_block=4, remat="layer"),
     "full": ModelConfig(dataclasses.replace(ARCH, tied=False), remat="none"),
@@ -45,7 +49,9 @@ def config(**settings):
 
 @functools.cache
 def random_trees(kind):
-    """(base, adapters or None) on the host, far from initialisation: attention is peaked, ratios are of order one."""
+    """(base, adapters or None) on the host, far from initialisation: attention is peaked, ratios
+    are of order one.
+    """
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
@@ -77,9 +83,11 @@ def start(kind, mesh, **settings):
 
 
 def random_groups(seed, role, U=8):
-    """(groups, weights): prompts of 1 to 5 tokens, traces of 1 to 8, together 6 or 9: two lengths for the oracle.
+    """(groups, weights): prompts of 1 to 5 tokens, traces of 1 to 8, together 6 or 9: two lengths
+    for the oracle.
 
-    Weights lean to one side, so that the loss is no small difference of large sums, whose rounding would show.
+    Weights lean to one side, so that the loss is no small difference of large sums, whose rounding
+    would show.
     """
     rng = np.random.default_rng([seed, role])
     C = TRACES[role]
@@ -106,7 +114,9 @@ def search_alone(seed=0):
 
 def blocks_of(material, micro=4, lengths=((P, G),), most=16):
     """By default four micro-batches of a role, of which eight groups fill two."""
-    blocks = [make_blocks(role, *pair, list(lengths), micro, most) for role, pair in material.items()]
+    blocks = [
+        make_blocks(role, *pair, list(lengths), micro, most) for role, pair in material.items()
+    ]
     return [block for of_role in blocks for block in of_role]
 
 
@@ -122,7 +132,8 @@ def step_of(kind, **settings):
 
 def place(blocks, mesh):
     return jax.tree.map(
-        lambda a: jax.device_put(a, meshes.group_sharding(mesh, leading=1)) if np.ndim(a) else a, blocks
+        lambda a: jax.device_put(a, meshes.group_sharding(mesh, leading=1)) if np.ndim(a) else a,
+        blocks,
     )
 
 

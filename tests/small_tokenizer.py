@@ -19,7 +19,9 @@ CORPUS = [
 
 
 def chatml_tokenizer(think_tokens: bool = False, template: str = CHATML) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with merges of its own, pad == eos, and a special token that no attribute names."""
+    """Byte-level BPE with merges of its own, pad == eos, and a special token that no attribute
+    names.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -6,7 +6,8 @@ import time
 
 from spiral_jax.tasks.problem import Problem
 
-# A user's reward function that does what the text says. In the test's own process its import has no side effects.
+# A user's reward function that does what the text says. In the test's own process its import has no
+# side effects.
 REWARD_MODULE = r"""
 import os, pathlib, subprocess, sys, time
 

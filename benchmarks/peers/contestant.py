@@ -1,8 +1,9 @@
-"""The contestant's end of the sampler benchmark: a process that answers JSON lines, and the work it is asked to do.
+"""The contestant's end of the sampler benchmark: a process that answers JSON lines, and the work it
+is asked to do.
 
-A request {"do": METHOD, ...arguments} on stdin is one call of a method; the answer on stdout is one line with what it
-returned, its wall and CPU seconds and the process's peak memory. What libraries print goes to stderr. Needs nothing
-but numpy, so that every peer's own interpreter can import it.
+A request {"do": METHOD, ...arguments} on stdin is one call of a method; the answer on stdout is one
+line with what it returned, its wall and CPU seconds and the process's peak memory. What libraries
+print goes to stderr. Needs nothing but numpy, so that every peer's own interpreter can import it.
 """
 
 from __future__ import annotations
@@ -53,20 +54,26 @@ class Work:
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> Work:
-        return Work(np.array(fields["prompt_UxP"], np.int32), np.array(fields["limit_UxC"], np.int32))
+        return Work(
+            np.array(fields["prompt_UxP"], np.int32), np.array(fields["limit_UxC"], np.int32)
+        )
 
 
 class Contestant(Protocol):
     """What each file of this directory implements."""
 
     def load(self, model: str) -> dict[str, Any]:
-        """Reads the Hugging Face directory; returns {"versions": {package: version}, "settings": what was chosen}."""
+        """Reads the Hugging Face directory; returns {"versions": {package: version}, "settings":
+        what was chosen}.
+        """
 
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
         """Greedy continuation: shows that all contestants compute the same function."""
 
     def sample(self, work: dict[str, Any], groups_per_batch: int, seed: int) -> int:
-        """Samples all traces at T = 1; returns trace rows x steps really computed. A trace cut short is an error."""
+        """Samples all traces at T = 1; returns trace rows x steps really computed. A trace cut
+        short is an error.
+        """
 
 
 def serve(contestant: Contestant) -> None:
@@ -82,6 +89,7 @@ def serve(contestant: Contestant) -> None:
             "returned": returned,
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu_started,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts KiB
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * 1024,  # Linux counts KiB
         }
         print(json.dumps(answer), file=answers, flush=True)

@@ -1,4 +1,6 @@
-"""spiral_jax's own engine: fp32, prompt keys and values once a group. It also records log-probs, as training needs."""
+"""spiral_jax's own engine: fp32, prompt keys and values once a group. It also records log-probs, as
+training needs.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,27 @@ from spiral_jax.sampling.programs import Schedule, abstract_state
 from spiral_jax.sampling.protocol import Feed, sample
 from spiral_jax.sampling.slots import DecodeSettings, SlotClass
 
-# (slots, C, P, G) for work of one prompt length, by (groups, traces): what a user would write into a config.
+# (slots, C, P, G) for work of one prompt length, by (groups, traces): what a user would write into
+# a config.
 EQUAL_LENGTHS = lambda U, C, P, G: ((U, C, P, G // 2), (U, C, P, G)) if G > 128 else ((U, C, P, G),)  # noqa: E731
 HEAVY_TAIL = lambda P, G: ((4, 8, P, G), (4, 4, P, G), (4, 2, P, G), (8, 1, P, G))  # noqa: E731
 HEAVY_TAIL_ROWS = tuple(range(4, 64, 4))
 
 
 def make_schedule(work: Work) -> Schedule:
-    """Slots for all groups at once where traces are of one length, else narrowing classes for a few."""
+    """Slots for all groups at once where traces are of one length, else narrowing classes for a
+    few.
+    """
     (U, P), C, G = work.prompt_UxP.shape, work.limit_UxC.shape[1], work.longest
     if work.limit_UxC.min() == G:
         rows = [SlotClass(*row) for row in EQUAL_LENGTHS(U, C, P, G)]
-        return Schedule(tuple(rows), chunk=max(1, G // 2), exit_groups=1, prefill_tokens=U * P, row_counts=(U * C,))
+        return Schedule(
+            tuple(rows),
+            chunk=max(1, G // 2),
+            exit_groups=1,
+            prefill_tokens=U * P,
+            row_counts=(U * C,),
+        )
     classes = tuple(SlotClass(*row) for row in HEAVY_TAIL(P, G))
     return Schedule(classes, chunk=64, exit_groups=1, prefill_tokens=P, row_counts=HEAVY_TAIL_ROWS)
 
@@ -76,12 +87,16 @@ class Spiral:
     def _engine(self, work: Work, temperature: float) -> Engine:
         key = make_schedule(work), temperature
         if key not in self.engines:
-            settings = DecodeSettings(self.config, jnp.float32, Draw(temperature), 0, (), 256, self.mesh)
+            settings = DecodeSettings(
+                self.config, jnp.float32, Draw(temperature), 0, (), 256, self.mesh
+            )
             self.engines[key] = Engine(settings, key[0])
             self.weights = self.engines[key].prepare({"params": self.params})
         return self.engines[key]
 
-    def _groups(self, work: Work, seed: int, temperature: float) -> tuple[Groups, dict[str, Mean | float]]:
+    def _groups(
+        self, work: Work, seed: int, temperature: float
+    ) -> tuple[Groups, dict[str, Mean | float]]:
         counting = Counting(self._engine(work, temperature))
         return sample(counting, self.weights, make_requests(work, seed)), counting.metrics
 
@@ -89,7 +104,9 @@ class Spiral:
         work = Work(np.array([prompt], np.int32), np.array([[tokens]], np.int32))
         return self._groups(work, 0, 0.0)[0].trace_ids(0, 0).tolist()
 
-    def sample(self, work: dict[str, Any], groups_per_batch: int, seed: int, temperature: float = 1.0) -> int:
+    def sample(
+        self, work: dict[str, Any], groups_per_batch: int, seed: int, temperature: float = 1.0
+    ) -> int:
         """`groups_per_batch` is for peers with static batches."""
         work = Work.from_json(work)
         groups, metrics = self._groups(work, seed, temperature)
@@ -106,8 +123,14 @@ class Spiral:
         needed = []
         for (kind, *_), program in engine.programs.items():
             memory = program.run.memory_analysis()
-            in_and_out = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            needed.append(in_and_out + memory.temp_size_in_bytes + (slots if kind == "prefill" else 0))
+            in_and_out = (
+                memory.argument_size_in_bytes
+                + memory.output_size_in_bytes
+                - memory.alias_size_in_bytes
+            )
+            needed.append(
+                in_and_out + memory.temp_size_in_bytes + (slots if kind == "prefill" else 0)
+            )
         return max(needed)
 
 

@@ -40,7 +40,11 @@ class SpiralStep:
         path = pathlib.Path(model)
         rank = LORA_RANK if adapters else 0
         self.config = ModelConfig(
-            read_architecture(path), lora_rank=rank, lora_alpha=LORA_ALPHA, attention_block=ATTENTION_BLOCK, remat=REMAT
+            read_architecture(path),
+            lora_rank=rank,
+            lora_alpha=LORA_ALPHA,
+            attention_block=ATTENTION_BLOCK,
+            remat=REMAT,
         )
         self.c = defaults()
         self.c.loss.logprob_chunk = LOGPROB_CHUNK
@@ -66,9 +70,15 @@ class SpiralStep:
     def _step(self, work: StepWork, micro_groups: int) -> float:
         U, C, G = work.trace_UxCxG.shape
         P = work.prompt_UxP.shape[1]
-        requests = GroupRequests(work.prompt_UxP, np.full(U, P, np.int32), np.zeros((U, 6), np.int32), C, G)
+        requests = GroupRequests(
+            work.prompt_UxP, np.full(U, P, np.int32), np.zeros((U, 6), np.int32), C, G
+        )
         groups = Groups(
-            requests, work.trace_UxCxG, np.full((U, C), G, np.int32), work.recorded_UxCxG, np.zeros((U, C), np.int32)
+            requests,
+            work.trace_UxCxG,
+            np.full((U, C), G, np.int32),
+            work.recorded_UxCxG,
+            np.zeros((U, C), np.int32),
         )
         blocks = make_blocks(Role.SEARCH, groups, work.weight_UxC, [(P, G)], micro_groups, U)
         with jax.set_mesh(self.mesh):

@@ -1,4 +1,6 @@
-"""The training benchmark's work as JSON, and a process's memory. Needs nothing but numpy: every peer imports it."""
+"""The training benchmark's work as JSON, and a process's memory. Needs nothing but numpy: every
+peer imports it.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,17 @@ class StepWork:
         return self.trace_UxCxG.size
 
     def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(prompt [R, P], trace, recorded [R, G], weight [R]): what a trainer without groups sees, R = U C."""
+        """(prompt [R, P], trace, recorded [R, G], weight [R]): what a trainer without groups sees,
+        R = U C.
+        """
         C, G = self.trace_UxCxG.shape[1:]
         prompt = np.repeat(self.prompt_UxP, C, axis=0)
-        return prompt, self.trace_UxCxG.reshape(-1, G), self.recorded_UxCxG.reshape(-1, G), self.weight_UxC.reshape(-1)
+        return (
+            prompt,
+            self.trace_UxCxG.reshape(-1, G),
+            self.recorded_UxCxG.reshape(-1, G),
+            self.weight_UxC.reshape(-1),
+        )
 
     def save(self, path: pathlib.Path) -> None:
         np.savez(path, **vars(self))
@@ -51,7 +60,11 @@ class StepWork:
 def resident_bytes(peak: bool = False) -> int:
     """What the process holds, or the most that it held since `forget_peak`."""
     name = "VmHWM:" if peak else "VmRSS:"
-    line = next(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(
+        line
+        for line in pathlib.Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(name)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -68,4 +81,9 @@ def measured(step: Any) -> dict[str, Any]:
     started, cpu_started = time.perf_counter(), time.process_time()
     loss = float(step())
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    return {"loss": loss, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": resident_bytes(peak=True)}
+    return {
+        "loss": loss,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_bytes": resident_bytes(peak=True),
+    }

@@ -76,7 +76,9 @@ class TransformersStep:
 
     def _backward(self, work: StepWork, rows: int) -> float:
         """Adds the gradients of micro-batches of `rows` traces; the loss."""
-        prompt, trace, recorded, weight = (torch.from_numpy(np.ascontiguousarray(a)) for a in work.rows())
+        prompt, trace, recorded, weight = (
+            torch.from_numpy(np.ascontiguousarray(a)) for a in work.rows()
+        )
         G, total = trace.shape[1], 0.0
         for start in range(0, len(prompt), rows):
             part = slice(start, start + rows)
@@ -102,9 +104,13 @@ class TransformersStep:
             of_layers = [getattr(getattr(layer, room), module) for layer in layers]
             if isinstance(of_layers[0], LoraLinear):
                 for part in "ab":
-                    found[f"layers/{name}/{part}"] = np.stack([getattr(m, part).grad.numpy() for m in of_layers])
+                    found[f"layers/{name}/{part}"] = np.stack(
+                        [getattr(m, part).grad.numpy() for m in of_layers]
+                    )
             else:
-                found[f"layers/{name}/kernel"] = np.stack([m.weight.grad.numpy().T for m in of_layers])
+                found[f"layers/{name}/kernel"] = np.stack(
+                    [m.weight.grad.numpy().T for m in of_layers]
+                )
         if self.model.model.embed_tokens.weight.grad is not None:
             found["embed"] = self.model.model.embed_tokens.weight.grad.numpy()
         return found

@@ -1,4 +1,6 @@
-"""The same step with the logits of all positions, as a training loop that calls the model plainly computes them."""
+"""The same step with the logits of all positions, as a training loop that calls the model plainly
+computes them.
+"""
 
 from __future__ import annotations
 

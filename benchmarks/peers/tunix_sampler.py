@@ -1,6 +1,8 @@
-"""tunix's vanilla sampler on its own Qwen3: fp32, a batch's prompts repeated for each trace, caches of exact length.
+"""tunix's vanilla sampler on its own Qwen3: fp32, a batch's prompts repeated for each trace, caches
+of exact length.
 
-Its forward pass always rotates with theta 1e6 whatever its config says, so the benchmark's model uses that.
+Its forward pass always rotates with theta 1e6 whatever its config says, so the benchmark's model
+uses that.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from tunix.models.qwen3.params import create_model_from_safe_tensors
 from benchmarks.peers.contestant import Work, serve
 from benchmarks.peers.tunix_model import read_config
 
-NO_TOKEN = -1  # never in a prompt and never sampled: no row ends early, nothing is taken for padding
+NO_TOKEN = (
+    -1
+)  # never in a prompt and never sampled: no row ends early, nothing is taken for padding
 
 
 class Ids:
@@ -44,15 +48,21 @@ class TunixSampler:
         self.model = create_model_from_safe_tensors(model, self.config)
         self.samplers: dict[int, Sampler] = {}
         return {
-            "versions": {name: importlib.metadata.version(name) for name in ("google-tunix", "jax", "flax")},
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("google-tunix", "jax", "flax")
+            },
             "settings": "vanilla sampler, top_p 1 without top-k (no sort), cache = prompt + longest trace of the batch",
         }
 
     def _sampler(self, cache_tokens: int) -> Sampler:
-        """One for each cache length: prefill and every step attend over the whole cache, so a longer one is slower."""
+        """One for each cache length: prefill and every step attend over the whole cache, so a
+        longer one is slower.
+        """
         if cache_tokens not in self.samplers:
             config = self.config
-            cache = CacheConfig(cache_tokens, config.num_layers, config.num_kv_heads, config.head_dim)
+            cache = CacheConfig(
+                cache_tokens, config.num_layers, config.num_kv_heads, config.head_dim
+            )
             self.samplers[cache_tokens] = Sampler(self.model, Ids(), cache)
         return self.samplers[cache_tokens]
 
@@ -66,7 +76,9 @@ class TunixSampler:
             **options,
         )
         if any(len(row) != tokens for row in out.tokens):
-            raise RuntimeError(f"traces of {[len(row) for row in out.tokens]} tokens instead of {tokens}")
+            raise RuntimeError(
+                f"traces of {[len(row) for row in out.tokens]} tokens instead of {tokens}"
+            )
         return out.tokens
 
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
@@ -78,7 +90,9 @@ class TunixSampler:
             rows = np.repeat(batch.prompt_UxP, batch.limit_UxC.shape[1], axis=0)
             key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), index)
             self._generate(rows, batch.longest, temperature=1.0, top_p=1.0, seed=key)
-            computed += len(rows) * (batch.longest + 1)  # its loop takes one step more than asked for and drops it
+            computed += len(rows) * (
+                batch.longest + 1
+            )  # its loop takes one step more than asked for and drops it
         return computed
 
 

@@ -1,7 +1,9 @@
-"""tunix's GRPO step: its Trainer's own train step on its own Qwen3 with `grpo_loss_fn`: fp32, the prompt repeated.
+"""tunix's GRPO step: its Trainer's own train step on its own Qwen3 with `grpo_loss_fn`: fp32, the
+prompt repeated.
 
-`grpo_loss_fn` averages over tokens, so advantages are our weights times the micro-batch's tokens; KL is off, and the
-clip range is too wide to clip. Adapters are qwix's, as in tunix's own command. Gradients come from Adam's first moment.
+`grpo_loss_fn` averages over tokens, so advantages are our weights times the micro-batch's tokens;
+KL is off, and the clip range is too wide to clip. Adapters are qwix's, as in tunix's own command.
+Gradients come from Adam's first moment.
 """
 
 from __future__ import annotations
@@ -40,7 +42,12 @@ NO_TOKEN = -1  # never in a prompt: nothing is taken for padding
 NO_CLIP = 1e9
 # beta 0: no KL
 ALGORITHM = types.SimpleNamespace(
-    beta=0.0, epsilon=NO_CLIP, epsilon_high=NO_CLIP, loss_algo="grpo", loss_agg_mode="token-mean", temperature=1.0
+    beta=0.0,
+    epsilon=NO_CLIP,
+    epsilon_high=NO_CLIP,
+    loss_algo="grpo",
+    loss_agg_mode="token-mean",
+    temperature=1.0,
 )
 PROJECTION = ".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -57,7 +64,10 @@ class TunixStep:
         self.trainer: Trainer | None = None
         self._prepare(1)
         return {
-            "versions": {name: importlib.metadata.version(name) for name in ("google-tunix", "qwix", "jax", "flax")},
+            "versions": {
+                name: importlib.metadata.version(name)
+                for name in ("google-tunix", "qwix", "jax", "flax")
+            },
             "settings": "Trainer's train step, grpo_loss_fn, no remat (its default), gradients accumulated by optax",
             "loaded_bytes": resident_bytes(),
         }
@@ -107,7 +117,9 @@ class TunixStep:
     def gradient(self, work: str, out: str) -> float:
         loss = self._step(StepWork.load(work), 1)
         found: dict[str, dict[int, np.ndarray]] = {}
-        moments = optax.tree_utils.tree_get(nnx.to_pure_dict(nnx.state(self.trainer.optimizer)), "mu")
+        moments = optax.tree_utils.tree_get(
+            nnx.to_pure_dict(nnx.state(self.trainer.optimizer)), "mu"
+        )
         for path, moment in jax.tree_util.tree_leaves_with_path(moments):
             names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
             if "input_embedding" in names:
@@ -117,7 +129,9 @@ class TunixStep:
                 kind = next(str(name) for name in names if str(name).startswith(("w", "kernel")))
                 part = kind[-1] if "lora" in kind else "kernel"
                 layer = next(int(name) for name in names if str(name).isdigit())
-                found.setdefault(f"layers/{projection.removesuffix('_proj')}/{part}", {})[layer] = np.asarray(moment)
+                found.setdefault(f"layers/{projection.removesuffix('_proj')}/{part}", {})[layer] = (
+                    np.asarray(moment)
+                )
         stack = lambda of: np.stack([of[i] for i in sorted(of)]) if len(of) > 1 else of[0]  # noqa: E731
         np.savez(out, **{name: stack(of) / (1 - B1) for name, of in found.items()})
         return loss

@@ -1,15 +1,18 @@
-"""Search and aggregation on any OpenAI-style endpoint, by the scaffold that a model was trained with. Stand-alone.
+"""Search and aggregation on any OpenAI-style endpoint, by the scaffold that a model was trained
+with. Stand-alone.
 
     python spiral_infer.py --base_url=http://localhost:8000/v1 --model=NAME "What is 6 * 7?"      ("-": from stdin)
 
-spiral_scaffold.json (beside this file) has prompts, rules and sizes: N search traces, K subsets of S of them, M
-aggregation traces for each, then a vote among the aggregated answers. Needs Python >= 3.11 and nothing else; a key, if
+spiral_scaffold.json (beside this file) has prompts, rules and sizes: N search traces, K subsets of
+S of them, M aggregation traces for each, then a vote among the aggregated answers. Needs Python >=
+3.11 and nothing else; a key, if
 one is needed, comes from the environment: OPENAI_API_KEY.
 
-In training candidates are spliced into prompts as token ids. An endpoint takes text, so the strings of special tokens
-are removed from problem and candidates here: otherwise they would become turns of the conversation. Two things are
-beyond OpenAI's fields and sent only where the scaffold needs them, as vLLM and SGLang read them: chat_template_kwargs
-and stop_token_ids.
+In training candidates are spliced into prompts as token ids. An endpoint takes text, so the strings
+of special tokens
+are removed from problem and candidates here: otherwise they would become turns of the conversation.
+Two things are beyond OpenAI's fields and sent only where the scaffold needs them, as vLLM and
+SGLang read them: chat_template_kwargs and stop_token_ids.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ class EndpointError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """A sampled answer: its text, whether the token limit cut it off, and its last tokens if they were asked for."""
+    """A sampled answer: its text, whether the token limit cut it off, and its last tokens if they
+    were asked for.
+    """
 
     text: str
     truncated: bool
@@ -59,7 +64,9 @@ class Endpoint:
     model: str
 
     def complete(self, message: str, scaffold: dict, max_tokens: int, seed: int) -> Trace:
-        """One trace of at most `max_tokens` tokens for a message, prompted and sampled as in training."""
+        """One trace of at most `max_tokens` tokens for a message, prompted and sampled as in
+        training.
+        """
         rule = scaffold["prompt"]
         body = {"model": self.model, "seed": seed, "max_tokens": max_tokens, **scaffold["sampling"]}
         if rule["stop"]:  # the model's own stop ids are known to the server
@@ -69,7 +76,9 @@ class Endpoint:
             body |= {"prompt": message} | ({"logprobs": 1} if needs_tail else {})
             choice = self._post("completions", body)["choices"][0]
             answer = {"content": choice["text"]}
-            tokens = [{"token": token} for token in (choice.get("logprobs") or {}).get("tokens", [])]
+            tokens = [
+                {"token": token} for token in (choice.get("logprobs") or {}).get("tokens", [])
+            ]
         else:
             turns = [{"role": "system", "content": rule["system"]}] if rule["system"] else []
             body["messages"] = [*turns, {"role": "user", "content": message}]
@@ -81,14 +90,20 @@ class Endpoint:
             tokens = (choice.get("logprobs") or {}).get("content")
         text, thought = answer.get("content") or "", answer.get("reasoning_content")
         if thought is not None:  # the server has cut it out of the text
-            text = ("" if scaffold["opens_thinking"] else "<think>") + thought + ("</think>" + text if text else "")
+            text = (
+                ("" if scaffold["opens_thinking"] else "<think>")
+                + thought
+                + ("</think>" + text if text else "")
+            )
         truncated, tail = choice["finish_reason"] == "length", None
         if truncated and needs_tail:
             if not tokens:
                 raise EndpointError("the scaffold keeps the last tokens of truncated candidates, but the endpoint does "
                                     "not give tokens (logprobs). Serve the model with log-probs.")  # fmt: skip
             last = tokens[-rule["keep_tail_tokens"] :]
-            tail = b"".join(bytes(t.get("bytes") or t["token"].encode()) for t in last).decode(errors="ignore")
+            tail = b"".join(bytes(t.get("bytes") or t["token"].encode()) for t in last).decode(
+                errors="ignore"
+            )
         return Trace(text, truncated, tail)
 
     def _post(self, path: str, body: dict) -> dict:
@@ -113,8 +128,12 @@ class Endpoint:
 
 
 def plain(text: str, scaffold: dict) -> str:
-    """`text` without the strings of special tokens, until none is left (removing one may join another)."""
-    specials = "|".join(re.escape(token) for token in sorted(scaffold["special_tokens"], key=len, reverse=True))
+    """`text` without the strings of special tokens, until none is left (removing one may join
+    another).
+    """
+    specials = "|".join(
+        re.escape(token) for token in sorted(scaffold["special_tokens"], key=len, reverse=True)
+    )
     while specials and re.search(specials, text):
         text = re.sub(specials, "", text)
     return text
@@ -144,7 +163,11 @@ def search_message(problem: str, scaffold: dict) -> str:
 
 def aggregation_message(problem: str, candidates: list[Trace], scaffold: dict) -> str:
     """The message that shows `candidates` in the given order."""
-    shown = [text for text in (shown_candidate(trace, scaffold) for trace in candidates) if text is not None]
+    shown = [
+        text
+        for text in (shown_candidate(trace, scaffold) for trace in candidates)
+        if text is not None
+    ]
     shown = shown or [scaffold["candidate_texts"]["empty"]]
     one = scaffold["prompt"]["candidate"]
     listed = "".join(one.format(index=i, candidate=text) for i, text in enumerate(shown, start=1))
@@ -166,7 +189,9 @@ def draw_subsets(rng: random.Random, n: int, size: int, count: int) -> list[list
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What is inside the last \boxed{...} after thinking, without spaces; None if it is missing or does not close."""
+    r"""What is inside the last \boxed{...} after thinking, without spaces; None if it is missing or
+    does not close.
+    """
     boxes = list(re.finditer(r"\\boxed\s*\{", text.rpartition("</think>")[2]))
     if not boxes:
         return None
@@ -183,14 +208,20 @@ def run(problem: str, scaffold: dict, endpoint: Endpoint, seed: int, workers: in
     s, a = scaffold["search"], scaffold["aggregation"]
     subsets = draw_subsets(random.Random(seed), s["traces"], a["subset_size"], a["subsets"])
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        sample = lambda message, limit, i: endpoint.complete(message, scaffold, limit, seed * 10_000 + i)  # noqa: E731
+        sample = lambda message, limit, i: endpoint.complete(
+            message, scaffold, limit, seed * 10_000 + i
+        )  # noqa: E731
         message = search_message(problem, scaffold)
         found = list(pool.map(lambda i: sample(message, s["max_tokens"], i), range(s["traces"])))
-        messages = [aggregation_message(problem, [found[n] for n in subset], scaffold) for subset in subsets]
+        messages = [
+            aggregation_message(problem, [found[n] for n in subset], scaffold) for subset in subsets
+        ]
         wanted = [message for message in messages for _ in range(a["traces"])]
         numbers = itertools.count(s["traces"])
         final = list(pool.map(lambda m, i: sample(m, a["max_tokens"], i), wanted, numbers))
-    votes = collections.Counter(answer for trace in final if (answer := last_boxed(trace.text)) is not None)
+    votes = collections.Counter(
+        answer for trace in final if (answer := last_boxed(trace.text)) is not None
+    )
     return {
         "answer": votes.most_common(1)[0][0] if votes else None,
         "votes": dict(votes),
@@ -215,13 +246,19 @@ def load_scaffold(path: pathlib.Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("problem", help='its text, or "-" to read it from stdin')
-    parser.add_argument("--base_url", required=True, help="of the endpoint, such as http://localhost:8000/v1")
+    parser.add_argument(
+        "--base_url", required=True, help="of the endpoint, such as http://localhost:8000/v1"
+    )
     parser.add_argument("--model", required=True, help="its name there")
-    parser.add_argument("--scaffold", default=str(pathlib.Path(__file__).parent / "spiral_scaffold.json"))
+    parser.add_argument(
+        "--scaffold", default=str(pathlib.Path(__file__).parent / "spiral_scaffold.json")
+    )
     parser.add_argument("--traces", type=int, help="N search traces; default: as trained")
     parser.add_argument("--subsets", type=int, help="K; default: as trained")
     parser.add_argument("--subset_size", type=int, help="S; default: as trained")
-    parser.add_argument("--aggregation_traces", type=int, help="M for each subset; default: as trained")
+    parser.add_argument(
+        "--aggregation_traces", type=int, help="M for each subset; default: as trained"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=16, help="requests at once")
     parser.add_argument("--out", help="JSON file that gets every trace")
@@ -231,14 +268,20 @@ def main() -> None:
         rooms = {"traces": "search", "subsets": "aggregation", "subset_size": "aggregation"}
         for name, room in rooms.items():
             scaffold[room][name] = getattr(flags, name) or scaffold[room][name]
-        scaffold["aggregation"]["traces"] = flags.aggregation_traces or scaffold["aggregation"]["traces"]
+        scaffold["aggregation"]["traces"] = (
+            flags.aggregation_traces or scaffold["aggregation"]["traces"]
+        )
         problem = sys.stdin.read() if flags.problem == "-" else flags.problem
-        result = run(problem, scaffold, Endpoint(flags.base_url, flags.model), flags.seed, flags.workers)
+        result = run(
+            problem, scaffold, Endpoint(flags.base_url, flags.model), flags.seed, flags.workers
+        )
     except (EndpointError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if flags.out:
         pathlib.Path(flags.out).write_text(json.dumps(result, indent=2) + "\n")
-    print(f"answer: {result['answer']}   votes: {result['votes']}   without an answer: {result['without_answer']}")
+    print(
+        f"answer: {result['answer']}   votes: {result['votes']}   without an answer: {result['without_answer']}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The configuration: every field with its unit and origin. What values it may have: `config_checks`.
+"""The configuration: every field with its unit and origin. What values it may have:
+`config_checks`.
 
-`defaults()` holds the paper's settings ("paper": arXiv 2606.23595, Table 1 and section 3.2) and ours where it is silent
-("ours"). A file in `configs/` starts from it and sets what differs; the result is locked, so a misspelt field is an
-error that names the nearest one.
+`defaults()` holds the paper's settings ("paper": arXiv 2606.23595, Table 1 and section 3.2) and
+ours where it is silent ("ours"). A file in `configs/` starts from it and sets what differs; the
+result is locked, so a misspelt field is an error that names the nearest one.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from ml_collections import ConfigDict
 MOST_EVAL_TRACES = 1000  # above, binomials leave float64: see estimators.py
 TASKS = ("jsonl", "parquet", "hf", "two_halves", "end_digit", "reasoning_gym")
 METRIC_WRITERS = ("tensorboard", "wandb", "trackio")
-# How the search traces of each estimator are used: "sets", K distinct S-subsets drawn from a problem's traces are
-# aggregated; "partition", K disjoint ones; "search", no aggregation stage. Its advantages: objective/advantages.py.
+# How the search traces of each estimator are used: "sets", K distinct S-subsets drawn from a
+# problem's traces are aggregated; "partition", K disjoint ones; "search", no aggregation stage. Its
+# advantages: objective/advantages.py.
 ESTIMATORS = {
     "marginal_mean": "sets",
     "with_without": "sets",
@@ -32,14 +34,22 @@ ESTIMATORS = {
     "grpo_nostd": "search",
     "rloo": "search",
 }
-LATER_ROUNDS = ("marginal_mean", "with_without", "aggregator_only")  # estimators that several rounds can have
-MOST_SCORED_SETS = 2000  # of polychromic, which scores all S-subsets of a problem's traces: more take gigabytes
+LATER_ROUNDS = (
+    "marginal_mean",
+    "with_without",
+    "aggregator_only",
+)  # estimators that several rounds can have
+MOST_SCORED_SETS = (
+    2000  # of polychromic, which scores all S-subsets of a problem's traces: more take gigabytes
+)
 REMAT = ("none", "dots", "attention", "layer")  # ascending in what is computed twice
 MEASURES = ("single", "pass_at_n", "majority", "aggregated")  # of an evaluation
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the field, its value, what is allowed and what to do."""
+    """A configuration that cannot run; the message names the field, its value, what is allowed and
+    what to do.
+    """
 
 
 def defaults() -> ConfigDict:
@@ -48,17 +58,27 @@ def defaults() -> ConfigDict:
     c.seed = 0  # all randomness of a run: data order, subsets, candidate order, sampling (ours)
 
     c.model = ConfigDict()
-    c.model.hf_path = ""  # Qwen3 or Llama: a Hugging Face directory or Hub id; "bundled:tiny" is ours
-    c.model.adapter_path = ""  # PEFT LoRA directory that a new run starts from; "" = a fresh adapter (ours)
-    c.model.init_from = ""  # WORKDIR or WORKDIR@step of another run whose trained weights a new run starts from (ours)
+    c.model.hf_path = (
+        ""  # Qwen3 or Llama: a Hugging Face directory or Hub id; "bundled:tiny" is ours
+    )
+    c.model.adapter_path = (
+        ""  # PEFT LoRA directory that a new run starts from; "" = a fresh adapter (ours)
+    )
+    # WORKDIR or WORKDIR@step of another run whose trained weights a new run starts from (ours)
+    c.model.init_from = ""
     c.model.param_dtype = "bfloat16"  # of a frozen base; what is trained is always float32 (ours)
-    c.model.compute_dtype = "bfloat16"  # of activations and caches; norms, rope and softmax are float32 (ours)
+    c.model.compute_dtype = (
+        "bfloat16"  # of activations and caches; norms, rope and softmax are float32 (ours)
+    )
     c.model.lora_rank = 32  # adapters on all seven projections; 0 = full fine-tuning (paper)
     c.model.lora_alpha = 32.0  # adapter output is scaled by alpha / rank (ours; unpublished)
-    # What the backward pass keeps of each layer, computing the rest once more: "layer": its input; "attention": and the
-    # result of attention; "dots": and those of all products with weights; "none": everything is kept (ours)
+    # What the backward pass keeps of each layer, computing the rest once more: "layer": its input;
+    # "attention": and the result of attention; "dots": and those of all products with weights;
+    # "none": everything is kept (ours)
     c.model.remat = "layer"
-    c.model.attention_block = 256  # queries, and keys, a block: scores in memory are [.., block, block] (ours)
+    c.model.attention_block = (
+        256  # queries, and keys, a block: scores in memory are [.., block, block] (ours)
+    )
 
     c.mesh = ConfigDict()  # devices along each axis; one of them may be -1 = all the rest (ours)
     c.mesh.data = -1  # groups
@@ -67,7 +87,8 @@ def defaults() -> ConfigDict:
 
     c.task = ConfigDict()
     c.task.name = "jsonl"  # one of TASKS (ours)
-    # jsonl: file of {"problem" or "question", "answer"}, GSM8K's `#### 42` is understood; parquet: verl's layout
+    # jsonl: file of {"problem" or "question", "answer"}, GSM8K's `#### 42` is understood; parquet:
+    # verl's layout
     c.task.train_path = ""
     c.task.eval_path = ""  # jsonl, parquet: held-out file, same layout
     c.task.dataset = ""  # hf: name on the Hugging Face Hub, or a local directory of data files
@@ -80,34 +101,49 @@ def defaults() -> ConfigDict:
     # reasoning_gym: the generator's own settings, such as {"max_numbers": 4}; {} = its defaults
     c.task.generator_args = ConfigDict()
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one (ours)
-    c.task.reward = ""  # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function" (ours)
-    # a trace's strategy, which polychromic rewards and evaluations report: "" = the task's own, if it has one; your
-    # "package.module:function", a function (text, problem) -> anything hashable, None = none (ours: the paper asks a
-    # language model)
+    # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function" (ours)
+    c.task.reward = ""
+    # a trace's strategy, which polychromic rewards and evaluations report: "" = the task's own, if
+    # it has one; your "package.module:function", a function (text, problem) -> anything hashable,
+    # None = none (ours: the paper asks a language model)
     c.task.strategy = ""
 
     c.prompt = ConfigDict()
-    # "chat": a user's turn in the tokenizer's chat template; "plain", for base models without one: the texts below as
-    # they are, behind the BOS token if the tokenizer begins texts with it (ours)
+    # "chat": a user's turn in the tokenizer's chat template; "plain", for base models without one:
+    # the texts below as they are, behind the BOS token if the tokenizer begins texts with it (ours)
     c.prompt.template = "chat"
-    c.prompt.system = ""  # system message before the user's turn; "" = none but what the chat template adds (ours)
-    # variables of the chat template, such as {"enable_thinking": False}; {} = its own defaults (ours)
+    # system message before the user's turn; "" = none but what the chat template adds (ours)
+    c.prompt.system = ""
+    # variables of the chat template, such as {"enable_thinking": False}; {} = its own defaults
+    # (ours)
     c.prompt.template_kwargs = ConfigDict()
-    # tokens that end a trace beside those of generation_config.json and the tokenizer: each a text or id, such as
-    # ("<|eot_id|>", 151643) (ours)
+    # tokens that end a trace beside those of generation_config.json and the tokenizer: each a text
+    # or id, such as ("<|eot_id|>", 151643) (ours)
     c.prompt.stop = ()
-    # asks for a search trace; {problem} is the task's text (ours; the paper's wording is unpublished)
-    c.prompt.search = "{problem}\n\nReason step by step, and put your final answer within \\boxed{{}}."
-    # asks for an aggregation trace; {candidates} are those below one after the other, {count} their number (ours)
+    # asks for a search trace; {problem} is the task's text (ours; the paper's wording is
+    # unpublished)
+    c.prompt.search = (
+        "{problem}\n\nReason step by step, and put your final answer within \\boxed{{}}."
+    )
+    # asks for an aggregation trace; {candidates} are those below one after the other, {count} their
+    # number (ours)
     c.prompt.aggregation = (
         "{problem}\n\nBelow are {count} independent attempts at this problem. Any number of them may be wrong.\n\n"
         "{candidates}\n\nFirst audit every attempt: name its errors. Then verify which parts can be used. Finally "
         "synthesise one complete and consistent solution, and put its final answer within \\boxed{{}}."
     )
-    c.prompt.candidate = "Attempt {index}:\n{candidate}\n\n"  # repeated for each candidate, in aggregation.order
-    c.prompt.truncated = "keep_tail"  # candidate that hit the limit: "keep_tail", "drop" or "mark" (ours)
-    c.prompt.keep_tail_tokens = 4096  # tokens of a truncated candidate that "keep_tail" and "mark" keep (ours)
-    c.prompt.thinking = "answer_only"  # "answer_only" drops a candidate's <think> block, "full" keeps it (ours)
+    c.prompt.candidate = (
+        "Attempt {index}:\n{candidate}\n\n"  # repeated for each candidate, in aggregation.order
+    )
+    c.prompt.truncated = (
+        "keep_tail"  # candidate that hit the limit: "keep_tail", "drop" or "mark" (ours)
+    )
+    c.prompt.keep_tail_tokens = (
+        4096  # tokens of a truncated candidate that "keep_tail" and "mark" keep (ours)
+    )
+    c.prompt.thinking = (
+        "answer_only"  # "answer_only" drops a candidate's <think> block, "full" keeps it (ours)
+    )
     c.prompt.max_problem_tokens = 1024  # longer search prompts are left out and counted (paper)
 
     c.search = ConfigDict()
@@ -119,55 +155,95 @@ def defaults() -> ConfigDict:
     c.aggregation.subset_size = 4  # S (paper)
     c.aggregation.traces = 4  # M for each subset (paper)
     c.aggregation.max_tokens = 4096  # limit of an aggregation trace (paper)
-    # R: in round 1 the sets are of search traces (paper), in each later one of the K * M traces of the round before,
-    # which earn the success of the sets that they are in beside their own. RSA at evaluation goes on like that. (ours)
+    # R: in round 1 the sets are of search traces (paper), in each later one of the K * M traces of
+    # the round before, which earn the success of the sets that they are in beside their own. RSA at
+    # evaluation goes on like that. (ours)
     c.aggregation.rounds = 1
-    c.aggregation.order = "shuffled"  # of a subset's candidates in the prompt; or "sampled", as they were drawn (ours)
+    # of a subset's candidates in the prompt; or "sampled", as they were drawn (ours)
+    c.aggregation.order = "shuffled"
 
     c.sampling = ConfigDict()
-    c.sampling.temperature = 1.0  # (paper); top-p and top-k do not exist in training: their log-probs would be others
-    # Slots of the rollout engine: rows of (slots, C, P, G) tokens. A group enters the widest class of the shortest P
-    # that holds its prompt (cut into pieces if it is wider), goes on in a longer one when G is full, and in a narrower
-    # one as its traces end. Every P needs its widest C also with its longest G. (ours)
-    c.sampling.classes = ((32, 8, 1024, 1024), (32, 8, 1024, 4096), (32, 4, 1024, 4096), (64, 4, 17920, 4096))
-    c.sampling.cache_dtype = "compute"  # of keys and values: "compute" (model.compute_dtype) or "int8" (ours)
+    c.sampling.temperature = (
+        1.0  # (paper); top-p and top-k do not exist in training: their log-probs would be others
+    )
+    # Slots of the rollout engine: rows of (slots, C, P, G) tokens. A group enters the widest class
+    # of the shortest P that holds its prompt (cut into pieces if it is wider), goes on in a longer
+    # one when G is full, and in a narrower one as its traces end. Every P needs its widest C also
+    # with its longest G. (ours)
+    c.sampling.classes = (
+        (32, 8, 1024, 1024),
+        (32, 8, 1024, 4096),
+        (32, 4, 1024, 4096),
+        (64, 4, 17920, 4096),
+    )
+    c.sampling.cache_dtype = (
+        "compute"  # of keys and values: "compute" (model.compute_dtype) or "int8" (ours)
+    )
     c.sampling.chunk = 64  # decode steps between two looks at who has ended, at most (ours)
-    c.sampling.exit_groups = 4  # a chunk ends early when this many groups could leave their slot (ours)
-    c.sampling.prefill_tokens = 16384  # prompt tokens, padding included, prefilled at once on each shard (ours)
-    c.sampling.prefill_chunk = 256  # of them in each prompt, as many as run, and attend to each other, at once (ours)
-    # Rows of a device shard, ascending, for which decode programs are compiled beside the one for all rows of all
-    # classes. Pays where rows cost: on CPUs; accelerators need none (ours).
+    c.sampling.exit_groups = (
+        4  # a chunk ends early when this many groups could leave their slot (ours)
+    )
+    c.sampling.prefill_tokens = (
+        16384  # prompt tokens, padding included, prefilled at once on each shard (ours)
+    )
+    c.sampling.prefill_chunk = (
+        256  # of them in each prompt, as many as run, and attend to each other, at once (ours)
+    )
+    # Rows of a device shard, ascending, for which decode programs are compiled beside the one for
+    # all rows of all classes. Pays where rows cost: on CPUs; accelerators need none (ours).
     c.sampling.row_counts = ()
-    c.sampling.verdict_delay = 2  # chunks after its last trace at which a problem's verdict counts, however late (ours)
-    c.sampling.keep_rate = 0.5  # share of problems that are expected to carry a signal, until some are decided (ours)
-    c.sampling.max_ratio = 4.0  # at most this many times batch.problems are tried for one batch (ours)
+    c.sampling.verdict_delay = (
+        2  # chunks after its last trace at which a problem's verdict counts, however late (ours)
+    )
+    c.sampling.keep_rate = (
+        0.5  # share of problems that are expected to carry a signal, until some are decided (ours)
+    )
+    c.sampling.max_ratio = (
+        4.0  # at most this many times batch.problems are tried for one batch (ours)
+    )
 
     c.batch = ConfigDict()
     c.batch.problems = 256  # B kept problems an optimizer step (paper)
     c.batch.search_lengths = ((1024, 4096),)  # (P, G) of the search micro-batches, ascending (ours)
     c.batch.search_groups = 16  # U of a search micro-batch (ours)
-    c.batch.aggregation_lengths = ((2048, 4096), (9216, 4096), (17920, 4096))  # the same for aggregation (ours)
+    c.batch.aggregation_lengths = (
+        (2048, 4096),
+        (9216, 4096),
+        (17920, 4096),
+    )  # the same for aggregation (ours)
     c.batch.aggregation_groups = 16  # U of an aggregation micro-batch (ours)
 
     c.loss = ConfigDict()
     c.loss.estimator = "marginal_mean"  # one of ESTIMATORS (paper)
-    c.loss.normalizer = "unbiased"  # "unbiased": both terms are gradients of the same J; "sum" (ours; unpublished)
+    c.loss.normalizer = (
+        "unbiased"  # "unbiased": both terms are gradients of the same J; "sum" (ours; unpublished)
+    )
     c.loss.search_weight = 1.0  # w_s (ours; unpublished)
     c.loss.aggregation_weight = 1.0  # w_a (ours; unpublished)
-    c.loss.length_gate = 0.0  # positive advantages die above this length: tokens if > 1, else a fraction of the
-    # limit; 0 = only on traces that were cut off by the limit (paper; its value is unpublished)
-    # The rest bounds the ratio or the policy, 0 = off; formulas and sources: objective/loss.py (paper: off)
+    c.loss.length_gate = (
+        0.0  # positive advantages die above this length: tokens if > 1, else a fraction of the
+    )
+    # limit; 0 = only on traces that were cut off by the limit (paper; its value is unpublished) The
+    # rest bounds the ratio or the policy, 0 = off; formulas and sources: objective/loss.py (paper:
+    # off)
     c.loss.clip_low = 0.0  # the ratio of a token counts down to 1 - clip_low (PPO; usual 0.2)
     c.loss.clip_high = 0.0  # and up to 1 + clip_high (usual 0.2 to 0.28)
-    c.loss.dual_clip = 0.0  # a token's term at a negative weight is not below dual_clip times it (usual 3)
-    c.loss.tis_cap = 0.0  # importance weights sampler -> trainer are truncated here (usual 2); without clipping
-    c.loss.kl_coef = 0.0  # of the KL to the reference, nat a token, mean over the role's tokens; the reference is the
+    c.loss.dual_clip = (
+        0.0  # a token's term at a negative weight is not below dual_clip times it (usual 3)
+    )
+    c.loss.tis_cap = (
+        0.0  # importance weights sampler -> trainer are truncated here (usual 2); without clipping
+    )
+    # of the KL to the reference, nat a token, mean over the role's tokens; the reference is the
+    c.loss.kl_coef = 0.0
     # base without adapters, or in full fine-tuning a copy of what the run started from
     c.loss.logprob_chunk = 256  # response positions of each trace whose logits exist at once (ours)
 
     c.optimizer = ConfigDict()
     c.optimizer.lr = 2e-5  # peak learning rate (paper)
-    c.optimizer.schedule = "constant"  # after warm-up: "constant", "linear" or "cosine" to zero at train.steps (ours)
+    c.optimizer.schedule = (
+        "constant"  # after warm-up: "constant", "linear" or "cosine" to zero at train.steps (ours)
+    )
     c.optimizer.warmup_steps = 0  # linear from lr / (warmup_steps + 1) (ours)
     c.optimizer.b1 = 0.9  # Adam (ours: the paper's framework's default)
     c.optimizer.b2 = 0.95  # (ours: the same default)
@@ -177,58 +253,93 @@ def defaults() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.steps = 250  # optimizer steps (paper: about 250)
-    c.train.max_sampled_tokens = 0  # stop after the step that reaches this many sampled tokens; 0 = no limit (ours)
-    c.train.mismatch_limit = 0.0  # first step: largest |log ratio| a token, sampler against trainer; 0 = off (ours)
-    c.train.max_bad_steps = 3  # steps in a row without a finite loss or gradient (each is skipped) that end it (ours)
-    # A loss or gradient norm this many median deviations from the median of the last steps is flagged; 0 = off (ours)
+    c.train.max_sampled_tokens = (
+        0  # stop after the step that reaches this many sampled tokens; 0 = no limit (ours)
+    )
+    c.train.mismatch_limit = (
+        0.0  # first step: largest |log ratio| a token, sampler against trainer; 0 = off (ours)
+    )
+    c.train.max_bad_steps = (
+        3  # steps in a row without a finite loss or gradient (each is skipped) that end it (ours)
+    )
+    # A loss or gradient norm this many median deviations from the median of the last steps is
+    # flagged; 0 = off (ours)
     c.train.spike = 12.0
-    # A step, or an evaluation, that takes so many times the median has all stacks printed, once; while there is no
-    # median, one that takes wait_s; 0 = off (ours)
+    # A step, or an evaluation, that takes so many times the median has all stacks printed, once;
+    # while there is no median, one that takes wait_s; 0 = off (ours)
     c.train.watchdog = 10.0
-    c.train.wait_s = 1800.0  # seconds for data, weights or a checkpoint to be read or written, then the run ends (ours)
-    c.train.grace_s = 25.0  # seconds from SIGTERM to the end, a checkpoint included (ours: below most clouds' 30)
+    # seconds for data, weights or a checkpoint to be read or written, then the run ends (ours)
+    c.train.wait_s = 1800.0
+    c.train.grace_s = (
+        25.0  # seconds from SIGTERM to the end, a checkpoint included (ours: below most clouds' 30)
+    )
 
     c.eval = ConfigDict()
     c.eval.problems = 512  # held-out problems; 0 = no evaluation (ours)
-    c.eval.every = 0  # steps between evaluations beside those at the start and the end; 0 = only those (ours)
+    c.eval.every = (
+        0  # steps between evaluations beside those at the start and the end; 0 = only those (ours)
+    )
     c.eval.subsets = 2  # disjoint subsets of a problem's traces that are aggregated (ours)
-    c.eval.subset_size = 0  # S traces in each of them; 0 = aggregation.subset_size, as in training (ours)
+    c.eval.subset_size = (
+        0  # S traces in each of them; 0 = aggregation.subset_size, as in training (ours)
+    )
     c.eval.traces = 2  # M aggregation traces for each of them (ours)
     c.eval.temperature = 1.0  # 0 = greedy (ours: as in training)
-    c.eval.top_k = 0  # only the k most likely tokens; 0 = all. These cuts exist in evaluation alone (ours)
+    c.eval.top_k = (
+        0  # only the k most likely tokens; 0 = all. These cuts exist in evaluation alone (ours)
+    )
     c.eval.top_p = 1.0  # only the most likely tokens that together hold this mass; 1 = all (ours)
-    c.eval.min_p = 0.0  # only tokens at least this fraction as likely as the most likely one; 0 = all (ours)
+    c.eval.min_p = (
+        0.0  # only tokens at least this fraction as likely as the most likely one; 0 = all (ours)
+    )
     c.eval.rounds_in_training = 0  # rounds of RSA in evaluations during training; 0 = none (ours)
     c.eval.population = 8  # traces in the population of recursive self-aggregation, RSA (paper)
     c.eval.set_size = 4  # of which each member of the next population reads so many (paper)
-    # The rest is for `python -m spiral_jax.evaluate` alone; evaluations during training sample search.traces.
-    c.eval.n = 64  # search traces of a problem: pass@k and maj@k up to k = n (ours; the paper draws 256)
-    # whose search traces are aggregated: "" = the model's own; "base" = those of model.hf_path as it is; WORKDIR@step =
-    # those of a run: what search and what aggregation have learned can be told apart by pairing them anew (ours)
+    # The rest is for `python -m spiral_jax.evaluate` alone; evaluations during training sample
+    # search.traces.
+    c.eval.n = (
+        64  # search traces of a problem: pass@k and maj@k up to k = n (ours; the paper draws 256)
+    )
+    # whose search traces are aggregated: "" = the model's own; "base" = those of model.hf_path as
+    # it is; WORKDIR@step = those of a run: what search and what aggregation have learned can be
+    # told apart by pairing them anew (ours)
     c.eval.searcher = ""
-    c.eval.limits = ()  # tokens, ascending: the search traces once more, cut off here; up to search.max_tokens (ours)
+    # tokens, ascending: the search traces once more, cut off here; up to search.max_tokens (ours)
+    c.eval.limits = ()
     c.eval.rounds = 10  # of RSA, after the search traces (paper: up to 10)
-    c.eval.wave = 32  # problems sampled at once; a stopped evaluation goes on after the last whole wave (ours)
+    # problems sampled at once; a stopped evaluation goes on after the last whole wave (ours)
+    c.eval.wave = 32
 
     c.verifier = ConfigDict()
     c.verifier.workers = 2  # child processes (ours)
-    c.verifier.timeout_s = 5.0  # seconds for one answer, counted from when a worker picks it up (ours)
-    c.verifier.max_error_rate = 0.05  # share of our own failures in a batch above which the run stops (ours)
+    c.verifier.timeout_s = (
+        5.0  # seconds for one answer, counted from when a worker picks it up (ours)
+    )
+    c.verifier.max_error_rate = (
+        0.05  # share of our own failures in a batch above which the run stops (ours)
+    )
     c.verifier.memory_gb = 4.0  # address space of a child process, 10^9 bytes (ours)
-    c.verifier.environment = ()  # names of variables, such as a judge's key, that a reward of yours sees (ours)
+    # names of variables, such as a judge's key, that a reward of yours sees (ours)
+    c.verifier.environment = ()
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 10  # steps; the last step is always saved; 0 = only that (ours)
     c.checkpoint.keep = 2  # newest checkpoints that are kept (ours)
     c.checkpoint.keep_every = 0  # and those whose step is a multiple of this; 0 = none (ours)
-    c.checkpoint.keep_best = ""  # and the best by this measure of the evaluations, one of MEASURES; "" = none (ours)
-    c.checkpoint.max_failures = 3  # saves in a row that may fail, as on a full disk, before the run ends (ours)
+    c.checkpoint.keep_best = (
+        ""  # and the best by this measure of the evaluations, one of MEASURES; "" = none (ours)
+    )
+    c.checkpoint.max_failures = (
+        3  # saves in a row that may fail, as on a full disk, before the run ends (ours)
+    )
 
     c.metrics = ConfigDict()
-    c.metrics.writers = ()  # any of METRIC_WRITERS: where metrics are shown, beside metrics.jsonl (ours)
+    # any of METRIC_WRITERS: where metrics are shown, beside metrics.jsonl (ours)
+    c.metrics.writers = ()
 
     c.profile = ConfigDict()
-    c.profile.steps = ()  # (first, end): steps first <= step < end are profiled, into WORKDIR/profile; () = none (ours)
+    # (first, end): steps first <= step < end are profiled, into WORKDIR/profile; () = none (ours)
+    c.profile.steps = ()
 
     c.trace_log = ConfigDict()
     c.trace_log.every = 10  # steps between files of traces; 0 = none (ours)
@@ -236,15 +347,21 @@ def defaults() -> ConfigDict:
     c.trace_log.keep_steps = 50  # newest files that are kept (ours)
 
     c.resume = ConfigDict()  # no part of what a run is: not compared when it is resumed
-    c.resume.allow = ()  # fields, such as ("train.steps", "verifier"), that a resumed run may change (ours)
+    # fields, such as ("train.steps", "verifier"), that a resumed run may change (ours)
+    c.resume.allow = ()
     return c.lock()
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """`flags_parser` of `app.run`: an unknown field in `--config.a.b=c` ends the program with the nearest name."""
+    """`flags_parser` of `app.run`: an unknown field in `--config.a.b=c` ends the program with the
+    nearest name.
+    """
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:  # what ml_collections raises on its way to the field
+    except (
+        AttributeError,
+        KeyError,
+    ) as error:  # what ml_collections raises on its way to the field
         cause = error.args[0]
         message = cause.args[0] if isinstance(cause, Exception) else cause
         sys.exit(f"error: --config has no such field: {' '.join(str(message).split())}")
@@ -274,7 +391,9 @@ def eval_subset_size(c: ConfigDict) -> int:
 
 
 def for_evaluation(c: ConfigDict) -> ConfigDict:
-    """The configuration that `spiral_jax.evaluate` runs with: its own numbers where stages read those of training."""
+    """The configuration that `spiral_jax.evaluate` runs with: its own numbers where stages read
+    those of training.
+    """
     c = c.copy_and_resolve_references()
     c.search.traces, c.aggregation.subset_size = c.eval.n, eval_subset_size(c)
     c.task.train_path = ""  # no training data are read
@@ -290,7 +409,9 @@ def for_evaluation_in_training(c: ConfigDict) -> ConfigDict:
 
 
 def digest(c: ConfigDict) -> str:
-    """SHA-256 of the configuration's JSON: two runs with the same digest were asked for the same thing."""
+    """SHA-256 of the configuration's JSON: two runs with the same digest were asked for the same
+    thing.
+    """
     return digest_of(to_plain(c))
 
 
@@ -317,10 +438,15 @@ def from_plain(plain: dict) -> ConfigDict:
     """
     c = defaults()
     try:
-        with c.prompt.template_kwargs.unlocked(), c.task.generator_args.unlocked():  # names there are not ours
+        with (
+            c.prompt.template_kwargs.unlocked(),
+            c.task.generator_args.unlocked(),
+        ):  # names there are not ours
             c.update(plain)
     except (KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"a configuration of another version of spiral_jax: {error.args[0]}") from error
+        raise ConfigError(
+            f"a configuration of another version of spiral_jax: {error.args[0]}"
+        ) from error
     return c
 
 

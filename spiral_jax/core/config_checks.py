@@ -1,4 +1,6 @@
-"""Checks of the configuration that need no data and no devices; a `ConfigError` names field, value and what to do."""
+"""Checks of the configuration that need no data and no devices; a `ConfigError` names field, value
+and what to do.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from spiral_jax.core.config import (
 
 
 def validate(c: ConfigDict) -> None:
-    """Checks everything that training needs and that needs neither data nor devices; raises `ConfigError`."""
+    """Checks everything that training needs and that needs neither data nor devices; raises
+    `ConfigError`.
+    """
     _validate_choices(c)
     _validate_task(c, training=True)
     _validate_sets(c)
@@ -33,7 +37,9 @@ def validate(c: ConfigDict) -> None:
     _validate_reliability(c)
     _validate_loss(c)
     steps = list(c.profile.steps)
-    ok = not steps or (len(steps) == 2 and all(type(n) is int for n in steps) and 0 <= steps[0] < steps[1])
+    ok = not steps or (
+        len(steps) == 2 and all(type(n) is int for n in steps) and 0 <= steps[0] < steps[1]
+    )
     _require(ok, "profile.steps", steps, "() or (first, end) with 0 <= first < end")
 
 
@@ -69,12 +75,16 @@ def _validate_populations(c: ConfigDict, n: int, field: str) -> None:
         _require(c.eval[name] >= 1, f"eval.{name}", c.eval[name], ">= 1")
     _require(population <= n, "eval.population", population, f"at most {field} = {n}",
              "The first population are search traces.")  # fmt: skip
-    _require(set_size <= population, "eval.set_size", set_size, f"at most eval.population = {population}")
+    _require(
+        set_size <= population, "eval.set_size", set_size, f"at most eval.population = {population}"
+    )
 
 
 def _require(ok: bool, field: str, value: Any, allowed: str, advice: str = "") -> None:
     if not ok:
-        raise ConfigError(f"config.{field} = {value!r}: must be {allowed}." + (f" {advice}" if advice else ""))
+        raise ConfigError(
+            f"config.{field} = {value!r}: must be {allowed}." + (f" {advice}" if advice else "")
+        )
 
 
 def _validate_choices(c: ConfigDict) -> None:
@@ -100,7 +110,12 @@ def _validate_choices(c: ConfigDict) -> None:
     writers = list(c.metrics.writers)
     _require(len(set(writers)) == len(writers) and set(writers) <= set(METRIC_WRITERS), "metrics.writers", writers,
              f"a tuple of {', '.join(METRIC_WRITERS)}, each at most once")  # fmt: skip
-    _require(bool(c.model.hf_path), "model.hf_path", c.model.hf_path, "a directory with config.json and weights")
+    _require(
+        bool(c.model.hf_path),
+        "model.hf_path",
+        c.model.hf_path,
+        "a directory with config.json and weights",
+    )
     _require(not c.model.adapter_path or c.model.lora_rank > 0, "model.adapter_path", c.model.adapter_path,
              "empty at model.lora_rank = 0", "Set model.lora_rank to the adapter's r.")  # fmt: skip
     _require(not (c.model.adapter_path and c.model.init_from), "model.init_from", c.model.init_from,
@@ -130,7 +145,12 @@ def _validate_choices(c: ConfigDict) -> None:
         room, name = field.split(".")
         _require(c[room][name] > 0, field, c[room][name], "> 0")
     if c.task.name == "reasoning_gym":
-        _require(bool(c.task.generator), "task.generator", c.task.generator, "the name of a reasoning-gym generator")
+        _require(
+            bool(c.task.generator),
+            "task.generator",
+            c.task.generator,
+            "the name of a reasoning-gym generator",
+        )
     _require(c.task.reward in ("", "math") or ":" in c.task.reward, "task.reward", c.task.reward,
              'empty, "math" or "package.module:function"')  # fmt: skip
 
@@ -139,10 +159,19 @@ def _validate_reliability(c: ConfigDict) -> None:
     names = list(c.verifier.environment)
     _require(all(isinstance(name, str) and name for name in names), "verifier.environment", names,
              "a tuple of names of variables")  # fmt: skip
-    rooms = {room: set(fields) if isinstance(fields, ConfigDict) else set() for room, fields in c.items()}
+    rooms = {
+        room: set(fields) if isinstance(fields, ConfigDict) else set() for room, fields in c.items()
+    }
     allowed = list(c.resume.allow)
-    unknown = [field for field in allowed if not isinstance(field, str) or not _is_field(rooms, field)]
-    _require(not unknown, "resume.allow", allowed, f"a tuple of fields or rooms of the config; {unknown} are none")
+    unknown = [
+        field for field in allowed if not isinstance(field, str) or not _is_field(rooms, field)
+    ]
+    _require(
+        not unknown,
+        "resume.allow",
+        allowed,
+        f"a tuple of fields or rooms of the config; {unknown} are none",
+    )
     _require(not c.checkpoint.keep_best or c.eval.problems > 0, "checkpoint.keep_best", c.checkpoint.keep_best,
              'empty at eval.problems = 0', "Without evaluations there is no best checkpoint.")  # fmt: skip
 
@@ -165,7 +194,9 @@ def _validate_prompt(c: ConfigDict) -> None:
 
 
 def _validate_task(c: ConfigDict, training: bool) -> None:
-    """What the task reads is named: the training split for training, the held-out one where it is evaluated."""
+    """What the task reads is named: the training split for training, the held-out one where it is
+    evaluated.
+    """
     if c.task.name == "hf":
         for field in ("dataset", "problem_column", "answer_column"):
             _require(bool(c.task[field]), f"task.{field}", c.task[field], "a name")
@@ -174,13 +205,20 @@ def _validate_task(c: ConfigDict, training: bool) -> None:
         fields, allowed = ("train_path", "eval_path"), f"a {c.task.name} file"
     else:
         return
-    _require(not training or bool(c.task[fields[0]]), f"task.{fields[0]}", c.task[fields[0]], allowed)
+    _require(
+        not training or bool(c.task[fields[0]]), f"task.{fields[0]}", c.task[fields[0]], allowed
+    )
     _require(not c.eval.problems or bool(c.task[fields[1]]), f"task.{fields[1]}", c.task[fields[1]], allowed,
              "Set eval.problems = 0 to train without evaluation." if training else "")  # fmt: skip
 
 
 def _validate_sets(c: ConfigDict) -> None:
-    n, k, s, m = c.search.traces, c.aggregation.subsets, c.aggregation.subset_size, c.aggregation.traces
+    n, k, s, m = (
+        c.search.traces,
+        c.aggregation.subsets,
+        c.aggregation.subset_size,
+        c.aggregation.traces,
+    )
     if not uses_aggregation(c):
         _require(n >= 2, "search.traces", n, f">= 2 for {c.loss.estimator}",
                  "One trace has no baseline, so no signal.")  # fmt: skip
@@ -193,7 +231,12 @@ def _validate_sets(c: ConfigDict) -> None:
         _validate_later_rounds(c, k * m, k, s)
     if c.eval.problems:
         size = eval_subset_size(c)
-        _require(c.eval.subset_size <= n, "eval.subset_size", c.eval.subset_size, f"at most search.traces = {n}")
+        _require(
+            c.eval.subset_size <= n,
+            "eval.subset_size",
+            c.eval.subset_size,
+            f"at most search.traces = {n}",
+        )
         _require(1 <= c.eval.subsets <= n // size, "eval.subsets", c.eval.subsets,
                  f"between 1 and search.traces // aggregation.subset_size = {n // size}")  # fmt: skip
         _require(c.eval.traces >= 1, "eval.traces", c.eval.traces, ">= 1")
@@ -238,7 +281,12 @@ def _validate_search_signal(c: ConfigDict, n: int, k: int, s: int) -> None:
 def _validate_loss(c: ConfigDict) -> None:
     clip = c.loss.clip_low or c.loss.clip_high or c.loss.dual_clip
     _require(c.loss.clip_low < 1, "loss.clip_low", c.loss.clip_low, "below 1")
-    _require(c.loss.dual_clip == 0 or c.loss.dual_clip > 1, "loss.dual_clip", c.loss.dual_clip, "0 = off, or above 1")
+    _require(
+        c.loss.dual_clip == 0 or c.loss.dual_clip > 1,
+        "loss.dual_clip",
+        c.loss.dual_clip,
+        "0 = off, or above 1",
+    )
     _require(not (c.loss.tis_cap and clip), "loss.tis_cap", c.loss.tis_cap, "0 where the ratio is clipped",
              "Both bound the same ratio: a batch makes one update.")  # fmt: skip
 
@@ -247,10 +295,15 @@ def _validate_batch(c: ConfigDict) -> None:
     for role, groups in groups_of_step(c).items():
         micro = c.batch[f"{role}_groups"]
         _require(
-            groups % micro == 0, f"batch.{role}_groups", micro, f"a divisor of the {groups} {role} groups of a step"
+            groups % micro == 0,
+            f"batch.{role}_groups",
+            micro,
+            f"a divisor of the {groups} {role} groups of a step",
         )
         lengths = [tuple(pair) for pair in c.batch[f"{role}_lengths"]]
-        ok = bool(lengths) and all(len(pair) == 2 for pair in lengths) and lengths == sorted(lengths)
+        ok = (
+            bool(lengths) and all(len(pair) == 2 for pair in lengths) and lengths == sorted(lengths)
+        )
         _require(ok, f"batch.{role}_lengths", lengths, "ascending (prompt, response) lengths")
         limit = c[role].max_tokens
         _require(lengths[-1][1] >= limit, f"batch.{role}_lengths", lengths,
@@ -259,7 +312,9 @@ def _validate_batch(c: ConfigDict) -> None:
 
 def _validate_sampling(c: ConfigDict) -> None:
     rows = [tuple(row) for row in c.sampling.classes]
-    ok = bool(rows) and all(len(row) == 4 and all(type(n) is int and n >= 1 for n in row) for row in rows)
+    ok = bool(rows) and all(
+        len(row) == 4 and all(type(n) is int and n >= 1 for n in row) for row in rows
+    )
     _require(ok and len(set(rows)) == len(rows), "sampling.classes", rows,
              "different rows (slots, C, P, G) of whole numbers >= 1")  # fmt: skip
     for prompt in sorted({P for _, _, P, _ in rows}):
@@ -269,7 +324,9 @@ def _validate_sampling(c: ConfigDict) -> None:
                  f"with a class of C = {widest} and G = {longest} for P = {prompt}",
                  "Else a group that stays wide has nowhere to go on.")  # fmt: skip
     counts = list(c.sampling.row_counts)
-    ok = all(type(count) is int and count >= 1 for count in counts) and counts == sorted(set(counts))
+    ok = all(type(count) is int and count >= 1 for count in counts) and counts == sorted(
+        set(counts)
+    )
     _require(ok, "sampling.row_counts", counts, "ascending whole numbers >= 1")
     _require(0 < c.eval.top_p <= 1, "eval.top_p", c.eval.top_p, "above 0 and at most 1")
     _require(c.eval.min_p < 1, "eval.min_p", c.eval.min_p, "below 1")

@@ -1,8 +1,10 @@
-"""Several processes that run as one: their start, what one host tells the others, and their common end.
+"""Several processes that run as one: their start, what one host tells the others, and their common
+end.
 
-Every process makes the same calls in the same order on the same values. What only one host knows (its verdicts, the
-files of the run) goes through `gather` or `from_first` before anything depends on it. Small values travel over jax's
-coordination service and not over the devices, so that a host that does not come is an error with its number.
+Every process makes the same calls in the same order on the same values. What only one host knows
+(its verdicts, the files of the run) goes through `gather` or `from_first` before anything depends
+on it. Small values travel over jax's coordination service and not over the devices, so that a host
+that does not come is an error with its number.
 """
 
 from __future__ import annotations
@@ -22,35 +24,51 @@ from typing import Any, TypeVar
 
 import jax
 from absl import flags
-from jax._src.distributed import global_state  # the client of the coordination service has no public name
+from jax._src.distributed import (
+    global_state,
+)  # the client of the coordination service has no public name
 from jax.sharding import Mesh
 
-EXCHANGE_TIMEOUT_S = 1800  # the slowest host may be behind by this: compiling, or verifying hard answers
+EXCHANGE_TIMEOUT_S = (
+    1800  # the slowest host may be behind by this: compiling, or verifying hard answers
+)
 _POLL_S = 1.0  # between two looks at whether another process has failed
 _FAILURE = "spiral_jax/failure"  # key under which the first process that fails says why
 _TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # there is a TPU in this machine
-_numbers = itertools.count()  # of exchanges: the same on all processes, since all make the same calls
+_numbers = (
+    itertools.count()
+)  # of exchanges: the same on all processes, since all make the same calls
 
 T = TypeVar("T")
 
 
 class DistributedError(RuntimeError):
-    """Processes that do not find each other, or do not do the same; the message says who waited for what."""
+    """Processes that do not find each other, or do not do the same; the message says who waited for
+    what.
+    """
 
 
 def define_flags() -> None:
-    """The flags of `joined`. Without them a cluster's environment says what they would (see `environment`)."""
-    flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 can be reached by all processes")
-    flags.DEFINE_integer("processes", None, "number of processes; 1: alone, whatever the environment says")
+    """The flags of `joined`. Without them a cluster's environment says what they would (see
+    `environment`).
+    """
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT where process 0 can be reached by all processes"
+    )
+    flags.DEFINE_integer(
+        "processes", None, "number of processes; 1: alone, whatever the environment says"
+    )
     flags.DEFINE_integer("process", None, "number of this process, from 0")
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all processes at the start")
 
 
 @contextlib.contextmanager
 def joined(given: flags.FlagValues, mendable: tuple[type[Exception], ...]) -> Iterator[None]:
-    """All processes of a run as one, from the first call of jax until all have ended; does nothing for a single one.
+    """All processes of a run as one, from the first call of jax until all have ended; does nothing
+    for a single one.
 
-    An exception that leaves the block ends this process and then all others, each with the message on stderr.
+    An exception that leaves the block ends this process and then all others, each with the message
+    on stderr.
 
     Args:
       given: the flags of `define_flags`.
@@ -74,20 +92,23 @@ def joined(given: flags.FlagValues, mendable: tuple[type[Exception], ...]) -> It
     jax.distributed.shutdown()
 
 
-def start(coordinator: str | None, processes: int | None, process: int | None, timeout_s: int) -> bool:
+def start(
+    coordinator: str | None, processes: int | None, process: int | None, timeout_s: int
+) -> bool:
     """Connects this process with the others of its run. Before any other call of jax.
 
     Args:
-      coordinator, processes, process: the flags; all three, or none where the environment says them or there is one
-        process, which connects with nobody.
+      coordinator, processes, process: the flags; all three, or none where the environment says them
+        or there is one process, which connects with nobody.
       timeout_s: how long to wait for the others.
 
     Returns:
       whether jax was initialised for several processes.
 
     Raises:
-      DistributedError: flags that do not make a whole, an environment that jax cannot read. Processes that do not come
-        within `timeout_s` end this one with a message: jax's own timeout would abort it with a stack trace of C++.
+      DistributedError: flags that do not make a whole, an environment that jax cannot read.
+        Processes that do not come within `timeout_s` end this one with a message: jax's own timeout
+        would abort it with a stack trace of C++.
     """
     named = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     if processes == 1 and process in (None, 0):
@@ -96,7 +117,9 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
         where = environment()
         if where is None:
             return False
-        arguments: dict[str, Any] = {"local_device_ids": _slurm_devices() if where.startswith("SLURM") else None}
+        arguments: dict[str, Any] = {
+            "local_device_ids": _slurm_devices() if where.startswith("SLURM") else None
+        }
         waited = f"the processes that the environment describes ({where})"
     else:
         _check_flags(named)
@@ -114,7 +137,8 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
         jax.distributed.initialize(
             **arguments,
             initialization_timeout=timeout_s + 60,
-            shutdown_timeout_seconds=EXCHANGE_TIMEOUT_S,  # the others wait while process 0 draws its pictures
+            # the others wait while process 0 draws its pictures
+            shutdown_timeout_seconds=EXCHANGE_TIMEOUT_S,
         )
     except Exception as error:  # of the cluster's detection, of the metadata server
         raise DistributedError(
@@ -127,18 +151,28 @@ def start(coordinator: str | None, processes: int | None, process: int | None, t
 
 
 def environment() -> str | None:
-    """Which cluster's environment describes several processes, with the variable that says so; None: none does.
+    """Which cluster's environment describes several processes, with the variable that says so;
+    None: none does.
 
-    jax itself then reads addresses and numbers from it. A TPU VM counts always: only its metadata know the others.
+    jax itself then reads addresses and numbers from it. A TPU VM counts always: only its metadata
+    know the others.
     """
     e = os.environ
     if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= e.keys():
-        return f"SLURM: SLURM_NTASKS={e['SLURM_NTASKS']}" if int(e.get("SLURM_NTASKS", 1)) > 1 else None
+        return (
+            f"SLURM: SLURM_NTASKS={e['SLURM_NTASKS']}"
+            if int(e.get("SLURM_NTASKS", 1)) > 1
+            else None
+        )
     if "tpu" in e.get("JAX_PLATFORMS", "tpu") and find_spec("libtpu"):
         hosts, slices = e.get("TPU_WORKER_HOSTNAMES", ""), int(e.get("MEGASCALE_NUM_SLICES", 1))
         if "," in hosts or slices > 1:
             return f"GKE: TPU_WORKER_HOSTNAMES={hosts}, {slices} slices"
-        if not hosts and "TPU_SKIP_MDS_QUERY" not in e and any(map(Path.exists, map(Path, _TPU_DEVICES))):
+        if (
+            not hosts
+            and "TPU_SKIP_MDS_QUERY" not in e
+            and any(map(Path.exists, map(Path, _TPU_DEVICES)))
+        ):
             return "TPU VM: its metadata server"
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= e.keys():
         return f"Kubernetes: an indexed Job, JOB_COMPLETION_INDEX={e['JOB_COMPLETION_INDEX']}"
@@ -146,8 +180,13 @@ def environment() -> str | None:
 
 
 def introduce(mesh: Mesh) -> None:
-    """Prints this process's first line. From then on only process 0 prints; errors of all go to stderr."""
-    local, shape = jax.local_devices(), ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    """Prints this process's first line. From then on only process 0 prints; errors of all go to
+    stderr.
+    """
+    local, shape = (
+        jax.local_devices(),
+        ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+    )
     print(
         f"process {jax.process_index()} of {jax.process_count()}: {len(local)} of {jax.device_count()} devices, "
         f"{local[0].platform} ({local[0].device_kind}), mesh {shape}",
@@ -163,7 +202,8 @@ def is_first() -> bool:
 
 
 def gather(value: Any, timeout_s: float = EXCHANGE_TIMEOUT_S) -> list[Any]:
-    """The values of all processes, in their order. All processes call it, in the same order, on their main thread.
+    """The values of all processes, in their order. All processes call it, in the same order, on
+    their main thread.
 
     Args:
       value: JSON types.
@@ -184,12 +224,16 @@ def gather(value: Any, timeout_s: float = EXCHANGE_TIMEOUT_S) -> list[Any]:
         ) from error
     if number:  # all have come this far, so all have read the exchange before
         client.key_value_delete(_key(number - 1, me))
-    found = {int(key.rsplit("/", 1)[1]): text for key, text in client.key_value_dir_get(_key(number, ""))}
+    found = {
+        int(key.rsplit("/", 1)[1]): text for key, text in client.key_value_dir_get(_key(number, ""))
+    }
     return [json.loads(found[process]) for process in range(jax.process_count())]
 
 
 def from_first(read: Callable[[], T]) -> T:
-    """What `read` returns on process 0 (JSON types); the others do not call it. A collective, as `gather`."""
+    """What `read` returns on process 0 (JSON types); the others do not call it. A collective, as
+    `gather`.
+    """
     return gather(read() if is_first() else None)[0]
 
 
@@ -205,8 +249,12 @@ def check_equal(**values: str) -> None:
         for process, found in enumerate(everywhere):
             holders.setdefault(found[name], []).append(process)
         if len(holders) > 1:
-            stated = "; ".join(f"{value[:12]} on {processes}" for value, processes in holders.items())
-            raise DistributedError(f"the processes were not started with the same {name}: {stated}.")
+            stated = "; ".join(
+                f"{value[:12]} on {processes}" for value, processes in holders.items()
+            )
+            raise DistributedError(
+                f"the processes were not started with the same {name}: {stated}."
+            )
 
 
 def share(count: int) -> range:
@@ -236,13 +284,17 @@ def _check_flags(named: dict[str, Any]) -> None:
         )
     host, _, port = named["--coordinator"].rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise DistributedError(f"--coordinator={named['--coordinator']}: must be HOST:PORT, a port below 65536.")
+        raise DistributedError(
+            f"--coordinator={named['--coordinator']}: must be HOST:PORT, a port below 65536."
+        )
     if named["--processes"] < 1 or not 0 <= named["--process"] < named["--processes"]:
         raise DistributedError(f"{stated}: --process must be between 0 and --processes - 1.")
 
 
 def _slurm_devices() -> list[int] | None:
-    """All GPUs of a node for the only process on it; None: jax gives each of several processes one of them."""
+    """All GPUs of a node for the only process on it; None: jax gives each of several processes one
+    of them.
+    """
     alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     return list(range(int(gpus))) if alone and gpus.isdecimal() else None
@@ -277,7 +329,8 @@ def _failure() -> str | None:
 
 
 def _end(message: str | None = None) -> None:
-    """Ends the process; process 0, which has the service, a little later: the others read there why.
+    """Ends the process; process 0, which has the service, a little later: the others read there
+    why.
 
     Without clean-up: that of checkpoints and devices would wait for processes that are gone.
     """

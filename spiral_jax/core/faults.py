@@ -1,10 +1,11 @@
-"""Where a drill kills the process: named points that a run passes again and again, counted, never timed.
+"""Where a drill kills the process: named points that a run passes again and again, counted, never
+timed.
 
     SPIRAL_FAULT=update:3 python -m spiral_jax.train ...      # SIGKILL when "update" is passed for the third time
     SPIRAL_FAULT=search:1:TERM python -m spiral_jax.train ... # SIGTERM: a preemption notice
 
-Without the variable a point is one comparison. With it, points count from the first decode chunk on that this process
-has finished, so that each kill costs work that has to be done again.
+Without the variable a point is one comparison. With it, points count from the first decode chunk on
+that this process has finished, so that each kill costs work that has to be done again.
 """
 
 from __future__ import annotations
@@ -38,12 +39,18 @@ _fault: _Fault | None = None
 
 
 def arm(text: str) -> None:
-    """Asks for a fault as the variable does; "" = for none. Raises `ValueError` where `text` is no fault."""
+    """Asks for a fault as the variable does; "" = for none. Raises `ValueError` where `text` is no
+    fault.
+    """
     global _fault
     parts = re.fullmatch(rf"({'|'.join(POINTS)}):([1-9][0-9]*)(:TERM)?", text)
     if text and not parts:
-        raise ValueError(f"{VARIABLE}={text!r}: must be POINT:COUNT or POINT:COUNT:TERM, POINT one of {list(POINTS)}.")
-    _fault = parts and _Fault(parts[1], int(parts[2]), signal.SIGTERM if parts[3] else signal.SIGKILL)
+        raise ValueError(
+            f"{VARIABLE}={text!r}: must be POINT:COUNT or POINT:COUNT:TERM, POINT one of {list(POINTS)}."
+        )
+    _fault = parts and _Fault(
+        parts[1], int(parts[2]), signal.SIGTERM if parts[3] else signal.SIGKILL
+    )
 
 
 arm(os.environ.get(VARIABLE, ""))
@@ -56,7 +63,9 @@ def chunk_decoded() -> None:
 
 
 def passed(point: str) -> None:
-    """Says that the run is at `point`, one of `POINTS`; kills the process if that is what was asked for."""
+    """Says that the run is at `point`, one of `POINTS`; kills the process if that is what was asked
+    for.
+    """
     if _fault is None or _fault.point != point or not _fault.chunks:
         return
     _fault.left -= 1

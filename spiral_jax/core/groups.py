@@ -8,8 +8,9 @@ Axis legend, used in names, docstrings and einsums everywhere:
     D model width       H query heads                   J key/value heads          E head width
     F feed-forward width                                V vocabulary
 
-Search: one group a problem, C = N. Aggregation: one group a subset, C = M, groups in (problem, subset) order.
-Rows are right-padded with zeros; masks only ever come from lengths (a pad id may equal a stop id).
+Search: one group a problem, C = N. Aggregation: one group a subset, C = M, groups in (problem,
+subset) order. Rows are right-padded with zeros; masks only ever come from lengths (a pad id may
+equal a stop id).
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Role(enum.IntEnum):
 
 
 class Purpose(enum.IntEnum):
-    """Which stream of random numbers a draw belongs to. The value is part of the key: never renumber."""
+    """Which stream of random numbers a draw belongs to. The value is part of the key: never
+    renumber.
+    """
 
     TRAIN = 0
     EVALUATION = 1
@@ -52,8 +55,9 @@ class GroupRequests:
     Attributes:
       prompt_UxP: int32 token ids, right-padded.
       prompt_len_U: int32, >= 1.
-      id_Ux6: int32 (purpose, step, cursor, round, role, set): with the run's seed and the trace's index this is
-        all that a group's random numbers depend on, so a trace does not know its neighbours or its slot.
+      id_Ux6: int32 (purpose, step, cursor, round, role, set): with the run's seed and the trace's
+        index this is all that a group's random numbers depend on, so a trace does not know its
+        neighbours or its slot.
       traces: C.
       max_tokens: limit on a trace's length G, its stop id included.
       limit_UxC: int32 limits of single traces, 1 ... max_tokens. None: `max_tokens` for all.
@@ -71,8 +75,13 @@ class GroupRequests:
 
     def take(self, index: np.ndarray | list[int]) -> GroupRequests:
         """The requests at `index` (integers into U), in that order."""
-        arrays = {name: getattr(self, name) for name in ("prompt_UxP", "prompt_len_U", "id_Ux6", "limit_UxC")}
-        return dataclasses.replace(self, **{n: a[index] for n, a in arrays.items() if a is not None})
+        arrays = {
+            name: getattr(self, name)
+            for name in ("prompt_UxP", "prompt_len_U", "id_Ux6", "limit_UxC")
+        }
+        return dataclasses.replace(
+            self, **{n: a[index] for n, a in arrays.items() if a is not None}
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +92,11 @@ class Groups:
       requests: what was asked for; `prompt_UxP` and `prompt_len_U` come from there.
       trace_UxCxG: int32 token ids, right-padded, the stop id included.
       trace_len_UxC: int32.
-      logprob_UxCxG: float32, of the distribution that was really sampled from, recorded while decoding.
+      logprob_UxCxG: float32, of the distribution that was really sampled from, recorded while
+      decoding.
       stop_UxC: int32 values of `Stop`.
-      reward_UxC: float32 in {0, 1}; NaN where the reward could not be had by our own failure. None: not verified.
+      reward_UxC: float32 in {0, 1}; NaN where the reward could not be had by our own failure. None:
+      not verified.
       verdict_UxC: objects, the `verifier.rewards.Verdict` behind each reward. None: not verified.
       advantage_UxC: float32. None: not computed.
     """
@@ -112,7 +123,9 @@ class Groups:
 
 
 def pad_rows(rows: list[np.ndarray], width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Right-pads int32 rows with zeros; returns (rows [U, width], lengths [U]). Default width: the longest row."""
+    """Right-pads int32 rows with zeros; returns (rows [U, width], lengths [U]). Default width: the
+    longest row.
+    """
     lengths = np.array([len(row) for row in rows], np.int32)
     width = int(lengths.max(initial=1)) if width is None else width
     padded = np.zeros((len(rows), width), np.int32)
@@ -124,7 +137,9 @@ def pad_rows(rows: list[np.ndarray], width: int | None = None) -> tuple[np.ndarr
 def take_groups(groups: Groups, index: np.ndarray) -> Groups:
     """The groups at `index` (integers into U), in that order."""
     arrays = {
-        field.name: None if getattr(groups, field.name) is None else getattr(groups, field.name)[index]
+        field.name: None
+        if getattr(groups, field.name) is None
+        else getattr(groups, field.name)[index]
         for field in dataclasses.fields(groups)
         if field.name != "requests"
     }
@@ -135,11 +150,14 @@ def concat_groups(parts: list[Groups]) -> Groups:
     """The groups of all parts, one after the other; prompts are padded to the widest.
 
     Raises:
-      ValueError: the parts differ in C, in G, or in which of rewards, verdicts, advantages and limits they have.
+      ValueError: the parts differ in C, in G, or in which of rewards, verdicts, advantages and
+      limits they have.
     """
     kinds = {
         (p.requests.traces, p.requests.max_tokens)
-        + tuple(a is None for a in (p.reward_UxC, p.verdict_UxC, p.advantage_UxC, p.requests.limit_UxC))
+        + tuple(
+            a is None for a in (p.reward_UxC, p.verdict_UxC, p.advantage_UxC, p.requests.limit_UxC)
+        )
         for p in parts
     }
     if len(kinds) > 1:
@@ -150,7 +168,10 @@ def concat_groups(parts: list[Groups]) -> Groups:
     requests = dataclasses.replace(
         parts[0].requests,
         prompt_UxP=np.concatenate(
-            [np.pad(p.requests.prompt_UxP, ((0, 0), (0, width - p.requests.prompt_UxP.shape[1]))) for p in parts]
+            [
+                np.pad(p.requests.prompt_UxP, ((0, 0), (0, width - p.requests.prompt_UxP.shape[1])))
+                for p in parts
+            ]
         ),
         prompt_len_U=np.concatenate([part.requests.prompt_len_U for part in parts]),
         id_Ux6=np.concatenate([part.requests.id_Ux6 for part in parts]),

@@ -1,8 +1,9 @@
 """The device mesh and one ordered table: which axis of which parameter lies along which mesh axis.
 
-Groups (the leading U of every batch array) lie along `data` and `fsdp`, heads and feed-forward columns along `tensor`,
-and the other large axis of every matrix along `fsdp`. The table covers parameters, adapters and optimizer state alike,
-because an optimizer's moments carry the path of their parameter.
+Groups (the leading U of every batch array) lie along `data` and `fsdp`, heads and feed-forward
+columns along `tensor`, and the other large axis of every matrix along `fsdp`. The table covers
+parameters, adapters and optimizer state alike, because an optimizer's moments carry the path of
+their parameter.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from spiral_jax.core.config import ConfigError
 AXES = ("data", "fsdp", "tensor")
 GROUP_AXES = ("data", "fsdp")
 
-# First match wins; patterns are searched in paths such as "layers/q/kernel" or "opt/0/mu/layers/q/a".
-# Kernels are [in, out], stacked ones [L, in, out]; the specs name the trailing axes.
+# First match wins; patterns are searched in paths such as "layers/q/kernel" or
+# "opt/0/mu/layers/q/a". Kernels are [in, out], stacked ones [L, in, out]; the specs name the
+# trailing axes.
 _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(q|k|v|gate|up)/kernel$", ("fsdp", "tensor")),
     (r"/(o|down)/kernel$", ("tensor", "fsdp")),
@@ -41,14 +43,16 @@ _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 def host_mesh() -> Mesh:
     """A mesh of one CPU device: for programs that only move weights, and leave accelerators alone."""
-    return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices("cpu")[:1])
+    return jax.make_mesh(
+        (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices("cpu")[:1]
+    )
 
 
 def make_mesh(sizes: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of these devices, by default of all there are; its shape as `mesh_shape` says.
 
-    Its axes may be parts of a TPU slice's axes, as those of (4, 8, 2) are on 8 x 8; `jax.make_mesh` allows that on v5e
-    alone.
+    Its axes may be parts of a TPU slice's axes, as those of (4, 8, 2) are on 8 x 8; `jax.make_mesh`
+    allows that on v5e alone.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices), devices[0].platform)
@@ -57,11 +61,17 @@ def make_mesh(sizes: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
 
 
 def mesh_shape(sizes: ConfigDict, count: int, kind: str) -> tuple[int, int, int]:
-    """`config.mesh` for `count` devices of this kind, -1 resolved. Raises `ConfigError` when the sizes do not match."""
+    """`config.mesh` for `count` devices of this kind, -1 resolved. Raises `ConfigError` when the
+    sizes do not match.
+    """
     shape = [sizes[axis] for axis in AXES]
-    stated = "config.mesh = " + ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    stated = "config.mesh = " + ", ".join(
+        f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True)
+    )
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise ConfigError(f"{stated}: sizes must be >= 1, and at most one may be -1 = all the rest.")
+        raise ConfigError(
+            f"{stated}: sizes must be >= 1, and at most one may be -1 = all the rest."
+        )
     known = math.prod(size for size in shape if size != -1)
     if -1 in shape and count % known == 0:
         shape[shape.index(-1)] = count // known
@@ -79,10 +89,11 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def weight_spec(name: str, shape: tuple[int, ...], mesh: Mesh, decode: bool = False) -> P:
-    """The spec of one array by its path; an axis that a mesh axis does not divide is not cut along it.
+    """The spec of one array by its path; an axis that a mesh axis does not divide is not cut along
+    it.
 
-    With `decode` nothing lies along `fsdp`: decode weights are replicated over groups, so that no weight is gathered
-    inside the decode loop.
+    With `decode` nothing lies along `fsdp`: decode weights are replicated over groups, so that no
+    weight is gathered inside the decode loop.
 
     Raises:
       KeyError: a path that the table does not know.
@@ -101,7 +112,10 @@ def weight_spec(name: str, shape: tuple[int, ...], mesh: Mesh, decode: bool = Fa
 def weight_shardings(tree: Any, mesh: Mesh, decode: bool = False) -> Any:
     """The tree of `NamedSharding`s for a tree of arrays or shapes."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, weight_spec(path_name(path), leaf.shape, mesh, decode)), tree
+        lambda path, leaf: NamedSharding(
+            mesh, weight_spec(path_name(path), leaf.shape, mesh, decode)
+        ),
+        tree,
     )
 
 
@@ -116,13 +130,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place(tree: Any, sharding: Any) -> Any:
-    """Host arrays, the same on every process, as device arrays; each process copies what its own devices hold.
+    """Host arrays, the same on every process, as device arrays; each process copies what its own
+    devices hold.
 
     Args:
       sharding: of all arrays, or a tree of one for each.
     """
     leaves, structure = jax.tree.flatten(tree)
-    shardings = [sharding] * len(leaves) if isinstance(sharding, Sharding) else jax.tree.leaves(sharding)
+    shardings = (
+        [sharding] * len(leaves) if isinstance(sharding, Sharding) else jax.tree.leaves(sharding)
+    )
     placed = [
         jax.make_array_from_callback(a.shape, s, lambda index: a[index])  # noqa: B023 - called at once
         for a, s in zip(leaves, shardings, strict=True)
@@ -136,7 +153,9 @@ def group_count_multiple(mesh: Mesh) -> int:
 
 
 def constrain_groups(x: jax.Array) -> jax.Array:
-    """Keeps activations [U, ...] along the group axes of the mesh in context; does nothing outside of one."""
+    """Keeps activations [U, ...] along the group axes of the mesh in context; does nothing outside
+    of one.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(GROUP_AXES))

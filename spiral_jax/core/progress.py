@@ -1,4 +1,6 @@
-"""The terminal display of a run and its stopwatch: phases and finished steps -> a live bar or plain lines, seconds."""
+"""The terminal display of a run and its stopwatch: phases and finished steps -> a live bar or plain
+lines, seconds.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ WINDOW = 10  # steps in the moving reward and in the estimate of the time left
 
 
 class Progress:
-    """Shows phase, step, speed, reward and time left: a live bar on a terminal, else one plain line a step.
+    """Shows phase, step, speed, reward and time left: a live bar on a terminal, else one plain line
+    a step.
 
-    Phases are timed either way. Use as a context manager, so that the terminal is restored when the run fails.
+    Phases are timed either way. Use as a context manager, so that the terminal is restored when the
+    run fails.
 
         with Progress(total_steps=60, first_step=0) as progress:
             with progress.phase("sampling search"):
@@ -30,12 +34,17 @@ class Progress:
     Args:
       total_steps: steps of the whole run, those before a resume included.
       first_step: steps that are done already: 0, or the checkpoint's step.
-      console: where to print; default: standard output. `Console(quiet=True)` on all processes but the first.
+      console: where to print; default: standard output. `Console(quiet=True)` on all processes but
+      the first.
       unit: what a step is called.
     """
 
     def __init__(
-        self, total_steps: int, first_step: int, console: rich.console.Console | None = None, unit: str = "step"
+        self,
+        total_steps: int,
+        first_step: int,
+        console: rich.console.Console | None = None,
+        unit: str = "step",
     ):
         self._total_steps, self._unit = total_steps, unit
         self._console = console or rich.console.Console()
@@ -45,13 +54,19 @@ class Progress:
         whole = rich.table.Column(no_wrap=True)
         self._bar = rich.progress.Progress(
             rich.progress.BarColumn(bar_width=12),
-            rich.progress.TextColumn(unit + " {task.completed:.0f}/{task.total:.0f}", markup=False, table_column=whole),
+            rich.progress.TextColumn(
+                unit + " {task.completed:.0f}/{task.total:.0f}", markup=False, table_column=whole
+            ),
             rich.progress.TextColumn("{task.fields[status]}", markup=False, table_column=whole),
-            rich.progress.TextColumn("{task.fields[phase]}", style="bold", markup=False, table_column=whole),
+            rich.progress.TextColumn(
+                "{task.fields[phase]}", style="bold", markup=False, table_column=whole
+            ),
             console=self._console,
             disable=not self._console.is_interactive,
         )
-        self._task = self._bar.add_task("", total=total_steps, completed=first_step, phase="", status="")
+        self._task = self._bar.add_task(
+            "", total=total_steps, completed=first_step, phase="", status=""
+        )
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -64,7 +79,8 @@ class Progress:
     def phase(self, name: str) -> Iterator[None]:
         """Shows `name` and adds the seconds spent inside to its time, also when an error leaves it.
 
-        An inner phase counts in the outer one too. Block on device results inside, or the next phase is charged.
+        An inner phase counts in the outer one too. Block on device results inside, or the next
+        phase is charged.
         """
         outer = self._bar.tasks[0].fields["phase"]
         self._bar.update(self._task, phase=name)
@@ -77,7 +93,9 @@ class Progress:
             self._bar.update(self._task, phase=outer)
 
     def take_times(self) -> dict[str, float]:
-        """Seconds of each phase since the last call, as metrics: `time/<phase>`, spaces as underscores."""
+        """Seconds of each phase since the last call, as metrics: `time/<phase>`, spaces as
+        underscores.
+        """
         times, self._times = self._times, {}
         return times
 
@@ -96,7 +114,9 @@ class Progress:
         average = f"{sum(self._rewards) / len(self._rewards):.3f}" if self._rewards else "-"
         speed = f"{tokens / seconds:,.0f}" if seconds > 0 else "-"
         left = (self._total_steps - step) * sum(self._seconds) / len(self._seconds)
-        status = f"reward {average}  {speed} tokens/s  left {datetime.timedelta(seconds=round(left))}"
+        status = (
+            f"reward {average}  {speed} tokens/s  left {datetime.timedelta(seconds=round(left))}"
+        )
         self._bar.update(self._task, completed=step, status=status)
         if not self._console.is_interactive:
             line = f"{self._unit} {step} of {self._total_steps}  {status}  {seconds:.1f} s"

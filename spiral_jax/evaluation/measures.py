@@ -1,7 +1,8 @@
 """Records of evaluated problems -> measures with intervals over problems. NumPy, float64.
 
-A record is what became of one problem, in JSON types; answers are numbered by `verifier.number_classes`: 0 = correct,
-1, 2, ... = wrong, None = unparsed, -1 = an error of ours, which is left out of every share.
+A record is what became of one problem, in JSON types; answers are numbered by
+`verifier.number_classes`: 0 = correct, 1, 2, ... = wrong, None = unparsed, -1 = an error of ours,
+which is left out of every share.
 
     index, id       of the held-out problem
     search          answer, length, cut_off [N]: cut_off is 1 where the trace reached its limit, else 0; strategy [N],
@@ -11,8 +12,8 @@ A record is what became of one problem, in JSON types; answers are numbered by `
     rsa             for each round 1..T: answer, length, cut_off [population]; round 0 is the first search traces, all
                     of them if T = 0
 
-Tokens are sampled ones; reading prompts is not counted. The critical path adds up the longest trace of each stage: what
-one waits for when all traces of a stage run side by side.
+Tokens are sampled ones; reading prompts is not counted. The critical path adds up the longest trace
+of each stage: what one waits for when all traces of a stage run side by side.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Column(NamedTuple):
 
     Attributes:
       total_BxQ: float64, 0 where the count is 0.
-      count_BxQ: float64; 1 in a mean over problems (0: no value), other counts in a rate among sets or traces.
+      count_BxQ: float64; 1 in a mean over problems (0: no value), other counts in a rate among sets
+      or traces.
     """
 
     total_BxQ: np.ndarray
@@ -77,14 +79,17 @@ def set_votes(search: dict, member_KxS: Sequence[Sequence[int]]) -> list[float]:
 def columns(records: Sequence[dict]) -> dict[str, Column]:
     """Every measure of `records`, all sampled with the same numbers N, K, S, M, T and limits.
 
-    Q is N for names in `_at_k` (k = 1..N), T + 1 for `rsa/` (rounds 0..T), the number of limits for `limits/`, else 1.
+    Q is N for names in `_at_k` (k = 1..N), T + 1 for `rsa/` (rounds 0..T), the number of limits for
+    `limits/`, else 1.
     """
     search = [record["search"] for record in records]
     found = {
         "single": _means(search, lambda s: [accuracy(s["answer"])]),
         "pass_at_k": _means(search, lambda s: _all_k(s["answer"], _pass)),
         "majority_at_k": _means(search, lambda s: _all_k(s["answer"], _majority)),
-        "tokens_at_k": _means(search, lambda s: np.mean(s["length"]) * np.arange(1, len(s["length"]) + 1)),
+        "tokens_at_k": _means(
+            search, lambda s: np.mean(s["length"]) * np.arange(1, len(s["length"]) + 1)
+        ),
         "critical_path_at_k": _means(search, lambda s: longest_of_k(s["length"])),
         "cut_off/search": _means(search, lambda s: [_cut_off(s)]),
     }
@@ -93,10 +98,12 @@ def columns(records: Sequence[dict]) -> dict[str, Column]:
 
 
 def _aggregation_columns(records: Sequence[dict]) -> dict[str, Column]:
-    """Aggregated pass@1, the vote among the same candidates, what one such answer costs, rescues and spoils.
+    """Aggregated pass@1, the vote among the same candidates, what one such answer costs, rescues
+    and spoils.
 
-    Rescue and spoil compare a set's aggregation traces with its own S candidates. With v the chance that a vote among
-    them is right (ties split) and r the share of the set's aggregation traces that are right, over all sets:
+    Rescue and spoil compare a set's aggregation traces with its own S candidates. With v the chance
+    that a vote among them is right (ties split) and r the share of the set's aggregation traces
+    that are right, over all sets:
 
         rescue_vote_wrong   sum (1 - v) r / sum (1 - v)      right although the vote was wrong
         spoil_vote_right    sum v (1 - r) / sum v            wrong although the vote was right
@@ -134,14 +141,17 @@ STRATEGIES = ("commonest", "mixed", "right_if_mixed", "right_if_alike")
 
 
 def _strategy_columns(records: Sequence[dict]) -> dict[str, Column]:
-    """What the sets hold, and what is made of it. A set is mixed if its candidates have two strategies or more.
+    """What the sets hold, and what is made of it. A set is mixed if its candidates have two
+    strategies or more.
 
     commonest        share of the search traces whose strategy is the one that most of all traces have
     mixed            share of the sets that are mixed
     right_if_mixed   share of right aggregation traces among those of mixed sets
     right_if_alike   the same among those of all other sets
     """
-    names = Counter(name for record in records for name in record["search"]["strategy"] if name is not None)
+    names = Counter(
+        name for record in records for name in record["search"]["strategy"] if name is not None
+    )
     (commonest, _), *_ = names.most_common(1) or [("", 0)]
     total_BxQ, count_BxQ = np.zeros((2, len(records), len(STRATEGIES)))
     for b, record in enumerate(records):
@@ -160,23 +170,32 @@ def _sets(record: dict) -> list[tuple[list[int], float, Answers]]:
     member_KxS, answers = record["aggregation"]["member"], record["aggregation"]["answer"]
     M = len(answers) // len(member_KxS)
     votes = set_votes(record["search"], member_KxS)
-    return [(member_S, votes[k], answers[k * M : (k + 1) * M]) for k, member_S in enumerate(member_KxS)]
+    return [
+        (member_S, votes[k], answers[k * M : (k + 1) * M]) for k, member_S in enumerate(member_KxS)
+    ]
 
 
 def _rsa_columns(records: Sequence[dict]) -> dict[str, Column]:
-    """By round: the population's mean, pass@N, vote, answer entropy (nats), share cut off; tokens spent until then."""
+    """By round: the population's mean, pass@N, vote, answer entropy (nats), share cut off; tokens
+    spent until then.
+    """
 
     def by_round(value: Callable[[dict], float]) -> Column:
         return _means(records, lambda record: [value(stage) for stage in populations(record)])
 
     def spent(of_round: Callable) -> Column:
-        return _means(records, lambda record: np.cumsum([of_round(stage["length"]) for stage in populations(record)]))
+        return _means(
+            records,
+            lambda record: np.cumsum([of_round(stage["length"]) for stage in populations(record)]),
+        )
 
     return {
         "rsa/single": by_round(lambda stage: accuracy(stage["answer"])),
         "rsa/pass_at_n": by_round(lambda stage: any_correct(stage["answer"])),
         "rsa/majority": by_round(lambda stage: vote(stage["answer"])),
-        "rsa/entropy": by_round(lambda stage: answer_entropy([a for a in stage["answer"] if a != ERROR])),
+        "rsa/entropy": by_round(
+            lambda stage: answer_entropy([a for a in stage["answer"] if a != ERROR])
+        ),
         "rsa/cut_off": by_round(_cut_off),
         "rsa/tokens": spent(sum),
         "rsa/critical_path": spent(max),
@@ -203,7 +222,10 @@ def _limit_columns(records: Sequence[dict]) -> dict[str, Column]:
         ]
 
     def tokens(record: dict) -> list[float]:
-        return [np.mean(np.minimum(record["search"]["length"], stage["limit"])) for stage in record["limits"]]
+        return [
+            np.mean(np.minimum(record["search"]["length"], stage["limit"]))
+            for stage in record["limits"]
+        ]
 
     return {
         "limits/single": by_limit(lambda stage: accuracy(stage["answer"])),
@@ -249,41 +271,59 @@ def _majority(answers: Answers) -> np.ndarray:
 
 
 def summarise(records: Sequence[dict], seed: int) -> dict[str, Any]:
-    """The `measures` of results.json: estimates (fields of `Estimate`), plain means for tokens, rows for curves.
+    """The `measures` of results.json: estimates (fields of `Estimate`), plain means for tokens,
+    rows for curves.
 
     Intervals are bootstrap percentiles over problems, `BOOTSTRAP_DRAWS` resamples drawn by `seed`.
     """
     weight_RxB = bootstrap_weights(seed, len(records), BOOTSTRAP_DRAWS)
     found = columns(records)
     estimates = {
-        name: [dataclasses.asdict(estimate) for estimate in ratios_and_intervals(*column, weight_RxB)]
+        name: [
+            dataclasses.asdict(estimate) for estimate in ratios_and_intervals(*column, weight_RxB)
+        ]
         for name, column in found.items()
     }
     mean = lambda name, q=0: estimates[name][q]["mean"]  # noqa: E731
 
     def curve(name: str) -> list[dict]:
         return [
-            {"k": q + 1, **row, "tokens": mean("tokens_at_k", q), "critical_path": mean("critical_path_at_k", q)}
+            {
+                "k": q + 1,
+                **row,
+                "tokens": mean("tokens_at_k", q),
+                "critical_path": mean("critical_path_at_k", q),
+            }
             for q, row in enumerate(estimates[name])
         ]
 
     def rows(prefix: str, key: str, values: Sequence[int], plain: Sequence[str]) -> list[dict]:
         names = [name.removeprefix(prefix) for name in estimates if name.startswith(prefix)]
-        of = lambda name, q: mean(prefix + name, q) if name in plain else estimates[prefix + name][q]  # noqa: E731
-        return [{key: value} | {name: of(name, q) for name in names} for q, value in enumerate(values)]
+        of = lambda name, q: (
+            mean(prefix + name, q) if name in plain else estimates[prefix + name][q]
+        )  # noqa: E731
+        return [
+            {key: value} | {name: of(name, q) for name in names} for q, value in enumerate(values)
+        ]
 
     limits = [stage["limit"] for stage in records[0]["limits"]]
     costs = {name: mean(f"aggregated/{name}") for name in ("tokens", "critical_path")}
     rates = ("rescue_vote_wrong", "spoil_vote_right", "rescue_none_right", "spoil_some_right")
     return {
-        **({"strategies": {name: estimates[name][0] for name in STRATEGIES}} if STRATEGIES[0] in estimates else {}),
+        **(
+            {"strategies": {name: estimates[name][0] for name in STRATEGIES}}
+            if STRATEGIES[0] in estimates
+            else {}
+        ),
         "single": estimates["single"][0],
         "pass_at_k": curve("pass_at_k"),
         "majority_at_k": curve("majority_at_k"),
         "aggregated": estimates["aggregated"][0] | costs,
         "aggregated_majority": estimates["aggregated/majority"][0],
         **{name: estimates[name][0] for name in rates},
-        "rsa": rows("rsa/", "round", range(len(records[0]["rsa"]) + 1), ("tokens", "critical_path")),
+        "rsa": rows(
+            "rsa/", "round", range(len(records[0]["rsa"]) + 1), ("tokens", "critical_path")
+        ),
         "limits": rows("limits/", "limit", limits, ("tokens",)),
         "cut_off": {role: estimates[f"cut_off/{role}"][0] for role in ("search", "aggregation")},
     }

@@ -1,4 +1,5 @@
-"""results.json of `python -m spiral_jax.evaluate`: records -> one file, the same for the same samples; and its table.
+"""results.json of `python -m spiral_jax.evaluate`: records -> one file, the same for the same
+samples; and its table.
 
 version    of this layout, `VERSION`; it rises when a field changes its meaning or goes
 model      hf_path, and a fingerprint of its weights; searcher, where another policy drew the search traces
@@ -35,7 +36,11 @@ class ResultsError(ValueError):
 
 
 def make_results(
-    c: ConfigDict, model_fingerprint: str, problems: Mapping[int, Problem], records: Sequence[dict], counts: Mapping
+    c: ConfigDict,
+    model_fingerprint: str,
+    problems: Mapping[int, Problem],
+    records: Sequence[dict],
+    counts: Mapping,
 ) -> dict[str, Any]:
     """The content of results.json.
 
@@ -48,7 +53,11 @@ def make_results(
     settings = {name: config.to_plain(c.eval)[name] for name in _SETTINGS}
     settings |= {"seed": c.seed, "subset_size": c.aggregation.subset_size}
     settings |= {f"{role}_max_tokens": c[role].max_tokens for role in ("search", "aggregation")}
-    scaffold = {name: value for name, value in config.to_plain(c.prompt).items() if name != "max_problem_tokens"}
+    scaffold = {
+        name: value
+        for name, value in config.to_plain(c.prompt).items()
+        if name != "max_problem_tokens"
+    }
     return {
         "version": VERSION,
         "model": {name: c.model[name] for name in ("hf_path", "adapter_path", "init_from")}
@@ -73,20 +82,37 @@ def make_results(
 def _stage_counts(counts: Mapping[str, int], stage: str) -> dict[str, int]:
     """The counts of a stage without its name in front, zeros too."""
     names = [*_VERDICTS, *(_CLEANED if stage != "search" else ()), "sampled_tokens"]
-    found = {name.removeprefix(f"{stage}_"): count for name, count in counts.items() if name.startswith(f"{stage}_")}
+    found = {
+        name.removeprefix(f"{stage}_"): count
+        for name, count in counts.items()
+        if name.startswith(f"{stage}_")
+    }
     return dict.fromkeys(names, 0) | found
 
 
 STAGES = ("search", "aggregation", "rsa")
-_VERDICTS = {"correct": "right", "wrong": "wrong", "unparsed": "unparsed", "timeout": "timeout", "error": "error"}
-_CLEANED = {"candidates": "read", "dropped": "dropped", "empty": "empty", "removed_special": "special ids"}
+_VERDICTS = {
+    "correct": "right",
+    "wrong": "wrong",
+    "unparsed": "unparsed",
+    "timeout": "timeout",
+    "error": "error",
+}
+_CLEANED = {
+    "candidates": "read",
+    "dropped": "dropped",
+    "empty": "empty",
+    "removed_special": "special ids",
+}
 _SETTINGS = (
     "n", "subsets", "traces", "population", "set_size", "rounds", "limits", "temperature", "top_k", "top_p", "min_p",
 )  # fmt: skip
 
 
 def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:
-    """Writes results.json: one line for each record and row, which keeps a file of megabytes readable."""
+    """Writes results.json: one line for each record and row, which keeps a file of megabytes
+    readable.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_render(results, 0) + "\n")
 
@@ -96,9 +122,15 @@ def _render(value: Any, depth: int) -> str:
     if depth < 3 and isinstance(value, dict | list) and value and not _is_row(value):
         pad = " " * (depth + 1)
         if isinstance(value, dict):
-            lines = [f"{pad}{json.dumps(key)}: {_render(item, depth + 1)}" for key, item in value.items()]
+            lines = [
+                f"{pad}{json.dumps(key)}: {_render(item, depth + 1)}" for key, item in value.items()
+            ]
             return "{\n" + ",\n".join(lines) + f"\n{' ' * depth}}}"
-        return "[\n" + ",\n".join(pad + _render(item, depth + 1) for item in value) + f"\n{' ' * depth}]"
+        return (
+            "[\n"
+            + ",\n".join(pad + _render(item, depth + 1) for item in value)
+            + f"\n{' ' * depth}]"
+        )
     return json.dumps(value, allow_nan=False)
 
 
@@ -107,16 +139,24 @@ def _is_row(value: Any) -> bool:
 
 
 def read_results(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a results file. Raises `ResultsError`: missing, damaged, or of another version."""
+    """The content of a results file. Raises `ResultsError`: missing, damaged, or of another
+    version.
+    """
     try:
         results = json.loads(epath.Path(path).read_bytes())
         version = results["version"]
     except OSError as error:
-        raise ResultsError(f"{path}: cannot be read ({error.strerror}). Give the results.json of a run.") from error
+        raise ResultsError(
+            f"{path}: cannot be read ({error.strerror}). Give the results.json of a run."
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ResultsError(f"{path}: not a results.json ({type(error).__name__}: {error}).") from error
+        raise ResultsError(
+            f"{path}: not a results.json ({type(error).__name__}: {error})."
+        ) from error
     if version != VERSION:
-        raise ResultsError(f"{path}: layout version {version}; this program reads {VERSION}. Evaluate again.")
+        raise ResultsError(
+            f"{path}: layout version {version}; this program reads {VERSION}. Evaluate again."
+        )
     return results
 
 
@@ -138,12 +178,17 @@ def results_tables(results: dict[str, Any]) -> list[Table]:
         main.add_row(f"maj@{k}", percent(row), *_costs(row))
     row = measures["aggregated"]
     main.add_row(f"aggregated pass@1 (n={n}, S={S}, M={M})", percent(row), *_costs(row))
-    main.add_row(f"  vote of the same sets (maj@{S})", percent(measures["aggregated_majority"]), "", "")
+    main.add_row(
+        f"  vote of the same sets (maj@{S})", percent(measures["aggregated_majority"]), "", ""
+    )
     for name, label in _RATES.items():
         main.add_row(label, percent(measures[name]), "", "")
     for name, estimate in measures.get("strategies", {}).items():
         main.add_row(_STRATEGIES[name], percent(estimate), "", "")
-    for role, label in (("search", "search traces cut off"), ("aggregation", "aggregation traces cut off")):
+    for role, label in (
+        ("search", "search traces cut off"),
+        ("aggregation", "aggregation traces cut off"),
+    ):
         main.add_row(label, percent(measures["cut_off"][role]), "", "")
 
     size = settings["population"]
@@ -157,10 +202,16 @@ def results_tables(results: dict[str, Any]) -> list[Table]:
     tables = [main, rsa]
     if measures["limits"]:
         heads = (f"pass@{n}", f"maj@{n}", "cut off", "tokens")
-        limits = make_table("the same search traces, cut off at a limit", "limit", "single trace % [95 %]", *heads)
+        limits = make_table(
+            "the same search traces, cut off at a limit", "limit", "single trace % [95 %]", *heads
+        )
         for row in measures["limits"]:
-            shares = [number(row[name], 1, scale=100) for name in ("pass_at_n", "majority", "cut_off")]
-            limits.add_row(str(row["limit"]), percent(row["single"]), *shares, f"{row['tokens']:,.0f}")
+            shares = [
+                number(row[name], 1, scale=100) for name in ("pass_at_n", "majority", "cut_off")
+            ]
+            limits.add_row(
+                str(row["limit"]), percent(row["single"]), *shares, f"{row['tokens']:,.0f}"
+            )
         tables.append(limits)
     return [*tables, _counts_table(results["counts"])]
 
@@ -170,7 +221,9 @@ def _counts_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
     title = "all traces, and how often they were read as candidates"
     table = make_table(title, "stage", *_VERDICTS.values(), *_CLEANED.values())
     for stage in STAGES:
-        table.add_row(stage, *(f"{counts[stage].get(name, 0):,}" for name in (*_VERDICTS, *_CLEANED)))
+        table.add_row(
+            stage, *(f"{counts[stage].get(name, 0):,}" for name in (*_VERDICTS, *_CLEANED))
+        )
     return table
 
 
@@ -199,14 +252,16 @@ def make_table(title: str, *heads: str) -> Table:
 
 
 def percent(estimate: Mapping[str, Any], sign: str = "") -> str:
-    """An estimate (fields of `Estimate`) as percent with its interval, a dash where it is not defined.
+    """An estimate (fields of `Estimate`) as percent with its interval, a dash where it is not
+    defined.
 
     `sign` is "+" for differences, which then always have one.
     """
     if estimate["mean"] is None:
         return "–"
     mean, low, high = (
-        None if estimate[name] is None else f"{100 * estimate[name]:{sign}z.1f}" for name in ("mean", "low", "high")
+        None if estimate[name] is None else f"{100 * estimate[name]:{sign}z.1f}"
+        for name in ("mean", "low", "high")
     )
     return mean if low is None else f"{mean} [{low}, {high}]"
 

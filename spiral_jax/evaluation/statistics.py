@@ -1,4 +1,6 @@
-"""Evaluation estimators: counts, votes and per-problem values -> exact scores with intervals. NumPy, float64."""
+"""Evaluation estimators: counts, votes and per-problem values -> exact scores with intervals.
+NumPy, float64.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ import numpy as np
 
 from spiral_jax.core.config import MOST_EVAL_TRACES
 
-_BOOTSTRAP_STREAM = 0x626F6F74  # keeps these draws apart from others that are made from the same seed
+_BOOTSTRAP_STREAM = (
+    0x626F6F74  # keeps these draws apart from others that are made from the same seed
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +25,8 @@ class Estimate:
 
     Attributes:
       mean: None if count is 0.
-      low: lower end of the interval, normal (`mean_and_interval`) or bootstrap (`ratios_and_intervals`). None if
-        count < 2.
+      low: lower end of the interval, normal (`mean_and_interval`) or bootstrap
+        (`ratios_and_intervals`). None if count < 2.
       high: upper end.
       standard_error: over problems. None if count < 2.
       count: problems that have a value.
@@ -36,9 +40,11 @@ class Estimate:
 
 
 def pass_at_k(correct: np.ndarray, n: np.ndarray | int, k: int) -> np.ndarray:
-    """The chance that k of n samples, drawn without replacement, hold a correct one: 1 - C(n-c, k) / C(n, k).
+    """The chance that k of n samples, drawn without replacement, hold a correct one: 1 - C(n-c, k)
+    / C(n, k).
 
-    Unbiased for pass@k at any n >= k (Chen et al. 2021, arXiv 2107.03374); as a product, so that nothing overflows.
+    Unbiased for pass@k at any n >= k (Chen et al. 2021, arXiv 2107.03374); as a product, so that
+    nothing overflows.
 
     Args:
       correct: c, correct samples of each problem, integers in any shape.
@@ -53,7 +59,9 @@ def pass_at_k(correct: np.ndarray, n: np.ndarray | int, k: int) -> np.ndarray:
     """
     c, n = np.broadcast_arrays(np.asarray(correct, np.float64), np.asarray(n, np.float64))
     if not (np.all(c == np.round(c)) and np.all(n == np.round(n))):  # NaN is not whole either
-        raise ValueError(f"correct = {correct!r}, n = {n!r}: must be whole numbers; drop failed samples from both.")
+        raise ValueError(
+            f"correct = {correct!r}, n = {n!r}: must be whole numbers; drop failed samples from both."
+        )
     if np.any(c < 0) or np.any(c > n):
         raise ValueError(f"correct = {correct!r}: must be between 0 and n = {n!r}.")
     if k < 1 or np.any(n < k):
@@ -69,18 +77,21 @@ def majority_correct(classes: Sequence[Hashable | None], gold_class: Hashable) -
     """The chance that a plurality vote over `classes` picks `gold_class`, ties broken uniformly.
 
     Args:
-      classes: the verifier's equivalence class of each candidate's answer; None where none could be parsed. None has
-        no vote: one parsed answer beats any number of them.
+      classes: the verifier's equivalence class of each candidate's answer; None where none could be
+        parsed. None has no vote: one parsed answer beats any number of them.
       gold_class: the class of the reference answer.
 
     Returns:
-      1 / (number of tied winners) if `gold_class` is one of them, else 0; 0 if nothing could be parsed.
+      1 / (number of tied winners) if `gold_class` is one of them, else 0; 0 if nothing could be
+      parsed.
 
     Raises:
       ValueError: there are no candidates.
     """
     if not classes:
-        raise ValueError("classes = []: a vote needs at least one candidate; leave such problems out and count them.")
+        raise ValueError(
+            "classes = []: a vote needs at least one candidate; leave such problems out and count them."
+        )
     votes = collections.Counter(answer for answer in classes if answer is not None)
     most = max(votes.values(), default=0)
     winners = [answer for answer, count in votes.items() if count == most]
@@ -88,16 +99,18 @@ def majority_correct(classes: Sequence[Hashable | None], gold_class: Hashable) -
 
 
 def majority_at_k(correct: int, wrong: Sequence[int], unparsed: int) -> np.ndarray:
-    """The chance that a plurality vote among k of n samples, drawn without replacement, is right, for k = 1..n.
+    """The chance that a plurality vote among k of n samples, drawn without replacement, is right,
+    for k = 1..n.
 
-    Exact, ties split evenly: with j correct ones drawn, all other classes must have at most j, and of t classes with
-    exactly j each wins with the same chance, so
+    Exact, ties split evenly: with j correct ones drawn, all other classes must have at most j, and
+    of t classes with exactly j each wins with the same chance, so
 
         maj@k = sum_j C(c, j) sum_t W_j(k - j, t) / (t + 1) / C(n, k)
 
-    where W_j(s, t) counts the ways to draw s other samples with at most j of a class and exactly t classes at j: a
-    product over classes. Classes smaller than j, and unparsed samples, which have no vote but take a place, bind
-    nothing and are one factor together, so that at most n / j classes are multiplied out.
+    where W_j(s, t) counts the ways to draw s other samples with at most j of a class and exactly t
+    classes at j: a product over classes. Classes smaller than j, and unparsed samples, which have
+    no vote but take a place, bind nothing and are one factor together, so that at most n / j
+    classes are multiplied out.
 
     Args:
       correct: c, samples in the correct class.
@@ -105,7 +118,8 @@ def majority_at_k(correct: int, wrong: Sequence[int], unparsed: int) -> np.ndarr
       unparsed: samples without an answer.
 
     Returns:
-      float64 [n], n = correct + sum(wrong) + unparsed; entry k - 1 belongs to k. Relative error about n * 1e-16.
+      float64 [n], n = correct + sum(wrong) + unparsed; entry k - 1 belongs to k. Relative error
+      about n * 1e-16.
 
     Raises:
       ValueError: n is 0 or above `MOST_EVAL_TRACES`, or a count is out of range.
@@ -135,16 +149,20 @@ def majority_at_k(correct: int, wrong: Sequence[int], unparsed: int) -> np.ndarr
 
 
 def longest_of_k(lengths: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The mean of the longest among k of n samples, drawn without replacement, for k = 1..n: float64 [n].
+    """The mean of the longest among k of n samples, drawn without replacement, for k = 1..n:
+    float64 [n].
 
-    sum_i C(i-1, k-1) / C(n, k) l_(i) over the ascending order: the critical path of k traces that run side by side.
+    sum_i C(i-1, k-1) / C(n, k) l_(i) over the ascending order: the critical path of k traces that
+    run side by side.
 
     Raises:
       ValueError: not one-dimensional, or not between 1 and `MOST_EVAL_TRACES` of them.
     """
     ordered = np.sort(np.asarray(lengths, np.float64))
     if ordered.ndim != 1 or not 1 <= len(ordered) <= MOST_EVAL_TRACES:
-        raise ValueError(f"lengths has shape {np.shape(lengths)}: must be [n] with n from 1 to {MOST_EVAL_TRACES}.")
+        raise ValueError(
+            f"lengths has shape {np.shape(lengths)}: must be [n] with n from 1 to {MOST_EVAL_TRACES}."
+        )
     return _longest_weights(len(ordered)) @ ordered
 
 
@@ -164,11 +182,15 @@ def _binomials(n: int) -> np.ndarray:
 
 
 def answer_entropy(classes: Sequence[Hashable | None]) -> float:
-    """Entropy in nats of the shares of answer classes among parsed answers (not None); NaN if none was parsed.
+    """Entropy in nats of the shares of answer classes among parsed answers (not None); NaN if none
+    was parsed.
 
     0: all agree; log(number of answers): all differ. The plug-in estimate, biased downwards.
     """
-    counts = np.array(list(collections.Counter(answer for answer in classes if answer is not None).values()), float)
+    counts = np.array(
+        list(collections.Counter(answer for answer in classes if answer is not None).values()),
+        float,
+    )
     shares = counts / counts.sum()
     return float(-(shares * np.log(shares)).sum()) + 0.0 if len(counts) else math.nan
 
@@ -176,18 +198,21 @@ def answer_entropy(classes: Sequence[Hashable | None]) -> float:
 def mean_and_interval(values_B: np.ndarray) -> Estimate:
     """Mean over problems and its 95 % interval, mean -+ 1.96 * sd / sqrt(count), sd with ddof = 1.
 
-    The interval is for new problems: samples of one problem must be averaged before. It collapses when all values are
-    equal, so it says little near 0 and 1.
+    The interval is for new problems: samples of one problem must be averaged before. It collapses
+    when all values are equal, so it says little near 0 and 1.
 
     Args:
-      values_B: one number a problem; NaN = our own failure, left out (`count` says how many remain).
+      values_B: one number a problem; NaN = our own failure, left out (`count` says how many
+      remain).
 
     Raises:
       ValueError: not one-dimensional.
     """
     values_B = np.asarray(values_B, np.float64)
     if values_B.ndim != 1:
-        raise ValueError(f"values_B has shape {values_B.shape}: must be one number a problem; average samples first.")
+        raise ValueError(
+            f"values_B has shape {values_B.shape}: must be one number a problem; average samples first."
+        )
     values = values_B[~np.isnan(values_B)]
     if len(values) == 0:
         return Estimate(None, None, None, None, 0)
@@ -199,29 +224,39 @@ def mean_and_interval(values_B: np.ndarray) -> Estimate:
 
 
 def bootstrap_weights(seed: int, problems: int, draws: int) -> np.ndarray:
-    """How often each problem is drawn in each of `draws` resamples of as many problems: float64 [R, B].
+    """How often each problem is drawn in each of `draws` resamples of as many problems: float64 [R,
+    B].
 
-    One array for all measures, and for both sides of a comparison, makes their resamples the same: paired.
+    One array for all measures, and for both sides of a comparison, makes their resamples the same:
+    paired.
     From PCG64's raw words, whose stream NumPy keeps fixed between versions.
     """
-    words = np.random.PCG64(np.random.SeedSequence((seed, _BOOTSTRAP_STREAM))).random_raw(draws * problems)
+    words = np.random.PCG64(np.random.SeedSequence((seed, _BOOTSTRAP_STREAM))).random_raw(
+        draws * problems
+    )
     drawn_RxB = (words % np.uint64(problems)).astype(np.int64).reshape(draws, problems)
     cells = drawn_RxB + problems * np.arange(draws)[:, None]
-    return np.bincount(cells.ravel(), minlength=draws * problems).reshape(draws, problems).astype(np.float64)
+    return (
+        np.bincount(cells.ravel(), minlength=draws * problems)
+        .reshape(draws, problems)
+        .astype(np.float64)
+    )
 
 
-def ratios_and_intervals(total_BxQ: np.ndarray, count_BxQ: np.ndarray, weight_RxB: np.ndarray) -> list[Estimate]:
+def ratios_and_intervals(
+    total_BxQ: np.ndarray, count_BxQ: np.ndarray, weight_RxB: np.ndarray
+) -> list[Estimate]:
     """Sum of totals / sum of counts over problems, for each of Q measures, with its 95 % interval.
 
-    With counts of 1 (0 where a problem has no value) this is the mean over problems and its ordinary standard error
-    sd / sqrt(count). Other counts make it a ratio of sums, such as a rate among sets of a certain kind; its standard
-    error is that of the linearised ratio.
+    With counts of 1 (0 where a problem has no value) this is the mean over problems and its
+    ordinary standard error sd / sqrt(count). Other counts make it a ratio of sums, such as a rate
+    among sets of a certain kind; its standard error is that of the linearised ratio.
 
     Args:
       total_BxQ: finite; 0 where the count is 0.
       count_BxQ: >= 0.
-      weight_RxB: of `bootstrap_weights`; the interval is from the 2.5th to the 97.5th percentile of its resamples,
-        those without any count left out.
+      weight_RxB: of `bootstrap_weights`; the interval is from the 2.5th to the 97.5th percentile of
+        its resamples, those without any count left out.
     """
     sums_Q, counts_Q = total_BxQ.sum(axis=0), count_BxQ.sum(axis=0)
     problems_Q = (count_BxQ > 0).sum(axis=0)
@@ -237,5 +272,7 @@ def ratios_and_intervals(total_BxQ: np.ndarray, count_BxQ: np.ndarray, weight_Rx
             estimates.append(Estimate(mean, None, None, None, int(problems)))
             continue
         low, high = np.nanpercentile(resampled_RxQ[:, q], (2.5, 97.5))
-        estimates.append(Estimate(float(mean_Q[q]), float(low), float(high), float(error_Q[q]), int(problems)))
+        estimates.append(
+            Estimate(float(mean_Q[q]), float(low), float(high), float(error_Q[q]), int(problems))
+        )
     return estimates

@@ -1,4 +1,6 @@
-"""Completed groups and their loss weights -> static arrays of micro-batches, one block per (role, length bucket)."""
+"""Completed groups and their loss weights -> static arrays of micro-batches, one block per (role,
+length bucket).
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,19 @@ from spiral_jax.core.metrics import Mean
 
 @struct.dataclass
 class Block:
-    """Micro-batches of one role and one (P, G); the leading axis A counts them, only the first `count` hold groups.
+    """Micro-batches of one role and one (P, G); the leading axis A counts them, only the first
+    `count` hold groups.
 
-    A group is the atom: its prompt's work is shared by its traces. Padding groups have trace_len 0 and weight 0.
+    A group is the atom: its prompt's work is shared by its traces. Padding groups have trace_len 0
+    and weight 0.
 
     Attributes:
-      count: int32 scalar, traced: a step with fewer groups runs fewer micro-batches of the same program.
+      count: int32 scalar, traced: a step with fewer groups runs fewer micro-batches of the same
+      program.
       prompt_AxUxP, prompt_len_AxU, trace_AxUxCxG, trace_len_AxUxC: int32.
       logprob_AxUxCxG: float32, recorded while sampling.
-      weight_AxUxC: float32: the loss is -sum weight * sum_t ratio_t, so all normalisation is in here.
+      weight_AxUxC: float32: the loss is -sum weight * sum_t ratio_t, so all normalisation is in
+      here.
       role: static.
     """
 
@@ -39,7 +45,11 @@ class Block:
 
     def micro_batch(self, a: jax.Array) -> dict[str, jax.Array]:
         """The arrays of micro-batch `a` (traced), under their names without the leading axis."""
-        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if "_Ax" in field.name}
+        arrays = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if "_Ax" in field.name
+        }
         return {name.replace("_Ax", "_"): array[a] for name, array in arrays.items()}
 
     def tokens(self) -> jax.Array:
@@ -52,7 +62,11 @@ def padding(blocks: Sequence[Block]) -> dict[str, Mean]:
     """`padding/<role>`: the share of a step's computed token rows that hold no token. On the host."""
     found: dict[str, Mean] = {}
     for block in blocks:
-        used, (U, P), (C, G) = int(block.count), block.prompt_AxUxP.shape[1:], block.trace_AxUxCxG.shape[2:]
+        used, (U, P), (C, G) = (
+            int(block.count),
+            block.prompt_AxUxP.shape[1:],
+            block.trace_AxUxCxG.shape[2:],
+        )
         trace_len = block.trace_len_AxUxC[:used]
         prompt_len = np.where(trace_len.any(axis=-1), block.prompt_len_AxU[:used], 0)
         rows = used * U * (P + C * G)
@@ -62,7 +76,9 @@ def padding(blocks: Sequence[Block]) -> dict[str, Mean]:
     return found
 
 
-def abstract_block(role: Role, most_groups: int, micro_groups: int, C: int, P: int, G: int) -> Block:
+def abstract_block(
+    role: Role, most_groups: int, micro_groups: int, C: int, P: int, G: int
+) -> Block:
     """Shapes and dtypes of a block for up to `most_groups` groups."""
     A, U = -(-most_groups // micro_groups), micro_groups
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)  # noqa: E731
@@ -95,11 +111,13 @@ def make_blocks(
     micro_groups: int,
     most_groups: int,
 ) -> list[Block]:
-    """One block per (P, G) of `lengths`; a group goes into the first that holds its prompt and its longest trace.
+    """One block per (P, G) of `lengths`; a group goes into the first that holds its prompt and its
+    longest trace.
 
     Args:
       weight_UxC: float32 loss weights.
-      most_groups: of this role in a step; fixes the blocks' static size, whatever the lengths of today's groups.
+      most_groups: of this role in a step; fixes the blocks' static size, whatever the lengths of
+      today's groups.
 
     Raises:
       ValueError: a group fits into none of them.

@@ -1,9 +1,11 @@
-"""Log-probabilities of response tokens without ever holding [.., T, V]: head on response positions only, in chunks.
+"""Log-probabilities of response tokens without ever holding [.., T, V]: head on response positions
+only, in chunks.
 
     logprob = logits[token] / temperature - lse        d logprob / d logits = (onehot(token) - softmax) / temperature
 
-The derivative needs no cotangent but a factor. So under a frozen head the forward pass already multiplies it with the
-head, while a chunk's logits exist, and nothing is computed twice; a trained head computes the logits once more.
+The derivative needs no cotangent but a factor. So under a frozen head the forward pass already
+multiplies it with the head, while a chunk's logits exist, and nothing is computed twice; a trained
+head computes the logits once more.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ def response_hidden(
 ) -> jax.Array:
     """Hidden states [U, C, G, D] whose head output predicts each trace token.
 
-    Token 0 is predicted by the prompt's last token, token g by token g - 1. Those behind the longest trace (None: G)
-    have no meaning.
+    Token 0 is predicted by the prompt's last token, token g by token g - 1. Those behind the
+    longest trace (None: G) have no meaning.
     """
     U, C, G = trace_UxCxG.shape
-    hidden = Transformer(config).apply(variables, prompt_UxP, prompt_len_U, trace_UxCxG, trace_len_UxC)
+    hidden = Transformer(config).apply(
+        variables, prompt_UxP, prompt_len_U, trace_UxCxG, trace_len_UxC
+    )
     own = hidden[:, 1:].reshape(U, C, G, -1)[:, :, :-1]
     first = jnp.broadcast_to(hidden[:, :1, None], (U, C, 1, hidden.shape[-1]))
     return jnp.concatenate([first, own], axis=2)
@@ -61,19 +65,26 @@ def token_logprobs(
     frozen_head: bool = False,
     tied: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-prob of each trace token and the entropy of its distribution, both [U, C, G] float32, in nat.
+    """Log-prob of each trace token and the entropy of its distribution, both [U, C, G] float32, in
+    nat.
 
-    Chunks of `chunk` response positions: [U, C, chunk, V] logits exist at a time; chunks behind the longest trace
-    (None: G) are not computed. Padded positions hold finite numbers without meaning; lengths mask them later. Entropy
-    passes no gradient, and to a frozen head neither do the log-probs. `tied`: the kernel is an embedding, [V, D].
+    Chunks of `chunk` response positions: [U, C, chunk, V] logits exist at a time; chunks behind the
+    longest trace (None: G) are not computed. Padded positions hold finite numbers without meaning;
+    lengths mask them later. Entropy passes no gradient, and to a frozen head neither do the
+    log-probs. `tied`: the kernel is an embedding, [V, D].
     """
     G = trace_UxCxG.shape[-1]
     chunk = -(-G // -(-G // chunk))
     pad = ((0, 0), (0, 0), (0, -G % chunk))
     longest = G if trace_len_UxC is None else jnp.max(trace_len_UxC)
     head = _Head(temperature, chunk, frozen_head, "vd" if tied else "dv")
-    hidden, kernel = jnp.pad(hidden_UxCxGxD, (*pad, (0, 0))), kernel_DxV.astype(hidden_UxCxGxD.dtype)
-    logprob, entropy = _in_chunks(head, hidden, kernel, jnp.pad(trace_UxCxG, pad), -(-longest // chunk))
+    hidden, kernel = (
+        jnp.pad(hidden_UxCxGxD, (*pad, (0, 0))),
+        kernel_DxV.astype(hidden_UxCxGxD.dtype),
+    )
+    logprob, entropy = _in_chunks(
+        head, hidden, kernel, jnp.pad(trace_UxCxG, pad), -(-longest // chunk)
+    )
     return logprob[..., :G], entropy[..., :G]
 
 
@@ -89,7 +100,9 @@ def _in_chunks(
 def _forward(
     head: _Head, hidden: jax.Array, kernel: jax.Array, trace: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """(log-prob, entropy, lse), all [U, C, G], and of a frozen head d logprob / d hidden [U, C, G, D]."""
+    """(log-prob, entropy, lse), all [U, C, G], and of a frozen head d logprob / d hidden [U, C, G,
+    D].
+    """
 
     def one(i: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         h, ids = _rows(hidden, i, head.chunk), _rows(trace, i, head.chunk)
@@ -112,7 +125,9 @@ def _forward(
         return jax.lax.fori_loop(0, count, one, tuple(zeros))
 
 
-def _keep(head: _Head, hidden: jax.Array, kernel: jax.Array, trace: jax.Array, count: jax.Array) -> Any:
+def _keep(
+    head: _Head, hidden: jax.Array, kernel: jax.Array, trace: jax.Array, count: jax.Array
+) -> Any:
     logprob, entropy, lse, *d_hidden = _forward(head, hidden, kernel, trace, count)
     return (logprob, entropy), (d_hidden[0] if head.frozen else (hidden, kernel, trace, count, lse))
 
@@ -129,7 +144,9 @@ def _backward(head: _Head, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -
         one_hot = jnp.arange(softmax.shape[-1]) == ids[:, None]
         d_logits = (d[:, None] / head.temperature * (one_hot - softmax)).astype(h.dtype)
         d_kernel = _dot(f"nd,nv->{head.axes}", h, d_logits)
-        return _write(done[0], _dot(f"nv,{head.axes}->nd", d_logits, kernel), i, head.chunk), done[1] + d_kernel
+        return _write(done[0], _dot(f"nv,{head.axes}->nd", d_logits, kernel), i, head.chunk), done[
+            1
+        ] + d_kernel
 
     zeros = jnp.zeros_like(hidden), jnp.zeros(kernel.shape, jnp.float32)
     with jax.named_scope("logprobs"):
@@ -171,14 +188,19 @@ def group_logprobs(
     chunk: int,
     trace_len_UxC: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probs and entropies [U, C, G] of whole groups under `variables`; arguments as in `token_logprobs`.
+    """Log-probs and entropies [U, C, G] of whole groups under `variables`; arguments as in
+    `token_logprobs`.
 
     With adapters the head is frozen.
     """
-    hidden = response_hidden(config, variables, prompt_UxP, prompt_len_U, trace_UxCxG, trace_len_UxC)
+    hidden = response_hidden(
+        config, variables, prompt_UxP, prompt_len_U, trace_UxCxG, trace_len_UxC
+    )
     tied, frozen = config.arch.tied, config.lora_rank > 0
     kernel = variables["params"]["embed" if tied else "head"]
-    return token_logprobs(hidden, kernel, trace_UxCxG, temperature, chunk, trace_len_UxC, frozen, tied)
+    return token_logprobs(
+        hidden, kernel, trace_UxCxG, temperature, chunk, trace_len_UxC, frozen, tied
+    )
 
 
 def length_mask(trace_len_UxC: jax.Array, G: int) -> jax.Array:

@@ -1,8 +1,10 @@
 """One jitted, sharded train step for both kinds of trace.
 
-    state, blocks -> for each block a loop over its micro-batches (gradients added in float32) -> one Adam step -> state
+    state, blocks -> for each block a loop over its micro-batches (gradients added in float32) ->
+    one Adam step -> state
 
-Gradients of the two roles are accumulated apart, so that their norms can be read; they are added before the update.
+Gradients of the two roles are accumulated apart, so that their norms can be read; they are added
+before the update.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class TrainState:
 
     Attributes:
       step: int32, optimizer steps done; those that were skipped are not among them.
-      trained: what the optimizer sees: the `lora` collection, or all `params` when there are no adapters.
+      trained: what the optimizer sees: the `lora` collection, or all `params` when there are no
+      adapters.
       opt: optimizer state, float32.
     """
 
@@ -50,7 +53,9 @@ def variables(config: ModelConfig, base: Any, trained: Any) -> dict[str, Any]:
 
 
 def make_optimizer(c: ConfigDict) -> optax.GradientTransformation:
-    """Adam with warm-up and schedule, decoupled weight decay on matrices, optional clipping of the global norm."""
+    """Adam with warm-up and schedule, decoupled weight decay on matrices, optional clipping of the
+    global norm.
+    """
     o = c.optimizer
     after = {
         "constant": lambda steps: optax.constant_schedule(o.lr),
@@ -59,7 +64,9 @@ def make_optimizer(c: ConfigDict) -> optax.GradientTransformation:
     }[o.schedule](max(c.train.steps - o.warmup_steps, 1))
     warmup = optax.linear_schedule(o.lr / (o.warmup_steps + 1), o.lr, max(o.warmup_steps, 1))
     schedule = optax.join_schedules([warmup, after], [o.warmup_steps])
-    is_matrix = lambda path, _: not meshes.path_name(path).endswith("norm")  # stacked norms have two axes too  # noqa: E731
+    is_matrix = lambda path, _: (
+        not meshes.path_name(path).endswith("norm")
+    )  # stacked norms have two axes too  # noqa: E731
     matrices = lambda tree: jax.tree_util.tree_map_with_path(is_matrix, tree)  # noqa: E731
     return optax.chain(
         optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
@@ -72,9 +79,11 @@ def make_optimizer(c: ConfigDict) -> optax.GradientTransformation:
 def init_state(
     c: ConfigDict, config: ModelConfig, base: Any, mesh: Mesh, lora: Any | None = None
 ) -> tuple[Any, TrainState]:
-    """(frozen base, fresh state) from loaded base parameters; arrays lie as the sharding table says.
+    """(frozen base, fresh state) from loaded base parameters; arrays lie as the sharding table
+    says.
 
-    In full fine-tuning the frozen base is None, or a copy of `base` where a KL penalty needs a reference.
+    In full fine-tuning the frozen base is None, or a copy of `base` where a KL penalty needs a
+    reference.
     `lora`: adapters to start from; None: fresh ones, which change nothing yet.
     """
     if lora is not None:
@@ -91,16 +100,22 @@ def init_state(
 
 
 def keeps_base(c: ConfigDict, config: ModelConfig) -> bool:
-    """Whether the train step reads parameters that it does not train: under adapters, or as the reference of KL."""
+    """Whether the train step reads parameters that it does not train: under adapters, or as the
+    reference of KL.
+    """
     return config.lora_rank > 0 or c.loss.kl_coef > 0
 
 
 def _fresh(c: ConfigDict, trained: Any) -> TrainState:
-    return TrainState(step=jnp.zeros((), jnp.int32), trained=trained, opt=make_optimizer(c).init(trained))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), trained=trained, opt=make_optimizer(c).init(trained)
+    )
 
 
 def abstract_state(c: ConfigDict, config: ModelConfig, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into, and what memory is planned by."""
+    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into, and what
+    memory is planned by.
+    """
 
     def make() -> TrainState:
         tree = init_variables(config, jax.random.key(0))
@@ -108,29 +123,38 @@ def abstract_state(c: ConfigDict, config: ModelConfig, mesh: Mesh) -> TrainState
 
     shapes = jax.eval_shape(make)
     return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, meshes.weight_shardings(shapes, mesh)
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        shapes,
+        meshes.weight_shardings(shapes, mesh),
     )
 
 
-def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[TrainState, Metrics]]:
+def make_train_step(
+    c: ConfigDict, config: ModelConfig
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Builds `train_step(state, base, blocks) -> (state, metrics)`, jitted; `state` is donated.
 
-    The loss is `objective/loss.py`'s policy loss, and loss.kl_coef times the mean reference KL of the role's tokens.
-    Where loss or gradient is not finite the state stays as it is, its count of steps too, and `skipped_update` is 1.
-    Metrics are (sum, count) pairs by name: those of `objective/loss.py`, loss and gradient norm of each role, and the
-    norm of the whole gradient before clipping.
+    The loss is `objective/loss.py`'s policy loss, and loss.kl_coef times the mean reference KL of
+    the role's tokens. Where loss or gradient is not finite the state stays as it is, its count of
+    steps too, and `skipped_update` is 1. Metrics are (sum, count) pairs by name: those of
+    `objective/loss.py`, loss and gradient norm of each role, and the norm of the whole gradient
+    before clipping.
     """
     optimizer = make_optimizer(c)
     objective = Objective(*(c.loss[field.name] for field in dataclasses.fields(Objective)))
     reference = dataclasses.replace(config, lora_rank=0)
 
-    def logprobs(of: ModelConfig, tree: dict[str, Any], micro: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def logprobs(
+        of: ModelConfig, tree: dict[str, Any], micro: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         return group_logprobs(
             of, tree, micro["prompt_UxP"], micro["prompt_len_U"], micro["trace_UxCxG"],
             c.sampling.temperature, c.loss.logprob_chunk, micro["trace_len_UxC"],
         )  # fmt: skip
 
-    def loss(trained: Any, base: Any, micro: dict[str, jax.Array], tokens: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(
+        trained: Any, base: Any, micro: dict[str, jax.Array], tokens: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
         logprob, entropy = logprobs(config, variables(config, base, trained), micro)
         mask = length_mask(micro["trace_len_UxC"], logprob.shape[-1])
         value, metrics = policy_loss(
@@ -145,7 +169,9 @@ def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[T
 
     def update(state: TrainState, gradient: Any) -> TrainState:
         updates, opt = optimizer.update(gradient, state.opt, state.trained)
-        return TrainState(step=state.step + 1, trained=optax.apply_updates(state.trained, updates), opt=opt)
+        return TrainState(
+            step=state.step + 1, trained=optax.apply_updates(state.trained, updates), opt=opt
+        )
 
     def train_step(state: TrainState, base: Any, blocks: list[Block]) -> tuple[TrainState, Metrics]:
         gradients, losses, metrics = {}, {}, {}
@@ -153,8 +179,14 @@ def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[T
             role = block.role
             with jax.named_scope(f"{role.label}_block"):
                 tokens = sum(other.tokens() for other in blocks if other.role is role)
-                gradient, value, found = _accumulate(functools.partial(loss, tokens=tokens), state.trained, base, block)
-            gradients[role] = gradient if role not in gradients else jax.tree.map(jnp.add, gradients[role], gradient)
+                gradient, value, found = _accumulate(
+                    functools.partial(loss, tokens=tokens), state.trained, base, block
+                )
+            gradients[role] = (
+                gradient
+                if role not in gradients
+                else jax.tree.map(jnp.add, gradients[role], gradient)
+            )
             losses[role] = losses.get(role, 0.0) + value
             for name in {"entropy", "reference_kl"} & found.keys():
                 found[f"{name}/{role.label}"] = found.pop(name)
@@ -162,10 +194,14 @@ def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[T
         total = jax.tree.map(lambda *parts: sum(parts), *gradients.values())
         with jax.named_scope("optimizer"):
             finite = jnp.isfinite(sum(losses.values())) & jnp.isfinite(optax.tree.norm(total))
-            new = jax.lax.cond(finite, update, lambda state, _: state, state, total)  # a `where` would copy the moments
+            new = jax.lax.cond(
+                finite, update, lambda state, _: state, state, total
+            )  # a `where` would copy the moments
         for role in gradients:
             metrics[f"loss/{role.label}"] = Mean(losses[role], jnp.ones(()))
-            metrics[f"grad_norm/{role.label}"] = Mean(optax.tree.norm(gradients[role]), jnp.ones(()))
+            metrics[f"grad_norm/{role.label}"] = Mean(
+                optax.tree.norm(gradients[role]), jnp.ones(())
+            )
         metrics["grad_norm"] = Mean(optax.tree.norm(total), jnp.ones(()))
         metrics["skipped_update"] = Mean(1.0 - finite, jnp.ones(()))
         return new, metrics
@@ -173,7 +209,9 @@ def make_train_step(c: ConfigDict, config: ModelConfig) -> Callable[..., tuple[T
     return jax.jit(in_its_dtype(config, train_step), donate_argnums=0)
 
 
-def _accumulate(loss: Callable[..., Any], trained: Any, base: Any, block: Block) -> tuple[Any, jax.Array, Metrics]:
+def _accumulate(
+    loss: Callable[..., Any], trained: Any, base: Any, block: Block
+) -> tuple[Any, jax.Array, Metrics]:
     """Sums gradient (float32), loss and metrics over the block's micro-batches."""
 
     def one(a: jax.Array) -> tuple[Any, jax.Array, Metrics]:
@@ -188,6 +226,8 @@ def _accumulate(loss: Callable[..., Any], trained: Any, base: Any, block: Block)
     gradient, value, metrics = jax.eval_shape(one, jnp.zeros((), jnp.int32))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (gradient, value))
     nothing = (*zeros, empty(metrics))
-    if len(block.prompt_len_AxU) == 1:  # nothing to add up, so no room for a sum beside the gradient
+    if (
+        len(block.prompt_len_AxU) == 1
+    ):  # nothing to add up, so no room for a sum beside the gradient
         return jax.lax.cond(block.count > 0, one, lambda _: nothing, 0)
     return jax.lax.fori_loop(0, block.count, body, nothing)

@@ -1,4 +1,6 @@
-"""LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors <-> the `lora` collection."""
+"""LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors <-> the `lora`
+collection.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from spiral_jax.model.transformer import ModelConfig, init_variables
 STEM = "adapter_model"
 _CONFIG = "adapter_config.json"
 _TARGETS = sorted(theirs.split(".")[1] for theirs in PROJECTIONS.values())
-# Fields of adapter_config.json that do not change what a trained adapter computes. Any other must be empty.
+# Fields of adapter_config.json that do not change what a trained adapter computes. Any other must
+# be empty.
 _INERT = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "target_modules", "lora_dropout", "init_lora_weights", "megatron_core", "qalora_group_size",
@@ -34,8 +37,8 @@ def check_adapter(path: pathlib.Path, config: ModelConfig) -> None:
     """Reads `path`/adapter_config.json and compares it with `config.model`.
 
     Raises:
-      ConfigError: none there or damaged; rank, alpha or target modules are others than configured; a field asks for
-        what a plain LoRA adapter does not do.
+      ConfigError: none there or damaged; rank, alpha or target modules are others than configured;
+        a field asks for what a plain LoRA adapter does not do.
     """
     file = path / _CONFIG
     try:
@@ -45,20 +48,29 @@ def check_adapter(path: pathlib.Path, config: ModelConfig) -> None:
         raise ConfigError(f"config.model.adapter_path = {str(path)!r}: no {_CONFIG} there. Give a directory that "
                           "PEFT's save_pretrained or spiral_jax.export --adapter wrote.") from error  # fmt: skip
     except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{file}: not valid JSON of an adapter ({error}). Fetch the adapter again.") from error
+        raise ConfigError(
+            f"{file}: not valid JSON of an adapter ({error}). Fetch the adapter again."
+        ) from error
     if kind != "LORA":
         raise ConfigError(f"{file}: peft_type = {kind!r} is not supported; must be 'LORA'.")
-    for name, theirs, ours in (("r", "lora_rank", config.lora_rank), ("lora_alpha", "lora_alpha", config.lora_alpha)):
+    for name, theirs, ours in (
+        ("r", "lora_rank", config.lora_rank),
+        ("lora_alpha", "lora_alpha", config.lora_alpha),
+    ):
         if fields.get(name) != ours:
             raise ConfigError(
                 f"{file}: {name} = {fields.get(name)!r}, but config.model.{theirs} = {ours!r}: they must be equal."
             )
     targets = fields.get("target_modules")
     if not isinstance(targets, list) or sorted(targets) != _TARGETS:
-        raise ConfigError(f"{file}: target_modules = {targets!r}: must be the list of all of {', '.join(_TARGETS)}.")
+        raise ConfigError(
+            f"{file}: target_modules = {targets!r}: must be the list of all of {', '.join(_TARGETS)}."
+        )
     init = fields.get("init_lora_weights")
     if init not in (True, False, None, "gaussian"):  # the others change the base weights
-        raise ConfigError(f"{file}: init_lora_weights = {init!r} is not supported; must be true, false or 'gaussian'.")
+        raise ConfigError(
+            f"{file}: init_lora_weights = {init!r} is not supported; must be true, false or 'gaussian'."
+        )
     for name, value in fields.items():
         if name not in _INERT and value and value != "none":
             raise ConfigError(f"{file}: {name} = {value!r} is not supported; must be empty.")
@@ -78,7 +90,9 @@ def load_adapter(path: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Any:
 
 
 def save_adapter(path: pathlib.Path, lora: Any, config: ModelConfig, base: str) -> None:
-    """Writes `lora` in float32 into the directory `path`; `base` is where PEFT finds the base model."""
+    """Writes `lora` in float32 into the directory `path`; `base` is where PEFT finds the base
+    model.
+    """
     alpha = config.lora_alpha
     fields = {
         "peft_type": "LORA",

@@ -1,4 +1,6 @@
-"""A checkpoint's architecture, read from its `config.json`: sizes and constants, or an error that names the field."""
+"""A checkpoint's architecture, read from its `config.json`: sizes and constants, or an error that
+names the field.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from typing import Any
 
 from spiral_jax.core.config import ConfigError
 
-# model_type -> whether queries and keys of each head are normalised; the families differ in nothing else that runs.
+# model_type -> whether queries and keys of each head are normalised; the families differ in nothing
+# else that runs.
 _QK_NORM = {"qwen3": True, "llama": False}
 # Fields that change the computation, each with the values under which it does not.
 _NEUTRAL = {
@@ -29,7 +32,8 @@ _NEUTRAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Sizes by their axis letter (see `spiral_jax.core.groups`) and the constants of a dense Qwen3 or Llama decoder.
+    """Sizes by their axis letter (see `spiral_jax.core.groups`) and the constants of a dense Qwen3
+    or Llama decoder.
 
     `qk_norm`: queries and keys are normalised per head (Qwen3) or not (Llama).
     """
@@ -55,34 +59,49 @@ class Architecture:
 
 
 def read_architecture(path: pathlib.Path) -> Architecture:
-    """Reads `path/config.json`. Raises `ConfigError` for a missing or corrupt file and for what is not supported."""
+    """Reads `path/config.json`. Raises `ConfigError` for a missing or corrupt file and for what is
+    not supported.
+    """
     file = path / "config.json"
     if not file.is_file():
-        raise ConfigError(f"config.model.hf_path = {str(path)!r}: no config.json there. Give a Hugging Face directory.")
+        raise ConfigError(
+            f"config.model.hf_path = {str(path)!r}: no config.json there. Give a Hugging Face directory."
+        )
     try:
         fields = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid JSON ({error}). Fetch the checkpoint again.") from error
+        raise ConfigError(
+            f"{file}: not valid JSON ({error}). Fetch the checkpoint again."
+        ) from error
     if not isinstance(fields, dict):
-        raise ConfigError(f"{file}: not valid JSON of a config (no object at the top). Fetch the checkpoint again.")
+        raise ConfigError(
+            f"{file}: not valid JSON of a config (no object at the top). Fetch the checkpoint again."
+        )
     return parse_architecture(fields, str(file))
 
 
 def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
-    """`fields` of a config.json -> Architecture; rope is understood in both spellings of transformers 4 and 5.
+    """`fields` of a config.json -> Architecture; rope is understood in both spellings of
+    transformers 4 and 5.
 
-    Fields that older Llama files leave out have the values that their authors' code gave them: see `_complete_llama`.
-    Raises `ConfigError`, which begins with `where` and names the field.
+    Fields that older Llama files leave out have the values that their authors' code gave them: see
+    `_complete_llama`. Raises `ConfigError`, which begins with `where` and names the field.
     """
     kind = fields.get("model_type")
     if kind not in _QK_NORM:
-        raise ConfigError(f"{where}: model_type = {kind!r} is not supported; supported: {', '.join(_QK_NORM)}.")
+        raise ConfigError(
+            f"{where}: model_type = {kind!r} is not supported; supported: {', '.join(_QK_NORM)}."
+        )
     for name, neutral in _NEUTRAL.items():
         if name in fields and fields[name] not in neutral:
-            raise ConfigError(f"{where}: {name} = {fields[name]!r} is not supported; must be {neutral[0]!r} or absent.")
+            raise ConfigError(
+                f"{where}: {name} = {fields[name]!r} is not supported; must be {neutral[0]!r} or absent."
+            )
     windowed = [kind for kind in fields.get("layer_types") or [] if kind != "full_attention"]
     if windowed:
-        raise ConfigError(f"{where}: layer_types contains {windowed[0]!r}; only 'full_attention' is supported.")
+        raise ConfigError(
+            f"{where}: layer_types contains {windowed[0]!r}; only 'full_attention' is supported."
+        )
     fields = _complete_llama(fields, where) if kind == "llama" else fields
     arch = Architecture(
         V=_positive(fields, "vocab_size", where),
@@ -98,14 +117,20 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
         qk_norm=_QK_NORM[kind],
     )
     if arch.H % arch.J:
-        raise ConfigError(f"{where}: num_key_value_heads = {arch.J}: must divide num_attention_heads = {arch.H}.")
+        raise ConfigError(
+            f"{where}: num_key_value_heads = {arch.J}: must divide num_attention_heads = {arch.H}."
+        )
     if arch.E % 2:
-        raise ConfigError(f"{where}: head_dim = {arch.E}: must be even, as rope rotates its halves.")
+        raise ConfigError(
+            f"{where}: head_dim = {arch.E}: must be even, as rope rotates its halves."
+        )
     return arch
 
 
 def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
-    """The config.json that `parse_architecture` reads back as `arch`, in the spelling of the 2507 checkpoints."""
+    """The config.json that `parse_architecture` reads back as `arch`, in the spelling of the 2507
+    checkpoints.
+    """
     family = "qwen3" if arch.qk_norm else "llama"
     return {
         "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family]],
@@ -130,12 +155,22 @@ def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
 
 def _complete_llama(fields: dict[str, Any], where: str) -> dict[str, Any]:
     """Files from before grouped queries and tying say nothing of them."""
-    heads, width = (_positive(fields, name, where) for name in ("num_attention_heads", "hidden_size"))
-    missing = {name for name in ("head_dim", "num_key_value_heads", "tie_word_embeddings") if fields.get(name) is None}
+    heads, width = (
+        _positive(fields, name, where) for name in ("num_attention_heads", "hidden_size")
+    )
+    missing = {
+        name
+        for name in ("head_dim", "num_key_value_heads", "tie_word_embeddings")
+        if fields.get(name) is None
+    }
     if "head_dim" in missing and width % heads:
         raise ConfigError(f"{where}: head_dim is missing, and num_attention_heads = {heads} does not divide "
                           f"hidden_size = {width}.")  # fmt: skip
-    implied = {"head_dim": width // heads, "num_key_value_heads": heads, "tie_word_embeddings": False}
+    implied = {
+        "head_dim": width // heads,
+        "num_key_value_heads": heads,
+        "tie_word_embeddings": False,
+    }
     return fields | {name: implied[name] for name in missing}
 
 
@@ -147,17 +182,25 @@ def _rope_theta(fields: dict[str, Any], where: str, unstated: float | None) -> f
         if not isinstance(rope, dict):
             raise ConfigError(f"{where}: {name} = {rope!r}: must be an object or absent.")
         for key, value in rope.items():
-            neutral = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}.get(key)
+            neutral = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}.get(
+                key
+            )
             if key != "rope_theta" and (neutral is None or value != neutral):
                 need = f"must be {neutral!r}" if neutral else "only unscaled rope is"
                 raise ConfigError(f"{where}: {name}.{key} = {value!r} is not supported; {need}.")
         sources.append(rope)
-    stated = {_number(source, "rope_theta", where) for source in sources if source.get("rope_theta") is not None}
+    stated = {
+        _number(source, "rope_theta", where)
+        for source in sources
+        if source.get("rope_theta") is not None
+    }
     if not stated and unstated is not None:
         return unstated
     if len(stated) != 1:
         found = f"contradicts itself: {sorted(stated)}" if stated else "is missing"
-        raise ConfigError(f"{where}: rope_theta {found}. It must be given once, at the top or in rope_parameters.")
+        raise ConfigError(
+            f"{where}: rope_theta {found}. It must be given once, at the top or in rope_parameters."
+        )
     return stated.pop()
 
 
@@ -185,5 +228,7 @@ def _boolean(fields: dict[str, Any], name: str, where: str) -> bool:
 def _field(fields: dict[str, Any], name: str, where: str) -> Any:
     if fields.get(name) is None:
         near = difflib.get_close_matches(name, fields, 1)
-        raise ConfigError(f"{where}: {name} is missing{f'; did you mean {near[0]!r}?' if near else '.'}")
+        raise ConfigError(
+            f"{where}: {name} is missing{f'; did you mean {near[0]!r}?' if near else '.'}"
+        )
     return fields[name]

@@ -1,8 +1,9 @@
 """Keys and values of one layer, as decoding reads them: heads first, keys with their tokens last.
 
-A cache is a dict: `k` [..., J, E, T] and `v` [..., J, T, E]; stored as int8 also `k_scale` [..., J, 1, T] and `v_scale`
-[..., J, T, 1], float32, one scale for each (token, head). Tokens last in `k` makes scores a matrix product that reads
-the cache where it lies (with E last, XLA's CPU backend transposes the whole cache at every token).
+A cache is a dict: `k` [..., J, E, T] and `v` [..., J, T, E]; stored as int8 also `k_scale` [..., J,
+1, T] and `v_scale` [..., J, T, 1], float32, one scale for each (token, head). Tokens last in `k`
+makes scores a matrix product that reads the cache where it lies (with E last, XLA's CPU backend
+transposes the whole cache at every token).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ def empty_cache(lead: tuple[int, ...], E: int, T: int, dtype: jnp.dtype) -> Cach
     """A cache of T tokens with leading axes `lead` = (..., J); int8 comes with its scales."""
     cache = {"k": jnp.zeros((*lead, E, T), dtype), "v": jnp.zeros((*lead, T, E), dtype)}
     if dtype == jnp.int8:
-        cache |= {"k_scale": jnp.zeros((*lead, 1, T), jnp.float32), "v_scale": jnp.zeros((*lead, T, 1), jnp.float32)}
+        cache |= {
+            "k_scale": jnp.zeros((*lead, 1, T), jnp.float32),
+            "v_scale": jnp.zeros((*lead, T, 1), jnp.float32),
+        }
     return cache
 
 
@@ -35,7 +39,9 @@ def cache_entries(k_xTxJxE: jax.Array, v_xTxJxE: jax.Array, dtype: jnp.dtype) ->
 def write_entries(cache: Cache, entries: Cache, index: jax.Array) -> Cache:
     """`cache` with `entries` from token `index` (scalar int32) on."""
     return {
-        name: jax.lax.dynamic_update_slice_in_dim(cache[name], entries[name], index, cache[name].ndim + axis)
+        name: jax.lax.dynamic_update_slice_in_dim(
+            cache[name], entries[name], index, cache[name].ndim + axis
+        )
         for name, axis in _TOKEN_AXIS.items()
         if name in cache
     }

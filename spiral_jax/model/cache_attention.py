@@ -1,7 +1,9 @@
-"""Attention to caches: causal within a prompt, and two-part (prompt block + own trace) for what continues it.
+"""Attention to caches: causal within a prompt, and two-part (prompt block + own trace) for what
+continues it.
 
-The sampler's: `prefix_attention` in prefill, `decode_attention`; training has `group_attention`. Scores and softmax are
-float32. Parts that are attended to separately are joined by their log-sum-exp, kept as (top score, sum of weights).
+The sampler's: `prefix_attention` in prefill, `decode_attention`; training has `group_attention`.
+Scores and softmax are float32. Parts that are attended to separately are joined by their
+log-sum-exp, kept as (top score, sum of weights).
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import jax.numpy as jnp
 
 from spiral_jax.model.cache import Cache, read_tokens
 
-# (sum of weighted values [..., N, E], top score [..., N], sum of weights [..., N]), float32; weight = exp(score - top)
+# (sum of weighted values [..., N, E], top score [..., N], sum of weights [..., N]), float32; weight
+# = exp(score - top)
 Partial = tuple[jax.Array, jax.Array, jax.Array]
 
 MASKED = -1e30  # finite: a row without any visible key stays finite
@@ -20,7 +23,8 @@ MASKED = -1e30  # finite: a row without any visible key stays finite
 def decode_attention(
     q_UxCxHxE: jax.Array, prompt: Cache, prompt_len_U: jax.Array, own: Cache, own_index_U: jax.Array
 ) -> jax.Array:
-    """One query of every trace, under one softmax over its group's prompt and its own tokens so far; [U, C, H, E].
+    """One query of every trace, under one softmax over its group's prompt and its own tokens so
+    far; [U, C, H, E].
 
     Args:
       q_UxCxHxE: queries of the newest tokens.
@@ -36,17 +40,20 @@ def decode_attention(
         by_group = jnp.moveaxis(q, 1, 2).reshape(U, J, -1, E)  # u j (c r) e
         visible = jnp.arange(prompt["v"].shape[-2]) < prompt_len_U[:, None]
         of_prompt = attend(by_group, prompt, visible[:, None, None])
-        of_prompt = tuple(jnp.moveaxis(a.reshape(U, J, C, H // J, *a.shape[3:]), 2, 1) for a in of_prompt)
+        of_prompt = tuple(
+            jnp.moveaxis(a.reshape(U, J, C, H // J, *a.shape[3:]), 2, 1) for a in of_prompt
+        )
         visible = jnp.arange(own["v"].shape[-2]) <= own_index_U[:, None]
         out, _, weight = join(of_prompt, attend(q, own, visible[:, None, None, None]))
         return (out / weight[..., None]).reshape(U, C, H, E).astype(q_UxCxHxE.dtype)
 
 
 def prefix_attention(q_UxQxHxE: jax.Array, prompt: Cache, start: jax.Array) -> jax.Array:
-    """Causal attention of Q prompt tokens from `start` on over a cache that already holds them; [U, Q, H, E].
+    """Causal attention of Q prompt tokens from `start` on over a cache that already holds them; [U,
+    Q, H, E].
 
-    Blockwise: scores of Q queries to Q keys exist at once, and blocks behind the last query are not read, however long
-    the cache is.
+    Blockwise: scores of Q queries to Q keys exist at once, and blocks behind the last query are not
+    read, however long the cache is.
 
     Args:
       q_UxQxHxE: queries at positions start ... start + Q - 1.
@@ -63,7 +70,11 @@ def prefix_attention(q_UxQxHxE: jax.Array, prompt: Cache, start: jax.Array) -> j
         return join(total, attend(q, read_tokens(prompt, b * Q, Q), visible))
 
     with jax.named_scope("prefix_attention"):
-        nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], MASKED), jnp.zeros(q.shape[:-1])
+        nothing = (
+            jnp.zeros(q.shape, jnp.float32),
+            jnp.full(q.shape[:-1], MASKED),
+            jnp.zeros(q.shape[:-1]),
+        )
         out, _, weight = jax.lax.fori_loop(0, start // Q + 1, add, nothing)
         out = (out / weight[..., None]).reshape(U, J, H // J, Q, E)
         return jnp.moveaxis(out, 3, 1).reshape(U, Q, H, E).astype(q_UxQxHxE.dtype)
@@ -80,18 +91,28 @@ def attend(q_xNxE: jax.Array, cache: Cache, visible_xNxT: jax.Array) -> Partial:
     total = jnp.sum(weight, axis=-1)
     if "v_scale" in cache:
         weight *= jnp.swapaxes(cache["v_scale"], -1, -2)
-    out = jnp.einsum("...nt,...te->...ne", weight.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "...nt,...te->...ne", weight.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
     return out, top, total
 
 
 def join(a: Partial, b: Partial) -> Partial:
-    """Attention to the keys of both parts. A part without any visible key adds exact zeros to one that has some."""
+    """Attention to the keys of both parts. A part without any visible key adds exact zeros to one
+    that has some.
+    """
     top = jnp.maximum(a[1], b[1])
     scale_a, scale_b = jnp.exp(a[1] - top), jnp.exp(b[1] - top)
-    return a[0] * scale_a[..., None] + b[0] * scale_b[..., None], top, a[2] * scale_a + b[2] * scale_b
+    return (
+        a[0] * scale_a[..., None] + b[0] * scale_b[..., None],
+        top,
+        a[2] * scale_a + b[2] * scale_b,
+    )
 
 
 def split_heads(q: jax.Array, kv_heads: int) -> jax.Array:
-    """[..., H, E] -> scaled [..., J, H / J, E]: the query heads that share a key/value head side by side."""
+    """[..., H, E] -> scaled [..., J, H / J, E]: the query heads that share a key/value head side by
+    side.
+    """
     *lead, H, E = q.shape
     return (q * (E**-0.5)).reshape(*lead, kv_heads, H // kv_heads, E)

@@ -1,15 +1,17 @@
-"""How many floating-point operations a train step needs: the one count behind MFU, the plan and the benchmark's bounds.
+"""How many floating-point operations a train step needs: the one count behind MFU, the plan and the
+benchmark's bounds.
 
-Matrix products alone, two operations a multiply-add. Per token and layer, with W base weights and A adapter weights:
+Matrix products alone, two operations a multiply-add. Per token and layer, with W base weights and A
+adapter weights:
 
     linear, forward           2 (W + A)
     linear, backward          2 (W + A) for activations, and for weights 2 W in full fine-tuning, 2 A with adapters
     attention, forward        4 H E a (query, key) pair that the mask shows;    backward 8 H E
     head, a trace token       forward 2 D V, backward 2 D V, and 2 D V for its weights in full fine-tuning
 
-A group's prompt counts once, whatever number of traces continues it, and in the last layer with its keys, its values
-and its last token alone, since nothing else of it is read there. With the name of a remat policy (`model.remat`)
-the count has what this program computes twice under it on purpose:
+A group's prompt counts once, whatever number of traces continues it, and in the last layer with its
+keys, its values and its last token alone, since nothing else of it is read there. With the name of
+a remat policy (`model.remat`) the count has what this program computes twice under it on purpose:
 
     any      scores of the attention's backward pass, 2 H E a pair; in full fine-tuning the logits, 2 D V a trace token
     dots     the first product of each adapter
@@ -24,7 +26,8 @@ import numpy as np
 from spiral_jax.core.config import REMAT
 from spiral_jax.model.architecture import Architecture
 
-# Dense bfloat16 operations a second of one JAX device, by `device_kind`, from the vendors' data sheets.
+# Dense bfloat16 operations a second of one JAX device, by `device_kind`, from the vendors' data
+# sheets.
 PEAK_FLOPS_PER_S = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -55,24 +58,40 @@ def adapter_weights(arch: Architecture, lora_rank: int) -> int:
 def _projections(arch: Architecture) -> dict[str, tuple[int, int]]:
     """(width of what it reads, features that it writes) of each projection of a layer."""
     heads, kv = arch.H * arch.E, arch.J * arch.E
-    of_attention = {"q": (arch.D, heads), "k": (arch.D, kv), "v": (arch.D, kv), "o": (heads, arch.D)}
-    return of_attention | {"gate": (arch.D, arch.F), "up": (arch.D, arch.F), "down": (arch.F, arch.D)}
+    of_attention = {
+        "q": (arch.D, heads),
+        "k": (arch.D, kv),
+        "v": (arch.D, kv),
+        "o": (heads, arch.D),
+    }
+    return of_attention | {
+        "gate": (arch.D, arch.F),
+        "up": (arch.D, arch.F),
+        "down": (arch.F, arch.D),
+    }
 
 
 def attention_pairs(prompt_len_U: np.ndarray, trace_len_UxC: np.ndarray) -> int:
-    """(query, key) pairs of one head: causal in the prompt; a trace sees the whole prompt and itself causally."""
+    """(query, key) pairs of one head: causal in the prompt; a trace sees the whole prompt and
+    itself causally.
+    """
     P, G = np.asarray(prompt_len_U, np.int64), np.asarray(trace_len_UxC, np.int64)
     return int(np.sum(P * (P + 1) // 2) + np.sum(G * P[:, None] + G * (G + 1) // 2))
 
 
 def train_flops(
-    arch: Architecture, lora_rank: int, remat: str | None, prompt_len_U: np.ndarray, trace_len_UxC: np.ndarray
+    arch: Architecture,
+    lora_rank: int,
+    remat: str | None,
+    prompt_len_U: np.ndarray,
+    trace_len_UxC: np.ndarray,
 ) -> float:
     """Operations of forward and backward pass over whole groups.
 
     Args:
       lora_rank: 0 = full fine-tuning.
-      remat: policy whose second computations count too, one of `REMAT`; None: nothing twice, the count for MFU.
+      remat: policy whose second computations count too, one of `REMAT`; None: nothing twice, the
+      count for MFU.
       prompt_len_U, trace_len_UxC: tokens, int: of the groups as they are, or padded ones.
 
     Raises:
@@ -81,9 +100,15 @@ def train_flops(
     if remat is not None and remat not in REMAT:
         raise ValueError(f"remat = {remat!r}: must be None or one of {', '.join(REMAT)}")
     responses, U = int(np.sum(trace_len_UxC, dtype=np.int64)), len(prompt_len_U)
-    tokens, pairs = int(np.sum(prompt_len_U, dtype=np.int64)) + responses, attention_pairs(prompt_len_U, trace_len_UxC)
+    tokens, pairs = (
+        int(np.sum(prompt_len_U, dtype=np.int64)) + responses,
+        attention_pairs(prompt_len_U, trace_len_UxC),
+    )
     of_last = pairs - attention_pairs(np.asarray(prompt_len_U) - 1, np.zeros((U, 0), int))
-    linear = {name: _linear_flops(name, size, lora_rank, remat) for name, size in _projections(arch).items()}
+    linear = {
+        name: _linear_flops(name, size, lora_rank, remat)
+        for name, size in _projections(arch).items()
+    }
     keys_values = linear["k"] + linear["v"]
     rest = sum(linear.values()) - keys_values
     scores = 2 * arch.H * arch.E
@@ -108,13 +133,17 @@ def _linear_flops(name: str, size: tuple[int, int], lora_rank: int, remat: str |
     return flops
 
 
-def ideal_train_flops(arch: Architecture, lora_rank: int, remat: str | None, U: int, C: int, P: int, G: int) -> float:
+def ideal_train_flops(
+    arch: Architecture, lora_rank: int, remat: str | None, U: int, C: int, P: int, G: int
+) -> float:
     """`train_flops` of U equal groups of P prompt tokens and C traces of G tokens."""
     return train_flops(arch, lora_rank, remat, np.full(U, P), np.full((U, C), G))
 
 
 def prefill_flops(arch: Architecture, lora_rank: int, prompt_len_U: np.ndarray) -> float:
-    """Operations of running prompts forward once, with the head behind each prompt's last token alone."""
+    """Operations of running prompts forward once, with the head behind each prompt's last token
+    alone.
+    """
     tokens, U = int(np.sum(prompt_len_U, dtype=np.int64)), len(prompt_len_U)
     pairs = attention_pairs(prompt_len_U, np.zeros((U, 0), int))
     linear = 2 * (linear_weights(arch) + adapter_weights(arch, lora_rank))
@@ -122,7 +151,12 @@ def prefill_flops(arch: Architecture, lora_rank: int, prompt_len_U: np.ndarray) 
 
 
 def decode_flops(arch: Architecture, lora_rank: int, keys_N: np.ndarray) -> float:
-    """Operations of one more token for N traces, each of which attends to that many keys, itself included."""
+    """Operations of one more token for N traces, each of which attends to that many keys, itself
+    included.
+    """
     linear = 2 * (linear_weights(arch) + adapter_weights(arch, lora_rank))
     pairs = int(np.sum(keys_N, dtype=np.int64))
-    return float(arch.L * (len(keys_N) * linear + pairs * 4 * arch.H * arch.E) + len(keys_N) * 2 * arch.D * arch.V)
+    return float(
+        arch.L * (len(keys_N) * linear + pairs * 4 * arch.H * arch.E)
+        + len(keys_N) * 2 * arch.D * arch.V
+    )

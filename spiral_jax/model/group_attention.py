@@ -1,17 +1,20 @@
 """Attention of whole groups in training: in blocks, with a backward pass of its own.
 
-A prompt's token attends to its past; a trace's token to the whole prompt and to its own past, under one softmax. Scores
-of one block of queries to one block of keys exist at a time; blocks above the diagonal, behind the longest prompt and
-behind the longest trace are not computed. The queries of all traces and of all heads that share a key are rows of one
-matrix product with the prompt's keys, which exist once a group.
+A prompt's token attends to its past; a trace's token to the whole prompt and to its own past, under
+one softmax. Scores of one block of queries to one block of keys exist at a time; blocks above the
+diagonal, behind the longest prompt and behind the longest trace are not computed. The queries of
+all traces and of all heads that share a key are rows of one matrix product with the prompt's keys,
+which exist once a group.
 
-Kept for the backward pass are the output and the log-sum-exp of each query's scores. With d_out their cotangent,
+Kept for the backward pass are the output and the log-sum-exp of each query's scores. With d_out
+their cotangent,
 
     weight = exp(score - lse)      d_score = weight * (d_out v - sum_e out d_out)
     d_v = weight^T d_out           d_q = d_score k           d_k = d_score^T q
 
-hold for any part of the keys alone (FlashAttention-2, arXiv 2307.08691, section 3.1), so prompt and own keys need not
-lie in one array. Scores, softmax and sums are float32; products take the inputs' dtype.
+hold for any part of the keys alone (FlashAttention-2, arXiv 2307.08691, section 3.1), so prompt and
+own keys need not lie in one array. Scores, softmax and sums are float32; products take the inputs'
+dtype.
 """
 
 from __future__ import annotations
@@ -64,7 +67,8 @@ def trace_attention(
     lengths: Lengths,
     block: int,
 ) -> jax.Array:
-    """Attention of trace tokens under one softmax over the group's prompt and the trace's own past; [U, C, G, H, E].
+    """Attention of trace tokens under one softmax over the group's prompt and the trace's own past;
+    [U, C, G, H, E].
 
     Args:
       prompt_kv: keys and values [U, P, J, E], shared by the C traces.
@@ -78,7 +82,9 @@ def trace_attention(
 def last_token_attention(
     q_UxHxE: jax.Array, k_UxPxJxE: jax.Array, v_UxPxJxE: jax.Array, prompt_len_U: jax.Array
 ) -> jax.Array:
-    """Attention of each prompt's last token to its prompt; [U, H, E]. One query a group: its scores exist whole."""
+    """Attention of each prompt's last token to its prompt; [U, H, E]. One query a group: its scores
+    exist whole.
+    """
     with jax.named_scope("last_token_attention"):
         q = split_heads(q_UxHxE, k_UxPxJxE.shape[-2])
         dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -96,16 +102,22 @@ def _attention(
     lengths: Lengths,
     block: int,
 ) -> jax.Array:
-    """Brings heads to the front and every length to a multiple of its block; `longest`: the queries that count."""
+    """Brings heads to the front and every length to a multiple of its block; `longest`: the queries
+    that count.
+    """
     U, C, Q, H, E = q_UxCxQxHxE.shape
     own_size = even_block(Q, block)
-    q = jnp.moveaxis(split_heads(_whole(q_UxCxQxHxE, own_size), own_kv[0].shape[-2]), (3, 4), (1, 3))  # u j c r q e
+    q = jnp.moveaxis(
+        split_heads(_whole(q_UxCxQxHxE, own_size), own_kv[0].shape[-2]), (3, 4), (1, 3)
+    )  # u j c r q e
     own = cache_entries(*(_whole(a, own_size) for a in own_kv), q.dtype)
     own = {name: jnp.swapaxes(a, 1, 2) for name, a in own.items()}  # u j c . .
     prompt, prompt_size = None, 1
     if prompt_kv is not None:
         prompt_size = even_block(prompt_kv[0].shape[1], block)
-        prompt = cache_entries(*(_whole(a[:, None], prompt_size)[:, 0] for a in prompt_kv), q.dtype)  # u j . .
+        prompt = cache_entries(
+            *(_whole(a[:, None], prompt_size)[:, 0] for a in prompt_kv), q.dtype
+        )  # u j . .
     blocks = _Blocks(own_size, prompt_size)
     counts = -(-longest // own_size), -(-lengths.prompt // prompt_size)
     out = _blockwise(blocks, q, own, prompt, lengths.prompt_U, counts)
@@ -133,45 +145,72 @@ def _blockwise(
     Args:
       q_UxJxCxRxQxE: scaled queries.
       own: [U, J, C, ...], Q tokens. prompt: [U, J, ...] or None. All of whole blocks.
-      counts: scalars, blocks of queries and of prompt keys that are computed; the output is zero behind the first.
+      counts: scalars, blocks of queries and of prompt keys that are computed; the output is zero
+      behind the first.
     """
     return _forward(size, q_UxJxCxRxQxE, own, prompt, prompt_len_U, counts)[0]
 
 
 def _forward(
-    size: _Blocks, q: jax.Array, own: Cache, prompt: Cache | None, prompt_len_U: jax.Array, counts: tuple
+    size: _Blocks,
+    q: jax.Array,
+    own: Cache,
+    prompt: Cache | None,
+    prompt_len_U: jax.Array,
+    counts: tuple,
 ) -> tuple[jax.Array, jax.Array]:
-    """(output in q's shape and dtype, log-sum-exp of each query's scores without the last axis, float32)."""
+    """(output in q's shape and dtype, log-sum-exp of each query's scores without the last axis,
+    float32).
+    """
     U, J, C, R, _, E = q.shape
 
     def one(i: jax.Array, done: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         rows = _block_rows(q, i, size.own)  # u j c (r q) e
-        total = jnp.zeros(rows.shape, jnp.float32), jnp.full(rows.shape[:-1], MASKED), jnp.zeros(rows.shape[:-1])
+        total = (
+            jnp.zeros(rows.shape, jnp.float32),
+            jnp.full(rows.shape[:-1], MASKED),
+            jnp.zeros(rows.shape[:-1]),
+        )
         if prompt is not None:
             total = _of_prompt(size.prompt, rows, prompt, prompt_len_U, counts[1], total)
 
         def to_own(j: jax.Array, total: Partial) -> Partial:
-            return join(total, attend(rows, read_tokens(own, j * size.own, size.own), _causal(i, j, size.own, R)))
+            return join(
+                total,
+                attend(rows, read_tokens(own, j * size.own, size.own), _causal(i, j, size.own, R)),
+            )
 
         with jax.named_scope("own_keys"):
             out, top, weight = jax.lax.fori_loop(0, i + 1, to_own, total)
         new = (out / weight[..., None]).astype(q.dtype), top + jnp.log(weight)
         return tuple(
-            jax.lax.dynamic_update_slice_in_dim(a, b.reshape(U, J, C, R, size.own, *a.shape[5:]), i * size.own, 4)
+            jax.lax.dynamic_update_slice_in_dim(
+                a, b.reshape(U, J, C, R, size.own, *a.shape[5:]), i * size.own, 4
+            )
             for a, b in zip(done, new, strict=True)
         )
 
-    return jax.lax.fori_loop(0, counts[0], one, (jnp.zeros_like(q), jnp.zeros(q.shape[:-1], jnp.float32)))
+    return jax.lax.fori_loop(
+        0, counts[0], one, (jnp.zeros_like(q), jnp.zeros(q.shape[:-1], jnp.float32))
+    )
 
 
 def _of_prompt(
-    size: int, rows: jax.Array, prompt: Cache, prompt_len_U: jax.Array, count: jax.Array, total: Partial
+    size: int,
+    rows: jax.Array,
+    prompt: Cache,
+    prompt_len_U: jax.Array,
+    count: jax.Array,
+    total: Partial,
 ) -> Partial:
     """`total` joined with the attention of rows [U, J, C, N, E], all traces' as one, to the prompt."""
     merge = lambda a, of: a.reshape(*a.shape[:2], -1, *a.shape[of:])  # noqa: E731
 
     def to_block(j: jax.Array, total: Partial) -> Partial:
-        return join(total, attend(flat, read_tokens(prompt, j * size, size), _in_prompt(prompt_len_U, j, size)))
+        return join(
+            total,
+            attend(flat, read_tokens(prompt, j * size, size), _in_prompt(prompt_len_U, j, size)),
+        )
 
     flat = merge(rows, 4)
     with jax.named_scope("prompt_keys"):
@@ -179,13 +218,24 @@ def _of_prompt(
     return tuple(a.reshape(b.shape) for a, b in zip(merged, total, strict=True))
 
 
-def _keep(size: _Blocks, q: jax.Array, own: Cache, prompt: Cache | None, prompt_len_U: jax.Array, counts: tuple) -> Any:
-    out, lse = (checkpoint_name(a, KEPT) for a in _forward(size, q, own, prompt, prompt_len_U, counts))
+def _keep(
+    size: _Blocks,
+    q: jax.Array,
+    own: Cache,
+    prompt: Cache | None,
+    prompt_len_U: jax.Array,
+    counts: tuple,
+) -> Any:
+    out, lse = (
+        checkpoint_name(a, KEPT) for a in _forward(size, q, own, prompt, prompt_len_U, counts)
+    )
     return out, (q, own, prompt, prompt_len_U, counts, out, lse)
 
 
 def _backward(size: _Blocks, kept: Any, d_out: jax.Array) -> tuple:
-    """Cotangents of queries, own and prompt's keys and values; the formulas are at the top of this file."""
+    """Cotangents of queries, own and prompt's keys and values; the formulas are at the top of this
+    file.
+    """
     q, own, prompt, prompt_len_U, counts, out, lse = kept
     U, J, C, R, _, E = q.shape
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
@@ -194,15 +244,21 @@ def _backward(size: _Blocks, kept: Any, d_out: jax.Array) -> tuple:
         d_q, d_own, d_prompt = done
         rows = _rows(*(_block_rows(a, i, size.own) for a in (q, d_out, lse, delta)))
 
-        def to_own(j: jax.Array, done: tuple[jax.Array, KeyCotangents]) -> tuple[jax.Array, KeyCotangents]:
+        def to_own(
+            j: jax.Array, done: tuple[jax.Array, KeyCotangents]
+        ) -> tuple[jax.Array, KeyCotangents]:
             return _add_block(done, rows, own, j * size.own, size.own, _causal(i, j, size.own, R))
 
         with jax.named_scope("own_keys"):
-            d_rows, d_own = jax.lax.fori_loop(0, i + 1, to_own, (jnp.zeros(rows.q.shape, jnp.float32), d_own))
+            d_rows, d_own = jax.lax.fori_loop(
+                0, i + 1, to_own, (jnp.zeros(rows.q.shape, jnp.float32), d_own)
+            )
         if prompt is not None:
             flat = _rows(*(a.reshape(U, J, -1, *a.shape[4:]) for a in rows[:4]))
 
-            def to_prompt(j: jax.Array, done: tuple[jax.Array, KeyCotangents]) -> tuple[jax.Array, KeyCotangents]:
+            def to_prompt(
+                j: jax.Array, done: tuple[jax.Array, KeyCotangents]
+            ) -> tuple[jax.Array, KeyCotangents]:
                 visible = _in_prompt(prompt_len_U, j, size.prompt)
                 return _add_block(done, flat, prompt, j * size.prompt, size.prompt, visible)
 
@@ -212,9 +268,13 @@ def _backward(size: _Blocks, kept: Any, d_out: jax.Array) -> tuple:
         d_rows = d_rows.reshape(U, J, C, R, size.own, E).astype(q.dtype)
         return jax.lax.dynamic_update_slice_in_dim(d_q, d_rows, i * size.own, 4), d_own, d_prompt
 
-    zeros = jax.tree.map(lambda k: (jnp.zeros(k.shape, jnp.float32),) * 2, (own["k"], prompt and prompt["k"]))
+    zeros = jax.tree.map(
+        lambda k: (jnp.zeros(k.shape, jnp.float32),) * 2, (own["k"], prompt and prompt["k"])
+    )
     d_q, *d_keys = jax.lax.fori_loop(0, counts[0], one, (jnp.zeros_like(q), *zeros))
-    as_cache = lambda d: d and {"k": d[0].astype(q.dtype), "v": jnp.swapaxes(d[1], -1, -2).astype(q.dtype)}  # noqa: E731
+    as_cache = lambda d: (
+        d and {"k": d[0].astype(q.dtype), "v": jnp.swapaxes(d[1], -1, -2).astype(q.dtype)}
+    )  # noqa: E731
     return d_q, *map(as_cache, d_keys), None, None
 
 
@@ -227,8 +287,8 @@ class _Rows(NamedTuple):
     Attributes:
       q, d_out: [..., N, E].
       lse, delta: [..., N].
-      columns: q and d_out as [..., E, N], once for all blocks of keys: two factors that both have their rows first
-        cost XLA's CPU backend more.
+      columns: q and d_out as [..., E, N], once for all blocks of keys: two factors that both have
+        their rows first cost XLA's CPU backend more.
     """
 
     q: jax.Array
@@ -243,16 +303,26 @@ def _rows(q: jax.Array, d_out: jax.Array, lse: jax.Array, delta: jax.Array) -> _
 
 
 def _add_block(
-    done: tuple[jax.Array, KeyCotangents], rows: _Rows, keys: Cache, start: jax.Array, size: int, visible: jax.Array
+    done: tuple[jax.Array, KeyCotangents],
+    rows: _Rows,
+    keys: Cache,
+    start: jax.Array,
+    size: int,
+    visible: jax.Array,
 ) -> tuple[jax.Array, KeyCotangents]:
-    """Adds to (d_q of the rows, cotangents of all keys) what `size` keys from `start` on contribute."""
+    """Adds to (d_q of the rows, cotangents of all keys) what `size` keys from `start` on
+    contribute.
+    """
     part, (d_rows, d_keys) = read_tokens(keys, start, size), done
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     score = dot("...ne,...et->...nt", rows.q, part["k"])
     weight = jnp.where(visible, jnp.exp(score - rows.lse[..., None]), 0.0)
     d_score = weight * (dot("...ne,...te->...nt", rows.d_out, part["v"]) - rows.delta[..., None])
     weight, d_score = weight.astype(rows.q.dtype), d_score.astype(rows.q.dtype)
-    new = (dot("...en,...nt->...et", of, by) for of, by in zip(rows.columns, (d_score, weight), strict=True))
+    new = (
+        dot("...en,...nt->...et", of, by)
+        for of, by in zip(rows.columns, (d_score, weight), strict=True)
+    )
     d_keys = tuple(_add_tokens(d, tokens, start) for d, tokens in zip(d_keys, new, strict=True))
     return d_rows + dot("...nt,...et->...ne", d_score, part["k"]), d_keys
 
@@ -287,4 +357,6 @@ def even_block(length: int, block: int) -> int:
 
 def _whole(a_UxCxT: jax.Array, size: int) -> jax.Array:
     """Padded with zeros along T to whole blocks."""
-    return jnp.pad(a_UxCxT, [(0, 0), (0, 0), (0, -a_UxCxT.shape[2] % size)] + [(0, 0)] * (a_UxCxT.ndim - 3))
+    return jnp.pad(
+        a_UxCxT, [(0, 0), (0, 0), (0, -a_UxCxT.shape[2] % size)] + [(0, 0)] * (a_UxCxT.ndim - 3)
+    )

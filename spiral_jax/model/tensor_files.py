@@ -1,6 +1,8 @@
-"""The safetensors files of a directory, one or several with an index: tensors by name, read lazily, streamed out.
+"""The safetensors files of a directory, one or several with an index: tensors by name, read lazily,
+streamed out.
 
-Reading touches only the slice that is asked for, writing holds one tensor at a time; torch is not involved.
+Reading touches only the slice that is asked for, writing holds one tensor at a time; torch is not
+involved.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class WeightsError(ValueError):
-    """Weights that are not what the configuration promises; the message names the file and the tensor."""
+    """Weights that are not what the configuration promises; the message names the file and the
+    tensor.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +66,25 @@ def open_tensors(path: pathlib.Path, stem: str) -> Iterator[TensorFiles]:
     """Opens `path/STEM.safetensors`, or the shards that `path/STEM.safetensors.index.json` lists.
 
     Raises:
-      WeightsError: neither or both are there, a file is corrupt, the index names a missing shard, or index and shards
-        do not agree on where a tensor is.
+      WeightsError: neither or both are there, a file is corrupt, the index names a missing shard,
+        or index and shards do not agree on where a tensor is.
     """
     single, index = path / f"{stem}.safetensors", path / f"{stem}.safetensors.index.json"
     if single.is_file() and index.is_file():
-        raise WeightsError(f"{path}: has both {single.name} and {index.name}. Delete the one that is out of date.")
+        raise WeightsError(
+            f"{path}: has both {single.name} and {index.name}. Delete the one that is out of date."
+        )
     if not single.is_file() and not index.is_file():
         raise WeightsError(f"{single}: no such file, and no {index.name}. Weights are read from safetensors alone: "
                            "convert others with transformers' save_pretrained.")  # fmt: skip
     shard_of = _read_index(index) if index.is_file() else None
     with contextlib.ExitStack() as stack:
         slices: dict[str, Any] = {}
-        for file in [single] if shard_of is None else [path / shard for shard in sorted(set(shard_of.values()))]:
+        for file in (
+            [single]
+            if shard_of is None
+            else [path / shard for shard in sorted(set(shard_of.values()))]
+        ):
             tensors = stack.enter_context(_open(file))
             for name in tensors.keys():  # noqa: SIM118  (not a dict)
                 if shard_of is not None and shard_of.get(name) != file.name:
@@ -100,11 +110,15 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
         shard_of = json.loads(index.read_bytes())["weight_map"]
         shards = sorted(set(shard_of.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index}: not a weight index ({type(error).__name__}: {error}). Fetch it again.") from error
+        raise WeightsError(
+            f"{index}: not a weight index ({type(error).__name__}: {error}). Fetch it again."
+        ) from error
     for shard in shards:
         if pathlib.PurePath(shard).name != shard or not (index.parent / shard).is_file():
             named = next(name for name, file in shard_of.items() if file == shard)
-            raise WeightsError(f"{index}: puts {named} into {shard!r}, which is not there. Fetch the missing shard.")
+            raise WeightsError(
+                f"{index}: puts {named} into {shard!r}, which is not there. Fetch the missing shard."
+            )
     return shard_of
 
 
@@ -122,8 +136,11 @@ class Output:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensors(path: pathlib.Path, stem: str, outputs: list[Output], max_bytes: int) -> list[pathlib.Path]:
-    """Writes STEM.safetensors, or shards of at most `max_bytes` of data with an index; one tensor is held at a time.
+def write_tensors(
+    path: pathlib.Path, stem: str, outputs: list[Output], max_bytes: int
+) -> list[pathlib.Path]:
+    """Writes STEM.safetensors, or shards of at most `max_bytes` of data with an index; one tensor
+    is held at a time.
 
     Returns:
       the weight files. A tensor larger than `max_bytes` gets a shard of its own.
@@ -136,9 +153,17 @@ def write_tensors(path: pathlib.Path, stem: str, outputs: list[Output], max_byte
     if len(shards) == 1:
         files = [path / f"{stem}.safetensors"]
     else:
-        files = [path / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        weight_map = {o.name: file.name for shard, file in zip(shards, files, strict=True) for o in shard}
-        content = {"metadata": {"total_size": sum(output.nbytes for output in outputs)}, "weight_map": weight_map}
+        files = [
+            path / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+            for i in range(1, len(shards) + 1)
+        ]
+        weight_map = {
+            o.name: file.name for shard, file in zip(shards, files, strict=True) for o in shard
+        }
+        content = {
+            "metadata": {"total_size": sum(output.nbytes for output in outputs)},
+            "weight_map": weight_map,
+        }
         (path / f"{stem}.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
     for shard, name in zip(shards, files, strict=True):
         with open(name, "wb") as file:
@@ -147,7 +172,9 @@ def write_tensors(path: pathlib.Path, stem: str, outputs: list[Output], max_byte
 
 
 def _write_file(file: BinaryIO, outputs: list[Output]) -> None:
-    """Length of the header (u64), header (JSON, padded to 8 bytes), then the tensors in C order, little endian."""
+    """Length of the header (u64), header (JSON, padded to 8 bytes), then the tensors in C order,
+    little endian.
+    """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for output in outputs:
         header[output.name] = {
@@ -162,5 +189,7 @@ def _write_file(file: BinaryIO, outputs: list[Output]) -> None:
     for output in outputs:
         array = output.read()
         if array.shape != output.shape or array.dtype != output.dtype:
-            raise ValueError(f"{output.name}: {array.dtype}{list(array.shape)} is not what its header says")
+            raise ValueError(
+                f"{output.name}: {array.dtype}{list(array.shape)} is not what its header says"
+            )
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -1,6 +1,8 @@
-"""Own correctness of search traces -> their advantages: what the controls learn from. Host-side numpy.
+"""Own correctness of search traces -> their advantages: what the controls learn from. Host-side
+numpy.
 
-Rewards r_i of the N traces of a problem; NaN = our own failure: left out, advantage 0. n valid ones, c of them right.
+Rewards r_i of the N traces of a problem; NaN = our own failure: left out, advantage 0. n valid
+ones, c of them right.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ _STD_EPS = 1e-6
 
 
 def grpo(own_BxN: np.ndarray) -> np.ndarray:
-    """(r - mean) / (std + 1e-6), std over the population (divided by the count). [B, N] -> float32 [B, N]; 0 at NaN."""
+    """(r - mean) / (std + 1e-6), std over the population (divided by the count). [B, N] -> float32
+    [B, N]; 0 at NaN.
+    """
     valid_BxN = ~np.isnan(own_BxN)
     centred_BxN = own_BxN - mean(own_BxN, valid_BxN)[:, None]
     std_Bx1 = np.sqrt(mean(centred_BxN**2, valid_BxN))[:, None]
@@ -26,25 +30,31 @@ def grpo(own_BxN: np.ndarray) -> np.ndarray:
 
 
 def centred(own_BxN: np.ndarray) -> np.ndarray:
-    """r - mean: GRPO without its std (Dr. GRPO, arXiv 2503.20783). [B, N] -> float32 [B, N]; 0 at NaN."""
+    """r - mean: GRPO without its std (Dr. GRPO, arXiv 2503.20783). [B, N] -> float32 [B, N]; 0 at
+    NaN.
+    """
     return clean(own_BxN - mean(own_BxN, ~np.isnan(own_BxN))[:, None], own_BxN)
 
 
 def leave_one_out(own_BxN: np.ndarray) -> np.ndarray:
-    """r_i - mean of the others = n / (n - 1) (r_i - mean): RLOO (arXiv 2402.14740). [B, N] -> float32; 0 at NaN."""
+    """r_i - mean of the others = n / (n - 1) (r_i - mean): RLOO (arXiv 2402.14740). [B, N] ->
+    float32; 0 at NaN.
+    """
     n_Bx1 = (~np.isnan(own_BxN)).sum(axis=-1, keepdims=True)
     centred_BxN = own_BxN - mean(own_BxN, ~np.isnan(own_BxN))[:, None]
     return clean(n_Bx1 / np.maximum(n_Bx1 - 1, 1) * centred_BxN, own_BxN)
 
 
 def pass_at_k(own_BxN: np.ndarray, k: int) -> np.ndarray:
-    """What ParaGator (arXiv 2603.18886) gives its search traces: the pass@k advantage of arXiv 2508.10751 without std.
+    """What ParaGator (arXiv 2603.18886) gives its search traces: the pass@k advantage of arXiv
+    2508.10751 without std.
 
     With mu = 1 - C(n-c, k) / C(n, k), pass@k of the n traces:
 
         right: 1 - mu        wrong: 1 - mu - C(n-c-1, k-1) / C(n-1, k-1)
 
-    It is `marginal_mean` over all k-sets of the score "one of them is right". 0 if n <= k: there is no other set.
+    It is `marginal_mean` over all k-sets of the score "one of them is right". 0 if n <= k: there is
+    no other set.
 
     Args:
       own_BxN: 0, 1 or NaN.
@@ -56,42 +66,56 @@ def pass_at_k(own_BxN: np.ndarray, k: int) -> np.ndarray:
 
 
 def max_at_k(own_BxN: np.ndarray, k: int) -> np.ndarray:
-    """PKPO's s^(loo-1) (arXiv 2505.15201): the sum over k-sets I of (max_I r - max of I without i) / C(n, k).
+    """PKPO's s^(loo-1) (arXiv 2505.15201): the sum over k-sets I of (max_I r - max of I without i)
+    / C(n, k).
 
-    Of 0/1 rewards C(n-c, k-1) / C(n, k) for a right trace and 0 for a wrong one; sum_i s_i grad log pi(y_i) is an
-    unbiased gradient of pass@k. Arguments and result as in `pass_at_k`; 0 if n < k.
+    Of 0/1 rewards C(n-c, k-1) / C(n, k) for a right trace and 0 for a wrong one; sum_i s_i grad log
+    pi(y_i) is an unbiased gradient of pass@k. Arguments and result as in `pass_at_k`; 0 if n < k.
     """
     return _by_count(own_BxN, lambda n, c: _max_at_k(n, c, k))
 
 
 def varies(own_BxN: np.ndarray) -> np.ndarray:
-    """Whether two valid rewards differ: `grpo`, `centred`, `leave_one_out` are non-zero somewhere -> bool [B]."""
+    """Whether two valid rewards differ: `grpo`, `centred`, `leave_one_out` are non-zero somewhere
+    -> bool [B].
+    """
     valid = ~np.isnan(own_BxN)
-    return np.where(valid, own_BxN, -np.inf).max(axis=-1) > np.where(valid, own_BxN, np.inf).min(axis=-1)
+    return np.where(valid, own_BxN, -np.inf).max(axis=-1) > np.where(valid, own_BxN, np.inf).min(
+        axis=-1
+    )
 
 
 def differs_at_k(own_BxN: np.ndarray, others: int) -> np.ndarray:
     """Whether a trace is right and `others` are wrong -> bool [B].
 
-    `pass_at_k` is non-zero just then with others = k (some k-set must have no right trace), `max_at_k` with k - 1.
+    `pass_at_k` is non-zero just then with others = k (some k-set must have no right trace),
+    `max_at_k` with k - 1.
     """
     n_B, c_B = counts(own_BxN)
     return (c_B >= 1) & (n_B - c_B >= others)
 
 
 def counts(own_BxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(valid traces n, right ones c), int [B] each. Raises ValueError: a reward that is not 0, 1 or NaN."""
+    """(valid traces n, right ones c), int [B] each. Raises ValueError: a reward that is not 0, 1 or
+    NaN.
+    """
     valid_BxN = ~np.isnan(own_BxN)
     if not np.isin(own_BxN[valid_BxN], (0, 1)).all():
-        raise ValueError("own correctness must be 0, 1 or NaN: sets are scored by whether a right trace is in them.")
+        raise ValueError(
+            "own correctness must be 0, 1 or NaN: sets are scored by whether a right trace is in them."
+        )
     return valid_BxN.sum(axis=-1), (own_BxN == 1).sum(axis=-1)
 
 
-def _by_count(own_BxN: np.ndarray, advantages: Callable[[int, int], tuple[float, float]]) -> np.ndarray:
+def _by_count(
+    own_BxN: np.ndarray, advantages: Callable[[int, int], tuple[float, float]]
+) -> np.ndarray:
     """float32 [B, N] from advantages(n, c) -> (of a right trace, of a wrong one)."""
     pairs = [advantages(int(n), int(c)) for n, c in zip(*counts(own_BxN), strict=True)]
     right_Bx1, wrong_Bx1 = np.array(pairs, np.float64).reshape(-1, 2, 1).swapaxes(0, 1)
-    return np.where(np.isnan(own_BxN), 0.0, np.where(own_BxN == 1, right_Bx1, wrong_Bx1)).astype(np.float32)
+    return np.where(np.isnan(own_BxN), 0.0, np.where(own_BxN == 1, right_Bx1, wrong_Bx1)).astype(
+        np.float32
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -99,7 +123,9 @@ def _pass_at_k(n: int, c: int, k: int) -> tuple[float, float]:
     if n <= k or c in (0, n):
         return 0.0, 0.0
     missed = Fraction(math.comb(n - c, k), math.comb(n, k))
-    return float(missed), float(missed - Fraction(math.comb(n - c - 1, k - 1), math.comb(n - 1, k - 1)))
+    return float(missed), float(
+        missed - Fraction(math.comb(n - c - 1, k - 1), math.comb(n - 1, k - 1))
+    )
 
 
 @functools.lru_cache(maxsize=4096)

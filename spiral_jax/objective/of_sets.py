@@ -1,12 +1,13 @@
-"""Scores of sets -> advantages of the traces in them, and of the aggregations. Host-side numpy, float64 inside.
+"""Scores of sets -> advantages of the traces in them, and of the aggregations. Host-side numpy,
+float64 inside.
 
     f_k = mean_m r_km                                         the success of set k's aggregations (arXiv 2606.23595)
     A_search(i)  marginal_mean: mean of f_k - mean(f) over the drawn sets that contain trace i; 0 if there are none
                  with_without:  mean f of the drawn sets with i - mean f of those without; 0 if one side is empty
     A_agg(k, m)  r_km - f_k
 
-A NaN reward is our own failure: such samples are in no mean and have advantage 0, and a set without a valid sample is
-in no mean either.
+A NaN reward is our own failure: such samples are in no mean and have advantage 0, and a set without
+a valid sample is in no mean either.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import itertools
 
 import numpy as np
 
-# Means in float64 leave about 1e-16 of the largest term where the exact result is 0; float32 rewards that differ at
-# all, by 6e-8 or more of it, leave far more than 1e-12. What is below this share of the largest term is set to 0.
+# Means in float64 leave about 1e-16 of the largest term where the exact result is 0; float32
+# rewards that differ at all, by 6e-8 or more of it, leave far more than 1e-12. What is below this
+# share of the largest term is set to 0.
 _ROUNDING = 1e-12
 
 
 def set_score(reward_BxKxM: np.ndarray) -> np.ndarray:
-    """f_k: mean reward of a set's valid samples. [B, K, M] -> float64 [B, K], NaN for a set without valid samples.
+    """f_k: mean reward of a set's valid samples. [B, K, M] -> float64 [B, K], NaN for a set without
+    valid samples.
 
     Float64, as this is an intermediate: equal fractions (1/3, 2/6) give equal floats.
     """
@@ -43,7 +46,8 @@ def marginal_mean(f_BxK: np.ndarray, incidence_BxKxN: np.ndarray) -> np.ndarray:
 def with_without(f_BxK: np.ndarray, incidence_BxKxN: np.ndarray) -> np.ndarray:
     """Mean f of the valid sets with the trace minus mean f of those without; 0 if either is empty.
 
-    Shapes as in `marginal_mean`. RLOO at S = 1. Sets without a trace are independent of it, hence a legal baseline.
+    Shapes as in `marginal_mean`. RLOO at S = 1. Sets without a trace are independent of it, hence a
+    legal baseline.
     """
     valid_BxKx1 = ~np.isnan(f_BxK)[..., None]
     with_BxN = _mean_over_sets(f_BxK, incidence_BxKxN & valid_BxKx1)
@@ -54,20 +58,26 @@ def with_without(f_BxK: np.ndarray, incidence_BxKxN: np.ndarray) -> np.ndarray:
 def sets_differ(f_BxK: np.ndarray, incidence_BxKxN: np.ndarray) -> np.ndarray:
     """Whether `marginal_mean` (or `with_without`: the same) is non-zero at some trace -> bool [B].
 
-    Decided without a division, so exact for integer scores, and for others whose sums float64 holds exactly: with V
-    valid sets, n_i of them with trace i, it is non-zero there just when V * sum of f over i's sets != n_i * sum of f
-    over all. Unequal sets alone do not suffice: they can cancel at every trace ({0,1}, {2,3} right, {0,2}, {1,3} not).
+    Decided without a division, so exact for integer scores, and for others whose sums float64 holds
+    exactly: with V valid sets, n_i of them with trace i, it is non-zero there just when V * sum of
+    f over i's sets != n_i * sum of f
+    over all. Unequal sets alone do not suffice: they can cancel at every trace ({0,1}, {2,3} right,
+    {0,2}, {1,3} not).
     """
     valid_BxK = ~np.isnan(f_BxK)
     f_BxK = np.where(valid_BxK, f_BxK, 0.0)
     member_BxKxN = incidence_BxKxN & valid_BxK[..., None]
-    with_BxN = valid_BxK.sum(axis=-1, keepdims=True) * np.einsum("bk,bkn->bn", f_BxK, member_BxKxN.astype(np.float64))
+    with_BxN = valid_BxK.sum(axis=-1, keepdims=True) * np.einsum(
+        "bk,bkn->bn", f_BxK, member_BxKxN.astype(np.float64)
+    )
     all_BxN = member_BxKxN.sum(axis=1) * f_BxK.sum(axis=-1, keepdims=True)
     return (with_BxN != all_BxN).any(axis=-1)
 
 
 def aggregation_advantage(reward_BxKxM: np.ndarray) -> np.ndarray:
-    """r_km - f_k (paper: the set's own mean, no std, no leave-one-out). [B, K, M] -> float32 [B, K, M]; 0 at NaN."""
+    """r_km - f_k (paper: the set's own mean, no std, no leave-one-out). [B, K, M] -> float32 [B, K,
+    M]; 0 at NaN.
+    """
     return clean(reward_BxKxM - set_score(reward_BxKxM)[..., None], reward_BxKxM)
 
 
@@ -77,11 +87,14 @@ def every_subset(n: int, s: int) -> np.ndarray:
     return np.array(list(itertools.combinations(range(n), s)), np.int32)
 
 
-def polychromic_score(own_BxN: np.ndarray, strategy_BxN: np.ndarray, member_TxS: np.ndarray) -> np.ndarray:
-    """S^2 f_poly of T sets: right traces times different strategies, 0 if all are of one; whole numbers [B, T].
+def polychromic_score(
+    own_BxN: np.ndarray, strategy_BxN: np.ndarray, member_TxS: np.ndarray
+) -> np.ndarray:
+    """S^2 f_poly of T sets: right traces times different strategies, 0 if all are of one; whole
+    numbers [B, T].
 
-    f_poly = (mean own reward) * (strategies / S), Polychromic Objectives (arXiv 2509.25424) in the form of Poly-EPO
-    (arXiv 2604.17654), which lets a language model name the strategies.
+    f_poly = (mean own reward) * (strategies / S), Polychromic Objectives (arXiv 2509.25424) in the
+    form of Poly-EPO (arXiv 2604.17654), which lets a language model name the strategies.
 
     Args:
       own_BxN: own correctness, 0 or 1; NaN = our own failure: sets with such a trace are NaN.
@@ -89,7 +102,9 @@ def polychromic_score(own_BxN: np.ndarray, strategy_BxN: np.ndarray, member_TxS:
     """
     right_BxT = own_BxN[:, member_TxS].sum(axis=-1)
     ordered_BxTxS = np.sort(strategy_BxN[:, member_TxS], axis=-1)
-    strategies_BxT = (ordered_BxTxS[..., 0] >= 0) + (np.diff(ordered_BxTxS, axis=-1) > 0).sum(axis=-1)
+    strategies_BxT = (ordered_BxTxS[..., 0] >= 0) + (np.diff(ordered_BxTxS, axis=-1) > 0).sum(
+        axis=-1
+    )
     return right_BxT * np.where(strategies_BxT > 1, strategies_BxT, 0)
 
 
@@ -101,7 +116,9 @@ def mean(value: np.ndarray, valid: np.ndarray) -> np.ndarray:
 
 
 def clean(advantage: np.ndarray, terms: np.ndarray) -> np.ndarray:
-    """float32, with 0 for NaN and for what is only rounding beside the problem's largest |term|. Same rank, B first."""
+    """float32, with 0 for NaN and for what is only rounding beside the problem's largest |term|.
+    Same rank, B first.
+    """
     axes = tuple(range(1, terms.ndim))
     largest = np.where(np.isnan(terms), 0, np.abs(terms)).max(axis=axes, keepdims=True, initial=0)
     return np.where(np.abs(advantage) > _ROUNDING * largest, advantage, 0.0).astype(np.float32)

@@ -25,7 +25,8 @@ class Compiled:
 
     Attributes:
       text: optimised HLO; "" where the program does not fit.
-      arguments, results, aliased, temporary: bytes; `aliased` are results that lie where arguments were.
+      arguments, results, aliased, temporary: bytes; `aliased` are results that lie where arguments
+      were.
       needed: bytes that a program needs which does not fit; 0 where it fits.
       seconds: what compiling took, when it was done.
     """
@@ -41,7 +42,9 @@ class Compiled:
 
 def cache_directory() -> pathlib.Path:
     """Where compiled programs are kept: SPIRAL_JAX_PLANS, or ~/.cache/spiral_jax/plans."""
-    return pathlib.Path(os.environ.get("SPIRAL_JAX_PLANS", pathlib.Path.home() / ".cache" / "spiral_jax" / "plans"))
+    return pathlib.Path(
+        os.environ.get("SPIRAL_JAX_PLANS", pathlib.Path.home() / ".cache" / "spiral_jax" / "plans")
+    )
 
 
 def compile_kept(lowered: Lowered, target: str) -> Compiled:
@@ -84,7 +87,9 @@ def _compile(lowered: Lowered) -> Compiled:
 
 
 def needed_bytes(message: str) -> int | None:
-    """HBM that a program needs, from the compiler's "Used 20.61G of 15.75G hbm"; None for any other error."""
+    """HBM that a program needs, from the compiler's "Used 20.61G of 15.75G hbm"; None for any other
+    error.
+    """
     found = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", message)
     return int(float(found[1]) * _UNITS[found[2]]) if found else None
 

@@ -1,7 +1,8 @@
-"""What one chip computes, moves and sends in a compiled program, read from its HLO: a walk that takes a loop's body as
-often as the loop runs.
+"""What one chip computes, moves and sends in a compiled program, read from its HLO: a walk that
+takes a loop's body as often as the loop runs.
 
-XLA's own cost analysis counts a loop's body once, an update for a pass over the whole array, and no collective.
+XLA's own cost analysis counts a loop's body once, an update for a pass over the whole array, and no
+collective.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         kinds = self.sent_bytes.keys() | other.sent_bytes.keys()
-        sent = {kind: self.sent_bytes.get(kind, 0.0) + other.sent_bytes.get(kind, 0.0) for kind in kinds}
+        sent = {
+            kind: self.sent_bytes.get(kind, 0.0) + other.sent_bytes.get(kind, 0.0) for kind in kinds
+        }
         return Cost(self.flops + other.flops, self.hbm_bytes + other.hbm_bytes, sent)
 
     def __mul__(self, times: float) -> Cost:
@@ -50,8 +53,8 @@ def cost_of(module: Module, passes: dict[str, float]) -> Cost:
     """The whole program.
 
     Args:
-      passes: how often loops run whose text does not say so: a pattern of `Instruction.op_name` -> passes, which may
-        be 0, or a mean. The first that matches counts.
+      passes: how often loops run whose text does not say so: a pattern of `Instruction.op_name` ->
+        passes, which may be 0, or a mean. The first that matches counts.
 
     Raises:
       UnknownLoop: a loop that no pattern matches.
@@ -74,20 +77,32 @@ class _Walk:
     def _instruction(self, one: Instruction, where: Computation) -> Cost:
         if one.operation == "while":
             times = self._passes(one, where)
-            inside = Cost() if times == 0 else sum((self.computation(name) for name in one.called), Cost())
+            inside = (
+                Cost()
+                if times == 0
+                else sum((self.computation(name) for name in one.called), Cost())
+            )
             return inside * times
         if one.operation == "conditional":
-            return max((self.computation(name) for name in one.called), key=lambda cost: (cost.flops, cost.hbm_bytes))
+            return max(
+                (self.computation(name) for name in one.called),
+                key=lambda cost: (cost.flops, cost.hbm_bytes),
+            )
         if one.operation in ("call", "async-start"):
             return sum((self.computation(name) for name in one.called), Cost())
         if one.operation in _FREE or one.operation in ("async-done", "async-update"):
             return Cost()
         base = one.operation.removesuffix("-start")
         if base in COLLECTIVES:
-            return Cost(hbm_bytes=hbm_bytes(one, where, self.module), sent_bytes=self._sent(base, one, where))
+            return Cost(
+                hbm_bytes=hbm_bytes(one, where, self.module),
+                sent_bytes=self._sent(base, one, where),
+            )
         if one.operation.endswith("-done") and one.operation.removesuffix("-done") in COLLECTIVES:
             return Cost()
-        return Cost(self._flops(one, where), hbm_bytes(one, where, self.module), self._fused_sent(one))
+        return Cost(
+            self._flops(one, where), hbm_bytes(one, where, self.module), self._fused_sent(one)
+        )
 
     def _flops(self, one: Instruction, where: Computation) -> float:
         if one.operation == "dot":
@@ -100,21 +115,27 @@ class _Walk:
         return 0.0
 
     def _fused_sent(self, one: Instruction) -> dict[str, float]:
-        """Collectives that the compiler put inside of a fusion, to run beside its work; counted where they start."""
+        """Collectives that the compiler put inside of a fusion, to run beside its work; counted
+        where they start.
+        """
         total = Cost()
         if one.operation == "fusion":
             inside = self.module.computations[one.called[0]]
             starts = START in targets(inside)
             for part in inside.instructions.values():
                 if part.operation in COLLECTIVES:
-                    total += Cost(sent_bytes=self._sent(part.operation, part, inside) if starts else {})
+                    total += Cost(
+                        sent_bytes=self._sent(part.operation, part, inside) if starts else {}
+                    )
                 else:
                     total += Cost(sent_bytes=self._fused_sent(part))
         return total.sent_bytes
 
     def _sent(self, kind: str, one: Instruction, where: Computation) -> dict[str, float]:
         """Bytes that a chip sends on a ring of the collective's group."""
-        operands = sum(array.bytes for name in one.operands for array in where.instructions[name].arrays)
+        operands = sum(
+            array.bytes for name in one.operands for array in where.instructions[name].arrays
+        )
         n = _group_size(one, self.module.partitions)
         share = (n - 1) / n
         return {
@@ -135,12 +156,16 @@ class _Walk:
             return int(match[1])
         times = _counted_passes(loop, where, self.module)
         if times is None:
-            raise UnknownLoop(f"loop {loop.name} ({loop.op_name or 'of the compiler'}): how often it runs is unknown")
+            raise UnknownLoop(
+                f"loop {loop.name} ({loop.op_name or 'of the compiler'}): how often it runs is unknown"
+            )
         return times
 
 
 def _counted_passes(loop: Instruction, where: Computation, module: Module) -> int | None:
-    """Passes of `for (i = first; i < end; i += 1)` with constants for both; None for any other loop."""
+    """Passes of `for (i = first; i < end; i += 1)` with constants for both; None for any other
+    loop.
+    """
     condition = module.computations[loop.attribute("condition")]
     test = condition.through(condition.root.name)
     if test.operation == "fusion":  # the comparison alone, in a computation of its own
@@ -168,17 +193,25 @@ def _constant(side: Instruction, loop: Instruction, where: Computation) -> int |
         if carried.operation != "tuple":
             return None
         side = where.through(carried.operands[int(side.attribute("index"))])
-    return int(side.text) if side.operation == "constant" and re.fullmatch(r"-?\d+", side.text) else None
+    return (
+        int(side.text)
+        if side.operation == "constant" and re.fullmatch(r"-?\d+", side.text)
+        else None
+    )
 
 
 def _dot_flops(one: Instruction, where: Computation) -> float:
     left = where.instructions[one.operands[0]].arrays[0].shape
-    contracted = [int(axis) for axis in re.findall(r"\d+", one.attribute("lhs_contracting_dims") or "")]
+    contracted = [
+        int(axis) for axis in re.findall(r"\d+", one.attribute("lhs_contracting_dims") or "")
+    ]
     return 2.0 * math.prod(one.arrays[0].shape) * math.prod(left[axis] for axis in contracted)
 
 
 def _convolution_flops(one: Instruction, where: Computation) -> float:
-    """A TPU's matrix products are convolutions: a batch axis may be a spatial one whose window meets one element."""
+    """A TPU's matrix products are convolutions: a batch axis may be a spatial one whose window
+    meets one element.
+    """
     left, right = (where.instructions[name].arrays[0].shape for name in one.operands[:2])
     left_labels, right_labels, out_labels = re.split("_|->", one.attribute("dim_labels"))
     out = one.arrays[0].shape
@@ -206,7 +239,9 @@ def _convolution_flops(one: Instruction, where: Computation) -> float:
 def _valid_taps(
     size: int, kernel: int, out: int, stride: int, low: int, left_dilation: int, right_dilation: int
 ) -> int:
-    """Pairs of (output position, window position) along one axis that meet an element, not padding or a hole."""
+    """Pairs of (output position, window position) along one axis that meet an element, not padding
+    or a hole.
+    """
     count = 0
     reach = (size - 1) * left_dilation
     for k in range(kernel):
@@ -217,8 +252,12 @@ def _valid_taps(
 
 
 def _group_size(one: Instruction, partitions: int) -> int:
-    """Chips of one group of a collective; `replica_groups` is a list, an iota [groups, size], or axes of a mesh."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}", one.attributes):
+    """Chips of one group of a collective; `replica_groups` is a list, an iota [groups, size], or
+    axes of a mesh.
+    """
+    if found := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}", one.attributes
+    ):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         named = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[2])
         return math.prod(int(part or sizes[axis]) for axis, _, part in named)

@@ -1,4 +1,6 @@
-"""Does a configuration fit a topology, and if not, what first change makes it fit: micro-batch, remat, slots, mesh."""
+"""Does a configuration fit a topology, and if not, what first change makes it fit: micro-batch,
+remat, slots, mesh.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ class Planner:
     def attempts(self, c: ConfigDict, most: int) -> Iterator[Attempt]:
         """Tries the configuration as it is, then changes of it until one fits or `most` were tried.
 
-        What was too large decides what is changed next: micro-batch and remat, slots and cache, or the mesh.
+        What was too large decides what is changed next: micro-batch and remat, slots and cache, or
+        the mesh.
         """
         as_given = self.attempt(c, {})
         yield as_given
@@ -69,7 +72,10 @@ class Planner:
         tried, given = 0, _with_whole_mesh(c, self.topology.chips)
         for shape in mesh_shapes(c, self.arch, self.topology.chips):
             mesh = _mesh_overrides(shape)
-            train, sampler = (deque(options(c, shape[0] * shape[1])) for options in (train_options, sampler_options))
+            train, sampler = (
+                deque(options(c, shape[0] * shape[1]))
+                for options in (train_options, sampler_options)
+            )
             while train and sampler:
                 overrides = mesh | train[0] | sampler[0]
                 attempt = as_given
@@ -84,24 +90,36 @@ class Planner:
                 (train if attempt.part == "train" else sampler).popleft()
 
     def attempt(self, c: ConfigDict, overrides: Overrides) -> Attempt:
-        """Compiles (or estimates) the programs of `c` with `overrides`, the largest first, up to one too large."""
+        """Compiles (or estimates) the programs of `c` with `overrides`, the largest first, up to
+        one too large.
+        """
         c = changed(c, overrides)
         try:
             run = Run(c, hf.model_config(self.arch, c.model), make_mesh(c, self.topology))
         except ConfigError as error:
-            return Attempt(overrides, str(error), "sampler" if "sampling." in str(error) else "train")
+            return Attempt(
+                overrides, str(error), "sampler" if "sampling." in str(error) else "train"
+            )
         room = (1 - self.free) * self.topology.chip.hbm_bytes
         for part, memory in (("mesh", run.policy_memory()), ("sampler", run.sampler_memory())):
             if sum(memory.values()) > room:
-                return Attempt(overrides, f"{', '.join(memory)}: {_gib(sum(memory.values()))} of {_gib(room)}", part)
+                return Attempt(
+                    overrides,
+                    f"{', '.join(memory)}: {_gib(sum(memory.values()))} of {_gib(room)}",
+                    part,
+                )
         works, done = work_of(c, self.assumed), {}
         for name, program in run.programs({work.role: work.prompt for work in works}).items():
             self.say(program.name)
             done[name] = one = profile(program, self.topology, self.free)
             if not one.fits:
                 verdict = f"{program.name}: {_gib(one.needed)} of {_gib(one.room)}"
-                return Attempt(overrides, verdict, "train" if name.startswith("train") else "sampler", done)
-        return Attempt(overrides, "fits", "", done, predict(run, self.topology, works, self.assumed, done))
+                return Attempt(
+                    overrides, verdict, "train" if name.startswith("train") else "sampler", done
+                )
+        return Attempt(
+            overrides, "fits", "", done, predict(run, self.topology, works, self.assumed, done)
+        )
 
 
 def make_mesh(c: ConfigDict, topology: Topology) -> Mesh | AbstractMesh:
@@ -131,17 +149,23 @@ def _with_whole_mesh(c: ConfigDict, chips: int) -> ConfigDict:
 
 
 def mesh_shapes(c: ConfigDict, arch: Architecture, chips: int) -> Iterator[tuple[int, int, int]]:
-    """(data, fsdp, tensor): tensor from what is configured upwards, and for each the configured fsdp, then all."""
+    """(data, fsdp, tensor): tensor from what is configured upwards, and for each the configured
+    fsdp, then all.
+    """
     for tensor in range(1, arch.J + 1):
         if tensor >= c.mesh.tensor and arch.J % tensor == 0 and chips % tensor == 0:
             rest = chips // tensor
-            for fsdp in dict.fromkeys(([c.mesh.fsdp] if rest % max(c.mesh.fsdp, 1) == 0 else []) + [rest]):
+            for fsdp in dict.fromkeys(
+                ([c.mesh.fsdp] if rest % max(c.mesh.fsdp, 1) == 0 else []) + [rest]
+            ):
                 if fsdp > 0:
                     yield rest // fsdp, fsdp, tensor
 
 
 def train_options(c: ConfigDict, multiple: int) -> list[Overrides]:
-    """Micro-batches that the mesh divides, from the configured size down to one group a shard; then with remat."""
+    """Micro-batches that the mesh divides, from the configured size down to one group a shard; then
+    with remat.
+    """
     roles = {f"{role}_groups": groups for role, groups in groups_of_step(c).items()}
     options = []
     for halvings in range(8):
@@ -149,20 +173,34 @@ def train_options(c: ConfigDict, multiple: int) -> list[Overrides]:
         for field, groups in roles.items():
             size = max(multiple, c.batch[field] // 2**halvings // multiple * multiple)
             sizes |= {f"batch.{field}": size} if groups % size == 0 else {}
-        kept = {field: size for field, size in sizes.items() if size != c.batch[field.removeprefix("batch.")]}
+        kept = {
+            field: size
+            for field, size in sizes.items()
+            if size != c.batch[field.removeprefix("batch.")]
+        }
         if len(sizes) == len(roles) and kept not in options:
             options.append(kept)
-    remat = [] if c.model.remat == "layer" else [option | {"model.remat": "layer"} for option in options]
+    remat = (
+        []
+        if c.model.remat == "layer"
+        else [option | {"model.remat": "layer"} for option in options]
+    )
     return options + remat
 
 
 def sampler_options(c: ConfigDict, multiple: int) -> list[Overrides]:
-    """Slots that the mesh divides: as configured, two a shard, one a shard; then the last with an int8 cache."""
+    """Slots that the mesh divides: as configured, two a shard, one a shard; then the last with an
+    int8 cache.
+    """
     options = []
     for least in (None, 2 * multiple, multiple):
         classes = tuple((least or slots, C, P, G) for slots, C, P, G in c.sampling.classes)
         if all(slots % multiple == 0 for slots, *_ in classes):
-            option = {} if classes == tuple(map(tuple, c.sampling.classes)) else {"sampling.classes": classes}
+            option = (
+                {}
+                if classes == tuple(map(tuple, c.sampling.classes))
+                else {"sampling.classes": classes}
+            )
             options += [option] if option not in options else []
     return options + [options[-1] | {"sampling.cache_dtype": "int8"}]
 

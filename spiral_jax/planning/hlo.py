@@ -1,4 +1,6 @@
-"""A compiled program's HLO text as objects: computations, instructions, and the arrays that those make."""
+"""A compiled program's HLO text as objects: computations, instructions, and the arrays that those
+make.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _CALLED = re.compile(r"(?:calls|body|condition|to_apply|branch_computations|true
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an instruction's type. `on_chip`: it lies in memory other than HBM, as S(1) in its layout says."""
+    """One array of an instruction's type. `on_chip`: it lies in memory other than HBM, as S(1) in
+    its layout says.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,7 +53,9 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from, such as "jit(f)/decode/while"; "" where the compiler made it."""
+        """Where in the Python program it comes from, such as "jit(f)/decode/while"; "" where the
+        compiler made it.
+        """
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
@@ -100,10 +106,14 @@ class Module:
 
     def loops(self) -> Iterator[Instruction]:
         for computation in self.computations.values():
-            yield from (one for one in computation.instructions.values() if one.operation == "while")
+            yield from (
+                one for one in computation.instructions.values() if one.operation == "while"
+            )
 
     def arrays(self) -> Iterator[Array]:
-        """Every array of the program that exists in memory: those inside of fused computations do not."""
+        """Every array of the program that exists in memory: those inside of fused computations do
+        not.
+        """
         fused = {
             name
             for computation in self.computations.values()
@@ -143,7 +153,11 @@ def parse(text: str) -> Module:
 def arrays_of(kind: str) -> tuple[Array, ...]:
     """All arrays of a type, tuples flattened."""
     return tuple(
-        Array(dtype, tuple(int(size.lstrip("<=")) for size in shape.split(",") if size), "S(" in layout)
+        Array(
+            dtype,
+            tuple(int(size.lstrip("<=")) for size in shape.split(",") if size),
+            "S(" in layout,
+        )
         for dtype, shape, layout in _ARRAY.findall(kind)
         if dtype in _BYTES
     )
@@ -161,7 +175,15 @@ def _instruction(line: str) -> Instruction | None:
     end = _closing(rest)
     inside = rest[1:end]
     attributes = rest[end + 1 :].lstrip(", ")
-    return Instruction(name[1:], arrays_of(kind), operation, tuple(_NAME.findall(inside)), inside, attributes, is_root)
+    return Instruction(
+        name[1:],
+        arrays_of(kind),
+        operation,
+        tuple(_NAME.findall(inside)),
+        inside,
+        attributes,
+        is_root,
+    )
 
 
 def _closing(text: str) -> int:

@@ -1,4 +1,6 @@
-"""The programs of a run, from shapes alone: for each what lies on a chip beside it, and what it ideally costs."""
+"""The programs of a run, from shapes alone: for each what lies on a chip beside it, and what it
+ideally costs.
+"""
 
 from __future__ import annotations
 
@@ -101,18 +103,25 @@ class Run:
         self.sizes = dict(mesh.shape)
         self.chips, self.shards = math.prod(self.sizes.values()), meshes.group_count_multiple(mesh)
         base = hf.abstract_params(model)
-        self.base = _placed(base, meshes.weight_shardings(base, mesh)) if keeps_base(c, model) else None
+        self.base = (
+            _placed(base, meshes.weight_shardings(base, mesh)) if keeps_base(c, model) else None
+        )
         self.state = abstract_state(c, model, mesh)
         self.decode_weights = abstract_weights(model, mesh)
         classes = self.engine.schedule.classes
         self.recipes = sampler_programs.recipes(self.engine.settings, self.engine.schedule)
-        self.slots = [sampler_programs.abstract_state(self.engine.settings, slots) for slots in classes]
+        self.slots = [
+            sampler_programs.abstract_state(self.engine.settings, slots) for slots in classes
+        ]
         self.caches = [[state.prompt, state.own] for state in self.slots]
         self.blocks = [self.placed(block) for block in abstract_blocks(c)]
 
     def placed(self, block: Block) -> Block:
         """Shapes of a block, with the shardings that training gives it."""
-        along, whole = meshes.group_sharding(self.mesh, leading=1), NamedSharding(self.mesh, PartitionSpec())
+        along, whole = (
+            meshes.group_sharding(self.mesh, leading=1),
+            NamedSharding(self.mesh, PartitionSpec()),
+        )
         return _placed(block, jax.tree.map(lambda leaf: along if leaf.ndim else whole, block))
 
     @property
@@ -128,7 +137,9 @@ class Run:
         }
 
     def policy_memory(self) -> dict[str, int]:
-        """The same and the decode copy, which lies there from the end of an update to the start of the next."""
+        """The same and the decode copy, which lies there from the end of an update to the start of
+        the next.
+        """
         return self.state_memory() | {"decode copy": bytes_a_chip(self.decode_weights)}
 
     def sampler_memory(self) -> dict[str, int]:
@@ -136,7 +147,8 @@ class Run:
         return self.policy_memory() | {"keys and values": bytes_a_chip(self.caches)}
 
     def programs(self, prompts: dict[Role, int]) -> dict[str, Program]:
-        """All of them, the most demanding of each kind first: train/ROLE/BUCKET, decode, prefill/ROLE, decode_copy.
+        """All of them, the most demanding of each kind first: train/ROLE/BUCKET, decode,
+        prefill/ROLE, decode_copy.
 
         Args:
           prompts: mean tokens of each role's prompts, which admissions are counted for.
@@ -172,23 +184,31 @@ class Run:
             groups=U,
             tokens=tokens,
             lower=lower,
-            unit_loop=rf"/{block.role.label}_block/while$" if A > 1 else "",  # a single micro-batch has no loop
+            unit_loop=rf"/{block.role.label}_block/while$"
+            if A > 1
+            else "",  # a single micro-batch has no loop
             passes=self._train_passes(P, G),
             memory=self.state_memory()
-            | {"batch": bytes_a_chip(self.blocks), "gradients of other roles": (roles - 1) * trained},
+            | {
+                "batch": bytes_a_chip(self.blocks),
+                "gradients of other roles": (roles - 1) * trained,
+            },
             arguments=bytes_a_chip([self.base, self.state, block]),
             kept=analytic.kept_activations(arch, remat, own, tensor, self.width),
             ideal_flops=flops,
             ideal_hbm_bytes=0.0,
             estimate=analytic.train_cost(arch, self.sizes, remat, flops, own, self.width, trained),
-            estimated_temporary=trained + analytic.working_set(arch, own, logits, tensor, self.width),
+            estimated_temporary=trained
+            + analytic.working_set(arch, own, logits, tensor, self.width),
             forbidden=self._forbidden(U // self.shards, C, P, G),
         )
 
     def _train_passes(self, P: int, G: int) -> dict[str, float]:
-        """Loops whose length depends on the groups, for a micro-batch whose longest prompt and trace fill the block.
+        """Loops whose length depends on the groups, for a micro-batch whose longest prompt and
+        trace fill the block.
 
-        In attention a block of queries meets the blocks of own keys up to its diagonal, on average half of them.
+        In attention a block of queries meets the blocks of own keys up to its diagonal, on average
+        half of them.
         """
         block, chunk = self.model.attention_block, self.c.loss.logprob_chunk
         prompt, trace = (-(-length // even_block(length, block)) for length in (P, G))
@@ -204,17 +224,28 @@ class Run:
     def _forbidden(self, U: int, C: int, P: int, G: int) -> dict[str, Forbidden]:
         """Whole logits [.., C G, V] and whole scores [.., P, P] of a shard's U groups.
 
-        Sizes that another axis of the model has are left out: then a shape does not tell what an array is.
+        Sizes that another axis of the model has are left out: then a shape does not tell what an
+        array is.
         """
         arch, tensor = self.model.arch, self.sizes["tensor"]
-        others = {axis // cut for axis in (arch.D, arch.F, arch.H * arch.E, arch.J * arch.E) for cut in (1, tensor)}
+        others = {
+            axis // cut
+            for axis in (arch.D, arch.F, arch.H * arch.E, arch.J * arch.E)
+            for cut in (1, tensor)
+        }
         found = {"logits": Forbidden({arch.V, arch.V // tensor} - others, U * C * G)}
-        return found if P in others else found | {"scores": Forbidden({P}, U * arch.H // tensor * P, multiple=P)}
+        return (
+            found
+            if P in others
+            else found | {"scores": Forbidden({P}, U * arch.H // tensor * P, multiple=P)}
+        )
 
     def decode_program(self) -> Program:
         """The program of all rows; the unit is one token of every row."""
         schedule, arch = self.engine.schedule, self.model.arch
-        keys_N = np.concatenate([np.full(slots.rows, slots.P + slots.G) for slots in schedule.classes])
+        keys_N = np.concatenate(
+            [np.full(slots.rows, slots.P + slots.G) for slots in schedule.classes]
+        )
         rows = schedule.decode_rows(self.shards)[-1]
         recipe = self.recipes["decode", rows]
         flops = decode_flops(arch, self.model.lora_rank, keys_N) / self.chips
@@ -237,13 +268,21 @@ class Run:
         )
 
     def prefill_program(self, prompt: int) -> Program:
-        """Prompts of so many tokens, in the shapes of the class that they enter; the unit is one call."""
+        """Prompts of so many tokens, in the shapes of the class that they enter; the unit is one
+        call.
+        """
         schedule, settings, arch = self.engine.schedule, self.engine.settings, self.model.arch
-        i = min((i for i in schedule.entries() if prompt <= schedule.classes[i].P), key=lambda i: schedule.classes[i].P)
+        i = min(
+            (i for i in schedule.entries() if prompt <= schedule.classes[i].P),
+            key=lambda i: schedule.classes[i].P,
+        )
         shards, W, P = sampler_programs.prompt_shapes(settings, schedule, i).prompt_ZxWxP.shape
         chunk, recipe = settings.chunk_of(P), self.recipes["prefill", i]
         chunks = -(-prompt // chunk)
-        flops = prefill_flops(arch, self.model.lora_rank, np.full(shards * W, chunks * chunk)) / self.chips
+        flops = (
+            prefill_flops(arch, self.model.lora_rank, np.full(shards * W, chunks * chunk))
+            / self.chips
+        )
         weights = bytes_a_chip(self.decode_weights)
         caches = bytes_a_chip(self.caches[i][0]) // schedule.classes[i].slots * shards * W
         return Program(
@@ -262,12 +301,16 @@ class Run:
             estimate=analytic.forward_cost(
                 arch, self.sizes, flops, chunks * weights + caches, W * chunks * chunk, self.width
             ),
-            estimated_temporary=caches + analytic.working_set(arch, W * chunk, W, self.sizes["tensor"], self.width),
+            estimated_temporary=caches
+            + analytic.working_set(arch, W * chunk, W, self.sizes["tensor"], self.width),
         )
 
     def lay_out_program(self) -> Program:
         """The decode copy after an update; the unit is the whole."""
-        collections, copy = variables(self.model, self.base, self.state.trained), bytes_a_chip(self.decode_weights)
+        collections, copy = (
+            variables(self.model, self.base, self.state.trained),
+            bytes_a_chip(self.decode_weights),
+        )
         sent = {"all-gather": copy * (self.sizes["fsdp"] - 1) / self.sizes["fsdp"]}
         return Program(
             name="decode copy",
@@ -293,4 +336,6 @@ def _lower_lay_out(mesh: Mesh, collections: Any, model: ModelConfig) -> Lowered:
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, shardings
+    )

@@ -1,4 +1,6 @@
-"""What one program needs of a chip: memory by kind, costs of its unit, the roofline; for GPUs by arithmetic."""
+"""What one program needs of a chip: memory by kind, costs of its unit, the roofline; for GPUs by
+arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ class Profile:
       room: bytes that the chip has for it.
       roofline: of a unit.
       unit: cost of one pass of the outer loop. `call`: of all that is outside of it.
-      compiled: whether the numbers come from the compiler, or from arithmetic: for GPUs, and the costs of what is too
-        large to be compiled.
+      compiled: whether the numbers come from the compiler, or from arithmetic: for GPUs, and the
+        costs of what is too large to be compiled.
       seconds: what compiling took.
       largest: the largest array that the compiled program makes.
       forbidden: what of `Program.forbidden` it makes all the same.
@@ -55,7 +57,11 @@ class Profile:
     @property
     def flops_ratio(self) -> float | None:
         """Operations of a unit over the ideal count."""
-        return self.unit.flops / self.program.ideal_flops if self.program.ideal_flops and self.unit.flops else None
+        return (
+            self.unit.flops / self.program.ideal_flops
+            if self.program.ideal_flops and self.unit.flops
+            else None
+        )
 
     @property
     def hbm_ratio(self) -> float | None:
@@ -84,7 +90,9 @@ class Profile:
             "roofline_seconds": dataclasses.asdict(self.roofline),
             "seconds": self.roofline.seconds,
             "bound": self.roofline.bound,
-            "largest_array": None if self.largest is None else f"{self.largest.dtype}{list(self.largest.shape)}",
+            "largest_array": None
+            if self.largest is None
+            else f"{self.largest.dtype}{list(self.largest.shape)}",
             "checked_for": sorted(self.program.forbidden),
             "forbidden_arrays": self.forbidden,
             "uncounted_kernels": self.kernels,
@@ -103,12 +111,17 @@ def profile(program: Program, topology: Topology, free: float) -> Profile:
     room = int((1 - free) * topology.chip.hbm_bytes)
     line = roofline(program.estimate, topology.chip, topology.chips)
     if topology.devices is None:
-        memory = program.memory | {"activations": program.kept, "temporaries": program.estimated_temporary}
+        memory = program.memory | {
+            "activations": program.kept,
+            "temporaries": program.estimated_temporary,
+        }
         return Profile(program, memory, room, line, program.estimate, Cost(), compiled=False)
     compiled = compile_kept(program.lower(), topology.name)
     if compiled.needed:
         memory = {"program": compiled.needed}
-        return Profile(program, memory, room, line, program.estimate, Cost(), False, compiled.seconds)
+        return Profile(
+            program, memory, room, line, program.estimate, Cost(), False, compiled.seconds
+        )
     module = parse(compiled.text)
     unit, call = unit_and_call(module, program.unit_loop, program.passes)
     return Profile(
@@ -127,7 +140,9 @@ def profile(program: Program, topology: Topology, free: float) -> Profile:
 
 
 def unit_and_call(module: Module, unit_loop: str, passes: dict[str, float]) -> tuple[Cost, Cost]:
-    """Cost of one pass of the unit loop, and of everything outside of it; without such a loop all is the unit."""
+    """Cost of one pass of the unit loop, and of everything outside of it; without such a loop all
+    is the unit.
+    """
     if not unit_loop:
         return cost_of(module, passes), Cost()
     call = cost_of(module, {unit_loop: 0} | passes)

@@ -1,4 +1,6 @@
-"""The least time that a chip needs for what a program computes, reads and sends, when all three overlap."""
+"""The least time that a chip needs for what a program computes, reads and sends, when all three
+overlap.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ class Roofline:
 
 
 def roofline(cost: Cost, chip: Chip, chips: int) -> Roofline:
-    """Links: all that is sent goes over the ring of one mesh axis; over the slower network if the chips are `far`."""
+    """Links: all that is sent goes over the ring of one mesh axis; over the slower network if the
+    chips are `far`.
+    """
     far = chip.near and chips > chip.near
     links = chip.far_bytes_per_s if far else chip.link_bytes_per_s
-    return Roofline(cost.flops / chip.flops_per_s, cost.hbm_bytes / chip.hbm_bytes_per_s, cost.all_sent_bytes / links)
+    return Roofline(
+        cost.flops / chip.flops_per_s,
+        cost.hbm_bytes / chip.hbm_bytes_per_s,
+        cost.all_sent_bytes / links,
+    )

@@ -18,8 +18,8 @@ _SHIPPED = pathlib.Path(__file__).parent.parent / "assets" / "architectures"
 def planned_model(c: ConfigDict) -> tuple[ModelConfig, str]:
     """The model that config.model describes, and where its sizes were read.
 
-    `model.hf_path` may be a directory with config.json, a bundled model, a path whose last part is one of the
-    architectures that are shipped (the directory itself need not exist), or a Hub id.
+    `model.hf_path` may be a directory with config.json, a bundled model, a path whose last part is
+    one of the architectures that are shipped (the directory itself need not exist), or a Hub id.
 
     Raises:
       ConfigError: none of these, or a config.json that is not supported.
@@ -30,7 +30,10 @@ def planned_model(c: ConfigDict) -> tuple[ModelConfig, str]:
 
 def config_directory(hf_path: str) -> pathlib.Path:
     """The directory whose config.json describes the model that `config.model.hf_path` names."""
-    path, shipped = hf.BUNDLED.get(hf_path, pathlib.Path(hf_path)), _SHIPPED / pathlib.Path(hf_path).name
+    path, shipped = (
+        hf.BUNDLED.get(hf_path, pathlib.Path(hf_path)),
+        _SHIPPED / pathlib.Path(hf_path).name,
+    )
     if path.is_dir():
         return path
     if shipped.is_dir():
@@ -41,6 +44,8 @@ def config_directory(hf_path: str) -> pathlib.Path:
         raise ConfigError(f"config.model.hf_path = {hf_path!r}: no such directory. {advice}")
     try:
         return pathlib.Path(hf_hub_download(hf_path, "config.json")).parent
-    except Exception as error:  # no network, no such repository, no permission: each has its own class
+    except (
+        Exception
+    ) as error:  # no network, no such repository, no permission: each has its own class
         raise ConfigError(f"config.model.hf_path = {hf_path!r}: no such directory, and the Hub did not give its "
                           f"config.json ({type(error).__name__}). {advice}") from error  # fmt: skip

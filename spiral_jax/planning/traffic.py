@@ -5,10 +5,15 @@ from __future__ import annotations
 from spiral_jax.planning.hlo import Array, Computation, Instruction, Module
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# A collective that runs beside other work is written into the fusion that starts it, into those that it runs beside,
-# and into the one that ends it.
+# A collective that runs beside other work is written into the fusion that starts it, into those
+# that it runs beside, and into the one that ends it.
 START, _DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
-_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked")
+_FREE_CALLS = (
+    "AllocateBuffer",
+    "ConcatBitcast",
+    "AssumeGatherIndicesInBound",
+    "GatherScatterIndicesBitpacked",
+)
 
 
 def targets(inside: Computation) -> set[str]:
@@ -27,7 +32,9 @@ def _target(one: Instruction) -> str:
 
 
 def hbm_bytes(one: Instruction, where: Computation, module: Module) -> float:
-    """HBM bytes that an instruction reads and writes; what moves in place or in parts, at the size of what moves."""
+    """HBM bytes that an instruction reads and writes; what moves in place or in parts, at the size
+    of what moves.
+    """
     if one.operation == "custom-call" and _target(one) in _FREE_CALLS:
         return 0
     if one.operation.endswith("-done"):  # the start has read; its own type names the source too
@@ -52,7 +59,9 @@ def _read_bytes(user: Instruction, index: int, whole: tuple[Array, ...], module:
         return min(size, user.arrays[-2].bytes)  # (source, slice, context)
     if user.operation in ("dynamic-update-slice", "scatter") and index == 0:
         return 0
-    if user.operation == "tuple" or (user.operation == "custom-call" and _target(user) in (START, _DONE)):
+    if user.operation == "tuple" or (
+        user.operation == "custom-call" and _target(user) in (START, _DONE)
+    ):
         return 0  # handed on
     if user.operation == "fusion":
         inside = module.computations[user.called[0]]
@@ -60,7 +69,9 @@ def _read_bytes(user: Instruction, index: int, whole: tuple[Array, ...], module:
     return size
 
 
-def _parameter_bytes(inside: Computation, name: str, whole: tuple[Array, ...], module: Module) -> float:
+def _parameter_bytes(
+    inside: Computation, name: str, whole: tuple[Array, ...], module: Module
+) -> float:
     total = 0.0
     if inside.instructions[name].is_root:
         return sum(array.hbm_bytes for array in whole)
@@ -86,7 +97,11 @@ def _written_bytes(one: Instruction, where: Computation, module: Module) -> floa
         root = inside.through(inside.root.name)
         if START in targets(inside) and root.operation == "custom-call":
             return 0  # its end writes
-        parts = [inside.through(name) for name in root.operands] if root.operation == "tuple" else [root]
+        parts = (
+            [inside.through(name) for name in root.operands]
+            if root.operation == "tuple"
+            else [root]
+        )
         if len(parts) == len(one.arrays):
             return sum(
                 _part_written(part, array, inside, module)

@@ -1,4 +1,6 @@
-"""A whole training step from its programs' rooflines, under assumptions that are stated: how long traces are."""
+"""A whole training step from its programs' rooflines, under assumptions that are stated: how long
+traces are.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Assumptions:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Groups of one role in a step: how many are sampled, how many trained on, and their mean sizes in tokens."""
+    """Groups of one role in a step: how many are sampled, how many trained on, and their mean sizes
+    in tokens.
+    """
 
     role: Role
     sampled: int
@@ -44,14 +48,19 @@ class Work:
 
 
 def work_of(c: ConfigDict, assumed: Assumptions) -> list[Work]:
-    """Both roles. Problems are sampled until config.batch.problems are kept, of config.sampling.keep_rate of them."""
+    """Both roles. Problems are sampled until config.batch.problems are kept, of
+    config.sampling.keep_rate of them.
+    """
     tried = math.ceil(c.batch.problems * min(1 / c.sampling.keep_rate, c.sampling.max_ratio))
     problem = max(1, round(assumed.problem_share * c.prompt.max_problem_tokens))
     response = max(1, round(assumed.response_share * c.search.max_tokens))
     found = [Work(Role.SEARCH, tried, c.batch.problems, c.search.traces, problem, response)]
     if uses_aggregation(c):
         a = c.aggregation
-        prompt, length = problem + a.subset_size * response, max(1, round(assumed.response_share * a.max_tokens))
+        prompt, length = (
+            problem + a.subset_size * response,
+            max(1, round(assumed.response_share * a.max_tokens)),
+        )
         groups = (tried * a.subsets * a.rounds, groups_of_step(c)["aggregation"])
         found.append(Work(Role.AGGREGATION, *groups, a.traces, prompt, length))
     return found
@@ -70,17 +79,24 @@ def predict(
     assumed: Assumptions,
     profiles: dict[str, Profile],
 ) -> dict[str, Any]:
-    """Seconds of each phase of a step at its roofline, and tokens a second. Verifier and host are not in it.
+    """Seconds of each phase of a step at its roofline, and tokens a second. Verifier and host are
+    not in it.
 
     Args:
       profiles: by the names of `Run.programs`.
     """
-    seconds = {"prefill": 0.0, "train": 0.0, "decode copy": profiles["decode_copy"].roofline.seconds}
+    seconds = {
+        "prefill": 0.0,
+        "train": 0.0,
+        "decode copy": profiles["decode_copy"].roofline.seconds,
+    }
     flops, micro_batches = 0.0, 0
     sampled = sum(work.sampled * work.traces * work.response for work in works)
     for work in works:
         prefill = profiles[f"prefill/{work.role.label}"]
-        seconds["prefill"] += math.ceil(work.sampled / prefill.program.groups) * prefill.roofline.seconds
+        seconds["prefill"] += (
+            math.ceil(work.sampled / prefill.program.groups) * prefill.roofline.seconds
+        )
         one = profiles[f"train/{work.role.label}/{bucket(run.c, work)}"]
         count = math.ceil(work.trained / run.c.batch[f"{work.role.label}_groups"])
         micro_batches += count
@@ -94,7 +110,9 @@ def predict(
     total = sum(seconds.values())
     return {
         "assumptions": dataclasses.asdict(assumed) | {"keep_rate": run.c.sampling.keep_rate},
-        "mean_tokens": {work.role.label: {"prompt": work.prompt, "response": work.response} for work in works},
+        "mean_tokens": {
+            work.role.label: {"prompt": work.prompt, "response": work.response} for work in works
+        },
         "seconds": seconds,
         "step_seconds": total,
         "sampled_tokens": sampled,

@@ -1,7 +1,8 @@
 """Problem texts and sampled traces -> prompt token ids (numpy, host).
 
-Token in, token out: the wording around problems and candidates is rendered (`templates`) and tokenised once, candidates
-are spliced in as the ids that were sampled. Their text is never encoded again, since most id sequences
+Token in, token out: the wording around problems and candidates is rendered (`templates`) and
+tokenised once, candidates are spliced in as the ids that were sampled. Their text is never encoded
+again, since most id sequences
 do not survive decoding and encoding.
 """
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerBase
 
 EMPTY, CUT_OFF = "(empty)", "[cut off]\n"
-_ORDER_STREAM = 0x6F72646572  # keeps these draws apart from others that are made from the same six numbers
+_ORDER_STREAM = (
+    0x6F72646572  # keeps these draws apart from others that are made from the same six numbers
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,7 +38,8 @@ class Scaffold:
     Attributes:
       tokenizer: for problem texts and numbers; the constant parts are ids already.
       search, aggregation, candidate: int32 id arrays, with the placeholders' names between them.
-      special_ids: int32, ascending: special tokens and stop ids, none of which may be inside a candidate.
+      special_ids: int32, ascending: special tokens and stop ids, none of which may be inside a
+      candidate.
       empty_ids: int32, stands for a candidate of which nothing is left.
       cut_off_ids: int32, precedes a truncated candidate under config.prompt.truncated = "mark".
       think_id, end_think_id: ids of <think> and </think> where they are single tokens.
@@ -64,7 +68,8 @@ class AggregationPrompt:
 
     Attributes:
       ids: int32 [P].
-      removed_special: stop and special ids taken out of candidates; the stop id that ended a trace does not count.
+      removed_special: stop and special ids taken out of candidates; the stop id that ended a trace
+      does not count.
       dropped: candidates left out since they were truncated.
       empty: candidates of which nothing was left, replaced by a placeholder.
     """
@@ -80,7 +85,9 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     field = f"config.model.hf_path = {str(path)!r}"
     if not pathlib.Path(path).is_dir():
         raise ConfigError(f"{field}: not a directory.")
-    from transformers import AutoTokenizer  # takes seconds to import: now, after the checks before it
+    from transformers import (
+        AutoTokenizer,
+    )  # takes seconds to import: now, after the checks before it
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
@@ -91,14 +98,16 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
 def stop_ids(
     tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike, more: Sequence[str | int] = ()
 ) -> tuple[int, ...]:
-    """Ids that end a trace: `eos_token_id` of generation_config.json (a number or a list), the tokenizer's, and `more`.
+    """Ids that end a trace: `eos_token_id` of generation_config.json (a number or a list), the
+    tokenizer's, and `more`.
 
     Args:
       path: generation_config.json or the directory that may hold it.
       more: config.prompt.stop: texts of single tokens, or ids.
 
     Raises:
-      ConfigError: there is no stop id, generation_config.json is damaged, or an entry of `more` is not a single id.
+      ConfigError: there is no stop id, generation_config.json is damaged, or an entry of `more` is
+      not a single id.
     """
     file = pathlib.Path(path)
     file = file / "generation_config.json" if file.is_dir() else file
@@ -106,7 +115,9 @@ def stop_ids(
         named = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
         named = [int(i) for i in (named if isinstance(named, list) else [named]) if i is not None]
     except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file}: its eos_token_id must be an id or a list of ids ({error}).") from error
+        raise ConfigError(
+            f"{file}: its eos_token_id must be an id or a list of ids ({error})."
+        ) from error
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = dict.fromkeys([*named, *own, *(_stop_id(tokenizer, stop) for stop in more)])
     if not ids:
@@ -126,7 +137,9 @@ def _stop_id(tokenizer: PreTrainedTokenizerBase, stop: str | int) -> int:
     return found
 
 
-def make_scaffold(tokenizer: PreTrainedTokenizerBase, prompt: ConfigDict, stop_ids: Iterable[int]) -> Scaffold:
+def make_scaffold(
+    tokenizer: PreTrainedTokenizerBase, prompt: ConfigDict, stop_ids: Iterable[int]
+) -> Scaffold:
     """Tokenises the constant parts of all prompts.
 
     Args:
@@ -134,9 +147,9 @@ def make_scaffold(tokenizer: PreTrainedTokenizerBase, prompt: ConfigDict, stop_i
       stop_ids: ids that end a trace.
 
     Raises:
-      ConfigError: a template has a placeholder too many or too few, the prompts cannot be rendered (see
-        `templates.render`), only one of the two opens thinking, or the tokenizer cannot treat the special tokens in a
-        problem's text as plain text.
+      ConfigError: a template has a placeholder too many or too few, the prompts cannot be rendered
+        (see `templates.render`), only one of the two opens thinking, or the tokenizer cannot treat
+        the special tokens in a problem's text as plain text.
     """
     special = _special_ids(tokenizer, stop_ids)
     search, opens_thinking = render(tokenizer, prompt, "search")
@@ -169,19 +182,25 @@ def search_prompt(scaffold: Scaffold, problem_text: str) -> np.ndarray:
 
 
 def aggregation_prompt(
-    scaffold: Scaffold, problem_text: str, candidates: Sequence[tuple[np.ndarray, Stop]], order: np.ndarray
+    scaffold: Scaffold,
+    problem_text: str,
+    candidates: Sequence[tuple[np.ndarray, Stop]],
+    order: np.ndarray,
 ) -> AggregationPrompt:
     """The prompt that asks for a better answer, given candidates.
 
     Args:
-      candidates: (sampled int32 ids, stop id included; why it ended) of each trace of the subset, at least one.
+      candidates: (sampled int32 ids, stop id included; why it ended) of each trace of the subset,
+      at least one.
       order: permutation of the candidates: place j shows candidate order[j].
 
     Raises:
       ValueError: `order` is not a permutation of the candidates.
     """
     if not len(candidates) or sorted(order) != list(range(len(candidates))):
-        raise ValueError(f"order = {list(order)}: must be a permutation of the {len(candidates)} candidates, >= 1")
+        raise ValueError(
+            f"order = {list(order)}: must be a permutation of the {len(candidates)} candidates, >= 1"
+        )
     shown, removed, empty = [], 0, 0
     for i in order:
         ids, stop = candidates[i]
@@ -192,7 +211,9 @@ def aggregation_prompt(
         empty += not len(ids)
         shown.append(ids if len(ids) else scaffold.empty_ids)
     dropped = len(candidates) - len(shown)
-    shown = shown or [scaffold.empty_ids]  # all were dropped: the prompt says so rather than listing nothing
+    shown = shown or [
+        scaffold.empty_ids
+    ]  # all were dropped: the prompt says so rather than listing nothing
     listed = [
         _fill(scaffold.candidate, {"index": _number_ids(scaffold, j), "candidate": ids})
         for j, ids in enumerate(shown, start=1)
@@ -206,15 +227,17 @@ def aggregation_prompt(
 
 
 def clean_candidate(scaffold: Scaffold, ids: np.ndarray, stop: Stop) -> tuple[np.ndarray, int]:
-    """What an aggregation prompt shows of a trace: thinking cut, special ids out, a truncated one reduced to its tail.
+    """What an aggregation prompt shows of a trace: thinking cut, special ids out, a truncated one
+    reduced to its tail.
 
     Args:
       ids: sampled int32 ids; the stop id is the last one if `stop` is `Stop.STOP`.
       stop: why the trace ended. "drop" is up to the caller; here it keeps the tail.
 
     Returns:
-      int32 ids, empty if nothing usable is left, and the number of special ids that were removed (without the stop id
-      that ended the trace): left in, a sampled <|im_start|> would forge a turn.
+      int32 ids, empty if nothing usable is left, and the number of special ids that were removed
+      (without the stop id that ended the trace): left in, a sampled <|im_start|> would forge a
+      turn.
     """
     ids = np.asarray(ids, np.int32)
     if stop == Stop.STOP and np.isin(ids[-1:], scaffold.special_ids).any():
@@ -230,7 +253,9 @@ def clean_candidate(scaffold: Scaffold, ids: np.ndarray, stop: Stop) -> tuple[np
     return ids, int(special.sum())
 
 
-def candidate_order(seed: int, purpose: Purpose, step: int, cursor: int, round: int, set: int, size: int) -> np.ndarray:
+def candidate_order(
+    seed: int, purpose: Purpose, step: int, cursor: int, round: int, set: int, size: int
+) -> np.ndarray:
     """Permutation of `size` candidates, a pure function of the arguments; int [size]."""
     words = [seed, int(purpose), step, cursor, round, set, _ORDER_STREAM]
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words))).permutation(size)
@@ -239,7 +264,9 @@ def candidate_order(seed: int, purpose: Purpose, step: int, cursor: int, round: 
 def listed_order(
     c: ConfigDict, purpose: Purpose, step: int, cursor: int, round: int, set: int, size: int
 ) -> np.ndarray:
-    """Permutation in which a prompt lists the candidates of a set, as config.aggregation.order says; int [size]."""
+    """Permutation in which a prompt lists the candidates of a set, as config.aggregation.order
+    says; int [size].
+    """
     if c.aggregation.order == "sampled":
         return np.arange(size)
     return candidate_order(c.seed, purpose, step, cursor, round, set, size)
@@ -255,11 +282,18 @@ def max_aggregation_prompt(scaffold: Scaffold, c: ConfigDict) -> int:
     if scaffold.truncated == "mark":
         shown.append(len(scaffold.cut_off_ids) + min(limit, scaffold.keep_tail_tokens))
     numbers = [len(_number_ids(scaffold, n)) for n in range(1, size + 1)]
-    listed = sum(_length(scaffold.candidate, {"candidate": max(shown), "index": digits}) for digits in numbers)
+    listed = sum(
+        _length(scaffold.candidate, {"candidate": max(shown), "index": digits})
+        for digits in numbers
+    )
     around = _length(scaffold.search, {"problem": 0})
-    times = _length(scaffold.search, {"problem": 1}) - around  # how often the search prompt states the problem
+    times = (
+        _length(scaffold.search, {"problem": 1}) - around
+    )  # how often the search prompt states the problem
     problem = max(0, (c.prompt.max_problem_tokens - around) // times)
-    return _length(scaffold.aggregation, {"problem": problem, "count": max(numbers), "candidates": listed})
+    return _length(
+        scaffold.aggregation, {"problem": problem, "count": max(numbers), "candidates": listed}
+    )
 
 
 def _length(pieces: tuple[np.ndarray | str, ...], lengths: dict[str, int]) -> int:
@@ -274,20 +308,28 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]]) -> tuple[np.ndarray | str, ...]:
-    """(text or placeholder's name, whether it is the latter) -> ids of the texts, names as they are."""
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]]
+) -> tuple[np.ndarray | str, ...]:
+    """(text or placeholder's name, whether it is the latter) -> ids of the texts, names as they
+    are.
+    """
     return tuple(part if is_slot else _ids(tokenizer, part) for part, is_slot in parts)
 
 
 def _first_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """The BOS id if the tokenizer begins texts with one, else nothing; some have a BOS that they never use."""
+    """The BOS id if the tokenizer begins texts with one, else nothing; some have a BOS that they
+    never use.
+    """
     first = tokenizer("")["input_ids"][:1]
     return np.array(first if first == [tokenizer.bos_token_id] else [], np.int32)
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     """As `_ids`, but the strings of special tokens are text like any other."""
-    return np.array(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], np.int32)
+    return np.array(
+        tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], np.int32
+    )
 
 
 def _problem_ids(scaffold: Scaffold, text: str) -> np.ndarray:
@@ -307,7 +349,9 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) ->
     added = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
     special = {*tokenizer.all_special_ids, *added}
     for token in tokenizer.convert_ids_to_tokens(sorted(special)):
-        if not (special - {tokenizer.unk_token_id}).isdisjoint(_plain_ids(tokenizer, token).tolist()):
+        if not (special - {tokenizer.unk_token_id}).isdisjoint(
+            _plain_ids(tokenizer, token).tolist()
+        ):
             raise ConfigError(
                 f"config.model.hf_path: its tokenizer turns the text {token!r} into a special id even when told not "
                 "to, so that a problem could forge a turn. Use the fast version of the tokenizer (tokenizer.json)."
@@ -316,18 +360,24 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) ->
 
 
 def _after_thinking(scaffold: Scaffold, ids: np.ndarray) -> np.ndarray:
-    """What follows the last </think>; nothing if thinking was never closed; everything if there was none."""
+    """What follows the last </think>; nothing if thinking was never closed; everything if there was
+    none.
+    """
     closed = _end_of_last(scaffold, ids, END_THINK, scaffold.end_think_id)
     rest = ids[closed:]
-    unclosed = _end_of_last(scaffold, rest, THINK, scaffold.think_id) > 0 or (scaffold.opens_thinking and not closed)
+    unclosed = _end_of_last(scaffold, rest, THINK, scaffold.think_id) > 0 or (
+        scaffold.opens_thinking and not closed
+    )
     return rest[:0] if unclosed else rest
 
 
 def _end_of_last(scaffold: Scaffold, ids: np.ndarray, tag: str, tag_id: int | None) -> int:
-    """Length of the shortest prefix of `ids` that holds the last occurrence of `tag`; 0 if there is none.
+    """Length of the shortest prefix of `ids` that holds the last occurrence of `tag`; 0 if there is
+    none.
 
-    A tag that is not a single token is found in the decoded text, because how it is tokenised depends on what follows
-    it; by bisection over prefixes, so that the ids themselves are never encoded again.
+    A tag that is not a single token is found in the decoded text, because how it is tokenised
+    depends on what follows it; by bisection over prefixes, so that the ids themselves are never
+    encoded again.
     """
     if tag_id is not None:
         places = np.flatnonzero(ids == tag_id)

@@ -1,4 +1,6 @@
-"""Wording with placeholders -> the texts around them, through the tokenizer's chat template or as they are."""
+"""Wording with placeholders -> the texts around them, through the tokenizer's chat template or as
+they are.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ _PLACEHOLDERS = {
     "aggregation": {"problem": True, "count": False, "candidates": True},
     "candidate": {"index": False, "candidate": True},
 }
-_OPEN, _CLOSE = "\ue000", "\ue001"  # around names; private use: no template knows them, and no tokenizer sees them
+_OPEN, _CLOSE = (
+    "\ue000",
+    "\ue001",
+)  # around names; private use: no template knows them, and no tokenizer sees them
 
 
 def split_template(field: str, template: str) -> list[tuple[str, bool]]:
@@ -37,10 +42,14 @@ def split_template(field: str, template: str) -> list[tuple[str, bool]]:
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ConfigError(f"config.prompt.{field}: {error}. Write braces of the text as {{{{ and }}}}.") from error
+        raise ConfigError(
+            f"config.prompt.{field}: {error}. Write braces of the text as {{{{ and }}}}."
+        ) from error
     parts: list[tuple[str, bool]] = []
     for literal, name, spec, conversion in parsed:
-        if literal and parts and not parts[-1][1]:  # {{ and }} end a literal, but not the text that is tokenised
+        if (
+            literal and parts and not parts[-1][1]
+        ):  # {{ and }} end a literal, but not the text that is tokenised
             parts[-1] = (parts[-1][0] + literal, False)
         elif literal:
             parts.append((literal, False))
@@ -56,36 +65,45 @@ def split_template(field: str, template: str) -> list[tuple[str, bool]]:
     return parts
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: ConfigDict, field: str) -> tuple[list[tuple[str, bool]], bool]:
+def render(
+    tokenizer: PreTrainedTokenizerBase, prompt: ConfigDict, field: str
+) -> tuple[list[tuple[str, bool]], bool]:
     """A whole prompt of the kind `field` ("search" or "aggregation"), by config.prompt.template.
 
     Returns:
-      (text or placeholder's name, whether it is the latter) in order, and whether the answer begins inside <think>.
+      (text or placeholder's name, whether it is the latter) in order, and whether the answer begins
+      inside <think>.
 
     Raises:
-      ConfigError: a placeholder is wrong; or the chat template is missing, refuses or alters the messages, or does not
-        read an entry of config.prompt.template_kwargs.
+      ConfigError: a placeholder is wrong; or the chat template is missing, refuses or alters the
+        messages, or does not read an entry of config.prompt.template_kwargs.
     """
     parts = split_template(field, prompt[field])
     if prompt.template == "plain":
         last, is_slot = parts[-1]
         return parts, _opens_thinking("" if is_slot else last)
     message = "".join(f"{_OPEN}{part}{_CLOSE}" if is_slot else part for part, is_slot in parts)
-    pieces = re.split(f"{_OPEN}(.*?){_CLOSE}", _through_chat_template(tokenizer, prompt, field, message))
+    pieces = re.split(
+        f"{_OPEN}(.*?){_CLOSE}", _through_chat_template(tokenizer, prompt, field, message)
+    )
     names = [part for part, is_slot in parts if is_slot]
     if pieces[1::2] != names:
         raise ConfigError(f"config.prompt.{field}: the chat template changes the message: its placeholders were "
                           f"{names} and became {pieces[1::2]}.")  # fmt: skip
     own, is_slot = parts[-1]  # what the message says itself about <think> opens nothing
     answer = pieces[-1] if is_slot else pieces[-1].removeprefix(own.rstrip())
-    return [(piece, bool(j % 2)) for j, piece in enumerate(pieces) if piece], _opens_thinking(answer)
+    return [(piece, bool(j % 2)) for j, piece in enumerate(pieces) if piece], _opens_thinking(
+        answer
+    )
 
 
 def _opens_thinking(text: str) -> bool:
     return text.rfind(THINK) > text.rfind(END_THINK)
 
 
-def _through_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: ConfigDict, field: str, message: str) -> str:
+def _through_chat_template(
+    tokenizer: PreTrainedTokenizerBase, prompt: ConfigDict, field: str, message: str
+) -> str:
     """The text of a user's turn behind the system message, up to where the answer begins."""
     if not tokenizer.chat_template:
         raise ConfigError(f"config.prompt.template = 'chat': the tokenizer in {tokenizer.name_or_path} has no chat "
@@ -95,7 +113,9 @@ def _through_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: ConfigDic
     turns.append({"role": "user", "content": message})
     try:
         variables = _template_variables(tokenizer, prompt)
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **variables)
+        rendered = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **variables
+        )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -109,7 +129,9 @@ def _through_chat_template(tokenizer: PreTrainedTokenizerBase, prompt: ConfigDic
 
 
 def _template_variables(tokenizer: PreTrainedTokenizerBase, prompt: ConfigDict) -> dict:
-    """config.prompt.template_kwargs; an entry that the template never reads would be ignored without a word."""
+    """config.prompt.template_kwargs; an entry that the template never reads would be ignored
+    without a word.
+    """
     source = tokenizer.get_chat_template()
     words = set(re.findall(r"[A-Za-z_]\w*", source))
     reserved = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters}

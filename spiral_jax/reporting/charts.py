@@ -1,7 +1,8 @@
-"""Metrics and results -> plotly figures as JSON: no colours of the page (those follow dark and light), no scripts.
+"""Metrics and results -> plotly figures as JSON: no colours of the page (those follow dark and
+light), no scripts.
 
-Colours are those of Okabe and Ito (2008), one for each meaning, legible on white and on near-black; what differs by
-colour differs by dash or marker too.
+Colours are those of Okabe and Ito (2008), one for each meaning, legible on white and on near-black;
+what differs by colour differs by dash or marker too.
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-BLUE, ORANGE, GREEN, VERMILION, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#8A8A8A"
+BLUE, ORANGE, GREEN, VERMILION, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#56B4E9",
+    "#8A8A8A",
+)
 SEARCH, AGGREGATION = ORANGE, BLUE
 
 
-def chart(traces: Sequence[go.Scatter], y: str, x: str = "optimizer step", **layout: Any) -> dict[str, Any] | None:
+def chart(
+    traces: Sequence[go.Scatter], y: str, x: str = "optimizer step", **layout: Any
+) -> dict[str, Any] | None:
     """A figure for `Plotly.newPlot`; None where no trace has a point."""
     traces = [trace for trace in traces if any(value is not None for value in trace.y)]
     if not traces:
@@ -27,14 +37,23 @@ def chart(traces: Sequence[go.Scatter], y: str, x: str = "optimizer step", **lay
     return json.loads(figure.to_json())
 
 
-def overview_charts(metrics: list[dict], evaluations: list[dict], checkpoints: Mapping[int, dict]) -> list[dict]:
+def overview_charts(
+    metrics: list[dict], evaluations: list[dict], checkpoints: Mapping[int, dict]
+) -> list[dict]:
     """(title, note, figure) of every chart that has data, in reading order."""
     rows = sorted(metrics, key=lambda row: row["step"])
     held = sorted(evaluations, key=lambda row: row["step"])
 
     def roles(prefix: str, scale: float = 1) -> list[go.Scatter]:
-        ends = (("aggregation", AGGREGATION, "solid"), ("search", SEARCH, "dash"))  # the dashed one on top
-        return [line for end, colour, dash in ends for line in _metric(rows, prefix + end, end, colour, dash, scale)]
+        ends = (
+            ("aggregation", AGGREGATION, "solid"),
+            ("search", SEARCH, "dash"),
+        )  # the dashed one on top
+        return [
+            line
+            for end, colour, dash in ends
+            for line in _metric(rows, prefix + end, end, colour, dash, scale)
+        ]
 
     reward = [
         *_metric(rows, "reward/aggregated", "aggregated", AGGREGATION),
@@ -68,7 +87,9 @@ def overview_charts(metrics: list[dict], evaluations: list[dict], checkpoints: M
          chart([*_trouble(rows, "timeout", ORANGE, "dash"), *_trouble(rows, "error", VERMILION, "solid")], "answers",
                yaxis_rangemode="tozero")),
     ]  # fmt: skip
-    return [{"title": title, "note": note, "figure": figure} for title, note, figure in found if figure]
+    return [
+        {"title": title, "note": note, "figure": figure} for title, note, figure in found if figure
+    ]
 
 
 def _metric(
@@ -90,7 +111,9 @@ def _metric(
     return [thin, bold]
 
 
-def _scaled(rows: list[dict], key: str, name: str, colour: str, dash: str = "solid") -> list[go.Scatter]:
+def _scaled(
+    rows: list[dict], key: str, name: str, colour: str, dash: str = "solid"
+) -> list[go.Scatter]:
     return _metric(rows, key, name, colour, dash, 100)
 
 
@@ -102,7 +125,9 @@ def _trouble(rows: list[dict], status: str, colour: str, dash: str) -> list[go.S
 
 
 def running_mean(values: Sequence[float | None], window: int) -> list[float | None]:
-    """The mean of each value and those up to `window - 1` before it, None left out; None where there is none."""
+    """The mean of each value and those up to `window - 1` before it, None left out; None where
+    there is none.
+    """
     means: list[float | None] = []
     for i in range(len(values)):
         known = [value for value in values[max(0, i + 1 - window) : i + 1] if value is not None]
@@ -111,30 +136,54 @@ def running_mean(values: Sequence[float | None], window: int) -> list[float | No
 
 
 def _estimates(
-    x: Sequence[float], rows: Sequence[Mapping[str, Any] | None], name: str, colour: str, symbol: str
+    x: Sequence[float],
+    rows: Sequence[Mapping[str, Any] | None],
+    name: str,
+    colour: str,
+    symbol: str,
 ) -> go.Scatter:
     """Points with their 95 % intervals where those exist."""
     mean = [row and row["mean"] for row in rows]
 
     def ends(end: str, sign: int) -> list[float]:
         known = [(row or {}).get(end) for row in rows]
-        return [0.0 if e is None or m is None else sign * (e - m) for e, m in zip(known, mean, strict=True)]
+        return [
+            0.0 if e is None or m is None else sign * (e - m)
+            for e, m in zip(known, mean, strict=True)
+        ]
 
-    bars = {"type": "data", "symmetric": False, "array": ends("high", 1), "arrayminus": ends("low", -1), "width": 3}
+    bars = {
+        "type": "data",
+        "symmetric": False,
+        "array": ends("high", 1),
+        "arrayminus": ends("low", -1),
+        "width": 3,
+    }
     marker, line = {"symbol": symbol, "size": 8}, {"color": colour, "dash": "dot", "width": 1}
-    return go.Scatter(x=list(x), y=mean, name=name, mode="lines+markers", error_y=bars, marker=marker, line=line)
+    return go.Scatter(
+        x=list(x), y=mean, name=name, mode="lines+markers", error_y=bars, marker=marker, line=line
+    )
 
 
 def _held_out(rows: list[dict]) -> list[go.Scatter]:
     points = (("single", "held-out, single trace", ORANGE, "square"),
               ("majority", "held-out, majority vote", GREEN, "triangle-up"),
               ("aggregated", "held-out, aggregated", BLUE, "circle"))  # fmt: skip
-    return [_estimates([row["step"] for row in rows], [row.get(key) for row in rows], *look) for key, *look in points]
+    return [
+        _estimates([row["step"] for row in rows], [row.get(key) for row in rows], *look)
+        for key, *look in points
+    ]
 
 
 def _pass_at_k(rows: list[dict], checkpoints: Mapping[int, dict]) -> list[go.Scatter]:
     """By step: pass@1, 2, 4, ... where the evaluations have them, else what their short rows have."""
-    looks = [(GREY, "x"), (SKY, "diamond"), (GREEN, "triangle-up"), (BLUE, "circle"), (VERMILION, "square")]
+    looks = [
+        (GREY, "x"),
+        (SKY, "diamond"),
+        (GREEN, "triangle-up"),
+        (BLUE, "circle"),
+        (VERMILION, "square"),
+    ]
     if not checkpoints:
         steps, keys = [row["step"] for row in rows], (("single", "pass@1"), ("pass_at_n", "pass@N"))
         return [

@@ -1,4 +1,6 @@
-"""One evaluation, and the one that it is compared with -> plotly figures and a table of its measures."""
+"""One evaluation, and the one that it is compared with -> plotly figures and a table of its
+measures.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,16 @@ _BANDS = {
     "no answer": GREY,
     "not verified": "#CC79A7",
 }
-_SIDES = ((BLUE, "solid", "circle"), (ORANGE, "dash", "square"))  # the evaluation, what it is compared with
+_SIDES = (
+    (BLUE, "solid", "circle"),
+    (ORANGE, "dash", "square"),
+)  # the evaluation, what it is compared with
 
 
 def evaluation_charts(results: Mapping[str, dict]) -> list[dict]:
-    """(title, note, figure) of the charts: `results` is the evaluation, then what it is compared with, by name."""
+    """(title, note, figure) of the charts: `results` is the evaluation, then what it is compared
+    with, by name.
+    """
     if not results:
         return []
     first = next(iter(results.values()))
@@ -55,7 +62,9 @@ def evaluation_charts(results: Mapping[str, dict]) -> list[dict]:
         chart([line for i, (name, r) in enumerate(results.items()) for line in _by_tokens(name, r, i)],
               "% right", "tokens sampled for a problem", xaxis_type="log"),
     ))  # fmt: skip
-    return [{"title": title, "note": note, "figure": figure} for title, note, figure in found if figure]
+    return [
+        {"title": title, "note": note, "figure": figure} for title, note, figure in found if figure
+    ]
 
 
 def _answer_bands(records: Sequence[dict]) -> list[go.Scatter]:
@@ -65,7 +74,10 @@ def _answer_bands(records: Sequence[dict]) -> list[go.Scatter]:
     shares = [[_shares(stage[t]["answer"]) for stage in stages] for t in rounds]
     bands = []
     for name, colour in _BANDS.items():
-        values = [100 * sum(share.get(name, 0) for share in of_round) / len(of_round) for of_round in shares]
+        values = [
+            100 * sum(share.get(name, 0) for share in of_round) / len(of_round)
+            for of_round in shares
+        ]
         if any(values):
             bands.append(go.Scatter(x=rounds, y=values, name=name, stackgroup="answers", mode="lines+markers",
                                     line={"color": colour, "width": 1}, fillcolor=colour))  # fmt: skip
@@ -74,7 +86,9 @@ def _answer_bands(records: Sequence[dict]) -> list[go.Scatter]:
 
 def _shares(answers: Sequence[int | None]) -> dict[str, float]:
     """Shares of a population by the names of `_BANDS`."""
-    wrong = collections.Counter(answer for answer in answers if answer not in (CORRECT, ERROR, None))
+    wrong = collections.Counter(
+        answer for answer in answers if answer not in (CORRECT, ERROR, None)
+    )
     ranked = [count for _, count in wrong.most_common()] + [0, 0]
     counts = {
         "right": answers.count(CORRECT), "most frequent wrong answer": ranked[0], "second wrong answer": ranked[1],
@@ -83,13 +97,19 @@ def _shares(answers: Sequence[int | None]) -> dict[str, float]:
     return {name: count / len(answers) for name, count in counts.items()}
 
 
-def _points(x: Sequence[float], rows: Sequence[Mapping[str, Any]], name: str, side: int, **look: Any) -> go.Scatter:
+def _points(
+    x: Sequence[float], rows: Sequence[Mapping[str, Any]], name: str, side: int, **look: Any
+) -> go.Scatter:
     """Estimates in percent with error bars."""
     colour, dash, symbol = _SIDES[side]
     rows = [row for row in rows if row["mean"] is not None]
     bars = {end: [abs(100 * ((row["mean"] if row[end] is None else row[end]) - row["mean"])) for row in rows]
             for end in ("high", "low")}  # fmt: skip
-    style = {"mode": "lines+markers", "line": {"color": colour, "dash": dash, "width": 2}, "marker": {"symbol": symbol}}
+    style = {
+        "mode": "lines+markers",
+        "line": {"color": colour, "dash": dash, "width": 2},
+        "marker": {"symbol": symbol},
+    }
     return go.Scatter(
         x=list(x), y=[100 * row["mean"] for row in rows], name=name,
         error_y={"type": "data", "symmetric": False, "array": bars["high"], "arrayminus": bars["low"], "width": 3},
@@ -136,14 +156,20 @@ def _by_tokens(name: str, found: dict, side: int) -> list[go.Scatter]:
     lines = [go.Scatter(x=[row["tokens"] for row in votes], y=[100 * row["mean"] for row in votes], mode="lines",
                         name=f"{name}: majority vote", line=look)]  # fmt: skip
     if len(rsa) > 1:
-        lines.append(_points([row["tokens"] for row in rsa], [row["single"] for row in rsa], f"{name}: RSA", side))
+        lines.append(
+            _points(
+                [row["tokens"] for row in rsa], [row["single"] for row in rsa], f"{name}: RSA", side
+            )
+        )
     lines.append(_points([once["tokens"]], [once], f"{name}: aggregated once", side, mode="markers",
                          marker={"symbol": "diamond", "size": 11}))  # fmt: skip
     return lines
 
 
 def measure_table(results: Mapping[str, dict]) -> list[tuple[str, list[str]]]:
-    """(measure, percent with 95 % interval in each of `results`); a dash where one does not have it."""
+    """(measure, percent with 95 % interval in each of `results`); a dash where one does not have
+    it.
+    """
     columns = [dict(_measures(found)) for found in results.values()]
     names = dict.fromkeys(name for column in columns for name in column)
     return [(name, [column.get(name, "–") for column in columns]) for name in names]
@@ -152,8 +178,15 @@ def measure_table(results: Mapping[str, dict]) -> list[tuple[str, list[str]]]:
 def _measures(found: dict) -> list[tuple[str, str]]:
     measures, n = found["measures"], found["settings"]["n"]
     rows = [(f"pass@{k}", percent(measures["pass_at_k"][k - 1])) for k in powers_of_two(n)]
-    rows += [(f"maj@{k}", percent(measures["majority_at_k"][k - 1])) for k in powers_of_two(n) if k > 2]
-    rows.append((f"aggregated pass@1, sets of {found['settings']['subset_size']}", percent(measures["aggregated"])))
+    rows += [
+        (f"maj@{k}", percent(measures["majority_at_k"][k - 1])) for k in powers_of_two(n) if k > 2
+    ]
+    rows.append(
+        (
+            f"aggregated pass@1, sets of {found['settings']['subset_size']}",
+            percent(measures["aggregated"]),
+        )
+    )
     rows.append(("vote of the same sets", percent(measures["aggregated_majority"])))
     rows.append(("rescue: right when the vote is not", percent(measures["rescue_vote_wrong"])))
     rows.append(("spoil: wrong when the vote is right", percent(measures["spoil_vote_right"])))
@@ -162,9 +195,14 @@ def _measures(found: dict) -> list[tuple[str, str]]:
 
 
 def training_table(evaluations: Sequence[dict]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Heads and rows of the first and the last row of evaluations.jsonl: percent with 95 % interval."""
+    """Heads and rows of the first and the last row of evaluations.jsonl: percent with 95 %
+    interval.
+    """
     ends = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else list(evaluations)
     names = {"aggregated": "aggregated", "majority": "vote of the same sets", "single": "single trace",
              "pass_at_n": "some trace is right (pass@N)"}  # fmt: skip
-    rows = [(label, [percent(row[name]) if name in row else "–" for row in ends]) for name, label in names.items()]
+    rows = [
+        (label, [percent(row[name]) if name in row else "–" for row in ends])
+        for name, label in names.items()
+    ]
     return [f"step {row['step']}" for row in ends], [row for row in rows if set(row[1]) - {"–"}]

@@ -1,6 +1,8 @@
-"""Results of one or two evaluations -> the paper's four figures (arXiv 2606.23595, Fig. 3, 4, 6) as PNGs.
+"""Results of one or two evaluations -> the paper's four figures (arXiv 2606.23595, Fig. 3, 4, 6) as
+PNGs.
 
-One evaluation: a colour for each way to spend compute. Two: a colour for each evaluation, a line style for each way.
+One evaluation: a colour for each way to spend compute. Two: a colour for each evaluation, a line
+style for each way.
 """
 
 from __future__ import annotations
@@ -33,13 +35,17 @@ _SIZE = (7.6, 5.0)
 
 
 def draw(
-    results: Mapping[str, dict], directory: pathlib.Path, efficiency: Mapping[str, Any] | None = None
+    results: Mapping[str, dict],
+    directory: pathlib.Path,
+    efficiency: Mapping[str, Any] | None = None,
 ) -> list[pathlib.Path]:
-    """Writes pass_at_k.png, rsa.png, tokens.png and voting.png into `directory`; returns their paths.
+    """Writes pass_at_k.png, rsa.png, tokens.png and voting.png into `directory`; returns their
+    paths.
 
     Args:
       results: name for the legend -> content of results.json; one, or A and B.
-      efficiency: the last row of `comparison.scaling_efficiency`, drawn between the two pass@k curves.
+      efficiency: the last row of `comparison.scaling_efficiency`, drawn between the two pass@k
+      curves.
     """
     paths = []
     for name, picture in (("rsa", _rsa), ("tokens", _tokens), ("voting", _voting)):
@@ -48,7 +54,9 @@ def draw(
 
 
 def _pass_at_k(results: Mapping[str, dict], efficiency: Mapping[str, Any] | None) -> Figure:
-    figure, axes = _figure("Coverage: is any of k independent traces right?", "pass@k (% of problems)")
+    figure, axes = _figure(
+        "Coverage: is any of k independent traces right?", "pass@k (% of problems)"
+    )
     for name, found in results.items():
         rows = found["measures"]["pass_at_k"]
         _curve(axes, results, name, "pass@k", [row["k"] for row in rows], rows)
@@ -59,7 +67,9 @@ def _pass_at_k(results: Mapping[str, dict], efficiency: Mapping[str, Any] | None
 
 
 def _mark_efficiency(axes: Axes, names: Sequence[str], row: Mapping[str, Any]) -> None:
-    """An arrow between the two curves at the highest coverage that both reach, and what its length means."""
+    """An arrow between the two curves at the highest coverage that both reach, and what its length
+    means.
+    """
     level, ends = 100 * row["coverage"], (row["samples_b"], row["samples_a"])
     axes.annotate("", xy=(ends[0], level), xytext=(ends[1], level),
                   arrowprops={"arrowstyle": "<->", "color": "black", "linewidth": 1.2})  # fmt: skip
@@ -96,14 +106,36 @@ def _tokens(results: Mapping[str, dict]) -> Figure:
     for name, found in results.items():
         measures = found["measures"]
         rsa, votes = measures["rsa"], measures["majority_at_k"]
-        _curve(axes, results, name, "RSA", [row["tokens"] for row in rsa], [row["single"] for row in rsa])
+        _curve(
+            axes,
+            results,
+            name,
+            "RSA",
+            [row["tokens"] for row in rsa],
+            [row["single"] for row in rsa],
+        )
         _curve(axes, results, name, "majority vote", [row["tokens"] for row in votes], votes)
         size, aggregated = found["settings"]["subset_size"], measures["aggregated"]
-        _curve(axes, results, name, "aggregated once", [aggregated["tokens"]], [aggregated], _once(size))
+        _curve(
+            axes,
+            results,
+            name,
+            "aggregated once",
+            [aggregated["tokens"]],
+            [aggregated],
+            _once(size),
+        )
         limits = measures["limits"]
         if limits:
             values = [row["single"] for row in limits]
-            _curve(axes, results, name, "single trace by limit", [row["tokens"] for row in limits], values)
+            _curve(
+                axes,
+                results,
+                name,
+                "single trace by limit",
+                [row["tokens"] for row in limits],
+                values,
+            )
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -123,7 +155,15 @@ def _voting(results: Mapping[str, dict]) -> Figure:
         _curve(axes, results, name, "majority vote", [row["k"] for row in votes], votes)
         _curve(axes, results, name, "RSA", traces, [row["single"] for row in rsa])
         size = settings["subset_size"]
-        _curve(axes, results, name, "aggregated once", [size + 1], [measures["aggregated"]], _once(size))
+        _curve(
+            axes,
+            results,
+            name,
+            "aggregated once",
+            [size + 1],
+            [measures["aggregated"]],
+            _once(size),
+        )
     _log2_axis(axes, "traces sampled for a problem (RSA: all rounds so far)", most)
     return _finish(figure, axes, results)
 

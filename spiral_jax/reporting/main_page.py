@@ -23,14 +23,17 @@ _INDEX_BYTES = 10 * 2**20  # of the list of all problems
 
 
 def write_report(run: Run, out: epath.Path) -> tuple[epath.Path, Traces]:
-    """Writes the page files, then OUT/report.html; returns its path and what it holds of the traces.
+    """Writes the page files, then OUT/report.html; returns its path and what it holds of the
+    traces.
 
     Raises:
       WorkdirError: a trace file is damaged or lacks what the pages need.
     """
     traces = write_pages(run, out, SAMPLE_BYTES)
     html = main_html(run, traces)
-    assert len(html.encode()) <= MOST_BYTES, "sample and index have limits that leave room for the rest"
+    assert len(html.encode()) <= MOST_BYTES, (
+        "sample and index have limits that leave room for the rest"
+    )
     (out / NAME).write_text(html, encoding="utf-8")
     return out / NAME, traces
 
@@ -78,7 +81,9 @@ def _status(run: Run) -> str:
 
 
 def _newest(index: list[dict[str, Any]]) -> tuple[Markup, int]:
-    """As JSON the newest page files' columns that fit into `_INDEX_BYTES`; how many older files are left out."""
+    """As JSON the newest page files' columns that fit into `_INDEX_BYTES`; how many older files are
+    left out.
+    """
     texts, size = [], 0
     for page in reversed(index):
         text = embed(page)

@@ -1,4 +1,6 @@
-"""The trace log of a run -> page files with every problem, an index of all, and a sample for the main file."""
+"""The trace log of a run -> page files with every problem, an index of all, and a sample for the
+main file.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ class Traces:
     """What the main file holds of the trace log.
 
     Attributes:
-      index: for each page file: href, step, and of each of its problems cursor, id, right, of (aggregations that are
-        right, of those verified; without sets: traces), flags (bits, in the order of `FLAGS`).
+      index: for each page file: href, step, and of each of its problems cursor, id, right, of
+        (aggregations that are right, of those verified; without sets: traces), flags (bits, in the
+        order of `FLAGS`).
       sample: (key, JSON) of problem pages; the key is "STEP.CURSOR".
       gone: steps whose trace file was deleted while the report was made: the run goes on.
     """
@@ -61,9 +64,9 @@ class _Step:
 def write_pages(run: Run, out: epath.Path, sample_bytes: int) -> Traces:
     """Writes OUT/report/step_*.html, in place of those of an earlier report.
 
-    The sample are the first problems of each step in data order, whatever became of them. Each step may add as much as
-    brings the sample up to its share of `sample_bytes`, so that where problems are large it comes from evenly spread
-    steps.
+    The sample are the first problems of each step in data order, whatever became of them. Each step
+    may add as much as brings the sample up to its share of `sample_bytes`, so that where problems
+    are large it comes from evenly spread steps.
 
     Raises:
       WorkdirError: a trace file is damaged or lacks what the pages need.
@@ -93,17 +96,22 @@ def write_pages(run: Run, out: epath.Path, sample_bytes: int) -> Traces:
     return found
 
 
-def _make(steps: Sequence[_Step]) -> Iterator[tuple[list[dict[str, Any]], list[tuple[str, Markup]]] | None]:
+def _make(
+    steps: Sequence[_Step],
+) -> Iterator[tuple[list[dict[str, Any]], list[tuple[str, Markup]]] | None]:
     """`_write_step` of each, in order; on all cores where there is much to do."""
     if sum(step.file.stat().length for step in steps if step.file.exists()) < _PARALLEL_BYTES:
         yield from map(_write_step, steps)
         return
-    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         yield from pool.map(_write_step, steps)
 
 
 def _write_step(step: _Step) -> tuple[list[dict[str, Any]], list[tuple[str, Markup]]] | None:
-    """Writes the page files of a step; returns their entries in the index, and the step's first problems.
+    """Writes the page files of a step; returns their entries in the index, and the step's first
+    problems.
 
     None: its trace file is gone.
     """
@@ -115,7 +123,9 @@ def _write_step(step: _Step) -> tuple[list[dict[str, Any]], list[tuple[str, Mark
     cuts = _cuts([len(text) for _, text in texts], _PAGE_BYTES)
     names, index = [_file_name(step.step, part) for part in range(len(cuts))], []
     for part, (start, stop) in enumerate(cuts):
-        listed = {"href": f"{FOLDER}/{names[part]}", "step": step.step} | index_columns(problems[start:stop])
+        listed = {"href": f"{FOLDER}/{names[part]}", "step": step.step} | index_columns(
+            problems[start:stop]
+        )
         html = render(
             "step.html.j2",
             ["problems.js"],
@@ -123,7 +133,8 @@ def _write_step(step: _Step) -> tuple[list[dict[str, Any]], list[tuple[str, Mark
             step=step.step,
             part=f"part {part + 1} of {len(cuts)}" if len(cuts) > 1 else "",
             count=stop - start,
-            links=[(f"part {i + 1}", name) for i, name in enumerate(names) if i != part] + step.links,
+            links=[(f"part {i + 1}", name) for i, name in enumerate(names) if i != part]
+            + step.links,
             flags=FLAGS,
             definition=DEFINITION,
             index=embed([listed]),
@@ -170,7 +181,10 @@ def index_columns(problems: Sequence[dict[str, Any]]) -> dict[str, list]:
         "id": [problem["id"] for problem in problems],
         "right": [int(sum(right for right, _ in pairs)) for pairs in judged],
         "of": [sum(verified for _, verified in pairs) for pairs in judged],
-        "flags": [sum(1 << i for i, flag in enumerate(FLAGS) if flag in problem["flags"]) for problem in problems],
+        "flags": [
+            sum(1 << i for i, flag in enumerate(FLAGS) if flag in problem["flags"])
+            for problem in problems
+        ],
     }
 
 

@@ -3,7 +3,8 @@
 step, cursor, id, kept, text, reference, flags
 search   traces, see `_trace`; `sets` are those it is in
 sets     of all rounds: round, name, members, order (as the prompt lists them), listed (the same by name), right,
-         verified, vote, flags; traces, each with its quotes and, unless the round is the last one, the `sets` it is in
+         verified, vote, flags; traces, each with its quotes and, unless the round is the last one,
+         the `sets` it is in
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def split_problems(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, An
         yield list(group)
 
 
-def problem_page(step: int, rows: Sequence[dict[str, Any]], config: dict[str, Any]) -> dict[str, Any]:
+def problem_page(
+    step: int, rows: Sequence[dict[str, Any]], config: dict[str, Any]
+) -> dict[str, Any]:
     """What the page of a problem shows.
 
     Args:
@@ -60,7 +63,10 @@ def problem_page(step: int, rows: Sequence[dict[str, Any]], config: dict[str, An
     answers = _numbered(rows)
     search, *read = [
         [
-            [_trace(row, _reasons(row, stages, config), config) | {"name": _trace_name(row)} for row in of_set]
+            [
+                _trace(row, _reasons(row, stages, config), config) | {"name": _trace_name(row)}
+                for row in of_set
+            ]
             for of_set in of_stage
         ]
         for of_stage in stages
@@ -75,7 +81,9 @@ def problem_page(step: int, rows: Sequence[dict[str, Any]], config: dict[str, An
             sets.append(_set_page(of_set, candidates, answers) | {"traces": traces})
     for r, of_stage in enumerate((search, *read[:-1]), start=1):
         for n, trace in enumerate(itertools.chain(*of_stage)):
-            trace["sets"] = [k for k, one in enumerate(sets) if one["round"] == r and n in one["members"]]
+            trace["sets"] = [
+                k for k, one in enumerate(sets) if one["round"] == r and n in one["members"]
+            ]
     flags = {flag for of_set in sets for flag in of_set["flags"]} | _trace_flags(rows)
     kept = rows[0]["kept"]
     if not kept or (not sets and len({row["reward"] for row in rows} - {None}) < 2):
@@ -111,19 +119,28 @@ def _name_of(row: dict[str, Any]) -> str:
 
 
 def _reasons(row: dict[str, Any], stages: list, config: dict[str, Any]) -> list[Reason]:
-    """Why a trace has its advantage: by its own set, and by the sets of the next round that it is in."""
+    """Why a trace has its advantage: by its own set, and by the sets of the next round that it is
+    in.
+    """
     estimator, r = config["loss"]["estimator"], row["round"] or 0
     reasons = []
     if r:
         reasons.append(explain_aggregation(row["reward"], _score(stages[r][row["set"]])))
     elif estimator in OWN_CORRECTNESS:
         reasons.append(
-            explain_own(estimator, row["reward"], _score(stages[0][0]), config["aggregation"]["subset_size"])
+            explain_own(
+                estimator, row["reward"], _score(stages[0][0]), config["aggregation"]["subset_size"]
+            )
         )
     if (r == 0 or r + 1 < len(stages)) and estimator not in OWN_CORRECTNESS:
         sets, place = (*stages, [])[r + 1], (row["set"] or 0) * len(stages[r][0]) + row["trace"]
-        members, names = [of_set[0]["subset"] for of_set in sets], [_name_of(of_set[0]) for of_set in sets]
-        reasons.append(explain_search(estimator, place, members, [_score(of_set) for of_set in sets], names))
+        members, names = (
+            [of_set[0]["subset"] for of_set in sets],
+            [_name_of(of_set[0]) for of_set in sets],
+        )
+        reasons.append(
+            explain_search(estimator, place, members, [_score(of_set) for of_set in sets], names)
+        )
     return reasons
 
 
@@ -141,12 +158,16 @@ def _trace(row: dict[str, Any], reasons: list[Reason], config: dict[str, Any]) -
     elif all(reason.value is not None for reason in reasons):
         gated = [_is_gated(row, reason.value, config) for reason in reasons]
         taken = f" The length gate takes it: positive, and {_too_long(row, config)}, so 0."
-        words = " ".join(r.words + (taken if gate else "") for r, gate in zip(reasons, gated, strict=True))
+        words = " ".join(
+            r.words + (taken if gate else "") for r, gate in zip(reasons, gated, strict=True)
+        )
         expected = sum(0.0 if gate else r.value for r, gate in zip(reasons, gated, strict=True))
         if len(reasons) > 1:
             words += f" Together {expected:+.3f}."
         if abs(expected - logged) > _ROUNDING * max(1, abs(logged)):
-            words += f" But {logged:+.4f} was logged: the run's objective is not the one explained here."
+            words += (
+                f" But {logged:+.4f} was logged: the run's objective is not the one explained here."
+            )
     return {
         "trace": row["trace"],
         "answer": last_boxed(row["text"]),
@@ -184,7 +205,9 @@ def _score(rows: Sequence[dict[str, Any]]) -> Score:
 
 
 def _numbered(rows: Sequence[dict[str, Any]]) -> dict[int, int | None]:
-    """id(row) -> number of its answer, as in `verifier.number_classes`, but wrong ones by their spelling alone."""
+    """id(row) -> number of its answer, as in `verifier.number_classes`, but wrong ones by their
+    spelling alone.
+    """
     number: dict[str, int] = {}
     numbers = {}
     for row in rows:
@@ -202,19 +225,33 @@ def _numbered(rows: Sequence[dict[str, Any]]) -> dict[int, int | None]:
 
 
 def _quotes(
-    row: dict[str, Any], candidates: Sequence[dict[str, Any]], quoting: Quoting, answers: dict[int, int | None]
+    row: dict[str, Any],
+    candidates: Sequence[dict[str, Any]],
+    quoting: Quoting,
+    answers: dict[int, int | None],
 ) -> list[dict[str, Any]]:
     """The candidates that an aggregation quotes, in the order of its prompt."""
     found = []
     for n, copied in zip(row["order"], quoting.copied(row["text"], row["order"]), strict=True):
-        same = answers[id(row)] == answers[id(candidates[n])] and answers[id(row)] not in (None, ERROR)
+        same = answers[id(row)] == answers[id(candidates[n])] and answers[id(row)] not in (
+            None,
+            ERROR,
+        )
         if same or copied:
-            found.append({"name": _trace_name(candidates[n]), "copied": round(copied, 3), "same_answer": same})
+            found.append(
+                {
+                    "name": _trace_name(candidates[n]),
+                    "copied": round(copied, 3),
+                    "same_answer": same,
+                }
+            )
     return found
 
 
 def _set_page(
-    of_set: Sequence[dict[str, Any]], candidates: Sequence[dict[str, Any]], answers: dict[int, int | None]
+    of_set: Sequence[dict[str, Any]],
+    candidates: Sequence[dict[str, Any]],
+    answers: dict[int, int | None],
 ) -> dict[str, Any]:
     first, score, flags = of_set[0], _score(of_set), set()
     chance = vote([answers[id(candidates[n])] for n in first["subset"]])

@@ -1,4 +1,6 @@
-"""Which candidates an aggregation trace quotes: a cheap definition on words and verdicts, stated on the page."""
+"""Which candidates an aggregation trace quotes: a cheap definition on words and verdicts, stated on
+the page.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ DEFINITION = (
 
 
 class Quoting:
-    """Finds quotes among the traces of one problem; the candidates' runs of words are collected once."""
+    """Finds quotes among the traces of one problem; the candidates' runs of words are collected
+    once.
+    """
 
     def __init__(self, problem_text: str, candidates: Sequence[str]):
         """`candidates`: text of each search trace, as far as aggregations are shown it."""
@@ -27,7 +31,8 @@ class Quoting:
         self._runs: dict[tuple[int, int], set[tuple[str, ...]]] = {}
 
     def copied(self, text: str, listed: Sequence[int]) -> list[float]:
-        """For each candidate that the prompt lists: the share of the runs of `text` that it has too.
+        """For each candidate that the prompt lists: the share of the runs of `text` that it has
+        too.
 
         Runs that the problem has, or all of several candidates, are left out of both.
         """

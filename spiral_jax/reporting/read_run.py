@@ -1,6 +1,8 @@
-"""A run's directory -> what the report tells of it; also of a run in progress, one without evaluations, an evaluation.
+"""A run's directory -> what the report tells of it; also of a run in progress, one without
+evaluations, an evaluation.
 
-The directory may be an address that etils' epath knows (gs://, s3://): it is only read, in whole files.
+The directory may be an address that etils' epath knows (gs://, s3://): it is only read, in whole
+files.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Run:
       config: plain; fields that did not exist when it was started have their defaults.
       starts, metrics, evaluations: rows of these logs; None where a number was NaN.
       traces: trace file by step; the trace log keeps the newest ones.
-      results: name -> content of a results.json: the evaluation, and what it is compared with (or nothing).
+      results: name -> content of a results.json: the evaluation, and what it is compared with (or
+      nothing).
       checkpoints: results.json by step of the evaluations during training, with pass@k.
     """
 
@@ -44,7 +47,8 @@ def read_run(workdir: str, results: str | None = None, baseline: str | None = No
     """Reads a run.
 
     Args:
-      results: results.json of the evaluation to show; None: that of `workdir`, else its newest one during training.
+      results: results.json of the evaluation to show; None: that of `workdir`, else its newest one
+      during training.
       baseline: results.json that it is compared with; None: if it is from training, the first one.
 
     Raises:
@@ -61,7 +65,9 @@ def read_run(workdir: str, results: str | None = None, baseline: str | None = No
     elif checkpoints:
         shown[f"step {max(checkpoints)}"] = checkpoints[max(checkpoints)]
     if baseline and not shown:
-        raise WorkdirError(f"--baseline={baseline}: there is no evaluation to compare with it. Give --results too.")
+        raise WorkdirError(
+            f"--baseline={baseline}: there is no evaluation to compare with it. Give --results too."
+        )
     if baseline:
         shown[f"baseline ({epath.Path(baseline).parent.name})"] = read_results(baseline)
     elif not results and not (path / "results.json").exists() and len(checkpoints) > 1:
@@ -79,18 +85,29 @@ def read_run(workdir: str, results: str | None = None, baseline: str | None = No
 
 def _checkpoints(directory: epath.Path) -> dict[int, dict]:
     found = directory.glob("step_*/results.json") if directory.exists() else ()
-    return dict(sorted((int(file.parent.name.removeprefix("step_")), read_results(file)) for file in found))
+    return dict(
+        sorted((int(file.parent.name.removeprefix("step_")), read_results(file)) for file in found)
+    )
 
 
 def changed_fields(plain: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(field, default, here) of every field that is not as in `config.defaults()`, values as JSON."""
     here, usual = _flat(plain), _flat(config.to_plain(config.defaults()))
-    changed = [(name, usual.get(name), value) for name, value in here.items() if usual.get(name) != value]
-    return [(name, *(json.dumps(value, ensure_ascii=False) for value in values)) for name, *values in changed]
+    changed = [
+        (name, usual.get(name), value) for name, value in here.items() if usual.get(name) != value
+    ]
+    return [
+        (name, *(json.dumps(value, ensure_ascii=False) for value in values))
+        for name, *values in changed
+    ]
 
 
 def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in plain.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+        found |= (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict) and value
+            else {prefix + name: value}
+        )
     return found

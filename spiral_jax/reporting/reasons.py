@@ -1,7 +1,9 @@
-"""The reason of an advantage, in words and numbers, from how many traces are right: exact fractions, no floats.
+"""The reason of an advantage, in words and numbers, from how many traces are right: exact
+fractions, no floats.
 
-A second way to the numbers of `objective.advantages`: what the page says can be checked against what was trained on.
-A set's score is right / verified aggregations of it, None without a verified one.
+A second way to the numbers of `objective.advantages`: what the page says can be checked against
+what was trained on. A set's score is right / verified aggregations of it, None without a verified
+one.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from fractions import Fraction
 
 @dataclasses.dataclass(frozen=True)
 class Reason:
-    """An advantage before the length gate and why it is what it is; `value` is None where there are no words for it."""
+    """An advantage before the length gate and why it is what it is; `value` is None where there are
+    no words for it.
+    """
 
     value: float | None
     words: str
@@ -37,15 +41,22 @@ class Score:
 
 
 def set_name(k: int, round: int = 1) -> str:
-    """A, B, ... Z, then A1, B1, ...: what pages call set k; A', B', ... those of the second round, and so on."""
+    """A, B, ... Z, then A1, B1, ...: what pages call set k; A', B', ... those of the second round,
+    and so on.
+    """
     letter, again = string.ascii_uppercase[k % 26], k // 26
     return f"{letter}{again or ''}" + "'" * (round - 1)
 
 
 def explain_search(
-    estimator: str, trace: int, member_KxS: Sequence[Sequence[int]], scores: Sequence[Score], names: Sequence[str]
+    estimator: str,
+    trace: int,
+    member_KxS: Sequence[Sequence[int]],
+    scores: Sequence[Score],
+    names: Sequence[str],
 ) -> Reason:
-    """Why a trace has the advantage of being read, under an estimator over drawn sets; else see `explain_own`.
+    """Why a trace has the advantage of being read, under an estimator over drawn sets; else see
+    `explain_own`.
 
     Args:
       trace: which of the traces that the round reads.
@@ -64,7 +75,9 @@ def explain_search(
     else:
         others, name = [k for k in valid if k not in inside], "sets without it"
         if not others:
-            return Reason(0.0, "It is in every set that was scored: there is nothing to compare them with, 0.")
+            return Reason(
+                0.0, "It is in every set that was scored: there is nothing to compare them with, 0."
+            )
     with_it, reference = _mean(inside, scores), _mean(others, scores)
     words = (
         f"Mean score of sets with it {_decimal(with_it)} ({_listed(inside, scores, names)}), "
@@ -100,9 +113,15 @@ def explain_own(estimator: str, reward: float | None, score: Score, set_size: in
         )
         return Reason(value, words)
     if estimator == "rloo":
-        mean, of_all = Fraction(score.right - int(reward), score.verified - 1), f"{of_all}, of the others"
+        mean, of_all = (
+            Fraction(score.right - int(reward), score.verified - 1),
+            f"{of_all}, of the others",
+        )
     value = Fraction(reward) - mean
-    return Reason(float(value), f"{of_all}: mean {_decimal(mean)}. Its reward {reward:g} - it = {_signed(value)}.")
+    return Reason(
+        float(value),
+        f"{of_all}: mean {_decimal(mean)}. Its reward {reward:g} - it = {_signed(value)}.",
+    )
 
 
 OWN_CORRECTNESS = ("grpo", "grpo_nostd", "rloo", "online_multitask", "paragator", "pkpo")
@@ -112,7 +131,9 @@ def _explain_pass_at_k(reward: float, score: Score, k: int, of_all: str) -> Reas
     """`own_advantages.pass_at_k`."""
     n, wrong = score.verified, score.verified - score.right
     if n <= k:
-        return Reason(0.0, f"There is one set of {k} at most, which has nothing to be compared with: 0.")
+        return Reason(
+            0.0, f"There is one set of {k} at most, which has nothing to be compared with: 0."
+        )
     missed = Fraction(math.comb(wrong, k), math.comb(n, k))
     own = Fraction(0) if reward else Fraction(math.comb(wrong - 1, k - 1), math.comb(n - 1, k - 1))
     words = (
@@ -133,7 +154,9 @@ def _explain_max_at_k(reward: float, score: Score, k: int, of_all: str) -> Reaso
 
 
 def explain_aggregation(reward: float | None, score: Score) -> Reason:
-    """Why an aggregation trace has its advantage, which is the same under all estimators; `score` is its set's."""
+    """Why an aggregation trace has its advantage, which is the same under all estimators; `score`
+    is its set's.
+    """
     if reward is None:
         return Reason(0.0, _NOT_VERIFIED)
     value = Fraction(reward) - score.share
@@ -148,7 +171,9 @@ _NOT_VERIFIED = "It could not be verified, which is our failure: it is in no mea
 
 
 def _without_words(estimator: str) -> Reason:
-    return Reason(None, f"loss.estimator = {estimator} is not explained here; the number is the logged one.")
+    return Reason(
+        None, f"loss.estimator = {estimator} is not explained here; the number is the logged one."
+    )
 
 
 def _mean(sets: Sequence[int], scores: Sequence[Score]) -> Fraction:

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-# Colours of Okabe and Ito (2008), distinct for colour-blind readers; one colour per meaning in all panels.
+# Colours of Okabe and Ito (2008), distinct for colour-blind readers; one colour per meaning in all
+# panels.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#555555"
 MEASURES = {  # evaluation key: label, colour and marker of its points
     "single": ("held-out, single trace", ORANGE, "s"),
@@ -30,15 +31,19 @@ ROWS = {  # evaluation key: label in the table
 MISSING = "–"
 
 
-def draw_curves(metrics_path: epath.PathLike, evaluations: list[dict], png_path: epath.PathLike) -> None:
-    """Draws reward, trace length, parse rate, gradient norm and sampler-trainer mismatch over optimizer steps.
+def draw_curves(
+    metrics_path: epath.PathLike, evaluations: list[dict], png_path: epath.PathLike
+) -> None:
+    """Draws reward, trace length, parse rate, gradient norm and sampler-trainer mismatch over
+    optimizer steps.
 
-    A panel or curve whose metrics are missing, null or NaN throughout is left out; single such steps are gaps.
+    A panel or curve whose metrics are missing, null or NaN throughout is left out; single such
+    steps are gaps.
 
     Args:
       metrics_path: metrics.jsonl, one object a step with `step`.
-      evaluations: held-out results, each with `step` and some of `single`, `majority`, `aggregated` (the fields of
-        `estimators.Estimate` as a dict).
+      evaluations: held-out results, each with `step` and some of `single`, `majority`, `aggregated`
+        (the fields of `estimators.Estimate` as a dict).
       png_path: file that is written, 1,680 x 840 pixels.
 
     Raises:
@@ -57,12 +62,20 @@ def draw_curves(metrics_path: epath.PathLike, evaluations: list[dict], png_path:
         if any(_has_values(records, key) for key in keys)
     ]
     has_reward = any(_has_values(records, key) for key in ("reward/aggregated", "reward/search"))
-    has_reward |= any(_estimate(evaluation, name) for evaluation in evaluations for name in MEASURES)
+    has_reward |= any(
+        _estimate(evaluation, name) for evaluation in evaluations for name in MEASURES
+    )
     if not panels and not has_reward:
-        raise ValueError(f"{metrics_path}: none of its metrics can be drawn, and there is no evaluation.")
+        raise ValueError(
+            f"{metrics_path}: none of its metrics can be drawn, and there is no evaluation."
+        )
 
     figure = Figure(figsize=(14, 7), dpi=120, layout="constrained")
-    places = figure.subfigures(1, 2, width_ratios=(1, 1.15)) if panels and has_reward else [figure, figure]
+    places = (
+        figure.subfigures(1, 2, width_ratios=(1, 1.15))
+        if panels and has_reward
+        else [figure, figure]
+    )
     if has_reward:
         _draw_reward(places[0].subplots(), records, evaluations)
     if panels:
@@ -78,11 +91,13 @@ def draw_curves(metrics_path: epath.PathLike, evaluations: list[dict], png_path:
 
 
 def evaluation_table(evaluations: list[dict]) -> str:
-    """A Markdown table of the first and the last evaluation, in percent, and the change between them in points.
+    """A Markdown table of the first and the last evaluation, in percent, and the change between
+    them in points.
 
     Args:
-      evaluations: each with `step`; estimates (dicts with mean, low, high, count) and rates (floats) as listed in
-        `ROWS`, any of them absent or None. With one step only, there is no last column and no change.
+      evaluations: each with `step`; estimates (dicts with mean, low, high, count) and rates
+        (floats) as listed in `ROWS`, any of them absent or None. With one step only, there is no
+        last column and no change.
 
     Returns:
       The table, then a line that says what the intervals are and how many problems they are over.
@@ -93,7 +108,9 @@ def evaluation_table(evaluations: list[dict]) -> str:
     if not evaluations:
         raise ValueError("evaluations = []: a table needs at least one evaluation.")
     ordered = sorted(evaluations, key=lambda evaluation: evaluation["step"])
-    shown = [ordered[0], ordered[-1]] if ordered[0]["step"] != ordered[-1]["step"] else [ordered[-1]]
+    shown = (
+        [ordered[0], ordered[-1]] if ordered[0]["step"] != ordered[-1]["step"] else [ordered[-1]]
+    )
     heads = ["measure (%)"] + [f"step {evaluation['step']}" for evaluation in shown]
     heads += ["change (points)"] if len(shown) == 2 else []
     rows = []
@@ -108,7 +125,10 @@ def evaluation_table(evaluations: list[dict]) -> str:
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     counts = {
-        _estimate(evaluation, name)["count"] for evaluation in shown for name in ROWS if _estimate(evaluation, name)
+        _estimate(evaluation, name)["count"]
+        for evaluation in shown
+        for name in ROWS
+        if _estimate(evaluation, name)
     }
     if counts:
         span = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
@@ -125,7 +145,9 @@ def _read_metrics(path: epath.PathLike) -> list[dict]:
         except ValueError:
             record = None
         if not (isinstance(record, dict) and isinstance(record.get("step"), int | float)):
-            raise ValueError(f"{path}, line {number}: {line[:80]!r} is not a JSON object with a number `step`.")
+            raise ValueError(
+                f"{path}, line {number}: {line[:80]!r} is not a JSON object with a number `step`."
+            )
         records.append(record)
     return sorted(records, key=lambda record: record["step"])
 
@@ -146,11 +168,16 @@ def _series(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value and those up to `window - 1` before it, NaN left out; NaN where there is none."""
+    """The mean of each value and those up to `window - 1` before it, NaN left out; NaN where there
+    is none.
+    """
     known = ~np.isnan(values)
     sums = np.cumsum(np.where(known, values, 0.0))
     counts = np.cumsum(known)
-    sums[window:], counts[window:] = sums[window:] - sums[:-window], counts[window:] - counts[:-window]
+    sums[window:], counts[window:] = (
+        sums[window:] - sums[:-window],
+        counts[window:] - counts[:-window],
+    )
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
@@ -189,8 +216,12 @@ def _draw_reward(axes: Axes, records: list[dict], evaluations: list[dict]) -> No
     key = "reward/aggregated" if _has_values(records, "reward/aggregated") else "reward/search"
     if _has_values(records, key):
         label = f"training, {'aggregated' if key == 'reward/aggregated' else 'search'}"
-        _draw_smoothed(axes, *_series(records, key), BLUE if key == "reward/aggregated" else ORANGE, label)
-    span = max([record["step"] for record in records] + [evaluation["step"] for evaluation in evaluations])
+        _draw_smoothed(
+            axes, *_series(records, key), BLUE if key == "reward/aggregated" else ORANGE, label
+        )
+    span = max(
+        [record["step"] for record in records] + [evaluation["step"] for evaluation in evaluations]
+    )
     for place, (name, (label, color, marker)) in enumerate(MEASURES.items()):
         found = [(evaluation["step"], _estimate(evaluation, name)) for evaluation in evaluations]
         found = [(step, estimate) for step, estimate in found if estimate]
@@ -202,15 +233,21 @@ def _draw_reward(axes: Axes, records: list[dict], evaluations: list[dict]) -> No
         errors = [1.96 * (estimate["standard_error"] or 0.0) for _, estimate in found]
         axes.errorbar(steps, means, yerr=errors, color=color, marker=marker, markersize=7, linestyle=":", linewidth=1,
                       elinewidth=1.5, capsize=3, markeredgecolor="white", label=label, zorder=3)  # fmt: skip
-    axes.set_title("reward (share of correct answers; bars: 95 % interval over problems)", fontsize="medium")
+    axes.set_title(
+        "reward (share of correct answers; bars: 95 % interval over problems)", fontsize="medium"
+    )
     axes.set_ylabel("reward")
     axes.legend(loc="best", fontsize="small")
 
 
-def _draw_smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str) -> None:
+def _draw_smoothed(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str
+) -> None:
     """A thin curve of every step and, where there are enough steps, a bold one of the running mean."""
     window = len(values) // 20
-    point = "." if len(values) < 30 else ""  # a lone point between gaps would be invisible as a line
+    point = (
+        "." if len(values) < 30 else ""
+    )  # a lone point between gaps would be invisible as a line
     if window < 2:
         axes.plot(steps, values, color=color, linewidth=1.5, marker=point, label=label)
         return
@@ -253,7 +290,9 @@ def _draw_mismatch(axes: Axes, records: list[dict]) -> None:
 
 
 def _draw_diagnostic(axes: Axes, records: list[dict], key: str) -> None:
-    """One metric, on a logarithmic scale where it spans more than a factor of 30, so that a spike hides nothing."""
+    """One metric, on a logarithmic scale where it spans more than a factor of 30, so that a spike
+    hides nothing.
+    """
     steps, values = _series(records, key)
     _draw_smoothed(axes, steps, values, GREY, key)
     if np.nanmin(values) > 0 and np.nanmax(values) > 30 * np.nanmin(values):

@@ -1,6 +1,8 @@
-"""Dynamic sampling: a stream of rollouts -> the first B problems in cursor order with a signal, and loss weights.
+"""Dynamic sampling: a stream of rollouts -> the first B problems in cursor order with a signal, and
+loss weights.
 
-A step's batch is a pure function of the policy, the step and the cursor, so a killed step is simply run again.
+A step's batch is a pure function of the policy, the step and the cursor, so a killed step is simply
+run again.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from spiral_jax.verifier.verifier import check_error_rate
 
 
 class NoSignal(RuntimeError):
-    """Too few problems with a non-zero advantage: the task is too easy, too hard, or its verifier is broken."""
+    """Too few problems with a non-zero advantage: the task is too easy, too hard, or its verifier
+    is broken.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +34,10 @@ class Batch:
     """What one optimizer step learns from.
 
     Attributes:
-      rollouts: the first B kept problems in cursor order, advantages filled in (after the length gate).
-      discarded: the problems before `next_cursor` that were not kept, with advantage 0; for the trace log alone.
+      rollouts: the first B kept problems in cursor order, advantages filled in (after the length
+      gate).
+      discarded: the problems before `next_cursor` that were not kept, with advantage 0; for the
+      trace log alone.
       search_weight_UxC: loss weights of the search traces.
       aggregation_weight_UxC: of the aggregation traces, round by round; None without that stage.
       next_cursor: behind the last kept problem: where the next step starts.
@@ -51,16 +57,19 @@ class Batch:
 def collect_batch(actor: Actor, weights: Any, step: int, cursor: int) -> Batch:
     """Dynamic sampling: tries problems in cursor order until B of them have a non-zero advantage.
 
-    The batch is the first B kept ones in cursor order, never in completion order; what is kept beyond them, and what
-    still runs when they are known, is discarded, counted, and tried again by the next step. At most
-    `sampling.max_ratio` * B problems are tried; then B / 4 kept ones are enough.
+    The batch is the first B kept ones in cursor order, never in completion order; what is kept
+    beyond them, and what still runs when they are known, is discarded, counted, and tried again by
+    the next step. At most `sampling.max_ratio` * B problems are tried; then B / 4 kept ones are
+    enough.
 
     Raises:
       NoSignal: fewer than that, with the histogram of rewards.
       VerifierFailure: our own failures exceed `config.verifier.max_error_rate`.
     """
     c, B = actor.c, actor.c.batch.problems
-    with RolloutFeed(actor, step, cursor, keep=lambda rollouts: bool(find_advantages(c, rollouts).keep_B[0])) as feed:
+    with RolloutFeed(
+        actor, step, cursor, keep=lambda rollouts: bool(find_advantages(c, rollouts).keep_B[0])
+    ) as feed:
         with actor.progress.phase("sampling"):
             of_sampler = actor.sampler.stream(weights, feed)
         rollouts, counts, verdicts = feed.decided()
@@ -77,18 +86,23 @@ def collect_batch(actor: Actor, weights: Any, step: int, cursor: int) -> Batch:
     batch, (search_weight, *read_weight) = weigh(c, rollouts.take(index), found.take(index))
     sampled_tokens = int(of_sampler["sampling/generated_tokens"])
     discarded = rollouts.take(np.flatnonzero(~found.keep_B & (rollouts.cursor_B < next_cursor)))
-    discarded = discarded.with_advantages([np.zeros(g.trace_len_UxC.shape, np.float32) for g in discarded.stages])
+    discarded = discarded.with_advantages(
+        [np.zeros(g.trace_len_UxC.shape, np.float32) for g in discarded.stages]
+    )
     aggregation_weight = np.concatenate(read_weight) if read_weight else None
-    return Batch(batch, discarded, search_weight, aggregation_weight, next_cursor, sampled_tokens, metrics)
+    return Batch(
+        batch, discarded, search_weight, aggregation_weight, next_cursor, sampled_tokens, metrics
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class AdvantagesOfRounds:
     """Of B problems: one of `advantages.Advantages` for each of `Rollouts.rewards`.
 
-    The traces of a round that another one reads earn both: against the others of their own set, and by the sets of the
-    next round that they are in. So the rounds' objectives are added up, as any of them may be the last one at
-    evaluation; how search serves the second round and later ones is left to the first.
+    The traces of a round that another one reads earn both: against the others of their own set, and
+    by the sets of the next round that they are in. So the rounds' objectives are added up, as any
+    of them may be the last one at evaluation; how search serves the second round and later ones is
+    left to the first.
     """
 
     rounds: list[advantages.Advantages]
@@ -105,9 +119,13 @@ class AdvantagesOfRounds:
         return AdvantagesOfRounds([found.take(index) for found in self.rounds])
 
     def by_stage(self) -> list[np.ndarray]:
-        """Of the traces of search and of every round, before the length gate: [B, N], then [B, K, M] each."""
+        """Of the traces of search and of every round, before the length gate: [B, N], then [B, K,
+        M] each.
+        """
         first, *later = (found.search_BxN for found in self.rounds)
-        own = [found.aggregation_BxKxM for found in self.rounds if found.aggregation_BxKxM is not None]
+        own = [
+            found.aggregation_BxKxM for found in self.rounds if found.aggregation_BxKxM is not None
+        ]
         for r, read_BxN in enumerate(later):
             own[r] = own[r] + read_BxN.reshape(own[r].shape)
         return [first, *own]
@@ -115,15 +133,19 @@ class AdvantagesOfRounds:
 
 def find_advantages(c: ConfigDict, rollouts: Rollouts) -> AdvantagesOfRounds:
     """Advantages of verified rollouts under config.loss.estimator, before the length gate."""
-    return AdvantagesOfRounds([advantages.compute(c.loss.estimator, rewards) for rewards in rollouts.rewards()])
+    return AdvantagesOfRounds(
+        [advantages.compute(c.loss.estimator, rewards) for rewards in rollouts.rewards()]
+    )
 
 
-def weigh(c: ConfigDict, kept: Rollouts, found: AdvantagesOfRounds) -> tuple[Rollouts, list[np.ndarray]]:
+def weigh(
+    c: ConfigDict, kept: Rollouts, found: AdvantagesOfRounds
+) -> tuple[Rollouts, list[np.ndarray]]:
     """Gates the advantages of the kept problems and turns them into loss weights.
 
     Returns:
-      the problems with gated advantages (those of being aggregated and of being read again added up), and the loss
-      weights of each of `Rollouts.stages`, float32 [U, C].
+      the problems with gated advantages (those of being aggregated and of being read again added
+      up), and the loss weights of each of `Rollouts.stages`, float32 [U, C].
     """
     loss, stages = c.loss, kept.stages
     advantage = [np.zeros(groups.trace_len_UxC.shape, np.float32) for groups in stages]
@@ -148,15 +170,21 @@ def weigh(c: ConfigDict, kept: Rollouts, found: AdvantagesOfRounds) -> tuple[Rol
 
 
 def _gated(c: ConfigDict, groups: Groups, advantage: np.ndarray) -> np.ndarray:
-    """Advantages of the traces of a stage behind the length gate; their shape may be any that lists the same traces."""
+    """Advantages of the traces of a stage behind the length gate; their shape may be any that lists
+    the same traces.
+    """
     length, stop = (a.reshape(advantage.shape) for a in (groups.trace_len_UxC, groups.stop_UxC))
-    return advantages.length_gate(advantage, length, stop, groups.requests.max_tokens, c.loss.length_gate)
+    return advantages.length_gate(
+        advantage, length, stop, groups.requests.max_tokens, c.loss.length_gate
+    )
 
 
 def _no_signal_message(c: ConfigDict, rollouts: Rollouts, kept: int, starved: int) -> str:
     reward = rollouts.stages[-1].reward_UxC.reshape(len(rollouts), -1)
     per_problem = np.nansum(reward, axis=1).astype(int)
-    histogram = ", ".join(f"{right} right: {count}" for right, count in sorted(Counter(per_problem.tolist()).items()))
+    histogram = ", ".join(
+        f"{right} right: {count}" for right, count in sorted(Counter(per_problem.tolist()).items())
+    )
     return (
         f"only {kept} of {len(rollouts)} problems have a non-zero advantage (batch.problems = {c.batch.problems}, at "
         f"least a quarter is needed; {starved} were lost to verifier failures). Right answers a problem, of "
@@ -165,7 +193,9 @@ def _no_signal_message(c: ConfigDict, rollouts: Rollouts, kept: int, starved: in
     )
 
 
-def _metrics(rollouts: Rollouts, found: AdvantagesOfRounds, counts: Counter) -> dict[str, Mean | float]:
+def _metrics(
+    rollouts: Rollouts, found: AdvantagesOfRounds, counts: Counter
+) -> dict[str, Mean | float]:
     """What is logged about a batch: rewards and lengths of all that was tried, and every count."""
     metrics: dict[str, Mean | float] = {f"sampling/{name}": float(counts[name]) for name in
                                         ("tried", "kept", "surplus", "undecided", "too_long", "starved")}  # fmt: skip
@@ -173,7 +203,9 @@ def _metrics(rollouts: Rollouts, found: AdvantagesOfRounds, counts: Counter) -> 
     advantage, *read = found.by_stage()
     metrics |= _role_metrics(Role.SEARCH, rollouts.search, advantage, counts)
     if rollouts.rounds:
-        metrics |= _role_metrics(Role.AGGREGATION, rollouts.aggregation, np.concatenate(read), counts)
+        metrics |= _role_metrics(
+            Role.AGGREGATION, rollouts.aggregation, np.concatenate(read), counts
+        )
         for name in ("removed_special", "dropped", "empty"):
             metrics[f"candidates/{name}"] = float(counts[f"aggregation_{name}"])
     return metrics
@@ -185,10 +217,15 @@ def _reward_metrics(rollouts: Rollouts) -> dict[str, Mean]:
     if rollouts.rounds:
         names[-1] = "aggregated"
     valid = [groups.reward_UxC[~np.isnan(groups.reward_UxC)] for groups in rollouts.stages]
-    return {f"reward/{name}": Mean(float(r.sum()), float(r.size)) for name, r in zip(names, valid, strict=True)}
+    return {
+        f"reward/{name}": Mean(float(r.sum()), float(r.size))
+        for name, r in zip(names, valid, strict=True)
+    }
 
 
-def _role_metrics(role: Role, groups: Groups, advantage: np.ndarray, counts: Counter) -> dict[str, Mean | float]:
+def _role_metrics(
+    role: Role, groups: Groups, advantage: np.ndarray, counts: Counter
+) -> dict[str, Mean | float]:
     traces = float(groups.trace_len_UxC.size)
     of_role = {status: float(counts[f"{role.label}_{status}"]) for status in
                ("correct", "wrong", "unparsed", "timeout", "error")}  # fmt: skip
@@ -198,5 +235,7 @@ def _role_metrics(role: Role, groups: Groups, advantage: np.ndarray, counts: Cou
         f"verifier/parse_rate_{role.label}": Mean(of_role["correct"] + of_role["wrong"], traces),
         **{f"verifier/{status}_{role.label}": count for status, count in of_role.items()},
         f"advantage/{role.label}_abs": Mean(float(np.abs(advantage).sum()), float(advantage.size)),
-        f"advantage/{role.label}_nonzero": Mean(float((advantage != 0).sum()), float(advantage.size)),
+        f"advantage/{role.label}_nonzero": Mean(
+            float((advantage != 0).sum()), float(advantage.size)
+        ),
     }

@@ -1,10 +1,11 @@
-"""The traces of an evaluation as a stream: problems enter in order, and each goes through its stages by itself.
+"""The traces of an evaluation as a stream: problems enter in order, and each goes through its
+stages by itself.
 
     problem -> search group -> disjoint subsets -> aggregation groups
                             -> the first population -> round 1 -> round 2 ... of self-aggregation
 
-Nothing waits for another problem, and no verdict for what is sampled next. A trace's tokens depend on its key and its
-prompt alone, so they are those of one stage after the other.
+Nothing waits for another problem, and no verdict for what is sampled next. A trace's tokens depend
+on its key and its prompt alone, so they are those of one stage after the other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from spiral_jax.objective import subsets
 from spiral_jax.rollout.requests import Actor, aggregation_requests, as_population, search_requests
 from spiral_jax.tasks.problem import Problem
 
-_PLAIN = 1  # the round in the random keys of plain aggregation; round r of self-aggregation has r + 1
+_PLAIN = (
+    1  # the round in the random keys of plain aggregation; round r of self-aggregation has r + 1
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +55,9 @@ class _Asked:
     search: Groups | None = None
     member_1xKxS: np.ndarray | None = None
     population: Groups | None = None  # what the next round reads
-    by_round: dict[int, dict[int, Groups]] = dataclasses.field(default_factory=dict)  # round of the keys, set
+    by_round: dict[int, dict[int, Groups]] = dataclasses.field(
+        default_factory=dict
+    )  # round of the keys, set
 
     def groups(self, round: int) -> Groups:
         """Of a complete round, in the order of its sets."""
@@ -67,17 +72,27 @@ class EvaluationFeed:
       actor: its `c` is that of one of the `config.for_evaluation*`.
       index_B: where each problem stands among the held-out ones.
       step: of training; names the random numbers.
-      search: the problems' search groups where other weights have drawn them; None: they are asked for.
+      search: the problems' search groups where other weights have drawn them; None: they are asked
+      for.
     """
 
     def __init__(
-        self, actor: Actor, problems: list[Problem], index_B: np.ndarray, step: int, search: Groups | None = None
+        self,
+        actor: Actor,
+        problems: list[Problem],
+        index_B: np.ndarray,
+        step: int,
+        search: Groups | None = None,
     ):
         self._actor, self._step = actor, step
-        self._asked = [_Asked(problem, int(index)) for problem, index in zip(problems, index_B, strict=True)]
+        self._asked = [
+            _Asked(problem, int(index)) for problem, index in zip(problems, index_B, strict=True)
+        ]
         self._by_index = {asked.index: asked for asked in self._asked}
         self._new = deque(self._asked if search is None else ())
-        self._ready: deque[GroupRequests] = deque()  # aggregation groups: they go before new problems
+        self._ready: deque[GroupRequests] = (
+            deque()
+        )  # aggregation groups: they go before new problems
         self._open = 0  # groups that are ready or on their way
         self._cleaned: Counter[str] = Counter()
         for b, asked in enumerate(self._asked if search is not None else ()):
@@ -87,14 +102,18 @@ class EvaluationFeed:
         return not self._new and not self._open
 
     def next(self, now: int) -> GroupRequests | None:
-        """An aggregation group whose candidates are there, else a new problem's search group, else None."""
+        """An aggregation group whose candidates are there, else a new problem's search group, else
+        None.
+        """
         if self._ready:
             return self._ready.popleft()
         if not self._new:
             return None
         asked, self._open = self._new.popleft(), self._open + 1
         index_1 = np.array([asked.index])
-        return search_requests(self._actor, [asked.problem], index_1, Purpose.EVALUATION, self._step)
+        return search_requests(
+            self._actor, [asked.problem], index_1, Purpose.EVALUATION, self._step
+        )
 
     def done(self, group: Groups, now: int) -> None:
         """Takes a group, and asks for what reads it as soon as all that is read with it is there."""
@@ -122,7 +141,9 @@ class EvaluationFeed:
         )
 
     def _searched(self, asked: _Asked, group: Groups) -> None:
-        """Takes a problem's search group; its plain aggregation and its first round of self-aggregation can begin."""
+        """Takes a problem's search group; its plain aggregation and its first round of
+        self-aggregation can begin.
+        """
         e = self._actor.c.eval
         asked.search, asked.population = group, _first_traces(group, e.population)
         asked.member_1xKxS = _disjoint(self._actor.c, asked.index, self._step)[None]
@@ -136,12 +157,23 @@ class EvaluationFeed:
         if round > e.rounds:
             return
         member_KxS = subsets.independent_subsets(
-            c.seed, int(Purpose.EVALUATION), self._step, asked.index, round, e.population, e.set_size, e.population
+            c.seed,
+            int(Purpose.EVALUATION),
+            self._step,
+            asked.index,
+            round,
+            e.population,
+            e.set_size,
+            e.population,
         )
         self._aggregate(asked, asked.population, member_KxS[None], 1, _PLAIN + round)
 
-    def _aggregate(self, asked: _Asked, candidates: Groups, member_1xKxS: np.ndarray, traces: int, round: int) -> None:
-        requests, cleaned = aggregation_requests(self._actor, [asked.problem], candidates, member_1xKxS, traces, round)
+    def _aggregate(
+        self, asked: _Asked, candidates: Groups, member_1xKxS: np.ndarray, traces: int, round: int
+    ) -> None:
+        requests, cleaned = aggregation_requests(
+            self._actor, [asked.problem], candidates, member_1xKxS, traces, round
+        )
         self._ready.extend(requests.take([u]) for u in range(len(requests)))
         self._open += len(requests)
         stage = "aggregation" if round == _PLAIN else "rsa"

@@ -1,13 +1,16 @@
-"""The rollouts of one step as a stream: problems enter in cursor order, and each goes through its stages by itself.
+"""The rollouts of one step as a stream: problems enter in cursor order, and each goes through its
+stages by itself.
 
-    problem -> search group -> subsets -> aggregation groups (-> subsets of them -> ...) -> verdicts -> kept or not
+    problem -> search group -> subsets -> aggregation groups (-> subsets of them -> ...) -> verdicts
+    -> kept or not
 
-Stages are numbered as rounds are in the ids of groups: 0 is search, r the r-th round of aggregation, which reads the
-traces of stage r - 1. Nothing waits for another problem's stage. Admission knows the time only as decode chunks, and a
-verdict only `sampling.verdict_delay` chunks after its group ended (it waits for a late one), so what is tried, kept and
-discarded depends on data, keys and token counts alone, never on how quick verifier or device are. In a run of several
-processes each judges its share of a group's traces; the shares are united when the verdicts are due, at the same time
-on all.
+Stages are numbered as rounds are in the ids of groups: 0 is search, r the r-th round of
+aggregation, which reads the traces of stage r - 1. Nothing waits for another problem's stage.
+Admission knows the time only as decode chunks, and a verdict only `sampling.verdict_delay` chunks
+after its group ended (it waits for a late one), so what is tried, kept and discarded depends on
+data, keys and token counts alone, never on how quick verifier or device are. In a run of several
+processes each judges its share of a group's traces; the shares are united when the verdicts are
+due, at the same time on all.
 """
 
 from __future__ import annotations
@@ -54,8 +57,12 @@ class _Tried:
     cursor: int
     arrived: dict[int, dict[int, Groups]] = dataclasses.field(default_factory=dict)  # stage, set
     strategy_1xN: np.ndarray | None = None
-    member_1xKxS: list[np.ndarray] = dataclasses.field(default_factory=list)  # of every round that has begun
-    judging: dict[int, _Judging] = dataclasses.field(default_factory=dict)  # by stage; this process's share
+    member_1xKxS: list[np.ndarray] = dataclasses.field(
+        default_factory=list
+    )  # of every round that has begun
+    judging: dict[int, _Judging] = dataclasses.field(
+        default_factory=dict
+    )  # by stage; this process's share
     verdicts: dict[int, list[Verdict]] = dataclasses.field(default_factory=dict)  # by stage
     due: int | None = None  # when its verdicts may be known
     rollouts: Rollouts | None = None  # B = 1, rewards filled in
@@ -72,7 +79,8 @@ class _Tried:
 
 
 class RolloutFeed:
-    """A `sampling.protocol.Feed` of one training step, finished when the first B kept problems are known.
+    """A `sampling.protocol.Feed` of one training step, finished when the first B kept problems are
+    known.
 
     Args:
       keep: whether the rollouts of one problem (B = 1) carry a signal.
@@ -80,15 +88,21 @@ class RolloutFeed:
 
     def __init__(self, actor: Actor, step: int, cursor: int, keep: Callable[[Rollouts], bool]):
         self._actor, self._step, self._keep = actor, step, keep
-        self._strategy = load_strategy(actor.c, actor.task) if actor.c.loss.estimator == "polychromic" else None
+        self._strategy = (
+            load_strategy(actor.c, actor.task) if actor.c.loss.estimator == "polychromic" else None
+        )
         self._rounds = aggregation_rounds(actor.c)
         self._limit = int(actor.c.sampling.max_ratio * actor.c.batch.problems)
         self._tried: list[_Tried] = []
         self._by_cursor: dict[int, _Tried] = {}
-        self._ready: deque[GroupRequests] = deque()  # aggregation groups: they go before new problems
+        self._ready: deque[GroupRequests] = (
+            deque()
+        )  # aggregation groups: they go before new problems
         self._counts: Counter[str] = Counter()
         self._verifying_s = 0.0  # that all verdicts asked for so far may take
-        self._verifying = concurrent.futures.ThreadPoolExecutor(max_workers=1)  # the verifier serves one call at a time
+        self._verifying = concurrent.futures.ThreadPoolExecutor(
+            max_workers=1
+        )  # the verifier serves one call at a time
         self.next_cursor = cursor  # behind the last problem that was tried
         self.too_long = 0  # problems that were left out
 
@@ -103,8 +117,12 @@ class RolloutFeed:
         return len(self._tried)
 
     def finished(self, now: int) -> bool:
-        """The first B kept problems are known, or all that may be tried has been. Takes in the verdicts due by now."""
-        self._decide([t for t in self._tried if t.due is not None and t.due <= now and not t.decided])
+        """The first B kept problems are known, or all that may be tried has been. Takes in the
+        verdicts due by now.
+        """
+        self._decide(
+            [t for t in self._tried if t.due is not None and t.due <= now and not t.decided]
+        )
         if not all(tried.arrived for tried in self._tried):
             faults.passed("search")
         kept = 0
@@ -123,7 +141,9 @@ class RolloutFeed:
         return self._admit() if self._wants_more() else None
 
     def done(self, group: Groups, now: int) -> None:
-        """The last group of a stage sends it to the verifier; the next stage reads it, or its problem is judged."""
+        """The last group of a stage sends it to the verifier; the next stage reads it, or its
+        problem is judged.
+        """
         _, _, cursor, stage, _, k = (int(x) for x in group.requests.id_Ux6[0])
         tried = self._by_cursor[cursor]
         arrived = tried.arrived.setdefault(stage, {})
@@ -137,7 +157,9 @@ class RolloutFeed:
             tried.due = now + self._actor.c.sampling.verdict_delay
 
     def decided(self) -> tuple[Rollouts, Counter, list[Verdict]]:
-        """All decided problems in cursor order, counts for the log (`search_*`, `aggregation_*`), and all verdicts."""
+        """All decided problems in cursor order, counts for the log (`search_*`, `aggregation_*`),
+        and all verdicts.
+        """
         found = [tried for tried in self._tried if tried.decided]
         counts, all_verdicts = self._counts.copy(), []
         for tried in found:
@@ -148,7 +170,9 @@ class RolloutFeed:
         return concat_rollouts([tried.rollouts for tried in found]), counts, all_verdicts
 
     def _wants_more(self) -> bool:
-        """Whether those on the way will probably not fill the batch, at the rate at which problems are kept so far."""
+        """Whether those on the way will probably not fill the batch, at the rate at which problems
+        are kept so far.
+        """
         decided = sum(tried.decided for tried in self._tried)
         kept = sum(tried.kept for tried in self._tried)
         rate = (kept + _PRIOR * self._actor.c.sampling.keep_rate) / (decided + _PRIOR)
@@ -169,12 +193,18 @@ class RolloutFeed:
         self._tried.append(tried)
         self._by_cursor[tried.cursor] = tried
         self.next_cursor += 1
-        return search_requests(self._actor, [problem], np.array([tried.cursor]), Purpose.TRAIN, self._step)
+        return search_requests(
+            self._actor, [problem], np.array([tried.cursor]), Purpose.TRAIN, self._step
+        )
 
     def _aggregate(self, tried: _Tried, round: int) -> None:
         """Asks for a round: K sets of the stage before, M traces for each."""
         c, a = self._actor.c, self._actor.c.aggregation
-        draw = subsets.disjoint_subsets if ESTIMATORS[c.loss.estimator] == "partition" else subsets.draw_subsets
+        draw = (
+            subsets.disjoint_subsets
+            if ESTIMATORS[c.loss.estimator] == "partition"
+            else subsets.draw_subsets
+        )
         search = tried.stage(0)
         candidates = search if round == 1 else as_population(tried.stage(round - 1), search)
         N = candidates.requests.traces
@@ -196,7 +226,9 @@ class RolloutFeed:
         items = [(text, tried.problem) for text in trace_texts(self._actor, groups, own)]
         if stage == 0 and self._strategy:
             texts = trace_texts(self._actor, groups)
-            tried.strategy_1xN = number_strategies([self._strategy(text, tried.problem) for text in texts])[None]
+            tried.strategy_1xN = number_strategies(
+                [self._strategy(text, tried.problem) for text in texts]
+            )[None]
         self._verifying_s += self._actor.verifier.longest_s(len(items))
         tried.judging[stage] = self._verifying.submit(self._actor.verifier.judge, items)
 
@@ -205,12 +237,18 @@ class RolloutFeed:
         if not due:
             return
         asked = [(tried, stage) for tried in due for stage in tried.judging]
-        for (tried, stage), verdicts in zip(asked, exchange([self._wait_for(t, s) for t, s in asked]), strict=True):
+        for (tried, stage), verdicts in zip(
+            asked, exchange([self._wait_for(t, s) for t, s in asked]), strict=True
+        ):
             tried.verdicts[stage] = verdicts
         for tried in due:
-            search, *read = (rewarded(tried.stage(stage), tried.verdicts[stage]) for stage in tried.judging)
+            search, *read = (
+                rewarded(tried.stage(stage), tried.verdicts[stage]) for stage in tried.judging
+            )
             rounds = tuple(Round(*pair) for pair in zip(tried.member_1xKxS, read, strict=True))
-            tried.rollouts = Rollouts([tried.problem], np.array([tried.cursor]), search, rounds, tried.strategy_1xN)
+            tried.rollouts = Rollouts(
+                [tried.problem], np.array([tried.cursor]), search, rounds, tried.strategy_1xN
+            )
             tried.kept = self._keep(tried.rollouts)
 
     def _wait_for(self, tried: _Tried, stage: int) -> list[Verdict]:

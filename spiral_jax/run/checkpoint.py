@@ -1,8 +1,10 @@
 """Checkpoints: (trained state, loop record) -> files -> the same state, on this mesh or another.
 
-A thin layer over orbax's `CheckpointManager`, which writes in the background, commits by renaming and deletes old ones.
-What it adds is a checksum for every array: orbax's files carry none that covers the values, so a flipped bit can come
-back as a wrong weight without an error. A damaged checkpoint is set aside, never deleted.
+A thin layer over orbax's `CheckpointManager`, which writes in the background, commits by renaming
+and deletes old ones.
+What it adds is a checksum for every array: orbax's files carry none that covers the values, so a
+flipped bit can come back as a wrong weight without an error. A damaged checkpoint is set aside,
+never deleted.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from spiral_jax.core.mesh import path_name
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read; the message names the directory, the step and what to do."""
+    """A checkpoint that cannot be written or read; the message names the directory, the step and
+    what to do.
+    """
 
 
 class Damaged(CheckpointError):
@@ -40,7 +44,8 @@ class Retention:
     Attributes:
       keep: so many newest ones, >= 1.
       every: and those whose step is a multiple of it; 0 = none.
-      scores: and of the checkpoints that there are, the one with the highest score. Asked at each save: score by step.
+      scores: and of the checkpoints that there are, the one with the highest score. Asked at each
+      save: score by step.
     """
 
     keep: int
@@ -60,8 +65,9 @@ class Retention:
 class Checkpoints:
     """The checkpoints of one run, one directory a step.
 
-    Every process of a multi-host run opens the same directory and makes the same calls. What a killed process left
-    half written is never listed, and is deleted when the directory is next opened for writing.
+    Every process of a multi-host run opens the same directory and makes the same calls. What a
+    killed process left half written is never listed, and is deleted when the directory is next
+    opened for writing.
     """
 
     def __init__(self, directory: str | os.PathLike, keep: int | Retention | None):
@@ -69,22 +75,27 @@ class Checkpoints:
 
         Args:
           directory: local path, or an object-store address that orbax knows.
-          keep: which checkpoints are kept; a number: so many newest ones. None: read only; nothing is ever created or
-            deleted.
+          keep: which checkpoints are kept; a number: so many newest ones. None: read only; nothing
+            is ever created or deleted.
 
         Raises:
-          CheckpointError: the directory cannot be created or read, or it is missing and `keep` is None.
+          CheckpointError: the directory cannot be created or read, or it is missing and `keep` is
+          None.
         """
         name = os.fspath(directory)
         self._local = local = "://" not in name
         self.directory = os.path.abspath(name) if local else name
         if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, create=False, save_interval_steps=0
+            )
         else:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=keep if isinstance(keep, Retention) else Retention(keep),
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=lambda: faults.passed("checkpoint")),
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=lambda: faults.passed("checkpoint")
+                ),
             )
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add("state", ocp.args.StandardSave)
@@ -92,10 +103,14 @@ class Checkpoints:
         registry.add("state", ocp.args.PyTreeRestore)  # the one that can restore a part
         registry.add("record", ocp.args.JsonSave)
         registry.add("record", ocp.args.JsonRestore)
-        with self._reported("the directory cannot be opened. Is it there, is it a directory, may it be written?"):
+        with self._reported(
+            "the directory cannot be opened. Is it there, is it a directory, may it be written?"
+        ):
             if local:  # orbax notices only at the first save, after a timeout
                 _check_directory(self.directory, writing=keep is not None)
-            self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, handler_registry=registry
+            )
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -114,19 +129,26 @@ class Checkpoints:
           record: JSON types; what else a resumed loop needs.
 
         Raises:
-          CheckpointError: `step` is not above `latest()`, the directory is read only, or this save or the one before
-            it failed. The checkpoints that were complete still are, and the next save is tried as any other.
+          CheckpointError: `step` is not above `latest()`, the directory is read only, or this save
+            or the one before it failed. The checkpoints that were complete still are, and the next
+            save is tried as any other.
         """
         header = {
             "step": step,
             "record": json.loads(json.dumps(record, allow_nan=False)),
-            "arrays": {name: _describe(leaf) | {"crc32": _crc32(leaf)} for name, leaf in _named(state)},
+            "arrays": {
+                name: _describe(leaf) | {"crc32": _crc32(leaf)} for name, leaf in _named(state)
+            },
         }
         header["crc32"] = _header_crc32(header)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(header))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(header)
+        )
         with (
             self._cleaned(),
-            self._reported(f"step {step} or the one saved before it could not be written. Free space? Permissions?"),
+            self._reported(
+                f"step {step} or the one saved before it could not be written. Free space? Permissions?"
+            ),
         ):
             saved = self._manager.save(step, args=args)
         faults.passed("checkpoint")
@@ -140,15 +162,17 @@ class Checkpoints:
         """Reads a checkpoint and verifies every array.
 
         Args:
-          abstract_state: pytree of `jax.ShapeDtypeStruct` with `sharding`, or of arrays: what to restore and where.
-            The shardings need not be those of the saved state, nor the devices.
+          abstract_state: pytree of `jax.ShapeDtypeStruct` with `sharding`, or of arrays: what to
+            restore and where. The shardings need not be those of the saved state, nor the devices.
           step: None: the newest.
 
         Returns:
-          (state with the structure, dtypes, shapes and shardings of `abstract_state`, the record that was saved).
+          (state with the structure, dtypes, shapes and shardings of `abstract_state`, the record
+          that was saved).
 
         Raises:
-          CheckpointError: no such checkpoint; other arrays, shapes or dtypes than were saved; damaged files.
+          CheckpointError: no such checkpoint; other arrays, shapes or dtypes than were saved;
+          damaged files.
           ValueError: a leaf of `abstract_state` has no sharding.
         """
         target = jax.tree_util.tree_map_with_path(_target, abstract_state)
@@ -162,12 +186,12 @@ class Checkpoints:
     def restore_newest(self, abstract_state: Any) -> tuple[Any, dict]:
         """As `restore` of the newest checkpoint that is whole.
 
-        Damaged ones are moved to `DIRECTORY_damaged/STEP` (one line says so on the terminal), so that the run goes on
-        from the one before.
+        Damaged ones are moved to `DIRECTORY_damaged/STEP` (one line says so on the terminal), so
+        that the run goes on from the one before.
 
         Raises:
-          CheckpointError: as `restore`; of a damaged one only where there is none before it, or in an object store,
-            which cannot rename.
+          CheckpointError: as `restore`; of a damaged one only where there is none before it, or in
+            an object store, which cannot rename.
         """
         while True:
             step = self.existing(None)
@@ -176,7 +200,10 @@ class Checkpoints:
             except Damaged as error:
                 if not self._local or not any(older < step for older in self._manager.all_steps()):
                     raise
-                print(f"{error}\nSet aside: {self._set_aside(step)}. Trying the one before.", flush=True)
+                print(
+                    f"{error}\nSet aside: {self._set_aside(step)}. Trying the one before.",
+                    flush=True,
+                )
 
     def _set_aside(self, step: int) -> str:
         """Moves the checkpoint of `step` out of the way; returns where to."""
@@ -194,23 +221,29 @@ class Checkpoints:
         return target
 
     def restore_part(self, abstract_part: Any, step: int | None = None) -> Any:
-        """Reads some arrays of a checkpoint, such as its weights without the optimizer's state, and verifies them.
+        """Reads some arrays of a checkpoint, such as its weights without the optimizer's state, and
+        verifies them.
 
         Args:
-          abstract_part: the saved pytree, as dicts, without what is not wanted: `{"trained": ...}`. Leaves as in
-            `restore`.
+          abstract_part: the saved pytree, as dicts, without what is not wanted: `{"trained": ...}`.
+            Leaves as in `restore`.
           step: None: the newest.
 
         Raises:
-          CheckpointError: as in `restore`, except that arrays of which `abstract_part` says nothing are not read.
+          CheckpointError: as in `restore`, except that arrays of which `abstract_part` says nothing
+          are not read.
         """
         target = jax.tree_util.tree_map_with_path(_target, abstract_part)
         step = self.existing(step)
         header = self._read_header(step)
         wanted = dict(_named(target))
-        self._check_structure(step, {n: a for n, a in header["arrays"].items() if n in wanted}, wanted)
+        self._check_structure(
+            step, {n: a for n, a in header["arrays"].items() if n in wanted}, wanted
+        )
         where = ocp.checkpoint_utils.construct_restore_args(target)
-        part = self._read(step, "state", ocp.args.PyTreeRestore(target, restore_args=where, partial_restore=True))
+        part = self._read(
+            step, "state", ocp.args.PyTreeRestore(target, restore_args=where, partial_restore=True)
+        )
         self._check_values(step, part, header["arrays"])
         return part
 
@@ -228,7 +261,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
-        if error_type is None or jax.process_count() == 1:  # else the others do not come to end a save together
+        if (
+            error_type is None or jax.process_count() == 1
+        ):  # else the others do not come to end a save together
             self.close()
 
     @contextlib.contextmanager
@@ -238,7 +273,9 @@ class Checkpoints:
             yield
         except CheckpointError:
             self._manager.reload()
-            for entry in os.scandir(self.directory) if self._local and jax.process_index() == 0 else ():
+            for entry in (
+                os.scandir(self.directory) if self._local and jax.process_index() == 0 else ()
+            ):
                 if ".orbax-checkpoint-tmp" in entry.name:
                     shutil.rmtree(entry.path, ignore_errors=True)
             raise
@@ -249,38 +286,54 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            raise CheckpointError(f"{self.directory}: {what} ({type(error).__name__}: {error})") from error
+            raise CheckpointError(
+                f"{self.directory}: {what} ({type(error).__name__}: {error})"
+            ) from error
 
     def existing(self, step: int | None) -> int:
-        """`step` if there is a checkpoint of it; the newest for None. Raises `CheckpointError` if there is none."""
+        """`step` if there is a checkpoint of it; the newest for None. Raises `CheckpointError` if
+        there is none.
+        """
         steps = sorted(self._manager.all_steps())
         if not steps:
-            raise CheckpointError(f"{self.directory} holds no complete checkpoint. Is it the run's directory?")
+            raise CheckpointError(
+                f"{self.directory} holds no complete checkpoint. Is it the run's directory?"
+            )
         if step is not None and step not in steps:
-            raise CheckpointError(f"{self.directory} holds no checkpoint of step {step}; it has {steps}.")
+            raise CheckpointError(
+                f"{self.directory} holds no checkpoint of step {step}; it has {steps}."
+            )
         return steps[-1] if step is None else step
 
     def _read(self, step: int, item: str, args: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
         except Exception as error:  # damaged files end in every kind of exception
-            raise self._damaged(step, f"its {item} cannot be read ({type(error).__name__}: {error})") from error
+            raise self._damaged(
+                step, f"its {item} cannot be read ({type(error).__name__}: {error})"
+            ) from error
 
     def _read_header(self, step: int) -> dict:
         header = self._read(step, "record", ocp.args.JsonRestore())
         if not isinstance(header, dict) or header.get("crc32") != _header_crc32(header):
             raise self._damaged(step, "its record has changed since it was saved")
         if header["step"] != step:
-            raise self._damaged(step, f"its record is that of step {header['step']}: the directory was renamed")
+            raise self._damaged(
+                step, f"its record is that of step {header['step']}: the directory was renamed"
+            )
         return header
 
     def _check_structure(self, step: int, saved: dict[str, dict], target: dict[str, Any]) -> None:
         other = [
             f"{name} is {saved[name]['dtype']}{saved[name]['shape']} there and {leaf.dtype}{list(leaf.shape)} here"
             for name, leaf in target.items()
-            if name in saved and _describe(leaf) != {key: saved[name][key] for key in ("dtype", "shape")}
+            if name in saved
+            and _describe(leaf) != {key: saved[name][key] for key in ("dtype", "shape")}
         ]
-        lacking, unplaced = sorted(target.keys() - saved.keys()), sorted(saved.keys() - target.keys())
+        lacking, unplaced = (
+            sorted(target.keys() - saved.keys()),
+            sorted(saved.keys() - target.keys()),
+        )
         stated = (
             (lacking, f"it lacks {_few(lacking)}"),
             (unplaced, f"it has {_few(unplaced)}, for which there is no place"),
@@ -296,7 +349,9 @@ class Checkpoints:
     def _check_values(self, step: int, restored: Any, saved: dict[str, dict]) -> None:
         wrong = [name for name, leaf in _named(restored) if _crc32(leaf) != saved[name]["crc32"]]
         if wrong:
-            raise self._damaged(step, f"the checksum of {_few(wrong)} is not the one that was saved")
+            raise self._damaged(
+                step, f"the checksum of {_few(wrong)} is not the one that was saved"
+            )
 
     def _damaged(self, step: int, what: str) -> Damaged:
         older = [s for s in self._manager.all_steps() if s < step]
@@ -322,7 +377,9 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
 
 def _target(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
     if leaf.sharding is None:
-        raise ValueError(f"{path_name(path)}: abstract_state must say where to restore to: give this leaf a sharding.")
+        raise ValueError(
+            f"{path_name(path)}: abstract_state must say where to restore to: give this leaf a sharding."
+        )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 

@@ -1,4 +1,6 @@
-"""Bad numbers: steps that were skipped because they were not finite, and values far from those of the last steps."""
+"""Bad numbers: steps that were skipped because they were not finite, and values far from those of
+the last steps.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,16 @@ from spiral_jax.rollout.collect import Batch
 
 SKIPPED = "skipped_update"  # metric of the train step: 1 where loss or gradient was not finite
 WATCHED = ("grad_norm", "loss/search", "loss/aggregation")
-_NOISE = 1e-5  # an on-policy loss is a sum that is zero but for rounding: nothing this close to the median is a spike
+# an on-policy loss is a sum that is zero but for rounding: nothing this close to the median is a
+# spike
+_NOISE = 1e-5
 _WINDOW, _LEAST = 32, 8  # steps whose median is compared with, and how many there must be
 
 
 class BadSteps(RuntimeError):
-    """Too many steps in a row gave no finite loss or gradient; the message names the file with the last batch."""
+    """Too many steps in a row gave no finite loss or gradient; the message names the file with the
+    last batch.
+    """
 
 
 def watched(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -30,8 +36,8 @@ def watched(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class NumericsGuard:
-    """Counts bad steps in a row, and flags spikes. All it knows are the rows of metrics.jsonl, so a resume changes
-    nothing.
+    """Counts bad steps in a row, and flags spikes. All it knows are the rows of metrics.jsonl, so a
+    resume changes nothing.
 
     Args:
       max_bad_steps: config.train.max_bad_steps.
@@ -47,13 +53,18 @@ class NumericsGuard:
             self._take(row)
 
     def check(self, step: int, metrics: dict[str, Any]) -> dict[str, float]:
-        """Takes in a step; returns its flags `spike/NAME`, 0 or 1, and prints a line for what is wrong with it."""
+        """Takes in a step; returns its flags `spike/NAME`, 0 or 1, and prints a line for what is
+        wrong with it.
+        """
         flags = {}
         for name in [name for name in WATCHED if name in metrics]:
             flags[f"spike/{name}"] = float(self._is_spike(name, metrics))
             if flags[f"spike/{name}"]:
                 middle = statistics.median(self._values[name])
-                print(f"warning: step {step}: {name} = {metrics[name]:.4g}, the median is {middle:.4g}.", flush=True)
+                print(
+                    f"warning: step {step}: {name} = {metrics[name]:.4g}, the median is {middle:.4g}.",
+                    flush=True,
+                )
         self._take(metrics)
         if self.bad_in_a_row:
             print(
@@ -63,7 +74,8 @@ class NumericsGuard:
         return flags
 
     def check_bad_steps(self, workdir: pathlib.Path, step: int, batch: Batch) -> None:
-        """Ends the run after `max_bad_steps` bad steps in a row; the batch of the last is written to `workdir` first.
+        """Ends the run after `max_bad_steps` bad steps in a row; the batch of the last is written
+        to `workdir` first.
 
         Raises:
           BadSteps: with the file's path.
@@ -89,7 +101,9 @@ class NumericsGuard:
                 del values[:-_WINDOW]
 
     def _is_spike(self, name: str, metrics: dict[str, Any]) -> bool:
-        """Further from the median than `spike` median absolute deviations; a gradient norm only upwards."""
+        """Further from the median than `spike` median absolute deviations; a gradient norm only
+        upwards.
+        """
         values, value = self._values[name], metrics[name]
         if not self._spike or len(values) < _LEAST or value is None or not math.isfinite(value):
             return False
@@ -100,7 +114,9 @@ class NumericsGuard:
 
 
 def batch_arrays(batch: Batch) -> dict[str, np.ndarray]:
-    """A batch as plain arrays, none of which needs pickle: `ROLE/FIELD`, weights, and the problems' ids."""
+    """A batch as plain arrays, none of which needs pickle: `ROLE/FIELD`, weights, and the problems'
+    ids.
+    """
     arrays = {"problem_B": np.array([problem.id for problem in batch.rollouts.problems]),
               "cursor_B": batch.rollouts.cursor_B}  # fmt: skip
     roles = (
@@ -111,7 +127,14 @@ def batch_arrays(batch: Batch) -> dict[str, np.ndarray]:
         if groups is None:
             continue
         fields = {name: getattr(groups, name) for name in vars(groups) if name != "requests"}
-        fields |= {name: getattr(groups.requests, name) for name in ("prompt_UxP", "prompt_len_U", "id_Ux6")}
-        arrays |= {f"{role.label}/{name}": np.asarray(value) for name, value in fields.items() if value is not None}
+        fields |= {
+            name: getattr(groups.requests, name)
+            for name in ("prompt_UxP", "prompt_len_U", "id_Ux6")
+        }
+        arrays |= {
+            f"{role.label}/{name}": np.asarray(value)
+            for name, value in fields.items()
+            if value is not None
+        }
         arrays[f"{role.label}/weight_UxC"] = weight_UxC
     return arrays

@@ -1,7 +1,8 @@
-"""What a training run writes beside its checkpoints: metrics, evaluations, traces, starts, and a summary at its end.
+"""What a training run writes beside its checkpoints: metrics, evaluations, traces, starts, and a
+summary at its end.
 
-All of it is cut back to the checkpoint that a run goes on from, so a run that was killed ends with the same files. Of
-several processes the first alone writes.
+All of it is cut back to the checkpoint that a run goes on from, so a run that was killed ends with
+the same files. Of several processes the first alone writes.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ class RunLog:
 
     def __init__(self, path: pathlib.Path, c: ConfigDict):
         self.path, self._c = path, c
-        self._metrics, self._evaluations = StepLog(path / "metrics.jsonl"), StepLog(path / "evaluations.jsonl")
+        self._metrics, self._evaluations = (
+            StepLog(path / "metrics.jsonl"),
+            StepLog(path / "evaluations.jsonl"),
+        )
         self._traces = TraceLog(path / "traces", c.trace_log.keep_steps)
         self._writers = MetricWriters((), path, "", {}, 0)
         self._start_up: dict[str, float] = {}  # for the first row of this process
@@ -41,7 +45,9 @@ class RunLog:
         self._writers.__exit__(*error)
 
     def go_on(self, step: int, finished: bool) -> None:
-        """Cuts all logs back to what the checkpoint of `step` has seen; a run that is not finished notes its start."""
+        """Cuts all logs back to what the checkpoint of `step` has seen; a run that is not finished
+        notes its start.
+        """
         self._metrics.cut_back(step)
         self._traces.cut_back(step)
         self._evaluations.cut_back(step + 1)
@@ -60,16 +66,24 @@ class RunLog:
         self._writers = MetricWriters(self._c.metrics.writers, self.path, name, plain, step)
 
     def started(self) -> None:
-        """Says, and notes in the next row of the metrics, how long this process took until it could work."""
+        """Says, and notes in the next row of the metrics, how long this process took until it could
+        work.
+        """
         self._start_up = {"time/start_up": time.monotonic() - STARTED}
         print(f"start-up took {self._start_up['time/start_up']:.1f} s", flush=True)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; where several processes run, only the first one's are complete."""
+        """The rows of metrics.jsonl; where several processes run, only the first one's are
+        complete.
+        """
         return self._metrics.read()
 
-    def step(self, step: int, metrics: dict[str, float | None], traces: Iterable[dict] | None) -> None:
-        """Adds a finished step; `traces`: rows of the trace log, None where this step's are not kept."""
+    def step(
+        self, step: int, metrics: dict[str, float | None], traces: Iterable[dict] | None
+    ) -> None:
+        """Adds a finished step; `traces`: rows of the trace log, None where this step's are not
+        kept.
+        """
         if traces is not None:
             self._traces.write(step, traces)
         row = {"step": step} | metrics | self._start_up
@@ -78,8 +92,12 @@ class RunLog:
         self._writers.write(row)
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether the policy after `step` steps has been evaluated before; the same on all processes."""
-        return step in distributed.from_first(lambda: [row["step"] for row in self._evaluations.read()])
+        """Whether the policy after `step` steps has been evaluated before; the same on all
+        processes.
+        """
+        return step in distributed.from_first(
+            lambda: [row["step"] for row in self._evaluations.read()]
+        )
 
     def evaluation(self, step: int, row: dict[str, Any], results: dict[str, Any] | None) -> None:
         """Adds an evaluation. Its row says that it is done, so it comes after the file of results."""
@@ -89,11 +107,17 @@ class RunLog:
         self._writers.write(row, "evaluation/")
 
     def scores(self) -> dict[int, float]:
-        """What config.checkpoint.keep_best goes by: the measure's mean by step, the same on all processes."""
+        """What config.checkpoint.keep_best goes by: the measure's mean by step, the same on all
+        processes.
+        """
         measure = self._c.checkpoint.keep_best
         if not measure:
             return {}
-        rows = lambda: [(row["step"], row[measure]["mean"]) for row in self._evaluations.read() if measure in row]  # noqa: E731
+        rows = lambda: [
+            (row["step"], row[measure]["mean"])
+            for row in self._evaluations.read()
+            if measure in row
+        ]  # noqa: E731
         return {step: score for step, score in distributed.from_first(rows)}
 
     def summarise(self, steps: int, sampled_tokens: int) -> None:

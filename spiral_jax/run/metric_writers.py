@@ -1,8 +1,9 @@
-"""The numbers of metrics.jsonl and evaluations.jsonl once more, where `config.metrics.writers` wants them.
+"""The numbers of metrics.jsonl and evaluations.jsonl once more, where `config.metrics.writers`
+wants them.
 
-metrics.jsonl stays what a run resumes from and is reported from; a writer only shows. TensorBoard's files lie in
-WORKDIR/tensorboard; Weights & Biases and trackio, optional packages, read their own environment variables
-(WANDB_PROJECT, WANDB_MODE, ...).
+metrics.jsonl stays what a run resumes from and is reported from; a writer only shows. TensorBoard's
+files lie in WORKDIR/tensorboard; Weights & Biases and trackio, optional packages, read their own
+environment variables (WANDB_PROJECT, WANDB_MODE, ...).
 """
 
 from __future__ import annotations
@@ -37,10 +38,13 @@ class MetricWriters:
       workdir: the run's directory.
       run: names the run where writers keep several; a resumed run has the same name.
       config_plain: `config.to_plain(c)`.
-      step: where this start goes on: what a killed process has shown of later steps is replaced where that is possible.
+      step: where this start goes on: what a killed process has shown of later steps is replaced
+      where that is possible.
     """
 
-    def __init__(self, writers: Sequence[str], workdir: pathlib.Path, run: str, config_plain: dict, step: int):
+    def __init__(
+        self, writers: Sequence[str], workdir: pathlib.Path, run: str, config_plain: dict, step: int
+    ):
         make = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
         self._writers = [make[name](workdir, run, config_plain, step) for name in writers]
 
@@ -52,7 +56,9 @@ class MetricWriters:
             writer.close()
 
     def write(self, row: dict[str, Any], prefix: str = "") -> None:
-        """Shows the numbers of a row at its `step`: of an estimate its mean, low and high; null is left out."""
+        """Shows the numbers of a row at its `step`: of an estimate its mean, low and high; null is
+        left out.
+        """
         numbers = _numbers(row, prefix)
         for writer in self._writers:
             writer.write(row["step"], numbers)
@@ -62,7 +68,9 @@ def _numbers(row: dict[str, Any], prefix: str) -> dict[str, float]:
     found = {}
     for name, value in row.items():
         if isinstance(value, dict):
-            found |= _numbers({end: value.get(end) for end in ("mean", "low", "high")}, f"{prefix}{name}/")
+            found |= _numbers(
+                {end: value.get(end) for end in ("mean", "low", "high")}, f"{prefix}{name}/"
+            )
         elif name != "step" and isinstance(value, int | float) and math.isfinite(value):
             found[prefix + name] = value
     return found
@@ -86,7 +94,9 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """One W&B run, resumed under its id. Its own steps may not fall, so ours is a metric that charts are drawn over."""
+    """One W&B run, resumed under its id. Its own steps may not fall, so ours is a metric that
+    charts are drawn over.
+    """
 
     def __init__(self, workdir: pathlib.Path, run: str, config_plain: dict, step: int):
         import wandb

@@ -1,4 +1,6 @@
-"""Preemption: SIGTERM or a maintenance notice -> the run saves where it stands and ends with exit code 0."""
+"""Preemption: SIGTERM or a maintenance notice -> the run saves where it stands and ends with exit
+code 0.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,22 @@ Result = TypeVar("Result")
 
 
 class _Interrupted(BaseException):
-    """Leaves what may be left at any moment. Not an `Exception`: nothing on the way may take it for a failure."""
+    """Leaves what may be left at any moment. Not an `Exception`: nothing on the way may take it for
+    a failure.
+    """
 
 
 class Preemption:
     """Notices that this machine is about to go; a context manager.
 
-    One process: SIGTERM ends what `run` was given at once. Several processes look for a notice between decode chunks
-    (`interrupting`) and steps (`reached`), as often and in the same order on all: jax's distributed runtime takes the
-    signal to any of them and names the next look that none has had, at which all leave.
+    One process: SIGTERM ends what `run` was given at once. Several processes look for a notice
+    between decode chunks (`interrupting`) and steps (`reached`), as often and in the same order on
+    all: jax's distributed runtime takes the signal to any of them and names the next look that none
+    has had, at which all leave.
 
     Args:
-      grace_s: seconds from the notice until the process ends whatever happens; with several from that look on.
+      grace_s: seconds from the notice until the process ends whatever happens; with several from
+      that look on.
 
     Attributes:
       noticed: whether the run must save and end.
@@ -42,7 +48,9 @@ class Preemption:
         self._grace_s = grace_s
         self._stack = contextlib.ExitStack()  # of the deadline, from the notice on
         self._inside = False
-        self._looks = 0  # by this process, not by the run: jax counts from the start of the processes
+        self._looks = (
+            0  # by this process, not by the run: jax counts from the start of the processes
+        )
         self.noticed = False
 
     def __enter__(self) -> Preemption:
@@ -58,7 +66,9 @@ class Preemption:
         self._stack.close()
 
     def run(self, work: Callable[[], Result]) -> Result | None:
-        """`work()`, which must change nothing that lasts; None if a notice has ended it where it was."""
+        """`work()`, which must change nothing that lasts; None if a notice has ended it where it
+        was.
+        """
         try:
             try:
                 self._inside = True
@@ -69,11 +79,15 @@ class Preemption:
             return None
 
     def interrupting(self, sampler: Sampler) -> Sampler:
-        """The same sampler, which leaves `run` between two decode chunks when all processes have been told to."""
+        """The same sampler, which leaves `run` between two decode chunks when all processes have
+        been told to.
+        """
         return _Interrupting(sampler, self._look) if jax.process_count() > 1 else sampler
 
     def reached(self) -> bool:
-        """Whether to save and end now, between two steps; with several processes all of them are told the same."""
+        """Whether to save and end now, between two steps; with several processes all of them are
+        told the same.
+        """
         if jax.process_count() > 1 and not self.noticed:
             self._looks += 1
             if multihost_utils.reached_preemption_sync_point(self._looks):

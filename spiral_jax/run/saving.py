@@ -44,7 +44,8 @@ class Saver:
             self.save(step, state, record)
 
     def settle(self) -> bool:
-        """Waits for the save that goes on in the background; returns whether the last save is complete on disk.
+        """Waits for the save that goes on in the background; returns whether the last save is
+        complete on disk.
 
         Raises:
           CheckpointError: `max_failures` saves in a row have failed.
@@ -69,4 +70,7 @@ class Saver:
                 f"{self._max_failures}. Make room, then give the same command again."
             ) from error
         kept = self._checkpoints.latest()
-        print(f"warning: {error}\nThe run goes on; the newest checkpoint is that of step {kept}.", flush=True)
+        print(
+            f"warning: {error}\nThe run goes on; the newest checkpoint is that of step {kept}.",
+            flush=True,
+        )

@@ -1,4 +1,6 @@
-"""From a configuration to the objects of a run, every check on the way; nothing is written, nothing is sampled."""
+"""From a configuration to the objects of a run, every check on the way; nothing is written, nothing
+is sampled.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,8 @@ if TYPE_CHECKING:  # takes seconds to import
 class Setup:
     """What a run is made of, before any weight is loaded.
 
-    `reward` is that of config.task.reward, or the task's own. `eval_sampler` is `sampler` unless config.eval draws in
-    another way.
+    `reward` is that of config.task.reward, or the task's own. `eval_sampler` is `sampler` unless
+    config.eval draws in another way.
     """
 
     c: ConfigDict
@@ -66,21 +68,28 @@ class Setup:
         return initial.load_start(self.c, self.path, self.model, self.mesh)
 
     def load_policies(self) -> tuple[dict, dict | None]:
-        """What is evaluated: collections of the model, and of another that searches; see `initial.load_policies`."""
+        """What is evaluated: collections of the model, and of another that searches; see
+        `initial.load_policies`.
+        """
         return initial.load_policies(self.c, self.path, self.model, self.mesh)
 
 
 def keep_compiled_programs() -> None:
-    """Turns on JAX's persistent compilation cache, so that a restart compiles nothing: in ~/.cache/spiral_jax.
+    """Turns on JAX's persistent compilation cache, so that a restart compiles nothing: in
+    ~/.cache/spiral_jax.
 
-    JAX_COMPILATION_CACHE_DIR names another place. Off on CPUs unless it is set: their programs fit one kind of machine.
+    JAX_COMPILATION_CACHE_DIR names another place. Off on CPUs unless it is set: their programs fit
+    one kind of machine.
     """
     if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "spiral_jax"))
+        jax.config.update(
+            "jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "spiral_jax")
+        )
 
 
 def set_up(c: ConfigDict, training: bool = True) -> Setup:
-    """Validates `c` and builds everything that it names. Raises `ConfigError` or the data's own errors.
+    """Validates `c` and builds everything that it names. Raises `ConfigError` or the data's own
+    errors.
 
     Args:
       training: False: for `spiral_jax.evaluate`, `c` as `config.for_evaluation` returns it.
@@ -88,7 +97,9 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
     validate(c) if training else validate_evaluation(c)
     check_installed(c.metrics.writers if training else ())
     mesh = meshes.make_mesh(c.mesh)
-    with deadline("the problems that config.task names to be read (config.train.wait_s)", c.train.wait_s):
+    with deadline(
+        "the problems that config.task names to be read (config.train.wait_s)", c.train.wait_s
+    ):
         task = load_task(c)
     if c.eval.problems > task.held_out_size:
         raise ConfigError(
@@ -100,11 +111,17 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
     load_strategy(c, task)
     path = hf.resolve_path(c.model.hf_path)
     model = hf.model_config(read_architecture(path), c.model)
-    if not (training or c.model.adapter_path or c.model.init_from or c.eval.searcher not in ("", "base")):
-        model = dataclasses.replace(model, lora_rank=0)  # the checkpoint as it is; a frozen base keeps its dtype
+    if not (
+        training or c.model.adapter_path or c.model.init_from or c.eval.searcher not in ("", "base")
+    ):
+        model = dataclasses.replace(
+            model, lora_rank=0
+        )  # the checkpoint as it is; a frozen base keeps its dtype
     tokenizer = prompts.load_tokenizer(path)
     if len(tokenizer) > model.arch.V:
-        raise ConfigError(f"{path}: the tokenizer has {len(tokenizer)} ids, its vocab_size is {model.arch.V}.")
+        raise ConfigError(
+            f"{path}: the tokenizer has {len(tokenizer)} ids, its vocab_size is {model.arch.V}."
+        )
     stop_ids = prompts.stop_ids(tokenizer, path, c.prompt.stop)
     scaffold = prompts.make_scaffold(tokenizer, c.prompt, stop_ids)
     _check_prompt_lengths(c, scaffold, training)
@@ -115,8 +132,12 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
     return Setup(c, path, mesh, task, reward, model, tokenizer, scaffold, sampler, eval_sampler)
 
 
-def make_samplers(c: ConfigDict, model: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...]) -> tuple[Engine, Engine]:
-    """The samplers of training and of evaluation: one and the same unless `config.eval` draws in another way."""
+def make_samplers(
+    c: ConfigDict, model: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...]
+) -> tuple[Engine, Engine]:
+    """The samplers of training and of evaluation: one and the same unless `config.eval` draws in
+    another way.
+    """
     s, e = c.sampling, c.eval
     settings = DecodeSettings(
         config=model,
@@ -137,19 +158,28 @@ def make_samplers(c: ConfigDict, model: ModelConfig, mesh: Mesh, stop_ids: tuple
 
 
 def check_shapes(setup: Setup) -> None:
-    """Traces the whole train step on shapes alone: what it would reject, it rejects here, without any array."""
+    """Traces the whole train step on shapes alone: what it would reject, it rejects here, without
+    any array.
+    """
     c, model = setup.c, setup.model
     initial.check_start(c, setup.path, model)
     base = hf.abstract_params(model) if keeps_base(c, model) else None
     with jax.set_mesh(setup.mesh):
-        jax.eval_shape(make_train_step(c, model), abstract_state(c, model, setup.mesh), base, abstract_blocks(c))
+        jax.eval_shape(
+            make_train_step(c, model),
+            abstract_state(c, model, setup.mesh),
+            base,
+            abstract_blocks(c),
+        )
 
 
 def abstract_blocks(c: ConfigDict) -> list[batching.Block]:
     """Shapes of the blocks of one step."""
     most = groups_of_step(c)
     return [
-        batching.abstract_block(role, most[role.label], c.batch[f"{role.label}_groups"], c[role.label].traces, P, G)
+        batching.abstract_block(
+            role, most[role.label], c.batch[f"{role.label}_groups"], c[role.label].traces, P, G
+        )
         for role in Role
         if role.label in most
         for P, G in c.batch[f"{role.label}_lengths"]
@@ -166,12 +196,16 @@ def _check_prompt_lengths(c: ConfigDict, scaffold: Scaffold, training: bool) -> 
         length = prompts.max_aggregation_prompt(scaffold, _largest_sets(c, training))
         longest.append((Role.AGGREGATION, slots, length))
     if training and uses_aggregation(c):
-        length = prompts.max_aggregation_prompt(scaffold, _longest_candidates(c) if c.aggregation.rounds > 1 else c)
+        length = prompts.max_aggregation_prompt(
+            scaffold, _longest_candidates(c) if c.aggregation.rounds > 1 else c
+        )
         longest.append((Role.AGGREGATION, "batch.aggregation_lengths", length))
     for role, field, length in longest:
         room, name = field.split(".")
         if field == slots:
-            widest = max((P for _, _, P, G in c.sampling.classes if c[role.label].max_tokens <= G), default=0)
+            widest = max(
+                (P for _, _, P, G in c.sampling.classes if c[role.label].max_tokens <= G), default=0
+            )
         else:
             widest = c[room][name][-1][0]
         if widest < length:
@@ -183,12 +217,18 @@ def _check_prompt_lengths(c: ConfigDict, scaffold: Scaffold, training: bool) -> 
 
 
 def _largest_sets(c: ConfigDict, training: bool) -> ConfigDict:
-    """`c` with the largest sets and the longest candidates that are aggregated, those of evaluation included."""
+    """`c` with the largest sets and the longest candidates that are aggregated, those of evaluation
+    included.
+    """
     sizes = [c.aggregation.subset_size, eval_subset_size(c)]
     rsa = not training or c.eval.rounds_in_training
     if rsa:
         sizes.append(c.eval.set_size)
-    c = _longest_candidates(c) if rsa or c.aggregation.rounds > 1 else c.copy_and_resolve_references()
+    c = (
+        _longest_candidates(c)
+        if rsa or c.aggregation.rounds > 1
+        else c.copy_and_resolve_references()
+    )
     c.aggregation.subset_size = max(sizes)
     return c
 

@@ -1,4 +1,6 @@
-"""How well a step used its devices: tokens a second, model FLOPs utilisation, memory; profiles of chosen steps."""
+"""How well a step used its devices: tokens a second, model FLOPs utilisation, memory; profiles of
+chosen steps.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,18 @@ from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.flops import PEAK_FLOPS_PER_S, train_flops
 
 
-def update_metrics(arch: Architecture, lora_rank: int, trained: list[Groups], seconds: float) -> dict[str, float]:
+def update_metrics(
+    arch: Architecture, lora_rank: int, trained: list[Groups], seconds: float
+) -> dict[str, float]:
     """Speed of one update; no entry where a device's peak is unknown.
 
-    `mfu`: operations that the trained groups need, nothing counted twice (`flops.train_flops` without a remat policy),
-    over seconds x devices x peak. `tokens_per_s/update`, and `tokens_per_s/update_device` for each device: trained
-    tokens, those of traces.
+    `mfu`: operations that the trained groups need, nothing counted twice (`flops.train_flops`
+    without a remat policy), over seconds x devices x peak. `tokens_per_s/update`, and
+    `tokens_per_s/update_device` for each device: trained tokens, those of traces.
 
     Args:
-      trained: the groups of the update. seconds: from its start until the next step's weights are there.
+      trained: the groups of the update. seconds: from its start until the next step's weights are
+      there.
     """
     devices = jax.devices()
     speed = sum(groups.sampled_tokens for groups in trained) / seconds
@@ -36,14 +41,17 @@ def update_metrics(arch: Architecture, lora_rank: int, trained: list[Groups], se
 
 
 def memory_metrics() -> dict[str, float]:
-    """`memory/device_peak`: bytes, the most that a local device has held so far; nothing where none reports it."""
+    """`memory/device_peak`: bytes, the most that a local device has held so far; nothing where none
+    reports it.
+    """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
     return {"memory/device_peak": float(max(peaks))} if peaks else {}
 
 
 class StepProfile:
-    """Traces the steps of config.profile.steps with JAX's profiler into WORKDIR/profile, for xprof or Perfetto.
+    """Traces the steps of config.profile.steps with JAX's profiler into WORKDIR/profile, for xprof
+    or Perfetto.
 
     Of several processes, those of the first.
 
@@ -69,6 +77,11 @@ class StepProfile:
     def __enter__(self) -> StepProfile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         if self._running:
             self._stop()

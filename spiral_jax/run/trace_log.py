@@ -1,4 +1,6 @@
-"""What a person reads of a rollout: rows of the trace log, and the examples that the first step prints."""
+"""What a person reads of a rollout: rows of the trace log, and the examples that the first step
+prints.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,19 @@ if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerBase
 
 
-def trace_rows(c: ConfigDict, batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    """One JSON object a trace, problem by problem, of the first `trace_log.fraction` of the problems (at least one).
+def trace_rows(
+    c: ConfigDict, batch: Batch, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, Any]]:
+    """One JSON object a trace, problem by problem, of the first `trace_log.fraction` of the
+    problems (at least one).
 
-    Kept problems first, then those that dynamic sampling discarded (`kept` is false, advantages are 0).
+    Kept problems first, then those that dynamic sampling discarded (`kept` is false, advantages are
+    0).
 
         problem, cursor, kept, problem_text, reference_answer    the same in all rows of a problem
         role, round, set, subset, order, trace    `set` k of a round reads the traces `subset`, listed in its prompt by
-                                      `order`: search traces, or those of the round before, numbered k * M + trace
+                                      `order`: search traces, or those of the round before, numbered
+                                      k * M + trace
         text, ids, logprobs, length, stop   as sampled; `stop` is "stop" or "length"
         verdict, verdict_detail, reward     a verifier's `Status`, what an error was, and 0, 1 or null
         advantage                           as trained on, behind the length gate
@@ -38,7 +45,13 @@ def trace_rows(c: ConfigDict, batch: Batch, tokenizer: PreTrainedTokenizerBase) 
                 "problem_text": rollouts.problems[b].text,
                 "reference_answer": rollouts.problems[b].answer,
             }
-            place = {"role": Role.SEARCH.label, "round": None, "set": None, "subset": None, "order": None}
+            place = {
+                "role": Role.SEARCH.label,
+                "round": None,
+                "set": None,
+                "subset": None,
+                "order": None,
+            }
             yield from _group_rows(shared | place, rollouts.search, b, tokenizer)
             for r, of_round in enumerate(rollouts.rounds, start=1):
                 K = of_round.member_BxKxS.shape[1]
@@ -46,12 +59,21 @@ def trace_rows(c: ConfigDict, batch: Batch, tokenizer: PreTrainedTokenizerBase) 
                 for k, member_S in enumerate(of_round.member_BxKxS[b]):
                     u = b * K + k
                     order = _listed(c, stop_N, member_S, of_round.groups.requests.id_Ux6[u])
-                    place = {"role": Role.AGGREGATION.label, "round": r, "set": k, "subset": member_S.tolist()}
-                    yield from _group_rows(shared | place | {"order": order}, of_round.groups, u, tokenizer)
+                    place = {
+                        "role": Role.AGGREGATION.label,
+                        "round": r,
+                        "set": k,
+                        "subset": member_S.tolist(),
+                    }
+                    yield from _group_rows(
+                        shared | place | {"order": order}, of_round.groups, u, tokenizer
+                    )
 
 
 def _listed(c: ConfigDict, stop_N: np.ndarray, member_S: np.ndarray, id_6: np.ndarray) -> list[int]:
-    """The traces of a set in the order of its prompt, without those that it left out; `stop_N` is why each ended."""
+    """The traces of a set in the order of its prompt, without those that it left out; `stop_N` is
+    why each ended.
+    """
     purpose, step, cursor, round, _, k = (int(x) for x in id_6)
     order = listed_order(c, Purpose(purpose), step, cursor, round, k, len(member_S))
     drops = c.prompt.truncated == "drop"
@@ -79,11 +101,20 @@ def _group_rows(
 
 
 def render_examples(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A search prompt, an aggregation prompt of each round (text and ids) and a trace of each, as they really were."""
+    """A search prompt, an aggregation prompt of each round (text and ids) and a trace of each, as
+    they really were.
+    """
     lines = []
     for r, groups in enumerate(rollouts.stages):
         name = ("search", "aggregation")[r] if r < 2 else f"aggregation, round {r},"
         prompt = groups.requests.prompt_UxP[0, : groups.requests.prompt_len_U[0]]
-        lines += [f"--- {name} prompt, {len(prompt)} tokens", tokenizer.decode(prompt), f"ids: {prompt.tolist()}"]
-        lines += [f"--- {name} trace, reward {groups.reward_UxC[0, 0]:g}", tokenizer.decode(groups.trace_ids(0, 0))]
+        lines += [
+            f"--- {name} prompt, {len(prompt)} tokens",
+            tokenizer.decode(prompt),
+            f"ids: {prompt.tolist()}",
+        ]
+        lines += [
+            f"--- {name} trace, reward {groups.reward_UxC[0, 0]:g}",
+            tokenizer.decode(groups.trace_ids(0, 0)),
+        ]
     return "\n".join([*lines, "---"])

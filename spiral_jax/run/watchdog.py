@@ -1,4 +1,6 @@
-"""No wait without an end: deadlines that name what is waited for, and stacks of work that takes far too long."""
+"""No wait without an end: deadlines that name what is waited for, and stacks of work that takes far
+too long.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,11 @@ _LEAST_S = 30.0  # below, a slow disk or a busy machine is no finding
 
 @contextlib.contextmanager
 def deadline(what: str, seconds: float) -> Iterator[None]:
-    """Ends the process with code `HUNG` when the block takes longer, after a message and all threads' stacks.
+    """Ends the process with code `HUNG` when the block takes longer, after a message and all
+    threads' stacks.
 
-    It ends here and not with an exception: what hangs is inside a library or the file system and would not notice one.
-    A run loses nothing but its current step by it.
+    It ends here and not with an exception: what hangs is inside a library or the file system and
+    would not notice one. A run loses nothing but its current step by it.
 
     Args:
       what: completes "waited N s for ...".
@@ -44,10 +47,11 @@ def deadline(what: str, seconds: float) -> Iterator[None]:
 
 
 class Watchdog:
-    """Prints the stacks of all threads, once, when a unit of work takes `multiple` times the median of its kind.
+    """Prints the stacks of all threads, once, when a unit of work takes `multiple` times the median
+    of its kind.
 
-    Kinds are "step", "evaluation" or "wave"; one unit at a time. While a kind has no median yet, `unknown_s` is the
-    limit, so that the first ones, which compile, and rare ones are watched too.
+    Kinds are "step", "evaluation" or "wave"; one unit at a time. While a kind has no median yet,
+    `unknown_s` is the limit, so that the first ones, which compile, and rare ones are watched too.
 
     Args:
       multiple: config.train.watchdog; 0 = off.

@@ -6,9 +6,10 @@
     WORKDIR/traces/step_000123.jsonl.gz    one JSON object a trace
     WORKDIR/checkpoints/                   see `spiral_jax.run.checkpoint`
 
-Row `step` = s belongs to the step that starts with s steps done, so a resume from the checkpoint of step s first calls
-`cut_back(s)` on both logs. In a run of several processes only process 0 touches the directory: what writes does nothing
-on the others, and what is read goes to them through `distributed.from_first`.
+Row `step` = s belongs to the step that starts with s steps done, so a resume from the checkpoint of
+step s first calls `cut_back(s)` on both logs. In a run of several processes only process 0 touches
+the directory: what writes does nothing on the others, and what is read goes to them through
+`distributed.from_first`.
 """
 
 from __future__ import annotations
@@ -31,27 +32,34 @@ from spiral_jax.core.config import compared, difference
 from spiral_jax.core.distributed import is_first
 
 _CONFIG = "config.json"
-_SHARED_WITHIN_S = 90.0  # network file systems remember for up to a minute that a file was not there
+_SHARED_WITHIN_S = (
+    90.0  # network file systems remember for up to a minute that a file was not there
+)
 _TRACE_FILE = re.compile(r"step_(\d+)\.jsonl\.gz")
 
 
 class WorkdirError(ValueError):
-    """A directory or a log in it that this run cannot use; the message names the path and what to do."""
+    """A directory or a log in it that this run cannot use; the message names the path and what to
+    do.
+    """
 
 
-def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str, allow: Sequence[str] = ()) -> Path:
+def open_workdir(
+    path: str | os.PathLike, config_plain: dict, digest: str, allow: Sequence[str] = ()
+) -> Path:
     """Makes `path` the directory of the run with this configuration, or returns to it.
 
     Args:
       path: a directory that is missing, empty, or that of a run with the same configuration.
       config_plain: `config.to_plain(c)`.
       digest: `config.digest(c)`.
-      allow: fields (`room.name`) and rooms that may differ from the run's; they are printed, and config.json becomes
-        the new one.
+      allow: fields (`room.name`) and rooms that may differ from the run's; they are printed, and
+        config.json becomes the new one.
 
     Raises:
-      WorkdirError: `path` holds a run with another configuration (the message lists every field that differs) or
-        other files, its config.json is damaged, or it is not a directory that can be written.
+      WorkdirError: `path` holds a run with another configuration (the message lists every field
+        that differs) or other files, its config.json is damaged, or it is not a directory that can
+        be written.
     """
     if "://" in os.fspath(path):
         raise WorkdirError(
@@ -64,7 +72,11 @@ def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str, allow
         return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        entries = sorted(entry.name for entry in workdir.iterdir() if entry.name != _temporary(workdir / _CONFIG).name)
+        entries = sorted(
+            entry.name
+            for entry in workdir.iterdir()
+            if entry.name != _temporary(workdir / _CONFIG).name
+        )
         if not entries:
             _write_config(workdir, config_plain, digest)
             return workdir
@@ -73,14 +85,18 @@ def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str, allow
             f"--workdir={workdir}: not a directory that can be written ({error}). Give another --workdir."
         ) from error
     if _CONFIG not in entries:
-        shown = ", ".join(entries[:5]) + (f" and {len(entries) - 5} more" if len(entries) > 5 else "")
+        shown = ", ".join(entries[:5]) + (
+            f" and {len(entries) - 5} more" if len(entries) > 5 else ""
+        )
         raise WorkdirError(
             f"--workdir={workdir}: holds no run (no {_CONFIG}) but is not empty: {shown}. Give a new or an empty one."
         )
     held_config, held_digest = read_config(workdir)
     changed = difference(compared(held_config), compared(config_plain))
     lines = [line for line in changed if not _allowed(line.partition(": ")[0], allow)]
-    if not changed and held_digest != digest:  # such as 1 and 1.0, equal in Python but not in a digest
+    if (
+        not changed and held_digest != digest
+    ):  # such as 1 and 1.0, equal in Python but not in a digest
         lines = [f"config_digest: {held_digest!r} -> {digest!r}"]
     if lines:
         raise WorkdirError(
@@ -90,7 +106,12 @@ def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str, allow
             "change in --config.resume.allow."
         )
     if changed:
-        print(f"--workdir={workdir}: resumed with another config (there -> here):", *changed, sep="\n  ", flush=True)
+        print(
+            f"--workdir={workdir}: resumed with another config (there -> here):",
+            *changed,
+            sep="\n  ",
+            flush=True,
+        )
         with _written(workdir):
             _write_config(workdir, config_plain, digest)
     return workdir
@@ -107,7 +128,9 @@ def _write_config(workdir: Path, config_plain: dict, digest: str) -> None:
 
 
 def _wait_for_first(workdir: Path) -> None:
-    """Returns when this process sees what process 0 has made; a shared directory may show it seconds later."""
+    """Returns when this process sees what process 0 has made; a shared directory may show it
+    seconds later.
+    """
     end = time.monotonic() + _SHARED_WITHIN_S
     while not (workdir / _CONFIG).exists():
         if time.monotonic() > end:
@@ -119,9 +142,11 @@ def _wait_for_first(workdir: Path) -> None:
 
 
 def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:
-    """(plain configuration, its digest) of the run in `workdir`. Raises `WorkdirError`: none there, or damaged.
+    """(plain configuration, its digest) of the run in `workdir`. Raises `WorkdirError`: none there,
+    or damaged.
 
-    `workdir` may be an address that etils' epath knows (gs://, s3://), as for the other functions that only read.
+    `workdir` may be an address that etils' epath knows (gs://, s3://), as for the other functions
+    that only read.
     """
     path = epath.Path(workdir) / _CONFIG
     try:
@@ -137,7 +162,8 @@ def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:
 
 
 def read_log(path: epath.Path) -> list[dict]:
-    """All rows of a log that a run may be writing right now: none if it is not there, a torn last line left out.
+    """All rows of a log that a run may be writing right now: none if it is not there, a torn last
+    line left out.
 
     Raises:
       WorkdirError: a line before the last one is not a row.
@@ -153,12 +179,16 @@ def trace_files(directory: epath.Path) -> dict[int, epath.Path]:
 
 
 def read_traces(path: epath.Path) -> Iterator[dict]:
-    """The rows of a trace file. Raises `WorkdirError` where it is damaged, `FileNotFoundError` where it is gone."""
+    """The rows of a trace file. Raises `WorkdirError` where it is damaged, `FileNotFoundError`
+    where it is gone.
+    """
     with path.open("rb") as packed, gzip.open(packed) as file:
         try:
             yield from map(json.loads, file)
         except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise WorkdirError(f"{path}: damaged ({error}). Delete it, or put it back from a copy.") from error
+            raise WorkdirError(
+                f"{path}: damaged ({error}). Delete it, or put it back from a copy."
+            ) from error
 
 
 def _whole_lines(path: epath.Path) -> list[bytes]:
@@ -186,15 +216,23 @@ class StepLog:
         self.path = Path(path)
 
     def append(self, row: dict) -> None:
-        """Writes one line; `row["step"]` is an int. Values: JSON types and numpy or jax scalars and arrays."""
+        """Writes one line; `row["step"]` is an int. Values: JSON types and numpy or jax scalars and
+        arrays.
+        """
         _step_of(row)
         if is_first():
             with _written(self.path), open(self.path, "ab") as file:
                 file.write(_line(row))
 
     def read(self) -> list[dict]:
-        """All rows; none if nothing was written yet. Call `cut_back` first, which repairs a torn last line."""
-        return [json.loads(line) for line in self.path.read_bytes().splitlines()] if self.path.exists() else []
+        """All rows; none if nothing was written yet. Call `cut_back` first, which repairs a torn
+        last line.
+        """
+        return (
+            [json.loads(line) for line in self.path.read_bytes().splitlines()]
+            if self.path.exists()
+            else []
+        )
 
     def cut_back(self, step: int) -> int:
         """Keeps only the rows below `step`; returns how many lines were dropped.
@@ -206,7 +244,9 @@ class StepLog:
         """
         if not is_first() or not self.path.exists():
             return 0
-        kept = [line + b"\n" for line in _whole_lines(self.path) if _step_of(json.loads(line)) < step]
+        kept = [
+            line + b"\n" for line in _whole_lines(self.path) if _step_of(json.loads(line)) < step
+        ]
         dropped = len(self.path.read_bytes().splitlines()) - len(kept)
         with _written(self.path), _replacing(self.path) as file:
             file.writelines(kept)
@@ -217,12 +257,15 @@ class TraceLog:
     """One gzip file of JSON lines for each step that is logged; the same rows give the same bytes."""
 
     def __init__(self, directory: str | os.PathLike, keep_steps: int):
-        """`keep_steps`: newest files that are kept. The directory is created with the first of them."""
+        """`keep_steps`: newest files that are kept. The directory is created with the first of
+        them.
+        """
         self.directory = Path(directory)
         self.keep_steps = keep_steps
 
     def write(self, step: int, rows: Iterable[dict]) -> Path:
-        """Writes the file of `step`, which appears only when it is complete, then deletes the oldest beyond the limit.
+        """Writes the file of `step`, which appears only when it is complete, then deletes the
+        oldest beyond the limit.
 
         Values of `rows` are those that `StepLog.append` takes.
         """
@@ -231,7 +274,8 @@ class TraceLog:
             return path
         with _written(self.directory):
             self.directory.mkdir(exist_ok=True)
-        # Level 1: ids and log-probs hardly compress; on them level 6 was 6 times slower and 13 % smaller.
+        # Level 1: ids and log-probs hardly compress; on them level 6 was 6 times slower and 13 %
+        # smaller.
         with (
             _written(path),
             _replacing(path) as file,
@@ -245,7 +289,11 @@ class TraceLog:
 
     def cut_back(self, step: int) -> int:
         """Deletes the files of `step` and later; returns how many."""
-        dropped = [path for held, path in trace_files(self.directory).items() if held >= step and is_first()]
+        dropped = [
+            path
+            for held, path in trace_files(self.directory).items()
+            if held >= step and is_first()
+        ]
         for path in dropped:
             path.unlink()
         return len(dropped)
@@ -259,7 +307,8 @@ def _step_of(row: Any) -> int:
 
 
 def _line(row: dict) -> bytes:
-    # ASCII: some readers of lines split at U+2028 too, and a lone surrogate in a decoded text has no UTF-8 form.
+    # ASCII: some readers of lines split at U+2028 too, and a lone surrogate in a decoded text has
+    # no UTF-8 form.
     return (json.dumps(_plain(row), allow_nan=False) + "\n").encode("ascii")
 
 

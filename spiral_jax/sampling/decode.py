@@ -1,6 +1,8 @@
-"""The decode program: some classes of slots, several tokens a call; linear layers on all rows together.
+"""The decode program: some classes of slots, several tokens a call; linear layers on all rows
+together.
 
-token -> embedding -> for each layer: project (all rows) | write and attend (each class) | finish (all rows)
+token -> embedding -> for each layer: project (all rows) | write and attend (each class) | finish
+(all rows)
       -> head -> draw, until the chunk is full, nothing runs, or enough groups ask for another slot
 """
 
@@ -40,25 +42,31 @@ def decode_chunk(
 
     Args:
       classes: of `states`.
-      leave_at: for each class, the number of running traces at which a group can leave its slot: 0 where there is no
-        narrower one.
+      leave_at: for each class, the number of running traces at which a group can leave its slot: 0
+        where there is no narrower one.
       chunk: tokens, >= 1.
       exit_groups: the chunk ends early when this many more groups than at its start can leave.
-      rows: of each shard that linear layers compute, at least as many as run there; those that run are packed.
-      fewer_rows: the chunk ends early when so few rows of each shard run: another program has fewer. 0: none has.
+      rows: of each shard that linear layers compute, at least as many as run there; those that run
+      are packed.
+      fewer_rows: the chunk ends early when so few rows of each shard run: another program has
+      fewer. 0: none has.
 
     Returns:
-      the states; tokens [chunk, Z, R] int32, -1 where a row drew none; log-probs [chunk, Z, R] float32; steps done.
-      R = rows of all classes on one shard, class after class.
+      the states; tokens [chunk, Z, R] int32, -1 where a row drew none; log-probs [chunk, Z, R]
+      float32; steps done. R = rows of all classes on one shard, class after class.
     """
     Z = group_count_multiple(settings.mesh)
     R = sum(slots.rows for slots in classes) // Z
 
     def running(states: States) -> jax.Array:
-        return join(Z, [state.running_UxC(slots.G) for state, slots in zip(states, classes, strict=True)])
+        return join(
+            Z, [state.running_UxC(slots.G) for state, slots in zip(states, classes, strict=True)]
+        )
 
     def can_leave(states: States) -> jax.Array:
-        """How many slots have few enough running traces; free ones count too, at the start as well as later."""
+        """How many slots have few enough running traces; free ones count too, at the start as well
+        as later.
+        """
         few = [
             jnp.sum(jnp.sum(state.running_UxC(slots.G), axis=1) <= limit)
             for state, slots, limit in zip(states, classes, leave_at, strict=True)
@@ -111,7 +119,9 @@ class Packing:
 
 
 def pack_rows(running_ZxR: jax.Array, rows: int) -> Packing:
-    """Places for the running rows of each shard, of which there are at most `rows`; others fill up what is left."""
+    """Places for the running rows of each shard, of which there are at most `rows`; others fill up
+    what is left.
+    """
     order = jnp.argsort(~running_ZxR, axis=1, stable=True)
     place = jnp.argsort(order, axis=1)  # the inverse permutation
     return Packing(order[:, :rows], jnp.minimum(place, rows))
@@ -137,18 +147,25 @@ def decode_step(
     def split(a_ZxN: jax.Array, missing: int = 0) -> list[jax.Array]:
         ends = [sum(slots.rows for slots in classes[: i + 1]) // Z for i in range(len(classes))]
         parts = jnp.split(unpack(a_ZxN, missing), ends[:-1], axis=1)
-        return [part.reshape(c.slots, c.C, *part.shape[2:]) for part, c in zip(parts, classes, strict=True)]
+        return [
+            part.reshape(c.slots, c.C, *part.shape[2:])
+            for part, c in zip(parts, classes, strict=True)
+        ]
 
     of_row = lambda value_U, c: jnp.broadcast_to(value_U[:, None], (c.slots, c.C))  # noqa: E731
     running = [state.running_UxC(c.G) for state, c in zip(states, classes, strict=True)]
     step_ZxN = gather([of_row(state.step_U, c) for state, c in zip(states, classes, strict=True)])
-    prompt_ZxN = gather([of_row(state.prompt_len_U, c) for state, c in zip(states, classes, strict=True)])
+    prompt_ZxN = gather(
+        [of_row(state.prompt_len_U, c) for state, c in zip(states, classes, strict=True)]
+    )
     x = weights.embed[gather([state.token_UxC for state in states])]
     own = []
     for i, layer in enumerate(weights.layers):
         q, k, v = block.apply(layer, x, prompt_ZxN + step_ZxN - 1, method="project")
         attended, of_layer = [], []
-        for state, runs, q_UxC, k_UxC, v_UxC in zip(states, running, split(q), split(k), split(v), strict=True):
+        for state, runs, q_UxC, k_UxC, v_UxC in zip(
+            states, running, split(q), split(k), split(v), strict=True
+        ):
             cache = _write_token(state.own[i], k_UxC, v_UxC, state.step_U - 1, settings.cache_dtype)
             attended.append(
                 jax.lax.cond(  # a class without anybody in it costs nothing
@@ -172,7 +189,9 @@ def decode_step(
     token_ZxN = jnp.where(gather(running), token_ZxN, -1)
     advanced = [
         _advance(settings, state.replace(own=tuple(layer[j] for layer in own)), token_UxC)
-        for j, (state, token_UxC) in enumerate(zip(states, split(token_ZxN, missing=-1), strict=True))
+        for j, (state, token_UxC) in enumerate(
+            zip(states, split(token_ZxN, missing=-1), strict=True)
+        )
     ]
     return tuple(advanced), unpack(token_ZxN, -1), unpack(logprob_ZxN)
 

@@ -1,4 +1,6 @@
-"""Logits and one uniform number a row -> a token, and its log-prob under the distribution really drawn from."""
+"""Logits and one uniform number a row -> a token, and its log-prob under the distribution really
+drawn from.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ class Draw:
 
 
 def draw_token(draw: Draw, logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int32 token and float32 log-prob, both [...], from logits [..., V] float32 and uniform [...] in [0, 1)."""
+    """int32 token and float32 log-prob, both [...], from logits [..., V] float32 and uniform [...]
+    in [0, 1).
+    """
     with jax.named_scope("draw"):
         if draw.temperature == 0:
             token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -51,7 +55,9 @@ def _cut(draw: Draw, x: jax.Array) -> jax.Array:
         x = jnp.where(x >= least[..., None], x, -jnp.inf)
         ranked = jnp.sort(x, axis=-1, descending=True)
         mass = jax.nn.softmax(ranked, axis=-1)
-        needed = jnp.cumsum(mass, axis=-1) - mass < draw.top_p  # what is more likely does not hold top_p yet
+        needed = (
+            jnp.cumsum(mass, axis=-1) - mass < draw.top_p
+        )  # what is more likely does not hold top_p yet
         needed = needed.at[..., 0].set(True)
         least = jnp.maximum(least, jnp.min(jnp.where(needed, ranked, jnp.inf), axis=-1))
     if draw.min_p > 0:
@@ -62,8 +68,8 @@ def _cut(draw: Draw, x: jax.Array) -> jax.Array:
 def inverse_cdf(logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The token at which the cumulative distribution passes `uniform`, and its log-prob.
 
-    Two cumulative sums, over block sums and inside one block, instead of one over V: V = 151,936 costs little more
-    than reading the logits. A token of probability zero is never returned.
+    Two cumulative sums, over block sums and inside one block, instead of one over V: V = 151,936
+    costs little more than reading the logits. A token of probability zero is never returned.
 
     Args:
       logits: [..., V] float32.
@@ -80,19 +86,29 @@ def inverse_cdf(logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.A
     coarse = jnp.cumsum(mass.sum(-1), axis=-1)
     target = (uniform * coarse[..., -1])[..., None]
     at_block = _first_above(coarse, mass.sum(-1), target)
-    before = jnp.where(at_block > 0, jnp.take_along_axis(coarse, jnp.maximum(at_block - 1, 0), axis=-1), 0.0)
+    before = jnp.where(
+        at_block > 0, jnp.take_along_axis(coarse, jnp.maximum(at_block - 1, 0), axis=-1), 0.0
+    )
     inside = jnp.take_along_axis(mass, at_block[..., None], axis=-2)[..., 0, :]
-    token = (at_block * block + _first_above(before + jnp.cumsum(inside, axis=-1), inside, target))[..., 0]
-    logprob = jnp.take_along_axis(logits - top, token[..., None], axis=-1)[..., 0] - jnp.log(coarse[..., -1])
+    token = (at_block * block + _first_above(before + jnp.cumsum(inside, axis=-1), inside, target))[
+        ..., 0
+    ]
+    logprob = jnp.take_along_axis(logits - top, token[..., None], axis=-1)[..., 0] - jnp.log(
+        coarse[..., -1]
+    )
     return token.astype(jnp.int32), logprob
 
 
 def _first_above(cumulative: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
-    """Index [..., 1] of the first entry with mass above target; rounding may leave none, then of the last with mass.
+    """Index [..., 1] of the first entry with mass above target; rounding may leave none, then of
+    the last with mass.
 
-    A parallel cumulative sum adds in another order at each entry, so it may step, even up, where the mass is zero.
+    A parallel cumulative sum adds in another order at each entry, so it may step, even up, where
+    the mass is zero.
     """
     has_mass = mass > 0
     above = has_mass & (cumulative > target)
     last_with_mass = mass.shape[-1] - 1 - jnp.argmax(has_mass[..., ::-1], axis=-1, keepdims=True)
-    return jnp.where(above.any(-1, keepdims=True), jnp.argmax(above, axis=-1, keepdims=True), last_with_mass)
+    return jnp.where(
+        above.any(-1, keepdims=True), jnp.argmax(above, axis=-1, keepdims=True), last_with_mass
+    )

@@ -1,9 +1,12 @@
-"""The rollout engine: groups enter free slots, decode together, narrow as their traces end, and leave.
+"""The rollout engine: groups enter free slots, decode together, narrow as their traces end, and
+leave.
 
-feed -> admit (prefill, enter) -> [ decode a chunk -> collect tokens -> leave or move -> admit ] -> feed
+feed -> admit (prefill, enter) -> [ decode a chunk -> collect tokens -> leave or move -> admit ] ->
+feed
 
-Search and aggregation groups run side by side, and nothing waits for the longest trace of anything but its own group.
-Time is counted in chunks and every choice depends on token counts alone, so a replayed step does the same again, and
+Search and aggregation groups run side by side, and nothing waits for the longest trace of anything
+but its own group. Time is counted in chunks and every choice depends on token counts alone, so a
+replayed step does the same again, and
 so do all processes of a run: each of them sees every token and follows every group.
 """
 
@@ -47,8 +50,8 @@ class Engine:
       schedule: classes of slots and how long they are decoded at a time.
 
     Raises:
-      ConfigError: slots that the mesh does not divide, a stop id outside the vocabulary; and when the programs are
-        compiled, devices without room for weights and slots.
+      ConfigError: slots that the mesh does not divide, a stop id outside the vocabulary; and when
+        the programs are compiled, devices without room for weights and slots.
     """
 
     def __init__(self, settings: DecodeSettings, schedule: Schedule):
@@ -56,7 +59,9 @@ class Engine:
         self.schedule = schedule
         self.shards = meshes.group_count_multiple(settings.mesh)
         self.entries = schedule.entries()
-        self.targets = {i: [j for a, j in schedule.moves() if a == i] for i in range(len(schedule.classes))}
+        self.targets = {
+            i: [j for a, j in schedule.moves() if a == i] for i in range(len(schedule.classes))
+        }
         self._programs: dict[tuple[Any, ...], Program] = {}
         for i, slots in enumerate(schedule.classes):
             if slots.slots % self.shards:
@@ -66,7 +71,9 @@ class Engine:
                 )
         V = settings.config.arch.V
         if outside := [stop for stop in settings.stop_ids if not 0 <= stop < V]:
-            raise ConfigError(f"stop ids {outside} are outside the vocabulary of {V} ids: mend generation_config.json.")
+            raise ConfigError(
+                f"stop ids {outside} are outside the vocabulary of {V} ids: mend generation_config.json."
+            )
 
     @property
     def programs(self) -> dict[tuple[Any, ...], Program]:
@@ -77,7 +84,9 @@ class Engine:
         return self._programs
 
     def start_report(self) -> str:
-        """Compiles what is not compiled yet, and says what there is: programs, compile times, memory."""
+        """Compiles what is not compiled yet, and says what there is: programs, compile times,
+        memory.
+        """
         return describe(self.programs, self.settings, self.schedule)
 
     def prepare(self, variables: dict[str, Any]) -> DecodeWeights:
@@ -102,10 +111,14 @@ class Engine:
         return run.metrics()
 
     def entry_of(self, request: GroupRequests) -> list[int]:
-        """Entry classes that can hold a request (U = 1), the shortest prompts first. Raises `ValueError` if none."""
+        """Entry classes that can hold a request (U = 1), the shortest prompts first. Raises
+        `ValueError` if none.
+        """
         classes, P, G = self.schedule.classes, int(request.prompt_len_U[0]), request.max_tokens
         if P < 1 or request.traces < 1:
-            raise ValueError(f"a request with a prompt of {P} tokens and {request.traces} traces: both must be >= 1.")
+            raise ValueError(
+                f"a request with a prompt of {P} tokens and {request.traces} traces: both must be >= 1."
+            )
         longest = {slots.P: max(c.G for c in classes if c.P == slots.P) for slots in classes}
         fit = [i for i in self.entries if classes[i].P >= P and longest[classes[i].P] >= G]
         if not fit:
@@ -142,10 +155,13 @@ class _Run:
         self.states = [self.programs["clear", i].run() for i in range(len(self.schedule.classes))]
         self.counts: Counter[str] = Counter()
         rows = [slots.rows // self.shards for slots in self.schedule.classes]
-        self.first_rows = [sum(rows[:i]) for i in range(len(rows))]  # of each class, among those of a shard
+        self.first_rows = [
+            sum(rows[:i]) for i in range(len(rows))
+        ]  # of each class, among those of a shard
 
     def admit(self) -> bool:
-        """Seats waiting pieces, then new requests, as long as an entry class has a free slot; prefills them.
+        """Seats waiting pieces, then new requests, as long as an entry class has a free slot;
+        prefills them.
 
         Returns:
           whether anybody took a seat.
@@ -153,7 +169,9 @@ class _Run:
         entered: dict[int, list[Piece]] = {}
         for _ in range(len(self.waiting)):
             self._seat(*self.waiting.popleft(), entered)
-        room = sum(self.schedule.classes[i].slots for i in self.engine.entries)  # groups, however wide
+        room = sum(
+            self.schedule.classes[i].slots for i in self.engine.entries
+        )  # groups, however wide
         while (
             any(self.seats.has_free(i) for i in self.engine.entries)
             and len({piece.job for piece, _ in self.waiting}) < room
@@ -162,13 +180,17 @@ class _Run:
             if request is None:
                 break
             entries = self.engine.entry_of(request)
-            for piece in cut(Job(request, self.settings.stop_ids), self.schedule.classes[entries[0]].C):
+            for piece in cut(
+                Job(request, self.settings.stop_ids), self.schedule.classes[entries[0]].C
+            ):
                 self._seat(piece, entries, entered)
         start = time.monotonic()
         for i, pieces in entered.items():
             self._enter(i, pieces)
         # the last that waited may have found a seat in another class
-        self.kept = {i: ready for i, ready in self.kept.items() if ready.jobs & self._waiting_for(i)}
+        self.kept = {
+            i: ready for i, ready in self.kept.items() if ready.jobs & self._waiting_for(i)
+        }
         self.counts["prefill_seconds"] += time.monotonic() - start
         return bool(entered)
 
@@ -186,13 +208,17 @@ class _Run:
     def _waiting_for(self, i: int) -> set[Job]:
         """Jobs with waiting pieces that may be seated in class i."""
         width = self.schedule.classes[i].C
-        return {piece.job for piece, entries in self.waiting if i in entries and len(piece.traces) <= width}
+        return {
+            piece.job
+            for piece, entries in self.waiting
+            if i in entries and len(piece.traces) <= width
+        }
 
     def _enter(self, i: int, pieces: list[Piece]) -> None:
         """Puts pieces into their slots of class i, from prompts that are kept or are prefilled now.
 
-        At most one call's prompts are kept for a class: pieces are seated in the order in which they wait, so only the
-        last job that enters a class can have more of them.
+        At most one call's prompts are kept for a class: pieces are seated in the order in which
+        they wait, so only the last job that enters a class can have more of them.
         """
         waiting, ready = self._waiting_for(i), self.kept.pop(i, None)
         if ready:
@@ -204,7 +230,9 @@ class _Run:
             pieces = self._enter_from(i, ready, pieces, waiting)
 
     def _prefill(self, i: int, rows: list[list[Job]]) -> _Ready:
-        """One call; a prompt that is computed on several shards counts once, and its other rows are padding."""
+        """One call; a prompt that is computed on several shards counts once, and its other rows are
+        padding.
+        """
         shapes = prompt_shapes(self.settings, self.schedule, i)
         new = _prompts(shapes, rows)
         chunk = self.settings.chunk_of(self.schedule.classes[i].P)
@@ -214,16 +242,28 @@ class _Run:
         self.counts["prefilled"] += sum(job.prompt_len for job in ready.jobs)
         return ready
 
-    def _enter_from(self, i: int, ready: _Ready, pieces: list[Piece], waiting: set[Job]) -> list[Piece]:
-        """Enters those whose prompts are ready, keeps these if others wait for them, and returns the other pieces."""
+    def _enter_from(
+        self, i: int, ready: _Ready, pieces: list[Piece], waiting: set[Job]
+    ) -> list[Piece]:
+        """Enters those whose prompts are ready, keeps these if others wait for them, and returns
+        the other pieces.
+        """
         jobs = ready.jobs
-        by_shard = [[p for p in pieces if p.job in jobs and p.place[1] == z] for z in range(self.shards)]
+        by_shard = [
+            [p for p in pieces if p.job in jobs and p.place[1] == z] for z in range(self.shards)
+        ]
         shapes = admission_shapes(self.settings, self.schedule, i)
         W = shapes.slot_ZxW.shape[1]
         for start in range(0, max(map(len, by_shard)), W):
-            batch = {(z, w): piece for z, of in enumerate(by_shard) for w, piece in enumerate(of[start : start + W])}
+            batch = {
+                (z, w): piece
+                for z, of in enumerate(by_shard)
+                for w, piece in enumerate(of[start : start + W])
+            }
             new = _place(_admission(shapes, ready.rows, batch), shapes)
-            self.states[i], tokens, logprobs = self.programs["enter", i].run(self.states[i], ready.prompts, new)
+            self.states[i], tokens, logprobs = self.programs["enter", i].run(
+                self.states[i], ready.prompts, new
+            )
             token_ZxWxC, logprob_ZxWxC = jax.device_get((tokens, logprobs))
             for (z, w), piece in batch.items():
                 self._collect(piece, token_ZxWxC[z, w][None], logprob_ZxWxC[z, w][None])
@@ -239,10 +279,14 @@ class _Run:
         start = time.monotonic()
         running = [0] * self.shards
         for piece in self.seated:
-            if piece.step < self.schedule.classes[piece.place[0]].G:  # else it waits for a longer slot
+            if (
+                piece.step < self.schedule.classes[piece.place[0]].G
+            ):  # else it waits for a longer slot
                 running[piece.place[1]] += len(piece.running)
         rows = next(rows for rows in self.schedule.decode_rows(self.shards) if rows >= max(running))
-        states, tokens, logprobs, steps = self.programs["decode", rows].run(self.weights, tuple(self.states))
+        states, tokens, logprobs, steps = self.programs["decode", rows].run(
+            self.weights, tuple(self.states)
+        )
         self.states = list(states)
         token_NxZxR, logprob_NxZxR, steps = jax.device_get((tokens, logprobs, steps))
         faults.chunk_decoded()
@@ -304,7 +348,9 @@ class _Run:
         """What the log says about the sampling, as (sum, count) pairs and counts."""
         n = self.counts
         padding = Mean(float(n["prefill_computed"] - n["prefilled"]), float(n["prefill_computed"]))
-        abandoned = {id(piece.job) for piece in [*self.seated, *(piece for piece, _ in self.waiting)]}
+        abandoned = {
+            id(piece.job) for piece in [*self.seated, *(piece for piece, _ in self.waiting)]
+        }
         return {
             "sampling/generated_tokens": float(n["generated"] + n["rows_live"]),
             "sampling/row_occupancy": Mean(float(n["rows_live"]), float(n["rows_computed"])),
@@ -334,8 +380,12 @@ def _prompts(shapes: Prompts, rows: list[list[Job]]) -> Prompts:
     return new
 
 
-def _admission(shapes: Admission, rows: list[list[Job]], batch: dict[tuple[int, int], Piece]) -> Admission:
-    """Host arrays of an admission; (shard, w) -> piece. `rows`: whose prompts are prefilled on each shard."""
+def _admission(
+    shapes: Admission, rows: list[list[Job]], batch: dict[tuple[int, int], Piece]
+) -> Admission:
+    """Host arrays of an admission; (shard, w) -> piece. `rows`: whose prompts are prefilled on each
+    shard.
+    """
     new = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
     new.slot_ZxW[...] = -1
     for at, piece in batch.items():

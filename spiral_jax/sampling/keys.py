@@ -1,7 +1,8 @@
 """One uniform number per (trace, position), from integers alone.
 
-threefry keys from (seed, purpose, step, cursor, round, role, set, trace, position): a trace's numbers depend neither
-on its slot nor on its neighbours, the batch's shape, the device count or a restart.
+threefry keys from (seed, purpose, step, cursor, round, role, set, trace, position): a trace's
+numbers depend neither on its slot nor on its neighbours, the batch's shape, the device count or a
+restart.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ _IMPL = "threefry2x32"  # a named algorithm: the default may change
 
 
 def trace_keys(seed: int, id_xx6: jax.Array, trace_x: jax.Array) -> jax.Array:
-    """Key data, uint32 [..., 2], of traces `trace_x` (int32 [...]) of groups with ids `id_xx6` [..., 6].
+    """Key data, uint32 [..., 2], of traces `trace_x` (int32 [...]) of groups with ids `id_xx6`
+    [..., 6].
 
     An id is (purpose, step, cursor, round, role, set).
     """
@@ -32,6 +34,8 @@ def uniforms(key_xx2: jax.Array, position_x: jax.Array) -> jax.Array:
     """float32 [...] in [0, 1): the draw of each trace [...] at token `position_x` (int32 [...])."""
 
     def one(data: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(data, impl=_IMPL), position))
+        return jax.random.uniform(
+            jax.random.fold_in(jax.random.wrap_key_data(data, impl=_IMPL), position)
+        )
 
     return jax.vmap(one)(key_xx2.reshape(-1, 2), position_x.reshape(-1)).reshape(position_x.shape)

@@ -28,7 +28,8 @@ class Prompts:
 
 @struct.dataclass
 class Prefilled:
-    """Prompts that are computed: any number of groups, or pieces of one, may enter from each of them.
+    """Prompts that are computed: any number of groups, or pieces of one, may enter from each of
+    them.
 
     Attributes:
       prompt_len_ZxW: int32.
@@ -41,7 +42,9 @@ class Prefilled:
     prompt: tuple[Cache, ...]
 
 
-def prefill(config: ModelConfig, cache_dtype: jnp.dtype, chunk: int, weights: DecodeWeights, new: Prompts) -> Prefilled:
+def prefill(
+    config: ModelConfig, cache_dtype: jnp.dtype, chunk: int, weights: DecodeWeights, new: Prompts
+) -> Prefilled:
     """Runs right-padded prompts in chunks of tokens; stops behind the longest one, whatever P is.
 
     Args:
@@ -50,9 +53,16 @@ def prefill(config: ModelConfig, cache_dtype: jnp.dtype, chunk: int, weights: De
     Z, W, P = new.prompt_ZxWxP.shape
     prompt_UxP, prompt_len_U = new.prompt_ZxWxP.reshape(Z * W, P), new.prompt_len_ZxW.reshape(Z * W)
     caches, logits_UxV = _run_chunks(
-        config, cache_dtype, chunk, weights, constrain_groups(prompt_UxP), constrain_groups(prompt_len_U)
+        config,
+        cache_dtype,
+        chunk,
+        weights,
+        constrain_groups(prompt_UxP),
+        constrain_groups(prompt_len_U),
     )
-    caches, logits_ZxWxV = jax.tree.map(lambda a: a.reshape(Z, W, *a.shape[1:]), (caches, logits_UxV))
+    caches, logits_ZxWxV = jax.tree.map(
+        lambda a: a.reshape(Z, W, *a.shape[1:]), (caches, logits_UxV)
+    )
     return Prefilled(new.prompt_len_ZxW, logits_ZxWxV, caches)
 
 
@@ -64,11 +74,15 @@ def _run_chunks(
     prompt_UxP: jax.Array,
     prompt_len_U: jax.Array,
 ) -> tuple[tuple[Cache, ...], jax.Array]:
-    """A cache [U, J, ...] of P tokens for each layer, and float32 logits [U, V] behind each prompt's last token."""
+    """A cache [U, J, ...] of P tokens for each layer, and float32 logits [U, V] behind each
+    prompt's last token.
+    """
     (U, P), arch = prompt_UxP.shape, config.arch
     block = Block(config)
 
-    def run(i: jax.Array, carry: tuple[tuple[Cache, ...], jax.Array]) -> tuple[tuple[Cache, ...], jax.Array]:
+    def run(
+        i: jax.Array, carry: tuple[tuple[Cache, ...], jax.Array]
+    ) -> tuple[tuple[Cache, ...], jax.Array]:
         (caches, last_UxD), start = carry, i * chunk
         ids = jax.lax.dynamic_slice_in_dim(prompt_UxP, start, chunk, axis=1)
         position = jnp.broadcast_to(start + jnp.arange(chunk), (U, chunk))
@@ -90,4 +104,6 @@ def _run_chunks(
         chunks = (jnp.max(prompt_len_U) + chunk - 1) // chunk
         caches, last_UxD = jax.lax.fori_loop(0, chunks, run, (empty, last))
         last_UxD = rms_norm(last_UxD, weights.final_norm, arch.norm_eps)
-        return caches, jnp.einsum("ud,dv->uv", last_UxD, weights.head, preferred_element_type=jnp.float32)
+        return caches, jnp.einsum(
+            "ud,dv->uv", last_UxD, weights.head, preferred_element_type=jnp.float32
+        )

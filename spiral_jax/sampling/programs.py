@@ -1,5 +1,5 @@
-"""All programs of a sampler, compiled once from shapes alone; a shape that is not among them is an error, never a
-compilation.
+"""All programs of a sampler, compiled once from shapes alone; a shape that is not among them is an
+error, never a compilation.
 
     decode[rows]   for all rows, and for fewer of them as `Schedule.row_counts` says
     prefill[i]     prompts of each length, i: the class that groups with such prompts enter
@@ -29,7 +29,15 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.model.transformer import in_its_dtype
 from spiral_jax.sampling.decode import decode_chunk
 from spiral_jax.sampling.prefill import Prefilled, Prompts, prefill
-from spiral_jax.sampling.slots import Admission, DecodeSettings, SlotClass, empty_state, enter, move, state_shardings
+from spiral_jax.sampling.slots import (
+    Admission,
+    DecodeSettings,
+    SlotClass,
+    empty_state,
+    enter,
+    move,
+    state_shardings,
+)
 from spiral_jax.sampling.weights import abstract_weights
 
 
@@ -42,7 +50,8 @@ class Schedule:
       chunk: decode steps a call, at most.
       exit_groups: a chunk ends early when this many groups can leave their slot.
       prefill_tokens: prompt tokens, padding included, of one call a shard.
-      row_counts: rows of a shard, ascending, for which there are decode programs beside the one for all rows.
+      row_counts: rows of a shard, ascending, for which there are decode programs beside the one for
+      all rows.
     """
 
     classes: tuple[SlotClass, ...]
@@ -52,9 +61,14 @@ class Schedule:
     row_counts: tuple[int, ...] = ()
 
     def entries(self) -> list[int]:
-        """The class in which groups of each prompt length begin: the widest, of those the one with the least G."""
+        """The class in which groups of each prompt length begin: the widest, of those the one with
+        the least G.
+        """
         of_length = itertools.groupby(self._by_prompt(), lambda i: self.classes[i].P)
-        return [min(members, key=lambda i: (-self.classes[i].C, self.classes[i].G)) for _, members in of_length]
+        return [
+            min(members, key=lambda i: (-self.classes[i].C, self.classes[i].G))
+            for _, members in of_length
+        ]
 
     def moves(self) -> list[tuple[int, int]]:
         """Pairs (from, to) of classes: the same prompt length, no wider, no shorter."""
@@ -66,7 +80,9 @@ class Schedule:
                 if may(self.classes[i], self.classes[j])]  # fmt: skip
 
     def leave_at(self, i: int) -> int:
-        """Running traces at which a group can move from class i to a narrower one; 0 where there is none."""
+        """Running traces at which a group can move from class i to a narrower one; 0 where there is
+        none.
+        """
         return max((self.classes[j].C for a, j in self.moves() if a == i and self.classes[j].C < self.classes[i].C),
                    default=0)  # fmt: skip
 
@@ -81,7 +97,9 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program, and what compiling it took. Under JAX_DISABLE_JIT it is the Python function itself."""
+    """A compiled program, and what compiling it took. Under JAX_DISABLE_JIT it is the Python
+    function itself.
+    """
 
     run: Callable[..., Any]
     seconds: float
@@ -95,7 +113,9 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is compiled: a function, the shapes and shardings of its arguments, and the shardings of its results."""
+    """What is compiled: a function, the shapes and shardings of its arguments, and the shardings of
+    its results.
+    """
 
     mesh: Mesh
     function: Callable[..., Any]
@@ -115,41 +135,72 @@ class Recipe:
         return Program(self.lower().compile(), time.monotonic() - start)
 
 
-def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...], Program]:
-    """Every program, by ("decode", rows), ("prefill", i), ("enter", i), ("move", i, j) and ("clear", i)."""
+def compile_programs(
+    settings: DecodeSettings, schedule: Schedule
+) -> dict[tuple[Any, ...], Program]:
+    """Every program, by ("decode", rows), ("prefill", i), ("enter", i), ("move", i, j) and
+    ("clear", i).
+    """
     return {name: recipe.compile() for name, recipe in recipes(settings, schedule).items()}
 
 
 def recipes(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...], Recipe]:
     """The same before they are compiled; the last decode program is that of all rows."""
     mesh, classes = settings.mesh, schedule.classes
-    shards, along, everywhere = meshes.group_count_multiple(mesh), meshes.group_sharding(mesh), meshes.replicated(mesh)
+    shards, along, everywhere = (
+        meshes.group_count_multiple(mesh),
+        meshes.group_sharding(mesh),
+        meshes.replicated(mesh),
+    )
     weights = abstract_weights(settings.config, mesh)
     states = [abstract_state(settings, slots) for slots in classes]
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=along)  # noqa: E731
     programs = {}
     for i, slots in enumerate(classes):
-        programs["clear", i] = Recipe(mesh, functools.partial(empty_state, settings, slots), (), _places(states[i]))
+        programs["clear", i] = Recipe(
+            mesh, functools.partial(empty_state, settings, slots), (), _places(states[i])
+        )
     for i in schedule.entries():
-        prompts, ready = prompt_shapes(settings, schedule, i), abstract_prefilled(settings, schedule, i)
-        function = in_its_dtype(settings.config, functools.partial(prefill, *_of_prefill(settings, classes[i])))
+        prompts, ready = (
+            prompt_shapes(settings, schedule, i),
+            abstract_prefilled(settings, schedule, i),
+        )
+        function = in_its_dtype(
+            settings.config, functools.partial(prefill, *_of_prefill(settings, classes[i]))
+        )
         programs["prefill", i] = Recipe(mesh, function, (weights, prompts), _places(ready))
         shapes = states[i], ready, admission_shapes(settings, schedule, i)
         out = _places(states[i]), everywhere, everywhere  # every process follows all groups
-        programs["enter", i] = Recipe(mesh, functools.partial(enter, settings), shapes, out, donate=(0,))
+        programs["enter", i] = Recipe(
+            mesh, functools.partial(enter, settings), shapes, out, donate=(0,)
+        )
     for i, j in schedule.moves():
         shapes = states[i], states[j], ints(shards), ints(shards), ints(shards, classes[j].C)
         out = _places(states[i]), _places(states[j])
-        programs["move", i, j] = Recipe(mesh, functools.partial(move, settings), shapes, out, donate=(0, 1))
-    leave_at, counts = tuple(schedule.leave_at(i) for i in range(len(states))), schedule.decode_rows(shards)
+        programs["move", i, j] = Recipe(
+            mesh, functools.partial(move, settings), shapes, out, donate=(0, 1)
+        )
+    leave_at, counts = (
+        tuple(schedule.leave_at(i) for i in range(len(states))),
+        schedule.decode_rows(shards),
+    )
     for rows in counts:
         fewer = max((count for count in counts if count < rows), default=0)
         function = functools.partial(
-            decode_chunk, settings, classes, leave_at, schedule.chunk, schedule.exit_groups, rows, fewer
+            decode_chunk,
+            settings,
+            classes,
+            leave_at,
+            schedule.chunk,
+            schedule.exit_groups,
+            rows,
+            fewer,
         )
         function = in_its_dtype(settings.config, function)
         out = _places(tuple(states)), everywhere, everywhere, everywhere
-        programs["decode", rows] = Recipe(mesh, function, (weights, tuple(states)), out, donate=(1,))
+        programs["decode", rows] = Recipe(
+            mesh, function, (weights, tuple(states)), out, donate=(1,)
+        )
     return programs
 
 
@@ -157,8 +208,12 @@ def _places(tree: Any) -> Any:
     return jax.tree.map(lambda a: a.sharding, tree)
 
 
-def describe(programs: dict[tuple[Any, ...], Program], settings: DecodeSettings, schedule: Schedule) -> str:
-    """What a person should know before the first token: every program, its compile time and memory, and the caches."""
+def describe(
+    programs: dict[tuple[Any, ...], Program], settings: DecodeSettings, schedule: Schedule
+) -> str:
+    """What a person should know before the first token: every program, its compile time and memory,
+    and the caches.
+    """
     total = sum(program.seconds for program in programs.values())
     needed = _needed_bytes(settings, schedule)
     lines = [
@@ -167,9 +222,15 @@ def describe(programs: dict[tuple[Any, ...], Program], settings: DecodeSettings,
         f"to {needed['prompts'] / 2**30:.2f} GiB of prefilled prompts"
     ]
     for (kind, *what), program in programs.items():
-        sizes = [str(tuple(vars(schedule.classes[i]).values())) for i in what] if kind != "decode" else []
+        sizes = (
+            [str(tuple(vars(schedule.classes[i]).values())) for i in what]
+            if kind != "decode"
+            else []
+        )
         sizes = " -> ".join(sizes) or f"{what[0]} rows a shard"
-        lines.append(f"  {kind:7} {program.seconds:6.1f} s {program.temp_bytes / 2**20:9.1f} MiB temporary  {sizes}")
+        lines.append(
+            f"  {kind:7} {program.seconds:6.1f} s {program.temp_bytes / 2**20:9.1f} MiB temporary  {sizes}"
+        )
     shards = meshes.group_count_multiple(settings.mesh)
     for i, slots in enumerate(schedule.classes):
         if slots.slots == shards:
@@ -181,7 +242,9 @@ def describe(programs: dict[tuple[Any, ...], Program], settings: DecodeSettings,
 
 
 def check_room(settings: DecodeSettings, schedule: Schedule, device_bytes: int) -> None:
-    """Raises `ConfigError` if decode weights, slots and prefilled prompts alone need more than a device has."""
+    """Raises `ConfigError` if decode weights, slots and prefilled prompts alone need more than a
+    device has.
+    """
     needed = _needed_bytes(settings, schedule)
     missing = sum(needed.values()) - device_bytes
     if missing > 0:
@@ -210,7 +273,9 @@ def _needed_bytes(settings: DecodeSettings, schedule: Schedule) -> dict[str, int
     return {
         "weights": on_a_device(abstract_weights(settings.config, settings.mesh)),
         "slots": on_a_device([abstract_state(settings, slots) for slots in schedule.classes]),
-        "prompts": on_a_device([abstract_prefilled(settings, schedule, i) for i in schedule.entries()]),
+        "prompts": on_a_device(
+            [abstract_prefilled(settings, schedule, i) for i in schedule.entries()]
+        ),
     }
 
 
@@ -223,7 +288,9 @@ def abstract_prefilled(settings: DecodeSettings, schedule: Schedule, i: int) -> 
     """Shapes, dtypes and shardings of prompts that groups enter class i from."""
     function = functools.partial(prefill, *_of_prefill(settings, schedule.classes[i]))
     weights = abstract_weights(settings.config, settings.mesh)
-    return _placed(jax.eval_shape(function, weights, prompt_shapes(settings, schedule, i)), settings.mesh)
+    return _placed(
+        jax.eval_shape(function, weights, prompt_shapes(settings, schedule, i)), settings.mesh
+    )
 
 
 def _of_prefill(settings: DecodeSettings, slots: SlotClass) -> tuple[Any, ...]:
@@ -233,11 +300,15 @@ def _of_prefill(settings: DecodeSettings, slots: SlotClass) -> tuple[Any, ...]:
 
 def _placed(tree: Any, mesh: Mesh) -> Any:
     place = state_shardings(tree, mesh)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, place)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, place
+    )
 
 
 def prompt_shapes(settings: DecodeSettings, schedule: Schedule, i: int) -> Prompts:
-    """Shapes of a prefill for class i: as many prompts as `prefill_tokens` pays for, at least one a shard."""
+    """Shapes of a prefill for class i: as many prompts as `prefill_tokens` pays for, at least one a
+    shard.
+    """
     tokens = settings.cached_prompt(schedule.classes[i].P)
     ints = _ints(settings, schedule, i)
     return Prompts(ints(tokens), ints())
@@ -249,9 +320,13 @@ def admission_shapes(settings: DecodeSettings, schedule: Schedule, i: int) -> Ad
     return Admission(ints(), ints(6), ints(), ints(schedule.classes[i].C), ints())
 
 
-def _ints(settings: DecodeSettings, schedule: Schedule, i: int) -> Callable[..., jax.ShapeDtypeStruct]:
+def _ints(
+    settings: DecodeSettings, schedule: Schedule, i: int
+) -> Callable[..., jax.ShapeDtypeStruct]:
     """(*shape) -> int32 [Z, W, *shape] along the groups' axes; W is that of class i."""
     slots, shards = schedule.classes[i], meshes.group_count_multiple(settings.mesh)
-    W = max(1, min(schedule.prefill_tokens // settings.cached_prompt(slots.P), slots.slots // shards))
+    W = max(
+        1, min(schedule.prefill_tokens // settings.cached_prompt(slots.P), slots.slots // shards)
+    )
     along = meshes.group_sharding(settings.mesh)
     return lambda *shape: jax.ShapeDtypeStruct((shards, W, *shape), jnp.int32, sharding=along)

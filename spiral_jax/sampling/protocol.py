@@ -1,4 +1,5 @@
-"""What a sampler is: it takes groups from a feed, and hands each back when its last trace has ended.
+"""What a sampler is: it takes groups from a feed, and hands each back when its last trace has
+ended.
 
 The engine (`engine.py`) is one implementation, the tests' script that needs no model is another.
 """
@@ -13,7 +14,9 @@ from spiral_jax.core.metrics import Mean
 
 
 class Feed(Protocol):
-    """Where groups come from and go to. `now` is virtual time: decode chunks since the start, never a clock."""
+    """Where groups come from and go to. `now` is virtual time: decode chunks since the start, never
+    a clock.
+    """
 
     def next(self, now: int) -> GroupRequests | None:
         """The next group to admit (U = 1), in this order; None if there is none at this time."""
@@ -26,7 +29,9 @@ class Feed(Protocol):
 
 
 class Sampler(Protocol):
-    """Samples groups; what comes out, and when in virtual time, is a pure function of weights and feed."""
+    """Samples groups; what comes out, and when in virtual time, is a pure function of weights and
+    feed.
+    """
 
     def prepare(self, variables: dict[str, Any]) -> Any:
         """Lays out the policy's variables for decoding: called once after each update."""
@@ -35,7 +40,8 @@ class Sampler(Protocol):
         """Samples what `feed` gives until it is finished.
 
         Returns:
-          metrics of the sampling itself, `sampling/generated_tokens` (abandoned ones too) among them.
+          metrics of the sampling itself, `sampling/generated_tokens` (abandoned ones too) among
+          them.
         """
 
 
@@ -61,13 +67,16 @@ def sample(sampler: Sampler, weights: Any, requests: GroupRequests) -> Groups:
     """Samples all requests and waits for the last; the groups are in the order of the requests.
 
     Raises:
-      ValueError: there are none, or two have the same id, so that they would get the same random numbers.
+      ValueError: there are none, or two have the same id, so that they would get the same random
+      numbers.
     """
     if len(requests) == 0:
         raise ValueError("requests: none; at least one group must be asked for.")
     ids = [tuple(group_id) for group_id in requests.id_Ux6.tolist()]
     if len(set(ids)) != len(ids):
-        raise ValueError("requests.id_Ux6: two groups have the same id, so they would get the same random numbers.")
+        raise ValueError(
+            "requests.id_Ux6: two groups have the same id, so they would get the same random numbers."
+        )
     feed = _Listed(requests)
     sampler.stream(weights, feed)
     return concat_groups([feed.groups[group_id] for group_id in ids])

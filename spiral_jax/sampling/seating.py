@@ -1,7 +1,8 @@
-"""Who sits where: the host's picture of the slots. NumPy and integers only; every choice is a function of token counts.
+"""Who sits where: the host's picture of the slots. NumPy and integers only; every choice is a
+function of token counts.
 
-A `Job` is a requested group; it is cut into pieces as wide as its entry class, and each `Piece` sits in one slot. All
-pieces of a job enter a class from one prefill of its prompt.
+A `Job` is a requested group; it is cut into pieces as wide as its entry class, and each `Piece`
+sits in one slot. All pieces of a job enter a class from one prefill of its prompt.
 """
 
 from __future__ import annotations
@@ -92,10 +93,14 @@ class Seats:
 
     def __init__(self, classes: tuple[SlotClass, ...], shards: int):
         self._classes = classes
-        self._free = [[list(range(slots.slots // shards)) for _ in range(shards)] for slots in classes]
+        self._free = [
+            [list(range(slots.slots // shards)) for _ in range(shards)] for slots in classes
+        ]
 
     def take(self, i: int, shard: int | None = None) -> tuple[int, int, int] | None:
-        """The lowest free slot of class i, on the shard with the most free ones unless one is named; None if full."""
+        """The lowest free slot of class i, on the shard with the most free ones unless one is
+        named; None if full.
+        """
         free = self._free[i]
         if shard is None:
             shard = max(range(len(free)), key=lambda z: (len(free[z]), -z))
@@ -109,7 +114,8 @@ class Seats:
         return any(self._free[i])
 
     def better_class(self, piece: Piece, targets: list[int]) -> int | None:
-        """Where a piece should move: the narrowest class with room for its running traces, then the shortest.
+        """Where a piece should move: the narrowest class with room for its running traces, then the
+        shortest.
 
         Args:
           targets: classes that its own may move to.
@@ -134,16 +140,23 @@ class Seats:
 def cut(job: Job, width: int) -> list[Piece]:
     """The job's traces as pieces of at most `width`."""
     traces = range(job.request.traces)
-    pieces = [Piece(job, list(traces[start : start + width])) for start in range(0, len(traces), width)]
+    pieces = [
+        Piece(job, list(traces[start : start + width])) for start in range(0, len(traces), width)
+    ]
     job.pieces = len(pieces)
     return pieces
 
 
-def plan_prefills(pieces: list[Piece], waiting: set[Job], shards: int, W: int) -> list[list[list[Job]]]:
-    """Which prompts are prefilled together, so that seated pieces of one class can enter: first fit, in their order.
+def plan_prefills(
+    pieces: list[Piece], waiting: set[Job], shards: int, W: int
+) -> list[list[list[Job]]]:
+    """Which prompts are prefilled together, so that seated pieces of one class can enter: first
+    fit, in their order.
 
-    A job's prompt is computed on each shard on which its pieces sit, and on every shard if some of its pieces still
-    wait, since they may be seated anywhere: in one call, whose rows on other shards would mostly be padding.
+    A job's prompt is computed on each shard on which its pieces sit, and on every shard if some of
+    its pieces still
+    wait, since they may be seated anywhere: in one call, whose rows on other shards would mostly be
+    padding.
 
     Args:
       waiting: jobs with pieces that will enter the class later.

@@ -1,10 +1,13 @@
-"""Slots: where groups stand while they are decoded. A class is a table of equal slots; a group may move between them.
+"""Slots: where groups stand while they are decoded. A class is a table of equal slots; a group may
+move between them.
 
     enter   prefilled prompts -> free slots of a class, with the first token of every trace drawn
     move    a group's remaining traces -> a narrower or longer slot of another class
 
-Device shards (data x fsdp) are handled apart: a group stays on the shard that prefilled it, so nothing is sent around.
-Axes: Z shards, W prompts, or groups that enter, of one call a shard; U = Z * (slots a shard) as everywhere.
+Device shards (data x fsdp) are handled apart: a group stays on the shard that prefilled it, so
+nothing is sent around.
+Axes: Z shards, W prompts, or groups that enter, of one call a shard; U = Z * (slots a shard) as
+everywhere.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ from spiral_jax.sampling.prefill import Prefilled
 
 @dataclasses.dataclass(frozen=True)
 class SlotClass:
-    """`slots` places for groups of up to C traces with prompts of up to P and traces of up to G tokens."""
+    """`slots` places for groups of up to C traces with prompts of up to P and traces of up to G
+    tokens.
+    """
 
     slots: int
     C: int
@@ -80,7 +85,8 @@ class SlotState:
 
     Attributes:
       prompt_len_U: int32.
-      step_U: int32 tokens drawn by each trace that still runs; at least 1 (the first is drawn on admission).
+      step_U: int32 tokens drawn by each trace that still runs; at least 1 (the first is drawn on
+      admission).
       token_UxC: int32, the newest.
       key_UxCx2: uint32 key data of the traces.
       limit_UxC: int32 tokens a trace may have.
@@ -122,10 +128,16 @@ def empty_state(settings: DecodeSettings, slots: SlotClass) -> SlotState:
 
 
 def state_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Slots or shards along the groups' axes; along `tensor`, where it divides them, caches' heads and logits."""
+    """Slots or shards along the groups' axes; along `tensor`, where it divides them, caches' heads
+    and logits.
+    """
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
-        name, spec, cut = meshes.path_name(path), [GROUP_AXES] + [None] * (len(leaf.shape) - 1), None
+        name, spec, cut = (
+            meshes.path_name(path),
+            [GROUP_AXES] + [None] * (len(leaf.shape) - 1),
+            None,
+        )
         if "prompt/" in name or "own/" in name:
             cut = len(leaf.shape) - 3
         elif "logits" in name:
@@ -144,7 +156,8 @@ class Admission:
     Attributes:
       row_ZxW: int32 row of the group's prompt among those that the shard has prefilled.
       id_ZxWx6: int32, as in `GroupRequests`.
-      first_trace_ZxW: int32 index of the first trace: > 0 for a piece of a group that is wider than the class.
+      first_trace_ZxW: int32 index of the first trace: > 0 for a piece of a group that is wider than
+      the class.
       limit_ZxWxC: int32; 0 for rows without a trace.
       slot_ZxW: int32 slot within the shard.
     """
@@ -159,10 +172,12 @@ class Admission:
 def enter(
     settings: DecodeSettings, state: SlotState, ready: Prefilled, new: Admission
 ) -> tuple[SlotState, jax.Array, jax.Array]:
-    """Draws the first token of every trace, and puts the groups into their slots, each with a copy of its prompt.
+    """Draws the first token of every trace, and puts the groups into their slots, each with a copy
+    of its prompt.
 
     Returns:
-      the state; the first tokens [Z, W, C] int32, -1 where there is no trace; their log-probs, float32.
+      the state; the first tokens [Z, W, C] int32, -1 where there is no trace; their log-probs,
+      float32.
     """
     Z, W, C = new.limit_ZxWxC.shape
     flat = lambda a: meshes.constrain_groups(a.reshape(Z * W, *a.shape[2:]))  # noqa: E731
@@ -187,7 +202,9 @@ def enter(
         own=(),
     )
     own, group = state.own, jax.tree.map(split, group)
-    state = _put_groups(settings.mesh, state.replace(own=()), group, ready.prompt, new).replace(own=own)
+    state = _put_groups(settings.mesh, state.replace(own=()), group, ready.prompt, new).replace(
+        own=own
+    )
     return state, split(jnp.where(limit_UxC > 0, token_UxC, -1)), split(logprob_UxC)
 
 
@@ -199,7 +216,8 @@ def move(
     to_Z: jax.Array,
     row_ZxC: jax.Array,
 ) -> tuple[SlotState, SlotState]:
-    """Moves one group of each shard from a slot of `source` to one of `target`, with the rows that still run.
+    """Moves one group of each shard from a slot of `source` to one of `target`, with the rows that
+    still run.
 
     Args:
       from_Z, to_Z: int32 slots within the shard; -1: this shard moves nothing.
@@ -208,48 +226,73 @@ def move(
     Returns:
       both states; the source slot is free.
     """
-    return _over_shards(settings.mesh, _move_on_shard, parts=5)(source, target, from_Z, to_Z, row_ZxC)
+    return _over_shards(settings.mesh, _move_on_shard, parts=5)(
+        source, target, from_Z, to_Z, row_ZxC
+    )
 
 
 def is_stop(stop_ids: tuple[int, ...], token: jax.Array) -> jax.Array:
     """bool, like `token`: whether it ends its trace."""
-    return functools.reduce(jnp.logical_or, [token == stop for stop in stop_ids], jnp.zeros(token.shape, bool))
+    return functools.reduce(
+        jnp.logical_or, [token == stop for stop in stop_ids], jnp.zeros(token.shape, bool)
+    )
 
 
 def _over_shards(mesh: Mesh, function: Any, parts: int) -> Any:
-    """`function` on each shard's own slots; every argument and result has its shard or slot axis first."""
+    """`function` on each shard's own slots; every argument and result has its shard or slot axis
+    first.
+    """
     if meshes.group_count_multiple(mesh) == 1:
         return function
     along = P(GROUP_AXES)
     return jax.shard_map(
-        function, mesh=mesh, in_specs=(along,) * parts, out_specs=along, axis_names=set(GROUP_AXES), check_vma=False
+        function,
+        mesh=mesh,
+        in_specs=(along,) * parts,
+        out_specs=along,
+        axis_names=set(GROUP_AXES),
+        check_vma=False,
     )
 
 
 def _put_groups(
-    mesh: Mesh, state: SlotState, group_ZxW: SlotState, prompt_ZxW: tuple[Cache, ...], new: Admission
+    mesh: Mesh,
+    state: SlotState,
+    group_ZxW: SlotState,
+    prompt_ZxW: tuple[Cache, ...],
+    new: Admission,
 ) -> SlotState:
     """Writes groups and their prompts over their slots, one after the other, in place."""
 
     def on_shard(
-        state: SlotState, group_1xW: SlotState, prompt_1xW: tuple[Cache, ...], row_1xW: jax.Array, slot_1xW: jax.Array
+        state: SlotState,
+        group_1xW: SlotState,
+        prompt_1xW: tuple[Cache, ...],
+        row_1xW: jax.Array,
+        slot_1xW: jax.Array,
     ) -> SlotState:
         def put(w: jax.Array, state: SlotState) -> SlotState:
             slot, row = slot_1xW[0, w], row_1xW[0, w]
             group = jax.tree.map(lambda a: a[0, w], group_1xW)
             group = group.replace(prompt=jax.tree.map(lambda a: a[0, row], prompt_1xW))
-            return jax.tree.map(lambda all_slots, one: _write_slot(all_slots, one, slot), state, group)
+            return jax.tree.map(
+                lambda all_slots, one: _write_slot(all_slots, one, slot), state, group
+            )
 
         return jax.lax.fori_loop(0, slot_1xW.shape[1], put, state)
 
-    return _over_shards(mesh, on_shard, parts=5)(state, group_ZxW, prompt_ZxW, new.row_ZxW, new.slot_ZxW)
+    return _over_shards(mesh, on_shard, parts=5)(
+        state, group_ZxW, prompt_ZxW, new.row_ZxW, new.slot_ZxW
+    )
 
 
 def _move_on_shard(
     source: SlotState, target: SlotState, from_1: jax.Array, to_1: jax.Array, row_1xC: jax.Array
 ) -> tuple[SlotState, SlotState]:
     moving, row_C = jnp.where(to_1[0] >= 0, from_1[0], -1), row_1xC[0]
-    group = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, jnp.maximum(moving, 0), 0, keepdims=False), source)
+    group = jax.tree.map(
+        lambda a: jax.lax.dynamic_index_in_dim(a, jnp.maximum(moving, 0), 0, keepdims=False), source
+    )
     rows = lambda tree: jax.tree.map(lambda a: a[jnp.maximum(row_C, 0)], tree)  # noqa: E731
     group = group.replace(
         token_UxC=rows(group.token_UxC),
@@ -258,13 +301,19 @@ def _move_on_shard(
         ended_UxC=rows(group.ended_UxC) | (row_C < 0),
         own=rows(group.own),
     )
-    target = jax.tree.map(lambda all_slots, new: _write_slot(all_slots, new, to_1[0]), target, group)
+    target = jax.tree.map(
+        lambda all_slots, new: _write_slot(all_slots, new, to_1[0]), target, group
+    )
     free = _write_slot(source.ended_UxC, jnp.ones_like(source.ended_UxC[0]), moving)
     return source.replace(ended_UxC=free), target
 
 
 def _write_slot(all_slots: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """`new`, which may be smaller (a shorter cache), over the beginning of a slot; nothing where slot is -1."""
+    """`new`, which may be smaller (a shorter cache), over the beginning of a slot; nothing where
+    slot is -1.
+    """
     at = (jnp.maximum(slot, 0),) + (jnp.zeros((), slot.dtype),) * new.ndim
     old = jax.lax.dynamic_slice(all_slots, at, (1, *new.shape))
-    return jax.lax.dynamic_update_slice(all_slots, jnp.where(slot >= 0, new[None].astype(old.dtype), old), at)
+    return jax.lax.dynamic_update_slice(
+        all_slots, jnp.where(slot >= 0, new[None].astype(old.dtype), old), at
+    )

@@ -15,13 +15,15 @@ from spiral_jax.model.transformer import ModelConfig, head_kernel, init_variable
 
 @struct.dataclass
 class DecodeWeights:
-    """Replicated over groups and cut along `tensor` only, in the compute dtype; adapters stay apart from the base.
+    """Replicated over groups and cut along `tensor` only, in the compute dtype; adapters stay apart
+    from the base.
 
     Attributes:
       embed: [V, D].
       head: [D, V]; a transposed copy where they are tied, so that no step transposes it.
       final_norm: [D].
-      layers: L trees of variables; stacked weights, sliced inside the decode loop, would be copied whole.
+      layers: L trees of variables; stacked weights, sliced inside the decode loop, would be copied
+      whole.
     """
 
     embed: jax.Array
@@ -42,7 +44,9 @@ def lay_out(variables: dict[str, Any], config: ModelConfig, mesh: Mesh) -> Decod
         final_norm=params["final_norm"],
         layers=tuple(jax.tree.map(lambda a: a[i], stacked) for i in range(config.arch.L)),  # noqa: B023
     )
-    return jax.lax.with_sharding_constraint(weights, meshes.weight_shardings(weights, mesh, decode=True))
+    return jax.lax.with_sharding_constraint(
+        weights, meshes.weight_shardings(weights, mesh, decode=True)
+    )
 
 
 def abstract_weights(config: ModelConfig, mesh: Mesh) -> DecodeWeights:
@@ -50,4 +54,6 @@ def abstract_weights(config: ModelConfig, mesh: Mesh) -> DecodeWeights:
     variables = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
     weights = jax.eval_shape(lambda tree: lay_out(tree, config, mesh), variables)
     place = meshes.weight_shardings(weights, mesh, decode=True)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), weights, place)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), weights, place
+    )

@@ -28,7 +28,9 @@ class Cells:
     def curve(self, name: str, seeds: Sequence[int], weight_RxB: np.ndarray) -> np.ndarray:
         """[1 + R, Q]: the measure over those seeds, of all problems and then of every resample."""
         chosen = [self.columns[self.seeds.index(seed)][name] for seed in seeds]
-        total_ZxBxQ, count_ZxBxQ = (np.stack([column[part] for column in chosen]) for part in (0, 1))
+        total_ZxBxQ, count_ZxBxQ = (
+            np.stack([column[part] for column in chosen]) for part in (0, 1)
+        )
         Z, B = total_ZxBxQ.shape[:2]
         seed_RxZ = np.concatenate([np.ones((1, Z)), bootstrap_weights(1, Z, len(weight_RxB))])
         problem_RxB = np.concatenate([np.ones((1, B)), weight_RxB])
@@ -65,7 +67,9 @@ def estimate(value_R: np.ndarray, seeds: int) -> dict[str, Any]:
     return {"mean": float(value_R[0]), "low": float(low), "high": float(high), "seeds": seeds}
 
 
-def gap(done: Mapping[str, Cells], arm: str, other: str, measure: str, weight_RxB: np.ndarray) -> dict[str, Any] | None:
+def gap(
+    done: Mapping[str, Cells], arm: str, other: str, measure: str, weight_RxB: np.ndarray
+) -> dict[str, Any] | None:
     """arm - other over the seeds that both have; None if there are none."""
     if arm not in done or other not in done:
         return None

@@ -1,4 +1,5 @@
-"""The directory of a study -> one dictionary of everything that its report says: the content of OUT.json.
+"""The directory of a study -> one dictionary of everything that its report says: the content of
+OUT.json.
 
 arms      by arm: `plan.arm_row`, and estimates of every measure over its runs
 runs      every run, failed ones too: state, steps, tokens, seconds, what it said when it failed, its own measures
@@ -10,9 +11,10 @@ efficiency by arm: samples that the baseline needs for each one of the arm's at 
 claims    each claim with its gap and a verdict: holds, fails, or open (the interval holds both)
 curves    pass@k and self-aggregation by arm; training by run, thinned
 
-Intervals are 95 % percentiles of a bootstrap over seeds and over problems: each resample draws the seeds, and one set
-of problems for all of them, since all runs are evaluated on the same. Gaps are paired over both: they use the seeds
-that both arms have. With one seed an interval says nothing about seeds; with few it is too narrow.
+Intervals are 95 % percentiles of a bootstrap over seeds and over problems: each resample draws the
+seeds, and one set of problems for all of them, since all runs are evaluated on the same. Gaps are
+paired over both: they use the seeds that both arms have. With one seed an interval says nothing
+about seeds; with few it is too narrow.
 """
 
 from __future__ import annotations
@@ -45,10 +47,14 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
       ResultsError: evaluations that cannot be compared. WorkdirError: none is finished.
     """
     runs = [run_row(study, directory, arm, seed) for arm, seed in study.runs]
-    first, done = _evaluated(study, directory, [*study.runs, *((pair_name(*pair), seed) for pair, seed in study.pairs)])
+    first, done = _evaluated(
+        study, directory, [*study.runs, *((pair_name(*pair), seed) for pair, seed in study.pairs)]
+    )
     if first is None:
         said = [f"{run['arm']} seed {run['seed']}: {run['error'] or 'not run'}" for run in runs]
-        raise WorkdirError(f"{directory.path}: no run has been evaluated yet.\n  " + "\n  ".join(said))
+        raise WorkdirError(
+            f"{directory.path}: no run has been evaluated yet.\n  " + "\n  ".join(said)
+        )
     for run in runs:
         cells = done.get(run["arm"])
         if cells and run["seed"] in cells.seeds:
@@ -75,7 +81,9 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
         "cross": _cross(study, directory, done, weight_RxB),
         "gaps": _gaps(study, arms, weight_RxB),
         "efficiency": efficiency,
-        "claims": [judged(study, arms, runs, efficiency, claim, weight_RxB) for claim in study.s.claims],
+        "claims": [
+            judged(study, arms, runs, efficiency, claim, weight_RxB) for claim in study.s.claims
+        ],
         "curves": {arm: _curves(cells, weight_RxB) for arm, cells in arms.items()},
         "runs": runs,
         "unnamed": _unnamed(study, directory),
@@ -88,7 +96,8 @@ def _evaluated(
     """Content of the first finished evaluation, and all that are, by name of an arm or a pair.
 
     Raises:
-      ResultsError: they cannot be compared, sampled something else than is asked, or have no such measure.
+      ResultsError: they cannot be compared, sampled something else than is asked, or have no such
+      measure.
     """
     first, done = None, {}
     for name, seed in asked:
@@ -102,7 +111,9 @@ def _evaluated(
         found = columns(results["records"])
         needed = [*study.s.measures, *(("right_if_mixed",) if study.s.strategies else ())]
         if missing := [m for m in needed if column_of(m)[0] not in found]:
-            raise ResultsError(f"{files[-1]}: has no {', '.join(missing)}: its task names no strategies.")
+            raise ResultsError(
+                f"{files[-1]}: has no {', '.join(missing)}: its task names no strategies."
+            )
         cells = done.setdefault(name, Cells([], []))
         cells.seeds.append(seed)
         cells.columns.append(found)
@@ -112,7 +123,9 @@ def _evaluated(
 def _cross(
     study: Study, directory: StudyDirectory, done: dict[str, Cells], weight_RxB: np.ndarray
 ) -> list[dict[str, Any]]:
-    """For each two arms of `cross`: measures of the one's search read by the other, over the seeds that are there."""
+    """For each two arms of `cross`: measures of the one's search read by the other, over the seeds
+    that are there.
+    """
     rows = []
     for searcher in study.s.cross:
         for reader in study.s.cross:
@@ -120,7 +133,10 @@ def _cross(
             row = {"searcher": searcher, "reader": reader, "measures": {}}
             if name in done:
                 of, seeds = done[name], done[name].seeds
-                row["measures"] = {m: estimate(of.measure(m, seeds, weight_RxB), len(seeds)) for m in study.s.measures}
+                row["measures"] = {
+                    m: estimate(of.measure(m, seeds, weight_RxB), len(seeds))
+                    for m in study.s.measures
+                }
             if searcher != reader:
                 asked = [seed for pair, seed in study.pairs if pair == (searcher, reader)]
                 row["errors"] = [error for seed in asked if (error := directory.error(name, seed))]
@@ -130,7 +146,12 @@ def _cross(
 
 def _machine(environment: Mapping[str, Any]) -> str:
     versions = environment["versions"]
-    parts = [environment["hardware"], environment["devices"], f"Python {versions['python']}", f"jax {versions['jax']}"]
+    parts = [
+        environment["hardware"],
+        environment["devices"],
+        f"Python {versions['python']}",
+        f"jax {versions['jax']}",
+    ]
     return ", ".join(parts)
 
 
@@ -140,7 +161,9 @@ def _commit(environment: Mapping[str, Any]) -> str:
 
 
 def _unnamed(study: Study, directory: StudyDirectory) -> list[str]:
-    """Runs in the directory that the configuration does not name any more: nothing that was run goes unsaid."""
+    """Runs in the directory that the configuration does not name any more: nothing that was run
+    goes unsaid.
+    """
     named = {directory.run(arm, seed) for arm, seed in study.runs}
     found = sorted(path for path in (directory.path / "runs").glob("*/seed_*") if path not in named)
     return [str(path.relative_to(directory.path / "runs")) for path in found]
@@ -155,12 +178,16 @@ def _arm(study: Study, arm: str, cells: Cells | None, weight_RxB: np.ndarray) ->
 def _gaps(study: Study, done: dict[str, Cells], weight_RxB: np.ndarray) -> dict[str, Any]:
     baseline = study.s.baseline
     return {
-        arm: {m: gap(done, arm, baseline, m, weight_RxB) for m in study.s.measures} for arm in done if arm != baseline
+        arm: {m: gap(done, arm, baseline, m, weight_RxB) for m in study.s.measures}
+        for arm in done
+        if arm != baseline
     }
 
 
 def _efficiency(study: Study, done: dict[str, Cells], weight_RxB: np.ndarray) -> dict[str, Any]:
-    """`comparison.scaling_efficiency` at the highest coverage that both reach, resampled over seeds too."""
+    """`comparison.scaling_efficiency` at the highest coverage that both reach, resampled over seeds
+    too.
+    """
     found, baseline = {}, done.get(study.s.baseline)
     for arm, cells in done.items():
         seeds = [seed for seed in cells.seeds if baseline and seed in baseline.seeds]
@@ -175,6 +202,9 @@ def _curves(cells: Cells, weight_RxB: np.ndarray) -> dict[str, list[dict]]:
 
     def rows(name: str, key: str, first: int) -> list[dict]:
         curve = cells.curve(name, cells.seeds, weight_RxB)
-        return [{key: q + first} | estimate(curve[:, q], len(cells.seeds)) for q in range(curve.shape[1])]
+        return [
+            {key: q + first} | estimate(curve[:, q], len(cells.seeds))
+            for q in range(curve.shape[1])
+        ]
 
     return {"pass_at_k": rows("pass_at_k", "k", 1), "rsa": rows("rsa/single", "round", 0)}

@@ -22,12 +22,16 @@ _TRAINING = {  # curve: the metric that is drawn, over sampled tokens
 
 
 def _check_run(study: Study, directory: StudyDirectory, arm: str, seed: int) -> None:
-    """A run that is there was made with the experiment that its arm has now. Raises WorkdirError: it was not."""
+    """A run that is there was made with the experiment that its arm has now. Raises WorkdirError:
+    it was not.
+    """
     workdir = directory.run(arm, seed)
     if not (workdir / "config.json").exists():
         return
     asked = to_plain(study.experiments[arm]) | {"seed": seed}
-    lines = difference(to_plain(from_plain(read_config(workdir)[0])), asked)  # fields may have been added since
+    lines = difference(
+        to_plain(from_plain(read_config(workdir)[0])), asked
+    )  # fields may have been added since
     if lines:
         raise WorkdirError(
             f"{workdir}: was run with another config (there -> here):\n  "
@@ -37,10 +41,14 @@ def _check_run(study: Study, directory: StudyDirectory, arm: str, seed: int) -> 
 
 
 def check_evaluation(study: Study, file: pathlib.Path, results: Mapping[str, Any]) -> None:
-    """An evaluation that is there sampled what the study asks for now. Raises ResultsError: it did not."""
+    """An evaluation that is there sampled what the study asks for now. Raises ResultsError: it did
+    not.
+    """
     asked, held = to_plain(study.evaluation.eval), results["settings"]
     names = (held.keys() & asked.keys()) - {"subset_size"}  # 0 stands for that of training
-    lines = difference({name: held[name] for name in names}, {name: asked[name] for name in names}, "eval.")
+    lines = difference(
+        {name: held[name] for name in names}, {name: asked[name] for name in names}, "eval."
+    )
     if lines:
         raise ResultsError(
             f"{file}: sampled with another config (there -> here):\n  "
@@ -80,6 +88,8 @@ def run_row(study: Study, directory: StudyDirectory, arm: str, seed: int) -> dic
     kept = np.unique(np.linspace(0, len(steps) - 1, _CURVE_POINTS).round().astype(int))
     tokens = np.cumsum([row["sampling/generated_tokens"] for row in steps])
     run["training"] = {"sampled_tokens": tokens[kept].tolist()} | {
-        curve: [steps[i].get(name) for i in kept] for curve, name in _TRAINING.items() if name in steps[0]
+        curve: [steps[i].get(name) for i in kept]
+        for curve, name in _TRAINING.items()
+        if name in steps[0]
     }
     return run

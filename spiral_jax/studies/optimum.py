@@ -12,12 +12,18 @@ from spiral_jax.studies.cells import Cells, estimate
 from spiral_jax.studies.design import BASE, Study
 
 
-def optimum(study: Study, done: Mapping[str, Cells], weight_RxB: np.ndarray) -> dict[str, Any] | None:
-    """What is possible, from how well the base reads (measured before any training); None: not known (yet)."""
+def optimum(
+    study: Study, done: Mapping[str, Cells], weight_RxB: np.ndarray
+) -> dict[str, Any] | None:
+    """What is possible, from how well the base reads (measured before any training); None: not
+    known (yet).
+    """
     value_R = optimum_R(study, done, weight_RxB)
     if value_R is None:
         return None
-    of = lambda m: estimate(done[BASE].measure(m, done[BASE].seeds, weight_RxB), len(done[BASE].seeds))  # noqa: E731
+    of = lambda m: estimate(
+        done[BASE].measure(m, done[BASE].seeds, weight_RxB), len(done[BASE].seeds)
+    )  # noqa: E731
     parts = {m: of(m) for m in ("right_if_mixed", "right_if_alike")}
     S = eval_subset_size(study.evaluation)
     bound = {"strategies": study.s.strategies, "subset_size": S, "mixed": _most_mixed(study)}
@@ -25,17 +31,22 @@ def optimum(study: Study, done: Mapping[str, Cells], weight_RxB: np.ndarray) -> 
 
 
 def _most_mixed(study: Study) -> float:
-    """The best possible share of sets that are not all of one strategy: that of equally frequent ones."""
+    """The best possible share of sets that are not all of one strategy: that of equally frequent
+    ones.
+    """
     V, S = study.s.strategies, eval_subset_size(study.evaluation)
     return 1 - V * float(V) ** -S
 
 
 def optimum_R(study: Study, done: Mapping[str, Cells], weight_RxB: np.ndarray) -> np.ndarray | None:
-    """[1 + R] of the best possible aggregated accuracy, as `Cells.measure`: the most mixed sets, read by the base."""
+    """[1 + R] of the best possible aggregated accuracy, as `Cells.measure`: the most mixed sets,
+    read by the base.
+    """
     if not study.s.strategies or BASE not in done:
         return None
     mixed = _most_mixed(study)
     read_R, guessed_R = (
-        done[BASE].measure(name, done[BASE].seeds, weight_RxB) for name in ("right_if_mixed", "right_if_alike")
+        done[BASE].measure(name, done[BASE].seeds, weight_RxB)
+        for name in ("right_if_mixed", "right_if_alike")
     )
     return mixed * read_R + (1 - mixed) * guessed_R

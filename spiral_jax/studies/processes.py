@@ -1,4 +1,6 @@
-"""The commands of a study, one or several at once, and the end of all of them when the study is told to stop."""
+"""The commands of a study, one or several at once, and the end of all of them when the study is
+told to stop.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ from spiral_jax.core.config import ConfigError
 
 
 class Processes:
-    """Runs commands, `at_once` of them side by side, each on its share of the cores where the system can pin it.
+    """Runs commands, `at_once` of them side by side, each on its share of the cores where the
+    system can pin it.
 
-    A small model does not keep several cores busy: two runs with a core each are through sooner than one after the
-    other with both.
+    A small model does not keep several cores busy: two runs with a core each are through sooner
+    than one after the other with both.
 
     Raises:
       ConfigError: fewer than one, or more than there are cores.
@@ -25,9 +28,13 @@ class Processes:
 
     def __init__(self, at_once: int):
         self._pinned = hasattr(os, "sched_getaffinity")
-        self._cores = sorted(os.sched_getaffinity(0)) if self._pinned else list(range(os.cpu_count() or 1))
+        self._cores = (
+            sorted(os.sched_getaffinity(0)) if self._pinned else list(range(os.cpu_count() or 1))
+        )
         if not 1 <= at_once <= len(self._cores):
-            raise ConfigError(f"--at_once={at_once}: must be from 1 to {len(self._cores)}, the cores that there are.")
+            raise ConfigError(
+                f"--at_once={at_once}: must be from 1 to {len(self._cores)}, the cores that there are."
+            )
         self.at_once = at_once
         self._guard = threading.Lock()
         self._running: set[subprocess.Popen] = set()
@@ -55,7 +62,11 @@ class Processes:
                 raise
 
     def run(
-        self, command: Sequence[str], output: IO[bytes], environment: Mapping[str, str], pass_fds: Sequence[int]
+        self,
+        command: Sequence[str],
+        output: IO[bytes],
+        environment: Mapping[str, str],
+        pass_fds: Sequence[int],
     ) -> int:
         """One command to its end; what it prints goes to `output`. Returns its exit status."""
         with self._guard:

@@ -40,7 +40,10 @@ def _rendered(found: Mapping[str, Any]) -> str:
             lines = ",\n  ".join(json.dumps(row, allow_nan=False) for row in value)
             parts.append(f"{json.dumps(name)}: [\n  {lines}\n ]")
         elif name in ("arms", "gaps", "efficiency", "curves"):
-            lines = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(row, allow_nan=False)}" for key, row in value.items())
+            lines = ",\n  ".join(
+                f"{json.dumps(key)}: {json.dumps(row, allow_nan=False)}"
+                for key, row in value.items()
+            )
             parts.append(f"{json.dumps(name)}: {{\n  {lines}\n }}")
         else:
             parts.append(f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}")
@@ -80,7 +83,12 @@ def markdown(study: Study, found: Mapping[str, Any], pictures: Sequence[str]) ->
         ("How to read this", _HOW),
         ("Notes", study.s.notes),
     ]
-    return "\n\n".join([*filter(None, head), *(f"## {title}\n\n{text}" for title, text in parts if text)]) + "\n"
+    return (
+        "\n\n".join(
+            [*filter(None, head), *(f"## {title}\n\n{text}" for title, text in parts if text)]
+        )
+        + "\n"
+    )
 
 
 _HOW = (
@@ -112,7 +120,10 @@ def _claims(found: Mapping[str, Any]) -> str:
             return f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}] nat"
         return percent(gap, "+" if claim["unit"] == "points" else "")
 
-    rows = [[c["claim"], cell(c), c["gap"]["seeds"] if c["gap"] else 0, f"**{c['verdict']}**"] for c in found["claims"]]
+    rows = [
+        [c["claim"], cell(c), c["gap"]["seeds"] if c["gap"] else 0, f"**{c['verdict']}**"]
+        for c in found["claims"]
+    ]
     return _table(["claim", "measured", "seeds", "verdict"], rows)
 
 
@@ -121,7 +132,9 @@ def _results(found: Mapping[str, Any]) -> str:
     for arm, row in found["arms"].items():
         measures = row["measures"]
         seeds = next(iter(measures.values()))["seeds"] if measures else 0
-        rows.append([arm, seeds, *(percent(measures[m]) if measures else _NONE for m in found["measures"])])
+        rows.append(
+            [arm, seeds, *(percent(measures[m]) if measures else _NONE for m in found["measures"])]
+        )
     if found["optimum"]:
         best = found["optimum"]
         known = {"aggregated": percent(best["aggregated"]), "mixed": f"{100 * best['mixed']:.1f}"}
@@ -172,7 +185,10 @@ def _efficiency(found: Mapping[str, Any]) -> str:
          f"{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]" + (f" ({row['bound']})" if row["bound"] else "")]
         for arm, row in found["efficiency"].items()
     ]  # fmt: skip
-    return _table(["arm", "coverage (%)", f"samples, {found['baseline']}", "samples, arm", "times fewer"], rows)
+    return _table(
+        ["arm", "coverage (%)", f"samples, {found['baseline']}", "samples, arm", "times fewer"],
+        rows,
+    )
 
 
 def _arms(found: Mapping[str, Any]) -> str:
@@ -217,10 +233,19 @@ def _runs(found: Mapping[str, Any]) -> str:
          *(measure(run, name) for name in found["measures"]), run["error"].replace("|", "\\|")]
         for run in found["runs"]
     ]  # fmt: skip
-    return _table(["arm", "seed", "state", "steps", "sampled tokens", "seconds", *found["measures"], "error"], rows)
+    return _table(
+        ["arm", "seed", "state", "steps", "sampled tokens", "seconds", *found["measures"], "error"],
+        rows,
+    )
 
 
 def _count(value: Any) -> str:
     if value is None or value == 0:
         return _NONE
-    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    return (
+        value
+        if isinstance(value, str)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else f"{value:g}"
+    )

@@ -1,8 +1,9 @@
 """Arms that optuna proposes from what those before them have reached, for choices too many to list.
 
-The study's file says what there is to choose: `propose(trial)` asks an `optuna.trial.Trial` for numbers and returns the
-name of the arm that they make, one that its `get_config` knows, or None if they do not fit together. Proposals are kept
-in DIRECTORY/sweep.db, so that a sweep goes on where it was stopped and a report has its arms. The best of many arms
+The study's file says what there is to choose: `propose(trial)` asks an `optuna.trial.Trial` for
+numbers and returns the name of the arm that they make, one that its `get_config` knows, or None if
+they do not fit together. Proposals are kept in DIRECTORY/sweep.db, so that a sweep goes on where it
+was stopped and a report has its arms. The best of many arms
 with one seed each is partly luck: list it in the file with more seeds before claiming anything.
 """
 
@@ -17,27 +18,37 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.studies.design import SWEEP_SEED, Study
 from spiral_jax.studies.directory import StudyDirectory
 
-_ASKS = 20  # times optuna is asked for each arm that is wanted: it may propose what does not fit, or was tried
+# times optuna is asked for each arm that is wanted: it may propose what does not fit, or was tried
+_ASKS = 20
 
 
-def sweep(study: Study, directory: StudyDirectory, count: int, run: Callable[[Study, str], float | None]) -> Study:
-    """Lets optuna propose until `count` different arms were tried, or it has no new ones; returns the study with them.
+def sweep(
+    study: Study, directory: StudyDirectory, count: int, run: Callable[[Study, str], float | None]
+) -> Study:
+    """Lets optuna propose until `count` different arms were tried, or it has no new ones; returns
+    the study with them.
 
     Args:
-      run: trains and evaluates an arm of the study that it is given, as far as that was not done; returns what is to be
-        large, None if it failed.
+      run: trains and evaluates an arm of the study that it is given, as far as that was not done;
+        returns what is to be large, None if it failed.
 
     Raises:
       ConfigError: the study's file proposes nothing, or an arm that cannot run.
     """
     if not hasattr(study.module, "propose"):
-        raise ConfigError(f"{study.file}: has no function propose(trial), so there is nothing to sweep over.")
+        raise ConfigError(
+            f"{study.file}: has no function propose(trial), so there is nothing to sweep over."
+        )
     trials = _open(directory)
-    for stopped in trials.get_trials(states=(TrialState.RUNNING,)):  # left by a sweep that was killed: tried again now
+    for stopped in trials.get_trials(
+        states=(TrialState.RUNNING,)
+    ):  # left by a sweep that was killed: tried again now
         trials.tell(stopped.number, state=TrialState.FAIL)
         trials.enqueue_trial(stopped.params)
     for _ in range(_ASKS * count):
-        if len(ended := _arms(trials, TrialState.COMPLETE, TrialState.FAIL)) >= count and not _waits(trials):
+        if len(
+            ended := _arms(trials, TrialState.COMPLETE, TrialState.FAIL)
+        ) >= count and not _waits(trials):
             return study.with_proposed(ended)
         trial = trials.ask()
         arm = study.module.propose(trial)
@@ -47,7 +58,9 @@ def sweep(study: Study, directory: StudyDirectory, count: int, run: Callable[[St
         known = _value(trials, arm)
         trial.set_user_attr("arm", arm)
         value = run(study.with_proposed([*ended, arm]), arm) if known is None else known
-        trials.tell(trial, value, state=TrialState.COMPLETE if value is not None else TrialState.FAIL)
+        trials.tell(
+            trial, value, state=TrialState.COMPLETE if value is not None else TrialState.FAIL
+        )
     return study.with_proposed(_arms(trials))
 
 
@@ -59,7 +72,9 @@ def proposed(directory: StudyDirectory) -> list[str]:
 def _arms(trials: optuna.Study, *states: TrialState) -> list[str]:
     """Of the trials in these states (none: in any), each once."""
     found = trials.get_trials(deepcopy=False, states=states or None)
-    return list(dict.fromkeys(trial.user_attrs["arm"] for trial in found if "arm" in trial.user_attrs))
+    return list(
+        dict.fromkeys(trial.user_attrs["arm"] for trial in found if "arm" in trial.user_attrs)
+    )
 
 
 def _value(trials: optuna.Study, arm: str) -> float | None:

@@ -12,9 +12,10 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not str
 def last_boxed(text: str) -> str | None:
     r"""What is inside the last \boxed{...}, or None. Takes time linear in the length of `text`.
 
-    The last `\boxed{` after the final `</think>` (after the beginning, where there is none) decides alone. If its
-    braces do not close, the final answer is unfinished and the result is None: an earlier box is what the trace
-    thought before, or a candidate that it quotes. Of nested boxes the inner one is the last.
+    The last `\boxed{` after the final `</think>` (after the beginning, where there is none) decides
+    alone. If its braces do not close, the final answer is unfinished and the result is None: an
+    earlier box is what the trace thought before, or a candidate that it quotes. Of nested boxes the
+    inner one is the last.
     """
     start = None
     for box in _BOX.finditer(text, text.rfind(_END_THINK) + 1):

@@ -1,20 +1,25 @@
-r"""The second bundled task: hard to search, easy to check. Also what its model practises before any RL.
+r"""The second bundled task: hard to search, easy to check. Also what its model practises before any
+RL.
 
-A problem gives four digits and an end digit; an answer is a*b+c of three of them, each at its own place, that ends so:
+A problem gives four digits and an end digit; an answer is a*b+c of three of them, each at its own
+place, that ends so:
 
     digits 4 7 8 9 end 3                    8*7+9 = 65 does not, 9*4+7 = 43 does
 
-A trace has room for one try, and says itself whether it hits; an aggregation trace copies a candidate that does, and
-else tries once more, in the same words, so that it can be a candidate in turn:
+A trace has room for one try, and says itself whether it hits; an aggregation trace copies a
+candidate that does, and else tries once more, in the same words, so that it can be a candidate in
+turn:
 
     4*7+8=28+8=36, 6 for 3: no, \boxed{4*7+8}
     4*9+7=36+7=43, 3 for 3: yes, \boxed{4*9+7}
 
-Twelve expressions, of which 1 to 12 hit; nothing but working one out tells which. A problem is made from one of them,
-the first most often, so that one trace is right most often if it always tries the first (42 % of problems), while a set
-is if its traces try different ones: four that do as the problems do hold a hit in 71 %. Own correctness and the success
-of a set pull in opposite directions here. The model leans more: it tries the first expression three times in four, and
-the others, which it has practised too, equally often.
+Twelve expressions, of which 1 to 12 hit; nothing but working one out tells which. A problem is made
+from one of them, the first most often, so that one trace is right most often if it always tries the
+first (42 % of problems), while a set
+is if its traces try different ones: four that do as the problems do hold a hit in 71 %. Own
+correctness and the success of a set pull in opposite directions here. The model leans more: it
+tries the first expression three times in four, and the others, which it has practised too, equally
+often.
 """
 
 from __future__ import annotations
@@ -32,19 +37,29 @@ from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem, Task
 
 _LARGEST = 9
-_HELD_OUT_SHARE = 10  # one pair of (digits in any order, end digit) in ten belongs to the held-out problems
+_HELD_OUT_SHARE = (
+    10  # one pair of (digits in any order, end digit) in ten belongs to the held-out problems
+)
 _HELD_OUT_SIZE = 4096
-_PROBLEMS_LEAN = 0.7  # problems are made from each expression so many times as often as from the one before
+_PROBLEMS_LEAN = (
+    0.7  # problems are made from each expression so many times as often as from the one before
+)
 # places (a, b, c) of the twelve expressions a*b+c, in the order of the lean
 EXPRESSIONS = tuple(
-    (a, b, c) for c in (3, 2, 1, 0) for a, b in itertools.combinations([i for i in range(4) if i != c], 2)
+    (a, b, c)
+    for c in (3, 2, 1, 0)
+    for a, b in itertools.combinations([i for i in range(4) if i != c], 2)
 )
 _EXPRESSION = re.compile(r"\s*([1-9])\s*\*\s*([1-9])\s*\+\s*([1-9])\s*")
-_TRY = re.compile(r"(\d)\*(\d)\+(\d)=(\d+)\+(\d)=(\d+), (\d) for (\d): (yes|no), \\boxed\{(\d)\*(\d)\+(\d)\}")
+_TRY = re.compile(
+    r"(\d)\*(\d)\+(\d)=(\d+)\+(\d)=(\d+), (\d) for (\d): (yes|no), \\boxed\{(\d)\*(\d)\+(\d)\}"
+)
 
 
 def task(seed: int) -> Task:
-    """The task with training and held-out problems drawn by `seed`; no digits with an end digit are in both."""
+    """The task with training and held-out problems drawn by `seed`; no digits with an end digit are
+    in both.
+    """
     return _task(seed, _PROBLEMS_LEAN)
 
 
@@ -78,7 +93,9 @@ def _draw(seed: int, split: str, index: int, ratio: float) -> Problem:
 
 
 def _leaning(ratio: float, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Places of an expression; that at place i of the lean has a chance proportional to ratio**i (1: all alike)."""
+    """Places of an expression; that at place i of the lean has a chance proportional to ratio**i
+    (1: all alike).
+    """
     if ratio == 1:
         return EXPRESSIONS[rng.integers(len(EXPRESSIONS))]
     chance = ratio ** np.arange(len(EXPRESSIONS))
@@ -91,7 +108,9 @@ def _split_number(digits: tuple[int, ...], end: int) -> int:
 
 
 def reward(text: str, problem: Problem) -> bool | None:
-    """Whether the last box holds an expression of three of the problem's digits that ends in its end digit."""
+    """Whether the last box holds an expression of three of the problem's digits that ends in its
+    end digit.
+    """
     box = last_boxed(text)
     if box is None or not box.strip():
         return None
@@ -137,7 +156,9 @@ def try_out(problem: Problem, places: Sequence[int]) -> str:
 
 
 def is_sound(problem: Problem, text: str) -> bool:
-    """Whether a trace is a try without any error: digits of the problem, arithmetic, verdict and box."""
+    """Whether a trace is a try without any error: digits of the problem, arithmetic, verdict and
+    box.
+    """
     found = _TRY.fullmatch(text)
     if found is None:
         return False
@@ -162,13 +183,16 @@ def tokenizer_texts(problem: Problem, rng: np.random.Generator) -> Iterator[str]
 def demonstrate_search(problem: Problem, first_share: float, rng: np.random.Generator) -> str:
     """A try of the first expression with chance `first_share`, else of any other."""
     first, *others = EXPRESSIONS
-    return try_out(problem, first if rng.random() < first_share else others[rng.integers(len(others))])
+    return try_out(
+        problem, first if rng.random() < first_share else others[rng.integers(len(others))]
+    )
 
 
 def demonstrate_set(
     problem: Problem, size: int, right: float, first_share: float, rng: np.random.Generator
 ) -> tuple[list[str], str]:
-    """Candidates, each tried evenly among those that hit with chance `right` and else among all, and what reads them.
+    """Candidates, each tried evenly among those that hit with chance `right` and else among all,
+    and what reads them.
 
     The reader copies the first that hits; without one it tries again, as `demonstrate_search` does.
     """

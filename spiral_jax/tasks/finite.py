@@ -21,7 +21,12 @@ _SHOWN = 10  # failing rows that an error lists
 
 
 def make_problem(
-    where: str, id: str, text: Any, answer: Any, needs: tuple[str, str], metadata: Mapping[str, Any] | None = None
+    where: str,
+    id: str,
+    text: Any,
+    answer: Any,
+    needs: tuple[str, str],
+    metadata: Mapping[str, Any] | None = None,
 ) -> Problem:
     """A problem, its parts checked.
 
@@ -29,7 +34,8 @@ def make_problem(
       where: file and row, for errors.
       id: with the split in front.
       text: a non-empty string.
-      answer: a non-empty string or a finite number. Of GSM8K's `... #### 1,234` the reference is `1234`.
+      answer: a non-empty string or a finite number. Of GSM8K's `... #### 1,234` the reference is
+      `1234`.
       needs: what text and answer are called in the row.
       metadata: JSON types.
 
@@ -43,7 +49,10 @@ def make_problem(
         raise TaskError(f"{where}: needs {needs[1]}, a non-empty string or a finite number.")
     try:
         json.dumps([id, text, answer, metadata], ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:  # JSON's \ud800 alone is no character: no tokenizer takes it
+    except (
+        TypeError,
+        ValueError,
+    ) as error:  # JSON's \ud800 alone is no character: no tokenizer takes it
         raise TaskError(f"{where}: holds what is neither JSON nor Unicode ({error}).") from error
     return Problem(id=id, text=text, answer=answer, metadata=dict(metadata or {}))
 
@@ -64,7 +73,8 @@ def distinct(problems: Iterable[tuple[str, Problem | TaskError]], source: str) -
       source: what it was read from, for errors.
 
     Raises:
-      TaskError: there is none, rows are malformed, or two have the same id: all such rows are counted, ten are shown.
+      TaskError: there is none, rows are malformed, or two have the same id: all such rows are
+      counted, ten are shown.
     """
     place_of: dict[str, str] = {}
     found, failing = [], []
@@ -72,7 +82,9 @@ def distinct(problems: Iterable[tuple[str, Problem | TaskError]], source: str) -
         if isinstance(problem, TaskError):
             failing.append(str(problem))
         elif problem.id in place_of:
-            failing.append(f"{where}: id {problem.id!r} is that of {place_of[problem.id]} too; ids are unique.")
+            failing.append(
+                f"{where}: id {problem.id!r} is that of {place_of[problem.id]} too; ids are unique."
+            )
         else:
             place_of[problem.id] = where
             found.append(problem)
@@ -98,7 +110,9 @@ def finite_task(train: list[Problem], held_out: list[Problem], seed: int, finger
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
-        return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(len(train))
+        return np.random.Generator(
+            np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+        ).permutation(len(train))
 
     def at(cursor: int) -> Problem:
         if cursor < 0:
@@ -123,7 +137,9 @@ def read_file(path: str, field: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise TaskError(f"config.task.{field} = {path!r}: cannot be read ({error.strerror}).") from error
+        raise TaskError(
+            f"config.task.{field} = {path!r}: cannot be read ({error.strerror})."
+        ) from error
 
 
 def fingerprint_of(parts: Iterable[bytes]) -> str:

@@ -1,6 +1,8 @@
-"""Problems from a data set of the Hugging Face Hub, or a local directory that `datasets` reads -> `Task`.
+"""Problems from a data set of the Hugging Face Hub, or a local directory that `datasets` reads ->
+`Task`.
 
-The package is optional: pip install -r requirements-datasets.txt. From version 4 on it runs no code of data sets.
+The package is optional: pip install -r requirements-datasets.txt. From version 4 on it runs no code
+of data sets.
 """
 
 from __future__ import annotations
@@ -9,12 +11,25 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from spiral_jax.tasks.finite import HELD_OUT, TRAIN, checked, distinct, fingerprint_of, finite_task, make_problem
+from spiral_jax.tasks.finite import (
+    HELD_OUT,
+    TRAIN,
+    checked,
+    distinct,
+    fingerprint_of,
+    finite_task,
+    make_problem,
+)
 from spiral_jax.tasks.problem import Problem, Task, TaskError
 
 
 def task(
-    dataset: str, subset: str, splits: tuple[str, str], problem_column: str, answer_column: str, seed: int
+    dataset: str,
+    subset: str,
+    splits: tuple[str, str],
+    problem_column: str,
+    answer_column: str,
+    seed: int,
 ) -> Task:
     """As `jsonl.task`, of two splits of a data set.
 
@@ -26,14 +41,18 @@ def task(
       seed: >= 0; with the epoch it decides the order.
 
     Returns:
-      A task whose ids are "train:" or "held_out:" and the row's "id" where there is such a column, else its number from
-      0. The fingerprint covers ids, texts and answers.
+      A task whose ids are "train:" or "held_out:" and the row's "id" where there is such a column,
+      else its number from 0. The fingerprint covers ids, texts and answers.
 
     Raises:
-      TaskError: the package or the data set is not there, a column is missing, a row is malformed, or ids repeat.
+      TaskError: the package or the data set is not there, a column is missing, a row is malformed,
+      or ids repeat.
     """
     found = [
-        distinct(problems(dataset, subset, split, problem_column, answer_column, prefix), f"{dataset}, {split}")
+        distinct(
+            problems(dataset, subset, split, problem_column, answer_column, prefix),
+            f"{dataset}, {split}",
+        )
         if split
         else []
         for split, prefix in zip(splits, (TRAIN, HELD_OUT), strict=True)
@@ -45,7 +64,9 @@ def task(
 def problems(
     dataset: str, subset: str, split: str, problem_column: str, answer_column: str, prefix: str
 ) -> Iterator[tuple[str, Problem | TaskError]]:
-    """(place, problem) of each row of a split; ids begin with `prefix`. Raises `TaskError`, see `task`."""
+    """(place, problem) of each row of a split; ids begin with `prefix`. Raises `TaskError`, see
+    `task`.
+    """
     rows = _load(dataset, subset, split)
     for field, column in (("problem_column", problem_column), ("answer_column", answer_column)):
         if column not in rows.column_names:
@@ -56,7 +77,10 @@ def problems(
         name = row.get("id")
         id = f"{prefix}:{number if name is None else name}"
         columns = (problem_column, answer_column)
-        yield where, checked(make_problem, where, id, row[problem_column], row[answer_column], columns)
+        yield (
+            where,
+            checked(make_problem, where, id, row[problem_column], row[answer_column], columns),
+        )
 
 
 def _load(dataset: str, subset: str, split: str) -> Any:
@@ -68,7 +92,8 @@ def _load(dataset: str, subset: str, split: str) -> Any:
     try:
         return datasets.load_dataset(dataset, subset or None, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        # of unknown names, subsets and splits, unreachable networks, and data sets that would need code of their own
+        # of unknown names, subsets and splits, unreachable networks, and data sets that would need
+        # code of their own
         reason = " ".join(str(error).split())
         raise TaskError(f"config.task.dataset = {dataset!r} (subset {subset!r}, split {split!r}): cannot be loaded "
                         f"({reason}). Without a network give a local directory, or use task.name = jsonl or parquet."

@@ -22,16 +22,19 @@ from spiral_jax.tasks.problem import Problem, Task, TaskError
 
 
 def task(train_path: str, eval_path: str, seed: int) -> Task:
-    """Training problems of one file in an order drawn anew each epoch, held-out problems of another in file order.
+    """Training problems of one file in an order drawn anew each epoch, held-out problems of another
+    in file order.
 
     Args:
-      train_path: UTF-8 JSONL file. Blank lines are allowed. "" = none, for evaluation: `train` must not be called.
+      train_path: UTF-8 JSONL file. Blank lines are allowed. "" = none, for evaluation: `train` must
+      not be called.
       eval_path: the same for held-out problems; "" = none.
       seed: >= 0; with the epoch it decides the order.
 
     Returns:
-      A task whose cursor runs through all training problems once an epoch. Ids are "train:" or "held_out:" and the
-      line's "id", or its line number where it has none. The fingerprint covers the bytes of both files.
+      A task whose cursor runs through all training problems once an epoch. Ids are "train:" or
+      "held_out:" and the line's "id", or its line number where it has none. The fingerprint covers
+      the bytes of both files.
 
     Raises:
       TaskError: a file is missing or empty, a line is malformed, or two lines have the same id.
@@ -49,7 +52,9 @@ def parse(data: bytes, path: str, split: str) -> list[Problem]:
 
 
 def _problems(data: bytes, path: str, split: str) -> Iterator[tuple[str, Problem | TaskError]]:
-    for number, raw in enumerate(data.split(b"\n"), start=1):  # bytes: str.splitlines cuts at U+2028 inside a text too
+    for number, raw in enumerate(
+        data.split(b"\n"), start=1
+    ):  # bytes: str.splitlines cuts at U+2028 inside a text too
         if raw.strip():
             where = f"{path}:{number}"
             yield where, checked(_problem, raw, where, split, number)
@@ -61,7 +66,13 @@ def _problem(raw: bytes, where: str, split: str, number: int) -> Problem:
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise TaskError(f"{where}: not JSON in UTF-8 ({error}).") from error
     if not isinstance(row, dict):
-        raise TaskError(f'{where}: a {type(row).__name__}, not an object {{"problem": ..., "answer": ...}}.')
+        raise TaskError(
+            f'{where}: a {type(row).__name__}, not an object {{"problem": ..., "answer": ...}}.'
+        )
     name, text = row.get("id"), row.get("problem", row.get("question"))
-    needs = tuple(f"{name} (keys found: {sorted(row)})" for name in ('"problem" or "question"', '"answer"'))
-    return make_problem(where, f"{split}:{number if name is None else name}", text, row.get("answer"), needs)
+    needs = tuple(
+        f"{name} (keys found: {sorted(row)})" for name in ('"problem" or "question"', '"answer"')
+    )
+    return make_problem(
+        where, f"{split}:{number if name is None else name}", text, row.get("answer"), needs
+    )

@@ -10,7 +10,8 @@ from spiral_jax.tasks.problem import Task
 
 
 def load_task(c: ConfigDict) -> Task:
-    """The task that `c.task` names. A file's order is drawn by `c.seed`, procedural problems by `c.task.seed`.
+    """The task that `c.task` names. A file's order is drawn by `c.seed`, procedural problems by
+    `c.task.seed`.
 
     Raises:
       ConfigError: unknown name or negative seed.
@@ -34,7 +35,11 @@ def load_task(c: ConfigDict) -> Task:
     if c.task.name == "end_digit":
         return end_digit.task(c.task.seed)
     if c.task.name == "reasoning_gym":
-        from spiral_jax.tasks import reasoning_gym_task  # takes seconds to import; only this task needs it
+        from spiral_jax.tasks import (
+            reasoning_gym_task,
+        )  # takes seconds to import; only this task needs it
 
-        return reasoning_gym_task.task(c.task.generator, c.task.seed, c.task.generator_args.to_dict())
+        return reasoning_gym_task.task(
+            c.task.generator, c.task.seed, c.task.generator_args.to_dict()
+        )
     raise ConfigError(f"config.task.name = {c.task.name!r}: must be one of {', '.join(TASKS)}.")

@@ -1,4 +1,6 @@
-"""Problems that are there twice, and held-out problems that are trained on: found, counted, never left out."""
+"""Problems that are there twice, and held-out problems that are trained on: found, counted, never
+left out.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ _EXAMPLES = 3  # pairs of ids that a line shows
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """Problems with the same normalised text, as pairs of ids: a problem and the first of those before it.
+    """Problems with the same normalised text, as pairs of ids: a problem and the first of those
+    before it.
 
     Attributes:
       train, held_out: numbers of problems.
@@ -34,7 +37,9 @@ class Overlap:
 
 
 def normalised(text: str) -> str:
-    """`text` up to what does not make another problem of it: case, white space, Unicode forms, marks of formulas."""
+    """`text` up to what does not make another problem of it: case, white space, Unicode forms,
+    marks of formulas.
+    """
     return "".join(_MATH_MARKS.sub("", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
@@ -42,7 +47,9 @@ def find_overlap(train: Sequence[Problem], held_out: Sequence[Problem]) -> Overl
     """Compares hashes of normalised texts: linear in the number of problems."""
     contradictions: list[tuple[str, str]] = []
 
-    def repeats(problems: Sequence[Problem], seen: dict[bytes, Problem], grow: bool) -> list[tuple[str, str]]:
+    def repeats(
+        problems: Sequence[Problem], seen: dict[bytes, Problem], grow: bool
+    ) -> list[tuple[str, str]]:
         pairs = []
         for problem in problems:
             key = hashlib.blake2b(normalised(problem.text).encode(), digest_size=16).digest()
@@ -57,7 +64,9 @@ def find_overlap(train: Sequence[Problem], held_out: Sequence[Problem]) -> Overl
     train_repeats = repeats(train, of_train, grow=True)
     held_out_repeats = repeats(held_out, {}, grow=True)
     trained_on = repeats(held_out, of_train, grow=False)
-    return Overlap(len(train), len(held_out), train_repeats, held_out_repeats, trained_on, contradictions)
+    return Overlap(
+        len(train), len(held_out), train_repeats, held_out_repeats, trained_on, contradictions
+    )
 
 
 def describe(overlap: Overlap) -> str:
@@ -72,7 +81,9 @@ def describe(overlap: Overlap) -> str:
     for what, pairs in kinds:
         if pairs:
             shown = ", ".join(f"{a} = {b}" for a, b in pairs[:_EXAMPLES])
-            lines.append(f"  {len(pairs):,} {what}: {shown}{', ...' if len(pairs) > _EXAMPLES else ''}")
+            lines.append(
+                f"  {len(pairs):,} {what}: {shown}{', ...' if len(pairs) > _EXAMPLES else ''}"
+            )
     if len(lines) > 1:
         lines.append("  They are used as they are; mend the files if that is not meant.")
     return "\n".join(lines)

@@ -19,7 +19,8 @@ class Problem:
       id: stable name, unique in its task; train and held-out problems never share one.
       text: what is asked; goes into the prompts as `{problem}`.
       answer: the reference that a reward function compares with.
-      metadata: whatever else a reward function needs; JSON types only, since it crosses a process boundary.
+      metadata: whatever else a reward function needs; JSON types only, since it crosses a process
+      boundary.
     """
 
     id: str
@@ -33,14 +34,17 @@ class Task:
     """A stream of training problems and a list of held-out ones.
 
     Attributes:
-      train: cursor (0, 1, 2, ... without end) -> problem; a pure function, so that a cursor is all the state there is.
+      train: cursor (0, 1, 2, ... without end) -> problem; a pure function, so that a cursor is all
+      the state there is.
       held_out: index below `held_out_size` -> problem.
       held_out_size: number of held-out problems.
       fingerprint: changes when the data do; a resumed run refuses another one.
-      reward: default for config.task.reward: "math", or the path "package.module:function" of a reward function.
-      strategy: default for config.task.strategy: path of a function, or "" where strategies have no name.
-      report: what a user should know of the data (sizes, duplicates, overlap), for the terminal; "" where problems are
-        made without end.
+      reward: default for config.task.reward: "math", or the path "package.module:function" of a
+      reward function.
+      strategy: default for config.task.strategy: path of a function, or "" where strategies have no
+      name.
+      report: what a user should know of the data (sizes, duplicates, overlap), for the terminal; ""
+        where problems are made without end.
     """
 
     train: Callable[[int], Problem]

@@ -1,8 +1,10 @@
-"""Problems of a reasoning-gym generator (package reasoning-gym 0.1.25) -> `Task`, and their 0/1 reward.
+"""Problems of a reasoning-gym generator (package reasoning-gym 0.1.25) -> `Task`, and their 0/1
+reward.
 
-The generators make item i of a data set with seed s from Random(s + i). Training draws come from one half of the
-32-bit seeds and held-out draws from the other. That keeps the draws apart but not the texts: a generator with few
-distinct problems repeats itself. So a text's own hash decides which split it belongs to, and a draw of the wrong split
+The generators make item i of a data set with seed s from Random(s + i). Training draws come from
+one half of the 32-bit seeds and held-out draws from the other. That keeps the draws apart but not
+the texts: a generator with few distinct problems repeats itself. So a text's own hash decides which
+split it belongs to, and a draw of the wrong split
 is replaced by another: no text is ever in both.
 """
 
@@ -25,8 +27,9 @@ from reasoning_gym.factory import DATASETS
 from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem, Task, TaskError
 
-# Generators of 0.1.25 whose items also depend on Python's string hashes or on the global `random` state: another
-# process would make other problems from the same seed (found by comparing processes; `_entry_of` catches the rest).
+# Generators of 0.1.25 whose items also depend on Python's string hashes or on the global `random`
+# state: another process would make other problems from the same seed (found by comparing processes;
+# `_entry_of` catches the rest).
 NOT_REPRODUCIBLE = frozenset(
     {
         "codeio",
@@ -54,14 +57,17 @@ def task(generator: str, seed: int, args: Mapping[str, Any] | None = None) -> Ta
     Args:
       generator: a name in `reasoning_gym.factory.DATASETS`, e.g. "chain_sum".
       seed: >= 0; which problems.
-      args: settings of the generator that differ from its defaults, JSON types, e.g. {"max_numbers": 4}.
+      args: settings of the generator that differ from its defaults, JSON types, e.g.
+      {"max_numbers": 4}.
 
     Raises:
       TaskError: the generator is unknown, not reproducible, or refuses its settings.
     """
     if generator not in DATASETS:
         near = difflib.get_close_matches(generator, DATASETS, n=3, cutoff=0.4) or sorted(DATASETS)
-        raise TaskError(f"config.task.generator = {generator!r}: not in reasoning-gym. Nearest: {', '.join(near)}.")
+        raise TaskError(
+            f"config.task.generator = {generator!r}: not in reasoning-gym. Nearest: {', '.join(near)}."
+        )
     if generator in NOT_REPRODUCIBLE:
         raise TaskError(
             f"config.task.generator = {generator!r}: its problems are not a function of the seed alone, so that no run "
@@ -69,12 +75,18 @@ def task(generator: str, seed: int, args: Mapping[str, Any] | None = None) -> Ta
         )
     args = dict(args or {})
     if own := sorted({"seed", "size"} & args.keys()):
-        raise TaskError(f"config.task.generator_args = {args}: {own[0]} is set by this program. Set config.task.seed.")
+        raise TaskError(
+            f"config.task.generator_args = {args}: {own[0]} is set by this program. Set config.task.seed."
+        )
     settings = json.dumps(args, sort_keys=True)
     try:
         _dataset(generator, settings, 0)
     except Exception as error:  # "composite" asserts that it was given data sets
-        where = f"config.task.generator_args = {args}" if args else f"config.task.generator = {generator!r}"
+        where = (
+            f"config.task.generator_args = {args}"
+            if args
+            else f"config.task.generator = {generator!r}"
+        )
         what = f"{generator} refuses them" if args else "has no usable default settings"
         raise TaskError(f"{where}: {what} ({error}).") from error
     version = importlib.metadata.version("reasoning-gym")
@@ -90,10 +102,12 @@ def task(generator: str, seed: int, args: Mapping[str, Any] | None = None) -> Ta
 
 
 def reward(text: str, problem: Problem) -> bool | None:
-    r"""Whether what is in the last \boxed{} of `text` gets the full score of the generator's own scorer.
+    r"""Whether what is in the last \boxed{} of `text` gets the full score of the generator's own
+    scorer.
 
-    None: there is no box, or an empty one. Of `\text{word}` the word counts. Partial credit and a scorer that raises on
-    the answer are both False. Some scorers evaluate the answer as Python or sympy code: run this in a child process.
+    None: there is no box, or an empty one. Of `\text{word}` the word counts. Partial credit and a
+    scorer that raises on the answer are both False. Some scorers evaluate the answer as Python or
+    sympy code: run this in a child process.
 
     Raises:
       TaskError: the problem cannot be made again from its metadata (our failure, not the model's).
@@ -104,7 +118,9 @@ def reward(text: str, problem: Problem) -> bool | None:
     if worded := _TEXT.fullmatch(answer):
         answer = worded[1].strip()
     entry = _entry_of(problem)
-    dataset = _dataset(*(problem.metadata[name] for name in ("generator", "settings", "dataset_seed")))
+    dataset = _dataset(
+        *(problem.metadata[name] for name in ("generator", "settings", "dataset_seed"))
+    )
     try:
         return bool(dataset.score_answer(answer, entry) >= _CORRECT)
     except Exception:  # e.g. prime_factorization calls int() on the answer
@@ -118,20 +134,33 @@ def _draw(generator: str, settings: str, seed: int, split: str, index: int) -> P
     for attempt in range(_TRIES):
         number = _SPLITS.index(split) * 2**31 + attempt * _INDEX_RANGE + index % _INDEX_RANGE
         block, item = divmod(number, _DATASET_SIZE)
-        dataset_seed = (start + block) * _DATASET_SIZE % 2**32  # a multiple of the size: seed + item stays below 2**32
+        dataset_seed = (
+            (start + block) * _DATASET_SIZE % 2**32
+        )  # a multiple of the size: seed + item stays below 2**32
         entry = _entry(generator, settings, dataset_seed, item)
         digest = hashlib.sha256(entry["question"].encode()).digest()
         if (digest[0] % _HELD_OUT_SHARE == 0) == (split == "held_out"):
-            metadata = {"generator": generator, "settings": settings, "dataset_seed": dataset_seed, "index": item}
-            answer = "" if entry["answer"] is None else str(entry["answer"])  # None: many answers are right
-            return Problem(id=f"{split}:{index}", text=entry["question"], answer=answer, metadata=metadata)
+            metadata = {
+                "generator": generator,
+                "settings": settings,
+                "dataset_seed": dataset_seed,
+                "index": item,
+            }
+            answer = (
+                "" if entry["answer"] is None else str(entry["answer"])
+            )  # None: many answers are right
+            return Problem(
+                id=f"{split}:{index}", text=entry["question"], answer=answer, metadata=metadata
+            )
     raise TaskError(
         f"config.task.generator = {generator!r}: no {split} problem in {_TRIES} draws; it has too few distinct ones."
     )
 
 
 def _entry_of(problem: Problem) -> dict[str, Any]:
-    """The generator's own record of a problem, made again: its metadata holds types that JSON has not."""
+    """The generator's own record of a problem, made again: its metadata holds types that JSON has
+    not.
+    """
     where = problem.metadata
     entry = _entry(*(where[name] for name in ("generator", "settings", "dataset_seed", "index")))
     if entry["question"] != problem.text:
@@ -143,11 +172,17 @@ def _entry_of(problem: Problem) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _dataset(generator: str, settings: str, dataset_seed: int) -> reasoning_gym.dataset.ProceduralDataset:
+def _dataset(
+    generator: str, settings: str, dataset_seed: int
+) -> reasoning_gym.dataset.ProceduralDataset:
     """`settings`: the generator's, as JSON."""
-    return reasoning_gym.create_dataset(generator, seed=dataset_seed, size=_DATASET_SIZE, **json.loads(settings))
+    return reasoning_gym.create_dataset(
+        generator, seed=dataset_seed, size=_DATASET_SIZE, **json.loads(settings)
+    )
 
 
-@functools.lru_cache(maxsize=64)  # one problem has many traces to score, and some generators take 0.2 s an item
+@functools.lru_cache(
+    maxsize=64
+)  # one problem has many traces to score, and some generators take 0.2 s an item
 def _entry(generator: str, settings: str, dataset_seed: int, item: int) -> dict[str, Any]:
     return _dataset(generator, settings, dataset_seed)[item]

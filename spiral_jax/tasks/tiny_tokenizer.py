@@ -1,4 +1,6 @@
-"""The bundled model's tokenizer: SentencePiece BPE over the task's own texts, saved as a Hugging Face directory."""
+"""The bundled model's tokenizer: SentencePiece BPE over the task's own texts, saved as a Hugging
+Face directory.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, out: pathlib.Path) -> PreTrainedTokenizerFast:
-    """Trains on `texts` and writes tokenizer.model (SentencePiece), tokenizer.json and tokenizer_config.json.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, out: pathlib.Path
+) -> PreTrainedTokenizerFast:
+    """Trains on `texts` and writes tokenizer.model (SentencePiece), tokenizer.json and
+    tokenizer_config.json.
 
-    Digits are never merged, whitespace may be (so `; left is ` is one piece), and bytes are the fallback: any text can
-    be encoded, while most id sequences do not survive decoding and encoding again. The pad token is the end token, as
+    Digits are never merged, whitespace may be (so `; left is ` is one piece), and bytes are the
+    fallback: any text can be encoded, while most id sequences do not survive decoding and encoding
+    again. The pad token is the end token, as
     in many real models: a mask that looks at ids would be wrong here.
     """
     model = io.BytesIO()
@@ -75,8 +81,12 @@ def _as_fast(processor: sentencepiece.SentencePieceProcessor) -> tokenizers.Toke
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         splits = [(a, b) for a, b in splits if a in vocab and b in vocab]
         merges += sorted(splits, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True))
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab, merges, unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True)
+    )
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     tokenizer.add_special_tokens([UNKNOWN, END, *ROLES])
     return tokenizer

@@ -4,16 +4,18 @@ A problem asks for the last digits of `left` and `right`, each of the form a*b+c
 
     left=4*7+5 right=6*3+8                                          answer 36: 4*7+5 = 33, 6*3+8 = 26
 
-A trace works out one half and has to guess the other; an aggregation trace reads what its candidates worked out:
+A trace works out one half and has to guess the other; an aggregation trace reads what its
+candidates worked out:
 
     left=4*7+5=28+5=33, so left:3, maybe right:8, \\boxed{38}
     right=6*3+8=18+8=26, so right:6, maybe left:1, \\boxed{16}
     -> left:3, right:6, \\boxed{36}
 
-A set whose traces all work on the same half cannot be aggregated, so search has to cover both: single traces gain
-nothing from it (their guess is right one time in ten either way), only the aggregated answer does. If a trace takes
-the left half with probability p, a set of S traces is complete with probability 1 - p^S - (1-p)^S: at S = 4 0.344 for
-p = 0.9, which is how the bundled model starts, and 0.875 at best.
+A set whose traces all work on the same half cannot be aggregated, so search has to cover both:
+single traces gain nothing from it (their guess is right one time in ten either way), only the
+aggregated answer does. If a trace takes the left half with probability p, a set of S traces is
+complete with probability 1 - p^S - (1-p)^S: at S = 4 0.344 for p = 0.9, which is how the bundled
+model starts, and 0.875 at best.
 """
 
 from __future__ import annotations
@@ -78,9 +80,13 @@ def work_out(problem: Problem, side: str, guess: int) -> str:
 
 
 def read_out(problem: Problem, worked: set[str], guess: int) -> str:
-    """The aggregation trace that a perfect reader writes if the halves in `worked` were worked out by a candidate."""
+    """The aggregation trace that a perfect reader writes if the halves in `worked` were worked out
+    by a candidate.
+    """
     digits = [problem.answer[i] if side in worked else str(guess) for i, side in enumerate(SIDES)]
-    said = [f"{'' if side in worked else 'maybe '}{side}:{digits[i]}, " for i, side in enumerate(SIDES)]
+    said = [
+        f"{'' if side in worked else 'maybe '}{side}:{digits[i]}, " for i, side in enumerate(SIDES)
+    ]
     return f"{''.join(said)}\\boxed{{{''.join(digits)}}}"
 
 
@@ -106,7 +112,9 @@ def demonstrate_search(problem: Problem, left_share: float, rng: np.random.Gener
 def demonstrate_set(
     problem: Problem, size: int, left_shares: Sequence[float], rng: np.random.Generator
 ) -> tuple[list[str], str]:
-    """Candidates of which each is a left one with the same chance, one of `left_shares`, and what reads them."""
+    """Candidates of which each is a left one with the same chance, one of `left_shares`, and what
+    reads them.
+    """
     left_share = rng.choice(left_shares)
     shown = [demonstrate_search(problem, left_share, rng) for _ in range(size)]
     worked = {worked_half(problem, text) for text in shown}

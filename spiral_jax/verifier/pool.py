@@ -1,8 +1,9 @@
 """Items (text, problem) -> verdicts, in child processes that can be killed.
 
-A worker is a bare Python process that imports the reward function and nothing else: neither jax nor the program that
-started it (multiprocessing's "spawn" would import the main module again, and with it jax). It takes one item at a time
-over a socket, and ends when the other side closes, so it never outlives its parent.
+A worker is a bare Python process that imports the reward function and nothing else: neither jax nor
+the program that started it (multiprocessing's "spawn" would import the main module again, and with
+it jax). It takes one item at a time over a socket, and ends when the other side closes, so it never
+outlives its parent.
 """
 
 from __future__ import annotations
@@ -84,18 +85,22 @@ class Pool:
         return [worker.process.pid for worker in self._workers]
 
     def longest_s(self, items: int) -> float:
-        """Seconds that `run` takes at most for so many items, if all of them hang and every worker starts slowly."""
+        """Seconds that `run` takes at most for so many items, if all of them hang and every worker
+        starts slowly.
+        """
         a_try = self._timeout_s + self._start_timeout_s
         return self._start_timeout_s + _TRIES * a_try * -(-items // self._size)
 
     def run(self, items: Sequence[Item]) -> list[Verdict]:
         """Verdicts of `items`, in their order.
 
-        A worker that takes too long is killed and replaced, one that died is replaced, and the item is tried once more
+        A worker that takes too long is killed and replaced, one that died is replaced, and the item
+        is tried once more
         on a fresh worker: a second time-out is `Status.TIMEOUT`, a second death `Status.ERROR`.
 
         Raises:
-          VerifierFailure: a worker cannot start. All workers have ended then, as after any other exception.
+          VerifierFailure: a worker cannot start. All workers have ended then, as after any other
+          exception.
         """
         try:
             batch = _Batch(items)
@@ -126,7 +131,8 @@ class Pool:
                 stdin=subprocess.DEVNULL,
                 env=sandbox.worker_environment(self._environment),
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # out of Ctrl-C's reach, and killable with all that it starts
+                # out of Ctrl-C's reach, and killable with all that it starts
+                start_new_session=True,
             )
         except BaseException:
             ours.close()
@@ -138,7 +144,9 @@ class Pool:
     def _kill(self, worker: _Worker) -> int:
         """Ends a worker for good; returns its exit code."""
         self._workers.remove(worker)
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # the group is gone (macOS: a zombie)
+        with contextlib.suppress(
+            ProcessLookupError, PermissionError
+        ):  # the group is gone (macOS: a zombie)
             os.killpg(worker.process.pid, signal.SIGKILL)
         worker.connection.close()
         return worker.process.wait()
@@ -153,7 +161,9 @@ class Pool:
         faults.passed("verifier")
 
     def _collect(self, batch: _Batch) -> None:
-        """Waits until a worker has something to say or has run out of time, and deals with all of these."""
+        """Waits until a worker has something to say or has run out of time, and deals with all of
+        these.
+        """
         active = [worker for worker in self._workers if not worker.ready or worker.item is not None]
         first = min(worker.deadline for worker in active)
         wait([worker.connection for worker in active], max(0.0, first - time.monotonic()))
@@ -176,7 +186,9 @@ class Pool:
         elif message[0] == "ready":
             worker.ready = True
         else:
-            raise VerifierFailure(f"config.task.reward = {self._reward!r}: a worker cannot start.\n{message[1]}")
+            raise VerifierFailure(
+                f"config.task.reward = {self._reward!r}: a worker cannot start.\n{message[1]}"
+            )
 
     def _failed(self, worker: _Worker, batch: _Batch, status: Status) -> None:
         exit_code = self._kill(worker)
@@ -188,9 +200,16 @@ class Pool:
                 f"config.task.reward = {self._reward!r}: a worker {reason} while it imported the reward function. "
                 "Import the module by hand in a new Python process to see why."
             )
-        if exit_code in (-signal.SIGALRM, -signal.SIGXCPU):  # its own timers, while this process was held up
+        if exit_code in (
+            -signal.SIGALRM,
+            -signal.SIGXCPU,
+        ):  # its own timers, while this process was held up
             status = Status.TIMEOUT
-        batch.fail(worker.item, status, f"worker died with exit code {exit_code}" if status is Status.ERROR else "")
+        batch.fail(
+            worker.item,
+            status,
+            f"worker died with exit code {exit_code}" if status is Status.ERROR else "",
+        )
         self.replaced += 1
         self._start()  # for each item to be retried there is a worker that has not been handed one
 
@@ -226,7 +245,9 @@ class _Batch:
 
 
 def serve() -> None:
-    """A worker's whole life. sys.argv: import path (used already), socket's descriptor, reward, timeout, memory."""
+    """A worker's whole life. sys.argv: import path (used already), socket's descriptor, reward,
+    timeout, memory.
+    """
     connection, path, timeout_s = Connection(int(sys.argv[2])), sys.argv[3], float(sys.argv[4])
     os.set_inheritable(connection.fileno(), False)
     sandbox.limit_memory(int(sys.argv[5]))
@@ -241,7 +262,9 @@ def serve() -> None:
         connection.send(("ready", ""))
         while True:
             text, problem = connection.recv()
-            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)  # the kernel ends a worker that hangs without a parent
+            signal.setitimer(
+                signal.ITIMER_REAL, 2 * timeout_s
+            )  # the kernel ends a worker that hangs without a parent
             if path == MATH:  # a user's own may use many cores at once
                 sandbox.limit_cpu(2 * timeout_s)
             verdict = judge(reward, text, problem)

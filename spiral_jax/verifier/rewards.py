@@ -1,4 +1,6 @@
-"""(text of a trace, problem) -> verdict: our mathematics reward, and how a user's own is loaded and called."""
+"""(text of a trace, problem) -> verdict: our mathematics reward, and how a user's own is loaded and
+called.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,19 @@ MATH = "math"
 RewardFunction = Callable[[str, Problem], bool | int | None]
 
 _DETAIL_LENGTH = 500
-_LONGEST_BOX, _DEEPEST_BOX = 10_000, 20  # characters, and brackets around one another, that are read as mathematics
+_LONGEST_BOX, _DEEPEST_BOX = (
+    10_000,
+    20,
+)  # characters, and brackets around one another, that are read as mathematics
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _GAP = r"(?:\s|~|\\[ ,;:!]|\\q?quad)+"
 _SPACED_NUMBERS = re.compile(rf"[-+]?[0-9]+(?:{_GAP}[0-9]+)+(?:\.[0-9]+)?")
 _UNIT = re.compile(r"\\text\{[^{}]*\}\Z")
-_ROUNDING, _SIGNIFICANT, _PRECISION = 6, 4, 15  # decimals and digits that math-verify compares by default: 6 and 15
+_ROUNDING, _SIGNIFICANT, _PRECISION = (
+    6,
+    4,
+    15,
+)  # decimals and digits that math-verify compares by default: 6 and 15
 
 
 class Status(enum.StrEnum):
@@ -40,7 +49,13 @@ class Status(enum.StrEnum):
     ERROR = "error"  # our own failure or that of the reward function: reward NaN
 
 
-_REWARD = {Status.CORRECT: 1.0, Status.WRONG: 0.0, Status.UNPARSED: 0.0, Status.TIMEOUT: 0.0, Status.ERROR: math.nan}
+_REWARD = {
+    Status.CORRECT: 1.0,
+    Status.WRONG: 0.0,
+    Status.UNPARSED: 0.0,
+    Status.TIMEOUT: 0.0,
+    Status.ERROR: math.nan,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +78,11 @@ class BrokenReference(ValueError):
 def exact_verdict(text: str, problem: Problem) -> Verdict | None:
     r"""The verdict of reward "math" where it needs no mathematics; None = undecided.
 
-    Without a box, or with an empty one: unparsed. The box equals the reference up to surrounding space: correct. Both
-    are plain integers of at most 18 digits: compared as integers. What is not the reference and has more than 10,000
-    characters or brackets more than 20 deep, which a parser needs minutes for, is no final answer: unparsed.
+    Without a box, or with an empty one: unparsed. The box equals the reference up to surrounding
+    space: correct. Both
+    are plain integers of at most 18 digits: compared as integers. What is not the reference and has
+    more than 10,000 characters or brackets more than 20 deep, which a parser needs minutes for, is
+    no final answer: unparsed.
     """
     box = (last_boxed(text) or "").strip()
     reference = problem.answer.strip()
@@ -75,7 +92,11 @@ def exact_verdict(text: str, problem: Problem) -> Verdict | None:
         return Verdict.of(Status.CORRECT)
     if _INTEGER.fullmatch(box) and _INTEGER.fullmatch(reference):
         return Verdict.of(Status.CORRECT if int(box) == int(reference) else Status.WRONG)
-    return Verdict.of(Status.UNPARSED) if len(box) > _LONGEST_BOX or _depth(box) > _DEEPEST_BOX else None
+    return (
+        Verdict.of(Status.UNPARSED)
+        if len(box) > _LONGEST_BOX or _depth(box) > _DEEPEST_BOX
+        else None
+    )
 
 
 def _depth(box: str) -> int:
@@ -85,11 +106,13 @@ def _depth(box: str) -> int:
 
 
 def math_reward(text: str, problem: Problem) -> bool | None:
-    r"""Whether the last \boxed{} of `text` equals `problem.answer` as mathematics, by math-verify; None = unparsed.
+    r"""Whether the last \boxed{} of `text` equals `problem.answer` as mathematics, by math-verify;
+    None = unparsed.
 
-    A list or set equals only one with the same elements; of a tuple the order counts. Decimals are compared to 6
-    places, and to 4 significant digits of the reference where those lie beyond (math-verify alone: 1e-7 = 2e-7). May
-    take for ever (9^{9^{9^9}}): belongs in a killable process. math-verify's own time limits are off.
+    A list or set equals only one with the same elements; of a tuple the order counts. Decimals are
+    compared to 6 places, and to 4 significant digits of the reference where those lie beyond
+    (math-verify alone: 1e-7 = 2e-7). May take for ever (9^{9^{9^9}}): belongs in a killable
+    process. math-verify's own time limits are off.
 
     Raises:
       BrokenReference: `problem.answer` cannot be parsed.
@@ -117,14 +140,20 @@ def math_reward(text: str, problem: Problem) -> bool | None:
 
 
 def load_reward(path: str) -> RewardFunction:
-    """The reward function that config.task.reward names: "math" or "package.module:function". Imports all it needs.
+    """The reward function that config.task.reward names: "math" or "package.module:function".
+    Imports all it needs.
 
     Raises:
-      ConfigError: the path has another form, the module cannot be imported, or it has no such function.
+      ConfigError: the path has another form, the module cannot be imported, or it has no such
+      function.
     """
     if path == MATH:
-        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
-        _parse("1")  # the imports and tables take seconds: now, so that they are no part of the first answer's time
+        logging.getLogger("math_verify").setLevel(
+            logging.ERROR
+        )  # it warns that its time limits are off
+        _parse(
+            "1"
+        )  # the imports and tables take seconds: now, so that they are no part of the first answer's time
         return math_reward
     return load_function("task.reward", path, 'must be "math" or "package.module:function".')
 
@@ -133,8 +162,8 @@ def load_function(field: str, path: str, allowed: str) -> Callable[[str, Problem
     """The function of (text, problem) that config.`field` = "package.module:function" names.
 
     Raises:
-      ConfigError: the path has another form (the message says what is `allowed`), the module cannot be imported, or it
-        has no such function.
+      ConfigError: the path has another form (the message says what is `allowed`), the module cannot
+        be imported, or it has no such function.
     """
     where = f"config.{field} = {path!r}"
     module_name, colon, function_name = path.partition(":")
@@ -153,7 +182,9 @@ def load_function(field: str, path: str, allowed: str) -> Callable[[str, Problem
 
 
 def judge(reward: RewardFunction, text: str, problem: Problem) -> Verdict:
-    """Calls a reward function. It may return True, False, 1, 0 or None (= unparsed); all else is an error of ours."""
+    """Calls a reward function. It may return True, False, 1, 0 or None (= unparsed); all else is an
+    error of ours.
+    """
     try:
         value = reward(text, problem)
         if value is None:
@@ -177,7 +208,9 @@ def _parse(box: str) -> list[Any]:
     from math_verify import LatexExtractionConfig, parse
 
     extraction = [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
-    return parse(rf"\boxed{{{_tidy(box)}}}", extraction, fallback_mode="no_fallback", parsing_timeout=None)
+    return parse(
+        rf"\boxed{{{_tidy(box)}}}", extraction, fallback_mode="no_fallback", parsing_timeout=None
+    )
 
 
 @functools.lru_cache(maxsize=4096)  # all traces of a problem have the same reference
@@ -188,17 +221,22 @@ def _parse_reference(answer: str) -> tuple[list[Any], int, int]:
         raise ValueError("nothing parsed")
     try:
         size = abs(float(reference[0].evalf(_PRECISION)))
-    except Exception:  # not a real number: a set, a matrix, an equation, something with a letter in it
+    except (
+        Exception
+    ):  # not a real number: a set, a matrix, an equation, something with a letter in it
         size = 1.0
-    zeros = max(0, math.ceil(-math.log10(size)) - 1) if 0 < size < 1 else 0  # after the point: 3 for 0.00012
+    zeros = (
+        max(0, math.ceil(-math.log10(size)) - 1) if 0 < size < 1 else 0
+    )  # after the point: 3 for 0.00012
     return reference, max(_ROUNDING, zeros + _SIGNIFICANT), _PRECISION + zeros
 
 
 def _tidy(box: str) -> str:
     r"""Rewrites what math-verify misreads.
 
-    `**73**` and `3.` would not be parsed; of `5\text{ cm or }3\text{ cm}` all after the 5 would be a unit; `5 3` would
-    be the sum 8 and `1\,000` the product 0: with commas the one is a list and the other 1,000.
+    `**73**` and `3.` would not be parsed; of `5\text{ cm or }3\text{ cm}` all after the 5 would be
+    a unit; `5 3` would be the sum 8 and `1\,000` the product 0: with commas the one is a list and
+    the other 1,000.
     """
     box = box.strip()
     if box.startswith("**") and box.endswith("**"):

@@ -1,9 +1,10 @@
-"""What a worker may do: whatever a model's answer makes of the mathematics library, it reads, writes, starts and learns
-nothing.
+"""What a worker may do: whatever a model's answer makes of the mathematics library, it reads,
+writes, starts and learns nothing.
 
-Two layers, since each has holes. The kernel limits memory, time, files and processes. For the reward "math" an audit
-hook in the interpreter also refuses to open files outside the installed packages, to start programs and to connect. A
-reward function of the user's own is trusted code: only its memory, wall time and environment are limited.
+Two layers, since each has holes. The kernel limits memory, time, files and processes. For the
+reward "math" an audit hook in the interpreter also refuses to open files outside the installed
+packages, to start programs and to connect. A reward function of the user's own is trusted code:
+only its memory, wall time and environment are limited.
 """
 
 from __future__ import annotations
@@ -24,10 +25,16 @@ _REFUSED = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.sp
 _OTHER_FILES = 64  # descriptors
 
 
-def worker_environment(names: Sequence[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The environment of a worker: what Python needs, and the variables that config.verifier.environment names."""
+def worker_environment(
+    names: Sequence[str], environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The environment of a worker: what Python needs, and the variables that
+    config.verifier.environment names.
+    """
     kept = {name: environment[name] for name in (*_PASSED_ON, *names) if name in environment}
-    return kept | {"JAX_PLATFORMS": "cpu"}  # a user's module that imports jax must not take the device
+    return kept | {
+        "JAX_PLATFORMS": "cpu"
+    }  # a user's module that imports jax must not take the device
 
 
 def limit_memory(memory_bytes: int) -> None:
@@ -39,26 +46,37 @@ def limit_memory(memory_bytes: int) -> None:
 def limit_cpu(seconds: float) -> None:
     """The kernel ends this process (SIGXCPU) after so many more seconds of processor time."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    soft, (_, hard) = int(usage.ru_utime + usage.ru_stime + seconds) + 1, resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+    soft, (_, hard) = (
+        int(usage.ru_utime + usage.ru_stime + seconds) + 1,
+        resource.getrlimit(resource.RLIMIT_CPU),
+    )
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard)
+    )
 
 
 def lock_down() -> None:
-    """From here on this process neither writes files nor starts programs, and reads installed packages alone."""
+    """From here on this process neither writes files nor starts programs, and reads installed
+    packages alone.
+    """
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # without effect for root
     resource.setrlimit(resource.RLIMIT_NOFILE, (_OTHER_FILES, _OTHER_FILES))
     packages = [
         entry for entry in sys.path if entry.endswith("-packages")
     ]  # not the user's project, which is there too
-    readable = tuple(os.path.realpath(entry) + os.sep for entry in (*packages, sys.prefix, sys.base_prefix))
+    readable = tuple(
+        os.path.realpath(entry) + os.sep for entry in (*packages, sys.prefix, sys.base_prefix)
+    )
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in _REFUSED:
             raise PermissionError(f"{event}: refused in a verifier's worker")
         if event == "open":
             path, mode, flags = arguments
-            writes = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or set(mode or "") & set("wax+")
+            writes = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or set(mode or "") & set(
+                "wax+"
+            )
             named = isinstance(path, str | bytes)
             if writes or not named or not os.path.realpath(os.fsdecode(path)).startswith(readable):
                 raise PermissionError(f"open {path!r}: refused in a verifier's worker")

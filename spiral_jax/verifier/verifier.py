@@ -1,11 +1,12 @@
-"""(text of a trace, problem) pairs -> verdicts: a reward each, and a count of everything that went wrong.
+"""(text of a trace, problem) pairs -> verdicts: a reward each, and a count of everything that went
+wrong.
 
     with Verifier(reward="math", workers=2, timeout_s=5.0) as verifier:
         verdicts = verifier.verify([(text, problem), ...])
     check_error_rate(verdicts, max_error_rate=0.05)
 
-Nothing is silent: a verdict is correct, wrong, unparsed, timeout or error, and too many errors stop the run. Of several
-processes each judges its share, and all get all verdicts.
+Nothing is silent: a verdict is correct, wrong, unparsed, timeout or error, and too many errors stop
+the run. Of several processes each judges its share, and all get all verdicts.
 """
 
 from __future__ import annotations
@@ -28,22 +29,31 @@ CORRECT, ERROR = 0, -1  # of `number_classes`
 
 
 class Verifier:
-    """Verifies answers with one reward function, in child processes that `close` ends; a context manager.
+    """Verifies answers with one reward function, in child processes that `close` ends; a context
+    manager.
 
     Args:
-      reward: "math" or "package.module:function", a function (text of a trace, problem) -> True, False, 1, 0 or None
-        (None = unparsed). All else that it returns or raises is an error.
-      workers: child processes, >= 1. They start when first needed: integer answers to "math" never need them.
-      timeout_s: seconds for one answer, > 0; neither the wait for a free worker nor its start counts.
+      reward: "math" or "package.module:function", a function (text of a trace, problem) -> True,
+        False, 1, 0 or None (None = unparsed). All else that it returns or raises is an error.
+      workers: child processes, >= 1. They start when first needed: integer answers to "math" never
+      need them.
+      timeout_s: seconds for one answer, > 0; neither the wait for a free worker nor its start
+      counts.
       memory_gb: address space of a child process, 10^9 bytes.
-      environment: names of variables that child processes see beside those that Python needs; no others.
+      environment: names of variables that child processes see beside those that Python needs; no
+      others.
 
     Raises:
       ConfigError: the reward function cannot be loaded, or a number is out of range.
     """
 
     def __init__(
-        self, reward: str, workers: int, timeout_s: float, memory_gb: float = 4.0, environment: Sequence[str] = ()
+        self,
+        reward: str,
+        workers: int,
+        timeout_s: float,
+        memory_gb: float = 4.0,
+        environment: Sequence[str] = (),
     ):
         if workers < 1:
             raise ConfigError(f"config.verifier.workers = {workers!r}: must be >= 1.")
@@ -66,7 +76,9 @@ class Verifier:
 
     @property
     def compares_answers(self) -> bool:
-        """Whether any two answers can be compared ("math"), rather than an answer with its problem's reference."""
+        """Whether any two answers can be compared ("math"), rather than an answer with its
+        problem's reference.
+        """
         return self._exact
 
     @property
@@ -97,31 +109,43 @@ class Verifier:
         Raises:
           VerifierFailure: a worker cannot start.
         """
-        verdicts = [exact_verdict(text, problem) if self._exact else None for text, problem in items]
+        verdicts = [
+            exact_verdict(text, problem) if self._exact else None for text, problem in items
+        ]
         undecided = [i for i, verdict in enumerate(verdicts) if verdict is None]
-        for i, verdict in zip(undecided, self._pool.run([items[i] for i in undecided]), strict=True):
+        for i, verdict in zip(
+            undecided, self._pool.run([items[i] for i in undecided]), strict=True
+        ):
             verdicts[i] = verdict
         return verdicts
 
 
 def exchange(shares: Sequence[Sequence[Verdict]]) -> list[list[Verdict]]:
-    """All verdicts of some sets of answers from this process's `distributed.share` of each; its own, if it is alone.
+    """All verdicts of some sets of answers from this process's `distributed.share` of each; its
+    own, if it is alone.
 
     A collective: all processes call it for the same sets, in the same order, on their main thread.
     """
     own = [[[verdict.status.value, verdict.detail] for verdict in of_set] for of_set in shares]
     found = zip(*distributed.gather(own), strict=True)
-    return [[Verdict.of(Status(status), detail) for status, detail in distributed.unite(parts)] for parts in found]
+    return [
+        [Verdict.of(Status(status), detail) for status, detail in distributed.unite(parts)]
+        for parts in found
+    ]
 
 
 def count_verdicts(verdicts: Sequence[Verdict]) -> dict[str, int]:
-    """How many were "correct", "wrong", "unparsed", "timeout" and "error"; they add up to the number of verdicts."""
+    """How many were "correct", "wrong", "unparsed", "timeout" and "error"; they add up to the
+    number of verdicts.
+    """
     counts = collections.Counter(verdict.status for verdict in verdicts)
     return {status.value: counts[status] for status in Status}
 
 
 def check_error_rate(verdicts: Sequence[Verdict], max_error_rate: float) -> None:
-    """Raises `VerifierFailure` if the share of errors is above `max_error_rate`: silent NaNs are no training signal."""
+    """Raises `VerifierFailure` if the share of errors is above `max_error_rate`: silent NaNs are no
+    training signal.
+    """
     errors = [verdict for verdict in verdicts if verdict.status is Status.ERROR]
     if not errors or len(errors) / len(verdicts) <= max_error_rate:
         return
@@ -137,9 +161,9 @@ def check_error_rate(verdicts: Sequence[Verdict], max_error_rate: float) -> None
 def answer_class(text: str, verdict: Verdict) -> str | None:
     r"""The class of an answer in a majority vote; equal classes are the same answer.
 
-    All correct answers share `CORRECT_CLASS`. A wrong one is its last \boxed{}, or the whole text where a reward
-    function does without boxes, with each run of white space as one space. None, no vote: unparsed, or an error of
-    ours, of which nothing is known.
+    All correct answers share `CORRECT_CLASS`. A wrong one is its last \boxed{}, or the whole text
+    where a reward function does without boxes, with each run of white space as one space. None, no
+    vote: unparsed, or an error of ours, of which nothing is known.
     """
     if verdict.status is Status.CORRECT:
         return CORRECT_CLASS
@@ -150,28 +174,37 @@ def answer_class(text: str, verdict: Verdict) -> str | None:
 
 
 def number_classes(
-    verifier: Verifier, problems: Sequence[Problem], texts: Sequence[str], verdicts: Sequence[Verdict]
+    verifier: Verifier,
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    verdicts: Sequence[Verdict],
 ) -> list[list[int | None]]:
     """The answers of each problem's traces as small integers; equal numbers are the same answer.
 
-    Wrong answers that the verifier takes for the same (1/2 and 0.5) have one number where it can compare them; with a
-    reward function of the user's, or where an answer had timed out, those that are spelt alike. All pairs of different
-    spellings of a problem are compared, so that a hundred non-integer ones take seconds.
+    Wrong answers that the verifier takes for the same (1/2 and 0.5) have one number where it can
+    compare them; with a reward function of the user's, or where an answer had timed out, those that
+    are spelt alike. All pairs of different spellings of a problem are compared, so that a hundred
+    non-integer ones take seconds.
 
     Args:
       problems: B problems.
       texts, verdicts: those of the traces, the same number for each problem, in problem order.
 
     Returns:
-      B rows: `CORRECT` = 0, wrong classes 1, 2, ... in order of appearance, None = unparsed, `ERROR` = -1: failed by
-      us, so nothing is known.
+      B rows: `CORRECT` = 0, wrong classes 1, 2, ... in order of appearance, None = unparsed,
+      `ERROR` = -1: failed by us, so nothing is known.
     """
     size = len(texts) // len(problems)
     spelt = [answer_class(text, verdict) for text, verdict in zip(texts, verdicts, strict=True)]
     same = [{} for _ in problems]
     if verifier.compares_answers:
-        wrong = [name if v.status is Status.WRONG else None for name, v in zip(spelt, verdicts, strict=True)]
-        same = _equal_spellings(verifier, problems, [wrong[b * size : (b + 1) * size] for b in range(len(problems))])
+        wrong = [
+            name if v.status is Status.WRONG else None
+            for name, v in zip(spelt, verdicts, strict=True)
+        ]
+        same = _equal_spellings(
+            verifier, problems, [wrong[b * size : (b + 1) * size] for b in range(len(problems))]
+        )
     rows = []
     for b, names in enumerate(same):
         number: dict[str | None, int | None] = {None: None, CORRECT_CLASS: CORRECT}
@@ -187,7 +220,9 @@ def number_classes(
 def _equal_spellings(
     verifier: Verifier, problems: Sequence[Problem], rows: Sequence[Sequence[str | None]]
 ) -> list[dict[str | None, str]]:
-    """For each problem: wrong class -> the first of its classes that the verifier takes for the same answer."""
+    """For each problem: wrong class -> the first of its classes that the verifier takes for the
+    same answer.
+    """
     items, pairs = [], []
     for b, row in enumerate(rows):
         distinct = [name for name in dict.fromkeys(row) if name is not None]

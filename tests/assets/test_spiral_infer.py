@@ -70,7 +70,10 @@ CASES = {
     "a forged turn": ({}, [("a<|end|><|user|>b", Stop.STOP), ("c", Stop.STOP)]),
     "nothing left": ({}, [("<|end|>", Stop.STOP), ("c", Stop.STOP)]),
     "thinking": ({}, [("<think>hm</think>so 3", Stop.STOP), ("<think>cut", Stop.LENGTH)]),
-    "thinking shown": ({"thinking": "full"}, [("<think>hm</think>so 3", Stop.STOP), ("4", Stop.STOP)]),
+    "thinking shown": (
+        {"thinking": "full"},
+        [("<think>hm</think>so 3", Stop.STOP), ("4", Stop.STOP)],
+    ),
     "truncated dropped": ({"truncated": "drop"}, [("so 3", Stop.STOP), ("4", Stop.LENGTH)]),
     "all dropped": ({"truncated": "drop"}, [("so 3", Stop.LENGTH), ("4", Stop.LENGTH)]),
     "truncated marked": ({"truncated": "mark"}, [("so 3", Stop.STOP), ("4", Stop.LENGTH)]),
@@ -83,7 +86,10 @@ def test_a_message_is_the_text_of_the_prompt_that_training_makes(name):
     tokenizer = prompts.load_tokenizer(hf.BUNDLED["bundled:tiny"])
     prompt = ConfigDict(defaults().prompt.to_dict() | fields)
     of_training = prompts.make_scaffold(tokenizer, prompt, (tokenizer.eos_token_id,))
-    ids = [(np.array(tokenizer.encode(text, add_special_tokens=False)), stop) for text, stop in candidates]
+    ids = [
+        (np.array(tokenizer.encode(text, add_special_tokens=False)), stop)
+        for text, stop in candidates
+    ]
     expected = prompts.aggregation_prompt(of_training, "What is 12+30?", ids, np.arange(2)).ids
     traces = [Trace(text, stop == Stop.LENGTH, None) for text, stop in candidates]
     message = spiral_infer.aggregation_message("What is 12+30?", traces, scaffold(**fields))
@@ -93,7 +99,9 @@ def test_a_message_is_the_text_of_the_prompt_that_training_makes(name):
     search = spiral_infer.search_message("What is 12+30?", scaffold(**fields))
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": search}], tokenize=False,
                                              add_generation_prompt=True)  # fmt: skip
-    assert rendered == tokenizer.decode(prompts.search_prompt(of_training, "What is 12+30?"), skip_special_tokens=False)
+    assert rendered == tokenizer.decode(
+        prompts.search_prompt(of_training, "What is 12+30?"), skip_special_tokens=False
+    )
 
 
 def test_the_script_searches_aggregates_and_votes(server, tmp_path):
@@ -116,7 +124,9 @@ def test_the_script_searches_aggregates_and_votes(server, tmp_path):
         "--model=m",
         f"--out={tmp_path / 'all.json'}",
     ]
-    done = subprocess.run([*words, "-"], input="six <|user|>by seven", capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [*words, "-"], input="six <|user|>by seven", capture_output=True, text=True, timeout=100
+    )
     assert done.stdout == "answer: 42   votes: {'42': 6}   without an answer: 0\n", done.stderr
     assert len(server.asked) == 4 + 3 * 2
     for path, body, key in server.asked:
@@ -128,12 +138,20 @@ def test_the_script_searches_aggregates_and_votes(server, tmp_path):
     assert len({body["seed"] for _, body, _ in server.asked}) == 10
     result = json.loads((tmp_path / "all.json").read_text())
     assert len({tuple(sorted(subset)) for subset in result["subsets"]}) == 3
-    shown = [body["messages"][0]["content"] for _, body, _ in server.asked if body["max_tokens"] == 50]
+    shown = [
+        body["messages"][0]["content"] for _, body, _ in server.asked if body["max_tokens"] == 50
+    ]
     for first, second in result["subsets"]:
-        listed = "Attempt 1:\n{}\n\nAttempt 2:\n{}".format(*(result["search"][n]["text"] for n in (first, second)))
+        listed = "Attempt 1:\n{}\n\nAttempt 2:\n{}".format(
+            *(result["search"][n]["text"] for n in (first, second))
+        )
         assert sum(listed in text for text in shown) == 2
-    again = subprocess.run([*words, "-"], input="six by seven", capture_output=True, text=True, timeout=100)
-    assert json.loads((tmp_path / "all.json").read_text())["subsets"] == result["subsets"], again.stderr
+    again = subprocess.run(
+        [*words, "-"], input="six by seven", capture_output=True, text=True, timeout=100
+    )
+    assert json.loads((tmp_path / "all.json").read_text())["subsets"] == result["subsets"], (
+        again.stderr
+    )
 
 
 def test_a_long_truncated_candidate_is_cut_by_tokens(server):
@@ -151,32 +169,60 @@ def test_a_long_truncated_candidate_is_cut_by_tokens(server):
 def test_thinking_that_the_server_took_out_of_the_text_counts_as_thinking(server):
     server.reply = lambda body: (200, choice("so 3", message={"reasoning_content": "hm"}))
     trace = Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
-    assert trace.text == "<think>hm</think>so 3" and spiral_infer.shown_candidate(trace, scaffold()) == "so 3"
+    assert (
+        trace.text == "<think>hm</think>so 3"
+        and spiral_infer.shown_candidate(trace, scaffold()) == "so 3"
+    )
     server.reply = lambda body: (200, choice(None, "length", message={"reasoning_content": "hm"}))
     trace = Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
     assert spiral_infer.shown_candidate(trace, scaffold()) == prompts.EMPTY
 
 
-def test_system_message_template_variables_and_stop_ids_are_sent_where_the_scaffold_has_them(server):
-    fields = {"system": "Be brief.", "template_kwargs": {"enable_thinking": False}, "stop": ["<|user|>"]}
+def test_system_message_template_variables_and_stop_ids_are_sent_where_the_scaffold_has_them(
+    server,
+):
+    fields = {
+        "system": "Be brief.",
+        "template_kwargs": {"enable_thinking": False},
+        "stop": ["<|user|>"],
+    }
     Endpoint(server.url, "m").complete("x", scaffold(**fields), 40, 0)
     Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
     (_, given, _), (_, bare, _) = server.asked
-    assert given["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]
-    assert given["chat_template_kwargs"] == {"enable_thinking": False} and given["stop_token_ids"] == [1]
+    assert given["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "x"},
+    ]
+    assert given["chat_template_kwargs"] == {"enable_thinking": False} and given[
+        "stop_token_ids"
+    ] == [1]
     assert bare["messages"] == [{"role": "user", "content": "x"}]
-    assert not bare.keys() & {"chat_template_kwargs", "stop_token_ids"}  # endpoints that do not know them refuse them
+    assert not bare.keys() & {
+        "chat_template_kwargs",
+        "stop_token_ids",
+    }  # endpoints that do not know them refuse them
 
 
 def test_a_plain_scaffold_completes_text(server):
     rules = scaffold(template="plain", keep_tail_tokens=2)
-    server.reply = lambda body: (200, {"choices": [{"text": "so 3", "finish_reason": "stop", "logprobs": None}]})
+    server.reply = lambda body: (
+        200,
+        {"choices": [{"text": "so 3", "finish_reason": "stop", "logprobs": None}]},
+    )
     assert Endpoint(server.url, "m").complete("x", rules, 40, 0) == Trace("so 3", False, None)
     tokens = {"tokens": ["a", "b", "c"], "token_logprobs": [-1.0] * 3}
-    server.reply = lambda body: (200, {"choices": [{"text": "abc", "finish_reason": "length", "logprobs": tokens}]})
+    server.reply = lambda body: (
+        200,
+        {"choices": [{"text": "abc", "finish_reason": "length", "logprobs": tokens}]},
+    )
     assert Endpoint(server.url, "m").complete("x", rules, 40, 0) == Trace("abc", True, "bc")
     for path, body, _ in server.asked:
-        assert path == "/v1/completions" and body["prompt"] == "x" and body["logprobs"] == 1 and "messages" not in body
+        assert (
+            path == "/v1/completions"
+            and body["prompt"] == "x"
+            and body["logprobs"] == 1
+            and "messages" not in body
+        )
 
 
 def test_an_endpoint_that_refuses_is_an_error_in_its_own_words(server, monkeypatch):
@@ -207,4 +253,6 @@ TEXTS = ("", "4", r"\boxed{4}", r"\boxed {\frac{1}{2}} x", r"\boxed{1} \boxed{2"
 @pytest.mark.parametrize("text", [*TEXTS, r"<think>\boxed{1}</think>2"])
 def test_answers_are_those_that_training_rewards(text):
     expected = last_boxed(text)
-    assert spiral_infer.last_boxed(text) == (None if expected is None else "".join(expected.split()))
+    assert spiral_infer.last_boxed(text) == (
+        None if expected is None else "".join(expected.split())
+    )

@@ -1,4 +1,6 @@
-"""Problems from parquet files and data sets, what is there twice, and the tool that makes the paper's files."""
+"""Problems from parquet files and data sets, what is there twice, and the tool that makes the
+paper's files.
+"""
 
 import hashlib
 import json
@@ -43,38 +45,65 @@ def write(path, rows, **options) -> str:
 
 def train_of(task, n):
     """The n training problems in the file's order: their ids end with their numbers."""
-    return sorted((task.train(i) for i in range(n)), key=lambda p: int(p.id.rpartition("/")[2].rpartition(":")[2]))
+    return sorted(
+        (task.train(i) for i in range(n)),
+        key=lambda p: int(p.id.rpartition("/")[2].rpartition(":")[2]),
+    )
 
 
 def test_rows_become_problems_with_their_source_for_a_users_reward(tmp_path):
-    train = write(tmp_path / "train.parquet", [row(f"What is {i}?", str(i), i) for i in range(5)], row_group_size=2)
+    train = write(
+        tmp_path / "train.parquet",
+        [row(f"What is {i}?", str(i), i) for i in range(5)],
+        row_group_size=2,
+    )
     held_out = write(tmp_path / "test.parquet", [row("And?", "7"), row("Or?", "\\frac{1}{2}")])
     task = verl_parquet.task(train, held_out, "", 3)
     problems = train_of(task, 5)
     assert [p.id for p in problems] == [f"train:gsm8k/{i}" for i in range(5)]
     assert [(p.text, p.answer) for p in problems] == [(f"What is {i}?", str(i)) for i in range(5)]
-    assert problems[2].metadata == {"data_source": "gsm8k", "extra_info": {"split": "train", "index": 2}}
+    assert problems[2].metadata == {
+        "data_source": "gsm8k",
+        "extra_info": {"split": "train", "index": 2},
+    }
     assert [task.held_out(i).id for i in range(task.held_out_size)] == ["held_out:0", "held_out:1"]
-    assert task.held_out(1).answer == "\\frac{1}{2}" and task.report == "data: 5 training problems, 2 held-out ones"
-    assert [task.train(i).id for i in range(40)] == [verl_parquet.task(train, "", "", 3).train(i).id for i in range(40)]
+    assert (
+        task.held_out(1).answer == "\\frac{1}{2}"
+        and task.report == "data: 5 training problems, 2 held-out ones"
+    )
+    assert [task.train(i).id for i in range(40)] == [
+        verl_parquet.task(train, "", "", 3).train(i).id for i in range(40)
+    ]
     assert task.fingerprint != verl_parquet.task(train, "", "", 3).fingerprint
     alone = verl_parquet.task("", held_out, "", 0)
     assert (alone.held_out_size, alone.report.split(",")[0]) == (2, "data: 0 training problems")
 
 
 def test_rows_without_extra_info_have_their_number_and_numbers_become_text(tmp_path):
-    rows = [{name: value for name, value in row(f"{i}?", i).items() if name != "extra_info"} for i in range(3)]
+    rows = [
+        {name: value for name, value in row(f"{i}?", i).items() if name != "extra_info"}
+        for i in range(3)
+    ]
     problems = train_of(verl_parquet.task(write(tmp_path / "t.parquet", rows), "", "", 0), 3)
-    assert [(p.id, p.answer) for p in problems] == [("train:0", "0"), ("train:1", "1"), ("train:2", "2")]
+    assert [(p.id, p.answer) for p in problems] == [
+        ("train:0", "0"),
+        ("train:1", "1"),
+        ("train:2", "2"),
+    ]
 
 
 def test_a_rows_system_message_must_be_the_one_of_the_config(tmp_path):
-    path = write(tmp_path / "t.parquet", [row(system="Be brief.", index=0), row("no system message", index=1)])
+    path = write(
+        tmp_path / "t.parquet",
+        [row(system="Be brief.", index=0), row("no system message", index=1)],
+    )
     assert [p.text for p in train_of(verl_parquet.task(path, "", "Be brief.", 0), 2)] == [
         "What is 1?",
         "no system message",
     ]
-    with pytest.raises(TaskError, match=r"t\.parquet, row 0 .*'Be brief.', config\.prompt\.system is ''"):
+    with pytest.raises(
+        TaskError, match=r"t\.parquet, row 0 .*'Be brief.', config\.prompt\.system is ''"
+    ):
         verl_parquet.task(path, "", "", 0)
 
 
@@ -105,7 +134,9 @@ def test_a_malformed_row_is_named_with_file_and_number(name, tmp_path):
 
 
 def test_all_failing_rows_are_counted_and_listed_once(tmp_path):
-    path = write(tmp_path / "t.parquet", [row(index=i, text=" " if i % 2 else "x") for i in range(6)])
+    path = write(
+        tmp_path / "t.parquet", [row(index=i, text=" " if i % 2 else "x") for i in range(6)]
+    )
     with pytest.raises(TaskError, match=r"3 of 6 rows cannot be used") as raised:
         verl_parquet.task(path, "", "", 0)
     for number in range(6):
@@ -113,27 +144,38 @@ def test_all_failing_rows_are_counted_and_listed_once(tmp_path):
 
 
 def test_of_many_failing_lines_ten_are_shown(tmp_path):
-    good = [json.dumps({"problem": f"p{i}", "answer": "1", "id": "same" if i < 2 else i}) for i in range(5)]
+    good = [
+        json.dumps({"problem": f"p{i}", "answer": "1", "id": "same" if i < 2 else i})
+        for i in range(5)
+    ]
     (tmp_path / "t.jsonl").write_text("\n".join([*good, *["{"] * 30]))
     with pytest.raises(
         TaskError, match=r"31 of 35 rows.*\n.*jsonl:2: id 'train:same'.*\n.*jsonl:6: not JSON"
     ) as raised:
         jsonl.task(str(tmp_path / "t.jsonl"), "", 0)
-    assert len(str(raised.value).splitlines()) == 12 and str(raised.value).endswith("... and 21 more")
+    assert len(str(raised.value).splitlines()) == 12 and str(raised.value).endswith(
+        "... and 21 more"
+    )
 
 
-def test_a_prompt_that_is_plain_text_a_missing_column_and_files_that_are_no_parquet_are_errors(tmp_path):
+def test_a_prompt_that_is_plain_text_a_missing_column_and_files_that_are_no_parquet_are_errors(
+    tmp_path,
+):
     with pytest.raises(TaskError, match="row 0 .*one user message"):
         verl_parquet.task(write(tmp_path / "a.parquet", [row() | {"prompt": "What?"}]), "", "", 0)
     flat = write(tmp_path / "b.parquet", [{"problem": "What?", "answer": "1"}])
-    with pytest.raises(TaskError, match=r"lacks the columns \['prompt', 'reward_model', 'data_source'\].*'problem'"):
+    with pytest.raises(
+        TaskError, match=r"lacks the columns \['prompt', 'reward_model', 'data_source'\].*'problem'"
+    ):
         verl_parquet.task(flat, "", "", 0)
     nothing = tmp_path / "c.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row()]).slice(0, 0), nothing)
     with pytest.raises(TaskError, match=r"c\.parquet: it is empty"):
         verl_parquet.task(str(nothing), "", "", 0)
     binary = write(tmp_path / "f.parquet", [row() | {"extra_info": {"image": b"\xff"}}])
-    with pytest.raises(TaskError, match=r"f\.parquet, row 0 \(from 0\): holds what is neither JSON nor Unicode"):
+    with pytest.raises(
+        TaskError, match=r"f\.parquet, row 0 \(from 0\): holds what is neither JSON nor Unicode"
+    ):
         verl_parquet.task(binary, "", "", 0)
     for name, content in (("d.parquet", b""), ("e.parquet", b"PAR1 nothing of the kind PAR1")):
         (tmp_path / name).write_bytes(content)
@@ -164,16 +206,23 @@ def shelf(monkeypatch):
 
     package = types.ModuleType("datasets")
     package.load_dataset = load_dataset
-    package.exceptions = types.SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
+    package.exceptions = types.SimpleNamespace(
+        DatasetsError=type("DatasetsError", (Exception,), {})
+    )
     monkeypatch.setitem(sys.modules, "datasets", package)
     return kept
 
 
 def test_two_splits_become_a_task_and_the_columns_are_the_configs(shelf):
     shelf["org/set", None, "train[:4]"] = [{"q": f"{i}?", "a": i, "more": None} for i in range(4)]
-    shelf["org/set", None, "test"] = [{"q": "x?", "a": "1", "id": "own"}, {"q": "y?", "a": 0.5, "id": None}]
+    shelf["org/set", None, "test"] = [
+        {"q": "x?", "a": "1", "id": "own"},
+        {"q": "y?", "a": 0.5, "id": None},
+    ]
     task = hub.task("org/set", "", ("train[:4]", "test"), "q", "a", 2)
-    assert [(p.id, p.text, p.answer) for p in train_of(task, 4)] == [(f"train:{i}", f"{i}?", str(i)) for i in range(4)]
+    assert [(p.id, p.text, p.answer) for p in train_of(task, 4)] == [
+        (f"train:{i}", f"{i}?", str(i)) for i in range(4)
+    ]
     assert [(task.held_out(i).id, task.held_out(i).answer) for i in range(2)] == [
         ("held_out:own", "1"),
         ("held_out:1", "0.5"),
@@ -183,12 +232,17 @@ def test_two_splits_become_a_task_and_the_columns_are_the_configs(shelf):
         task.train(i) for i in range(9)
     ]
     shelf["org/set", None, "test"][1]["a"] = 0.25
-    assert hub.task("org/set", "", ("train[:4]", "test"), "q", "a", 2).fingerprint != task.fingerprint
+    assert (
+        hub.task("org/set", "", ("train[:4]", "test"), "q", "a", 2).fingerprint != task.fingerprint
+    )
     assert hub.task("org/set", "", ("", "test"), "q", "a", 2).held_out_size == 2
 
 
 def test_what_a_data_set_lacks_is_named(shelf, monkeypatch):
-    with pytest.raises(TaskError, match=r"config\.task\.dataset = 'org/no' .*'main'.*doesn't exist on the Hub.*jsonl"):
+    with pytest.raises(
+        TaskError,
+        match=r"config\.task\.dataset = 'org/no' .*'main'.*doesn't exist on the Hub.*jsonl",
+    ):
         hub.task("org/no", "main", ("train", ""), "q", "a", 0)
     shelf["d", "main", "train"] = [{"q": "1?", "a": "1"}, {"q": "2?", "a": None}]
     with pytest.raises(TaskError, match=r"config\.task\.answer_column = 'answer': .*\['q', 'a'\]"):
@@ -196,14 +250,18 @@ def test_what_a_data_set_lacks_is_named(shelf, monkeypatch):
     with pytest.raises(TaskError, match=r"d, train, row 1 \(from 0\): needs a, "):
         hub.task("d", "main", ("train", ""), "q", "a", 0)
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    with pytest.raises(TaskError, match=r"needs the package datasets.*pip install -r requirements-datasets\.txt"):
+    with pytest.raises(
+        TaskError, match=r"needs the package datasets.*pip install -r requirements-datasets\.txt"
+    ):
         hub.task("d", "main", ("train", ""), "q", "a", 0)
 
 
 def test_the_real_package_reads_a_local_directory_without_a_network(tmp_path, monkeypatch):
     pytest.importorskip("datasets", reason="optional: pip install -r requirements-datasets.txt")
     (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "train.jsonl").write_text('{"problem": "1?", "answer": 1}\n{"problem": "2?", "answer": 2}\n')
+    (tmp_path / "set" / "train.jsonl").write_text(
+        '{"problem": "1?", "answer": 1}\n{"problem": "2?", "answer": 2}\n'
+    )
     (tmp_path / "set" / "test.jsonl").write_text('{"problem": "3?", "answer": 3}\n')
     script = (
         "import sys; from spiral_jax.tasks import hub\n"
@@ -218,7 +276,9 @@ def test_the_real_package_reads_a_local_directory_without_a_network(tmp_path, mo
                           capture_output=True, timeout=300)  # fmt: skip
     lines = done.stdout.splitlines()
     assert lines[0] == "['1?', '2?'] 3", done.stderr[-3000:]
-    assert len(lines) == 4 and all(line.startswith("refused: config.task.dataset = ") for line in lines[1:])
+    assert len(lines) == 4 and all(
+        line.startswith("refused: config.task.dataset = ") for line in lines[1:]
+    )
 
 
 # ---- what is there twice
@@ -250,7 +310,9 @@ def test_repeats_and_overlap_are_those_of_a_comparison_of_all_pairs():
         assert found.trained_on == sum((first(p, train) for p in held_out), [])
         answers = {p.id: p.answer for p in train + held_out}
         pairs = found.train_repeats + found.held_out_repeats + found.trained_on
-        assert found.contradictions == [pair for pair in pairs if answers[pair[0]] != answers[pair[1]]]
+        assert found.contradictions == [
+            pair for pair in pairs if answers[pair[0]] != answers[pair[1]]
+        ]
 
 
 def test_the_report_counts_all_and_shows_some():
@@ -263,7 +325,9 @@ def test_the_report_counts_all_and_shows_some():
         == "  5 training problems repeat an earlier one: train:1 = train:0, train:2 = train:0, train:3 = train:0, ..."
     )
     assert lines[2] == "  1 held-out problems are also trained on: held_out:0 = train:0"
-    assert lines[3] == "  1 of these have another reference answer than their twin: train:3 = train:0"
+    assert (
+        lines[3] == "  1 of these have another reference answer than their twin: train:3 = train:0"
+    )
     assert "as they are" in lines[4] and len(lines) == 5
 
 
@@ -289,7 +353,9 @@ def test_duplicates_are_used_and_reported_when_a_run_starts(tmp_path):
 def test_load_task_hands_each_format_its_fields(tmp_path, shelf):
     c = tiny.get_config()
     c.task.name, c.seed, c.prompt.system = "parquet", 5, "Be brief."
-    c.task.train_path = write(tmp_path / "t.parquet", [row(f"{i}?", "1", i, system="Be brief.") for i in range(6)])
+    c.task.train_path = write(
+        tmp_path / "t.parquet", [row(f"{i}?", "1", i, system="Be brief.") for i in range(6)]
+    )
     expected = verl_parquet.task(c.task.train_path, "", "Be brief.", 5)
     assert [load_task(c).train(i) for i in range(6)] == [expected.train(i) for i in range(6)]
     shelf["org/set", "main", "part"] = [{"q": f"{i}?", "r": i} for i in range(6)]
@@ -298,7 +364,9 @@ def test_load_task_hands_each_format_its_fields(tmp_path, shelf):
                    "problem_column": "q", "answer_column": "r"})  # fmt: skip
     expected = hub.task("org/set", "main", ("part", "rest"), "q", "r", 5)
     assert [load_task(c).train(i) for i in range(6)] == [expected.train(i) for i in range(6)]
-    assert load_task(c).fingerprint == expected.fingerprint and load_task(c).held_out(0).text == "x?"
+    assert (
+        load_task(c).fingerprint == expected.fingerprint and load_task(c).held_out(0).text == "x?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -335,18 +403,24 @@ def paper(shelf):
     for name, source in prepare_data.SETS.items():
         rows = [{"problem": f"{name} {i}: $x$?", "answer": i} for i in range(3)]
         shelf[source.dataset, None, source.split] = rows
-    shelf["MathArena/aime_2025", None, "train"].append({"problem": "POLARIS_53k 2: x?", "answer": 7})
+    shelf["MathArena/aime_2025", None, "train"].append(
+        {"problem": "POLARIS_53k 2: x?", "answer": 7}
+    )
     return shelf
 
 
-def test_the_papers_sets_become_files_that_the_jsonl_task_reads_with_a_report(paper, tmp_path, capsys):
+def test_the_papers_sets_become_files_that_the_jsonl_task_reads_with_a_report(
+    paper, tmp_path, capsys
+):
     assert prepare_data.prepare(dict.fromkeys(prepare_data.SETS, ""), tmp_path / "data")
     out = capsys.readouterr().out
     report = json.loads((tmp_path / "data" / "report.json").read_text())
     assert report["files"].keys() == prepare_data.SETS.keys()
     for name, entry in report["files"].items():
         content = (tmp_path / "data" / entry["file"]).read_bytes()
-        assert entry["sha256"] == hashlib.sha256(content).hexdigest() and entry["sha256"][:16] in out
+        assert (
+            entry["sha256"] == hashlib.sha256(content).hexdigest() and entry["sha256"][:16] in out
+        )
         assert entry["problems"] == len(content.splitlines()) == (4 if name == "aime_2025" else 3)
     assert report["overlaps"]["aime_2025"]["trained_on"] == [["aime_2025:3", "polaris_53k:2"]]
     assert report["overlaps"]["aime_2025"]["contradictions"] == [["aime_2025:3", "polaris_53k:2"]]
@@ -354,21 +428,33 @@ def test_the_papers_sets_become_files_that_the_jsonl_task_reads_with_a_report(pa
     assert "1 held-out problems are also trained on: aime_2025:3 = polaris_53k:2" in out
     files = [str(tmp_path / "data" / f"{name}.jsonl") for name in ("polaris_53k", "aime_2025")]
     task = jsonl.task(*files, 0)
-    assert task.held_out(3) == Problem("held_out:3", "POLARIS_53k 2: x?", "7") and "also trained on" in task.report
+    assert (
+        task.held_out(3) == Problem("held_out:3", "POLARIS_53k 2: x?", "7")
+        and "also trained on" in task.report
+    )
 
 
 def test_what_cannot_be_fetched_is_said_and_the_rest_is_made_and_kept(paper, tmp_path, capsys):
     del paper["MathArena/aime_2026", None, "train"]
     wanted = {"aime_2026": "", "beyond_aime": ""}
     assert not prepare_data.prepare(wanted, tmp_path)
-    assert "aime_2026: error: config.task.dataset = 'MathArena/aime_2026'" in capsys.readouterr().out
+    assert (
+        "aime_2026: error: config.task.dataset = 'MathArena/aime_2026'" in capsys.readouterr().out
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"beyond_aime.jsonl", "report.json"}
     (tmp_path / "beyond_aime.jsonl").write_text('{"id": "mine", "problem": "?", "answer": "1"}\n')
     paper["DIR", None, "train"] = [{"problem": "by hand", "answer": 3}]
     assert prepare_data.prepare({"aime_2026": "DIR", "beyond_aime": ""}, tmp_path)
     entries = json.loads((tmp_path / "report.json").read_text())["files"]
-    assert entries["beyond_aime"]["from"] == "kept as it was" and entries["beyond_aime"]["problems"] == 1
-    assert json.loads((tmp_path / "aime_2026.jsonl").read_text()) == {"id": "0", "problem": "by hand", "answer": "3"}
+    assert (
+        entries["beyond_aime"]["from"] == "kept as it was"
+        and entries["beyond_aime"]["problems"] == 1
+    )
+    assert json.loads((tmp_path / "aime_2026.jsonl").read_text()) == {
+        "id": "0",
+        "problem": "by hand",
+        "answer": "3",
+    }
 
 
 def test_a_malformed_row_leaves_no_file(paper, tmp_path, capsys):
@@ -379,6 +465,16 @@ def test_a_malformed_row_leaves_no_file(paper, tmp_path, capsys):
 
 
 def test_an_unknown_set_is_an_error_that_lists_the_known_ones(tmp_path):
-    words = [sys.executable, "-m", "spiral_jax.prepare_data", f"--out={tmp_path / 'data'}", "aime_2024"]
+    words = [
+        sys.executable,
+        "-m",
+        "spiral_jax.prepare_data",
+        f"--out={tmp_path / 'data'}",
+        "aime_2024",
+    ]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode != 0 and "beyond_aime" in done.stdout + done.stderr and not (tmp_path / "data").exists()
+    assert (
+        done.returncode != 0
+        and "beyond_aime" in done.stdout + done.stderr
+        and not (tmp_path / "data").exists()
+    )

@@ -1,4 +1,6 @@
-"""The real program as a user starts it: runs, logs, kill -9 and resume, refusals. Each test is a few processes."""
+"""The real program as a user starts it: runs, logs, kill -9 and resume, refusals. Each test is a
+few processes.
+"""
 
 import gzip
 import json
@@ -41,7 +43,9 @@ def compiled_once(tmp_path_factory):
 
 
 def run(workdir, *more):
-    return subprocess.run(command(workdir, *more), cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return subprocess.run(
+        command(workdir, *more), cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
 
 
 def metrics_of(workdir):
@@ -74,7 +78,9 @@ def test_a_run_writes_what_the_readme_lists(finished):
     names = {"config.json", "starts.jsonl", "metrics.jsonl", "evaluations.jsonl", "evaluations", "traces",
              "checkpoints", "curves.png", "results.md"}  # fmt: skip
     assert {path.name for path in workdir.iterdir()} == names
-    evaluations = [json.loads(line) for line in (workdir / "evaluations.jsonl").read_text().splitlines()]
+    evaluations = [
+        json.loads(line) for line in (workdir / "evaluations.jsonl").read_text().splitlines()
+    ]
     assert [evaluation["step"] for evaluation in evaluations] == [0, 4]
     assert "search prompt" in done.stdout and "aggregation trace" in done.stdout
     assert (workdir / "results.md").read_text() in done.stdout
@@ -111,12 +117,20 @@ def test_the_trace_log_holds_every_trace_with_its_ids_log_probs_reward_and_advan
 
 @pytest.mark.slow
 def test_a_run_with_two_rounds_of_aggregation_trains_on_both_and_reports_them(tmp_path):
-    done = run(tmp_path / "run", "--config.aggregation.rounds=2", "--config.train.steps=2", "--config.eval.problems=0")
+    done = run(
+        tmp_path / "run",
+        "--config.aggregation.rounds=2",
+        "--config.train.steps=2",
+        "--config.eval.problems=0",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "--- aggregation, round 2, prompt" in done.stdout
     rows = metrics_of(tmp_path / "run")
     assert rows[0]["mismatch/max_abs_log_ratio"] <= 1e-4
-    assert all(0 < row["reward/aggregated_round_1"] < 1 and row["grad_norm/aggregation"] > 0 for row in rows)
+    assert all(
+        0 < row["reward/aggregated_round_1"] < 1 and row["grad_norm/aggregation"] > 0
+        for row in rows
+    )
     with gzip.open(tmp_path / "run" / "traces" / "step_000001.jsonl.gz", "rt") as file:
         kept = [row for row in map(json.loads, file) if row["kept"]]
     assert {row["round"]: sum(row["round"] == other["round"] for other in kept) for row in kept} == {
@@ -125,13 +139,19 @@ def test_a_run_with_two_rounds_of_aggregation_trains_on_both_and_reports_them(tm
 
 
 @pytest.mark.slow
-def test_kill_9_between_steps_then_the_same_command_equals_the_uninterrupted_run(finished, tmp_path):
+def test_kill_9_between_steps_then_the_same_command_equals_the_uninterrupted_run(
+    finished, tmp_path
+):
     workdir, _ = finished
     killed = tmp_path / "killed"
-    process = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 600
     while not (killed / "checkpoints" / "2").exists():
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the run ended before it could be killed"
+        )
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -153,7 +173,9 @@ def test_kill_9_between_steps_then_the_same_command_equals_the_uninterrupted_run
 @pytest.mark.slow
 def test_a_finished_run_prints_its_table_and_changes_nothing(finished):
     workdir, _ = finished
-    contents = lambda: {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.suffix != ".png"}  # noqa: E731
+    contents = lambda: {
+        p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.suffix != ".png"
+    }  # noqa: E731
     before = contents()
     again = run(workdir)
     assert again.returncode == 0, again.stderr[-3000:]

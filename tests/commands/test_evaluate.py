@@ -1,4 +1,6 @@
-"""`python -m spiral_jax.evaluate`: resume, results.json against a golden file, what it prints, refusals."""
+"""`python -m spiral_jax.evaluate`: resume, results.json against a golden file, what it prints,
+refusals.
+"""
 
 import dataclasses
 import json
@@ -25,9 +27,15 @@ PICTURES = {"pass_at_k.png", "rsa.png", "tokens.png", "voting.png"}
 
 
 def script(role, cursor, k, i):
-    """Search trace i of problem c is right if i < c % 4, else one of two wrong answers or none; aggregation by set."""
+    """Search trace i of problem c is right if i < c % 4, else one of two wrong answers or none;
+    aggregation by set.
+    """
     if role is Role.SEARCH:
-        return "\\boxed{7}" if i < cursor % 4 else ["\\boxed{8}", "left=1 \\boxed{9}", "left=1..."][(i + cursor) % 3]
+        return (
+            "\\boxed{7}"
+            if i < cursor % 4
+            else ["\\boxed{8}", "left=1 \\boxed{9}", "left=1..."][(i + cursor) % 3]
+        )
     return "\\boxed{7}" if (k + i + cursor) % 3 else "\\boxed{8}"
 
 
@@ -60,11 +68,20 @@ def test_results_are_those_of_the_golden_file(scripted, tmp_path, capsys):
         "waves.jsonl",
         "results.json",
     } | PICTURES
-    found, golden = (json.loads(path.read_text()) for path in (tmp_path / "run" / "results.json", GOLDEN))
+    found, golden = (
+        json.loads(path.read_text()) for path in (tmp_path / "run" / "results.json", GOLDEN)
+    )
     assert_equal(found, golden, "results")
     assert found["version"] == 1
     printed = capsys.readouterr().out
-    parts = ["5 problems", "pass@6", "maj@4", "aggregated pass@1 (n=6, S=3, M=2)", "population 4, set 2", "rescue"]
+    parts = [
+        "5 problems",
+        "pass@6",
+        "maj@4",
+        "aggregated pass@1 (n=6, S=3, M=2)",
+        "population 4, set 2",
+        "rescue",
+    ]
     parts += ["wave 3 of 3", "--- search prompt", "--- aggregation trace, reward"]
     for part in [*parts, str(tmp_path / "run" / "results.json")]:
         assert part in printed, part
@@ -88,7 +105,9 @@ def assert_equal(found, golden, where):
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_results(torn, scripted, monkeypatch, tmp_path):
+def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_results(
+    torn, scripted, monkeypatch, tmp_path
+):
     monkeypatch.setattr(evaluate.scaling_plots, "draw", lambda results, directory: [])
     evaluate.evaluate(small_config(), str(tmp_path / "whole"))
     asked, real = [], evaluate.evaluate_wave
@@ -115,7 +134,9 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_results(torn, scrip
     monkeypatch.setattr(evaluate, "evaluate_wave", counting)
     evaluate.evaluate(small_config(), str(tmp_path / "stopped"))
     assert asked == ([[0, 1], [2, 3], [2, 3], [4]] if torn else [[0, 1], [2, 3], [4]])
-    assert (tmp_path / "stopped" / "results.json").read_bytes() == (tmp_path / "whole" / "results.json").read_bytes()
+    assert (tmp_path / "stopped" / "results.json").read_bytes() == (
+        tmp_path / "whole" / "results.json"
+    ).read_bytes()
     evaluate.evaluate(small_config(), str(tmp_path / "stopped"))
     assert len(asked) == (4 if torn else 3)  # a finished evaluation samples nothing
 
@@ -135,7 +156,11 @@ def test_other_weights_or_data_under_the_same_names_are_refused(scripted, monkey
         with pytest.raises(WorkdirError, match="wave 0 was evaluated with other model"):
             evaluate.evaluate(small_config(), str(tmp_path / "run"))
     changed = dataclasses.replace(number_task(), fingerprint="others")
-    monkeypatch.setattr(evaluate, "set_up", lambda c, training: dataclasses.replace(set_up(c, training), task=changed))
+    monkeypatch.setattr(
+        evaluate,
+        "set_up",
+        lambda c, training: dataclasses.replace(set_up(c, training), task=changed),
+    )
     with pytest.raises(WorkdirError, match="with other data"):
         evaluate.evaluate(small_config(), str(tmp_path / "run"))
 
@@ -164,7 +189,9 @@ def test_pictures_have_something_on_them(limits, scripted, tmp_path):
 def test_set_up_sizes_prompts_for_the_largest_sets_and_needs_no_training_data(tmp_path):
     c = tiny.get_config()
     c.eval.set_size = 8
-    with pytest.raises(ConfigError, match="config.sampling.classes.*aggregation prompts may have up to"):
+    with pytest.raises(
+        ConfigError, match="config.sampling.classes.*aggregation prompts may have up to"
+    ):
         set_up(for_evaluation(c), training=False)
     held_out = tmp_path / "test.jsonl"
     held_out.write_text('{"problem": "left=1", "answer": "7"}\n')
@@ -195,13 +222,25 @@ def command(*arguments):
 
 @pytest.mark.slow
 def test_the_bundled_model_is_evaluated_and_compared_as_a_user_would(tmp_path):
-    sizes = ["problems=4", "wave=2", "n=4", "subsets=1", "traces=1", "population=4", "set_size=4", "rounds=1"]
+    sizes = [
+        "problems=4",
+        "wave=2",
+        "n=4",
+        "subsets=1",
+        "traces=1",
+        "population=4",
+        "set_size=4",
+        "rounds=1",
+    ]
     flags = ["--config=configs/tiny.py", "--config.sampling.classes=((2, 8, 16, 26), (8, 4, 124, 12))",
              *(f"--config.eval.{size}" for size in sizes)]  # fmt: skip
     done = command(*flags, f"--workdir={tmp_path / 'a'}")
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert results["measures"]["pass_at_k"][3]["count"] == 4 and results["counts"]["search"]["unparsed"] == 0
+    assert (
+        results["measures"]["pass_at_k"][3]["count"] == 4
+        and results["counts"]["search"]["unparsed"] == 0
+    )
     paths = [str(tmp_path / "a" / "results.json")] * 2
     compared = command("--compare", *paths, f"--workdir={tmp_path / 'c'}")
     assert compared.returncode == 0, compared.stderr[-3000:]

@@ -1,4 +1,6 @@
-"""Launch scripts: clean in shellcheck, dry runs that need none of the clusters' tools, manifests that fit a schema."""
+"""Launch scripts: clean in shellcheck, dry runs that need none of the clusters' tools, manifests
+that fit a schema.
+"""
 
 import json
 import os
@@ -12,19 +14,29 @@ import pytest
 import yaml
 
 ROOT = pathlib.Path(__file__).parents[2]
-SCRIPTS = [*sorted(ROOT.glob("launch/*.sh")), *sorted(ROOT.glob("launch/*.sbatch")), ROOT / ".ci" / "run"]
+SCRIPTS = [
+    *sorted(ROOT.glob("launch/*.sh")),
+    *sorted(ROOT.glob("launch/*.sbatch")),
+    ROOT / ".ci" / "run",
+]
 FLAGS = [
     "--config=configs/qwen3_4b.py",
     "--config.sampling.classes=((16, 8, 1024, 4096),)",
     "--config.prompt.system=it's",
 ]
-SCHEMA = jsonschema.Draft202012Validator(json.loads((ROOT / "tests" / "jobset_schema.json").read_text()))
+SCHEMA = jsonschema.Draft202012Validator(
+    json.loads((ROOT / "tests" / "jobset_schema.json").read_text())
+)
 JOBSET = ["launch/gke_jobset.py", "--name=spiral", "--image=registry/spiral_jax:1", "--claim=share"]
 
 
 def bash(*arguments, **env):
-    settings = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")} | env
-    return subprocess.run(["bash", *arguments], cwd=ROOT, capture_output=True, text=True, env=settings, timeout=60)
+    settings = {
+        key: value for key, value in os.environ.items() if not key.startswith("SLURM_")
+    } | env
+    return subprocess.run(
+        ["bash", *arguments], cwd=ROOT, capture_output=True, text=True, env=settings, timeout=60
+    )
 
 
 @pytest.fixture
@@ -56,30 +68,49 @@ TPU = ["launch/tpu_pod.sh", "spiral", "v5litepod-64", "us-west4-b", "/mnt/spiral
 
 def trains(words):
     """The words that a worker's shell makes of a command for all workers; None if it is another."""
-    of_workers = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
-    return shlex.split(of_workers[0]) if of_workers and "spiral_jax.train" in of_workers[0] else None
+    of_workers = [
+        word.removeprefix("--command=") for word in words if word.startswith("--command=")
+    ]
+    return (
+        shlex.split(of_workers[0]) if of_workers and "spiral_jax.train" in of_workers[0] else None
+    )
 
 
 def test_a_dry_run_of_a_tpu_pod_prints_every_command_and_keeps_the_flags(without_tools):
     done = bash(TPU[0], "--dry_run", *TPU[1:], SHARE="10.0.0.2:/share", PATH=without_tools)
     assert done.returncode == 0, done.stderr
     create, archive, copy, install, train, delete = commands(done.stdout)
-    assert create[:5] == ["gcloud", "compute", "tpus", "queued-resources", "create"] and "--spot" in create
-    assert "--accelerator-type=v5litepod-64" in create and "--runtime-version=v2-alpha-tpuv5-lite" in create
+    assert (
+        create[:5] == ["gcloud", "compute", "tpus", "queued-resources", "create"]
+        and "--spot" in create
+    )
+    assert (
+        "--accelerator-type=v5litepod-64" in create
+        and "--runtime-version=v2-alpha-tpuv5-lite" in create
+    )
     assert archive[:2] == ["git", "archive"] and copy[4] == "scp" and "--worker=all" in copy
     assert "10.0.0.2:/share /mnt/spiral" in str(install) and "requirements-tpu.txt" in str(install)
-    expected = [".venv/bin/python", "-m", "spiral_jax.train", "--workdir=/mnt/spiral/runs/4b", *FLAGS]
+    expected = [
+        ".venv/bin/python",
+        "-m",
+        "spiral_jax.train",
+        "--workdir=/mnt/spiral/runs/4b",
+        *FLAGS,
+    ]
     assert trains(train)[-len(expected) :] == expected and "--worker=all" in train
     assert delete[3:5] == ["queued-resources", "delete"]
 
 
-@pytest.mark.parametrize("arguments, expected", [(TPU[1:3], "Usage"), (TPU[1:4] + FLAGS, "Usage"), (TPU[1:], "SHARE")])
+@pytest.mark.parametrize(
+    "arguments, expected", [(TPU[1:3], "Usage"), (TPU[1:4] + FLAGS, "Usage"), (TPU[1:], "SHARE")]
+)
 def test_a_tpu_pod_without_its_arguments_says_what_is_missing(arguments, expected):
     done = bash(TPU[0], "--dry_run", *arguments)
     assert done.returncode != 0 and expected in done.stderr and not commands(done.stdout)
 
 
-# A gcloud that notes its calls; its slice is preempted during the first training and, made again, lasts to the end.
+# A gcloud that notes its calls; its slice is preempted during the first training and, made again,
+# lasts to the end.
 GCLOUD = """#!/bin/bash
 echo "$*" >> "$STATE/calls"
 case "$*" in
@@ -102,9 +133,16 @@ SAYS = "preempted: saved at step 3; the same command goes on"
 
 @pytest.mark.parametrize(
     "after, says, restarts, made",
-    [("PREEMPTED", "", 3, 2), ("READY", "", 3, 1), ("PREEMPTED", SAYS, 0, 2), ("READY", SAYS, 0, 1)],
+    [
+        ("PREEMPTED", "", 3, 2),
+        ("READY", "", 3, 1),
+        ("PREEMPTED", SAYS, 0, 2),
+        ("READY", SAYS, 0, 1),
+    ],
 )
-def test_a_preempted_slice_is_made_again_and_a_failed_run_started_again(tmp_path, after, says, restarts, made):
+def test_a_preempted_slice_is_made_again_and_a_failed_run_started_again(
+    tmp_path, after, says, restarts, made
+):
     for name, text in (("gcloud", GCLOUD), ("sleep", "#!/bin/bash\n"), ("git", "#!/bin/bash\n")):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -114,7 +152,9 @@ def test_a_preempted_slice_is_made_again_and_a_failed_run_started_again(tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     calls = (tmp_path / "calls").read_text()
     assert calls.count("queued-resources create") == made == calls.count("requirements-tpu.txt")
-    assert calls.count("spiral_jax.train") == 2 and calls.count("queued-resources delete") == made - 1
+    assert (
+        calls.count("spiral_jax.train") == 2 and calls.count("queued-resources delete") == made - 1
+    )
 
 
 def test_a_run_that_always_fails_on_a_healthy_slice_ends(tmp_path):
@@ -135,7 +175,12 @@ def test_a_dry_run_of_slurm_prints_the_step_and_keeps_the_flags(without_tools):
     assert done.returncode == 0, done.stderr
     (step,) = commands(done.stdout)
     assert step[0] == "srun" and "--kill-on-bad-exit=1" in step
-    assert step[-6:] == ["spiral_jax.train", "--workdir=/shared/run", "--preempted_exit_code=143", *FLAGS]
+    assert step[-6:] == [
+        "spiral_jax.train",
+        "--workdir=/shared/run",
+        "--preempted_exit_code=143",
+        *FLAGS,
+    ]
 
 
 @pytest.mark.parametrize("code, queued", [(0, False), (1, False), (75, False), (143, True)])
@@ -145,7 +190,11 @@ def test_slurm_queues_a_preempted_run_again_and_no_other(tmp_path, code, queued)
     for tool, does in (("srun", f"exit {code}"), ("scontrol", f'echo "$*" > {tmp_path}/asked')):
         (tmp_path / tool).write_text(f"#!/bin/bash\n{does}\n")
         (tmp_path / tool).chmod(0o755)
-    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+    }
     done = bash("launch/slurm_gpu.sbatch", "/shared/run", *FLAGS, **slurm)
     assert done.returncode == code, done.stderr
     asked = tmp_path / "asked"
@@ -163,9 +212,15 @@ def test_every_sbatch_option_is_one_of_sbatch():
     known = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "exclusive", "requeue",
              "open-mode", "output"}  # fmt: skip
     lines = (ROOT / "launch" / "slurm_gpu.sbatch").read_text().splitlines()
-    options = [line.removeprefix("#SBATCH --").split("=")[0] for line in lines if line.startswith("#SBATCH")]
+    options = [
+        line.removeprefix("#SBATCH --").split("=")[0]
+        for line in lines
+        if line.startswith("#SBATCH")
+    ]
     assert set(options) <= known and len(options) == len(set(options))
-    assert lines[0].startswith("#!") and all(line.startswith("#SBATCH") for line in lines[1 : len(options) + 1])
+    assert lines[0].startswith("#!") and all(
+        line.startswith("#SBATCH") for line in lines[1 : len(options) + 1]
+    )
 
 
 # Kubernetes
@@ -173,7 +228,9 @@ def test_every_sbatch_option_is_one_of_sbatch():
 
 def manifest(*arguments, path="/usr/bin:/bin"):
     command = [sys.executable, *JOBSET, *arguments, "--", "--workdir=/mnt/spiral/r", *FLAGS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PATH": path}, timeout=60)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={"PATH": path}, timeout=60
+    )
     return done.returncode, yaml.safe_load(done.stdout), done.stderr
 
 
@@ -196,9 +253,14 @@ def test_a_jobset_fits_the_schema_and_its_slice(slice, accelerator, hosts, witho
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == accelerator
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == slice.split(":")[1]
     (train,) = pod["containers"]
-    assert train["command"][-2:] == ["spiral_jax.train", "--preempted_exit_code=143"]  # ends as a failure: all again
+    assert train["command"][-2:] == [
+        "spiral_jax.train",
+        "--preempted_exit_code=143",
+    ]  # ends as a failure: all again
     assert train["args"] == ["--workdir=/mnt/spiral/r", *FLAGS]
-    assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in train["volumeMounts"]}
+    assert {volume["name"] for volume in pod["volumes"]} == {
+        mount["name"] for mount in train["volumeMounts"]
+    }
 
 
 @pytest.mark.parametrize(
@@ -215,7 +277,9 @@ def test_a_name_that_kubernetes_does_not_take_is_an_error():
 
 
 def test_without_a_dry_run_the_manifest_goes_to_kubectl(tmp_path):
-    (tmp_path / "kubectl").write_text(f'#!/bin/bash\necho "$*" > {tmp_path}/asked\ncat > {tmp_path}/applied\nexit 3\n')
+    (tmp_path / "kubectl").write_text(
+        f'#!/bin/bash\necho "$*" > {tmp_path}/asked\ncat > {tmp_path}/applied\nexit 3\n'
+    )
     (tmp_path / "kubectl").chmod(0o755)
     command = [sys.executable, *JOBSET, "--slice=v5e:4x4", "--", "--config=c.py"]
     done = subprocess.run(command, cwd=ROOT, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, timeout=60)

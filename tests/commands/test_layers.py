@@ -12,10 +12,24 @@ ROOT = pathlib.Path(spiral_jax.__file__).parent
 FLOORS = {
     0: {"groups", "config", "config_checks", "metrics", "mesh", "distributed", "faults"},
     1: {"model", "tasks", "prompts", "templates", "verifier", "estimators", "measures", "flops"}
-    | {"objective.subsets", "objective.set_advantages", "objective.own_advantages", "objective.advantages"}
+    | {
+        "objective.subsets",
+        "objective.set_advantages",
+        "objective.own_advantages",
+        "objective.advantages",
+    }
     | {"objective.loss_weights"},
     2: {"sampling", "objective.logprobs", "objective.loss", "batching"},
-    3: {"setup", "initial", "rollout", "rollout_feed", "collect", "train_step", "evaluation", "evaluation_feed"}
+    3: {
+        "setup",
+        "initial",
+        "rollout",
+        "rollout_feed",
+        "collect",
+        "train_step",
+        "evaluation",
+        "evaluation_feed",
+    }
     | {"results", "comparison"}
     | {"run_log", "saving", "preemption", "watchdog", "guards"}
     | {
@@ -30,7 +44,17 @@ FLOORS = {
         "metric_writers",
     }
     | {"scaling_plots", "studies", "planning"},
-    4: {"train", "evaluate", "plan", "report", "study", "sft", "export", "spiral_infer", "prepare_data"},
+    4: {
+        "train",
+        "evaluate",
+        "plan",
+        "report",
+        "study",
+        "sft",
+        "export",
+        "spiral_infer",
+        "prepare_data",
+    },
 }
 # Within a floor a module may import its neighbours; commands may not import each other.
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

@@ -1,6 +1,8 @@
-"""A run of two processes, one of which gets a SIGTERM: both save the same step, and the same command goes on from it.
+"""A run of two processes, one of which gets a SIGTERM: both save the same step, and the same
+command goes on from it.
 
-As in test_drills.py, processes are forks: here of two that have imported the program, with one fake device each.
+As in test_drills.py, processes are forks: here of two that have imported the program, with one fake
+device each.
 """
 
 import os
@@ -15,10 +17,12 @@ from benchmarks.nursery import Nursery
 from benchmarks.orphans import workers_left
 
 STEPS = 5
-# The least to compile, which process 1 does at every start (JAX keeps the programs of process 0 alone): one role of
-# traces in one class of slots. A notice and a checkpoint do not know of roles.
+# The least to compile, which process 1 does at every start (JAX keeps the programs of process 0
+# alone): one role of traces in one class of slots. A notice and a checkpoint do not know of roles.
 CLASSES = "--config.sampling.classes="
-ONE_ROLE = [flag for flag in drill.FLAGS if not flag.startswith(CLASSES)]  # a second one would add to the first
+ONE_ROLE = [
+    flag for flag in drill.FLAGS if not flag.startswith(CLASSES)
+]  # a second one would add to the first
 ONE_ROLE += ["--config.loss.estimator=grpo", f"{CLASSES}((2, 4, 16, 26),)"]
 PREEMPTED = 143  # as a process that SIGTERM has killed
 
@@ -64,17 +68,23 @@ class Pod:
 
 
 @pytest.mark.slow
-def test_a_notice_to_one_of_two_processes_saves_the_same_step_in_both_and_the_run_goes_on_from_it(tmp_path):
+def test_a_notice_to_one_of_two_processes_saves_the_same_step_in_both_and_the_run_goes_on_from_it(
+    tmp_path,
+):
     left_alone, preempted = tmp_path / "left_alone", tmp_path / "preempted"
     with Pod(tmp_path) as pod:
         for done in pod.run(left_alone):
             assert done.returncode == 0, done.stderr[-3000:]
         first, second = pod.run(preempted, faults=("", "update:1:TERM"))  # in the first step
         assert "fault: SIGTERM at 'update'" in second.stderr and "fault" not in first.stderr
-        assert [first.returncode, second.returncode] == [PREEMPTED] * 2, first.stderr[-3000:] + second.stderr[-3000:]
+        assert [first.returncode, second.returncode] == [PREEMPTED] * 2, (
+            first.stderr[-3000:] + second.stderr[-3000:]
+        )
         step = int(re.search(r"preempted: saved at step (\d)", first.stdout)[1])
         assert 1 <= step == drill.saved_step(preempted) == drill.finished_steps(preempted) < STEPS
         for done in pod.run(preempted):
             assert done.returncode == 0, done.stderr[-3000:]
-    assert drill.differences(left_alone, preempted) == []  # parameters, metrics and traces, to the last bit
+    assert (
+        drill.differences(left_alone, preempted) == []
+    )  # parameters, metrics and traces, to the last bit
     assert workers_left() == 0

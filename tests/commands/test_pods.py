@@ -1,4 +1,6 @@
-"""The real program in two processes of four devices against one of eight: the same run, and one writer."""
+"""The real program in two processes of four devices against one of eight: the same run, and one
+writer.
+"""
 
 import gzip
 import json
@@ -17,7 +19,9 @@ from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.transformer import ModelConfig
 
 SAME_GRADIENT = 2e-6  # relative L2: sums over devices in another order
-ARCH = Architecture(V=352, D=32, F=48, L=1, H=4, J=2, E=8, norm_eps=1e-5, rope_theta=500.0, tied=True)
+ARCH = Architecture(
+    V=352, D=32, F=48, L=1, H=4, J=2, E=8, norm_eps=1e-5, rope_theta=500.0, tied=True
+)
 RUN = [
     "--config=configs/tiny.py", "--config.task.reward=tests.small_rewards:every_other",
     f"--config.prompt.stop={tuple(range(10, 60))}", "--config.prompt.keep_tail_tokens=8",
@@ -35,7 +39,8 @@ RUN = [
     "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
 ]  # fmt: skip
 
-# Python runs it before the program: every file that is opened for writing, directory that is made, file renamed.
+# Python runs it before the program: every file that is opened for writing, directory that is made,
+# file renamed.
 WATCH_WRITES = """
 import os, sys
 def hook(event, args):
@@ -55,11 +60,15 @@ def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / "random"
     bundled = ROOT / "spiral_jax" / "assets" / "tiny"
     shutil.copytree(
-        bundled, directory, ignore=lambda *_: ["config.json", "generation_config.json", "model.safetensors"]
+        bundled,
+        directory,
+        ignore=lambda *_: ["config.json", "generation_config.json", "model.safetensors"],
     )
     one = jax.make_mesh((1, 1, 1), meshes.AXES, devices=jax.devices()[:1])
     config = ModelConfig(ARCH, param_dtype=np.float32)
-    hf.save_params(directory, random_like(hf.abstract_params(config), one, seed=0, scale=1.0), config, (1,))
+    hf.save_params(
+        directory, random_like(hf.abstract_params(config), one, seed=0, scale=1.0), config, (1,)
+    )
     return directory
 
 
@@ -77,7 +86,13 @@ def runs(model, tmp_path_factory):
             "WRITTEN": str(top / f"written_{name}_{process}"),
             "JUDGED": str(top / f"judged_{name}_{process}"),
         }
-        command = ["-m", "spiral_jax.train", *RUN, f"--config.model.hf_path={model}", f"--workdir={top / name}"]
+        command = [
+            "-m",
+            "spiral_jax.train",
+            *RUN,
+            f"--config.model.hf_path={model}",
+            f"--workdir={top / name}",
+        ]
         done[name] = launch(command, processes, devices, timeout=400, env=env)
         for process in done[name]:
             assert process.returncode == 0, process.stderr[-3000:]
@@ -113,9 +128,13 @@ def assert_same(found, expected, rtol, path=""):
 def test_tokens_rewards_and_advantages_are_equal(runs):
     top, _ = runs
     one, two = (traces(top / name / "traces" / "step_000000.jsonl.gz") for name in ("one", "two"))
-    assert len([row for row in one if row["kept"]]) == 4 * (4 + 2 * 2) < len(one)  # discarded ones too
+    assert (
+        len([row for row in one if row["kept"]]) == 4 * (4 + 2 * 2) < len(one)
+    )  # discarded ones too
     assert_same(two, one, rtol=1e-5)  # log-probs: sums in another order
-    assert {row["stop"] for row in one} == {"stop", "length"} and {row["reward"] for row in one} == {0.0, 1.0}
+    assert {row["stop"] for row in one} == {"stop", "length"} and {
+        row["reward"] for row in one
+    } == {0.0, 1.0}
 
 
 @pytest.mark.slow
@@ -124,7 +143,9 @@ def test_dynamic_sampling_refuses_and_counts_the_same(runs):
     one, two = (lines(top / name / "metrics.jsonl") for name in ("one", "two"))
     assert [row["step"] for row in one] == [0]
     tried, kept = one[0]["sampling/tried"], one[0]["sampling/kept"]
-    assert kept == 4 and tried - kept - one[0]["sampling/surplus"] - one[0]["sampling/undecided"] > 0  # refused
+    assert (
+        kept == 4 and tried - kept - one[0]["sampling/surplus"] - one[0]["sampling/undecided"] > 0
+    )  # refused
     clock = ("time/", "memory/", "tokens_per_s")
     plain = lambda rows: [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]  # noqa: E731
     assert_same(plain(two), plain(one), rtol=SAME_GRADIENT)
@@ -134,7 +155,9 @@ def test_dynamic_sampling_refuses_and_counts_the_same(runs):
 def test_evaluations_before_and_after_the_step_are_the_same(runs):
     top, _ = runs
     one, two = (lines(top / name / "evaluations.jsonl") for name in ("one", "two"))
-    assert [row["step"] for row in one] == [0, 1] and one[0]["sampled_tokens"] != one[1]["sampled_tokens"]
+    assert [row["step"] for row in one] == [0, 1] and one[0]["sampled_tokens"] != one[1][
+        "sampled_tokens"
+    ]
     assert_same(two, one, rtol=1e-6)
 
 
@@ -145,15 +168,20 @@ def test_the_gradient_is_the_same(runs):
     def gradient(name):
         directory, reader = top / name / "checkpoints" / "1" / "state", ocp.PyTreeCheckpointer()
         as_numpy = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(directory).item_metadata.tree
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            reader.metadata(directory).item_metadata.tree,
         )
-        leaves = jax.tree_util.tree_leaves_with_path(reader.restore(directory, restore_args=as_numpy)["opt"])
+        leaves = jax.tree_util.tree_leaves_with_path(
+            reader.restore(directory, restore_args=as_numpy)["opt"]
+        )
         return {path: a for at, a in leaves if "/mu/" in (path := meshes.path_name(at))}
 
     one, two = gradient("one"), gradient("two")
     assert one.keys() == two.keys() and len(one) > 8
     size = np.sqrt(sum(np.sum(a.astype(np.float64) ** 2) for a in one.values()))
-    difference = np.sqrt(sum(np.sum((two[name] - a.astype(np.float64)) ** 2) for name, a in one.items()))
+    difference = np.sqrt(
+        sum(np.sum((two[name] - a.astype(np.float64)) ** 2) for name, a in one.items())
+    )
     assert size > 0 and difference / size <= SAME_GRADIENT
 
 
@@ -167,8 +195,12 @@ def test_only_process_0_writes_and_prints(runs):
     first, second = (process.stdout for process in done["two"])
     assert "process 0 of 2: 4 of 8 devices" in first and "search prompt" in first
     assert "process 1 of 2: 4 of 8 devices" in second
-    assert not any(text in second for text in ("sampler:", "search prompt", "step 1 of 2", "pass@"))  # gloo prints too
-    assert done["one"][0].stdout.startswith("process 0 of 1: 8 of 8 devices, cpu (cpu), mesh data=2, fsdp=2, tensor=2")
+    assert not any(
+        text in second for text in ("sampler:", "search prompt", "step 1 of 2", "pass@")
+    )  # gloo prints too
+    assert done["one"][0].stdout.startswith(
+        "process 0 of 1: 8 of 8 devices, cpu (cpu), mesh data=2, fsdp=2, tensor=2"
+    )
 
 
 @pytest.mark.slow
@@ -177,4 +209,6 @@ def test_each_process_judges_its_share(runs):
     judged = {path.name: len(path.read_text().split()) for path in top.glob("judged_*")}
     both = judged["judged_two_0"] + judged["judged_two_1"]
     assert judged["judged_two_0"] == pytest.approx(both / 2, abs=both / 20)
-    assert both == pytest.approx(judged["judged_one_0"], rel=0.2)  # of abandoned problems some are still judged
+    assert both == pytest.approx(
+        judged["judged_one_0"], rel=0.2
+    )  # of abandoned problems some are still judged

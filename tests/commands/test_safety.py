@@ -1,4 +1,6 @@
-"""What is read cannot run: no pickle, no eval, no code of a checkpoint's or data set's own in any file."""
+"""What is read cannot run: no pickle, no eval, no code of a checkpoint's or data set's own in any
+file.
+"""
 
 import ast
 import pathlib
@@ -8,10 +10,19 @@ import pytest
 import spiral_jax
 
 ROOT = pathlib.Path(spiral_jax.__file__).parent.parent
-SOURCES = [path for folder in ("spiral_jax", "configs", "launch") for path in sorted((ROOT / folder).rglob("*.py"))]
+SOURCES = [
+    path
+    for folder in ("spiral_jax", "configs", "launch")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "yaml"}
-CALLS = {"eval", "exec", "compile", "__import__"}  # the builtins; `jax.jit(f).lower().compile()` is an attribute
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+}  # the builtins; `jax.jit(f).lower().compile()` is an attribute
 READERS = {"load", "loads"}  # of these modules, of which some formats are pickle
 READS_PICKLE = {"torch", "np", "numpy", "pandas"}
 
@@ -19,13 +30,20 @@ READS_PICKLE = {"torch", "np", "numpy", "pandas"}
 def findings(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
             yield from (f"import {name}" for name in names if name.split(".")[0] in MODULES)
         if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
             off = isinstance(node.value, ast.Constant) and node.value.value is False
             yield from () if off else (f"{node.arg} is not False",)
         if isinstance(node, ast.Call):
-            function, safe = node.func, {keyword.arg for keyword in node.keywords} & {"allow_pickle"}
+            function, safe = (
+                node.func,
+                {keyword.arg for keyword in node.keywords} & {"allow_pickle"},
+            )
             if isinstance(function, ast.Name) and function.id in CALLS:
                 yield f"{function.id}()"
             if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):

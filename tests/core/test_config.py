@@ -1,4 +1,6 @@
-"""Configurations: locked, complete, checked early, with messages that name the field and what to do."""
+"""Configurations: locked, complete, checked early, with messages that name the field and what to
+do.
+"""
 
 import pathlib
 
@@ -6,7 +8,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import grpo_qwen3_4b, qwen3_4b, smollm2_135m, smollm2_chain_sum, tiny
-from spiral_jax.core.config import ConfigError, defaults, difference, digest, for_evaluation, to_plain
+from spiral_jax.core.config import (
+    ConfigError,
+    defaults,
+    difference,
+    digest,
+    for_evaluation,
+    to_plain,
+)
 from spiral_jax.core.config_checks import validate, validate_evaluation
 
 CONFIGS = {
@@ -41,7 +50,11 @@ def test_a_value_of_another_type_is_an_error():
 def test_every_field_has_a_comment():
     source = (pathlib.Path(__file__).parents[2] / "spiral_jax" / "core" / "config.py").read_text()
     lines = source[source.index("def defaults") : source.index("return c.lock()")].splitlines()
-    fields = [i for i, line in enumerate(lines) if line.startswith("    c.") and "ConfigDict()" not in line]
+    fields = [
+        i
+        for i, line in enumerate(lines)
+        if line.startswith("    c.") and "ConfigDict()" not in line
+    ]
     assert len(fields) > 60
     for i in fields:
         assert "#" in lines[i] or lines[i - 1].lstrip().startswith("#"), lines[i]
@@ -61,7 +74,10 @@ BAD = {
     "optimizer.schedule": ("step", "constant, linear, cosine"),
     "optimizer.lr": (0.0, "> 0"),
     "sampling.temperature": (0.0, "> 0"),
-    "sampling.classes": (((4, 8, 16, 26), (4, 4, 16, 52)), "with a class of C = 8 and G = 52 for P = 16"),
+    "sampling.classes": (
+        ((4, 8, 16, 26), (4, 4, 16, 52)),
+        "with a class of C = 8 and G = 52 for P = 16",
+    ),
     "sampling.cache_dtype": ("int4", "compute, int8"),
     "sampling.keep_rate": (0.0, "> 0"),
     "sampling.verdict_delay": (-1, ">= 0"),
@@ -176,7 +192,10 @@ def test_jsonl_needs_a_training_file_and_a_held_out_one_unless_nothing_is_evalua
 def test_difference_lists_each_changed_field_once():
     a, b = tiny.get_config(), tiny.get_config()
     b.optimizer.lr, b.seed = 0.5, 3
-    assert difference(to_plain(a), to_plain(b)) == [f"optimizer.lr: {a.optimizer.lr} -> 0.5", "seed: 0 -> 3"]
+    assert difference(to_plain(a), to_plain(b)) == [
+        f"optimizer.lr: {a.optimizer.lr} -> 0.5",
+        "seed: 0 -> 3",
+    ]
     assert difference(to_plain(a), to_plain(a)) == []
 
 
@@ -224,7 +243,9 @@ def test_limits_are_within_what_is_sampled(limits):
 def test_fewer_traces_than_a_set_holds_are_refused():
     c = tiny.get_config()
     c.eval.n = 3
-    with pytest.raises(ConfigError, match="config.aggregation.subset_size = 4: must be at most eval.n = 3"):
+    with pytest.raises(
+        ConfigError, match="config.aggregation.subset_size = 4: must be at most eval.n = 3"
+    ):
         validate_evaluation(c)
 
 
@@ -251,5 +272,7 @@ def test_rounds_during_training_need_a_population_among_the_search_traces():
     c.eval.population = 9
     validate(c)  # nobody asks for rounds
     c.eval.rounds_in_training = 1
-    with pytest.raises(ConfigError, match=r"eval.population = 9: must be at most search.traces = 8"):
+    with pytest.raises(
+        ConfigError, match=r"eval.population = 9: must be at most search.traces = 8"
+    ):
         validate(c)

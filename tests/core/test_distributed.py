@@ -1,4 +1,6 @@
-"""Processes that find each other, tell each other what one of them knows, and end together, with a message."""
+"""Processes that find each other, tell each other what one of them knows, and end together, with a
+message.
+"""
 
 import jax
 import pytest
@@ -12,7 +14,9 @@ WORKER = ["-m", "tests.pod_worker"]
 
 @pytest.fixture
 def clean(monkeypatch):
-    """No cluster's environment, and a `jax.distributed.initialize` that only writes down what it was asked."""
+    """No cluster's environment, and a `jax.distributed.initialize` that only writes down what it
+    was asked.
+    """
     for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS",
                  "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX",
                  "JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY"):  # fmt: skip
@@ -28,7 +32,12 @@ def setenv(monkeypatch, **variables):
         monkeypatch.setenv(name, value)
 
 
-SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
 
 
 def test_without_flags_and_cluster_a_process_is_alone_and_asks_nobody(clean):
@@ -52,7 +61,10 @@ def test_flags_go_to_jax_as_they_are_and_nothing_is_detected(clean, monkeypatch)
 @pytest.mark.parametrize(
     "flags, parts",
     [
-        (("h:1", 2, None), ["--coordinator=h:1, --processes=2", "--process is missing", "all three"]),
+        (
+            ("h:1", 2, None),
+            ["--coordinator=h:1, --processes=2", "--process is missing", "all three"],
+        ),
         ((None, None, 0), ["--process=0", "--coordinator, --processes is missing"]),
         (("h", 2, 0), ["--coordinator=h: must be HOST:PORT"]),
         ((":80", 2, 0), ["must be HOST:PORT"]),
@@ -113,7 +125,9 @@ def test_what_jax_could_not_find_is_named(clean, monkeypatch):
 
     setenv(monkeypatch, KUBERNETES_SERVICE_HOST="10.0.0.1", JOB_COMPLETION_INDEX="3")
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
-    with pytest.raises(DistributedError, match="Kubernetes.*coordinator_address should be.*--processes=1"):
+    with pytest.raises(
+        DistributedError, match="Kubernetes.*coordinator_address should be.*--processes=1"
+    ):
         start(None, None, None, 5)
 
 
@@ -133,18 +147,29 @@ def test_shares_united_are_all_items_in_order(count, processes):
 def test_a_process_that_nobody_joins_says_whom_it_waited_for():
     (alone,) = launch([*WORKER, "exchange", "--start_timeout=2"], 2, 1, only=[1])
     assert alone.returncode != 0
-    assert "2 processes at --coordinator=localhost:" in alone.stderr and "itself number 1" in alone.stderr
+    assert (
+        "2 processes at --coordinator=localhost:" in alone.stderr
+        and "itself number 1" in alone.stderr
+    )
 
 
 @pytest.mark.slow
 def test_processes_exchange_and_a_checkpoint_goes_from_mesh_to_mesh(tmp_path):
-    """2 x 4 devices -> 1 x 8 -> 2 x 4 cut along other axes; every process checks the values that it holds."""
+    """2 x 4 devices -> 1 x 8 -> 2 x 4 cut along other axes; every process checks the values that it
+    holds.
+    """
     at = f"--directory={tmp_path / 'checkpoints'}"
     first = launch([*WORKER, "exchange", "checkpoint", at, "--mesh=2,2,2"], 2, 4)
     assert [done.returncode for done in first] == [0, 0], first
     for process, done in enumerate(first):
-        assert f"process {process} of 2: 4 of 8 devices, cpu (cpu), mesh data=2, fsdp=2, tensor=2\n" in done.stdout
-    assert ['{"done": ["exchange", "checkpoint"]}' in done.stdout for done in first] == [True, False]
+        assert (
+            f"process {process} of 2: 4 of 8 devices, cpu (cpu), mesh data=2, fsdp=2, tensor=2\n"
+            in done.stdout
+        )
+    assert ['{"done": ["exchange", "checkpoint"]}' in done.stdout for done in first] == [
+        True,
+        False,
+    ]
     (single,) = launch([*WORKER, "checkpoint", at, "--mesh=1,8,1"], 1, 8)
     assert single.returncode == 0, single
     again = launch([*WORKER, "checkpoint", at, "--mesh=1,4,2"], 2, 4)
@@ -162,7 +187,11 @@ def test_a_preemption_notice_to_one_process_ends_all_before_the_same_chunk():
 @pytest.mark.parametrize(
     "task, who, message",
     [
-        ("differ", (0, 1), "the processes were not started with the same config: of 0 on [0]; of 1 on [1]"),
+        (
+            "differ",
+            (0, 1),
+            "the processes were not started with the same config: of 0 on [0]; of 1 on [1]",
+        ),
         ("late", (0,), "process 0 waited 1 s for all 2 processes"),
         ("fail", (1,), "process 1 of 2: the disc is full: empty it"),
     ],

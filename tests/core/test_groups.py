@@ -5,15 +5,27 @@ import dataclasses
 import numpy as np
 import pytest
 
-from spiral_jax.core.groups import GroupRequests, Groups, Role, Stop, concat_groups, pad_rows, take_groups
+from spiral_jax.core.groups import (
+    GroupRequests,
+    Groups,
+    Role,
+    Stop,
+    concat_groups,
+    pad_rows,
+    take_groups,
+)
 
 C, G = 3, 5
 
 
 def random_groups(U, P, seed=0, verified=True):
     rng = np.random.default_rng(seed)
-    prompt_UxP, prompt_len_U = pad_rows([rng.integers(0, 9, n) for n in rng.integers(1, P + 1, U)], P)
-    requests = GroupRequests(prompt_UxP, prompt_len_U, rng.integers(0, 99, (U, 6)).astype(np.int32), C, G)
+    prompt_UxP, prompt_len_U = pad_rows(
+        [rng.integers(0, 9, n) for n in rng.integers(1, P + 1, U)], P
+    )
+    requests = GroupRequests(
+        prompt_UxP, prompt_len_U, rng.integers(0, 99, (U, 6)).astype(np.int32), C, G
+    )
     trace_len_UxC = rng.integers(0, G + 1, (U, C)).astype(np.int32)
     live = np.arange(G) < trace_len_UxC[..., None]
     return Groups(
@@ -56,7 +68,11 @@ def test_padded_rows_are_the_rows_with_zeros_to_their_right():
 @pytest.mark.parametrize("width, shape", [(None, (0, 1)), (4, (0, 4))])
 def test_no_rows_make_an_empty_array(width, shape):
     padded, lengths = pad_rows([], width)
-    assert padded.shape == shape and lengths.shape == (0,) and padded.dtype == lengths.dtype == np.int32
+    assert (
+        padded.shape == shape
+        and lengths.shape == (0,)
+        and padded.dtype == lengths.dtype == np.int32
+    )
 
 
 def test_empty_rows_still_have_one_column():
@@ -81,7 +97,9 @@ def test_a_traces_ids_are_its_tokens_without_padding_even_where_they_are_zero():
     groups = random_groups(4, 6)
     for u, c in np.ndindex(4, C):
         ids = groups.trace_ids(u, c)
-        np.testing.assert_array_equal(ids, groups.trace_UxCxG[u, c].tolist()[: groups.trace_len_UxC[u, c]])
+        np.testing.assert_array_equal(
+            ids, groups.trace_UxCxG[u, c].tolist()[: groups.trace_len_UxC[u, c]]
+        )
         assert ids.dtype == np.int32
     assert groups.sampled_tokens == sum(len(groups.trace_ids(u, c)) for u, c in np.ndindex(4, C))
     assert len(groups) == len(groups.requests) == 4
@@ -124,13 +142,18 @@ def test_joined_groups_have_prompts_padded_to_the_widest():
     narrow, wide = random_groups(2, 3, seed=1), random_groups(4, 8, seed=2)
     for parts in ([narrow, wide], [wide, narrow]):
         joined = concat_groups(parts)
-        assert joined.requests.prompt_UxP.shape == (6, 8) and joined.requests.prompt_UxP.dtype == np.int32
+        assert (
+            joined.requests.prompt_UxP.shape == (6, 8)
+            and joined.requests.prompt_UxP.dtype == np.int32
+        )
         at = 0
         for part in parts:
             width = part.requests.prompt_UxP.shape[1]
             again = take_groups(joined, np.arange(at, at + len(part)))
             assert not again.requests.prompt_UxP[:, width:].any()
-            cut = dataclasses.replace(again.requests, prompt_UxP=again.requests.prompt_UxP[:, :width])
+            cut = dataclasses.replace(
+                again.requests, prompt_UxP=again.requests.prompt_UxP[:, :width]
+            )
             assert_same(dataclasses.replace(again, requests=cut), part)
             at += len(part)
 
@@ -149,8 +172,14 @@ def test_values_that_are_part_of_random_keys_and_logs_are_fixed():
 
 @pytest.mark.parametrize("change", ["reward", "limit"])
 def test_groups_of_several_kinds_are_not_joined_in_silence(change):
-    requests = GroupRequests(np.zeros((1, 2), np.int32), np.ones(1, np.int32), np.zeros((1, 6), np.int32), 2, 3)
-    arrays = np.zeros((1, 2, 3), np.int32), np.ones((1, 2), np.int32), np.zeros((1, 2, 3), np.float32)
+    requests = GroupRequests(
+        np.zeros((1, 2), np.int32), np.ones(1, np.int32), np.zeros((1, 6), np.int32), 2, 3
+    )
+    arrays = (
+        np.zeros((1, 2, 3), np.int32),
+        np.ones((1, 2), np.int32),
+        np.zeros((1, 2, 3), np.float32),
+    )
     plain = Groups(requests, *arrays, np.zeros((1, 2), np.int32))
     assert len(concat_groups([plain, plain])) == 2
     if change == "reward":

@@ -1,4 +1,6 @@
-"""The mesh is what config says, and one table places every array of parameters, adapters and optimizer state."""
+"""The mesh is what config says, and one table places every array of parameters, adapters and
+optimizer state.
+"""
 
 import dataclasses
 import itertools
@@ -27,12 +29,16 @@ def sizes(data, fsdp, tensor):
 
 
 def model_config(tied, lora_rank):
-    arch = Architecture(V=96, D=48, F=80, L=3, H=6, J=2, E=16, norm_eps=1e-3, rope_theta=777.0, tied=tied)
+    arch = Architecture(
+        V=96, D=48, F=80, L=3, H=6, J=2, E=16, norm_eps=1e-3, rope_theta=777.0, tied=tied
+    )
     return ModelConfig(arch, lora_rank=lora_rank)
 
 
 def leaves(tree):
-    return {meshes.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        meshes.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 @pytest.mark.devices8
@@ -94,21 +100,38 @@ class Chip:
         ("TPU v5 lite", (8, 8, 1), (2, 8, 4)),
     ],
 )
-def test_axes_of_the_mesh_may_be_parts_of_a_slices_axes_and_tensor_lies_on_neighbours(kind, slice_shape, shape):
-    chips = [Chip(i, coords, kind) for i, coords in enumerate(itertools.product(*map(range, slice_shape)))]
+def test_axes_of_the_mesh_may_be_parts_of_a_slices_axes_and_tensor_lies_on_neighbours(
+    kind, slice_shape, shape
+):
+    chips = [
+        Chip(i, coords, kind)
+        for i, coords in enumerate(itertools.product(*map(range, slice_shape)))
+    ]
     placed = meshes.make_mesh(sizes(*shape), chips).devices
     assert placed.shape == shape and set(placed.flat) == set(chips)
     for row in placed.reshape(-1, shape[-1]):
         ring = zip(row, row[1:], strict=False)
-        assert all(sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) == 1 for one, other in ring)
+        assert all(
+            sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) == 1
+            for one, other in ring
+        )
 
 
 @pytest.mark.parametrize(
     "shape, message",
     [
-        ((1, 1, 3), "config.mesh.tensor = 3: must divide the model's 2 key/value heads; with 3 devices: 1."),
-        ((1, 1, 4), "config.mesh.tensor = 4: must divide the model's 6 attention heads; with 4 devices: 1, 2."),
-        ((2, 5, 1), "config.mesh.fsdp = 5: must divide the model's 48 model dimensions; with 10 devices: 1, 2."),
+        (
+            (1, 1, 3),
+            "config.mesh.tensor = 3: must divide the model's 2 key/value heads; with 3 devices: 1.",
+        ),
+        (
+            (1, 1, 4),
+            "config.mesh.tensor = 4: must divide the model's 6 attention heads; with 4 devices: 1, 2.",
+        ),
+        (
+            (2, 5, 1),
+            "config.mesh.fsdp = 5: must divide the model's 48 model dimensions; with 10 devices: 1, 2.",
+        ),
         ((7, 1, 2), None),
         ((1, 16, 1), None),
     ],
@@ -125,7 +148,11 @@ def test_an_axis_that_does_not_divide_the_model_is_an_error_that_says_what_would
 
 def test_placed_arrays_are_those_of_the_host():
     mesh, rng = meshes.make_mesh(sizes(-1, 1, 1)), np.random.default_rng(0)
-    tree = {"a": rng.normal(size=(DEVICES, 3)), "b": rng.integers(0, 9, (2, DEVICES)), "c": np.array(7)}
+    tree = {
+        "a": rng.normal(size=(DEVICES, 3)),
+        "b": rng.integers(0, 9, (2, DEVICES)),
+        "c": np.array(7),
+    }
     shardings = {
         "a": meshes.group_sharding(mesh),
         "b": meshes.group_sharding(mesh, leading=1),
@@ -139,7 +166,9 @@ def test_placed_arrays_are_those_of_the_host():
     assert [array.sharding for array in pair] == [meshes.group_sharding(mesh)] * 2
 
 
-@pytest.mark.parametrize("name", ["params", "layers/q/bias", "layers/q", "layers/rotary/kernel", "layers/q/kernel/x"])
+@pytest.mark.parametrize(
+    "name", ["params", "layers/q/bias", "layers/q", "layers/rotary/kernel", "layers/q/kernel/x"]
+)
 def test_an_unknown_path_is_an_error_that_names_it(name):
     with pytest.raises(KeyError, match=name):
         meshes.weight_spec(name, (3, 48, 96), CUT)
@@ -153,7 +182,10 @@ def test_an_unknown_path_is_an_error_that_names_it(name):
         ("final_norm", (48,), P(None), P(None)),
         ("layers/attention_norm", (3, 48), P(None, None), P(None, None)),
         ("layers/q_norm", (3, 16), P(None, None), P(None, None)),
-        *[(f"layers/{n}/kernel", (3, 48, 96), P(None, "fsdp", "tensor"), P(None, None, "tensor")) for n in "qkv"],
+        *[
+            (f"layers/{n}/kernel", (3, 48, 96), P(None, "fsdp", "tensor"), P(None, None, "tensor"))
+            for n in "qkv"
+        ],
         ("layers/up/kernel", (3, 48, 80), P(None, "fsdp", "tensor"), P(None, None, "tensor")),
         ("layers/o/kernel", (3, 96, 48), P(None, "tensor", "fsdp"), P(None, "tensor", None)),
         ("layers/down/kernel", (3, 80, 48), P(None, "tensor", "fsdp"), P(None, "tensor", None)),
@@ -180,14 +212,18 @@ def test_spec_by_path(name, shape, spec, decode_spec):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_table_knows_every_path_of_parameters_adapters_and_optimizer_state(tied, rank):
     config, c = model_config(tied, rank), defaults()
-    c.optimizer.update({"clip_norm": 1.0, "weight_decay": 0.1, "warmup_steps": 3, "schedule": "cosine"})
+    c.optimizer.update(
+        {"clip_norm": 1.0, "weight_decay": 0.1, "warmup_steps": 3, "schedule": "cosine"}
+    )
     variables = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
     assert set(variables) == ({"params", "lora"} if rank else {"params"})
     state = leaves(abstract_state(c, config, CUT))
     everything = leaves(variables) | state
     specs = {name: meshes.weight_spec(name, leaf.shape, CUT) for name, leaf in everything.items()}
     for name, leaf in everything.items():
-        assert (len(leaf.shape) >= 2 and "norm" not in name) == any(specs[name]), f"{name} is not cut as it should be"
+        assert (len(leaf.shape) >= 2 and "norm" not in name) == any(specs[name]), (
+            f"{name} is not cut as it should be"
+        )
         assert "fsdp" not in meshes.weight_spec(name, leaf.shape, CUT, decode=True), name
         if name in state:
             assert leaf.sharding.spec == specs[name], name
@@ -196,7 +232,9 @@ def test_the_table_knows_every_path_of_parameters_adapters_and_optimizer_state(t
     for name in trained:  # moments lie where their parameter lies
         found = [path for path in state if path.endswith("/" + name)]
         assert len(found) == 3, found  # itself, mu, nu
-        assert {specs[path] for path in found} == {meshes.weight_spec(name, trained[name].shape, CUT)}
+        assert {specs[path] for path in found} == {
+            meshes.weight_spec(name, trained[name].shape, CUT)
+        }
 
 
 @pytest.mark.devices8
@@ -222,7 +260,10 @@ def test_groups_lie_along_data_and_fsdp_and_are_whole_on_each_device(mesh):
 
 @pytest.mark.devices8
 def test_weight_shardings_place_a_tree_on_real_devices(mesh):
-    tree = {"layers": {"q": {"kernel": np.zeros((3, 48, 96), np.float32)}}, "final_norm": np.zeros(48, np.float32)}
+    tree = {
+        "layers": {"q": {"kernel": np.zeros((3, 48, 96), np.float32)}},
+        "final_norm": np.zeros(48, np.float32),
+    }
     placed = jax.device_put(tree, meshes.weight_shardings(tree, mesh))
     kernel, norm = placed["layers"]["q"]["kernel"], placed["final_norm"]
     expected = (3, 48 // mesh.shape["fsdp"], 96 // mesh.shape["tensor"])

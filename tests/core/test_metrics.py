@@ -20,7 +20,9 @@ def measure(values, mask):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("parts", [1, 2, 5, 30])
-def test_any_cut_into_micro_batches_in_a_jitted_loop_gives_the_mean_and_maximum_of_the_whole(seed, parts):
+def test_any_cut_into_micro_batches_in_a_jitted_loop_gives_the_mean_and_maximum_of_the_whole(
+    seed, parts
+):
     rng = np.random.default_rng(seed)
     values = rng.normal(-5, 1, size=30).astype(np.float32)  # a maximum that is not above zero
     mask = (rng.random(30) < 0.4).astype(np.float32)  # uneven parts, some of them empty
@@ -34,7 +36,8 @@ def test_any_cut_into_micro_batches_in_a_jitted_loop_gives_the_mean_and_maximum_
 
     result = divide(jax.device_get(run(values.reshape(parts, -1), mask.reshape(parts, -1))))
     kept = values[mask > 0].astype(np.float64)
-    # float32 sums of up to 30 values near -5: each addition rounds by at most 150 * 6e-8, the mean of them too
+    # float32 sums of up to 30 values near -5: each addition rounds by at most 150 * 6e-8, the mean
+    # of them too
     np.testing.assert_allclose(result["loss"], kept.mean(), atol=1e-5)
     assert result["gap"] == kept.max()
 
@@ -49,7 +52,11 @@ def test_merging_on_the_host_stays_in_numpy_and_on_the_device_in_jax():
     device = jax.tree.map(jnp.asarray, host)
     assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(merge(host, host)))
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(merge(device, device)))
-    assert divide(merge(host, host)) == divide(jax.device_get(merge(device, device))) == {"a": 0.5, "b": 3.0}
+    assert (
+        divide(merge(host, host))
+        == divide(jax.device_get(merge(device, device)))
+        == {"a": 0.5, "b": 3.0}
+    )
 
 
 def test_a_name_that_one_part_lacks_is_kept():
@@ -61,17 +68,35 @@ def test_a_name_that_one_part_lacks_is_kept():
 def test_nan_is_not_hidden_by_merging(lib):
     bad, good = lib.asarray(float("nan")), lib.asarray(1.0)
     for first, second in ((bad, good), (good, bad)):
-        merged = merge({"m": Max(first), "t": Mean(first, good)}, {"m": Max(second), "t": Mean(second, good)})
+        merged = merge(
+            {"m": Max(first), "t": Mean(first, good)}, {"m": Max(second), "t": Mean(second, good)}
+        )
         assert all(math.isnan(value) for value in divide(jax.device_get(merged)).values())
 
 
 def test_nothing_to_divide_is_null_and_zero_is_zero():
-    metrics = {"none": Mean(0.0, 0), "no_max": Max(-np.inf), "zero": Mean(0.0, 5), "max_zero": Max(0.0), "plain": 2}
-    assert divide(metrics) == {"none": None, "no_max": None, "zero": 0.0, "max_zero": 0.0, "plain": 2.0}
+    metrics = {
+        "none": Mean(0.0, 0),
+        "no_max": Max(-np.inf),
+        "zero": Mean(0.0, 5),
+        "max_zero": Max(0.0),
+        "plain": 2,
+    }
+    assert divide(metrics) == {
+        "none": None,
+        "no_max": None,
+        "zero": 0.0,
+        "max_zero": 0.0,
+        "plain": 2.0,
+    }
 
 
 def test_divided_metrics_are_json():
-    metrics = {"a": Mean(np.float32(1), np.int32(4)), "b": Max(jax.device_get(jnp.float32(2))), "c": np.float32(0.5)}
+    metrics = {
+        "a": Mean(np.float32(1), np.int32(4)),
+        "b": Max(jax.device_get(jnp.float32(2))),
+        "c": np.float32(0.5),
+    }
     assert json.loads(json.dumps(divide(metrics))) == {"a": 0.25, "b": 2.0, "c": 0.5}
 
 

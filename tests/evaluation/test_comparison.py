@@ -16,7 +16,9 @@ SETTINGS = {"n": 4, "subsets": 1, "traces": 1, "population": 2, "set_size": 1, "
 
 
 def results(correct_B, n, rsa_right_B=None, tokens=10, **settings):
-    """Results whose problem b has correct_B[b] of n right search traces; RSA is right on the problems given."""
+    """Results whose problem b has correct_B[b] of n right search traces; RSA is right on the
+    problems given.
+    """
     records = []
     for b, correct in enumerate(correct_B):
         right = 0 if rsa_right_B is not None and rsa_right_B[b] else 1
@@ -53,7 +55,8 @@ def repeated(curve, rows=3):
 
 
 def test_efficiency_is_exactly_four_where_a_trace_of_a_is_worth_four_of_b():
-    # 1 - (m^4)^k = 1 - m^(4k) for every problem: B needs 4 k samples for what A has with k, so A / B = 1/4.
+    # 1 - (m^4)^k = 1 - m^(4k) for every problem: B needs 4 k samples for what A has with k, so A /
+    # B = 1/4.
     miss = np.random.default_rng(0).uniform(0.6, 0.999, 40)
     strong, weak = repeated(exact_curve(miss**4, 32)), repeated(exact_curve(miss, 128))
     for row in scaling_efficiency(strong, weak):
@@ -64,7 +67,9 @@ def test_efficiency_is_exactly_four_where_a_trace_of_a_is_worth_four_of_b():
     assert [row["at"] for row in reversed_rows][-2:] == ["A at k=128", "both"]
     assert reversed_rows[-1]["ratio"] == pytest.approx(4)
     assert reversed_rows[0]["bound"] == "at least" and reversed_rows[0]["ratio"] == pytest.approx(1)
-    assert reversed_rows[2]["ratio"] == pytest.approx(4) and reversed_rows[2]["bound"] is None  # B reaches it at k = 1
+    assert (
+        reversed_rows[2]["ratio"] == pytest.approx(4) and reversed_rows[2]["bound"] is None
+    )  # B reaches it at k = 1
 
 
 def test_efficiency_of_sampled_counts_has_the_true_ratio_in_its_interval():
@@ -97,12 +102,22 @@ def test_gaps_are_paired_over_problems():
     gaps = {row["measure"]: row for row in found["gaps"]}
     single = gaps["single trace"]
     assert single["b"] - single["a"] == pytest.approx(1 / 8)
-    # each problem gains the same, so paired there is nothing uncertain, however much problems differ
+    # each problem gains the same, so paired there is nothing uncertain, however much problems
+    # differ
     assert single["gap"]["low"] == single["gap"]["high"] == pytest.approx(1 / 8)
     assert gaps["RSA round 2"]["gap"]["mean"] == pytest.approx(1 - gaps["RSA round 2"]["a"])
-    assert list(gaps) == ["single trace", "pass@8", "maj@8", "aggregated pass@1, S=2", "RSA round 1", "RSA round 2"]
+    assert list(gaps) == [
+        "single trace",
+        "pass@8",
+        "maj@8",
+        "aggregated pass@1, S=2",
+        "RSA round 1",
+        "RSA round 2",
+    ]
     same = compare(a, copy.deepcopy(a))
-    assert all(row["gap"]["mean"] == row["gap"]["low"] == row["gap"]["high"] == 0 for row in same["gaps"])
+    assert all(
+        row["gap"]["mean"] == row["gap"]["low"] == row["gap"]["high"] == 0 for row in same["gaps"]
+    )
 
 
 def test_gaps_at_equal_tokens_are_at_equal_tokens():
@@ -117,8 +132,13 @@ def test_gaps_at_equal_tokens_are_at_equal_tokens():
 
 def test_what_was_not_sampled_alike_is_left_out_and_named():
     found = compare(results([1, 2], 4), results([1, 2], 4, population=4, subset_size=1))
-    assert not any("RSA" in row["measure"] or "aggregated" in row["measure"] for row in found["gaps"])
-    assert found["left_out"] == ["aggregated pass@1 (subset_size: 2 -> 1)", "RSA by round (population: 2 -> 4)"]
+    assert not any(
+        "RSA" in row["measure"] or "aggregated" in row["measure"] for row in found["gaps"]
+    )
+    assert found["left_out"] == [
+        "aggregated pass@1 (subset_size: 2 -> 1)",
+        "RSA by round (population: 2 -> 4)",
+    ]
     assert "left out: RSA by round (population: 2 -> 4)" in comparison.tables(found)[-1].caption
 
 
@@ -177,13 +197,20 @@ def test_compare_writes_its_findings_and_pictures_beside_b(tmp_path, capsys):
     assert found["version"] == comparison.VERSION and found["efficiency"][-1]["ratio"] > 1
     printed = capsys.readouterr().out
     assert (
-        "samples for equal coverage" in printed and "gaps at equal sampled tokens" in printed and "nan" not in printed
+        "samples for equal coverage" in printed
+        and "gaps at equal sampled tokens" in printed
+        and "nan" not in printed
     )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not a results.json"), ("[]", "not a results.json"), ('{"version": 99}', "version 99"), (None, "cannot be")],
+    [
+        ("{", "not a results.json"),
+        ("[]", "not a results.json"),
+        ('{"version": 99}', "version 99"),
+        (None, "cannot be"),
+    ],
 )
 def test_files_that_are_no_results_are_refused(content, message, tmp_path):
     path = tmp_path / "results.json"
@@ -194,5 +221,11 @@ def test_files_that_are_no_results_are_refused(content, message, tmp_path):
 
 
 def test_names_in_legends_are_directories_and_never_equal():
-    assert list(comparison.names("x/grpo/results.json", {}, "x/spiral/results.json", {})) == ["grpo", "spiral"]
-    assert list(comparison.names("a/run/results.json", {}, "b/run/results.json", {})) == ["A: run", "B: run"]
+    assert list(comparison.names("x/grpo/results.json", {}, "x/spiral/results.json", {})) == [
+        "grpo",
+        "spiral",
+    ]
+    assert list(comparison.names("a/run/results.json", {}, "b/run/results.json", {})) == [
+        "A: run",
+        "B: run",
+    ]

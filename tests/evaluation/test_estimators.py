@@ -119,7 +119,8 @@ def test_interval_covers_the_truth_in_95_of_100_evaluations():
     draws = np.random.default_rng(2).random((2000, 200)) < 0.4
     estimates = [mean_and_interval(row) for row in draws]
     covered = np.mean([estimate.low <= 0.4 <= estimate.high for estimate in estimates])
-    # binomial deviation over 2000 evaluations is 0.005; the normal interval itself is off by up to 0.01 here
+    # binomial deviation over 2000 evaluations is 0.005; the normal interval itself is off by up to
+    # 0.01 here
     assert abs(covered - 0.95) < 0.02
 
 
@@ -158,8 +159,14 @@ def test_majority_at_k_is_the_mean_vote_of_all_k_subsets(n):
                 classes += [name for name, count in enumerate(wrong) for _ in range(count)]
                 got = majority_at_k(correct, wrong, unparsed)
                 for k in range(1, n + 1):
-                    votes = [majority_correct(draw, "right") for draw in itertools.combinations(classes, k)]
-                    assert got[k - 1] == pytest.approx(math.fsum(votes) / len(votes), abs=1e-13), (wrong, k)
+                    votes = [
+                        majority_correct(draw, "right")
+                        for draw in itertools.combinations(classes, k)
+                    ]
+                    assert got[k - 1] == pytest.approx(math.fsum(votes) / len(votes), abs=1e-13), (
+                        wrong,
+                        k,
+                    )
 
 
 def test_majority_at_k_agrees_with_simulated_votes_at_64_samples():
@@ -170,19 +177,25 @@ def test_majority_at_k_agrees_with_simulated_votes_at_64_samples():
     for k in (2, 7, 32):
         draws = [[classes[i] for i in rng.permutation(64)[:k]] for _ in range(4000)]
         simulated = np.mean([majority_correct(draw, "right") for draw in draws])
-        assert abs(got[k - 1] - simulated) < 4 * 0.5 / math.sqrt(4000)  # four standard deviations at most
+        assert abs(got[k - 1] - simulated) < 4 * 0.5 / math.sqrt(
+            4000
+        )  # four standard deviations at most
     assert got[0] == pytest.approx(15 / 64) and got[63] == 1.0
 
 
 def test_majority_at_k_is_finite_and_sharp_at_a_thousand_samples():
     got = majority_at_k(501, [499], 0)
-    assert np.isfinite(got).all() and got[0] == pytest.approx(0.501) and got[-1] == pytest.approx(1.0)
+    assert (
+        np.isfinite(got).all() and got[0] == pytest.approx(0.501) and got[-1] == pytest.approx(1.0)
+    )
     # k = 2: both right, or one of each, a tie; exact fractions
     exact = Fraction(math.comb(501, 2) + Fraction(501 * 499, 2), math.comb(1000, 2))
     assert got[1] == pytest.approx(float(exact), abs=1e-12)
 
 
-@pytest.mark.parametrize("counts", [(0, [], 0), (-1, [2], 0), (1, [0], 0), (1, [], -1), (1001, [], 0)])
+@pytest.mark.parametrize(
+    "counts", [(0, [], 0), (-1, [2], 0), (1, [0], 0), (1, [], -1), (1001, [], 0)]
+)
 def test_majority_at_k_refuses_impossible_counts(counts):
     with pytest.raises(ValueError, match="counts must be"):
         majority_at_k(*counts)
@@ -190,7 +203,10 @@ def test_majority_at_k_refuses_impossible_counts(counts):
 
 @pytest.mark.parametrize("lengths", [[5], [3, 9], [4, 4, 7, 1, 4], [10, 2, 8, 2, 2, 6, 9]])
 def test_longest_of_k_is_the_mean_maximum_of_all_k_subsets(lengths):
-    expected = [np.mean([max(draw) for draw in itertools.combinations(lengths, k)]) for k in range(1, len(lengths) + 1)]
+    expected = [
+        np.mean([max(draw) for draw in itertools.combinations(lengths, k)])
+        for k in range(1, len(lengths) + 1)
+    ]
     np.testing.assert_allclose(longest_of_k(lengths), expected, rtol=1e-14)
 
 
@@ -225,9 +241,13 @@ def test_ratio_with_counts_of_one_is_the_mean_with_its_ordinary_standard_error()
     (got,) = ratios_and_intervals(values[:, None], np.ones((37, 1)), bootstrap_weights(0, 37, 4000))
     plain = mean_and_interval(values)
     assert got.count == 37
-    assert (got.mean, got.standard_error) == pytest.approx((plain.mean, plain.standard_error), abs=1e-14)
+    assert (got.mean, got.standard_error) == pytest.approx(
+        (plain.mean, plain.standard_error), abs=1e-14
+    )
     # percentiles of a mean of 37 are near the normal ones
-    assert (got.low, got.high) == pytest.approx((plain.low, plain.high), abs=0.15 * (plain.high - plain.low))
+    assert (got.low, got.high) == pytest.approx(
+        (plain.low, plain.high), abs=0.15 * (plain.high - plain.low)
+    )
 
 
 def test_bootstrap_interval_covers_a_ratio_in_95_of_100_evaluations():
@@ -239,13 +259,17 @@ def test_bootstrap_interval_covers_a_ratio_in_95_of_100_evaluations():
         (got,) = ratios_and_intervals(total, count, weights)
         covered.append(got.low <= 0.3 <= got.high)
         errors.append((got.mean - 0.3) / got.standard_error)
-    # binomial deviation over 400 evaluations is 0.011; percentile intervals of 100 problems cover a little less
+    # binomial deviation over 400 evaluations is 0.011; percentile intervals of 100 problems cover a
+    # little less
     assert abs(np.mean(covered) - 0.95) < 0.04
     assert np.std(errors) == pytest.approx(1, abs=0.15)
 
 
 def test_problems_without_a_value_are_left_out_and_too_few_have_no_interval():
-    total, count = np.array([[1.0, 0, 0], [0, 0, 0], [1, 0.5, 0]]), np.array([[1.0, 0, 0], [1, 0, 0], [1, 1, 0]])
+    total, count = (
+        np.array([[1.0, 0, 0], [0, 0, 0], [1, 0.5, 0]]),
+        np.array([[1.0, 0, 0], [1, 0, 0], [1, 1, 0]]),
+    )
     several, lone, none = ratios_and_intervals(total, count, bootstrap_weights(0, 3, 100))
     assert several.count == 3 and several.mean == pytest.approx(2 / 3) and several.low is not None
     assert lone == Estimate(0.5, None, None, None, 1)

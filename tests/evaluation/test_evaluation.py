@@ -15,7 +15,9 @@ from spiral_jax.objective.subsets import independent_subsets
 
 
 def script(role, cursor, k, i):
-    """Search: traces 0 and 1 are right, 2 to 6 agree on a wrong answer, 7 has none. Aggregation: set 0 right."""
+    """Search: traces 0 and 1 are right, 2 to 6 agree on a wrong answer, 7 has none. Aggregation:
+    set 0 right.
+    """
     if role is Role.SEARCH:
         return {0: "\\boxed{7}", 1: "\\boxed{7}", 7: "left=1..."}.get(i, "\\boxed{8}")
     return "\\boxed{7}" if k == 0 and cursor % 2 == 0 else "\\boxed{9}"
@@ -32,9 +34,13 @@ def test_measures_are_means_over_problems_of_what_the_traces_say():
     assert result["step"] == 5 and result["problems"] == 20 and result["too_long"] == 0
     assert result["single"]["mean"] == pytest.approx(2 / 8)
     assert result["pass_at_n"]["mean"] == 1.0
-    assert result["aggregated"]["mean"] == pytest.approx(0.25)  # one of two sets, for every other problem
+    assert result["aggregated"]["mean"] == pytest.approx(
+        0.25
+    )  # one of two sets, for every other problem
     assert result["aggregated"]["count"] == 20
-    assert result["parse_rate_search"] == pytest.approx(7 / 8) and result["cut_off_search"] == pytest.approx(1 / 8)
+    assert result["parse_rate_search"] == pytest.approx(7 / 8) and result[
+        "cut_off_search"
+    ] == pytest.approx(1 / 8)
     assert result["parse_rate_aggregation"] == 1.0
     assert {(int(ids[0]), int(ids[1])) for call in actor.sampler.calls for ids in call.id_Ux6} == {
         (Purpose.EVALUATION, 5)
@@ -49,16 +55,22 @@ def test_measures_are_means_over_problems_of_what_the_traces_say():
 
 
 def test_an_evaluation_during_training_can_run_rounds_and_compares_with_the_command(tmp_path):
-    actor = in_training(eval__problems=3, eval__rounds_in_training=2, eval__population=4, eval__set_size=2)
+    actor = in_training(
+        eval__problems=3, eval__rounds_in_training=2, eval__population=4, eval__set_size=2
+    )
     row, full = evaluate(actor, None, step=0)
     assert [stage["round"] for stage in full["measures"]["rsa"]] == [0, 1, 2]
     assert row["sampled_tokens"] == sum(of["sampled_tokens"] for of in full["counts"].values())
     write_results(tmp_path / "step_000000" / "results.json", full)
     again = read_results(tmp_path / "step_000000" / "results.json")
-    command = make_actor(script, eval__problems=3, eval__n=8, eval__rounds=2, eval__population=4, eval__set_size=2)
+    command = make_actor(
+        script, eval__problems=3, eval__n=8, eval__rounds=2, eval__population=4, eval__set_size=2
+    )
     c = for_evaluation(command.c)
     problems = [command.task.held_out(i) for i in range(3)]
-    records, counts, _ = evaluate_wave(dataclasses.replace(command, c=c), None, problems, np.arange(3))
+    records, counts, _ = evaluate_wave(
+        dataclasses.replace(command, c=c), None, problems, np.arange(3)
+    )
     found = make_results(c, "weights", dict(enumerate(problems)), records, counts)
     assert again["measures"] == found["measures"] and again["records"] == found["records"]
     compare(again, found)
@@ -66,11 +78,14 @@ def test_an_evaluation_during_training_can_run_rounds_and_compares_with_the_comm
 
 def test_an_evaluation_without_an_aggregation_stage_has_a_row_alone():
     row, full = evaluate(in_training(eval__problems=4, loss__estimator="grpo"), None, step=1)
-    assert full is None and "aggregated" not in row and row["single"]["mean"] == pytest.approx(2 / 8)
+    assert (
+        full is None and "aggregated" not in row and row["single"]["mean"] == pytest.approx(2 / 8)
+    )
 
 
 def test_the_majority_is_that_of_the_aggregated_sets_candidates_and_ties_are_split():
-    # The two sets of four hold the two right answers together (set of 2 right, 2 wrong: a tie), or one each (lost).
+    # The two sets of four hold the two right answers together (set of 2 right, 2 wrong: a tie), or
+    # one each (lost).
     actor = in_training(eval__problems=40)
     result, _ = evaluate(actor, None, step=0)
     together = []
@@ -87,7 +102,10 @@ def test_the_majority_is_that_of_the_aggregated_sets_candidates_and_ties_are_spl
 def test_held_out_problems_that_are_too_long_are_left_out_and_counted():
     task = number_task()
     longer = dataclasses.replace(
-        task, held_out=lambda i: dataclasses.replace(task.held_out(i), text="left=" + "1+" * (40 if i % 4 == 0 else 1))
+        task,
+        held_out=lambda i: dataclasses.replace(
+            task.held_out(i), text="left=" + "1+" * (40 if i % 4 == 0 else 1)
+        ),
     )
     result, full = evaluate(in_training(longer, eval__problems=8), None, step=0)
     assert result["problems"] == 6 and result["too_long"] == 2 and result["single"]["count"] == 6
@@ -103,7 +121,8 @@ def evaluation_actor(script, **overrides):
 
 
 def test_each_round_reads_the_population_before_it_and_draws_its_own_sets():
-    # Trace i answers i, so the reader's answer to a set is its largest member, and everything can be worked out.
+    # Trace i answers i, so the reader's answer to a set is its largest member, and everything can
+    # be worked out.
     actor = evaluation_actor(
         lambda role, cursor, k, i: f"\\boxed{{{i}}}",
         eval__n=9, eval__population=8, eval__set_size=2, eval__rounds=3, eval__subsets=3, eval__traces=2,
@@ -111,31 +130,54 @@ def test_each_round_reads_the_population_before_it_and_draws_its_own_sets():
     )  # fmt: skip
     actor = dataclasses.replace(actor, sampler=ReadingSampler(actor.sampler.script))
     index_B = np.array([4, 9])
-    records, counts, rollouts = evaluate_wave(actor, None, [actor.task.held_out(i) for i in index_B], index_B)
+    records, counts, rollouts = evaluate_wave(
+        actor, None, [actor.task.held_out(i) for i in index_B], index_B
+    )
     for record, index in zip(records, index_B, strict=True):
         assert record["index"] == index and record["id"] == f"p{index}"
-        assert record["search"]["answer"] == [1, 2, 3, 4, 5, 6, 7, 0, 8]  # 7 is the answer; wrong ones in order
+        assert record["search"]["answer"] == [
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+            7,
+            0,
+            8,
+        ]  # 7 is the answer; wrong ones in order
         for k, member_S in enumerate(record["aggregation"]["member"]):
             pair = record["aggregation"]["answer"][2 * k : 2 * k + 2]
             assert pair[0] == pair[1] and (pair[0] == 0) == (max(member_S) == 7)
-        assert sorted(n for member_S in record["aggregation"]["member"] for n in member_S) == list(range(9))
+        assert sorted(n for member_S in record["aggregation"]["member"] for n in member_S) == list(
+            range(9)
+        )
         population = list(range(8))
         for round, found in enumerate(record["rsa"], start=1):
-            member = independent_subsets(actor.c.seed, int(Purpose.EVALUATION), 0, int(index), round, 8, 2, 8)
+            member = independent_subsets(
+                actor.c.seed, int(Purpose.EVALUATION), 0, int(index), round, 8, 2, 8
+            )
             population = [max(population[n] for n in member_S) for member_S in member]
-            assert [answer == 0 for answer in found["answer"]] == [value == 7 for value in population]
+            assert [answer == 0 for answer in found["answer"]] == [
+                value == 7 for value in population
+            ]
             assert len(set(found["answer"])) == len(set(population))
     assert len(rollouts) == 2 and rollouts.rounds[0].reward_BxKxM.shape == (2, 3, 2)
     keys = [tuple(ids[3:]) for call in actor.sampler.calls for ids in call.id_Ux6 if ids[2] == 4]
     assert len(set(keys)) == len(keys)  # no two groups of a problem share random numbers
     assert counts["rsa_candidates"] == 2 * 3 * 8 * 2 and counts["aggregation_candidates"] == 2 * 9
-    assert counts["search_sampled_tokens"] == sum(sum(record["search"]["length"]) for record in records)
+    assert counts["search_sampled_tokens"] == sum(
+        sum(record["search"]["length"]) for record in records
+    )
     assert sum(counts[f"rsa_{name}"] for name in ("correct", "wrong")) == 2 * 3 * 8
 
 
 def test_smaller_limits_score_prefixes_of_the_same_traces():
     texts = ["\\boxed{7}", "left=1 \\boxed{8} left \\boxed{7}", "\\boxed{7} left=1...", "right"]
-    lengths = [len(TOKENIZER.encode(text, add_special_tokens=False)) + (not text.endswith("...")) for text in texts]
+    lengths = [
+        len(TOKENIZER.encode(text, add_special_tokens=False)) + (not text.endswith("..."))
+        for text in texts
+    ]
     first_box = len(TOKENIZER.encode("left=1 \\boxed{8}", add_special_tokens=False))
     limits = (2, lengths[0], first_box + 1, 32)
     actor = evaluation_actor(
@@ -147,12 +189,19 @@ def test_smaller_limits_score_prefixes_of_the_same_traces():
     answers = {stage["limit"]: stage["answer"] for stage in record["limits"]}
     assert answers[2] == [None] * 4
     assert answers[lengths[0]][0] == 0  # its stop id is the last token that fits
-    assert answers[first_box + 1] == [0, 1, 0, None]  # of the second trace only the first, wrong box
+    assert answers[first_box + 1] == [
+        0,
+        1,
+        0,
+        None,
+    ]  # of the second trace only the first, wrong box
     assert answers[32] == record["search"]["answer"]
 
 
 def test_a_cut_keeps_the_stop_of_traces_that_fit():
-    requests = GroupRequests(np.zeros((1, 1), np.int32), np.ones(1, np.int32), np.zeros((1, 6), np.int32), 3, 12)
+    requests = GroupRequests(
+        np.zeros((1, 1), np.int32), np.ones(1, np.int32), np.zeros((1, 6), np.int32), 3, 12
+    )
     texts = ["7", "left=1...", "left=1+2+3"]
     groups = ScriptedSampler(lambda role, cursor, k, i: texts[i]).write(requests)
     length = groups.trace_len_UxC[0]

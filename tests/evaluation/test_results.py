@@ -1,4 +1,6 @@
-"""The results file and its tables: what is written is what is read, and nothing undefined is printed."""
+"""The results file and its tables: what is written is what is read, and nothing undefined is
+printed.
+"""
 
 import json
 
@@ -6,12 +8,28 @@ import pytest
 from rich.console import Console
 
 from spiral_jax.evaluation.measures import summarise
-from spiral_jax.evaluation.results import number, percent, powers_of_two, results_tables, write_results
+from spiral_jax.evaluation.results import (
+    number,
+    percent,
+    powers_of_two,
+    results_tables,
+    write_results,
+)
 
 
 def results(records, **problems):
-    settings = {"n": 2, "subsets": 1, "traces": 1, "population": 2, "set_size": 1, "rounds": 1, "subset_size": 2}
-    counts = dict.fromkeys(("correct", "wrong", "unparsed", "timeout", "error", "sampled_tokens"), 3)
+    settings = {
+        "n": 2,
+        "subsets": 1,
+        "traces": 1,
+        "population": 2,
+        "set_size": 1,
+        "rounds": 1,
+        "subset_size": 2,
+    }
+    counts = dict.fromkeys(
+        ("correct", "wrong", "unparsed", "timeout", "error", "sampled_tokens"), 3
+    )
     return {
         "version": 1,
         "model": {"hf_path": "DIR"},
@@ -57,4 +75,8 @@ def test_numbers_are_percent_with_intervals_where_there_are_any():
 
 
 def test_powers_of_two_end_with_n():
-    assert powers_of_two(1) == [1] and powers_of_two(8) == [1, 2, 4, 8] and powers_of_two(6) == [1, 2, 4, 6]
+    assert (
+        powers_of_two(1) == [1]
+        and powers_of_two(8) == [1, 2, 4, 8]
+        and powers_of_two(6) == [1, 2, 4, 6]
+    )

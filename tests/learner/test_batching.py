@@ -39,9 +39,15 @@ def random_groups(seed, U, C=3, P=10, G=12):
 
 def rows(block):
     """The block's groups, padding included, one dict each, in (A, U) order."""
-    arrays = {f.name: np.asarray(getattr(block, f.name)) for f in dataclasses.fields(Block) if "_Ax" in f.name}
+    arrays = {
+        f.name: np.asarray(getattr(block, f.name))
+        for f in dataclasses.fields(Block)
+        if "_Ax" in f.name
+    }
     A, U = block.prompt_len_AxU.shape
-    return [{name: array[a, u] for name, array in arrays.items()} for a in range(A) for u in range(U)]
+    return [
+        {name: array[a, u] for name, array in arrays.items()} for a in range(A) for u in range(U)
+    ]
 
 
 def assert_padded_equal(got, expected):
@@ -62,7 +68,9 @@ LENGTHS = {
 @pytest.mark.parametrize("micro", [1, 4, 5])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("U", [0, 1, 9, 20])
-def test_every_group_lands_once_with_its_weights_in_the_first_bucket_that_holds_it(U, lengths, micro):
+def test_every_group_lands_once_with_its_weights_in_the_first_bucket_that_holds_it(
+    U, lengths, micro
+):
     groups, weight = random_groups(U + micro, U)
     blocks = make_blocks(Role.SEARCH, groups, weight, lengths, micro, most_groups=20)
     found = []
@@ -87,7 +95,9 @@ def test_every_group_lands_once_with_its_weights_in_the_first_bucket_that_holds_
 @pytest.mark.parametrize("U", [0, 3, 8])
 def test_padding_groups_are_one_token_prompts_without_traces_or_weight(U):
     groups, weight = random_groups(U, U)
-    (block,) = make_blocks(Role.AGGREGATION, groups, weight, [(10, 12)], micro_groups=4, most_groups=16)
+    (block,) = make_blocks(
+        Role.AGGREGATION, groups, weight, [(10, 12)], micro_groups=4, most_groups=16
+    )
     assert block.role is Role.AGGREGATION
     padding = [row for row in rows(block) if not row["prompt_AxUxP"][0]]
     assert len(padding) == 16 - U
@@ -105,7 +115,9 @@ def test_shapes_depend_on_the_most_groups_alone():
     assert few[0].prompt_len_AxU.shape == (5, 4)  # 18 groups take five micro-batches of four
     abstract = [abstract_block(Role.SEARCH, 18, 4, C=3, P=P, G=G) for P, G in lengths]
     assert shapes(abstract) == shapes(few)
-    assert shapes([empty_block(Role.SEARCH, 18, 4, C=3, P=P, G=G) for P, G in lengths]) == shapes(few)
+    assert shapes([empty_block(Role.SEARCH, 18, 4, C=3, P=P, G=G) for P, G in lengths]) == shapes(
+        few
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,7 +129,9 @@ def test_a_group_that_fits_nowhere_is_an_error_that_names_lengths_and_field(prom
     groups, weight = random_groups(0, 3)
     groups.requests.prompt_len_U[:] = groups.trace_len_UxC[:] = 1
     groups.requests.prompt_len_U[1], groups.trace_len_UxC[1, 2] = prompt, trace
-    with pytest.raises(ValueError, match=rf"prompt of {prompt} and traces of up to {trace} .*batch\.search_lengths"):
+    with pytest.raises(
+        ValueError, match=rf"prompt of {prompt} and traces of up to {trace} .*batch\.search_lengths"
+    ):
         make_blocks(Role.SEARCH, groups, weight, lengths, 1, 3)
 
 

@@ -1,4 +1,6 @@
-"""Chunked log-probs are the full log-softmax in value and gradient; each token is predicted by the one before it."""
+"""Chunked log-probs are the full log-softmax in value and gradient; each token is predicted by the
+one before it.
+"""
 
 import functools
 import re
@@ -15,7 +17,9 @@ from spiral_jax.model.transformer import ModelConfig, Transformer, head_kernel, 
 
 U, C, G, D, V = 3, 2, 7, 16, 97
 FLOAT32 = dict(rtol=1e-5, atol=1e-5)  # log-probs of order 10, sums over 97 entries
-ARCH = Architecture(V=V, D=32, F=48, L=2, H=4, J=2, E=8, norm_eps=1e-3, rope_theta=777.0, tied=False)
+ARCH = Architecture(
+    V=V, D=32, F=48, L=2, H=4, J=2, E=8, norm_eps=1e-3, rope_theta=777.0, tied=False
+)
 MODEL = ModelConfig(ARCH, lora_rank=4)
 
 
@@ -67,7 +71,9 @@ def test_chunked_is_the_full_log_softmax_in_value_and_gradient(logprobs, chunk):
     weight[:, :, -1] *= 10  # the last chunk is the ragged one
     found, gradient = weighted(logprobs, weight, hidden, kernel, trace, 0.7, chunk)
     expected, its_gradient = weighted(full_logprobs, weight, hidden, kernel, trace, 0.7, None)
-    assert [a.shape for a in found] == [(U, C, G)] * 2 and [a.dtype for a in found] == [jnp.float32] * 2
+    assert [a.shape for a in found] == [(U, C, G)] * 2 and [a.dtype for a in found] == [
+        jnp.float32
+    ] * 2
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, **FLOAT32)
     for a, b in zip(gradient, its_gradient, strict=True):
@@ -81,7 +87,9 @@ def test_logprobs_and_entropies_are_those_of_the_tempered_softmax_in_float64(tem
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     logprob, entropy = token_logprobs(hidden, kernel, trace, temperature, 3)
-    np.testing.assert_allclose(logprob, np.log(np.take_along_axis(p, trace[..., None], -1))[..., 0], **FLOAT32)
+    np.testing.assert_allclose(
+        logprob, np.log(np.take_along_axis(p, trace[..., None], -1))[..., 0], **FLOAT32
+    )
     np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(-1), **FLOAT32)
 
 
@@ -111,11 +119,17 @@ def test_no_array_of_the_forward_and_backward_pass_holds_all_logits():
     hidden, kernel, trace = random_heads()
 
     def gradient(chunk, hidden, kernel):
-        return jax.grad(lambda h, k: token_logprobs(h, k, trace, 1.0, chunk)[0].sum(), argnums=(0, 1))(hidden, kernel)
+        return jax.grad(
+            lambda h, k: token_logprobs(h, k, trace, 1.0, chunk)[0].sum(), argnums=(0, 1)
+        )(hidden, kernel)
 
     every = U * C * G * V
     assert largest_array(functools.partial(gradient, G), hidden, kernel) >= every
-    assert largest_array(functools.partial(gradient, 2), hidden, kernel) <= max(U * C * 2 * V, kernel.size) < every
+    assert (
+        largest_array(functools.partial(gradient, 2), hidden, kernel)
+        <= max(U * C * 2 * V, kernel.size)
+        < every
+    )
 
 
 def random_variables(config):
@@ -124,23 +138,33 @@ def random_variables(config):
     def make(path, leaf):
         name = meshes.path_name(path)
         rng = np.random.default_rng([*name.encode()])
-        values = rng.uniform(0.5, 1.5, leaf.shape) if "norm" in name else rng.normal(0, 0.2, leaf.shape)
+        values = (
+            rng.uniform(0.5, 1.5, leaf.shape) if "norm" in name else rng.normal(0, 0.2, leaf.shape)
+        )
         return values.astype(leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(make, jax.eval_shape(lambda: init_variables(config, jax.random.key(0))))
+    return jax.tree_util.tree_map_with_path(
+        make, jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    )
 
 
 def random_groups(seed=0):
     """One group for each prompt length 1..8; what lies beyond a length is arbitrary."""
     rng = np.random.default_rng(seed)
     prompt_len_U = np.arange(1, 9, dtype=np.int32)
-    return rng.integers(0, V, (8, 8), np.int32), prompt_len_U, rng.integers(0, V, (8, 3, 5), np.int32)
+    return (
+        rng.integers(0, V, (8, 8), np.int32),
+        prompt_len_U,
+        rng.integers(0, V, (8, 3, 5), np.int32),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(config, variables, rows_RxT):
     """Log-probs [R, T, V] of what follows each token of plain rows, which know nothing of groups."""
-    hidden = Transformer(config).apply(variables, rows_RxT, np.full(len(rows_RxT), rows_RxT.shape[1]), None)
+    hidden = Transformer(config).apply(
+        variables, rows_RxT, np.full(len(rows_RxT), rows_RxT.shape[1]), None
+    )
     return jax.nn.log_softmax(hidden @ head_kernel(config, variables["params"]) / 0.7, axis=-1)
 
 
@@ -154,11 +178,15 @@ def row_by_row(config, variables, prompt, prompt_len, trace):
     at = [(u, c) for u in range(len(prompt)) for c in range(trace.shape[1])]
     rows = [np.concatenate([prompt[u, : prompt_len[u]], trace[u, c]]) for u, c in at]
     width = prompt.shape[1] + trace.shape[2]
-    logprob = np.asarray(forward(config, variables, np.stack([np.pad(row, (0, width - len(row))) for row in rows])))
+    logprob = np.asarray(
+        forward(config, variables, np.stack([np.pad(row, (0, width - len(row))) for row in rows]))
+    )
     chosen, entropy = np.zeros(trace.shape), np.zeros(trace.shape)
     for row, (u, c) in enumerate(at):
         for g in range(trace.shape[2]):
-            p = logprob[row, prompt_len[u] + g - 1].astype(np.float64)  # token 0: by the prompt's last real token
+            p = logprob[row, prompt_len[u] + g - 1].astype(
+                np.float64
+            )  # token 0: by the prompt's last real token
             chosen[u, c, g], entropy[u, c, g] = p[trace[u, c, g]], -(np.exp(p) * p).sum()
     return chosen, entropy
 
@@ -170,9 +198,13 @@ def test_every_token_is_predicted_by_the_one_before_it_for_every_prompt_length(m
     with jax.set_mesh(mesh):
         placed = jax.device_put(variables, meshes.weight_shardings(variables, mesh))
         found = grouped(MODEL, placed, *jax.device_put(groups, meshes.group_sharding(mesh)))
-    assert np.ptp(expected[0]) > 5  # far from uniform: a token that is off by one position would show
+    assert (
+        np.ptp(expected[0]) > 5
+    )  # far from uniform: a token that is off by one position would show
     for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)  # 2 layers in float32, log-probs down to -50
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=1e-4
+        )  # 2 layers in float32, log-probs down to -50
 
 
 @pytest.mark.devices8
@@ -198,7 +230,9 @@ def test_a_log_prob_sees_real_prompt_tokens_and_earlier_tokens_alone(mesh):
 
 def test_response_hidden_has_one_state_a_trace_token():
     variables, (prompt, prompt_len, trace) = random_variables(MODEL), random_groups()
-    shape = jax.eval_shape(functools.partial(response_hidden, MODEL), variables, prompt, prompt_len, trace)
+    shape = jax.eval_shape(
+        functools.partial(response_hidden, MODEL), variables, prompt, prompt_len, trace
+    )
     assert shape.shape == (8, 3, 5, ARCH.D)
 
 
@@ -206,7 +240,10 @@ def test_tied_heads_use_the_embedding():
     tied = ModelConfig(Architecture(**{**vars(ARCH), "tied": True}))
     variables = random_variables(tied)
     assert "head" not in variables["params"]
-    untied = {**variables, "params": {**variables["params"], "head": variables["params"]["embed"].T}}
+    untied = {
+        **variables,
+        "params": {**variables["params"], "head": variables["params"]["embed"].T},
+    }
     groups = random_groups()
     same = grouped(ModelConfig(ARCH), untied, *groups)
     for a, b in zip(grouped(tied, variables, *groups), same, strict=True):

@@ -1,6 +1,7 @@
 """The policy loss and its mismatch metrics against float64 loops over tokens.
 
-Sums of a few dozen float32 terms of order one: 1e-5 relative leaves room for rounding and for exp's few ulps.
+Sums of a few dozen float32 terms of order one: 1e-5 relative leaves room for rounding and for exp's
+few ulps.
 """
 
 import math
@@ -74,9 +75,9 @@ def test_gradient_is_minus_weight_times_ratio_at_tokens_and_exactly_zero_elsewhe
 
 def test_on_policy_the_gradient_is_that_of_reinforce_and_the_mismatch_is_none():
     logprob, entropy, _, weight, mask = arrays(2)
-    (_, metrics), gradient = jax.value_and_grad(lambda x: policy_loss(x, entropy, logprob, weight, mask), has_aux=True)(
-        jnp.asarray(logprob)
-    )
+    (_, metrics), gradient = jax.value_and_grad(
+        lambda x: policy_loss(x, entropy, logprob, weight, mask), has_aux=True
+    )(jnp.asarray(logprob))
     reinforce = jax.grad(lambda x: -jnp.sum(jnp.where(mask, weight[..., None] * x, 0.0)))(logprob)
     np.testing.assert_array_equal(gradient, reinforce)
     found = divide(metrics)

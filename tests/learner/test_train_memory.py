@@ -23,7 +23,9 @@ def test_during_an_update_neither_decode_weights_nor_caches_take_memory(tmp_path
 
         def watched_step(*given):
             known = {id(a) for a in jax.tree.leaves([before, given])}
-            found.append(collections.Counter(str(a.aval) for a in jax.live_arrays() if id(a) not in known))
+            found.append(
+                collections.Counter(str(a.aval) for a in jax.live_arrays() if id(a) not in known)
+            )
             return step(*given)
 
         return watched_step
@@ -31,5 +33,7 @@ def test_during_an_update_neither_decode_weights_nor_caches_take_memory(tmp_path
     monkeypatch.setattr(program, "make_train_step", watched)
     assert program.train(set_up(c), str(tmp_path / "run"))
     small = "key<", "int32[]", "uint32[]"
-    found = [{kind: count for kind, count in one.items() if not kind.startswith(small)} for one in found]
+    found = [
+        {kind: count for kind, count in one.items() if not kind.startswith(small)} for one in found
+    ]
     assert found == [{}, {}]

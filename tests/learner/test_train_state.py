@@ -1,4 +1,6 @@
-"""What a train step does to its state: optimizer, donation, compilation; and how far trainer and sampler are apart."""
+"""What a train step does to its state: optimizer, donation, compilation; and how far trainer and
+sampler are apart.
+"""
 
 import dataclasses
 import math
@@ -60,7 +62,9 @@ def updates_of(c, gradient, trained):
         ("cosine", lambda done: (1 + math.cos(math.pi * done)) / 2),
     ],
 )
-def test_learning_rate_rises_linearly_to_its_peak_and_then_follows_the_schedule(schedule, share, warmup):
+def test_learning_rate_rises_linearly_to_its_peak_and_then_follows_the_schedule(
+    schedule, share, warmup
+):
     # Under a constant gradient of one Adam's update is -lr, up to rounding of its bias correction.
     c = config(lr=0.5, schedule=schedule, warmup_steps=warmup, b1=0.9)
     c.train.steps = steps = 9
@@ -103,20 +107,29 @@ def test_clipping_scales_the_gradient_but_not_the_logged_norm():
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_state_alone_is_donated_and_only_what_is_trained_has_moments(kind):
     frozen, state = start(kind, one_device())
-    lowered = make_train_step(config(), MODELS[kind]).lower(state, frozen, blocks_of(search_alone()))
+    lowered = make_train_step(config(), MODELS[kind]).lower(
+        state, frozen, blocks_of(search_alone())
+    )
     donated, *kept = (jax.tree.leaves(argument) for argument in lowered.args_info[0])
     assert len(donated) == len(jax.tree.leaves(state)) and all(leaf.donated for leaf in donated)
     assert not any(leaf.donated for leaf in sum(kept, []))
     base, lora = random_trees(kind)
     assert (frozen is None) == (lora is None)
-    for tree in (state.trained, *(optax.tree_utils.tree_get(state.opt, moment) for moment in ("mu", "nu"))):
+    for tree in (
+        state.trained,
+        *(optax.tree_utils.tree_get(state.opt, moment) for moment in ("mu", "nu")),
+    ):
         assert jax.tree.structure(tree) == jax.tree.structure(base if lora is None else lora)
 
 
 def test_the_optimizer_works_where_the_state_lies():
     """Copies of the moments would be two thirds of the state."""
     frozen, state = start("full", one_device())
-    compiled = make_train_step(config(b1=0.9), MODELS["full"]).lower(state, frozen, blocks_of(search_alone())).compile()
+    compiled = (
+        make_train_step(config(b1=0.9), MODELS["full"])
+        .lower(state, frozen, blocks_of(search_alone()))
+        .compile()
+    )
     text = compiled.as_text()
     assert re.search(r"%state_opt\S*__mu__embed__", text)  # how the program calls what it gets
     assert not re.findall(r"copy\(%state_(?:opt|trained)\S*__embed__\S*\)", text)
@@ -133,13 +146,18 @@ def test_a_step_leaves_the_loaded_base_alone(kind, mesh):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trained))
     jax.tree.map(np.testing.assert_array_equal, loaded, base)
     if kind == "full":  # so that the comparison says something
-        assert all(np.any(now != was) for now, was in zip(*map(jax.tree.leaves, (after.trained, base)), strict=True))
+        assert all(
+            np.any(now != was)
+            for now, was in zip(*map(jax.tree.leaves, (after.trained, base)), strict=True)
+        )
 
 
 @pytest.mark.devices8
 def test_other_lengths_and_counts_in_the_same_shapes_compile_nothing(mesh):
     compiled = []
-    listen = lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
+    listen = lambda event, duration, **_: (
+        compiled.append(event) if "backend_compile" in event else None
+    )  # noqa: E731
     frozen, state = start("lora", mesh)
     step = step_of("lora")
     with jax.set_mesh(mesh):
@@ -169,18 +187,28 @@ def test_sampled_logprobs_give_ratio_one_and_shifted_ones_the_ratio_of_the_shift
     sampler = Engine(settings, Schedule((SlotClass(8, TRACES[Role.SEARCH], P, G),), 8, 1, 64))
     requests = search_alone()[Role.SEARCH][0].requests
     requests.id_Ux6[:, 2] = np.arange(8)
-    groups = sample(sampler, sampler.prepare(variables(MODELS[kind], frozen, state.trained)), requests)
+    groups = sample(
+        sampler, sampler.prepare(variables(MODELS[kind], frozen, state.trained)), requests
+    )
     length = groups.trace_len_UxC
     assert length.min() < G
 
     def mismatch(logprob_UxCxG):
         replaced = dataclasses.replace(groups, logprob_UxCxG=logprob_UxCxG)
-        blocks = make_blocks(Role.SEARCH, replaced, np.ones(length.shape, np.float32), [(P, G)], 8, 8)
-        return {name.removeprefix("mismatch/"): value for name, value in run(kind, blocks)[1].items()}
+        blocks = make_blocks(
+            Role.SEARCH, replaced, np.ones(length.shape, np.float32), [(P, G)], 8, 8
+        )
+        return {
+            name.removeprefix("mismatch/"): value for name, value in run(kind, blocks)[1].items()
+        }
 
     found = mismatch(groups.logprob_UxCxG)
-    assert 0 < found["max_abs_log_ratio"] <= 1e-4  # DESIGN 5.7; 0 would mean that nothing was compared
-    assert found["ratio"] == pytest.approx(1, abs=1e-5) and found["kl"] == pytest.approx(0, abs=1e-6)
+    assert (
+        0 < found["max_abs_log_ratio"] <= 1e-4
+    )  # DESIGN 5.7; 0 would mean that nothing was compared
+    assert found["ratio"] == pytest.approx(1, abs=1e-5) and found["kl"] == pytest.approx(
+        0, abs=1e-6
+    )
 
     shift = np.random.default_rng(3).normal(0, 0.5, groups.logprob_UxCxG.shape).astype(np.float32)
     found = mismatch(groups.logprob_UxCxG - shift)
@@ -191,4 +219,6 @@ def test_sampled_logprobs_give_ratio_one_and_shifted_ones_the_ratio_of_the_shift
         "ratio": np.exp(d).mean(),
         "ratio_squared": np.exp(2 * d).mean(),
     }
-    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)  # as the log-ratio above
+    assert {name: found[name] for name in expected} == pytest.approx(
+        expected, abs=1e-4
+    )  # as the log-ratio above

@@ -36,7 +36,9 @@ SAME_GRADIENT, SAME_LOSS = 2e-6, 1e-6
 
 
 def norm(tree):
-    return float(np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree))))
+    return float(
+        np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree)))
+    )
 
 
 def distance(tree, reference):
@@ -45,11 +47,15 @@ def distance(tree, reference):
 
 
 def assert_same(found, reference):
-    """The gradient to 2e-6 in relative L2; loss and every other metric to 1e-6 (gradient norms as the gradient)."""
+    """The gradient to 2e-6 in relative L2; loss and every other metric to 1e-6 (gradient norms as
+    the gradient).
+    """
     assert distance(found[0], reference[0]) <= SAME_GRADIENT
     assert found[1].keys() == reference[1].keys()
     for name, value in reference[1].items():
-        assert found[1][name] == pytest.approx(value, rel=SAME_GRADIENT if "grad" in name else SAME_LOSS), name
+        assert found[1][name] == pytest.approx(
+            value, rel=SAME_GRADIENT if "grad" in name else SAME_LOSS
+        ), name
 
 
 # ---- the oracle: one row a trace, no padding, no sharing, whole logits
@@ -63,8 +69,12 @@ def row_loss_and_gradient(base, trained, row_T, prompt_len, recorded_T, weight, 
         tree = variables(MODELS[kind], base, trained)
         hidden = Transformer(MODELS[kind]).apply(tree, row_T[None], jnp.array([row_T.size]), None)
         logits = hidden[0] @ head_kernel(MODELS[kind], tree["params"]) / 0.7
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), row_T[1:, None], axis=1)[:, 0]
-        ratio = jnp.where(jnp.arange(1, row_T.size) >= prompt_len, jnp.exp(logprob - recorded_T[1:]), 0.0)
+        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits[:-1]), row_T[1:, None], axis=1)[
+            :, 0
+        ]
+        ratio = jnp.where(
+            jnp.arange(1, row_T.size) >= prompt_len, jnp.exp(logprob - recorded_T[1:]), 0.0
+        )
         return -weight * ratio.sum()
 
     return jax.value_and_grad(loss)(trained)
@@ -78,8 +88,12 @@ def oracle(kind, groups, weight_UxC):
     for u, c in np.ndindex(weight_UxC.shape):
         length = groups.requests.prompt_len_U[u]
         row = np.concatenate([groups.requests.prompt_UxP[u, :length], groups.trace_ids(u, c)])
-        recorded = np.concatenate([np.zeros(length, np.float32), groups.logprob_UxCxG[u, c]])[: row.size]
-        value, part = row_loss_and_gradient(base, trained, row, length, recorded, weight_UxC[u, c], kind)
+        recorded = np.concatenate([np.zeros(length, np.float32), groups.logprob_UxCxG[u, c]])[
+            : row.size
+        ]
+        value, part = row_loss_and_gradient(
+            base, trained, row, length, recorded, weight_UxC[u, c], kind
+        )
         loss += float(value)
         gradient = jax.tree.map(lambda total, g: total + np.asarray(g, np.float64), gradient, part)
     return loss, gradient
@@ -88,7 +102,8 @@ def oracle(kind, groups, weight_UxC):
 @pytest.mark.devices8
 @pytest.mark.parametrize("kind", MODELS)
 def test_gradient_and_loss_are_those_of_a_loop_over_unpadded_rows(kind, mesh):
-    # 1e-5, not 2e-6: shared prompts also split every softmax and every matrix product in another way.
+    # 1e-5, not 2e-6: shared prompts also split every softmax and every matrix product in another
+    # way.
     material = both_roles()
     gradient, metrics, _ = run(kind, blocks_of(material), mesh)
     of_role = {role: oracle(kind, *pair) for role, pair in material.items()}
@@ -164,7 +179,10 @@ def test_padding_of_any_content_changes_no_bit():
         block.logprob_AxUxCxG[past_trace] = np.nan
         assert block.count == 2
         block.trace_len_AxUxC[2:], block.weight_AxUxC[2:] = G, 7.0  # micro-batches beyond `count`
-    (gradient, metrics, state), (expected, same_metrics, same_state) = run("full", clean), run("full", dirty)
+    (gradient, metrics, state), (expected, same_metrics, same_state) = (
+        run("full", clean),
+        run("full", dirty),
+    )
     jax.tree.map(np.testing.assert_array_equal, gradient, expected)
     jax.tree.map(np.testing.assert_array_equal, state.trained, same_state.trained)
     assert metrics == same_metrics
@@ -206,7 +224,10 @@ def test_every_device_holds_its_share_of_each_array_before_and_after_a_step(kind
             name = meshes.path_name(path)
             key = next(key for key in CUTS if name == key or name.endswith(f"/{key}"))
             seen.add(key)
-            shape = [n // (mesh.shape[axis] if axis else 1) for n, axis in zip(array.shape, CUTS[key], strict=True)]
+            shape = [
+                n // (mesh.shape[axis] if axis else 1)
+                for n, axis in zip(array.shape, CUTS[key], strict=True)
+            ]
             assert len(array.addressable_shards) == mesh.size
             for shard in array.addressable_shards:
                 assert shard.data.nbytes == 4 * np.prod(shape, initial=1, dtype=int), name
@@ -241,7 +262,10 @@ def test_batches_of_equal_weights_and_cut_off_traces_are_finite(sign):
         groups.requests.prompt_len_U[:], groups.trace_len_UxC[:] = 1, G
     _, metrics, state = run("lora", blocks_of(material))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state)))
-    assert all(value is None or np.isfinite(value) for value in metrics.values()) and metrics["skipped_update"] == 0
+    assert (
+        all(value is None or np.isfinite(value) for value in metrics.values())
+        and metrics["skipped_update"] == 0
+    )
 
 
 def test_single_token_traces_are_learnt_from():
@@ -249,10 +273,14 @@ def test_single_token_traces_are_learnt_from():
     groups.requests.prompt_len_U[:], groups.trace_len_UxC[:] = 5, 1
     gradient, metrics, _ = run("lora", blocks_of({Role.SEARCH: (groups, weight)}, micro=8, most=8))
     loss, expected = oracle("lora", groups, weight)
-    assert distance(gradient, expected) <= 1e-5 and metrics["loss/search"] == pytest.approx(loss, rel=1e-5)
+    assert distance(gradient, expected) <= 1e-5 and metrics["loss/search"] == pytest.approx(
+        loss, rel=1e-5
+    )
 
 
-@pytest.mark.parametrize(("lacking", "most"), [("tokens", 16), ("weight", 16), ("groups", 16), ("groups", 4)])
+@pytest.mark.parametrize(
+    ("lacking", "most"), [("tokens", 16), ("weight", 16), ("groups", 16), ("groups", 4)]
+)
 def test_without_anything_to_learn_only_the_step_moves(lacking, most):
     material = both_roles()
     for role, (groups, weight) in material.items():
@@ -262,10 +290,14 @@ def test_without_anything_to_learn_only_the_step_moves(lacking, most):
             weight[:] = 0
         else:
             material[role] = take_groups(groups, np.arange(0)), weight[:0]
-    gradient, metrics, state = run("full", blocks_of(material, most=most))  # four micro-batches of 4, or one
+    gradient, metrics, state = run(
+        "full", blocks_of(material, most=most)
+    )  # four micro-batches of 4, or one
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
     jax.tree.map(np.testing.assert_array_equal, state.trained, random_trees("full")[0])
-    counts = [int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state.opt, "count")]
+    counts = [
+        int(count) for _, count in optax.tree_utils.tree_get_all_with_path(state.opt, "count")
+    ]
     assert int(state.step) == 1 and counts == [1, 1]  # Adam's and the schedule's
     assert all(value is None or np.isfinite(value) for value in metrics.values())
     assert metrics["grad_norm"] == metrics["loss/search"] == metrics["loss/aggregation"] == 0

@@ -1,4 +1,6 @@
-"""LoRA adapters in PEFT's format: what PEFT wrote we run, what we write PEFT runs, and what differs is an error."""
+"""LoRA adapters in PEFT's format: what PEFT wrote we run, what we write PEFT runs, and what differs
+is an error.
+"""
 
 import dataclasses
 import json
@@ -30,7 +32,9 @@ def base(request, qwen3_checkpoint, llama_checkpoint):
 
 def random_lora(config, mesh):
     """A and B both random, large enough to be seen in the logits."""
-    make = lambda path, leaf: np.random.default_rng([*path_name(path).encode()]).normal(0, 0.1, leaf.shape)  # noqa: E731
+    make = lambda path, leaf: np.random.default_rng([*path_name(path).encode()]).normal(
+        0, 0.1, leaf.shape
+    )  # noqa: E731
     tree = jax.tree_util.tree_map_with_path(make, abstract_lora(config))
     tree = jax.tree.map(lambda a: a.astype(np.float32), tree)
     return jax.device_put(tree, weight_shardings(tree, mesh))
@@ -51,7 +55,9 @@ def gap(logits, theirs, ids):
     worst = 0.0
     for u, c in ((0, 0), (1, 1), (3, 0)):
         row = np.concatenate([ids.prompt[u, : ids.prompt_len[u]], ids.trace[u, c]])
-        worst = max(worst, np.abs(theirs(row)[ids.prompt_len[u] - 1 :] - rows_of(logits, ids, u, c)).max())
+        worst = max(
+            worst, np.abs(theirs(row)[ids.prompt_len[u] - 1 :] - rows_of(logits, ids, u, c)).max()
+        )
     return worst
 
 
@@ -75,7 +81,9 @@ def test_what_we_write_gives_the_same_logits_in_peft(base, mesh, tmp_path):
     logits = np.asarray(on_mesh(forward, mesh, other, {"params": params, "lora": lora}, ids)[1])
     assert gap(logits, theirs, ids) > 10 * PARITY
     again = load_adapter(tmp_path, config, mesh)
-    assert jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), again, lora))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), again, lora)
+    )
 
 
 def test_what_peft_writes_gives_the_same_logits_here(base, mesh, tmp_path):
@@ -84,7 +92,9 @@ def test_what_peft_writes_gives_the_same_logits_here(base, mesh, tmp_path):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    lora_config = LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, task_type="CAUSAL_LM", lora_dropout=0.1)
+    lora_config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=TARGETS, task_type="CAUSAL_LM", lora_dropout=0.1
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora_config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -92,7 +102,10 @@ def test_what_peft_writes_gives_the_same_logits_here(base, mesh, tmp_path):
                 parameter.normal_(0, 0.1)
     model.save_pretrained(tmp_path)
     config, ids = ModelConfig(read_architecture(base), lora_rank=4, lora_alpha=6.0), random_ids()
-    variables = {"params": hf.load_params(base, config, mesh), "lora": load_adapter(tmp_path, config, mesh)}
+    variables = {
+        "params": hf.load_params(base, config, mesh),
+        "lora": load_adapter(tmp_path, config, mesh),
+    }
     logits = np.asarray(on_mesh(forward, mesh, config, variables, ids)[1])
     assert gap(logits, in_peft(base, tmp_path), ids) <= PARITY
 
@@ -127,7 +140,9 @@ def test_an_adapter_of_another_kind_is_an_error_that_names_the_field_and_its_val
 def test_a_missing_or_damaged_adapter_is_an_error_with_its_path(saved, mesh, tmp_path_factory):
     directory, config = saved
     empty = tmp_path_factory.mktemp("empty")
-    with pytest.raises(ConfigError, match=f"config.model.adapter_path = '{empty}': no adapter_config.json"):
+    with pytest.raises(
+        ConfigError, match=f"config.model.adapter_path = '{empty}': no adapter_config.json"
+    ):
         check_adapter(empty, config)
     weights = directory / "adapter_model.safetensors"
     tensors = load_file(weights)
@@ -138,7 +153,9 @@ def test_a_missing_or_damaged_adapter_is_an_error_with_its_path(saved, mesh, tmp
     save_file(tensors | {name: tensors[name].T.copy()}, weights)
     with pytest.raises(WeightsError, match=rf"{name} has shape \[4, 80\]"):
         load_adapter(directory, config, mesh)
-    save_file(tensors | {"base_model.model.lm_head.lora_A.weight": np.zeros((4, 48), np.float32)}, weights)
+    save_file(
+        tensors | {"base_model.model.lm_head.lora_A.weight": np.zeros((4, 48), np.float32)}, weights
+    )
     with pytest.raises(WeightsError, match="first base_model.model.lm_head.lora_A.weight"):
         load_adapter(directory, config, mesh)
     weights.unlink()

@@ -1,4 +1,6 @@
-"""config.json is read in both spellings of transformers, and whatever is not supported is an error that names it."""
+"""config.json is read in both spellings of transformers, and whatever is not supported is an error
+that names it.
+"""
 
 import dataclasses
 import json
@@ -8,7 +10,12 @@ import jax
 import pytest
 
 from spiral_jax.core.config import ConfigError
-from spiral_jax.model.architecture import Architecture, hf_fields, parse_architecture, read_architecture
+from spiral_jax.model.architecture import (
+    Architecture,
+    hf_fields,
+    parse_architecture,
+    read_architecture,
+)
 from spiral_jax.model.transformer import ModelConfig, init_variables
 
 # The config.json of Qwen3-4B-Instruct-2507, as transformers 4 wrote it.
@@ -21,7 +28,9 @@ FOUR_B = {
     "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
     "vocab_size": 151936,
 }  # fmt: skip
-ARCH = Architecture(V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True)
+ARCH = Architecture(
+    V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True
+)
 # The config.json of SmolLM2-135M-Instruct.
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
@@ -32,9 +41,21 @@ SMOLLM2 = {
     "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.42.3",
     "use_cache": True, "vocab_size": 49152,
 }  # fmt: skip
-SMALL = Architecture(V=97, D=48, F=80, L=3, H=6, J=3, E=16, norm_eps=1e-3, rope_theta=777.0, tied=True)
+SMALL = Architecture(
+    V=97, D=48, F=80, L=3, H=6, J=3, E=16, norm_eps=1e-3, rope_theta=777.0, tied=True
+)
 SMOLLM2_ARCH = Architecture(
-    V=49152, D=576, F=1536, L=30, H=9, J=3, E=64, norm_eps=1e-5, rope_theta=1e5, tied=True, qk_norm=False
+    V=49152,
+    D=576,
+    F=1536,
+    L=30,
+    H=9,
+    J=3,
+    E=64,
+    norm_eps=1e-5,
+    rope_theta=1e5,
+    tied=True,
+    qk_norm=False,
 )
 ABSENT = object()
 
@@ -50,7 +71,11 @@ NEW_SPELLING = changed(
 
 
 def test_both_spellings_are_the_same_architecture():
-    assert parse_architecture(FOUR_B, "config.json") == parse_architecture(NEW_SPELLING, "config.json") == ARCH
+    assert (
+        parse_architecture(FOUR_B, "config.json")
+        == parse_architecture(NEW_SPELLING, "config.json")
+        == ARCH
+    )
     both = changed(rope_parameters={"rope_theta": 5e6, "rope_type": "default"})
     assert parse_architecture(both, "config.json") == ARCH
 
@@ -65,7 +90,9 @@ def test_both_spellings_are_the_same_architecture():
     ],
 )  # fmt: skip
 def test_each_field_sets_its_own_size_or_constant(name, other, field):
-    assert parse_architecture(changed(**{name: other}), "here") == dataclasses.replace(ARCH, **{field: other})
+    assert parse_architecture(changed(**{name: other}), "here") == dataclasses.replace(
+        ARCH, **{field: other}
+    )
 
 
 UNSUPPORTED = [
@@ -110,12 +137,24 @@ def test_an_unsupported_or_missing_field_is_an_error_that_names_field_and_file(n
 
 def test_llama_is_qwen3_without_norms_of_heads_and_its_head_width_may_be_implied():
     assert parse_architecture(SMOLLM2, "config.json") == SMOLLM2_ARCH
-    assert parse_architecture(SMOLLM2 | {"head_dim": 32}, "config.json") == dataclasses.replace(SMOLLM2_ARCH, E=32)
-    assert parse_architecture(SMOLLM2 | {"rope_scaling": {"type": "default"}}, "config.json") == SMOLLM2_ARCH
+    assert parse_architecture(SMOLLM2 | {"head_dim": 32}, "config.json") == dataclasses.replace(
+        SMOLLM2_ARCH, E=32
+    )
+    assert (
+        parse_architecture(SMOLLM2 | {"rope_scaling": {"type": "default"}}, "config.json")
+        == SMOLLM2_ARCH
+    )
 
 
 def test_what_old_llama_files_leave_out_has_the_value_it_had():
-    old = {"num_key_value_heads", "rope_theta", "tie_word_embeddings", "pretraining_tp", "mlp_bias", "attention_bias"}
+    old = {
+        "num_key_value_heads",
+        "rope_theta",
+        "tie_word_embeddings",
+        "pretraining_tp",
+        "mlp_bias",
+        "attention_bias",
+    }
     fields = {name: value for name, value in SMOLLM2.items() if name not in old}
     expected = dataclasses.replace(SMOLLM2_ARCH, J=9, rope_theta=1e4, tied=False)
     assert parse_architecture(fields, "config.json") == expected
@@ -154,7 +193,10 @@ def test_a_misspelt_field_is_met_with_the_right_one():
 
 
 def test_a_window_that_is_not_used_is_ignored():
-    assert parse_architecture(changed(sliding_window=4096, max_window_layers=10), "config.json") == ARCH
+    assert (
+        parse_architecture(changed(sliding_window=4096, max_window_layers=10), "config.json")
+        == ARCH
+    )
 
 
 def test_a_file_is_read_and_a_missing_or_corrupt_one_is_an_error_with_its_path(tmp_path):

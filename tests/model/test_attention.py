@@ -1,4 +1,6 @@
-"""Attention over groups against explicit loops in float64, with any blocks, and blind to what is padding."""
+"""Attention over groups against explicit loops in float64, with any blocks, and blind to what is
+padding.
+"""
 
 import functools
 import re
@@ -11,7 +13,8 @@ import pytest
 from spiral_jax.model import group_attention
 from spiral_jax.model.group_attention import Lengths
 
-# float32 against float64: scores reach about 20, each off by 20 * 6e-8 * a few roundings, and so is the softmax.
+# float32 against float64: scores reach about 20, each off by 20 * 6e-8 * a few roundings, and so is
+# the softmax.
 FLOAT32 = dict(atol=2e-5, rtol=0)
 U, C, P, G, E = 3, 2, 7, 5, 8
 # (H, J, block): 1, 2 and 3 query heads a key/value head; most blocks divide neither 7 nor 5
@@ -24,7 +27,9 @@ def lengths(prompt_len=PROMPT_LEN, longest_prompt=P, longest_trace=G):
     return Lengths(jnp.asarray(prompt_len), jnp.int32(longest_prompt), jnp.int32(longest_trace))
 
 
-prompt_attention = jax.jit(group_attention.prompt_attention, static_argnums=4, compiler_options=QUICK)
+prompt_attention = jax.jit(
+    group_attention.prompt_attention, static_argnums=4, compiler_options=QUICK
+)
 trace_attention = jax.jit(group_attention.trace_attention, static_argnums=4, compiler_options=QUICK)
 
 
@@ -51,13 +56,20 @@ def prompt_arrays(H, J, seed=0):
 def trace_arrays(H, J, seed=0):
     rng = np.random.default_rng(seed)
     prompt_kv = random(rng, U, P, J, E), random(rng, U, P, J, E)
-    return random(rng, U, C, G, H, E), prompt_kv, (random(rng, U, C, G, J, E), random(rng, U, C, G, J, E))
+    return (
+        random(rng, U, C, G, H, E),
+        prompt_kv,
+        (random(rng, U, C, G, J, E), random(rng, U, C, G, J, E)),
+    )
 
 
 def trace_oracle(q, prompt_kv, own_kv, prompt_len=PROMPT_LEN):
     out = np.zeros(q.shape)
     for u, c, i in np.ndindex(*q.shape[:3]):
-        k, v = (np.concatenate([prompt_kv[a][u, : prompt_len[u]], own_kv[a][u, c, : i + 1]]) for a in (0, 1))
+        k, v = (
+            np.concatenate([prompt_kv[a][u, : prompt_len[u]], own_kv[a][u, c, : i + 1]])
+            for a in (0, 1)
+        )
         out[u, c, i] = attend(q[u, c, i], k, v)
     return out
 
@@ -72,9 +84,13 @@ def test_a_prompt_token_attends_to_itself_and_what_is_before_it(H, J, block):
 
 
 @pytest.mark.parametrize("H, J, block", CASES)
-def test_a_trace_token_attends_to_the_real_prompt_and_to_its_own_past_under_one_softmax(H, J, block):
+def test_a_trace_token_attends_to_the_real_prompt_and_to_its_own_past_under_one_softmax(
+    H, J, block
+):
     arrays = trace_arrays(H, J, seed=block)
-    np.testing.assert_allclose(trace_attention(*arrays, lengths(), block), trace_oracle(*arrays), **FLOAT32)
+    np.testing.assert_allclose(
+        trace_attention(*arrays, lengths(), block), trace_oracle(*arrays), **FLOAT32
+    )
 
 
 def test_with_one_visible_key_the_output_is_its_value():
@@ -83,12 +99,16 @@ def test_with_one_visible_key_the_output_is_its_value():
     first = np.asarray(prompt_attention(q, 5 * k, v, lengths(), 3))[:, 0]
     np.testing.assert_allclose(first, np.repeat(v[:, 0], 3, axis=1), rtol=1e-6)
     q, prompt_kv, own_kv = trace_arrays(6, 2)
-    for nothing in (lengths(np.zeros(U, np.int32)), lengths(np.zeros(U, np.int32), longest_prompt=0)):
+    for nothing in (
+        lengths(np.zeros(U, np.int32)),
+        lengths(np.zeros(U, np.int32), longest_prompt=0),
+    ):
         first = np.asarray(trace_attention(q, prompt_kv, own_kv, nothing, 3))[:, :, 0]
         np.testing.assert_allclose(first, np.repeat(own_kv[1][:, :, 0], 3, axis=2), rtol=1e-6)
 
 
-# ---- gradients: of softmax attention over whole rows, the prompt repeated for each trace, by JAX's own rules
+# ---- gradients: of softmax attention over whole rows, the prompt repeated for each trace, by JAX's
+# own rules
 
 
 def plain_attention(q_CxTxHxE, k_CxTxJxE, v_CxTxJxE, visible_TxT):
@@ -100,11 +120,16 @@ def plain_attention(q_CxTxHxE, k_CxTxJxE, v_CxTxJxE, visible_TxT):
 
 
 def plain_total(prompt, trace, target, prompt_len, trace_len):
-    """sum target * attention over real tokens; rows of a group are plain causal ones without padding."""
+    """sum target * attention over real tokens; rows of a group are plain causal ones without
+    padding.
+    """
     total = 0.0
     for u, length in enumerate(prompt_len):
         for c, own in enumerate(trace_len[u]):
-            row = [jnp.concatenate([a[u, :length], b[u, c, :own]])[None] for a, b in zip(prompt, trace, strict=True)]
+            row = [
+                jnp.concatenate([a[u, :length], b[u, c, :own]])[None]
+                for a, b in zip(prompt, trace, strict=True)
+            ]
             out = plain_attention(*row, np.tril(np.ones((length + own,) * 2, bool)))[0]
             total += jnp.sum(target[1][u, c, :own] * out[length:])
             if c == 0:  # the prompt's own outputs count once
@@ -118,27 +143,41 @@ def grouped_total(block, prompt, trace, target, prompt_len, trace_len):
     own = group_attention.trace_attention(trace[0], prompt[1:], trace[1:], of, block)
     in_prompt = (np.arange(out.shape[1]) < prompt_len[:, None])[..., None, None]
     in_trace = (np.arange(own.shape[2]) < trace_len[..., None])[..., None, None]
-    return jnp.sum(target[0] * jnp.where(in_prompt, out, 0)) + jnp.sum(target[1] * jnp.where(in_trace, own, 0))
+    return jnp.sum(target[0] * jnp.where(in_prompt, out, 0)) + jnp.sum(
+        target[1] * jnp.where(in_trace, own, 0)
+    )
 
 
 @pytest.mark.parametrize("block", [1, 3, 4, 512])
 def test_gradients_of_uneven_groups_are_those_of_plain_rows(block):
     rng = np.random.default_rng(block)
     H, J = 6, 2
-    prompt, trace = prompt_arrays(H, J, block), tuple(random(rng, U, C, G, heads, E) for heads in (H, J, J))
+    prompt, trace = (
+        prompt_arrays(H, J, block),
+        tuple(random(rng, U, C, G, heads, E) for heads in (H, J, J)),
+    )
     target = random(rng, U, P, H, E), random(rng, U, C, G, H, E)
-    prompt_len, trace_len = np.array([5, 1, 4], np.int32), np.array([[4, 0], [1, 3], [0, 0]], np.int32)
-    gradient = jax.jit(jax.grad(functools.partial(grouped_total, block), argnums=(0, 1)), compiler_options=QUICK)
+    prompt_len, trace_len = (
+        np.array([5, 1, 4], np.int32),
+        np.array([[4, 0], [1, 3], [0, 0]], np.int32),
+    )
+    gradient = jax.jit(
+        jax.grad(functools.partial(grouped_total, block), argnums=(0, 1)), compiler_options=QUICK
+    )
     found = gradient(prompt, trace, target, prompt_len, trace_len)
     expected = jax.grad(plain_total, argnums=(0, 1))(prompt, trace, target, prompt_len, trace_len)
     # entries of order ten; sums over queries and keys run in another order
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected
+    )
 
 
 def test_keys_and_values_of_padding_never_leak_into_outputs_or_gradients():
     q, prompt_kv, own_kv = trace_arrays(4, 2)
     padded_UxP = np.arange(P) >= PROMPT_LEN[:, None]
-    poisoned_kv = tuple(np.where(padded_UxP[..., None, None], np.float32(1e6), a) for a in prompt_kv)
+    poisoned_kv = tuple(
+        np.where(padded_UxP[..., None, None], np.float32(1e6), a) for a in prompt_kv
+    )
 
     def total(q, prompt_kv, own_kv):
         return jnp.sum(jnp.sin(group_attention.trace_attention(q, prompt_kv, own_kv, lengths(), 2)))
@@ -147,7 +186,9 @@ def test_keys_and_values_of_padding_never_leak_into_outputs_or_gradients():
     clean, poisoned = both(q, prompt_kv, own_kv), both(q, poisoned_kv, own_kv)
     jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
     of_keys, of_values = poisoned[1][1]
-    assert not np.any(np.asarray(of_keys)[padded_UxP]) and not np.any(np.asarray(of_values)[padded_UxP])
+    assert not np.any(np.asarray(of_keys)[padded_UxP]) and not np.any(
+        np.asarray(of_values)[padded_UxP]
+    )
     assert np.any(np.asarray(of_keys)[~padded_UxP]), "the real prompt has a gradient"
 
 
@@ -180,11 +221,15 @@ def compiled_gradient(length, block, C=2, G=64):
     """Of both attentions over one group with a prompt of `length`: two heads of eight."""
     floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     prompt, own = floats(1, length, 2, E), floats(1, C, G, 2, E)
-    of = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), lengths(np.array([1], np.int32)))
+    of = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), lengths(np.array([1], np.int32))
+    )
 
     def total(q, k, v, own_q, own_k, own_v, of):
         out = group_attention.trace_attention(own_q, (k, v), (own_k, own_v), of, block)
-        return jnp.sum(jnp.sin(group_attention.prompt_attention(q, k, v, of, block))) + jnp.sum(jnp.sin(out))
+        return jnp.sum(jnp.sin(group_attention.prompt_attention(q, k, v, of, block))) + jnp.sum(
+            jnp.sin(out)
+        )
 
     gradient = jax.jit(jax.grad(total, argnums=tuple(range(6))), compiler_options=QUICK)
     return gradient.lower(prompt, prompt, prompt, own, own, own, of).compile()
@@ -198,14 +243,19 @@ def largest_array(program):
 def test_no_array_holds_the_scores_of_all_queries_to_all_keys():
     P, G, C, block = 512, 64, 2, 32
     program = compiled_gradient(P, block, C, G)
-    assert largest_array(program) <= P * 2 * E < min(P * P, C * G * P)  # as large as the queries of all heads
-    assert largest_array(compiled_gradient(P, P, C, G)) >= P * P, "the same count sees scores where there are some"
+    assert (
+        largest_array(program) <= P * 2 * E < min(P * P, C * G * P)
+    )  # as large as the queries of all heads
+    assert largest_array(compiled_gradient(P, P, C, G)) >= P * P, (
+        "the same count sees scores where there are some"
+    )
 
 
 def test_memory_of_a_17_thousand_token_prompt_is_that_of_its_arrays():
     length = 17_920
     array = length * 2 * E * 4
-    # queries, keys, values, output, their cotangents and transposed copies; the scores would be 2,240 of them
+    # queries, keys, values, output, their cotangents and transposed copies; the scores would be
+    # 2,240 of them
     assert compiled_gradient(length, 512).memory_analysis().temp_size_in_bytes < 40 * array
 
 

@@ -1,4 +1,6 @@
-"""Attention over caches against a plain softmax, long prompts in blocks, and what int8 storage costs."""
+"""Attention over caches against a plain softmax, long prompts in blocks, and what int8 storage
+costs.
+"""
 
 import functools
 
@@ -33,14 +35,20 @@ def softmax_attention(q_HxE, k_TxJxE, v_TxJxE):
 @pytest.mark.parametrize("H, J", [(4, 2), (6, 1), (3, 3)])
 def test_decode_attention_is_one_softmax_over_prompt_and_own_tokens(H, J):
     U, C, P, G, E = 3, 2, 11, 7, 8
-    q, (pk, pv), (ok, ov) = normal(0, U, C, H, E), normal(1, 2, U, P, J, E), normal(2, 2, U, C, G, J, E)
+    q, (pk, pv), (ok, ov) = (
+        normal(0, U, C, H, E),
+        normal(1, 2, U, P, J, E),
+        normal(2, 2, U, C, G, J, E),
+    )
     prompt_len, own_index = np.array([11, 1, 6], np.int32), np.array([0, 6, 3], np.int32)
     entries = functools.partial(cache_entries, dtype=jnp.float32)
     out = decode(q, entries(pk, pv), prompt_len, entries(ok, ov), own_index)
     for u, c in np.ndindex(U, C):
         n, g = prompt_len[u], own_index[u] + 1
         k, v = np.concatenate([pk[u, :n], ok[u, c, :g]]), np.concatenate([pv[u, :n], ov[u, c, :g]])
-        np.testing.assert_allclose(out[u, c], softmax_attention(q[u, c], k, v), rtol=0, atol=ROUNDING)
+        np.testing.assert_allclose(
+            out[u, c], softmax_attention(q[u, c], k, v), rtol=0, atol=ROUNDING
+        )
 
 
 @pytest.mark.parametrize("Q", [1, 4, 12])
@@ -64,8 +72,12 @@ def test_prefix_attention_at_17k_tokens_never_holds_all_scores():
     out = program(q, cache, jnp.int32(T - Q))
     for i in (0, 100, Q - 1):
         n = T - Q + i + 1
-        np.testing.assert_allclose(out[0, i], softmax_attention(q[0, i], k[0, :n], v[0, :n]), rtol=0, atol=ROUNDING)
-    assert program.memory_analysis().temp_size_in_bytes < 12 * 4 * H * Q * Q  # a few blocks of scores, not Q x T
+        np.testing.assert_allclose(
+            out[0, i], softmax_attention(q[0, i], k[0, :n], v[0, :n]), rtol=0, atol=ROUNDING
+        )
+    assert (
+        program.memory_analysis().temp_size_in_bytes < 12 * 4 * H * Q * Q
+    )  # a few blocks of scores, not Q x T
 
 
 def test_peaked_scores_of_any_size_stay_finite_and_exact():
@@ -74,7 +86,9 @@ def test_peaked_scores_of_any_size_stay_finite_and_exact():
     out = prefix(q[:, 3:6], cache_entries(k, v, jnp.float32), 3)
     for i in range(3):
         expected = softmax_attention(q[0, 3 + i], k[0, : 4 + i], v[0, : 4 + i])
-        np.testing.assert_allclose(out[0, i], expected, rtol=0, atol=1e-4)  # scores of order 1,000 round to 1e-4
+        np.testing.assert_allclose(
+            out[0, i], expected, rtol=0, atol=1e-4
+        )  # scores of order 1,000 round to 1e-4
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
@@ -101,11 +115,17 @@ def test_int8_entries_are_within_half_a_step_of_the_largest():
 
 def test_attention_over_an_int8_cache_moves_by_about_a_hundredth():
     U, C, P, G, J, E = 3, 2, 40, 9, 2, 32
-    q, (pk, pv), (ok, ov) = normal(0, U, C, 4, E), normal(1, 2, U, P, J, E), normal(2, 2, U, C, G, J, E)
+    q, (pk, pv), (ok, ov) = (
+        normal(0, U, C, 4, E),
+        normal(1, 2, U, P, J, E),
+        normal(2, 2, U, C, G, J, E),
+    )
     lengths = np.array([40, 5, 17], np.int32), np.array([0, 8, 3], np.int32)
     out = {}
     for dtype in (jnp.float32, jnp.int8):
         entries = functools.partial(cache_entries, dtype=jnp.dtype(dtype))
         out[dtype] = np.asarray(decode(q, entries(pk, pv), lengths[0], entries(ok, ov), lengths[1]))
     difference = np.abs(out[jnp.int8] - out[jnp.float32])
-    assert 1e-4 < difference.mean() < 0.01 and difference.max() < 0.05  # outputs of order 1/3, a step is 1/127 of 3
+    assert (
+        1e-4 < difference.mean() < 0.01 and difference.max() < 0.05
+    )  # outputs of order 1/3, a step is 1/127 of 3

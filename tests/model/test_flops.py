@@ -26,17 +26,25 @@ PROMPT, TRACE = np.array([3, 1]), np.array([[2, 0], [1, 4]])
 TOKENS, RESPONSES = 3 + 1 + 7, 7
 PAIRS = (1 + 2 + 3) + 1 + (2 * 3 + (1 + 2)) + (1 * 1 + 1) + (4 * 1 + (1 + 2 + 3 + 4))
 PAIR = 4 * 4 * 5  # forward: scores and weighted values of 4 heads of 5
-PAIRS_L = 3 * PAIRS - (1 + 2)  # the last layer's prompts have the queries of their last tokens alone
+PAIRS_L = 3 * PAIRS - (
+    1 + 2
+)  # the last layer's prompts have the queries of their last tokens alone
 
 
 def of_layers(all_parts, keys_values):
-    """Operations a token of a layer -> those of all; of prompts the last layer has keys, values and last tokens."""
-    return 2 * TOKENS * all_parts + TOKENS * keys_values + (2 + RESPONSES) * (all_parts - keys_values)
+    """Operations a token of a layer -> those of all; of prompts the last layer has keys, values and
+    last tokens.
+    """
+    return (
+        2 * TOKENS * all_parts + TOKENS * keys_values + (2 + RESPONSES) * (all_parts - keys_values)
+    )
 
 
 def test_the_weights_of_a_layer_are_those_of_its_projections():
     assert linear_weights(ARCH) == W and adapter_weights(ARCH, 2) == A
-    four_b = Architecture(V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True)
+    four_b = Architecture(
+        V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True
+    )
     assert 36 * adapter_weights(four_b, 32) == 66_060_288
     norms = 36 * (2 * 2560 + 2 * 128) + 2560
     assert 36 * linear_weights(four_b) + 151936 * 2560 + norms == four_b.parameters
@@ -85,7 +93,9 @@ def test_equal_groups_are_groups_and_every_policy_costs_at_least_the_one_before(
 
 def test_a_prompt_counts_once_whatever_number_of_traces_it_has():
     prompt = train_flops(ARCH, 0, None, np.array([7]), np.zeros((1, 3), int))
-    linear = 2 * 7 * W + 7 * W_KV + (W - W_KV)  # two whole layers; then keys, values and the last token
+    linear = (
+        2 * 7 * W + 7 * W_KV + (W - W_KV)
+    )  # two whole layers; then keys, values and the last token
     assert train_flops(ARCH, 0, None, np.array([7]), np.zeros((1, 0), int)) == prompt
     assert prompt == 6 * linear + (2 * 28 + 7) * 3 * PAIR
 
@@ -102,4 +112,7 @@ def test_prefill_runs_every_token_forward_and_the_head_once_a_prompt():
 
 
 def test_a_decoded_token_attends_to_its_keys():
-    assert decode_flops(ARCH, 2, np.array([5, 9])) == 3 * (2 * 2 * (W + A) + 14 * PAIR) + 2 * 2 * 6 * 11
+    assert (
+        decode_flops(ARCH, 2, np.array([5, 9]))
+        == 3 * (2 * 2 * (W + A) + 14 * PAIR) + 2 * 2 * 6 * 11
+    )

@@ -1,4 +1,6 @@
-"""The 4B experiments on shapes alone: every program traces, nothing is allocated, and the budgets are the paper's."""
+"""The 4B experiments on shapes alone: every program traces, nothing is allocated, and the budgets
+are the paper's.
+"""
 
 import functools
 import math
@@ -25,7 +27,9 @@ from spiral_jax.sampling.slots import SlotClass, enter
 from spiral_jax.sampling.weights import abstract_weights
 
 # config.json of Qwen3-4B-Instruct-2507
-ARCH = Architecture(V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True)
+ARCH = Architecture(
+    V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True
+)
 CONFIGS = {"spiral": qwen3_4b.get_config, "grpo": grpo_qwen3_4b.get_config}
 
 
@@ -40,7 +44,9 @@ def stages(c):
     if uses_aggregation(c):
         a = c.aggregation
         longest = 1024 + a.subset_size * c.search.max_tokens
-        found.append((Role.AGGREGATION, c.batch.problems * a.subsets, a.traces, longest, a.max_tokens))
+        found.append(
+            (Role.AGGREGATION, c.batch.problems * a.subsets, a.traces, longest, a.max_tokens)
+        )
     return found
 
 
@@ -63,7 +69,10 @@ def count(tree):
 def test_config_is_valid_and_every_longest_group_has_a_bucket(c):
     validate(c)
     for role, _, _, P, G in stages(c):
-        assert c.batch[f"{role.label}_lengths"][-1][0] >= P and c.batch[f"{role.label}_lengths"][-1][1] >= G
+        assert (
+            c.batch[f"{role.label}_lengths"][-1][0] >= P
+            and c.batch[f"{role.label}_lengths"][-1][1] >= G
+        )
         assert any(slots.P >= P and slots.G >= G for slots in classes_of(c))
 
 
@@ -72,7 +81,9 @@ def test_both_runs_may_sample_98304_tokens_a_problem(c):
 
 
 def test_grpo_differs_from_spiral_in_its_rollout_and_in_nothing_else():
-    changed = {line.split(":")[0] for line in difference(*(to_plain(make()) for make in CONFIGS.values()))}
+    changed = {
+        line.split(":")[0] for line in difference(*(to_plain(make()) for make in CONFIGS.values()))
+    }
     assert changed == {
         "loss.estimator", "search.traces", "search.max_tokens", "batch.search_lengths",
         "batch.search_groups", "sampling.classes",
@@ -98,7 +109,11 @@ def test_one_host_of_eight_devices_holds_an_eighth_of_the_base_and_a_small_state
         total = 0
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             spec = weight_spec(path_name(path), leaf.shape, planned)
-            total += math.prod(leaf.shape) * leaf.dtype.itemsize // math.prod(planned.shape[a] for a in spec if a)
+            total += (
+                math.prod(leaf.shape)
+                * leaf.dtype.itemsize
+                // math.prod(planned.shape[a] for a in spec if a)
+            )
         return total
 
     norms = ARCH.L * (2 * ARCH.D + 2 * ARCH.E) + ARCH.D  # alone whole on every device
@@ -106,7 +121,9 @@ def test_one_host_of_eight_devices_holds_an_eighth_of_the_base_and_a_small_state
     # an adapter's [in, rank] or [rank, out] is cut along D alone; of o, down: b, of the others: a
     whole = ARCH.L * 32 * (ARCH.H * ARCH.E + ARCH.F + (ARCH.H + 2 * ARCH.J) * ARCH.E + 2 * ARCH.F)
     adapters = whole + (66_060_288 - whole) // 8
-    assert bytes_a_device(abstract_state(c, model, mesh)) == 4 * (3 * adapters + 3)  # weights, two moments; counts
+    assert bytes_a_device(abstract_state(c, model, mesh)) == 4 * (
+        3 * adapters + 3
+    )  # weights, two moments; counts
     multiple = group_count_multiple(planned)
     assert c.batch.search_groups % multiple == c.batch.aggregation_groups % multiple == 0
     assert not any(slots.slots % multiple for slots in classes_of(c))
@@ -116,11 +133,15 @@ def test_train_step_returns_the_state_in_its_shapes_and_dtypes(c, mesh):
     model = hf.model_config(ARCH, c.model)
     state = abstract_state(c, model, mesh)
     with jax.set_mesh(mesh):
-        after, metrics = jax.eval_shape(make_train_step(c, model), state, hf.abstract_params(model), blocks_of(c))
+        after, metrics = jax.eval_shape(
+            make_train_step(c, model), state, hf.abstract_params(model), blocks_of(c)
+        )
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
     assert shapes(after) == shapes(state)
     roles = [role.label for role, *_ in stages(c)]
-    assert {f"{name}/{role}" for name in ("loss", "grad_norm", "entropy") for role in roles} < set(metrics)
+    assert {f"{name}/{role}" for name in ("loss", "grad_norm", "entropy") for role in roles} < set(
+        metrics
+    )
     assert all(leaf.shape == () and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(metrics))
 
 
@@ -133,12 +154,20 @@ def test_every_program_of_the_sampler_traces_at_its_full_shapes(c, mesh):
     states = [abstract_state_of(settings, slots) for slots in classes]
     with jax.set_mesh(mesh):
         for i in schedule.entries():
-            ready, new = abstract_prefilled(settings, schedule, i), admission_shapes(settings, schedule, i)
-            state, token, logprob = jax.eval_shape(functools.partial(enter, settings), states[i], ready, new)
+            ready, new = (
+                abstract_prefilled(settings, schedule, i),
+                admission_shapes(settings, schedule, i),
+            )
+            state, token, logprob = jax.eval_shape(
+                functools.partial(enter, settings), states[i], ready, new
+            )
             assert token.shape == logprob.shape == (*new.slot_ZxW.shape, classes[i].C)
         step = functools.partial(decode_step, settings, classes, None)
         after, token, logprob = jax.eval_shape(step, weights, tuple(states))
     assert schedule.moves()
-    assert math.prod(token.shape) == sum(slots.rows for slots in classes) and logprob.dtype == jnp.float32
+    assert (
+        math.prod(token.shape) == sum(slots.rows for slots in classes)
+        and logprob.dtype == jnp.float32
+    )
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
     assert shapes(after) == shapes(tuple(states))

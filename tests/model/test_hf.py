@@ -1,4 +1,6 @@
-"""Weights from and to Hugging Face directories: exact, placed as the table says, and never silently incomplete."""
+"""Weights from and to Hugging Face directories: exact, placed as the table says, and never silently
+incomplete.
+"""
 
 import json
 
@@ -39,7 +41,9 @@ def checkpoint(request, qwen3_checkpoint):
 
 @pytest.fixture
 def rewrite(qwen3_checkpoint, tmp_path):
-    """(change, tied) -> a checkpoint with the same config.json whose tensors went through `change(dict)`."""
+    """(change, tied) -> a checkpoint with the same config.json whose tensors went through
+    `change(dict)`.
+    """
 
     def write(change, tied=False):
         source, _ = qwen3_checkpoint(num_key_value_heads=2, tie_word_embeddings=tied)
@@ -60,13 +64,17 @@ def load(directory, mesh, **options):
 def by_hand(state, layers=3):
     """transformers' state dict as our tree: stacked layers, kernels [in, out]."""
     state = {name: tensor.detach().numpy() for name, tensor in state.items()}
-    stack = lambda name: np.stack([state[f"model.layers.{layer}.{name}.weight"] for layer in range(layers)])  # noqa: E731
+    stack = lambda name: np.stack(
+        [state[f"model.layers.{layer}.{name}.weight"] for layer in range(layers)]
+    )  # noqa: E731
     tree = {"embed": state["model.embed_tokens.weight"], "final_norm": state["model.norm.weight"]}
     ours = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     tree["layers"] = {name: stack(theirs) for name, theirs in ours.items()}
     tree["layers"] |= {name: stack(f"self_attn.{name}") for name in ("q_norm", "k_norm")}
     rooms = dict.fromkeys("qkvo", "self_attn") | dict.fromkeys(("gate", "up", "down"), "mlp")
-    tree["layers"] |= {n: {"kernel": stack(f"{room}.{n}_proj").transpose(0, 2, 1)} for n, room in rooms.items()}
+    tree["layers"] |= {
+        n: {"kernel": stack(f"{room}.{n}_proj").transpose(0, 2, 1)} for n, room in rooms.items()
+    }
     return tree
 
 
@@ -92,7 +100,9 @@ class Transfer:
 
 
 def test_one_parameter_at_a_time_is_on_its_way_to_the_devices(checkpoint, mesh, monkeypatch):
-    """On a busy machine copies lag behind reading: a run of all tests once held two parameters and a third."""
+    """On a busy machine copies lag behind reading: a run of all tests once held two parameters and
+    a third.
+    """
     started, make = [], jax.make_array_from_callback
 
     def start(shape, sharding, read):
@@ -105,7 +115,8 @@ def test_one_parameter_at_a_time_is_on_its_way_to_the_devices(checkpoint, mesh, 
     assert len(started) > 10 and started[-1].arrived
 
 
-# What each device of a 2 x 2 x 2 mesh holds: fsdp and tensor each cut one axis of a matrix in half. V = 97 is odd.
+# What each device of a 2 x 2 x 2 mesh holds: fsdp and tensor each cut one axis of a matrix in half.
+# V = 97 is odd.
 SHARDS = {
     "embed": (97, 24), "head": (24, 97), "final_norm": (48,),
     "layers/attention_norm": (3, 48), "layers/mlp_norm": (3, 48), "layers/q_norm": (3, 16), "layers/k_norm": (3, 16),
@@ -121,8 +132,12 @@ def test_loading_on_eight_devices_equals_one_and_each_holds_its_share(qwen3_chec
     if jax.device_count() != 8:
         pytest.skip("needs 8 devices")
     directory, model = qwen3_checkpoint(num_key_value_heads=2, tie_word_embeddings=False)
-    _, params = load(directory, make_mesh(ConfigDict(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))))
-    assert_equal(params, by_hand(model.state_dict()) | {"head": model.lm_head.weight.detach().numpy().T})
+    _, params = load(
+        directory, make_mesh(ConfigDict(dict(zip(("data", "fsdp", "tensor"), shape, strict=True))))
+    )
+    assert_equal(
+        params, by_hand(model.state_dict()) | {"head": model.lm_head.weight.detach().numpy().T}
+    )
     if shape != (2, 2, 2):
         return
     assert leaves(params).keys() == SHARDS.keys()
@@ -150,7 +165,11 @@ def test_files_of_every_dtype_load_in_the_dtype_of_the_parameters(rewrite, mesh,
         ("layers/down/kernel", "model.layers.{}.mlp.down_proj.weight", True),
         ("layers/q_norm", "model.layers.{}.self_attn.q_norm.weight", False),
     ):
-        arrays = [file[theirs.format(layer)] for layer in range(3)] if "layers/" in name else [file[theirs]]
+        arrays = (
+            [file[theirs.format(layer)] for layer in range(3)]
+            if "layers/" in name
+            else [file[theirs]]
+        )
         arrays = [(array.T if transposed else array).astype(DTYPES[wanted]) for array in arrays]
         expected = np.stack(arrays) if "layers/" in name else arrays[0]
         assert file[theirs.format(0)].dtype == DTYPES[stored]
@@ -173,10 +192,14 @@ def test_a_missing_tensor_is_an_error_that_names_it_and_its_shape(rewrite, mesh)
             load(directory, mesh)
 
 
-@pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"]
+)
 def test_a_tensor_that_we_would_ignore_is_an_error_that_names_it(rewrite, mesh, name):
     directory = rewrite(lambda tensors: tensors.update({name: np.zeros((80, 48), np.float32)}))
-    with pytest.raises(hf.WeightsError, match=f"1 tensors are not part of this architecture, first {name}"):
+    with pytest.raises(
+        hf.WeightsError, match=f"1 tensors are not part of this architecture, first {name}"
+    ):
         load(directory, mesh)
 
 
@@ -188,7 +211,10 @@ def test_the_rope_constants_that_old_files_store_are_no_weights(rewrite, mesh):
 @pytest.mark.parametrize(
     "name, change",
     [
-        ("model.layers.2.self_attn.q_proj.weight", lambda a: a.T),  # [in, out] where theirs is [out, in]
+        (
+            "model.layers.2.self_attn.q_proj.weight",
+            lambda a: a.T,
+        ),  # [in, out] where theirs is [out, in]
         ("model.layers.0.self_attn.k_norm.weight", lambda a: a[:8]),
         ("model.embed_tokens.weight", lambda a: a[:96]),
         ("model.norm.weight", lambda a: a[None]),
@@ -205,7 +231,10 @@ def test_a_tensor_of_another_shape_is_an_error_with_both_shapes(rewrite, mesh, n
     directory = rewrite(misshape)
     with pytest.raises(hf.WeightsError) as error:
         load(directory, mesh)
-    assert all(part in str(error.value) for part in (name, f"config.json says {shapes[0]}", f"shape {shapes[1]}"))
+    assert all(
+        part in str(error.value)
+        for part in (name, f"config.json says {shapes[0]}", f"shape {shapes[1]}")
+    )
 
 
 def test_a_corrupt_file_is_an_error_with_its_path(rewrite, mesh):
@@ -213,7 +242,14 @@ def test_a_corrupt_file_is_an_error_with_its_path(rewrite, mesh):
     file = directory / "model.safetensors"
     whole = file.read_bytes()
     header = int.from_bytes(whole[:8], "little")
-    for content in (whole[:-1], whole[: 8 + header + 100], whole[: 8 + header // 2], whole[:5], b"", b"\xff" * 100):
+    for content in (
+        whole[:-1],
+        whole[: 8 + header + 100],
+        whole[: 8 + header // 2],
+        whole[:5],
+        b"",
+        b"\xff" * 100,
+    ):
         file.write_bytes(content)
         with pytest.raises(hf.WeightsError, match=f"{file}: corrupt"):
             load(directory, mesh)
@@ -235,17 +271,27 @@ def test_a_stored_head_beside_tied_embeddings_must_be_the_embedding(rewrite, mes
         copy(tensors)
         tensors["lm_head.weight"][3, 4] += 1e-3
 
-    with pytest.raises(hf.WeightsError, match="lm_head.weight differs from model.embed_tokens.weight"):
+    with pytest.raises(
+        hf.WeightsError, match="lm_head.weight differs from model.embed_tokens.weight"
+    ):
         load(rewrite(contradict, tied=True), mesh)
 
     with pytest.raises(hf.WeightsError, match="lm_head.weight differs"):
-        load(rewrite(lambda tensors: tensors.update({"lm_head.weight": np.zeros((4, 4), np.float32)}), tied=True), mesh)
+        load(
+            rewrite(
+                lambda tensors: tensors.update({"lm_head.weight": np.zeros((4, 4), np.float32)}),
+                tied=True,
+            ),
+            mesh,
+        )
 
 
 def test_a_directory_that_is_not_there_is_an_error_that_names_the_field(tmp_path):
     assert hf.resolve_path(str(tmp_path)) == tmp_path
     for missing in (str(tmp_path / "nowhere"), "bundled:huge"):
-        with pytest.raises(ConfigError, match=f"config.model.hf_path = {missing!r}: no such directory"):
+        with pytest.raises(
+            ConfigError, match=f"config.model.hf_path = {missing!r}: no such directory"
+        ):
             hf.resolve_path(missing)
 
 
@@ -260,7 +306,9 @@ def test_a_hub_id_is_downloaded_unless_there_is_such_a_directory(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert hf.resolve_path("org/Model-1.5B") == tmp_path / "snapshot"
     (tmp_path / "org" / "Model-1.5B").mkdir(parents=True)
-    assert hf.resolve_path("org/Model-1.5B").resolve() == (tmp_path / "org" / "Model-1.5B").resolve()
+    assert (
+        hf.resolve_path("org/Model-1.5B").resolve() == (tmp_path / "org" / "Model-1.5B").resolve()
+    )
     assert asked == ["org/Model-1.5B"]
     for no_id in ("org/model/file", "../model", "model", "/org/model"):
         with pytest.raises(ConfigError, match="no such directory. Give"):
@@ -274,7 +322,8 @@ def test_what_the_hub_does_not_give_is_an_error_with_its_reason(monkeypatch):
 
     monkeypatch.setattr(hf, "snapshot_download", download)
     with pytest.raises(
-        ConfigError, match=r"'org/model': no such directory, and the Hub did not .*\(no route to host\)"
+        ConfigError,
+        match=r"'org/model': no such directory, and the Hub did not .*\(no route to host\)",
     ):
         hf.resolve_path("org/model")
 
@@ -306,18 +355,27 @@ def test_what_we_save_gives_the_same_logits_in_transformers(checkpoint, mesh, tm
     assert loaded.config.tie_word_embeddings == config.arch.tied and loaded.dtype == torch.float32
     ids = torch.tensor(np.random.default_rng(0).integers(0, 97, (2, 12)))
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)  # the same numbers in the same program
+        assert torch.equal(
+            loaded.eval()(ids).logits, model(ids).logits
+        )  # the same numbers in the same program
     assert loaded.generation_config.eos_token_id == [5, 6]
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [5, 6]}
 
 
-def test_saved_parameters_of_an_unusual_layout_are_written_in_full(qwen3_checkpoint, mesh, tmp_path):
-    """Transposed and sliced arrays are views; a writer that copies their buffers would scramble them."""
+def test_saved_parameters_of_an_unusual_layout_are_written_in_full(
+    qwen3_checkpoint, mesh, tmp_path
+):
+    """Transposed and sliced arrays are views; a writer that copies their buffers would scramble
+    them.
+    """
     directory, _ = qwen3_checkpoint(num_key_value_heads=2, tie_word_embeddings=False)
     config, params = load(directory, mesh)
     views = jax.tree.map(lambda a: np.asfortranarray(np.asarray(a)), params)
     hf.save_params(tmp_path, views, config, (5,))
-    source, saved = load_file(directory / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    source, saved = (
+        load_file(directory / "model.safetensors"),
+        load_file(tmp_path / "model.safetensors"),
+    )
     assert saved.keys() == source.keys()
     for name, array in source.items():
         np.testing.assert_array_equal(saved[name], array, err_msg=name)
@@ -328,7 +386,13 @@ def test_what_is_trained_is_float32_and_a_frozen_base_has_the_configured_dtype(q
     c = defaults().model
     c.update({"lora_alpha": 6.0, "attention_block": 7, "remat": "none"})
     config = hf.model_config(arch, c)
-    assert config == ModelConfig(arch, jnp.dtype("bfloat16"), jnp.dtype("bfloat16"), 32, 6.0, 7, "none")
+    assert config == ModelConfig(
+        arch, jnp.dtype("bfloat16"), jnp.dtype("bfloat16"), 32, 6.0, 7, "none"
+    )
     c.lora_rank = 0
     full = hf.model_config(arch, c)
-    assert full.param_dtype == jnp.float32 and full.compute_dtype == jnp.bfloat16 and full.lora_rank == 0
+    assert (
+        full.param_dtype == jnp.float32
+        and full.compute_dtype == jnp.bfloat16
+        and full.lora_rank == 0
+    )

@@ -1,4 +1,6 @@
-"""The model against itself along every way to run it: padding, adapters, scan, decoding, narrow numbers."""
+"""The model against itself along every way to run it: padding, adapters, scan, decoding, narrow
+numbers.
+"""
 
 import dataclasses
 import math
@@ -8,7 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import ARCH, C, G, Ids, P, U, forward, on_mesh, quickly_compiled, random_ids, rows_of
+from small_model import (
+    ARCH,
+    C,
+    G,
+    Ids,
+    P,
+    U,
+    forward,
+    on_mesh,
+    quickly_compiled,
+    random_ids,
+    rows_of,
+)
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
@@ -41,8 +55,9 @@ def loss_and_gradient(config, variables, prompt, prompt_len, trace, weight):
 def random_variables(config, mesh):
     """Random parameters, and adapters whose A and B are both random, on the mesh.
 
-    Scores are of order 1: wrong positions or masks show, and float32 is good to 1e-5. With the scales U(0, 6) of
-    `qwen3_checkpoint` rounding alone moves hidden states by 4e-5 between two programs.
+    Scores are of order 1: wrong positions or masks show, and float32 is good to 1e-5. With the
+    scales U(0, 6) of `qwen3_checkpoint` rounding alone moves hidden states by 4e-5 between two
+    programs.
     """
 
     def make(path, leaf):
@@ -67,7 +82,9 @@ def relative_l2(tree, expected):
 
 
 def grown(ids, **by):
-    """`ids` with more of some axes, filled with arbitrary ids, and other ids where there was padding."""
+    """`ids` with more of some axes, filled with arbitrary ids, and other ids where there was
+    padding.
+    """
     rng = np.random.default_rng(9)
     more = {"U": 0, "C": 0, "P": 0, "G": 0} | by
     u, p = ids.prompt.shape
@@ -90,7 +107,9 @@ def test_padding_changes_no_hidden_state_of_a_real_token(mesh, by):
     assert np.isfinite(wide_hidden).all()
     for u, c in np.ndindex(U, C):
         expected = rows_of(hidden, ids, u, c)
-        np.testing.assert_allclose(rows_of(wide_hidden, wide, u, c)[: 1 + G], expected, rtol=0, atol=SAME)
+        np.testing.assert_allclose(
+            rows_of(wide_hidden, wide, u, c)[: 1 + G], expected, rtol=0, atol=SAME
+        )
 
 
 def test_padding_changes_neither_logprobs_nor_gradient(mesh):
@@ -101,7 +120,9 @@ def test_padding_changes_neither_logprobs_nor_gradient(mesh):
     wide_weight = np.zeros((U + 4, C + 1, G + 3), np.float32)
     wide_weight[:U, :C, :G] = weight
     (_, logprob), gradient = on_mesh(loss_and_gradient, mesh, LORA, variables, ids, weight)
-    (_, wide_logprob), wide_gradient = on_mesh(loss_and_gradient, mesh, LORA, variables, wide, wide_weight)
+    (_, wide_logprob), wide_gradient = on_mesh(
+        loss_and_gradient, mesh, LORA, variables, wide, wide_weight
+    )
     assert np.isfinite(wide_logprob).all()
     np.testing.assert_allclose(wide_logprob[:U, :C, :G], logprob, rtol=0, atol=SAME)
     assert relative_l2(wide_gradient, gradient) <= 2e-6
@@ -134,7 +155,9 @@ def test_an_adapter_equals_weights_merged_by_hand(mesh):
         a, b = (np.asarray(variables["lora"]["layers"][name][part], np.float64) for part in "ab")
         update = np.stack([6.0 / 4 * a[layer] @ b[layer] for layer in range(3)])
         assert np.abs(update).max() > 0.01
-        merged["layers"][name]["kernel"] = (merged["layers"][name]["kernel"] + update).astype(np.float32)
+        merged["layers"][name]["kernel"] = (merged["layers"][name]["kernel"] + update).astype(
+            np.float32
+        )
     merged = jax.device_put(merged, meshes.weight_shardings(merged, mesh))
     expected = on_mesh(forward, mesh, BASE, {"params": merged}, ids)
     found = on_mesh(forward, mesh, LORA, variables, ids)
@@ -156,17 +179,26 @@ def test_every_adapter_matrix_of_every_layer_gets_a_gradient(mesh, fresh):
     for path, leaf in leaves:
         norm_L = np.linalg.norm(np.asarray(leaf).reshape(3, -1), axis=1)
         expected_zero = fresh and meshes.path_name(path).endswith("/a")
-        assert np.isfinite(leaf).all() and ((norm_L == 0) if expected_zero else (norm_L > 1e-4)).all(), (path, norm_L)
+        assert (
+            np.isfinite(leaf).all() and ((norm_L == 0) if expected_zero else (norm_L > 1e-4)).all()
+        ), (path, norm_L)
 
 
 def test_the_4b_model_has_the_papers_number_of_parameters():
-    arch = Architecture(V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True)
+    arch = Architecture(
+        V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True
+    )
     config = ModelConfig(arch, lora_rank=32, lora_alpha=32.0)
     shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
-    count = {name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for name, tree in shapes.items()}
+    count = {
+        name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        for name, tree in shapes.items()
+    }
     # rank x (in + out) of q, k, v, o, gate, up, down; 66.06 M beside 4.022 G
     per_layer = 32 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728))
-    assert count == {"lora": 36 * per_layer, "params": 4_022_468_096} and 36 * per_layer == 66_060_288
+    assert (
+        count == {"lora": 36 * per_layer, "params": 4_022_468_096} and 36 * per_layer == 66_060_288
+    )
     assert arch.parameters == count["params"]
 
 
@@ -177,19 +209,33 @@ def test_the_4b_model_has_the_papers_number_of_parameters():
 def test_rematerialisation_changes_neither_loss_nor_gradient(mesh, remat):
     variables, ids = random_variables(LORA, mesh), random_ids()
     weight = np.random.default_rng(1).normal(size=(U, C, G)).astype(np.float32)
-    kept = on_mesh(loss_and_gradient, mesh, dataclasses.replace(LORA, remat="none"), variables, ids, weight)
+    kept = on_mesh(
+        loss_and_gradient, mesh, dataclasses.replace(LORA, remat="none"), variables, ids, weight
+    )
     assert (
         relative_l2(
-            on_mesh(loss_and_gradient, mesh, dataclasses.replace(LORA, remat=remat), variables, ids, weight), kept
+            on_mesh(
+                loss_and_gradient,
+                mesh,
+                dataclasses.replace(LORA, remat=remat),
+                variables,
+                ids,
+                weight,
+            ),
+            kept,
         )
         <= 2e-6
     )
 
 
-@pytest.mark.parametrize(("config", "trained"), [(BASE, "params"), (LORA, "lora")], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("config", "trained"), [(BASE, "params"), (LORA, "lora")], ids=["full", "lora"]
+)
 def test_no_weights_are_copied_because_the_scan_ends_before_the_last_layer(config, trained):
     shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
-    loss = lambda part, rest: group_logprobs(config, rest | {trained: part}, *random_ids(), 1.0, 2)[0].sum()  # noqa: E731
+    loss = lambda part, rest: group_logprobs(config, rest | {trained: part}, *random_ids(), 1.0, 2)[
+        0
+    ].sum()  # noqa: E731
     text = jax.jit(jax.grad(loss)).lower(shapes.pop(trained), shapes).compile().as_text()
     assert re.search(r"= f32\[1,48,80\]\S* slice\(", text)  # the last layer's gate
     assert not re.findall(r"= f32\[2,\d+,\d+\]\S* slice\(.*", text)
@@ -200,16 +246,22 @@ def of_traces(hidden_UxTxD):
 
 
 def layer_of(variables, layer):
-    return {name: jax.tree.map(lambda a: a[layer], tree["layers"]) for name, tree in variables.items()}
+    return {
+        name: jax.tree.map(lambda a: a[layer], tree["layers"]) for name, tree in variables.items()
+    }
 
 
 @quickly_compiled
 def unrolled(config, variables, prompt, prompt_len, trace):
-    """One `Block.apply` a layer for all rows, instead of a scan and a last layer for some; the rows of `forward`."""
+    """One `Block.apply` a layer for all rows, instead of a scan and a last layer for some; the rows
+    of `forward`.
+    """
     params = variables["params"]
     own = prompt_len[:, None, None] + np.arange(G) + np.zeros((U, C, 1), np.int32)
     position = jnp.concatenate([np.tile(np.arange(P), (U, 1)), own.reshape(U, -1)], axis=1)
-    x = params["embed"][jnp.concatenate([prompt, trace.reshape(U, -1)], axis=1)].astype(config.compute_dtype)
+    x = params["embed"][jnp.concatenate([prompt, trace.reshape(U, -1)], axis=1)].astype(
+        config.compute_dtype
+    )
     lengths = Lengths(prompt_len, jnp.int32(P), jnp.int32(G))
     for layer in range(config.arch.L):
         x, _ = Block(config, P, C).apply(layer_of(variables, layer), x, position, lengths)
@@ -219,7 +271,9 @@ def unrolled(config, variables, prompt, prompt_len, trace):
 
 @quickly_compiled
 def teacher_forced(config, variables, prompt, prompt_len, trace, late_U):
-    """Hidden states [U, C, G, D] of decoding the given tokens; group u starts `late_U[u]` rounds after the first."""
+    """Hidden states [U, C, G, D] of decoding the given tokens; group u starts `late_U[u]` rounds
+    after the first.
+    """
     arch, params, block = config.arch, variables["params"], Block(config)
     layers = [layer_of(variables, layer) for layer in range(arch.L)]
     x, prompts = params["embed"][prompt].astype(config.compute_dtype), []
@@ -239,10 +293,14 @@ def teacher_forced(config, variables, prompt, prompt_len, trace, late_U):
             caches[i] = jax.vmap(write_entries)(caches[i], new, step_U)
             out = decode_attention(q, prompts[i], prompt_len, caches[i], step_U)
             x = block.apply(layer, x, out, method="finish")
-        return caches, hidden.at[np.arange(U), :, step_U].set(rms_norm(x, params["final_norm"], arch.norm_eps))
+        return caches, hidden.at[np.arange(U), :, step_U].set(
+            rms_norm(x, params["final_norm"], arch.norm_eps)
+        )
 
     empty = empty_cache((U, C, arch.J), arch.E, G, config.compute_dtype)
-    unwritten = jax.tree.map(lambda a: jnp.full_like(a, 1e4), empty)  # what an earlier group left there
+    unwritten = jax.tree.map(
+        lambda a: jnp.full_like(a, 1e4), empty
+    )  # what an earlier group left there
     hidden = jnp.zeros((U, C, G, arch.D), config.compute_dtype)
     return jax.lax.fori_loop(0, 2 * G, one_round, ([unwritten] * arch.L, hidden))[1]
 
@@ -250,7 +308,9 @@ def teacher_forced(config, variables, prompt, prompt_len, trace, late_U):
 def test_scan_and_last_layer_are_a_loop_over_whole_layers(mesh):
     variables, ids = random_variables(LORA, mesh), random_ids()
     hidden = on_mesh(unrolled, mesh, LORA, variables, ids)
-    np.testing.assert_allclose(on_mesh(forward, mesh, LORA, variables, ids)[0], hidden, rtol=0, atol=SAME)
+    np.testing.assert_allclose(
+        on_mesh(forward, mesh, LORA, variables, ids)[0], hidden, rtol=0, atol=SAME
+    )
 
 
 @pytest.mark.parametrize("late", [(0, 0, 0, 0), (0, 2, 1, 3)])
@@ -270,6 +330,7 @@ def test_bfloat16_runs_both_ways_and_stays_near_float32(mesh):
     assert hidden.dtype == decoded.dtype == jnp.bfloat16
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), variables)
     expected = of_traces(on_mesh(forward, mesh, LORA, wide, ids)[0])
-    # 8 bits of mantissa through three layers: a few per cent of hidden states of order 1, on average
+    # 8 bits of mantissa through three layers: a few per cent of hidden states of order 1, on
+    # average
     for found in (of_traces(hidden), np.asarray(decoded, np.float32)):
         assert np.abs(found - expected).mean() < 0.05

@@ -6,7 +6,18 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import ARCH, C, G, U, forward, logprobs, on_mesh, quickly_compiled, random_ids, rows_of
+from small_model import (
+    ARCH,
+    C,
+    G,
+    U,
+    forward,
+    logprobs,
+    on_mesh,
+    quickly_compiled,
+    random_ids,
+    rows_of,
+)
 
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
@@ -25,14 +36,18 @@ def load(directory, mesh, **options):
 
 @functools.cache
 def their_logits(model):
-    """(u, c) -> logits [1 + G, V] from the prompt's last token on, of the concatenated row, run alone, unpadded."""
+    """(u, c) -> logits [1 + G, V] from the prompt's last token on, of the concatenated row, run
+    alone, unpadded.
+    """
     import torch
 
     ids, logits = random_ids(), {}
     for u, c in np.ndindex(U, C):
         row = np.concatenate([ids.prompt[u, : ids.prompt_len[u]], ids.trace[u, c]])
         with torch.no_grad():
-            logits[u, c] = model(torch.tensor(row, dtype=torch.long)[None]).logits[0, -1 - G :].numpy()
+            logits[u, c] = (
+                model(torch.tensor(row, dtype=torch.long)[None]).logits[0, -1 - G :].numpy()
+            )
     return logits
 
 
@@ -40,7 +55,10 @@ def gap_to_transformers(model, mesh, config, params, program=forward):
     """Largest difference of logits that predict a trace's token, and of those behind its last."""
     ids = random_ids()
     logits = np.asarray(on_mesh(program, mesh, config, {"params": params}, ids)[1])
-    return max(np.abs(theirs - rows_of(logits, ids, *at)).max() for at, theirs in their_logits(model).items())
+    return max(
+        np.abs(theirs - rows_of(logits, ids, *at)).max()
+        for at, theirs in their_logits(model).items()
+    )
 
 
 def logprob_gap_to_transformers(model, mesh, config, params):
@@ -62,18 +80,27 @@ def make_checkpoint(request, qwen3_checkpoint, llama_checkpoint):
 
 
 @pytest.mark.parametrize("kv_heads, tied, block", [(6, True, 512), (3, False, 4), (2, True, 2)])
-def test_logits_and_logprobs_are_those_of_transformers(make_checkpoint, mesh, kv_heads, tied, block):
-    directory, model = make_checkpoint(shard="40KB", num_key_value_heads=kv_heads, tie_word_embeddings=tied)
+def test_logits_and_logprobs_are_those_of_transformers(
+    make_checkpoint, mesh, kv_heads, tied, block
+):
+    directory, model = make_checkpoint(
+        shard="40KB", num_key_value_heads=kv_heads, tie_word_embeddings=tied
+    )
     assert len(list(directory.glob("model-*.safetensors"))) > 5
     config, params = load(directory, mesh, attention_block=block)
     qk_norm = model.config.model_type == "qwen3"
-    assert config.arch == dataclasses.replace(ARCH, J=kv_heads, tied=tied, qk_norm=qk_norm) and 16 != 48 / 6
+    assert (
+        config.arch == dataclasses.replace(ARCH, J=kv_heads, tied=tied, qk_norm=qk_norm)
+        and 16 != 48 / 6
+    )
     assert gap_to_transformers(model, mesh, config, params) <= PARITY
     assert logprob_gap_to_transformers(model, mesh, config, params) <= PARITY
 
 
 def of_layers(name, change):
-    return lambda params: params | {"layers": params["layers"] | {name: change(params["layers"][name])}}
+    return lambda params: (
+        params | {"layers": params["layers"] | {name: change(params["layers"][name])}}
+    )
 
 
 def interleaved_heads(params):
@@ -81,7 +108,9 @@ def interleaved_heads(params):
     layers = dict(params["layers"])
     for name in ("k", "v"):
         kernel = layers[name]["kernel"]
-        layers[name] = {"kernel": kernel.reshape(3, 48, 3, 16)[:, :, [1, 2, 0]].reshape(kernel.shape)}
+        layers[name] = {
+            "kernel": kernel.reshape(3, 48, 3, 16)[:, :, [1, 2, 0]].reshape(kernel.shape)
+        }
     return params | {"layers": layers}
 
 
@@ -97,7 +126,8 @@ def norms_of_ones(params):
     return params | {"layers": params["layers"] | {"q_norm": ones, "k_norm": ones}}
 
 
-# name -> (other fields of the architecture, change of the parameters); the first apply to both families.
+# name -> (other fields of the architecture, change of the parameters); the first apply to both
+# families.
 MUTATIONS = {
     "norm_eps": ({"norm_eps": 1e-6}, None),
     "rope_theta": ({"rope_theta": 1e4}, None),
@@ -105,7 +135,10 @@ MUTATIONS = {
     "which heads share a key": ({}, interleaved_heads),
     "no attention_norm": ({}, of_layers("attention_norm", jnp.ones_like)),
     "no mlp_norm": ({}, of_layers("mlp_norm", jnp.ones_like)),
-    "no final_norm": ({}, lambda params: params | {"final_norm": jnp.ones_like(params["final_norm"])}),
+    "no final_norm": (
+        {},
+        lambda params: params | {"final_norm": jnp.ones_like(params["final_norm"])},
+    ),
 }
 QWEN3_MUTATIONS = MUTATIONS | {
     "H, J and E with the same products": ({"H": 12, "J": 6, "E": 8}, eight_wide_heads),
@@ -125,7 +158,10 @@ def assert_parity_fails(maker, mesh, mutation):
     fields, change = mutation
     mutated = dataclasses.replace(config, arch=dataclasses.replace(config.arch, **fields))
     program = quickly_compiled(forward.__wrapped__)
-    assert gap_to_transformers(model, mesh, mutated, change(params) if change else params, program) > MUTATED
+    assert (
+        gap_to_transformers(model, mesh, mutated, change(params) if change else params, program)
+        > MUTATED
+    )
 
 
 @pytest.mark.parametrize("mutation", QWEN3_MUTATIONS)

@@ -1,7 +1,9 @@
-"""float32 means float32: by default JAX multiplies such matrices in TF32 on GPUs and in bfloat16 on TPUs.
+"""float32 means float32: by default JAX multiplies such matrices in TF32 on GPUs and in bfloat16 on
+TPUs.
 
-On an H100 sampler and trainer of `configs/tiny.py` parted by 8.9e-4 nat a token, so that the run ended at its first
-step. CPUs compute both the same, so what is looked at is what the compiler is asked for.
+On an H100 sampler and trainer of `configs/tiny.py` parted by 8.9e-4 nat a token, so that the run
+ended at its first step. CPUs compute both the same, so what is looked at is what the compiler is
+asked for.
 """
 
 import dataclasses
@@ -12,7 +14,16 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 from small_sampler import MANY_SIZES, make_settings, one_device
-from small_steps import MODELS, blocks_of, both_roles, config, place, random_groups, random_trees, start
+from small_steps import (
+    MODELS,
+    blocks_of,
+    both_roles,
+    config,
+    place,
+    random_groups,
+    random_trees,
+    start,
+)
 
 from spiral_jax import sft
 from spiral_jax.core.groups import Role
@@ -55,8 +66,12 @@ def test_a_float32_train_step_multiplies_in_float32(settings):
 def test_a_float32_sampler_multiplies_in_float32():
     lowered = sampler({})
     for kind in ("prefill", "decode"):
-        assert all(len(products(program)) > 20 for name, program in lowered.items() if name[0] == kind)
-    assert {pair for program in lowered.values() for pair in products(program)} == {("HIGHEST", "HIGHEST")}
+        assert all(
+            len(products(program)) > 20 for name, program in lowered.items() if name[0] == kind
+        )
+    assert {pair for program in lowered.values() for pair in products(program)} == {
+        ("HIGHEST", "HIGHEST")
+    }
 
 
 def test_fine_tuning_multiplies_in_float32(monkeypatch):
@@ -70,7 +85,9 @@ def test_fine_tuning_multiplies_in_float32(monkeypatch):
         return call
 
     monkeypatch.setattr(sft.jax, "jit", recorded)
-    c = ConfigDict({"optimizer": {"lr": 1e-3, "warmup_steps": 1, "steps": 2, "clip_norm": 1.0, "b2": 0.99}})
+    c = ConfigDict(
+        {"optimizer": {"lr": 1e-3, "warmup_steps": 1, "steps": 2, "clip_norm": 1.0, "b2": 0.99}}
+    )
     params, _ = random_trees("full")
     sft.fit(c, MODELS["full"], params, iter([(some_groups(0), some_groups(1))]))
     (step,) = lowered
@@ -80,7 +97,9 @@ def test_fine_tuning_multiplies_in_float32(monkeypatch):
 def some_groups(seed):
     groups, _ = random_groups(seed, Role.SEARCH)
     arrays = {name: getattr(groups, name) for name in ("trace_UxCxG", "trace_len_UxC")}
-    return arrays | {name: getattr(groups.requests, name) for name in ("prompt_UxP", "prompt_len_U")}
+    return arrays | {
+        name: getattr(groups.requests, name) for name in ("prompt_UxP", "prompt_len_U")
+    }
 
 
 def test_bfloat16_programs_ask_for_nothing_slower():

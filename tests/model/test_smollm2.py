@@ -1,4 +1,6 @@
-"""A real model of the Llama family: SmolLM2-135M-Instruct as launch/fetch_smollm2.sh makes it, against transformers."""
+"""A real model of the Llama family: SmolLM2-135M-Instruct as launch/fetch_smollm2.sh makes it,
+against transformers.
+"""
 
 import pathlib
 
@@ -17,10 +19,13 @@ from spiral_jax.prompts import prompts
 DIRECTORY = pathlib.Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not DIRECTORY.is_dir(), reason=f"no {DIRECTORY}: bash launch/fetch_smollm2.sh makes it"),
+    pytest.mark.skipif(
+        not DIRECTORY.is_dir(), reason=f"no {DIRECTORY}: bash launch/fetch_smollm2.sh makes it"
+    ),
 ]
 
-# Of the largest logit, about 38: thirty layers of float32 sums in another order move a logit by 3e-6 of that.
+# Of the largest logit, about 38: thirty layers of float32 sums in another order move a logit by
+# 3e-6 of that.
 RELATIVE = 1e-5
 TIE = 1e-4  # two best logits nearer than this may change places
 G = 24
@@ -79,5 +84,7 @@ def test_the_pad_token_is_the_stop_token_and_prompts_open_with_the_templates_sys
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
     assert prompts.stop_ids(tokenizer, DIRECTORY) == (2,)
     text = tokenizer.decode(rows[0])
-    assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert text.startswith("<|im_start|>system\n") and text.endswith(
+        "<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert (rows[0] == 2).sum() == 2  # the stop id is inside the prompt: no mask may come from it

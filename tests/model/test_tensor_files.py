@@ -1,4 +1,6 @@
-"""Sharded checkpoints: index and shards must agree, only what is asked for is read, writing is a stream."""
+"""Sharded checkpoints: index and shards must agree, only what is asked for is read, writing is a
+stream.
+"""
 
 import json
 import pathlib
@@ -13,18 +15,25 @@ from safetensors.numpy import load_file, save_file
 from spiral_jax.model.tensor_files import Output, WeightsError, open_tensors, write_tensors
 
 ROOT = pathlib.Path(__file__).parents[2]
-TENSORS = {name: np.arange(24, dtype=np.float32).reshape(4, 6) + i for i, name in enumerate("abcde")}
+TENSORS = {
+    name: np.arange(24, dtype=np.float32).reshape(4, 6) + i for i, name in enumerate("abcde")
+}
 
 
 def outputs(tensors):
-    return [Output(name, array.shape, array.dtype, lambda array=array: array) for name, array in tensors.items()]
+    return [
+        Output(name, array.shape, array.dtype, lambda array=array: array)
+        for name, array in tensors.items()
+    ]
 
 
 @pytest.fixture
 def sharded(tmp_path):
     """Five tensors of 96 bytes in three shards."""
     files = write_tensors(tmp_path, "model", outputs(TENSORS), 200)
-    assert [file.name for file in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert [file.name for file in files] == [
+        f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
+    ]
     return tmp_path
 
 
@@ -63,12 +72,16 @@ def test_every_dtype_and_layout_is_written_as_it_is(tmp_path, dtype):
 
 def test_a_tensor_that_is_not_what_was_announced_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="x: float64.*is not what its header says"):
-        write_tensors(tmp_path, "model", [Output("x", (2,), np.dtype(np.float32), lambda: np.zeros(2))], 100)
+        write_tensors(
+            tmp_path, "model", [Output("x", (2,), np.dtype(np.float32), lambda: np.zeros(2))], 100
+        )
 
 
 def test_a_shard_that_is_missing_is_an_error_that_names_it_and_a_tensor_of_it(sharded):
     (sharded / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(WeightsError, match="puts c into 'model-00002-of-00003.safetensors', which is not there"):
+    with pytest.raises(
+        WeightsError, match="puts c into 'model-00002-of-00003.safetensors', which is not there"
+    ):
         read_all(sharded)
 
 
@@ -81,7 +94,9 @@ def test_a_path_in_the_index_is_an_error(sharded):
 def test_a_tensor_in_two_shards_is_an_error_that_names_both(sharded):
     third = sharded / "model-00003-of-00003.safetensors"
     save_file({"e": TENSORS["e"], "a": TENSORS["a"]}, third)
-    with pytest.raises(WeightsError, match=f"{third}: holds tensor a, but .*index.json says model-00001-of-00003"):
+    with pytest.raises(
+        WeightsError, match=f"{third}: holds tensor a, but .*index.json says model-00001-of-00003"
+    ):
         read_all(sharded)
 
 
@@ -104,7 +119,9 @@ def test_a_corrupt_shard_is_an_error_with_its_path(sharded):
         read_all(sharded)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1, "b": "x"}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1, "b": "x"}}']
+)
 def test_a_damaged_index_is_an_error_with_its_path(sharded, content):
     index = sharded / "model.safetensors.index.json"
     index.write_text(content)
@@ -114,17 +131,24 @@ def test_a_damaged_index_is_an_error_with_its_path(sharded, content):
 
 def test_one_file_beside_an_index_is_an_error_and_so_is_neither(sharded, tmp_path_factory):
     save_file(TENSORS, sharded / "model.safetensors")
-    with pytest.raises(WeightsError, match="has both model.safetensors and model.safetensors.index.json"):
+    with pytest.raises(
+        WeightsError, match="has both model.safetensors and model.safetensors.index.json"
+    ):
         read_all(sharded)
     empty = tmp_path_factory.mktemp("empty")
     (empty / "pytorch_model.bin").touch()
-    with pytest.raises(WeightsError, match=f"{empty}/model.safetensors: no such file.*save_pretrained"):
+    with pytest.raises(
+        WeightsError, match=f"{empty}/model.safetensors: no such file.*save_pretrained"
+    ):
         read_all(empty)
 
 
 def test_a_dtype_that_is_no_weight_is_an_error_that_names_the_tensor(tmp_path):
     save_file({"q.weight": np.zeros(3, np.int8)}, tmp_path / "model.safetensors")
-    with open_tensors(tmp_path, "model") as files, pytest.raises(WeightsError, match="q.weight has dtype I8"):
+    with (
+        open_tensors(tmp_path, "model") as files,
+        pytest.raises(WeightsError, match="q.weight has dtype I8"),
+    ):
         files.dtype("q.weight")
 
 
@@ -158,25 +182,45 @@ print(peak[0] - start - sum(sizes), sum(sizes), max(sizes), "torch" in sys.modul
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_holds_little_beside_the_parameters_and_imports_no_torch(tmp_path, qwen3_checkpoint):
-    """200 MB in 12 shards: beside the arrays themselves there is one stacked parameter and a layer of it."""
+def test_loading_holds_little_beside_the_parameters_and_imports_no_torch(
+    tmp_path, qwen3_checkpoint
+):
+    """200 MB in 12 shards: beside the arrays themselves there is one stacked parameter and a layer
+    of it.
+    """
     source, _ = qwen3_checkpoint()
     fields = json.loads((source / "config.json").read_text())
-    fields |= {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 7, "vocab_size": 4096}
+    fields |= {
+        "hidden_size": 512,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 7,
+        "vocab_size": 4096,
+    }
     (tmp_path / "config.json").write_text(json.dumps(fields))
     J, H, D, F, V = 3 * 16, 6 * 16, 512, 4096, 4096
-    shapes = {"model.embed_tokens.weight": (V, D), "lm_head.weight": (V, D), "model.norm.weight": (D,)}
+    shapes = {
+        "model.embed_tokens.weight": (V, D),
+        "lm_head.weight": (V, D),
+        "model.norm.weight": (D,),
+    }
     for layer in range(7):
         at = f"model.layers.{layer}."
         shapes |= {at + f"self_attn.{n}_proj.weight": s for n, s in
                    {"q": (H, D), "k": (J, D), "v": (J, D), "o": (D, H)}.items()}  # fmt: skip
-        shapes |= {at + f"mlp.{n}_proj.weight": s for n, s in {"gate": (F, D), "up": (F, D), "down": (D, F)}.items()}
+        shapes |= {
+            at + f"mlp.{n}_proj.weight": s
+            for n, s in {"gate": (F, D), "up": (F, D), "down": (D, F)}.items()
+        }
         shapes |= {at + f"{n}_layernorm.weight": (D,) for n in ("input", "post_attention")}
         shapes |= {at + f"self_attn.{n}_norm.weight": (16,) for n in "qk"}
     zeros = lambda shape: lambda: np.ones(shape, np.float32)  # noqa: E731
-    made = [Output(name, shape, np.dtype(np.float32), zeros(shape)) for name, shape in shapes.items()]
+    made = [
+        Output(name, shape, np.dtype(np.float32), zeros(shape)) for name, shape in shapes.items()
+    ]
     assert len(write_tensors(tmp_path, "model", made, 17 << 20)) > 10
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     most, held, largest, torch = done.stdout.split()
     assert int(held) > 180e6 and torch == "False"

@@ -1,6 +1,7 @@
 """Every estimator's advantages and keep rule against its definition, looped over in fractions.
 
-Outputs are float32, so values agree with exact ones to 1e-6 relative (an ulp is 6e-8; sums of few terms).
+Outputs are float32, so values agree with exact ones to 1e-6 relative (an ulp is 6e-8; sums of few
+terms).
 """
 
 import itertools
@@ -39,7 +40,9 @@ def over_sets(estimator, score, n):
         if estimator == "with_without":
             found.append(mean(inside) - mean(outside) if inside and outside else Fraction(0))
         else:
-            found.append(mean([f - mean(list(score.values())) for f in inside]) if inside else Fraction(0))
+            found.append(
+                mean([f - mean(list(score.values())) for f in inside]) if inside else Fraction(0)
+            )
     return found
 
 
@@ -65,9 +68,13 @@ def search_oracle(estimator, own_N, score, strategy_N, s):
     if estimator == "pkpo":
         best = lambda members: max((own[i] for i in members), default=Fraction(0))  # noqa: E731
         gains = lambda i: sum(best(I) - best(set(I) - {i}) for I in every if i in I)  # noqa: E731, E741
-        return [gains(i) / Fraction(len(every)) if i in own and every else Fraction(0) for i in range(n)], not every
+        return [
+            gains(i) / Fraction(len(every)) if i in own and every else Fraction(0) for i in range(n)
+        ], not every
     if estimator == "rloo":
-        return [own[i] - mean(others(i)) if i in own and others(i) else Fraction(0) for i in range(n)], len(own) < 2
+        return [
+            own[i] - mean(others(i)) if i in own and others(i) else Fraction(0) for i in range(n)
+        ], len(own) < 2
     if estimator == "aggregator_only":
         return zero, None
     centred = [own[i] - mean(list(own.values())) if i in own else Fraction(0) for i in range(n)]
@@ -87,9 +94,15 @@ def oracle(estimator, own_N, aggregated_KxM, subsets, strategy_N):
     if starved is None:
         starved = all(len(row) < 2 for row in valid)
     aggregation = [
-        [Fraction(0) if math.isnan(r) else Fraction(r) - scores[k] for r in row] for k, row in enumerate(aggregated_KxM)
+        [Fraction(0) if math.isnan(r) else Fraction(r) - scores[k] for r in row]
+        for k, row in enumerate(aggregated_KxM)
     ]
-    return search, aggregation, (any(search) or any(any(row) for row in aggregation)) and not starved, starved
+    return (
+        search,
+        aggregation,
+        (any(search) or any(any(row) for row in aggregation)) and not starved,
+        starved,
+    )
 
 
 def random_rewards(rng, shape, values):
@@ -102,12 +115,21 @@ def check(estimator, rewards):
     assert (got.aggregation_BxKxM is None) == (estimator in WITHOUT_AGGREGATION)
     of = lambda a, b: [] if a is None else a[b].tolist()  # noqa: E731
     for b in range(len(rewards.own_BxN)):
-        parts = (rewards.own_BxN, rewards.aggregated_BxKxM, rewards.member_BxKxS, rewards.strategy_BxN)
+        parts = (
+            rewards.own_BxN,
+            rewards.aggregated_BxKxM,
+            rewards.member_BxKxS,
+            rewards.strategy_BxN,
+        )
         given = [of(a, b) for a in parts]
         search, aggregation, kept, starved = oracle(estimator, *given)
-        np.testing.assert_allclose(got.search_BxN[b], np.array(search, float), rtol=1e-6, atol=0, err_msg=str(given))
+        np.testing.assert_allclose(
+            got.search_BxN[b], np.array(search, float), rtol=1e-6, atol=0, err_msg=str(given)
+        )
         if aggregation:
-            np.testing.assert_allclose(got.aggregation_BxKxM[b], np.array(aggregation, float), rtol=1e-6, atol=0)
+            np.testing.assert_allclose(
+                got.aggregation_BxKxM[b], np.array(aggregation, float), rtol=1e-6, atol=0
+            )
         assert (got.keep_B[b], got.starved_B[b]) == (kept, starved), (estimator, given)
 
 
@@ -142,10 +164,14 @@ def test_advantages_and_keep_rule_equal_the_definition_at_all_sizes(estimator, n
     for s, k in sizes(estimator, n):
         for values in ([0, 1], [0, 1, 1, NAN], [NAN, NAN, 0, 1], [0.1, 0.7, 1 / 3]):
             problems = 4 if k <= 11 and n < 7 else 1
-            own = random_rewards(rng, (problems, n), [0, 1, 1] if exact_own and 0.1 in values else values)
+            own = random_rewards(
+                rng, (problems, n), [0, 1, 1] if exact_own and 0.1 in values else values
+            )
             aggregated = random_rewards(rng, (problems, k, 3), values)
             strategy = rng.integers(-1, 3, size=(problems, n))
-            check(estimator, Rewards(own, aggregated, draw(estimator, n, n, s, k, problems), strategy))
+            check(
+                estimator, Rewards(own, aggregated, draw(estimator, n, n, s, k, problems), strategy)
+            )
 
 
 @pytest.mark.parametrize("estimator", WITHOUT_AGGREGATION)
@@ -158,20 +184,36 @@ def test_advantages_of_own_correctness_equal_the_definition(estimator):
 
 @pytest.mark.parametrize("estimator", [*OVER_EVERY_SET, "online_multitask"])
 def test_own_correctness_beside_aggregation_at_every_outcome(estimator):
-    """All rewards of N = 5 traces with failures, all aggregations right: the search alone decides who is kept."""
+    """All rewards of N = 5 traces with failures, all aggregations right: the search alone decides
+    who is kept.
+    """
     own = np.array(list(itertools.product([0.0, 1.0, NAN], repeat=5)))
     for s in (2, 3, 4):
         strategy = np.random.default_rng(s).integers(-1, 2, size=own.shape)
-        check(estimator, Rewards(own, np.ones((len(own), 2, 2)), draw(estimator, 0, 5, s, 2, len(own)), strategy))
+        check(
+            estimator,
+            Rewards(
+                own, np.ones((len(own), 2, 2)), draw(estimator, 0, 5, s, 2, len(own)), strategy
+            ),
+        )
 
 
 @pytest.mark.parametrize("estimator", ["marginal_mean", "with_without", "aggregator_only"])
 def test_keep_rule_on_sparse_rewards_and_cancelling_sets(estimator):
-    """One-sample sets and small N: here sets differ and still cancel at every trace, or have too few valid samples."""
+    """One-sample sets and small N: here sets differ and still cancel at every trace, or have too
+    few valid samples.
+    """
     rng = np.random.default_rng(5)
-    reward = np.array(list(itertools.product([0.0, 1.0], repeat=4)))[:, :, None]  # every outcome of K = 4, M = 1
-    for chosen in itertools.combinations(itertools.combinations(range(4), 2), 4):  # every draw at N = 4, S = 2
-        check(estimator, Rewards(np.zeros((16, 4)), reward, np.broadcast_to(np.array(chosen), (16, 4, 2))))
+    reward = np.array(list(itertools.product([0.0, 1.0], repeat=4)))[
+        :, :, None
+    ]  # every outcome of K = 4, M = 1
+    for chosen in itertools.combinations(
+        itertools.combinations(range(4), 2), 4
+    ):  # every draw at N = 4, S = 2
+        check(
+            estimator,
+            Rewards(np.zeros((16, 4)), reward, np.broadcast_to(np.array(chosen), (16, 4, 2))),
+        )
     sparse = random_rewards(rng, (400, 4, 2), [0, 1, NAN, NAN])
     check(estimator, Rewards(np.zeros((400, 4)), sparse, draw(estimator, 5, 4, 2, 4, 400)))
 
@@ -207,7 +249,9 @@ def test_equal_thirds_from_different_counts_give_exactly_no_search_advantage():
 def test_all_correct_all_wrong_and_all_failed_problems_are_flat_and_dropped(estimator, value):
     own, strategy = np.full((3, 8), value), np.tile(np.arange(8), (3, 1))
     with_sets = (np.full((3, 2, 4), value), draw(estimator, 0, 8, 4, 2, 3), strategy)
-    got = adv.compute(estimator, Rewards(own, *(with_sets if estimator in WITH_AGGREGATION else ())))
+    got = adv.compute(
+        estimator, Rewards(own, *(with_sets if estimator in WITH_AGGREGATION else ()))
+    )
     assert not got.search_BxN.any() and not got.keep_B.any()
     assert estimator in WITHOUT_AGGREGATION or not got.aggregation_BxKxM.any()
     assert got.starved_B.all() == math.isnan(value)
@@ -230,7 +274,10 @@ def test_a_failed_own_verdict_is_nothing_to_estimators_over_drawn_sets():
     reward = np.array([[[1.0, 0.0], [0.0, 0.0]]])
     member = np.array([[[0, 1], [2, 3]]])
     for estimator in OVER_DRAWN_SETS:
-        given = [adv.compute(estimator, Rewards(np.full((1, 4), own), reward, member)) for own in (0.0, NAN)]
+        given = [
+            adv.compute(estimator, Rewards(np.full((1, 4), own), reward, member))
+            for own in (0.0, NAN)
+        ]
         np.testing.assert_array_equal(given[0].search_BxN, given[1].search_BxN)
         assert given[1].keep_B[0]
 
@@ -240,33 +287,46 @@ def test_a_failed_own_verdict_is_nothing_to_estimators_over_drawn_sets():
 ])  # fmt: skip
 def test_pkpo_gives_the_published_leave_one_out_minus_one_vectors(n, c, k, right, wrong):
     rewards = Rewards(np.arange(n)[None] < c, np.ones((1, 2, 2)), draw("pkpo", 0, n, k, 2, 1))
-    np.testing.assert_allclose(adv.compute("pkpo", rewards).search_BxN[0], [right] * c + [wrong] * (n - c), rtol=1e-6)
+    np.testing.assert_allclose(
+        adv.compute("pkpo", rewards).search_BxN[0], [right] * c + [wrong] * (n - c), rtol=1e-6
+    )
 
 
 def test_paragator_is_the_formula_of_its_paper():
-    """A(right) = 1 - mu, A(wrong) = 1 - mu - C(wrong - 1, k - 1) / C(N - 1, k - 1), mu = pass@k of the N traces."""
+    """A(right) = 1 - mu, A(wrong) = 1 - mu - C(wrong - 1, k - 1) / C(N - 1, k - 1), mu = pass@k of
+    the N traces.
+    """
     n, k = 8, 4
     for c in range(1, n):
         mu = 1 - math.comb(n - c, k) / math.comb(n, k)
         wrong = 1 - mu - math.comb(n - c - 1, k - 1) / math.comb(n - 1, k - 1)
-        rewards = Rewards(np.arange(n)[None] < c, np.ones((1, 2, 2)), draw("paragator", 0, n, k, 2, 1))
+        rewards = Rewards(
+            np.arange(n)[None] < c, np.ones((1, 2, 2)), draw("paragator", 0, n, k, 2, 1)
+        )
         got = adv.compute("paragator", rewards).search_BxN[0]
         np.testing.assert_allclose(got, [1 - mu] * c + [wrong] * (n - c), rtol=1e-6, atol=1e-16)
 
 
 def test_polychromic_wants_right_traces_of_different_strategies():
-    """Of two right traces the one with the rarer strategy is worth more; sets of one strategy score nothing."""
+    """Of two right traces the one with the rarer strategy is worth more; sets of one strategy score
+    nothing.
+    """
     own, strategy = np.array([[1.0, 1, 0, 0]]), np.array([[0, 1, 0, 0]])
     rewards = Rewards(own, np.ones((1, 2, 2)), draw("polychromic", 0, 4, 2, 2, 1), strategy)
     got = adv.compute("polychromic", rewards).search_BxN[0]
     # f_poly of {0,1}: 1 * 1; of {1,2}, {1,3}: 1/2; of the others, one strategy each, 0; mean 1/3
-    np.testing.assert_allclose(got, [1 / 3 - 1 / 3, 2 / 3 - 1 / 3, 1 / 6 - 1 / 3, 1 / 6 - 1 / 3], rtol=1e-6)
-    rewards = Rewards(own, np.ones((1, 2, 2)), draw("polychromic", 0, 4, 2, 2, 1), np.full((1, 4), -1))
+    np.testing.assert_allclose(
+        got, [1 / 3 - 1 / 3, 2 / 3 - 1 / 3, 1 / 6 - 1 / 3, 1 / 6 - 1 / 3], rtol=1e-6
+    )
+    rewards = Rewards(
+        own, np.ones((1, 2, 2)), draw("polychromic", 0, 4, 2, 2, 1), np.full((1, 4), -1)
+    )
     assert not adv.compute("polychromic", rewards).keep_B[0]
 
 
 @pytest.mark.parametrize("gate, kept", [
-    (0.0, [1, 1, 1, 0]),  # only what the limit cut off; a stop id as the last allowed token is no cut
+    # only what the limit cut off; a stop id as the last allowed token is no cut
+    (0.0, [1, 1, 1, 0]),
     (0.5, [1, 1, 0, 0]), (0.49, [1, 0, 0, 0]), (1.0, [1, 1, 1, 1]),
     (50, [1, 1, 0, 0]), (51, [1, 1, 0, 0]), (49.5, [1, 0, 0, 0]), (10, [1, 0, 0, 0]), (9, [0, 0, 0, 0]),
     (100, [1, 1, 1, 1]), (1000, [1, 1, 1, 1]),
@@ -290,7 +350,9 @@ def test_a_trace_at_exactly_its_share_of_the_limit_passes_the_gate():
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_an_empty_batch_stays_empty(estimator):
     with_sets = (np.zeros((0, 4, 2)), np.zeros((0, 4, 2), int), np.zeros((0, 8), int))
-    got = adv.compute(estimator, Rewards(np.zeros((0, 8)), *(with_sets if estimator in WITH_AGGREGATION else ())))
+    got = adv.compute(
+        estimator, Rewards(np.zeros((0, 8)), *(with_sets if estimator in WITH_AGGREGATION else ()))
+    )
     assert got.search_BxN.shape == (0, 8) and got.keep_B.shape == got.starved_B.shape == (0,)
     assert estimator in WITHOUT_AGGREGATION or got.aggregation_BxKxM.shape == (0, 4, 2)
 

@@ -1,6 +1,8 @@
-"""Loss weights: with "unbiased" each term's expectation is the gradient that the estimator claims, exactly.
+"""Loss weights: with "unbiased" each term's expectation is the gradient that the estimator claims,
+exactly.
 
-Over every tuple of traces of a three-outcome policy, every draw of sets and every outcome of the aggregations.
+Over every tuple of traces of a three-outcome policy, every draw of sets and every outcome of the
+aggregations.
 Advantages are float32: rtol 1e-6.
 """
 
@@ -24,7 +26,9 @@ def weigh(estimator, rewards, normalizer="unbiased", w=1.0, length=None):
     """(advantages, float64 search weights)."""
     got = adv.compute(estimator, rewards)
     length = np.ones(rewards.own_BxN.shape, int) if length is None else length
-    return got, search_weights(estimator, normalizer, got.search_BxN, rewards, length, w).astype(np.float64)
+    return got, search_weights(estimator, normalizer, got.search_BxN, rewards, length, w).astype(
+        np.float64
+    )
 
 
 # ---- the search term's expectation
@@ -46,16 +50,24 @@ def polychromic(tuples):
     ("pkpo", 2, pass_rate), ("pkpo", 3, pass_rate), ("polychromic", 2, polychromic),
 ])  # fmt: skip
 def test_search_by_own_correctness_climbs_what_it_claims(estimator, s, climbs, failed):
-    """grad E[score of S independent traces], of pass@S or f_poly, with any reward-independent failures."""
+    """grad E[score of S independent traces], of pass@S or f_poly, with any reward-independent
+    failures.
+    """
     sets, probability = tuples_and_probability(s)
     truth = np.einsum("a,a,ad->d", probability, climbs(sets), score_gradient(sets).sum(axis=1))
     tuples, probability = tuples_and_probability(5)
     own = RIGHT[tuples]
     own[:, list(failed)] = NAN
     B = len(tuples)
-    sets_of = (np.ones((B, 2, 2)), np.broadcast_to(np.array([range(s), range(1, s + 1)]), (B, 2, s)), STRATEGY[tuples])
+    sets_of = (
+        np.ones((B, 2, 2)),
+        np.broadcast_to(np.array([range(s), range(1, s + 1)]), (B, 2, s)),
+        STRATEGY[tuples],
+    )
     _, weight = weigh(estimator, Rewards(own, *(() if estimator == "rloo" else sets_of)))
-    expected = np.einsum("b,bi,bid->d", probability, weight, score_gradient(tuples)) * B  # the weights divide by B
+    expected = (
+        np.einsum("b,bi,bid->d", probability, weight, score_gradient(tuples)) * B
+    )  # the weights divide by B
     np.testing.assert_allclose(expected, truth, rtol=1e-6, atol=1e-8)
     assert np.abs(truth).max() > 1e-3
 
@@ -86,7 +98,9 @@ def test_disjoint_sets_are_independent_samples_of_their_score(n, s, k, failed_se
 
 
 def joint_objective(theta, s, slope):
-    """J: S traces from softmax(theta), then an aggregator that is right with sigmoid(slope[multiset] . theta)."""
+    """J: S traces from softmax(theta), then an aggregator that is right with
+    sigmoid(slope[multiset] . theta).
+    """
     policy = np.exp(theta) / np.exp(theta).sum()
     tuples = np.array(list(itertools.product(range(3), repeat=s)))
     right = 1 / (1 + np.exp(-slope(tuples) @ theta))
@@ -96,39 +110,59 @@ def joint_objective(theta, s, slope):
 @pytest.mark.parametrize("estimator", ["marginal_mean", "with_without"])
 @pytest.mark.parametrize("failed", [
     np.zeros((3, 2), bool),
-    np.array([[0, 0], [0, 1], [0, 0]], bool),  # one set is left with a lone sample: valid for search, no aggregation
+    # one set is left with a lone sample: valid for search, no aggregation
+    np.array([[0, 0], [0, 1], [0, 0]], bool),
     np.array([[0, 0], [0, 0], [1, 1]], bool),  # one set lost: c at two sets
 ])  # fmt: skip
 def test_unbiased_weights_make_both_terms_one_gradient_of_j(estimator, failed):
-    """Expectation over traces, draws and aggregations, with any reward-independent failures, is dJ/dtheta.
+    """Expectation over traces, draws and aggregations, with any reward-independent failures, is
+    dJ/dtheta.
 
-    The reference is a central difference of J: error about 1e-10. Advantages are float32: rtol 1e-6.
+    The reference is a central difference of J: error about 1e-10. Advantages are float32: rtol
+    1e-6.
     """
     n, s, k, m = 3, 2, 3, 2
     rng = np.random.default_rng(11)
-    table = {key: rng.normal(size=3) * 2 for key in itertools.combinations_with_replacement(range(3), s)}
+    table = {
+        key: rng.normal(size=3) * 2 for key in itertools.combinations_with_replacement(range(3), s)
+    }
 
     def slope(rows):
-        return np.array([table[tuple(sorted(row))] for row in rows.reshape(-1, s)]).reshape(*rows.shape[:-1], 3)
+        return np.array([table[tuple(sorted(row))] for row in rows.reshape(-1, s)]).reshape(
+            *rows.shape[:-1], 3
+        )
 
     truth = [
         (joint_objective(THETA + step, s, slope) - joint_objective(THETA - step, s, slope)) / 2e-5
         for step in 1e-5 * np.eye(3)
     ]
-    subsets = np.array(list(itertools.permutations(itertools.combinations(range(n), s), k)))  # all draws, in order
+    subsets = np.array(
+        list(itertools.permutations(itertools.combinations(range(n), s), k))
+    )  # all draws, in order
     outcomes = np.array(list(itertools.product([0.0, 1.0], repeat=k * m))).reshape(-1, k, m)
     tuples, probability = tuples_and_probability(n)
-    tuple_of, draw_of, outcome_of = (index.ravel() for index in np.indices((len(tuples), len(subsets), len(outcomes))))
+    tuple_of, draw_of, outcome_of = (
+        index.ravel() for index in np.indices((len(tuples), len(subsets), len(outcomes)))
+    )
     chosen, reward = subsets[draw_of], outcomes[outcome_of]
     slopes = slope(tuples[tuple_of[:, None, None], chosen])  # [B, K, 3]
     right = 1 / (1 + np.exp(-slopes @ THETA))[..., None]
-    weight = probability[tuple_of] / len(subsets) * np.where(reward == 1, right, 1 - right).prod(axis=(1, 2))
+    weight = (
+        probability[tuple_of]
+        / len(subsets)
+        * np.where(reward == 1, right, 1 - right).prod(axis=(1, 2))
+    )
     observed = np.where(failed, NAN, reward)
     got, search = weigh(estimator, Rewards(np.zeros((len(reward), n)), observed, chosen))
-    aggregation = aggregation_weights("unbiased", got.aggregation_BxKxM, observed, 1.0).astype(np.float64)
+    aggregation = aggregation_weights("unbiased", got.aggregation_BxKxM, observed, 1.0).astype(
+        np.float64
+    )
     search_term = np.einsum("b,bi,bid->d", weight, search, score_gradient(tuples[tuple_of]))
     aggregation_term = np.einsum("b,bkm,bkm,bkd->d", weight, aggregation, reward - right, slopes)
-    assert weight.sum() == pytest.approx(1) and min(np.abs(search_term).max(), np.abs(aggregation_term).max()) > 0
+    assert (
+        weight.sum() == pytest.approx(1)
+        and min(np.abs(search_term).max(), np.abs(aggregation_term).max()) > 0
+    )
     total = (search_term + aggregation_term) * len(reward)  # the weights divide by the batch
     np.testing.assert_allclose(total, truth, rtol=1e-6, atol=1e-8)
 
@@ -144,8 +178,12 @@ def test_unbiased_weights_divide_by_actual_counts_of_each_problem():
         exact = 3.0 / (2 * bias_factor("with_without", 4, 2, sets)) * got.search_BxN[b]
         np.testing.assert_allclose(search[b], exact, rtol=1e-6)
     aggregation = aggregation_weights("unbiased", got.aggregation_BxKxM, reward, 5.0)
-    np.testing.assert_allclose(aggregation[0, 0], [5 / (2 * 3) * 0.5, -5 / (2 * 3) * 0.5], rtol=1e-6)
-    np.testing.assert_allclose(aggregation[1], [[0, 0], [0, 0], [5 / 2 * 0.5, -5 / 2 * 0.5]], rtol=1e-6)
+    np.testing.assert_allclose(
+        aggregation[0, 0], [5 / (2 * 3) * 0.5, -5 / (2 * 3) * 0.5], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        aggregation[1], [[0, 0], [0, 0], [5 / 2 * 0.5, -5 / 2 * 0.5]], rtol=1e-6
+    )
     assert aggregation.dtype == np.float32
 
 
@@ -156,13 +194,17 @@ def test_sum_weights_are_plain_multiples_of_the_advantages(estimator):
     got, search = weigh(estimator, Rewards(np.array([[1.0, 0, 0, 1]]), *sets), "sum", 0.3)
     np.testing.assert_allclose(search, 0.3 * got.search_BxN.astype(float), rtol=1e-6)
     np.testing.assert_allclose(
-        aggregation_weights("sum", got.aggregation_BxKxM, reward, 0.7), 0.7 * got.aggregation_BxKxM, rtol=1e-6
+        aggregation_weights("sum", got.aggregation_BxKxM, reward, 0.7),
+        0.7 * got.aggregation_BxKxM,
+        rtol=1e-6,
     )
 
 
 def test_aggregator_only_takes_one_set_and_gives_search_no_weight():
     reward = np.array([[[1, 0, 0]]])
-    got, search = weigh("aggregator_only", Rewards(np.ones((1, 4)), reward, np.arange(4)[None, None]))
+    got, search = weigh(
+        "aggregator_only", Rewards(np.ones((1, 4)), reward, np.arange(4)[None, None])
+    )
     assert got.keep_B[0] and not search.any()
     aggregation = aggregation_weights("unbiased", got.aggregation_BxKxM, reward, 1.0)
     np.testing.assert_allclose(aggregation, [[[1 / 3, -1 / 6, -1 / 6]]], rtol=1e-6)

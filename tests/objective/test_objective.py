@@ -1,6 +1,8 @@
-"""Every objective's gradient in the train step against a loop over unpadded rows with whole logits, by JAX's own rules.
+"""Every objective's gradient in the train step against a loop over unpadded rows with whole logits,
+by JAX's own rules.
 
-1e-5 in relative L2, as for the plain loss: shared prompts split every softmax and product in another way.
+1e-5 in relative L2, as for the plain loss: shared prompts split every softmax and product in
+another way.
 """
 
 import functools
@@ -30,7 +32,9 @@ def row_logprobs(kind, params, lora, row_T):
 
 
 def token_loss(ratio, weight, clip_low=0.0, clip_high=0.0, dual_clip=0.0, tis_cap=0.0):
-    """Case by case, as the papers say it; the value where it has a gradient of its own, else a number."""
+    """Case by case, as the papers say it; the value where it has a gradient of its own, else a
+    number.
+    """
     if tis_cap:
         return -weight * jax.lax.stop_gradient(jnp.minimum(ratio, tis_cap) / ratio) * ratio
     term = weight * ratio
@@ -67,17 +71,23 @@ def oracle(kind, base, trained, material, kl_coef=0.0, **bounds):
         for u, c in np.ndindex(weight_UxC.shape):
             length = groups.requests.prompt_len_U[u]
             row = np.concatenate([groups.requests.prompt_UxP[u, :length], groups.trace_ids(u, c)])
-            recorded = np.concatenate([np.zeros(length, np.float32), groups.logprob_UxCxG[u, c]])[: row.size]
+            recorded = np.concatenate([np.zeros(length, np.float32), groups.logprob_UxCxG[u, c]])[
+                : row.size
+            ]
             value, part = row_gradient(
                 base, trained, row, length, recorded, weight_UxC[u, c], tokens, kind, kl_coef, tuple(bounds.items())
             )  # fmt: skip
             total[role] += float(value)
-            gradient = jax.tree.map(lambda total, g: total + np.asarray(g, np.float64), gradient, part)
+            gradient = jax.tree.map(
+                lambda total, g: total + np.asarray(g, np.float64), gradient, part
+            )
     return total, gradient
 
 
 def norm(tree):
-    return float(np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree))))
+    return float(
+        np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(tree)))
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,12 +106,19 @@ def test_the_steps_gradient_is_that_of_the_formula_on_unpadded_rows(kind, settin
     frozen, state = start(kind, mesh, **settings)
     if kind == "full":  # away from its reference
         rng = np.random.default_rng(5)
-        moved = jax.tree.map(lambda a: a + rng.normal(0, 0.02, a.shape).astype(a.dtype), jax.device_get(state.trained))
-        state = state.replace(trained=jax.device_put(moved, jax.tree.map(lambda a: a.sharding, state.trained)))
+        moved = jax.tree.map(
+            lambda a: a + rng.normal(0, 0.02, a.shape).astype(a.dtype),
+            jax.device_get(state.trained),
+        )
+        state = state.replace(
+            trained=jax.device_put(moved, jax.tree.map(lambda a: a.sharding, state.trained))
+        )
     trained = jax.device_get(state.trained)
     losses, expected = oracle(kind, frozen, trained, material, **settings)
     with jax.set_mesh(mesh):
-        state, metrics = step_of(kind, **settings)(state, frozen, place(blocks_of(material, micro=4), mesh))
+        state, metrics = step_of(kind, **settings)(
+            state, frozen, place(blocks_of(material, micro=4), mesh)
+        )
     found = jax.device_get(optax.tree_utils.tree_get(state.opt, "mu"))
     assert norm(jax.tree.map(np.subtract, found, expected)) <= SAME * norm(expected)
     metrics = divide(jax.device_get(metrics))
@@ -109,7 +126,9 @@ def test_the_steps_gradient_is_that_of_the_formula_on_unpadded_rows(kind, settin
         assert metrics[f"loss/{role.label}"] == pytest.approx(losses[role], rel=SAME)
         assert ("reference_kl/search" in metrics) == ("kl_coef" in settings)
     if len(settings) > 1 or "tis_cap" in settings:
-        assert 0.05 < metrics["loss/bounded_share"] < 0.95, "the bounds act on some tokens and not on others"
+        assert 0.05 < metrics["loss/bounded_share"] < 0.95, (
+            "the bounds act on some tokens and not on others"
+        )
 
 
 def one_token(ratio, weight, **bounds):
@@ -117,7 +136,9 @@ def one_token(ratio, weight, **bounds):
 
     def loss(logprob):
         arrays = [jnp.reshape(a, (1, 1, 1)) for a in (logprob, 0.0, 0.0)]
-        return policy_loss(*arrays, jnp.full((1, 1), weight), jnp.ones((1, 1, 1), bool), Objective(**bounds))[0]
+        return policy_loss(
+            *arrays, jnp.full((1, 1), weight), jnp.ones((1, 1, 1), bool), Objective(**bounds)
+        )[0]
 
     value, slope = jax.value_and_grad(loss)(jnp.log(jnp.float32(ratio)))
     return float(value), float(slope)
@@ -146,7 +167,10 @@ def test_reference_kl_is_k3_over_tokens_and_unbiased():
     rng = np.random.default_rng(0)
     p, q = (rng.dirichlet(np.ones(5)).astype(np.float32) for _ in range(2))
     logprob, reference = (np.log(a).reshape(1, 1, 5) for a in (p, q))
-    each = [float(reference_kl(logprob, reference, np.arange(5).reshape(1, 1, 5) == i).total) for i in range(5)]
+    each = [
+        float(reference_kl(logprob, reference, np.arange(5).reshape(1, 1, 5) == i).total)
+        for i in range(5)
+    ]
     assert min(each) >= 0 and np.dot(p, each) == pytest.approx(np.sum(p * np.log(p / q)), rel=1e-5)
     kl = reference_kl(logprob, reference, np.ones((1, 1, 5), bool))
     assert float(kl.total) == pytest.approx(sum(each), rel=1e-6) and int(kl.count) == 5

@@ -1,6 +1,7 @@
 """Advantages over drawn sets: what holds of each estimator, and exact expectations.
 
-Outputs are float32, so values agree with exact ones to 1e-6 relative (an ulp is 6e-8; sums of few terms).
+Outputs are float32, so values agree with exact ones to 1e-6 relative (an ulp is 6e-8; sums of few
+terms).
 """
 
 import itertools
@@ -19,14 +20,18 @@ SET_ESTIMATORS = {"marginal_mean": sets.marginal_mean, "with_without": sets.with
 def test_set_score_leaves_failed_samples_out_and_a_lone_sample_has_no_advantage():
     reward = np.array([[[1, 0, NAN], [NAN, NAN, NAN], [NAN, 1, NAN]]], np.float32)
     np.testing.assert_array_equal(sets.set_score(reward), [[0.5, NAN, 1.0]])
-    np.testing.assert_array_equal(sets.aggregation_advantage(reward), [[[0.5, -0.5, 0], [0, 0, 0], [0, 0, 0]]])
+    np.testing.assert_array_equal(
+        sets.aggregation_advantage(reward), [[[0.5, -0.5, 0], [0, 0, 0], [0, 0, 0]]]
+    )
 
 
 @pytest.mark.parametrize("c, n, s, right, wrong", [
     (2, 4, 2, 1 / 3, -1 / 3), (1, 8, 1, 1, -1 / 7), (1, 8, 2, 1, -1 / 7), (1, 8, 4, 1, -1 / 7), (7, 8, 2, 0, 0),
 ])  # fmt: skip
 def test_published_vectors_of_the_best_of_set_score_over_all_sets(c, n, s, right, wrong):
-    """Of n traces c are right and a set scores 1 if it holds a right one (binary max@k, leave-two-out form)."""
+    """Of n traces c are right and a set scores 1 if it holds a right one (binary max@k,
+    leave-two-out form).
+    """
     subsets = np.array(list(itertools.combinations(range(n), s)))
     score = (subsets < c).any(axis=1).astype(float)[None]
     got = sets.with_without(score, incidence(subsets[None], n))[0]
@@ -40,7 +45,9 @@ def test_with_without_over_single_traces_is_rloo(n):
     score = np.random.default_rng(n).random((5, n))
     member = np.broadcast_to(np.arange(n)[:, None], (5, n, 1))
     rloo = n / (n - 1) * (score - score.mean(axis=1, keepdims=True))
-    np.testing.assert_allclose(sets.with_without(score, incidence(member, n)), rloo, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        sets.with_without(score, incidence(member, n)), rloo, rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("estimator", SET_ESTIMATORS)
@@ -49,9 +56,13 @@ def test_advantages_over_all_sets_sum_to_zero(estimator):
     for n, s in ((4, 2), (5, 3), (8, 4), (8, 1)):
         subsets = np.array(list(itertools.combinations(range(n), s)))
         score = rng.random((6, len(subsets)))
-        got = SET_ESTIMATORS[estimator](score, incidence(np.broadcast_to(subsets, (6, *subsets.shape)), n))
+        got = SET_ESTIMATORS[estimator](
+            score, incidence(np.broadcast_to(subsets, (6, *subsets.shape)), n)
+        )
         assert np.abs(got).max() > 1e-3
-        np.testing.assert_allclose(got.sum(axis=1), 0, atol=n * 6e-8)  # an ulp below 1 for each term
+        np.testing.assert_allclose(
+            got.sum(axis=1), 0, atol=n * 6e-8
+        )  # an ulp below 1 for each term
 
 
 @pytest.mark.parametrize("estimator", SET_ESTIMATORS)
@@ -68,16 +79,26 @@ def test_expected_search_gradient_is_the_bias_factor_times_the_true_one(estimato
     tuples, probability = tuples_and_probability(n)
     all_scores = f(tuples[:, subsets])  # [tuple, subset]
     score = all_scores[:, draws].reshape(-1, k)
-    member = np.broadcast_to(incidence(subsets[draws], n), (len(tuples), len(draws), k, n)).reshape(-1, k, n)
-    advantage = SET_ESTIMATORS[estimator](score, member).reshape(len(tuples), len(draws), n).mean(axis=1)
-    expected = np.einsum("a,ai,aid->d", probability, advantage.astype(np.float64), score_gradient(tuples))
-    np.testing.assert_allclose(expected, bias_factor(estimator, n, s, k) * truth, rtol=1e-6, atol=1e-8)
+    member = np.broadcast_to(incidence(subsets[draws], n), (len(tuples), len(draws), k, n)).reshape(
+        -1, k, n
+    )
+    advantage = (
+        SET_ESTIMATORS[estimator](score, member).reshape(len(tuples), len(draws), n).mean(axis=1)
+    )
+    expected = np.einsum(
+        "a,ai,aid->d", probability, advantage.astype(np.float64), score_gradient(tuples)
+    )
+    np.testing.assert_allclose(
+        expected, bias_factor(estimator, n, s, k) * truth, rtol=1e-6, atol=1e-8
+    )
     assert np.abs(truth).max() > 1e-3
 
 
 @pytest.mark.parametrize("m", [2, 3, 4])
 def test_expected_aggregation_gradient_loses_one_of_m_samples(m):
-    """The mean over m of A grad log pi expects (M - 1) / M of the true gradient: the baseline holds the sample."""
+    """The mean over m of A grad log pi expects (M - 1) / M of the true gradient: the baseline holds
+    the sample.
+    """
     value = np.array([1.0, 0.0, 1.0])
     truth = (POLICY * value) @ score_gradient(np.arange(3))
     tuples, probability = tuples_and_probability(m)

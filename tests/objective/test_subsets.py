@@ -1,4 +1,6 @@
-"""Subset draws are uniform, distinct and reproducible; bias factors agree with counting every possible draw."""
+"""Subset draws are uniform, distinct and reproducible; bias factors agree with counting every
+possible draw.
+"""
 
 import itertools
 import math
@@ -8,7 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from spiral_jax.objective.subsets import bias_factor, disjoint_subsets, draw_subsets, incidence, independent_subsets
+from spiral_jax.objective.subsets import (
+    bias_factor,
+    disjoint_subsets,
+    draw_subsets,
+    incidence,
+    independent_subsets,
+)
 
 IDS = (0, 0, 3, 17, 1)  # seed, purpose, step, cursor, round
 
@@ -27,16 +35,23 @@ def test_every_draw_holds_distinct_ascending_subsets_up_to_all_of_them(n, s):
 @pytest.mark.parametrize("k", [2, 5])  # T = 10: by rejection, and from the list of all subsets
 def test_draws_are_uniform_over_all_sets_of_subsets_and_over_their_order(k):
     subsets = list(itertools.combinations(range(5), 2))
-    draws = [[tuple(row) for row in draw_subsets(7, 0, 0, cursor, 0, 5, 2, k)] for cursor in range(8000)]
+    draws = [
+        [tuple(row) for row in draw_subsets(7, 0, 0, cursor, 0, 5, 2, k)] for cursor in range(8000)
+    ]
     unordered = Counter(frozenset(draw) for draw in draws)
     cells = math.comb(10, k)
     assert len(unordered) == cells
     expected = len(draws) / cells
     statistic = sum((count - expected) ** 2 / expected for count in unordered.values())
     assert statistic < stats.chi2.ppf(0.999, cells - 1)
-    for slot in (0, k - 1):  # the subset's index is part of random keys, so no subset may prefer an index
+    for slot in (
+        0,
+        k - 1,
+    ):  # the subset's index is part of random keys, so no subset may prefer an index
         counts = Counter(draw[slot] for draw in draws)
-        statistic = sum((counts[subset] - len(draws) / 10) ** 2 / (len(draws) / 10) for subset in subsets)
+        statistic = sum(
+            (counts[subset] - len(draws) / 10) ** 2 / (len(draws) / 10) for subset in subsets
+        )
         assert statistic < stats.chi2.ppf(0.999, 9)
 
 
@@ -64,7 +79,12 @@ def test_a_draw_depends_on_each_integer_and_on_nothing_else():
 
 def test_the_stream_of_draws_is_pinned():
     """A change here makes old runs irreproducible."""
-    assert draw_subsets(*IDS, 8, 4, 4).tolist() == [[2, 5, 6, 7], [1, 2, 4, 6], [0, 3, 6, 7], [1, 2, 3, 4]]
+    assert draw_subsets(*IDS, 8, 4, 4).tolist() == [
+        [2, 5, 6, 7],
+        [1, 2, 4, 6],
+        [0, 3, 6, 7],
+        [1, 2, 3, 4],
+    ]
     assert disjoint_subsets(*IDS, 8, 4, 2).tolist() == [[1, 3, 4, 7], [0, 2, 5, 6]]
 
 
@@ -72,7 +92,9 @@ def test_disjoint_subsets_share_no_trace_and_are_uniform():
     rows = disjoint_subsets(*IDS, 9, 2, 4)
     assert rows.shape == (4, 2) and rows.dtype == np.int32 and (np.diff(rows, axis=1) > 0).all()
     assert len(set(rows.ravel().tolist())) == 8 and rows.min() >= 0 and rows.max() < 9
-    first = Counter(tuple(disjoint_subsets(1, 1, 0, cursor, 0, 5, 2, 2)[1]) for cursor in range(4000))
+    first = Counter(
+        tuple(disjoint_subsets(1, 1, 0, cursor, 0, 5, 2, 2)[1]) for cursor in range(4000)
+    )
     assert len(first) == 10
     assert sum((count - 400) ** 2 / 400 for count in first.values()) < stats.chi2.ppf(0.999, 9)
 
@@ -89,7 +111,9 @@ def test_incidence_marks_exactly_the_members_over_leading_axes():
 def test_bias_factor_at_the_papers_settings_agrees_with_all_916895_draws():
     subsets = list(itertools.combinations(range(8), 4))
     holds = np.array([0 in subset for subset in subsets])
-    draws = np.fromiter(itertools.chain.from_iterable(itertools.combinations(range(70), 4)), np.int8).reshape(-1, 4)
+    draws = np.fromiter(
+        itertools.chain.from_iterable(itertools.combinations(range(70), 4)), np.int8
+    ).reshape(-1, 4)
     times = holds[draws].sum(axis=1)  # drawn subsets that contain trace 0
     in_some, in_all = (times > 0).mean(), (times == 4).mean()
     assert bias_factor("marginal_mean", 8, 4, 4) == pytest.approx(2 * in_some - 1, rel=1e-12)
@@ -127,14 +151,20 @@ def test_impossible_sizes_are_refused_with_the_numbers(call, words):
 
 
 def test_independent_draws_are_uniform_and_may_repeat():
-    draws = [tuple(row) for cursor in range(2000) for row in independent_subsets(7, 1, 0, cursor, 2, 5, 2, 5)]
+    draws = [
+        tuple(row)
+        for cursor in range(2000)
+        for row in independent_subsets(7, 1, 0, cursor, 2, 5, 2, 5)
+    ]
     counts = Counter(draws)
     assert set(counts) == set(itertools.combinations(range(5), 2))
     statistic = sum((count - 1000) ** 2 / 1000 for count in counts.values())
     assert statistic < stats.chi2.ppf(0.999, 9)
     # more draws than there are subsets: every member of a population has its own
     assert independent_subsets(*IDS, 3, 3, 8).tolist() == [[0, 1, 2]] * 8
-    assert not np.array_equal(independent_subsets(7, 1, 0, 0, 1, 8, 4, 8), independent_subsets(7, 1, 0, 0, 2, 8, 4, 8))
+    assert not np.array_equal(
+        independent_subsets(7, 1, 0, 0, 1, 8, 4, 8), independent_subsets(7, 1, 0, 0, 2, 8, 4, 8)
+    )
 
 
 @pytest.mark.parametrize(("n", "s", "k"), [(4, 5, 1), (4, 0, 1), (4, 2, 0)])

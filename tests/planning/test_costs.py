@@ -19,7 +19,9 @@ def compiled(function, *shapes):
 
 def module_of(body, computations=""):
     """A module whose entry computation has these lines."""
-    return parse(f"HloModule m, num_partitions=8\n\n{computations}\nENTRY %main () -> f32[] {{\n{body}\n}}\n")
+    return parse(
+        f"HloModule m, num_partitions=8\n\n{computations}\nENTRY %main () -> f32[] {{\n{body}\n}}\n"
+    )
 
 
 def test_a_product_is_two_operations_a_multiply_add_and_moves_its_arrays():
@@ -43,7 +45,9 @@ def test_a_scan_reads_of_stacked_weights_one_layer_a_pass():
     scan = lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]  # noqa: E731
     module = compiled(scan, ((1, K), jnp.float32), ((layers, K, K), jnp.float32))
     weights, read = 4 * layers * K * K, cost_of(module, {}).hbm_bytes
-    assert weights <= read <= 3.5 * weights  # a slice may be copied out before it is used: not `layers` times all
+    assert (
+        weights <= read <= 3.5 * weights
+    )  # a slice may be copied out before it is used: not `layers` times all
 
 
 def test_an_update_in_place_moves_what_changes():
@@ -100,7 +104,10 @@ def test_of_a_branch_the_dearer_side_counts():
             8 * 2 * 24 * 40 * 32,
         ),
         # a true one-dimensional convolution of 10 positions with 3 taps
-        ("%y = f32[24,8,40] convolution(%e, %f), window={size=3}, dim_labels=b0f_0io->b0f", 8 * 3 * 2 * 24 * 40 * 32),
+        (
+            "%y = f32[24,8,40] convolution(%e, %f), window={size=3}, dim_labels=b0f_0io->b0f",
+            8 * 3 * 2 * 24 * 40 * 32,
+        ),
         # padded by one on both sides: the outer positions meet two elements
         (
             "%y = f32[24,10,40] convolution(%e, %f), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f",

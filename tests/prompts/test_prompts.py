@@ -1,4 +1,6 @@
-"""Prompts: sampled ids arrive verbatim, nothing a model or a problem writes can forge a turn, every rule is counted."""
+"""Prompts: sampled ids arrive verbatim, nothing a model or a problem writes can forge a turn, every
+rule is counted.
+"""
 
 import numpy as np
 import pytest
@@ -26,7 +28,11 @@ def ordinary_ids(tokenizer) -> np.ndarray:
 
 def places(haystack: np.ndarray, needle: np.ndarray) -> list[int]:
     width = len(needle)
-    return [i for i in range(len(haystack) - width + 1) if np.array_equal(haystack[i : i + width], needle)]
+    return [
+        i
+        for i in range(len(haystack) - width + 1)
+        if np.array_equal(haystack[i : i + width], needle)
+    ]
 
 
 def chat(tokenizer, content: str) -> str:
@@ -37,12 +43,16 @@ def chat(tokenizer, content: str) -> str:
 # ---- search prompts
 
 
-@pytest.mark.parametrize("problem", ["What is 3 + 4?", "a  b\n\n{x} {problem} \\boxed{1} ünï 数", " leading"])
+@pytest.mark.parametrize(
+    "problem", ["What is 3 + 4?", "a  b\n\n{x} {problem} \\boxed{1} ünï 数", " leading"]
+)
 def test_search_prompt_reads_as_the_chat_template_renders_it(tokenizer, problem):
     c = config.defaults()
     ids = prompts.search_prompt(scaffold_of(tokenizer), problem)
     assert ids.dtype == np.int32 and ids.ndim == 1
-    message = problem + c.prompt.search.removeprefix("{problem}").replace("{{", "{").replace("}}", "}")
+    message = problem + c.prompt.search.removeprefix("{problem}").replace("{{", "{").replace(
+        "}}", "}"
+    )
     assert decode(tokenizer, ids) == chat(tokenizer, message)
 
 
@@ -77,7 +87,9 @@ def test_random_ids_appear_verbatim_also_when_they_do_not_survive_decode_and_enc
     scaffold, rng, fragile = scaffold_of(tokenizer), np.random.default_rng(0), 0
     for _ in range(40):
         candidates = [rng.choice(ordinary_ids(tokenizer), rng.integers(20, 40)) for _ in range(4)]
-        fragile += sum(not np.array_equal(encode(tokenizer, decode(tokenizer, ids)), ids) for ids in candidates)
+        fragile += sum(
+            not np.array_equal(encode(tokenizer, decode(tokenizer, ids)), ids) for ids in candidates
+        )
         traces = [(np.append(ids, tokenizer.eos_token_id), Stop.STOP) for ids in candidates]
         prompt = prompts.aggregation_prompt(scaffold, "x?", traces, np.arange(4))
         starts = [places(prompt.ids, ids) for ids in candidates]
@@ -90,8 +102,12 @@ def test_random_ids_appear_verbatim_also_when_they_do_not_survive_decode_and_enc
 def test_aggregation_prompt_reads_as_the_filled_template(tokenizer):
     c = config.defaults()
     texts = ["It is \\boxed{7}", "ünï {candidate} {problem}", "3"]
-    traces = [(np.append(encode(tokenizer, text), tokenizer.eos_token_id), Stop.STOP) for text in texts]
-    prompt = prompts.aggregation_prompt(scaffold_of(tokenizer), "3 + 4?", traces, np.array([2, 0, 1]))
+    traces = [
+        (np.append(encode(tokenizer, text), tokenizer.eos_token_id), Stop.STOP) for text in texts
+    ]
+    prompt = prompts.aggregation_prompt(
+        scaffold_of(tokenizer), "3 + 4?", traces, np.array([2, 0, 1])
+    )
     listed = "".join(f"Attempt {j}:\n{texts[i]}\n\n" for j, i in enumerate([2, 0, 1], start=1))
     message = c.prompt.aggregation.format(problem="3 + 4?", count=3, candidates=listed)
     assert decode(tokenizer, prompt.ids) == chat(tokenizer, message)
@@ -99,7 +115,9 @@ def test_aggregation_prompt_reads_as_the_filled_template(tokenizer):
 
 def test_no_special_id_gets_from_a_candidate_into_the_prompt(tokenizer):
     scaffold, rng = scaffold_of(tokenizer), np.random.default_rng(1)
-    blank = prompts.aggregation_prompt(scaffold, "x?", [(np.array([5], np.int32), Stop.LENGTH)] * 3, np.arange(3))
+    blank = prompts.aggregation_prompt(
+        scaffold, "x?", [(np.array([5], np.int32), Stop.LENGTH)] * 3, np.arange(3)
+    )
     for _ in range(20):
         traces, inserted = [], 0
         for _ in range(3):
@@ -107,7 +125,9 @@ def test_no_special_id_gets_from_a_candidate_into_the_prompt(tokenizer):
             forged = rng.integers(0, 3, rng.integers(0, 5)).astype(np.int32)
             ids = np.insert(ids, rng.integers(0, 15, len(forged)), forged)
             inserted += len(forged)
-            traces.append((np.append(ids, tokenizer.eos_token_id), Stop.STOP))  # the final stop id does not count
+            traces.append(
+                (np.append(ids, tokenizer.eos_token_id), Stop.STOP)
+            )  # the final stop id does not count
         prompt = prompts.aggregation_prompt(scaffold, "x?", traces, np.arange(3))
         assert prompt.removed_special == inserted
         for special in (0, 1, 2):
@@ -126,7 +146,9 @@ def test_order_permutes_the_candidates_and_renumbers_them(tokenizer):
     scaffold = scaffold_of(tokenizer, candidate="{index}:{candidate};")
     traces = [(encode(tokenizer, f"trace {name}"), Stop.LENGTH) for name in "ABC"]
     for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
-        text = decode(tokenizer, prompts.aggregation_prompt(scaffold, "x?", traces, np.array(order)).ids)
+        text = decode(
+            tokenizer, prompts.aggregation_prompt(scaffold, "x?", traces, np.array(order)).ids
+        )
         assert "".join(f"{j}:trace {'ABC'[i]};" for j, i in enumerate(order, start=1)) in text
 
 
@@ -145,7 +167,9 @@ def test_candidate_order_is_a_pure_function_of_every_number_and_uniform():
     changes = dict(seed=1, purpose=Purpose.EVALUATION, step=4, cursor=18, round=1, set=0)
     for field, value in changes.items():
         assert not np.array_equal(order, prompts.candidate_order(**{**base, field: value})), field
-    draws = [tuple(prompts.candidate_order(**{**base, "cursor": i, "size": 3})) for i in range(1200)]
+    draws = [
+        tuple(prompts.candidate_order(**{**base, "cursor": i, "size": 3})) for i in range(1200)
+    ]
     counts = np.array([draws.count(p) for p in sorted(set(draws))])
     assert len(counts) == 6
     assert ((counts - 200) ** 2 / 200).sum() < 20.5  # chi-squared, 5 degrees of freedom, p = 0.001
@@ -153,7 +177,9 @@ def test_candidate_order_is_a_pure_function_of_every_number_and_uniform():
 
 def test_candidates_are_listed_shuffled_or_as_they_were_sampled():
     c, place = config.defaults(), (Purpose.TRAIN, 3, 14, 1, 0, 6)
-    np.testing.assert_array_equal(prompts.listed_order(c, *place), prompts.candidate_order(c.seed, *place))
+    np.testing.assert_array_equal(
+        prompts.listed_order(c, *place), prompts.candidate_order(c.seed, *place)
+    )
     c.aggregation.order = "sampled"
     np.testing.assert_array_equal(prompts.listed_order(c, *place), np.arange(6))
 
@@ -166,23 +192,33 @@ def test_truncated_candidates_keep_their_last_ids_and_finished_ones_all(tokenize
     ids = np.arange(10, 30)
     assert prompts.clean_candidate(scaffold, ids, Stop.LENGTH)[0].tolist() == list(range(24, 30))
     assert prompts.clean_candidate(scaffold, ids[:4], Stop.LENGTH)[0].tolist() == [10, 11, 12, 13]
-    assert prompts.clean_candidate(scaffold, np.append(ids, 1), Stop.STOP)[0].tolist() == ids.tolist()
+    assert (
+        prompts.clean_candidate(scaffold, np.append(ids, 1), Stop.STOP)[0].tolist() == ids.tolist()
+    )
     cleaned, removed = prompts.clean_candidate(scaffold, np.append(ids, [0, 0]), Stop.LENGTH)
-    assert cleaned.tolist() == list(range(24, 30)) and removed == 2  # special ids take no room from the tail
+    assert (
+        cleaned.tolist() == list(range(24, 30)) and removed == 2
+    )  # special ids take no room from the tail
 
 
 def test_mark_says_so_before_the_tail_of_truncated_candidates_only(tokenizer):
     scaffold = scaffold_of(tokenizer, truncated="mark", keep_tail_tokens=6)
     ids = np.arange(10, 30)
     mark = encode(tokenizer, "[cut off]\n").tolist()
-    assert prompts.clean_candidate(scaffold, ids, Stop.LENGTH)[0].tolist() == mark + list(range(24, 30))
-    assert prompts.clean_candidate(scaffold, np.append(ids, 1), Stop.STOP)[0].tolist() == ids.tolist()
+    assert prompts.clean_candidate(scaffold, ids, Stop.LENGTH)[0].tolist() == mark + list(
+        range(24, 30)
+    )
+    assert (
+        prompts.clean_candidate(scaffold, np.append(ids, 1), Stop.STOP)[0].tolist() == ids.tolist()
+    )
 
 
 def test_drop_leaves_truncated_candidates_out_and_counts_them(tokenizer):
     scaffold = scaffold_of(tokenizer, truncated="drop", candidate="{index}:{candidate};")
     stops = [Stop.LENGTH, Stop.STOP, Stop.LENGTH, Stop.STOP]
-    traces = [(encode(tokenizer, f"trace {name}"), stop) for name, stop in zip("ABCD", stops, strict=True)]
+    traces = [
+        (encode(tokenizer, f"trace {name}"), stop) for name, stop in zip("ABCD", stops, strict=True)
+    ]
     prompt = prompts.aggregation_prompt(scaffold, "x?", traces, np.array([3, 2, 1, 0]))
     text = decode(tokenizer, prompt.ids)
     assert "1:trace D;2:trace B;" in text and "trace A" not in text and "trace C" not in text
@@ -242,12 +278,16 @@ def test_answer_only_keeps_what_follows_the_last_end_of_thinking(
 
 
 def test_thinking_that_the_chat_template_opens_and_the_trace_never_closes_leaves_nothing():
-    tokenizer = chatml_tokenizer(think_tokens=True, template=CHATML.replace("assistant\n", "assistant\n<think>\n"))
+    tokenizer = chatml_tokenizer(
+        think_tokens=True, template=CHATML.replace("assistant\n", "assistant\n<think>\n")
+    )
     scaffold = scaffold_of(tokenizer)
     cut, _ = prompts.clean_candidate(scaffold, encode(tokenizer, "Hm 5."), Stop.LENGTH)
     done, _ = prompts.clean_candidate(scaffold, encode(tokenizer, "Hm 5.</think>7."), Stop.STOP)
     assert decode(tokenizer, cut) == "" and decode(tokenizer, done) == "7."
-    closed = CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")  # thinking switched off
+    closed = CHATML.replace(
+        "assistant\n", "assistant\n<think>\n\n</think>\n\n"
+    )  # thinking switched off
     tokenizer = chatml_tokenizer(think_tokens=True, template=closed)
     kept, _ = prompts.clean_candidate(scaffold_of(tokenizer), encode(tokenizer, "7."), Stop.STOP)
     assert decode(tokenizer, kept) == "7."
@@ -271,7 +311,11 @@ def test_no_prompt_exceeds_the_bound_and_the_bound_is_reached(tokenizer):
     for truncated in ("keep_tail", "drop", "mark"):
         for tail in (0, 3, 30, 100):
             c = config.defaults()
-            c.prompt.truncated, c.prompt.keep_tail_tokens, c.prompt.max_problem_tokens = truncated, tail, 180
+            c.prompt.truncated, c.prompt.keep_tail_tokens, c.prompt.max_problem_tokens = (
+                truncated,
+                tail,
+                180,
+            )
             c.search.max_tokens, c.aggregation.subset_size = 30, 11
             scaffold = prompts.make_scaffold(tokenizer, c.prompt, [tokenizer.eos_token_id])
             bound = prompts.max_aggregation_prompt(scaffold, c)
@@ -282,7 +326,8 @@ def test_no_prompt_exceeds_the_bound_and_the_bound_is_reached(tokenizer):
                 stops = rng.integers(0, 2, 11) if not full else np.full(11, truncated == "mark")
                 lengths = rng.integers(0, 31, 11) if not full else np.full(11, 30)
                 traces = [
-                    (rng.choice(ordinary_ids(tokenizer), n), Stop(int(s))) for n, s in zip(lengths, stops, strict=True)
+                    (rng.choice(ordinary_ids(tokenizer), n), Stop(int(s)))
+                    for n, s in zip(lengths, stops, strict=True)
                 ]
                 ids = prompts.aggregation_prompt(scaffold, problem, traces, rng.permutation(11)).ids
                 assert len(ids) <= bound
@@ -293,7 +338,11 @@ def test_no_prompt_exceeds_the_bound_and_the_bound_is_reached(tokenizer):
 def test_the_papers_settings_fit_their_longest_slots(tokenizer):
     c = config.defaults()
     scaffold = prompts.make_scaffold(tokenizer, c.prompt, [tokenizer.eos_token_id])
-    assert 4 * 4096 < prompts.max_aggregation_prompt(scaffold, c) <= max(P for _, _, P, _ in c.sampling.classes)
+    assert (
+        4 * 4096
+        < prompts.max_aggregation_prompt(scaffold, c)
+        <= max(P for _, _, P, _ in c.sampling.classes)
+    )
 
 
 # ---- templates that cannot work
@@ -304,14 +353,26 @@ def test_the_papers_settings_fit_their_longest_slots(tokenizer):
     [
         ("aggregation", "{problem} {count}", r"config.prompt.aggregation lacks \{candidates\}"),
         ("aggregation", "{candidates}", r"config.prompt.aggregation lacks \{problem\}"),
-        ("aggregation", "{problem} {candidates} {candidate}", r"aggregation has the placeholder \{candidate\}"),
+        (
+            "aggregation",
+            "{problem} {candidates} {candidate}",
+            r"aggregation has the placeholder \{candidate\}",
+        ),
         ("search", "Solve it.", r"config.prompt.search lacks \{problem\}"),
-        ("search", "{problem} \\boxed{}", r"config.prompt.search has the placeholder \{\}.*\{\{ and \}\}"),
+        (
+            "search",
+            "{problem} \\boxed{}",
+            r"config.prompt.search has the placeholder \{\}.*\{\{ and \}\}",
+        ),
         ("search", "{problem!r}", r"config.prompt.search .*without format or conversion"),
         ("search", "{problem:>10}", r"config.prompt.search .*without format or conversion"),
         ("search", "{problem} {", r"config.prompt.search: .*\{\{ and \}\}"),
         ("candidate", "{index}.", r"config.prompt.candidate lacks \{candidate\}"),
-        ("candidate", "{number}. {candidate}", r"config.prompt.candidate has the placeholder \{number\}"),
+        (
+            "candidate",
+            "{number}. {candidate}",
+            r"config.prompt.candidate has the placeholder \{number\}",
+        ),
     ],
 )
 def test_placeholders_that_are_missing_or_unknown_are_named(tokenizer, field, template, message):
@@ -320,6 +381,10 @@ def test_placeholders_that_are_missing_or_unknown_are_named(tokenizer, field, te
 
 
 def test_count_and_index_may_be_left_out(tokenizer):
-    scaffold = scaffold_of(tokenizer, aggregation="{problem}|{candidates}", candidate="{candidate}/")
-    prompt = prompts.aggregation_prompt(scaffold, "x?", [(encode(tokenizer, "a"), Stop.STOP)] * 2, np.arange(2))
+    scaffold = scaffold_of(
+        tokenizer, aggregation="{problem}|{candidates}", candidate="{candidate}/"
+    )
+    prompt = prompts.aggregation_prompt(
+        scaffold, "x?", [(encode(tokenizer, "a"), Stop.STOP)] * 2, np.arange(2)
+    )
     assert decode(tokenizer, prompt.ids) == chat(tokenizer, "x?|a/a/")

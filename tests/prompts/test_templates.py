@@ -20,16 +20,20 @@ from spiral_jax.model import hf
 from spiral_jax.prompts import prompts
 from spiral_jax.rollout import requests as rollout
 
-# As Qwen3's: thinking switched off is an empty think block. As Qwen3-Thinking's where it is not: the answer opens it.
+# As Qwen3's: thinking switched off is an empty think block. As Qwen3-Thinking's where it is not:
+# the answer opens it.
 HYBRID = CHATML.replace(
     "<|im_start|>assistant\n",
     "<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
     "{% else %}<think>\n{% endif %}",
 )
 NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + CHATML
 )
-DROPS_SYSTEM = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+DROPS_SYSTEM = CHATML.replace(
+    "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
+)
 TRIMS = CHATML.replace("m.content", "m.content | trim")
 
 
@@ -44,20 +48,31 @@ def tokenizer():
 @pytest.mark.parametrize("template", [CHATML, TRIMS])
 def test_the_system_message_comes_before_the_users_turn_in_both_prompts(template):
     tokenizer = chatml_tokenizer(template=template)
-    scaffold = scaffold_of(tokenizer, system=" Be {brief}.\n", aggregation="{problem}|{candidates}", search="{problem}")
+    scaffold = scaffold_of(
+        tokenizer, system=" Be {brief}.\n", aggregation="{problem}|{candidates}", search="{problem}"
+    )
     turn = decode(tokenizer, prompts.search_prompt(scaffold, "x?"))
     said = "Be {brief}." if template == TRIMS else " Be {brief}.\n"
-    assert turn == f"<|im_start|>system\n{said}<|im_end|>\n<|im_start|>user\nx?<|im_end|>\n<|im_start|>assistant\n"
-    both = prompts.aggregation_prompt(scaffold, "x?", [(encode(tokenizer, "a"), Stop.STOP)], np.arange(1)).ids
+    assert (
+        turn
+        == f"<|im_start|>system\n{said}<|im_end|>\n<|im_start|>user\nx?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    both = prompts.aggregation_prompt(
+        scaffold, "x?", [(encode(tokenizer, "a"), Stop.STOP)], np.arange(1)
+    ).ids
     assert decode(tokenizer, both) == turn.replace("x?", "x?|Attempt 1:\na\n\n")
     assert "system" not in decode(tokenizer, prompts.search_prompt(scaffold_of(tokenizer), "x?"))
 
 
-@pytest.mark.parametrize(("template", "message"), [(NO_SYSTEM, "System role not supported"), (DROPS_SYSTEM, "out")])
+@pytest.mark.parametrize(
+    ("template", "message"), [(NO_SYSTEM, "System role not supported"), (DROPS_SYSTEM, "out")]
+)
 def test_a_chat_template_without_a_place_for_the_system_message_is_refused(template, message):
     tokenizer = chatml_tokenizer(template=template)
     scaffold_of(tokenizer)
-    with pytest.raises(ConfigError, match=f"prompt.system = 'Be brief.'.*{message}|{message}.*system = 'Be brief.'"):
+    with pytest.raises(
+        ConfigError, match=f"prompt.system = 'Be brief.'.*{message}|{message}.*system = 'Be brief.'"
+    ):
         scaffold_of(tokenizer, system="Be brief.")
 
 
@@ -69,14 +84,18 @@ def test_template_kwargs_reach_the_template_and_a_name_that_it_does_not_read_is_
         end = decode(tokenizer, prompts.search_prompt(scaffold, "x?")).rpartition("assistant\n")[2]
         ends[str(kwargs)] = (end, scaffold.opens_thinking)
     assert list(ends.values()) == [("<think>\n", True)] * 2 + [("<think>\n\n</think>\n\n", False)]
-    with pytest.raises(ConfigError, match="template_kwargs has 'enable_thinkin'.*Did you mean 'enable_thinking'"):
+    with pytest.raises(
+        ConfigError, match="template_kwargs has 'enable_thinkin'.*Did you mean 'enable_thinking'"
+    ):
         scaffold_of(tokenizer, template_kwargs={"enable_thinkin": False})
     for name in ("messages", "add_generation_prompt", "tokenize"):
         with pytest.raises(ConfigError, match=f"template_kwargs has '{name}'"):
             scaffold_of(tokenizer, template_kwargs={name: False})
 
 
-def test_template_kwargs_are_overridden_on_the_command_line_and_survive_the_runs_own_record(monkeypatch):
+def test_template_kwargs_are_overridden_on_the_command_line_and_survive_the_runs_own_record(
+    monkeypatch,
+):
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
     more = ["--config.prompt.template_kwargs={'enable_thinking': False, 'tools_in': {'a': [1]}}",
@@ -105,13 +124,19 @@ def test_what_the_message_itself_says_about_thinking_opens_nothing():
 
 
 def test_a_chat_template_that_loses_the_message_is_refused():
-    with pytest.raises(ConfigError, match="config.prompt.search: the chat template changes the message"):
+    with pytest.raises(
+        ConfigError, match="config.prompt.search: the chat template changes the message"
+    ):
         scaffold_of(chatml_tokenizer(template="<|im_start|>user\nhello<|im_end|>"))
 
 
-@pytest.mark.parametrize("template", ["{{ messages[7].content }}", "{% if %}", "{{ 1 + messages }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ messages[7].content }}", "{% if %}", "{{ 1 + messages }}"]
+)
 def test_a_chat_template_that_fails_is_an_error_with_its_own_words(template):
-    with pytest.raises(ConfigError, match="config.prompt.search: the chat template refuses the prompt"):
+    with pytest.raises(
+        ConfigError, match="config.prompt.search: the chat template refuses the prompt"
+    ):
         scaffold_of(chatml_tokenizer(template=template))
 
 
@@ -120,7 +145,11 @@ def test_a_chat_template_that_fails_is_an_error_with_its_own_words(template):
 
 def test_plain_prompts_are_the_text_itself_behind_the_bos_that_the_tokenizer_begins_with():
     tokenizer = chatml_tokenizer(template=None)
-    fields = {"template": "plain", "search": "Q: {problem} {{}}\nA:", "aggregation": "{problem}\n{candidates}A:"}
+    fields = {
+        "template": "plain",
+        "search": "Q: {problem} {{}}\nA:",
+        "aggregation": "{problem}\n{candidates}A:",
+    }
     fields |= {"candidate": "- {candidate}\n"}
     bare = scaffold_of(tokenizer, **fields)
     tokenizer.bos_token = "<|unnamed|>"  # as in SmolLM2: it has a BOS and never uses it
@@ -141,7 +170,11 @@ def test_plain_prompts_are_the_text_itself_behind_the_bos_that_the_tokenizer_beg
 
 def test_a_plain_prompt_may_open_thinking_itself_in_both_prompts_or_in_neither():
     tokenizer = chatml_tokenizer(template=None)
-    fields = {"template": "plain", "search": "{problem}<think>\n", "aggregation": "{candidates}{problem}<think>"}
+    fields = {
+        "template": "plain",
+        "search": "{problem}<think>\n",
+        "aggregation": "{candidates}{problem}<think>",
+    }
     assert scaffold_of(tokenizer, **fields).opens_thinking
     assert not scaffold_of(tokenizer, **fields | {"search": "<think>{problem}", "aggregation": "{candidates}{problem}"}
                            ).opens_thinking  # fmt: skip
@@ -151,7 +184,9 @@ def test_a_plain_prompt_may_open_thinking_itself_in_both_prompts_or_in_neither()
 
 def test_a_tokenizer_without_chat_template_is_an_error_that_names_the_way_out(tmp_path):
     chatml_tokenizer(template=None).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=f"in {tmp_path} has no chat template.*prompt.template=plain"):
+    with pytest.raises(
+        ConfigError, match=f"in {tmp_path} has no chat template.*prompt.template=plain"
+    ):
         scaffold_of(prompts.load_tokenizer(tmp_path))
     scaffold_of(prompts.load_tokenizer(tmp_path), template="plain")
 
@@ -170,7 +205,8 @@ def test_plain_prompts_have_no_place_for_what_only_a_chat_template_reads(field):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("template", "raw"), ("stop", (1.5,)), ("stop", (True,)), ("stop", (("a",),))]
+    ("field", "value"),
+    [("template", "raw"), ("stop", (1.5,)), ("stop", (True,)), ("stop", (("a",),))],
 )
 def test_a_bad_value_is_refused(field, value):
     c = tiny.get_config()
@@ -184,16 +220,26 @@ def test_a_bad_value_is_refused(field, value):
 
 @pytest.mark.parametrize("thinking", [True, False])
 def test_candidates_of_a_rollout_show_no_thinking_whichever_side_opened_it(thinking):
-    """The template opens <think> for the trace, or closes an empty block so that the trace has none."""
+    """The template opens <think> for the trace, or closes an empty block so that the trace has
+    none.
+    """
     tokenizer = prompts.load_tokenizer(hf.resolve_path("bundled:tiny"))
     assert tokenizer.get_vocab() == TOKENIZER.get_vocab()
     open_, empty = "{{ '<|assistant|><think>' }}", "{{ '<|assistant|><think></think>' }}"
     tokenizer.chat_template = tokenizer.chat_template.replace(
-        "{{ '<|assistant|>' }}", f"{{% if enable_thinking %}}{open_}{{% else %}}{empty}{{% endif %}}"
+        "{{ '<|assistant|>' }}",
+        f"{{% if enable_thinking %}}{open_}{{% else %}}{empty}{{% endif %}}",
     )
     lead = "left:1\\boxed{1}</think>" if thinking else ""
-    traces = [f"{lead}right:2\\boxed{{7}}", f"{lead}right:3\\boxed{{4}}", "left:1\\boxed{7}...", f"{lead}right:5"]
-    actor = make_actor(lambda role, cursor, k, i: traces[i], search__traces=4, search__max_tokens=64)
+    traces = [
+        f"{lead}right:2\\boxed{{7}}",
+        f"{lead}right:3\\boxed{{4}}",
+        "left:1\\boxed{7}...",
+        f"{lead}right:5",
+    ]
+    actor = make_actor(
+        lambda role, cursor, k, i: traces[i], search__traces=4, search__max_tokens=64
+    )
     actor.c.prompt.template_kwargs = {"enable_thinking": thinking}
     scaffold = prompts.make_scaffold(tokenizer, actor.c.prompt, (tokenizer.eos_token_id,))
     actor = dataclasses.replace(actor, scaffold=scaffold)
@@ -204,11 +250,15 @@ def test_candidates_of_a_rollout_show_no_thinking_whichever_side_opened_it(think
     assert graded.reward_UxC[0, :2].tolist() == [1, 0]  # the box behind the thinking counts
     prompt = decode(tokenizer, found.requests.prompt_UxP[0, : found.requests.prompt_len_U[0]])
     assert prompt.endswith("<think>" if thinking else "<think></think>")
-    requests, cleaned = rollout.aggregation_requests(actor, problem, found, np.array([[[0, 1, 2, 3]]]), 2)
+    requests, cleaned = rollout.aggregation_requests(
+        actor, problem, found, np.array([[[0, 1, 2, 3]]]), 2
+    )
     shown = decode(tokenizer, requests.prompt_UxP[0, : requests.prompt_len_U[0]])
     body = shown.removesuffix(prompt[prompt.index("<|assistant|>") :])
     assert body != shown and "think>" not in body
-    third = "(empty)" if thinking else "left:1\\boxed{7}..."  # cut off while thinking: nothing of it is an answer
+    third = (
+        "(empty)" if thinking else "left:1\\boxed{7}..."
+    )  # cut off while thinking: nothing of it is an answer
     listed = ["right:2\\boxed{7}", "right:3\\boxed{4}", third, "right:5"]
     assert sorted(body.removesuffix("<|end|>").split("#")[1:]) == sorted(listed)
     assert cleaned["empty"] == int(thinking) and cleaned["removed_special"] == 0
@@ -229,9 +279,13 @@ def test_load_tokenizer_gives_back_the_same_prompts_and_names_what_is_missing(tm
         prompts.load_tokenizer(tmp_path / "bare")
 
 
-@pytest.mark.parametrize(("named", "expected"), [(7, (7, 1)), ([7, 8], (7, 8, 1)), ([1, 7], (1, 7)), (None, (1,))])
+@pytest.mark.parametrize(
+    ("named", "expected"), [(7, (7, 1)), ([7, 8], (7, 8, 1)), ([1, 7], (1, 7)), (None, (1,))]
+)
 def test_stop_ids_come_from_generation_config_and_tokenizer(tmp_path, tokenizer, named, expected):
-    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 1  # a pad token may end traces: masks are lengths
+    assert (
+        tokenizer.eos_token_id == tokenizer.pad_token_id == 1
+    )  # a pad token may end traces: masks are lengths
     assert prompts.stop_ids(tokenizer, tmp_path) == (1,)  # no such file
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
     assert prompts.stop_ids(tokenizer, tmp_path) == expected
@@ -240,7 +294,12 @@ def test_stop_ids_come_from_generation_config_and_tokenizer(tmp_path, tokenizer,
 
 def test_stop_ids_of_the_config_join_the_others_once(tmp_path, tokenizer):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 1]}')
-    assert prompts.stop_ids(tokenizer, tmp_path, ("<|unnamed|>", 9, "<|im_end|>", 7)) == (7, 1, 2, 9)
+    assert prompts.stop_ids(tokenizer, tmp_path, ("<|unnamed|>", 9, "<|im_end|>", 7)) == (
+        7,
+        1,
+        2,
+        9,
+    )
     scaffold = prompts.make_scaffold(tokenizer, config.defaults().prompt, (7, 1, 2, 9))
     ids, removed = prompts.clean_candidate(scaffold, np.array([5, 9, 6, 9]), Stop.STOP)
     assert ids.tolist() == [5, 6] and removed == 1  # and they are special inside candidates
@@ -248,7 +307,9 @@ def test_stop_ids_of_the_config_join_the_others_once(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("stop", ["<|absent|>", "", "two words", 400, -1, 10**12])
 def test_a_stop_token_that_is_not_a_single_id_is_an_error_that_names_it(tmp_path, tokenizer, stop):
-    with pytest.raises(ConfigError, match=r"config\.prompt\.stop has .*must be the text of one token") as caught:
+    with pytest.raises(
+        ConfigError, match=r"config\.prompt\.stop has .*must be the text of one token"
+    ) as caught:
         prompts.stop_ids(tokenizer, tmp_path, ("<|im_end|>", stop))
     assert repr(stop) in str(caught.value)
 
@@ -261,7 +322,9 @@ def test_no_stop_id_at_all_is_an_error_unless_the_config_names_one(tmp_path):
     assert prompts.stop_ids(tokenizer, tmp_path, ("<|im_end|>",)) == (1,)
 
 
-@pytest.mark.parametrize("content", ['{"eos_token_id": "x"}', '{"eos_token_id": [[1]]}', "[1]", "{"])
+@pytest.mark.parametrize(
+    "content", ['{"eos_token_id": "x"}', '{"eos_token_id": [[1]]}', "[1]", "{"]
+)
 def test_a_damaged_generation_config_is_named(tmp_path, tokenizer, content):
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(ConfigError, match="generation_config.json: its eos_token_id must be"):

@@ -68,7 +68,11 @@ def test_without_a_terminal_each_step_is_one_plain_line():
                 pass
             bar.step_done(step, 0.25, 123_456_000, 1000.0)
     lines = console.file.getvalue().splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["step 998 of 1000", "step 999 of 1000", "step 1000 of 1000"]
+    assert [line.split("  ")[0] for line in lines] == [
+        "step 998 of 1000",
+        "step 999 of 1000",
+        "step 1000 of 1000",
+    ]
     assert all("reward 0.250" in line and "123,456 tokens/s" in line for line in lines)
     assert "\x1b" not in console.file.getvalue()
 
@@ -117,7 +121,9 @@ def estimate(mean, count=400):
 
 def evaluation(step, rng, aggregation=True):
     names = ["single", "pass_at_n"] + (["majority", "aggregated"] if aggregation else [])
-    result = {"step": step, "parse_rate_search": rng.random()} | {name: estimate(rng.random()) for name in names}
+    result = {"step": step, "parse_rate_search": rng.random()} | {
+        name: estimate(rng.random()) for name in names
+    }
     return result | ({"parse_rate_aggregation": rng.random()} if aggregation else {})
 
 
@@ -154,7 +160,9 @@ def curves(axes):
 
 def has_curve(axes, x, y):
     def same(a, b):
-        return np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=0, atol=1e-12, equal_nan=True)  # percent and back
+        return np.shape(a) == np.shape(b) and np.allclose(
+            a, b, rtol=0, atol=1e-12, equal_nan=True
+        )  # percent and back
 
     return any(same(u, x) and same(v, y) for u, v in curves(axes))
 
@@ -181,11 +189,15 @@ def test_every_metric_is_drawn_raw_and_averaged_in_a_labelled_panel(tmp_path, dr
     for key, place in places.items():
         if place is None:
             continue
-        values = np.array([record[key] for record in records]) * (100 if place == "% of traces" else 1)
+        values = np.array([record[key] for record in records]) * (
+            100 if place == "% of traces" else 1
+        )
         mean = [values[max(0, i - 2) : i + 1].mean() for i in range(60)]  # 60 steps: a window of 3
         assert has_curve(shown[place], steps, values), key
         assert has_curve(shown[place], steps, mean), key
-    assert all(axes.get_xlabel() == "optimizer step" and axes.get_title() for axes in shown.values())
+    assert all(
+        axes.get_xlabel() == "optimizer step" and axes.get_title() for axes in shown.values()
+    )
 
 
 def test_held_out_points_have_their_means_and_95_percent_bars(tmp_path, drawn):
@@ -203,7 +215,9 @@ def test_held_out_points_have_their_means_and_95_percent_bars(tmp_path, drawn):
         np.testing.assert_allclose(x, [0, 50, 100], atol=1)  # moved aside by 0.8 % of the axis
         np.testing.assert_array_equal(y, [e[name]["mean"] for e in evaluations])
         ends = np.array([segment[:, 1] for segment in bars.get_segments()])
-        np.testing.assert_allclose(ends, [[e[name]["low"], e[name]["high"]] for e in evaluations], atol=1e-12)
+        np.testing.assert_allclose(
+            ends, [[e[name]["low"], e[name]["high"]] for e in evaluations], atol=1e-12
+        )
 
 
 def test_without_aggregation_the_search_reward_is_drawn_and_nothing_of_aggregation(tmp_path, drawn):
@@ -213,7 +227,9 @@ def test_without_aggregation_the_search_reward_is_drawn_and_nothing_of_aggregati
     draw_curves(path, [evaluation(0, rng, aggregation=False)], tmp_path / "c.png")
     shown = panels(drawn[0])
     assert shown.keys() == PANELS
-    assert has_curve(shown["reward"], np.arange(1, 11), [record["reward/search"] for record in records])
+    assert has_curve(
+        shown["reward"], np.arange(1, 11), [record["reward/search"] for record in records]
+    )
     legends = [axes.get_legend() for axes in shown.values() if axes.get_legend()]
     texts = [text.get_text() for legend in legends for text in legend.get_texts()]
     assert texts
@@ -225,11 +241,18 @@ def test_a_panel_without_values_is_left_out(tmp_path, drawn, missing):
     rng = np.random.default_rng(4)
     records = random_records(rng, 5)
     for record in records:
-        for key in ("grad_norm", "length/search", "length/aggregation", "verifier/parse_rate_search"):
+        for key in (
+            "grad_norm",
+            "length/search",
+            "length/aggregation",
+            "verifier/parse_rate_search",
+        ):
             record.pop(key) if missing == "absent" else record.update({key: missing})
     draw_curves(write_metrics(tmp_path / "m.jsonl", records), [], tmp_path / "c.png")
     assert panels(drawn[0]).keys() == PANELS - {"tokens", "L2 norm"}
-    (label,) = [text.get_text() for text in panels(drawn[0])["% of traces"].get_legend().get_texts()]
+    (label,) = [
+        text.get_text() for text in panels(drawn[0])["% of traces"].get_legend().get_texts()
+    ]
     assert label == "aggregation"
 
 
@@ -244,10 +267,14 @@ def test_single_steps_without_a_value_are_gaps_and_do_not_spoil_the_mean(tmp_pat
     axes = panels(drawn[0])["L2 norm"]
     assert has_curve(axes, np.arange(1, steps + 1), expected)
     if steps == 60:
-        assert has_curve(axes, np.arange(1, 61), [np.nanmean(expected[max(0, i - 2) : i + 1]) for i in range(60)])
+        assert has_curve(
+            axes, np.arange(1, 61), [np.nanmean(expected[max(0, i - 2) : i + 1]) for i in range(60)]
+        )
 
 
-@pytest.mark.parametrize("keys", [["grad_norm"], ["reward/aggregated"], ["grad_norm", "mismatch/kl", "length/search"]])
+@pytest.mark.parametrize(
+    "keys", [["grad_norm"], ["reward/aggregated"], ["grad_norm", "mismatch/kl", "length/search"]]
+)
 def test_any_number_of_panels_can_be_drawn(tmp_path, drawn, keys):
     draw_curves(write_metrics(tmp_path / "m.jsonl", random_records(np.random.default_rng(6), 1, keys)), [],
                 tmp_path / "c.png")  # fmt: skip
@@ -264,7 +291,11 @@ def test_evaluations_alone_are_drawn_also_with_one_problem(tmp_path, drawn):
 
 def test_nothing_to_draw_and_broken_metrics_are_errors(tmp_path):
     with pytest.raises(ValueError, match="none of its metrics"):
-        draw_curves(write_metrics(tmp_path / "m.jsonl", [{"step": 1, "loss/total": 2.0}]), [], tmp_path / "c.png")
+        draw_curves(
+            write_metrics(tmp_path / "m.jsonl", [{"step": 1, "loss/total": 2.0}]),
+            [],
+            tmp_path / "c.png",
+        )
     for line in ('{"step": 2, "gra', '{"grad_norm": 1.0}', "[1]", "{}"):
         (tmp_path / "m.jsonl").write_text('{"step": 1}\n' + line + "\n")
         with pytest.raises(ValueError, match="line 2"):
@@ -274,7 +305,11 @@ def test_nothing_to_draw_and_broken_metrics_are_errors(tmp_path):
 
 def parse_table(text):
     """{row label: {column: text}} of a Markdown table."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     heads, rule, *body = rows
     assert all(set(cell) <= set("-:") for cell in rule)
     assert {len(row) for row in rows} == {len(heads)}
@@ -296,9 +331,18 @@ def test_table_holds_the_first_and_last_evaluation_in_percent_and_their_differen
         means = []
         for source in (first, last):
             value, cell = source[name], table[label][f"step {source['step']}"]
-            expected = [value] if isinstance(value, float) else [value["mean"], value["low"], value["high"]]
-            numbers = [float(part) for part in cell.replace("[", "").replace("]", "").replace(",", "").split()]
-            assert numbers == pytest.approx([100 * v for v in expected], abs=0.0501)  # one decimal is shown
+            expected = (
+                [value]
+                if isinstance(value, float)
+                else [value["mean"], value["low"], value["high"]]
+            )
+            numbers = [
+                float(part)
+                for part in cell.replace("[", "").replace("]", "").replace(",", "").split()
+            ]
+            assert numbers == pytest.approx(
+                [100 * v for v in expected], abs=0.0501
+            )  # one decimal is shown
             means.append(expected[0])
         change = table[label]["change (points)"]
         assert change[0] in "+-"
@@ -306,7 +350,9 @@ def test_table_holds_the_first_and_last_evaluation_in_percent_and_their_differen
 
 
 def test_table_of_one_evaluation_has_no_change():
-    table = parse_table(evaluation_table([evaluation(0, np.random.default_rng(0), aggregation=False)]))
+    table = parse_table(
+        evaluation_table([evaluation(0, np.random.default_rng(0), aggregation=False)])
+    )
     assert list(table) == ["single trace", "pass@N", "parse rate, search"]
     assert all(list(row) == ["step 0"] for row in table.values())
 
@@ -314,9 +360,26 @@ def test_table_of_one_evaluation_has_no_change():
 def test_missing_and_undefined_measures_are_dashes_and_never_nan():
     none = {"mean": None, "low": None, "high": None, "standard_error": None, "count": 0}
     lone = {"mean": 0.5, "low": None, "high": None, "standard_error": None, "count": 1}
-    bad = {"mean": math.nan, "low": math.nan, "high": math.nan, "standard_error": math.nan, "count": 3}
-    before = {"step": 0, "single": lone, "majority": none, "aggregated": bad, "parse_rate_search": math.nan}
-    after = {"step": 5, "single": estimate(0.25), "majority": estimate(0.5), "parse_rate_search": 1.0}
+    bad = {
+        "mean": math.nan,
+        "low": math.nan,
+        "high": math.nan,
+        "standard_error": math.nan,
+        "count": 3,
+    }
+    before = {
+        "step": 0,
+        "single": lone,
+        "majority": none,
+        "aggregated": bad,
+        "parse_rate_search": math.nan,
+    }
+    after = {
+        "step": 5,
+        "single": estimate(0.25),
+        "majority": estimate(0.5),
+        "parse_rate_search": 1.0,
+    }
     text = evaluation_table([before, after])
     table = parse_table(text)
     assert list(table) == ["majority vote", "single trace", "parse rate, search"]
@@ -330,7 +393,10 @@ def test_missing_and_undefined_measures_are_dashes_and_never_nan():
 
 def test_no_change_has_no_minus_sign():
     before, after = {"step": 0, "parse_rate_search": 0.9}, {"step": 1, "parse_rate_search": 0.89999}
-    assert parse_table(evaluation_table([before, after]))["parse rate, search"]["change (points)"] == "+0.0"
+    assert (
+        parse_table(evaluation_table([before, after]))["parse rate, search"]["change (points)"]
+        == "+0.0"
+    )
 
 
 def test_table_says_how_many_problems_it_is_over():

@@ -1,4 +1,6 @@
-"""What a page says of an advantage, against the objective's own number: for random rewards and by hand."""
+"""What a page says of an advantage, against the objective's own number: for random rewards and by
+hand.
+"""
 
 import re
 
@@ -29,7 +31,9 @@ def plain(reward):
     return None if np.isnan(reward) else float(reward)
 
 
-@pytest.mark.parametrize("estimator", ["marginal_mean", "with_without", "aggregator_only", "disjoint_sets"])
+@pytest.mark.parametrize(
+    "estimator", ["marginal_mean", "with_without", "aggregator_only", "disjoint_sets"]
+)
 @pytest.mark.parametrize("failing", [0.0, 0.4])
 def test_the_reason_of_every_set_advantage_ends_in_the_objectives_number(estimator, failing):
     rng = np.random.default_rng(0)
@@ -37,7 +41,10 @@ def test_the_reason_of_every_set_advantage_ends_in_the_objectives_number(estimat
         N, S, K, M = ((8, 4, 4, 4), (4, 2, 6, 3), (5, 1, 5, 2))[case % 3]
         draw = subsets.draw_subsets
         if estimator == "disjoint_sets":
-            draw, (N, S, K, M) = subsets.disjoint_subsets, ((8, 4, 2, 4), (4, 2, 2, 3), (5, 1, 5, 2))[case % 3]
+            draw, (N, S, K, M) = (
+                subsets.disjoint_subsets,
+                ((8, 4, 2, 4), (4, 2, 2, 3), (5, 1, 5, 2))[case % 3],
+            )
         member_KxS = draw(case, 0, 0, 0, 0, N, S, K)
         reward_KxM = np.where(rng.random((K, M)) < failing, np.nan, rng.integers(2, size=(K, M)))
         rewards = advantages.Rewards(np.zeros((1, N)), reward_KxM[None], member_KxS[None])
@@ -47,7 +54,9 @@ def test_the_reason_of_every_set_advantage_ends_in_the_objectives_number(estimat
             reason = explain_search(estimator, i, member_KxS.tolist(), scores, NAMES)
             assert reason.value == pytest.approx(found.search_BxN[0, i], abs=1e-6)  # float32
             said = re.search(r": ([+-][\d.]+|0)\.$", reason.words)
-            assert reason.value == pytest.approx(float(said[1]) if said else 0.0, abs=5.01e-4)  # three decimals
+            assert reason.value == pytest.approx(
+                float(said[1]) if said else 0.0, abs=5.01e-4
+            )  # three decimals
         for k in range(K):
             for m in range(M):
                 reason = explain_aggregation(plain(reward_KxM[k, m]), scores[k])
@@ -56,7 +65,9 @@ def test_the_reason_of_every_set_advantage_ends_in_the_objectives_number(estimat
 
 @pytest.mark.parametrize("estimator", OWN_CORRECTNESS)
 @pytest.mark.parametrize("failing", [0.0, 0.3, 0.7])
-def test_the_reason_of_every_advantage_of_own_correctness_ends_in_the_objectives_number(estimator, failing):
+def test_the_reason_of_every_advantage_of_own_correctness_ends_in_the_objectives_number(
+    estimator, failing
+):
     rng = np.random.default_rng(1)
     for _ in range(60):
         own_N = np.where(rng.random(8) < failing, np.nan, rng.integers(2, size=8))
@@ -92,10 +103,16 @@ def test_the_words_name_the_sets_with_their_counts():
 def test_traces_without_a_comparison_say_so():
     assert "in no set" in explain_search("marginal_mean", 9, SETS, SCORES, NAMES).words
     assert "in every set" in explain_search("with_without", 0, SETS[:2], SCORES[:2], NAMES).words
-    assert "in no set" in explain_search("with_without", 3, SETS, [*SCORES[:3], Score(0, 0)], NAMES).words
+    assert (
+        "in no set"
+        in explain_search("with_without", 3, SETS, [*SCORES[:3], Score(0, 0)], NAMES).words
+    )
     assert "our failure" in explain_aggregation(None, Score(0, 0)).words
     assert "our failure" in explain_own("grpo", None, Score(2, 4), 4).words
-    assert "no traces for being read" in explain_search("aggregator_only", 0, SETS, SCORES, NAMES).words
+    assert (
+        "no traces for being read"
+        in explain_search("aggregator_only", 0, SETS, SCORES, NAMES).words
+    )
 
 
 def test_an_estimator_that_is_not_explained_claims_no_number():

@@ -1,4 +1,6 @@
-"""The report command on runs of every kind: finished, in progress, pruned, damaged, unevaluated, in a bucket."""
+"""The report command on runs of every kind: finished, in progress, pruned, damaged, unevaluated, in
+a bucket.
+"""
 
 import gzip
 import json
@@ -48,7 +50,9 @@ def finished(tmp_path_factory):
 def embedded(html, name):
     """The data of a page; "sample": a list of the problems in it."""
     wanted = "data-problem" if name == "sample" else f'id="{name}"'
-    found = re.findall(rf'<script type="application/json" {wanted}[^>]*>(.*?)</script>', html, re.DOTALL)
+    found = re.findall(
+        rf'<script type="application/json" {wanted}[^>]*>(.*?)</script>', html, re.DOTALL
+    )
     return list(map(json.loads, found)) if name == "sample" else json.loads(found[0])
 
 
@@ -71,20 +75,33 @@ def test_the_page_files_hold_every_trace_of_the_log_with_its_text_and_advantage(
     shown = {}
     for file in (finished / "report").iterdir():
         for problem in embedded(file.read_text(encoding="utf-8"), "sample"):
-            traces = [*problem["search"], *(trace for of in problem["sets"] for trace in of["traces"])]
-            shown[problem["step"], problem["cursor"]] = [(t["text"], t["advantage"], t["reward"]) for t in traces]
-    assert shown == {key: [(r["text"], r["advantage"], r["reward"]) for r in of] for key, of in rows.items()}
+            traces = [
+                *problem["search"],
+                *(trace for of in problem["sets"] for trace in of["traces"]),
+            ]
+            shown[problem["step"], problem["cursor"]] = [
+                (t["text"], t["advantage"], t["reward"]) for t in traces
+            ]
+    assert shown == {
+        key: [(r["text"], r["advantage"], r["reward"]) for r in of] for key, of in rows.items()
+    }
     assert len(shown) == 20
 
 
 def test_the_main_file_lists_every_problem_and_says_what_it_samples(finished):
     html = main_of(finished)
     index = embedded(html, "index")
-    assert [(page["step"], cursor) for page in index for cursor in page["cursor"]] == sorted(logged(finished))
+    assert [(page["step"], cursor) for page in index for cursor in page["cursor"]] == sorted(
+        logged(finished)
+    )
     assert all((finished / page["href"]).exists() for page in index)
     for page in index:
         for cursor, right, of in zip(page["cursor"], page["right"], page["of"], strict=True):
-            rewards = [r["reward"] for r in logged(finished)[page["step"], cursor] if r["role"] == "aggregation"]
+            rewards = [
+                r["reward"]
+                for r in logged(finished)[page["step"], cursor]
+                if r["role"] == "aggregation"
+            ]
             assert (right, of) == (rewards.count(1.0), len(rewards) - rewards.count(None))
     assert "4 of 4 steps, 400,000 sampled tokens." in html and "in progress or stopped" not in html
     assert "This file holds the traces of all of them." in html
@@ -101,8 +118,12 @@ def test_the_sample_is_spread_over_the_steps_and_stays_within_its_limit(tmp_path
         sample = embedded(main_of(path), "sample")
         assert least <= len(sample) <= 30
         assert sum(len(json.dumps(problem, separators=(",", ":"))) for problem in sample) <= limit
-        by_step = {step: [p["cursor"] - 5 * step for p in sample if p["step"] == step] for step in range(6)}
-        assert all(cursors == list(range(len(cursors))) for cursors in by_step.values())  # the first, in data order
+        by_step = {
+            step: [p["cursor"] - 5 * step for p in sample if p["step"] == step] for step in range(6)
+        }
+        assert all(
+            cursors == list(range(len(cursors))) for cursors in by_step.values()
+        )  # the first, in data order
         sizes = [len(cursors) for cursors in by_step.values()]
         assert max(sizes) - min(sizes) <= 1
     assert len(sample) == 30
@@ -123,14 +144,19 @@ def test_large_steps_are_cut_into_page_files_and_an_earlier_reports_files_go(tmp
     (path / "traces" / "step_000000.jsonl.gz").unlink()
     monkeypatch.setattr(pages, "_PAGE_BYTES", 10**7)
     report.report(str(path), str(path))
-    assert sorted(file.name for file in (path / "report").iterdir()) == ["mine.txt", "step_000001.html"]
+    assert sorted(file.name for file in (path / "report").iterdir()) == [
+        "mine.txt",
+        "step_000001.html",
+    ]
 
 
 def test_a_large_log_is_worked_on_side_by_side_with_the_same_pages(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "_PARALLEL_BYTES", 0)
     report.report(str(finished), str(tmp_path))
     files = [file.relative_to(tmp_path) for file in tmp_path.rglob("*.html")]
-    assert len(files) == 5 and all((tmp_path / f).read_bytes() == (finished / f).read_bytes() for f in files)
+    assert len(files) == 5 and all(
+        (tmp_path / f).read_bytes() == (finished / f).read_bytes() for f in files
+    )
 
 
 def test_a_run_in_progress_with_a_torn_line_nulls_and_no_evaluation_is_reported(tmp_path):
@@ -147,7 +173,10 @@ def test_a_run_in_progress_with_a_torn_line_nulls_and_no_evaluation_is_reported(
     assert "4 of 40 steps" in html and "in progress or stopped" in html
     assert "There is no evaluation yet" in html and "Not recorded" in html
     (norm,) = [
-        trace["y"] for figure in embedded(html, "figures") for trace in figure["data"] if trace["name"] == "both"
+        trace["y"]
+        for figure in embedded(html, "figures")
+        for trace in figure["data"]
+        if trace["name"] == "both"
     ]
     assert len(norm) == 4 and norm[3] is None and None not in norm[:3]
 
@@ -156,7 +185,9 @@ def test_a_run_in_progress_with_a_torn_line_nulls_and_no_evaluation_is_reported(
 def test_a_run_that_has_written_next_to_nothing_is_reported(tmp_path, present):
     path = tmp_path / "run"
     write_run(path, settings(), range(1))
-    for name in {"metrics.jsonl", "evaluations.jsonl", "traces/step_000000.jsonl.gz"} - set(present):
+    for name in {"metrics.jsonl", "evaluations.jsonl", "traces/step_000000.jsonl.gz"} - set(
+        present
+    ):
         (path / name).unlink()
     report.report(str(path), str(path))
     assert "There are no traces" in main_of(path)
@@ -184,7 +215,9 @@ def test_a_grpo_run_has_traces_without_sets(tmp_path):
     report.report(str(path), str(path))
     sample = embedded(main_of(path), "sample")
     assert len(sample) == 10 and all(problem["sets"] == [] for problem in sample)
-    assert any("standard deviation" in trace["why"] for problem in sample for trace in problem["search"])
+    assert any(
+        "standard deviation" in trace["why"] for problem in sample for trace in problem["search"]
+    )
     (page, _) = embedded(main_of(path), "index")
     assert max(page["of"]) == 8
 
@@ -220,7 +253,10 @@ def test_an_evaluation_is_shown_against_a_baseline_and_only_of_the_same_problems
     (path / "results.json").write_bytes(GOLDEN.read_bytes())
     report.report(str(path), str(path), baseline=str(GOLDEN))
     html = main_of(path)
-    assert "this evaluation, against baseline (tests)" in html and "An evaluation: no training steps." in html
+    assert (
+        "this evaluation, against baseline (tests)" in html
+        and "An evaluation: no training steps." in html
+    )
     other = read_results(GOLDEN)
     other["problems"]["fingerprint"] = "other"
     (tmp_path / "other.json").write_text(json.dumps(other))
@@ -231,20 +267,28 @@ def test_an_evaluation_is_shown_against_a_baseline_and_only_of_the_same_problems
         report.report(str(tmp_path / "run"), str(tmp_path / "run"), baseline=str(GOLDEN))
 
 
-def test_evaluations_during_training_are_shown_last_against_first_with_pass_at_k_over_steps(tmp_path):
+def test_evaluations_during_training_are_shown_last_against_first_with_pass_at_k_over_steps(
+    tmp_path,
+):
     path = tmp_path / "run"
     write_run(path, settings(), range(2))
     for step in (0, 10):
         (path / "evaluations" / f"step_{step:06d}").mkdir(parents=True)
-        (path / "evaluations" / f"step_{step:06d}" / "results.json").write_bytes(GOLDEN.read_bytes())
+        (path / "evaluations" / f"step_{step:06d}" / "results.json").write_bytes(
+            GOLDEN.read_bytes()
+        )
     run = read_run(str(path))
     assert list(run.results) == ["step 10", "step 0"] and list(run.checkpoints) == [0, 10]
-    (chart,) = [chart for chart in overview_charts([], [], run.checkpoints) if chart["title"] == "pass@k"]
+    (chart,) = [
+        chart for chart in overview_charts([], [], run.checkpoints) if chart["title"] == "pass@k"
+    ]
     curve = read_results(GOLDEN)["measures"]["pass_at_k"]
     for trace in chart["figure"]["data"]:
         k = int(trace["name"].removeprefix("pass@"))
         assert list(trace["x"]) == [0, 10] and trace["y"] == [curve[k - 1]["mean"]] * 2
-        assert trace["error_y"]["array"][0] == pytest.approx(curve[k - 1]["high"] - curve[k - 1]["mean"])
+        assert trace["error_y"]["array"][0] == pytest.approx(
+            curve[k - 1]["high"] - curve[k - 1]["mean"]
+        )
 
 
 def test_the_bands_of_the_population_add_up_and_count_the_records_answers():
@@ -255,7 +299,9 @@ def test_the_bands_of_the_population_add_up_and_count_the_records_answers():
     for t in range(found["settings"]["rounds"] + 1):
         assert sum(band["y"][t] for band in bands) == pytest.approx(100)
     right = {band["name"]: band["y"] for band in bands}["right"]
-    for t, rows in enumerate(zip(*(record["rsa"] for record in found["records"]), strict=True), start=1):
+    for t, rows in enumerate(
+        zip(*(record["rsa"] for record in found["records"]), strict=True), start=1
+    ):
         shares = [row["answer"].count(0) / len(row["answer"]) for row in rows]
         assert right[t] == pytest.approx(100 * sum(shares) / len(shares))
     table = dict(measure_table({"one": found}))
@@ -264,7 +310,9 @@ def test_the_bands_of_the_population_add_up_and_count_the_records_answers():
 
 def test_running_means_leave_gaps_out_and_metrics_without_values_have_no_chart():
     assert running_mean([1.0, None, 3.0, None, None], 2) == [1.0, 1.0, 3.0, 3.0, None]
-    charts = overview_charts([{"step": s, "grad_norm": None, "tokens_per_s": 5.0} for s in range(3)], [], {})
+    charts = overview_charts(
+        [{"step": s, "grad_norm": None, "tokens_per_s": 5.0} for s in range(3)], [], {}
+    )
     assert [chart["title"] for chart in charts] == ["Throughput"]
 
 
@@ -313,14 +361,23 @@ def test_a_run_in_a_bucket_is_read_and_reported_there(finished, monkeypatch):
     report.report("s3://bucket/runs/run", "s3://bucket/runs/run")  # over the earlier one
 
 
-def test_the_command_writes_where_it_is_told_and_ends_with_a_message_where_it_cannot(finished, tmp_path):
+def test_the_command_writes_where_it_is_told_and_ends_with_a_message_where_it_cannot(
+    finished, tmp_path
+):
     def run(*arguments):
         command = [sys.executable, "-m", "spiral_jax.report", *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     done = run(f"--workdir={finished}", f"--out={tmp_path / 'elsewhere'}")
     assert done.returncode == 0, done.stderr
-    assert f"{tmp_path}/elsewhere/report.html: 20 of 20 problems of 4 steps in 4 page files" in done.stdout
+    assert (
+        f"{tmp_path}/elsewhere/report.html: 20 of 20 problems of 4 steps in 4 page files"
+        in done.stdout
+    )
     assert main_of(tmp_path / "elsewhere") == main_of(finished)
     failed = run(f"--workdir={tmp_path / 'none'}")
-    assert failed.returncode == 1 and failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
+    assert (
+        failed.returncode == 1
+        and failed.stderr.startswith("error: ")
+        and "Traceback" not in failed.stderr
+    )

@@ -1,6 +1,8 @@
-"""The report in a real browser, from the disk: it opens, filters, leads to an aggregation, and runs no trace's script.
+"""The report in a real browser, from the disk: it opens, filters, leads to an aggregation, and runs
+no trace's script.
 
-Skipped, with the reason, where there is no Chromium: `apt-get install chromium`, or `playwright install chromium`.
+Skipped, with the reason, where there is no Chromium: `apt-get install chromium`, or `playwright
+install chromium`.
 """
 
 import pathlib
@@ -30,7 +32,9 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def browser():
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     with sync_api.sync_playwright() as playwright:
         if path is None and not pathlib.Path(playwright.chromium.executable_path).exists():
             pytest.skip("no Chromium: apt-get install chromium, or playwright install chromium")
@@ -44,7 +48,9 @@ def run(tmp_path_factory):
     c = tiny.get_config()
     c.loss.estimator, c.batch.problems, c.trace_log.every = "with_without", 6, 1
     path = tmp_path_factory.mktemp("run") / "a <b>run"
-    write_run(path, c, range(3), text=lambda text, number: HOSTILE.format(number) + text, failing=0.05)
+    write_run(
+        path, c, range(3), text=lambda text, number: HOSTILE.format(number) + text, failing=0.05
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main_page, "SAMPLE_BYTES", 180_000)
         report.report(str(path), str(path))
@@ -61,7 +67,9 @@ def expected(run):
 
 
 def watched(context, path, fragment=""):
-    """A page, and what there was to complain of: errors, and anything asked for but files of the report."""
+    """A page, and what there was to complain of: errors, and anything asked for but files of the
+    report.
+    """
     page, complaints = context.new_page(), []
     page.set_default_timeout(WAIT_MS)
     page.on("console", lambda message: complaints.append(f"console {message.type}: {message.text}"))
@@ -97,7 +105,9 @@ def loaded(browser, run):
 
 @pytest.fixture
 def main(loaded):
-    """The main file without filters, at its first problem: one that several tests share, since it takes a second."""
+    """The main file without filters, at its first problem: one that several tests share, since it
+    takes a second.
+    """
     page, complaints = loaded
     page.evaluate("""() => {
         const filters = document.getElementById("filters");
@@ -126,7 +136,9 @@ def test_it_opens_with_every_problem_listed_and_charts_drawn_as_they_come_near(r
     held = int(re.search(r"(\d+) of them with their traces", page.inner_text("#matches"))[1])
     assert 3 <= held < 18
     assert page.locator("#list .away").count() == 18 - held
-    page.locator(".chart >> nth=0").scroll_into_view_if_needed()  # the fixture may have jumped past it
+    page.locator(
+        ".chart >> nth=0"
+    ).scroll_into_view_if_needed()  # the fixture may have jumped past it
     page.wait_for_selector(".chart >> nth=0 >> svg.main-svg >> nth=0", state="attached")
     before = page.locator(".chart .plot-container").count()
     page.locator(".chart >> nth=-1").scroll_into_view_if_needed()
@@ -149,7 +161,9 @@ def test_each_filter_and_each_pair_leave_the_problems_that_have_them(run, expect
         boxes.nth(other).uncheck()
     page.select_option("#step", "1")
     assert count(page) == 6
-    assert len({len([p for p in expected if flag in p["flags"]]) for flag in FLAGS}) > 2, "a test that tells them apart"
+    assert len({len([p for p in expected if flag in p["flags"]]) for flag in FLAGS}) > 2, (
+        "a test that tells them apart"
+    )
 
 
 def test_text_search_reads_ids_and_the_traces_in_the_file(run, expected, main):
@@ -166,7 +180,9 @@ def test_text_search_reads_ids_and_the_traces_in_the_file(run, expected, main):
     assert "No problem matches" in page.inner_text("#problem")
 
 
-def test_a_click_leads_to_the_problem_its_set_and_an_aggregation_with_its_reason(run, expected, main):
+def test_a_click_leads_to_the_problem_its_set_and_an_aggregation_with_its_reason(
+    run, expected, main
+):
     page = main
     page.click("#list a >> nth=1")
     problem = expected[1]
@@ -226,15 +242,24 @@ def test_what_is_not_in_the_file_is_one_plain_link_away(run, expected, open_page
 def test_a_link_to_a_problem_opens_it(run, expected, open_page):
     page = open_page(run / "report" / "step_000002.html", "#2.15")
     assert current(page) == "train:15"
-    assert open_page(run / "report.html", "#0.1").inner_text("#list a[aria-current] .id") == "train:1"
+    assert (
+        open_page(run / "report.html", "#0.1").inner_text("#list a[aria-current] .id") == "train:1"
+    )
 
 
 @pytest.mark.parametrize("file", ["report.html", "report/step_000001.html"])
 def test_a_hostile_trace_stays_text(run, expected, open_page, file):
     page = open_page(run / file)
-    page.evaluate("document.querySelectorAll('details').forEach(element => { element.open = true; })")
-    shown = page.locator("#problem pre").first.evaluate("element => element.ownerDocument.body.innerText")
-    assert "<script>hacked = 1</script></textarea></script><!-- <img src=x onerror=hacked=1> <b>&amp;</b>" in shown
+    page.evaluate(
+        "document.querySelectorAll('details').forEach(element => { element.open = true; })"
+    )
+    shown = page.locator("#problem pre").first.evaluate(
+        "element => element.ownerDocument.body.innerText"
+    )
+    assert (
+        "<script>hacked = 1</script></textarea></script><!-- <img src=x onerror=hacked=1> <b>&amp;</b>"
+        in shown
+    )
     assert "{{ 7 * 7 }}" in shown
     assert page.evaluate("typeof hacked") == "undefined"
     assert page.locator("#problem").locator("script, img, textarea, b:text('&')").count() == 0
@@ -266,7 +291,12 @@ def test_it_fits_from_a_phone_to_a_wide_screen_and_follows_dark_and_light(run, o
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(300)
         paper, ink = (
-            int(re.search(r"rgb\((\d+)", page.evaluate(f"getComputedStyle(document.querySelector('{of}')).{what}"))[1])
+            int(
+                re.search(
+                    r"rgb\((\d+)",
+                    page.evaluate(f"getComputedStyle(document.querySelector('{of}')).{what}"),
+                )[1]
+            )
             for of, what in (("body", "backgroundColor"), (".chart .xtitle", "fill"))
         )
         assert (paper > 200, ink > 200) == (scheme == "light", scheme == "dark")

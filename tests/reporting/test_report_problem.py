@@ -1,4 +1,6 @@
-"""The page of a problem from rows of the trace log: flags, quotes, the length gate, what was discarded."""
+"""The page of a problem from rows of the trace log: flags, quotes, the length gate, what was
+discarded.
+"""
 
 import itertools
 
@@ -33,7 +35,9 @@ RIGHT, WRONG = row("search", 0, "\\boxed{42}", "correct"), row("search", 1, "\\b
 
 
 def page(*rows, **changes):
-    plain = {room: dict(fields) if isinstance(fields, dict) else fields for room, fields in PLAIN.items()}
+    plain = {
+        room: dict(fields) if isinstance(fields, dict) else fields for room, fields in PLAIN.items()
+    }
     for field, value in changes.items():
         plain["loss"][field] = value
     return problem_page(3, list(itertools.chain(*rows)), plain)
@@ -56,7 +60,10 @@ def test_truncated_unverified_and_discarded_problems_are_flagged():
     assert page([RIGHT, WRONG])["flags"] == []
     assert page([RIGHT, WRONG | {"stop": "length"}])["flags"] == ["truncated"]
     assert page([RIGHT, row("search", 1, "", "timeout")])["flags"] == ["error"]
-    assert page([RIGHT, row("search", 1, "", "error")])["flags"] == ["flat", "error"]  # alone in its mean
+    assert page([RIGHT, row("search", 1, "", "error")])["flags"] == [
+        "flat",
+        "error",
+    ]  # alone in its mean
     discarded = page([RIGHT | {"kept": False}, WRONG | {"kept": False}])
     assert discarded["flags"] == ["flat"] and not discarded["kept"]
     assert all("discarded" in trace["why"] for trace in discarded["search"])
@@ -74,26 +81,42 @@ def test_the_answer_of_an_unverified_aggregation_is_in_no_count():
 ])  # fmt: skip
 def test_the_length_gate_is_part_of_the_reason(gate, length, stop, words):
     search = [RIGHT | {"length": length, "stop": stop}, WRONG]
-    found = page(search, of_set(0, [0], "correct", "correct"), of_set(1, [1], "wrong", "wrong"), length_gate=gate)
+    found = page(
+        search,
+        of_set(0, [0], "correct", "correct"),
+        of_set(1, [1], "wrong", "wrong"),
+        length_gate=gate,
+    )
     why = found["search"][0]["why"]
     assert "+0.500. The length gate takes it" in why and words in why and "But" not in why
-    ungated = page([RIGHT, WRONG], of_set(0, [0], "correct", "correct"), of_set(1, [1], "wrong", "wrong"))
+    ungated = page(
+        [RIGHT, WRONG], of_set(0, [0], "correct", "correct"), of_set(1, [1], "wrong", "wrong")
+    )
     # a log that says otherwise is not explained away
     assert "But +0.0000 was logged" in ungated["search"][0]["why"]
 
 
-@pytest.mark.parametrize("estimator", ["marginal_mean", "with_without", "aggregator_only", "grpo", "paragator"])
+@pytest.mark.parametrize(
+    "estimator", ["marginal_mean", "with_without", "aggregator_only", "grpo", "paragator"]
+)
 @pytest.mark.parametrize("gate", [0.0, 0.5])
 def test_no_logged_advantage_of_a_run_contradicts_its_reason(tmp_path, estimator, gate):
     c = tiny.get_config()
-    c.loss.estimator, c.loss.length_gate, c.batch.problems, c.trace_log.every = estimator, gate, 16, 1
+    c.loss.estimator, c.loss.length_gate, c.batch.problems, c.trace_log.every = (
+        estimator,
+        gate,
+        16,
+        1,
+    )
     write_run(tmp_path / "run", c, range(2), failing=0.1)
     numbers, gated = [], 0
     for step, file in trace_files(tmp_path / "run" / "traces").items():
         for rows in split_problems(read_traces(file)):
             found = problem_page(step, rows, to_plain(c))
             traces = [*found["search"], *(trace for of in found["sets"] for trace in of["traces"])]
-            assert [trace["advantage"] for trace in traces] == [logged["advantage"] for logged in rows]
+            assert [trace["advantage"] for trace in traces] == [
+                logged["advantage"] for logged in rows
+            ]
             assert not any("was logged" in trace["why"] for trace in traces)
             numbers += [trace["advantage"] for trace in traces]
             gated += sum("length gate takes it" in trace["why"] for trace in traces)
@@ -110,8 +133,12 @@ def test_quotes_are_shared_runs_of_words_that_neither_the_problem_nor_all_candid
     own = {tuple(read.split()[i : i + 8]) for i in range(len(read.split()) - 7)}
     left = own - {tuple(problem.split())} - {tuple(shared.split()[i : i + 8]) for i in (0, 1)}
     assert copied[0] == pytest.approx(2 / len(left))  # alpha ... theta, beta ... iota
-    assert copied[1] == pytest.approx(sum(f" {' '.join(run)} " in f" {second} " for run in left) / len(left))
-    assert Quoting(problem, [first]).copied(read, [0])[0] > 0  # of one candidate alone, all of it counts
+    assert copied[1] == pytest.approx(
+        sum(f" {' '.join(run)} " in f" {second} " for run in left) / len(left)
+    )
+    assert (
+        Quoting(problem, [first]).copied(read, [0])[0] > 0
+    )  # of one candidate alone, all of it counts
     assert Quoting(problem, ["", ""]).copied("", [0, 1]) == [0.0, 0.0]
 
 
@@ -122,9 +149,14 @@ def test_short_aggregations_are_matched_by_short_runs_and_answers_by_the_verifie
         row("search", 2, "no idea"),
         row("search", 3, "\\boxed{ 9 }"),
     ]
-    rows = of_set(0, [3, 2, 1, 0], "correct", "wrong", "unparsed", text="left:3, right:6, \\boxed{36}")
+    rows = of_set(
+        0, [3, 2, 1, 0], "correct", "wrong", "unparsed", text="left:3, right:6, \\boxed{36}"
+    )
     (found,) = page(search, rows)["sets"]
-    quotes = [{quote["name"]: quote["same_answer"] for quote in trace["quotes"]} for trace in found["traces"]]
+    quotes = [
+        {quote["name"]: quote["same_answer"] for quote in trace["quotes"]}
+        for trace in found["traces"]
+    ]
     assert quotes[0] == {"1": True, "0": False}
     assert quotes[1] == {"3": True}  # 9 and " 9 "
     assert quotes[2].get("2") is None  # no answer equals no other

@@ -36,8 +36,16 @@ def test_the_batch_is_the_first_kept_problems_in_cursor_order_and_the_cursor_sta
     batch = collect_batch(actor, None, step=0, cursor=10)
     assert batch.rollouts.cursor_B.tolist() == [11, 13, 15, 17]
     assert batch.next_cursor == 18
-    counts = {name: batch.metrics[f"sampling/{name}"] for name in ("kept", "surplus", "starved", "undecided")}
-    assert counts == {"kept": 4, "surplus": 0, "starved": 0, "undecided": batch.metrics["sampling/tried"] - 8}
+    counts = {
+        name: batch.metrics[f"sampling/{name}"]
+        for name in ("kept", "surplus", "starved", "undecided")
+    }
+    assert counts == {
+        "kept": 4,
+        "surplus": 0,
+        "starved": 0,
+        "undecided": batch.metrics["sampling/tried"] - 8,
+    }
 
 
 def test_the_batch_does_not_depend_on_how_many_groups_run_at_once_or_are_expected_to_be_kept():
@@ -52,7 +60,9 @@ def test_the_batch_does_not_depend_on_how_many_groups_run_at_once_or_are_expecte
         assert batch.rollouts.cursor_B.tolist() == batches[0].rollouts.cursor_B.tolist()
         assert batch.next_cursor == batches[0].next_cursor
         np.testing.assert_array_equal(batch.search_weight_UxC, batches[0].search_weight_UxC)
-        np.testing.assert_array_equal(batch.aggregation_weight_UxC, batches[0].aggregation_weight_UxC)
+        np.testing.assert_array_equal(
+            batch.aggregation_weight_UxC, batches[0].aggregation_weight_UxC
+        )
 
 
 def test_weights_are_those_of_the_objective_on_the_kept_problems():
@@ -63,14 +73,20 @@ def test_weights_are_those_of_the_objective_on_the_kept_problems():
     kept = batch.rollouts
     reward = right[kept.cursor_B].astype(np.float32)
     np.testing.assert_array_equal(kept.rounds[-1].reward_BxKxM, reward)
-    found = advantages.compute("marginal_mean", Rewards(np.zeros((4, 8)), reward, kept.rounds[0].member_BxKxS))
-    np.testing.assert_allclose(batch.search_weight_UxC, found.search_BxN / (4 * 0.886), rtol=1e-3)  # c to 3 digits
+    found = advantages.compute(
+        "marginal_mean", Rewards(np.zeros((4, 8)), reward, kept.rounds[0].member_BxKxS)
+    )
+    np.testing.assert_allclose(
+        batch.search_weight_UxC, found.search_BxN / (4 * 0.886), rtol=1e-3
+    )  # c to 3 digits
     weight_BxKxM = batch.aggregation_weight_UxC.reshape(4, 4, 4)
     np.testing.assert_allclose(weight_BxKxM, found.aggregation_BxKxM / (4 * 4 * 3), rtol=1e-6)
 
 
 def test_a_short_batch_is_trained_on_when_the_cap_is_reached_with_a_quarter_kept():
-    actor = make_actor(answers(lambda cursor, k, i: cursor == 9 and k == 0), sampling__max_ratio=4.0)
+    actor = make_actor(
+        answers(lambda cursor, k, i: cursor == 9 and k == 0), sampling__max_ratio=4.0
+    )
     batch = collect_batch(actor, None, step=0, cursor=0)
     assert batch.rollouts.cursor_B.tolist() == [9]
     assert batch.next_cursor == 16
@@ -88,7 +104,10 @@ def test_problems_that_are_too_long_are_left_out_and_counted():
     task = number_task()
     long_text = "left=" + "1+" * 40
     longer = dataclasses.replace(
-        task, train=lambda i: dataclasses.replace(task.train(i), text=long_text) if i % 2 else task.train(i)
+        task,
+        train=lambda i: (
+            dataclasses.replace(task.train(i), text=long_text) if i % 2 else task.train(i)
+        ),
     )
     actor = make_actor(answers(lambda cursor, k, i: k == 0), longer)
     batch = collect_batch(actor, None, step=0, cursor=0)
@@ -98,7 +117,9 @@ def test_problems_that_are_too_long_are_left_out_and_counted():
 
 def test_a_task_of_nothing_but_too_long_problems_is_an_error_that_names_the_field():
     task = number_task()
-    longer = dataclasses.replace(task, train=lambda i: dataclasses.replace(task.train(i), text="left=" + "1+" * 40))
+    longer = dataclasses.replace(
+        task, train=lambda i: dataclasses.replace(task.train(i), text="left=" + "1+" * 40)
+    )
     with pytest.raises(ConfigError, match="prompt.max_problem_tokens = 16"):
         collect_batch(make_actor(answers(lambda *_: True), longer), None, step=0, cursor=0)
 
@@ -116,15 +137,26 @@ def test_aggregation_prompts_hold_the_sampled_ids_of_their_subset_in_the_keyed_o
         order = prompts.candidate_order(actor.c.seed, Purpose.TRAIN, 6, int(cursor_B[b]), 1, k, 4)
         expected = [[*marker, *found.trace_ids(b, n)[:-1]] for n in member[b, k][order]]
         prompt = groups.requests.prompt_UxP[u, : groups.requests.prompt_len_U[u]].tolist()
-        assert sum(expected, []) == prompt[-2 - sum(map(len, expected)) : -2]  # before <|end|><|assistant|>
-        assert groups.requests.id_Ux6[u].tolist() == [Purpose.TRAIN, 6, cursor_B[b], 1, Role.AGGREGATION, k]
+        assert (
+            sum(expected, []) == prompt[-2 - sum(map(len, expected)) : -2]
+        )  # before <|end|><|assistant|>
+        assert groups.requests.id_Ux6[u].tolist() == [
+            Purpose.TRAIN,
+            6,
+            cursor_B[b],
+            1,
+            Role.AGGREGATION,
+            k,
+        ]
     assert cleaned["removed_special"] == 0
 
 
 def test_rewards_stay_with_their_problem_and_trace():
     actor = make_actor(lambda role, cursor, k, i: f"\\boxed{{{7 if (cursor + i) % 3 == 0 else 9}}}")
     problems = [actor.task.train(i) for i in range(5)]
-    found, texts, verdicts = verify(actor, problems, search(actor, None, problems, np.arange(5), Purpose.TRAIN, 0))
+    found, texts, verdicts = verify(
+        actor, problems, search(actor, None, problems, np.arange(5), Purpose.TRAIN, 0)
+    )
     expected = (np.arange(5)[:, None] + np.arange(8)) % 3 == 0
     np.testing.assert_array_equal(found.reward_UxC, expected.astype(np.float32))
     assert len(texts) == len(verdicts) == 40
@@ -139,7 +171,9 @@ def test_cut_off_traces_keep_no_positive_advantage():
     batch = collect_batch(make_actor(script), None, step=0, cursor=0)
     cut_off = batch.rollouts.search.stop_UxC == Stop.LENGTH
     assert cut_off.any() and not cut_off.all()
-    assert (batch.search_weight_UxC[cut_off] <= 0).all() and (batch.search_weight_UxC[cut_off] < 0).any()
+    assert (batch.search_weight_UxC[cut_off] <= 0).all() and (
+        batch.search_weight_UxC[cut_off] < 0
+    ).any()
     assert (batch.search_weight_UxC[~cut_off] > 0).any()
 
 
@@ -151,7 +185,9 @@ def test_grpo_uses_the_traces_own_rewards_and_no_aggregation():
     assert batch.rollouts.cursor_B.tolist() == [1, 2, 4, 5]  # cursor % 3 == 0: all wrong
     reward = batch.rollouts.search.reward_UxC
     tokens = batch.rollouts.search.trace_len_UxC.sum()
-    np.testing.assert_allclose(batch.search_weight_UxC, own_advantages.grpo(reward) / tokens, rtol=1e-6)
+    np.testing.assert_allclose(
+        batch.search_weight_UxC, own_advantages.grpo(reward) / tokens, rtol=1e-6
+    )
 
 
 OWN_RIGHT = lambda role, cursor, k, i: (  # noqa: E731  search is right with its first cursor % 4 traces
@@ -161,7 +197,9 @@ OWN_RIGHT = lambda role, cursor, k, i: (  # noqa: E731  search is right with its
 
 @pytest.mark.parametrize("estimator", ["online_multitask", "paragator", "pkpo", "polychromic"])
 def test_own_correctness_decides_where_the_aggregations_are_flat(estimator):
-    actor = make_actor(OWN_RIGHT, loss__estimator=estimator, task__strategy="test_collect:first_word")
+    actor = make_actor(
+        OWN_RIGHT, loss__estimator=estimator, task__strategy="test_collect:first_word"
+    )
     batch = collect_batch(actor, None, step=0, cursor=0)
     assert batch.rollouts.cursor_B.tolist() == [1, 2, 3, 5]  # cursor % 4 == 0: all wrong
     found = advantages.compute(estimator, *batch.rollouts.rewards())
@@ -189,11 +227,17 @@ def test_relatives_of_grpo_have_no_aggregation(estimator):
 
 
 def test_disjoint_sets_partition_the_traces_and_their_members_share_a_weight():
-    actor = make_actor(answers(lambda cursor, k, i: k == 0), loss__estimator="disjoint_sets", aggregation__subsets=2)
+    actor = make_actor(
+        answers(lambda cursor, k, i: k == 0),
+        loss__estimator="disjoint_sets",
+        aggregation__subsets=2,
+    )
     batch = collect_batch(actor, None, step=0, cursor=0)
     for b, member_KxS in enumerate(batch.rollouts.rounds[0].member_BxKxS):
         assert sorted(member_KxS.ravel().tolist()) == list(range(8))
-        np.testing.assert_allclose(batch.search_weight_UxC[b, member_KxS], [[0.5 / 4] * 4, [-0.5 / 4] * 4])
+        np.testing.assert_allclose(
+            batch.search_weight_UxC[b, member_KxS], [[0.5 / 4] * 4, [-0.5 / 4] * 4]
+        )
 
 
 # Virtual time
@@ -232,9 +276,13 @@ def test_verdicts_that_never_come_end_the_run_with_the_problem_that_waits():
         def judge(self, items):
             never.wait()
 
-    actor = dataclasses.replace(make_actor(answers(lambda *_: True), at_once=1), verifier=HangingVerifier())
+    actor = dataclasses.replace(
+        make_actor(answers(lambda *_: True), at_once=1), verifier=HangingVerifier()
+    )
     threading.Timer(1.0, never.set).start()  # the thread is waited for
-    with pytest.raises(VerifierFailure, match=r"waited 0 s for the verdicts on the search traces of problem 'p0'"):
+    with pytest.raises(
+        VerifierFailure, match=r"waited 0 s for the verdicts on the search traces of problem 'p0'"
+    ):
         collect_batch(actor, None, step=0, cursor=0)
 
 
@@ -242,9 +290,13 @@ def test_a_verdict_counts_only_after_its_delay():
     script = answers(lambda cursor, k, i: k == 0)
     tried = []
     for delay in (0, 500):
-        actor = make_actor(script, at_once=1, sampling__verdict_delay=delay, sampling__keep_rate=0.25)
+        actor = make_actor(
+            script, at_once=1, sampling__verdict_delay=delay, sampling__keep_rate=0.25
+        )
         tried.append(collect_batch(actor, None, step=0, cursor=0).metrics["sampling/tried"])
-    assert tried[0] < tried[1] == 16  # nothing is known until all that may be tried, 4 / 0.25, are on their way
+    assert (
+        tried[0] < tried[1] == 16
+    )  # nothing is known until all that may be tried, 4 / 0.25, are on their way
 
 
 def test_what_still_runs_when_the_batch_is_full_is_abandoned_and_counted():

@@ -1,4 +1,6 @@
-"""An evaluation as a stream: what comes out does not depend on what ends when, and nothing waits for other problems."""
+"""An evaluation as a stream: what comes out does not depend on what ends when, and nothing waits
+for other problems.
+"""
 
 import dataclasses
 
@@ -56,10 +58,14 @@ def test_records_and_counts_do_not_depend_on_what_ends_when(at_once, seed):
 def test_no_stage_waits_for_other_problems():
     sampler = ReadingSampler(script, at_once=1)
     evaluated(sampler)
-    asked = [tuple(int(x) for x in call.id_Ux6[0, [2, 3, 4]]) for call in sampler.calls]  # problem, round, role
+    asked = [
+        tuple(int(x) for x in call.id_Ux6[0, [2, 3, 4]]) for call in sampler.calls
+    ]  # problem, round, role
     searches = [at for at, (*_, role) in enumerate(asked) if role == Role.SEARCH]
     assert [asked[at][0] for at in searches] == INDEX.tolist()
-    for (start, end), index in zip(zip(searches, [*searches[1:], len(asked)], strict=True), INDEX, strict=True):
+    for (start, end), index in zip(
+        zip(searches, [*searches[1:], len(asked)], strict=True), INDEX, strict=True
+    ):
         # all of a problem before the next one begins: 3 sets, then 3 rounds of 6
         assert [(i, round) for i, round, _ in asked[start + 1 : end]] == [
             (index, round) for round, sets in ((1, 3), (2, 6), (3, 6), (4, 6)) for _ in range(sets)

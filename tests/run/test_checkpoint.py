@@ -27,19 +27,28 @@ def make_state(seed=0):
         "minus_zero": jnp.full((8,), -0.0),
     }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
-    return {"params": params, "opt": optimizer.init(params), "step": jnp.int32(seed + 7), "done": jnp.array([True])}
+    return {
+        "params": params,
+        "opt": optimizer.init(params),
+        "step": jnp.int32(seed + 7),
+        "done": jnp.array([True]),
+    }
 
 
 def same_bits(a, b):
     leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        x.dtype == y.dtype and x.shape == y.shape and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        x.dtype == y.dtype
+        and x.shape == y.shape
+        and np.asarray(x).tobytes() == np.asarray(y).tobytes()
         for x, y in zip(leaves_a, leaves_b, strict=True)
     )
 
 
 def abstract(state):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
 
 
 def save(directory, *steps, keep=10, **record):
@@ -87,7 +96,10 @@ def test_only_the_newest_are_kept(tmp_path):
 
 def test_what_a_killed_process_left_is_ignored_and_removed_by_the_next_writer(tmp_path):
     save(tmp_path / "c", 2)
-    leftovers = [tmp_path / "c" / name for name in ("9.orbax-checkpoint-tmp", "8.orbax-checkpoint-tmp-1700000000")]
+    leftovers = [
+        tmp_path / "c" / name
+        for name in ("9.orbax-checkpoint-tmp", "8.orbax-checkpoint-tmp-1700000000")
+    ]
     for leftover in leftovers:
         shutil.copytree(tmp_path / "c" / "2", leftover)
     with Checkpoints(tmp_path / "c", None) as checkpoints:
@@ -105,23 +117,32 @@ def test_what_a_killed_process_left_is_ignored_and_removed_by_the_next_writer(tm
 def test_one_changed_element_is_an_error_that_names_array_and_step(tmp_path):
     """The array files of another state, which orbax reads without complaint."""
     state = make_state()
-    changed = state | {"params": state["params"] | {"head": state["params"]["head"].at[3, 2].add(0.5)}}
+    changed = state | {
+        "params": state["params"] | {"head": state["params"]["head"].at[3, 2].add(0.5)}
+    }
     for name, saved in (("c", state), ("other", changed)):
         with Checkpoints(tmp_path / name, 2) as checkpoints:
             checkpoints.save(4, saved, {})
     shutil.rmtree(tmp_path / "c" / "4" / "state")
     shutil.copytree(tmp_path / "other" / "4" / "state", tmp_path / "c" / "4" / "state")
-    with pytest.raises(CheckpointError, match="step 4 is damaged.*checksum of params/head is not") as raised:
+    with pytest.raises(
+        CheckpointError, match="step 4 is damaged.*checksum of params/head is not"
+    ) as raised:
         restore(tmp_path / "c", state)
     assert "params/odd" not in str(raised.value)
 
 
 def test_no_flipped_bit_in_any_file_restores_something_else(tmp_path):
-    state = {"a": {"w": make_state()["params"]["layers"]["q"]["a"]}, "b": jnp.arange(40, dtype=jnp.bfloat16)}
+    state = {
+        "a": {"w": make_state()["params"]["layers"]["q"]["a"]},
+        "b": jnp.arange(40, dtype=jnp.bfloat16),
+    }
     with Checkpoints(tmp_path / "c", 2) as checkpoints:
         checkpoints.save(1, state, {"cursor": 12345})
     rng = np.random.default_rng(0)
-    files = sorted(path.relative_to(tmp_path / "c") for path in (tmp_path / "c").rglob("*") if path.is_file())
+    files = sorted(
+        path.relative_to(tmp_path / "c") for path in (tmp_path / "c").rglob("*") if path.is_file()
+    )
     outcomes = []
     for file in files:
         for _ in range(4):
@@ -137,7 +158,9 @@ def test_no_flipped_bit_in_any_file_restores_something_else(tmp_path):
                 assert "step 1" in str(error) and str(tmp_path / "copy") in str(error)
                 outcomes.append("error")
             else:
-                assert same_bits(restored, state) and record == {"cursor": 12345}, f"{file}, bit {bit}"
+                assert same_bits(restored, state) and record == {"cursor": 12345}, (
+                    f"{file}, bit {bit}"
+                )
                 outcomes.append("same")
     assert outcomes.count("error") >= 4 and outcomes.count("same") >= 4
 
@@ -167,7 +190,9 @@ def test_a_part_is_restored_alone_and_verified(tmp_path):
 
 def test_no_missing_file_restores_something_else(tmp_path):
     save(tmp_path / "c", 1)
-    files = sorted(path.relative_to(tmp_path / "c") for path in (tmp_path / "c").rglob("*") if path.is_file())
+    files = sorted(
+        path.relative_to(tmp_path / "c") for path in (tmp_path / "c").rglob("*") if path.is_file()
+    )
     errors = 0
     for file in files:
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
@@ -188,7 +213,10 @@ def test_damage_advises_the_older_step(tmp_path):
     header = json.loads(record.read_text())
     header["record"]["cursor"] += 1
     record.write_text(json.dumps(header))
-    with pytest.raises(CheckpointError, match="step 2 is damaged.*record has changed.*delete it to go on from step 1"):
+    with pytest.raises(
+        CheckpointError,
+        match="step 2 is damaged.*record has changed.*delete it to go on from step 1",
+    ):
         restore(tmp_path / "c", make_state())
     assert restore(tmp_path / "c", make_state(), 1)[1] == {"cursor": 100}
 
@@ -233,9 +261,14 @@ def test_a_save_that_would_be_skipped_is_an_error(tmp_path):
     save(tmp_path / "c", 5)
     with Checkpoints(tmp_path / "c", 2) as checkpoints:
         for step in (5, 4):
-            with pytest.raises(CheckpointError, match=f"step {step} was not saved: the newest step is 5"):
+            with pytest.raises(
+                CheckpointError, match=f"step {step} was not saved: the newest step is 5"
+            ):
                 checkpoints.save(step, make_state(), {})
-    with Checkpoints(tmp_path / "c", None) as checkpoints, pytest.raises(CheckpointError, match="for reading only"):
+    with (
+        Checkpoints(tmp_path / "c", None) as checkpoints,
+        pytest.raises(CheckpointError, match="for reading only"),
+    ):
         checkpoints.save(6, make_state(), {})
     assert same_bits(restore(tmp_path / "c", make_state())[0], make_state(5))
 
@@ -246,7 +279,11 @@ def test_directories_that_hold_nothing_or_cannot_be_used(tmp_path):
         with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
             checkpoints.restore(make_state())
     (tmp_path / "file").write_text("")
-    for path, keep in ((tmp_path / "missing", None), (tmp_path / "file", None), (tmp_path / "file", 2)):
+    for path, keep in (
+        (tmp_path / "missing", None),
+        (tmp_path / "file", None),
+        (tmp_path / "file", 2),
+    ):
         with pytest.raises(CheckpointError, match=f"{path}: the directory cannot be opened"):
             Checkpoints(path, keep)
     assert not (tmp_path / "missing").exists()
@@ -288,7 +325,9 @@ def test_a_run_goes_on_when_the_disk_is_full_and_saves_again_when_it_is_not(tmp_
             saver.save(3, big(3), {})  # meets the failure of 2, and is tried all the same
             assert not saver.settle()
         assert saver.failures == 2 and checkpoints.latest() == 1
-        assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]  # nothing takes the space of the next
+        assert [path.name for path in (tmp_path / "c").iterdir()] == [
+            "1"
+        ]  # nothing takes the space of the next
         saver.save(4, big(4), {})
         assert saver.settle() and saver.failures == 2 and checkpoints.latest() == 4
     assert same_bits(restore(tmp_path / "c", big(0))[0], big(4)) and same_bits(
@@ -307,7 +346,10 @@ def test_failures_in_a_row_end_the_run_and_those_with_a_success_between_do_not(t
                 assert not saver.settle()
             saver.save(step + 1, big(step), {})
             assert saver.settle()
-        with full_disk(1 << 20), pytest.raises(CheckpointError, match="save 2 in a row.*max_failures = 2"):
+        with (
+            full_disk(1 << 20),
+            pytest.raises(CheckpointError, match="save 2 in a row.*max_failures = 2"),
+        ):
             saver.save(7, big(7), {})
             saver.save(8, big(8), {})
             saver.settle()
@@ -316,7 +358,9 @@ def test_failures_in_a_row_end_the_run_and_those_with_a_success_between_do_not(t
 
 def truncate(folder):
     """Cuts the largest file of a checkpoint in half."""
-    file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    file = max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     with open(file, "r+b") as opened:
         opened.truncate(file.stat().st_size // 2)
 
@@ -326,7 +370,9 @@ def remove_a_file(folder):
 
 
 @pytest.mark.parametrize("damage", [truncate, remove_a_file])
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(damage, tmp_path, capsys):
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
+    damage, tmp_path, capsys
+):
     save(tmp_path / "c", 1, 2, 3)
     damage(tmp_path / "c" / "3")
     for again in ("3", "3.2"):
@@ -388,7 +434,10 @@ def test_restoring_onto_other_meshes_changes_no_bit(tmp_path):
             checkpoints.save(1, jax.device_put(host, shardings), {})
             checkpoints.wait()
             for wanted in targets.values():
-                target = {k: jax.ShapeDtypeStruct(host[k].shape, host[k].dtype, sharding=wanted[k]) for k in host}
+                target = {
+                    k: jax.ShapeDtypeStruct(host[k].shape, host[k].dtype, sharding=wanted[k])
+                    for k in host
+                }
                 restored, _ = checkpoints.restore(target)
                 assert same_bits(restored, host)
                 assert all(restored[k].sharding == wanted[k] for k in host)

@@ -1,6 +1,8 @@
-"""Kill -9 in every phase, SIGTERM, a checkpoint cut short: the resumed run is the uninterrupted one, bit for bit.
+"""Kill -9 in every phase, SIGTERM, a checkpoint cut short: the resumed run is the uninterrupted
+one, bit for bit.
 
-Processes are forks of one that has imported the program (benchmarks/nursery.py): a start takes a third of the time. The
+Processes are forks of one that has imported the program (benchmarks/nursery.py): a start takes a
+third of the time. The
 same drills by the hundred: `bash launch/soak.sh`.
 """
 
@@ -27,9 +29,19 @@ def runs(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_that_is_killed_in_every_phase_is_the_uninterrupted_one(runs):
     workdir = runs.folder / "killed"
-    for fault in ("search:2", "aggregation:3", "verifier:20", "update:1", "checkpoint:1", "epoch:1"):
+    for fault in (
+        "search:2",
+        "aggregation:3",
+        "verifier:20",
+        "update:1",
+        "checkpoint:1",
+        "epoch:1",
+    ):
         done = runs.run(workdir, STEPS, fault)
-        assert done.returncode == -9 and "fault: SIGKILL" in done.stderr, (fault, done.stderr[-3000:])
+        assert done.returncode == -9 and "fault: SIGKILL" in done.stderr, (
+            fault,
+            done.stderr[-3000:],
+        )
         assert drill.finished_steps(workdir) - drill.saved_step(workdir) in (0, 1), fault
     assert drill.saved_step(workdir) < STEPS  # there was something left to do
     done = runs.run(workdir, STEPS)
@@ -44,7 +56,10 @@ def test_sigterm_saves_and_ends_well_and_a_damaged_checkpoint_costs_a_step(runs)
     done = runs.run(workdir, STEPS, "verifier:50:TERM")  # in the third step
     assert done.returncode == 0, done.stderr[-3000:]
     saved = drill.saved_step(workdir)
-    assert f"preempted: saved at step {saved}" in done.stdout and 2 <= saved == drill.finished_steps(workdir) < STEPS
+    assert (
+        f"preempted: saved at step {saved}" in done.stdout
+        and 2 <= saved == drill.finished_steps(workdir) < STEPS
+    )
     assert truncate_newest(workdir)
     done = runs.run(workdir, STEPS)
     assert done.returncode == 0 and "Set aside: " in done.stdout, done.stderr[-3000:]

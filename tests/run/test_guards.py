@@ -1,4 +1,6 @@
-"""Bad steps in a row and spikes: flagged, counted alike after a resume, and the batch that ended a run can be read."""
+"""Bad steps in a row and spikes: flagged, counted alike after a resume, and the batch that ended a
+run can be read.
+"""
 
 import math
 
@@ -24,7 +26,8 @@ def quiet_rows(count=20):
 
 def flags(guard, *rows):
     return [
-        {name.removeprefix("spike/") for name, value in guard.check(i, r).items() if value} for i, r in enumerate(rows)
+        {name.removeprefix("spike/") for name, value in guard.check(i, r).items() if value}
+        for i, r in enumerate(rows)
     ]
 
 
@@ -40,7 +43,10 @@ def test_a_value_far_from_the_last_ones_is_flagged_and_printed_and_the_usual_one
 def test_rounding_of_a_loss_that_is_zero_is_no_spike():
     rng = np.random.default_rng(0)
     rows = [row(1 + 0.1 * rng.uniform(), 1e-8 * rng.normal()) for _ in range(20)]
-    assert flags(NumericsGuard(3, 12.0, rows), row(loss=1.5e-7), row(loss=1e-3)) == [set(), {"loss/search"}]
+    assert flags(NumericsGuard(3, 12.0, rows), row(loss=1.5e-7), row(loss=1e-3)) == [
+        set(),
+        {"loss/search"},
+    ]
 
 
 def test_too_few_steps_constant_values_and_a_zero_setting_flag_nothing():
@@ -52,12 +58,17 @@ def test_too_few_steps_constant_values_and_a_zero_setting_flag_nothing():
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
 def test_what_is_not_finite_is_no_spike_and_no_part_of_the_median(value):
     guard = NumericsGuard(3, 12.0, quiet_rows())
-    assert flags(guard, *[row(value, value)] * 40, row(grad_norm=9.0))[-2:] == [set(), {"grad_norm"}]
+    assert flags(guard, *[row(value, value)] * 40, row(grad_norm=9.0))[-2:] == [
+        set(),
+        {"grad_norm"},
+    ]
 
 
 def test_a_resumed_guard_is_that_of_the_uninterrupted_run():
     rows = [*quiet_rows(30), row(9.0), row(math.nan, math.nan, 1.0), *quiet_rows(30)]
-    logged = [{k: None if not math.isfinite(v) else v for k, v in r.items()} for r in rows]  # as metrics.jsonl has it
+    logged = [
+        {k: None if not math.isfinite(v) else v for k, v in r.items()} for r in rows
+    ]  # as metrics.jsonl has it
     whole = NumericsGuard(3, 12.0, [])
     expected = [whole.check(i, r) for i, r in enumerate(rows)]
     for cut in range(0, len(rows), 7):
@@ -83,7 +94,9 @@ def test_bad_steps_in_a_row_end_the_run_with_their_batch_in_a_file_without_pickl
     with pytest.raises(BadSteps, match=r"3 steps in a row.*step 5.*bad_step_000005\.npz"):
         guard.check_bad_steps(tmp_path, 5, batch())
     with np.load(tmp_path / "bad_step_000005.npz", allow_pickle=False) as file:
-        assert file["problem_B"].tolist() == ["train:0", "train:é"] and file["cursor_B"].tolist() == [4, 5]
+        assert file["problem_B"].tolist() == ["train:0", "train:é"] and file[
+            "cursor_B"
+        ].tolist() == [4, 5]
         groups = batch().rollouts.search
         np.testing.assert_array_equal(file["search/trace_UxCxG"], groups.trace_UxCxG)
         np.testing.assert_array_equal(file["search/prompt_UxP"], groups.requests.prompt_UxP)

@@ -32,7 +32,9 @@ def model_of(c):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, mesh):
-    """Workdirs of a LoRA run and of a full one with checkpoints of steps 1 and 2, and what was trained in them."""
+    """Workdirs of a LoRA run and of a full one with checkpoints of steps 1 and 2, and what was
+    trained in them.
+    """
     made = {}
     for kind, rank in (("lora", 4), ("full", 0)):
         c, path = config(lora_rank=rank, lora_alpha=6.0), tmp_path_factory.mktemp(kind) / "run"
@@ -42,14 +44,18 @@ def runs(tmp_path_factory, mesh):
 
 def assert_same(tree, expected):
     assert jax.tree.structure(tree) == jax.tree.structure(expected)
-    assert jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), tree, expected))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), tree, expected)
+    )
 
 
 @pytest.mark.parametrize("suffix, step", [("", 2), ("@1", 1), ("@2", 2)])
 def test_a_run_starts_from_the_adapters_of_another_runs_step(runs, mesh, suffix, step):
     path, trained = runs["lora"]
     c = config(lora_rank=4, lora_alpha=6.0, init_from=f"{path}{suffix}")
-    c.optimizer.clip_norm = 1.0  # another optimizer, whose state has another structure: only weights are read
+    c.optimizer.clip_norm = (
+        1.0  # another optimizer, whose state has another structure: only weights are read
+    )
     model = model_of(c)
     base, lora = load_start(c, PATH, model, mesh)
     assert_same(lora, trained[step])
@@ -83,18 +89,45 @@ def test_without_either_the_adapters_are_fresh_and_the_parameters_the_checkpoint
 
 BAD = {
     "no run there": ({"lora_rank": 4}, "{lora}/nowhere", "holds no run"),
-    "no such step": ({"lora_rank": 4, "lora_alpha": 6.0}, "{lora}@7", r"no checkpoint of step 7; it has \[1, 2\]"),
-    "another rank": ({"lora_rank": 8, "lora_alpha": 6.0}, "{lora}", "model.lora_rank = 4, this one 8"),
-    "another alpha": ({"lora_rank": 4, "lora_alpha": 7.0}, "{lora}", "model.lora_alpha = 6.0, this one 7.0"),
-    "full from LoRA": ({"lora_rank": 0}, "{lora}", "model.lora_rank = 4, this one 0.*spiral_jax.export"),
-    "LoRA from full": ({"lora_rank": 4}, "{full}", "model.lora_rank = 0, this one 4.*spiral_jax.export"),
+    "no such step": (
+        {"lora_rank": 4, "lora_alpha": 6.0},
+        "{lora}@7",
+        r"no checkpoint of step 7; it has \[1, 2\]",
+    ),
+    "another rank": (
+        {"lora_rank": 8, "lora_alpha": 6.0},
+        "{lora}",
+        "model.lora_rank = 4, this one 8",
+    ),
+    "another alpha": (
+        {"lora_rank": 4, "lora_alpha": 7.0},
+        "{lora}",
+        "model.lora_alpha = 6.0, this one 7.0",
+    ),
+    "full from LoRA": (
+        {"lora_rank": 0},
+        "{lora}",
+        "model.lora_rank = 4, this one 0.*spiral_jax.export",
+    ),
+    "LoRA from full": (
+        {"lora_rank": 4},
+        "{full}",
+        "model.lora_rank = 0, this one 4.*spiral_jax.export",
+    ),
 }
 
 
-def test_an_evaluation_pairs_two_policies_and_the_base_among_them_has_adapters_that_change_nothing(runs, mesh):
+def test_an_evaluation_pairs_two_policies_and_the_base_among_them_has_adapters_that_change_nothing(
+    runs, mesh
+):
     path, trained = runs["lora"]
     base = hf.load_params(PATH, model_of(config(lora_rank=4, lora_alpha=6.0)), mesh)
-    for reader, searcher in ((f"{path}@1", "base"), ("", f"{path}@2"), (f"{path}@1", f"{path}@2"), (f"{path}@1", "")):
+    for reader, searcher in (
+        (f"{path}@1", "base"),
+        ("", f"{path}@2"),
+        (f"{path}@1", f"{path}@2"),
+        (f"{path}@1", ""),
+    ):
         c = config(lora_rank=4, lora_alpha=6.0, init_from=reader)
         c.eval.searcher = searcher
         found = load_policies(c, PATH, model_of(c), mesh)
@@ -123,9 +156,13 @@ def test_another_base_is_an_error_that_names_both(runs, tmp_path):
 
 
 def test_two_starts_or_an_adapter_without_a_rank_are_refused():
-    with pytest.raises(ConfigError, match="config.model.adapter_path = 'a': must be empty at model.lora_rank = 0"):
+    with pytest.raises(
+        ConfigError, match="config.model.adapter_path = 'a': must be empty at model.lora_rank = 0"
+    ):
         config(adapter_path="a")
-    with pytest.raises(ConfigError, match="config.model.init_from = 'w': must be empty beside model.adapter_path"):
+    with pytest.raises(
+        ConfigError, match="config.model.init_from = 'w': must be empty beside model.adapter_path"
+    ):
         config(adapter_path="a", init_from="w", lora_rank=4)
 
 
@@ -133,10 +170,14 @@ def test_weights_of_another_shape_are_an_error_that_names_them(runs, mesh):
     path, _ = runs["lora"]
     shapes = {"layers": {"q": {"a": jax.ShapeDtypeStruct((4, 128, 5), np.float32)}}}
     target = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, weight_shardings(shapes, mesh)
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        shapes,
+        weight_shardings(shapes, mesh),
     )
     with Checkpoints(path / "checkpoints", None) as checkpoints:
-        with pytest.raises(CheckpointError, match="trained/layers/q/a is float32.*4, 128, 4.*there"):
+        with pytest.raises(
+            CheckpointError, match="trained/layers/q/a is float32.*4, 128, 4.*there"
+        ):
             checkpoints.restore_part({"trained": target})
         with pytest.raises(CheckpointError, match="lacks weights/layers/q/a"):
             checkpoints.restore_part({"weights": target})

@@ -1,4 +1,6 @@
-"""Metric writers: TensorBoard's files read back, the calls that W&B and trackio get, and what a missing one says."""
+"""Metric writers: TensorBoard's files read back, the calls that W&B and trackio get, and what a
+missing one says.
+"""
 
 import math
 import struct
@@ -17,11 +19,17 @@ from spiral_jax.run.metric_writers import MetricWriters, check_installed
 
 ROW = {"step": 3, "reward/search": 0.5, "grad_norm": None, "loss": math.nan, "name": "x",
        "single": {"mean": 0.25, "low": 0.125, "high": None, "count": 8}}  # fmt: skip
-NUMBERS = {"evaluation/reward/search": 0.5, "evaluation/single/mean": 0.25, "evaluation/single/low": 0.125}
+NUMBERS = {
+    "evaluation/reward/search": 0.5,
+    "evaluation/single/mean": 0.25,
+    "evaluation/single/low": 0.125,
+}
 
 
 def events_of(directory):
-    """All events of all files, in the order of their names: records of length, checksum, content, checksum."""
+    """All events of all files, in the order of their names: records of length, checksum, content,
+    checksum.
+    """
     found = []
     for file in sorted(directory.iterdir()):
         content, at = file.read_bytes(), 0
@@ -32,7 +40,9 @@ def events_of(directory):
     return found
 
 
-def test_tensorboard_files_hold_every_finite_number_at_its_step_and_a_resume_purges_what_it_repeats(tmp_path):
+def test_tensorboard_files_hold_every_finite_number_at_its_step_and_a_resume_purges_what_it_repeats(
+    tmp_path,
+):
     for start in (0, 3):
         with MetricWriters(("tensorboard",), tmp_path, "run", {}, start) as writers:
             writers.write(ROW, "evaluation/")
@@ -86,7 +96,8 @@ def test_unknown_and_missing_writers_are_errors_before_anything_runs(monkeypatch
             validate(c)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"'wandb', which needs the package wandb: pip install -r requirements-writers"
+        ConfigError,
+        match=r"'wandb', which needs the package wandb: pip install -r requirements-writers",
     ):
         check_installed(("wandb",))
     check_installed(())
@@ -94,7 +105,10 @@ def test_unknown_and_missing_writers_are_errors_before_anything_runs(monkeypatch
 
 def test_a_start_names_hardware_versions_and_the_commit_of_the_checkout(monkeypatch):
     found = environment.describe()
-    assert found["versions"]["python"].startswith("3.") and {"jax", "flax", "numpy"} <= found["versions"].keys()
+    assert (
+        found["versions"]["python"].startswith("3.")
+        and {"jax", "flax", "numpy"} <= found["versions"].keys()
+    )
     assert "cpu" in found["devices"] and found["processes"] == 1
     monkeypatch.setattr(environment, "__file__", "/")
     assert environment.commit() == (None, None)  # not tracked by any repository

@@ -1,4 +1,6 @@
-"""SIGTERM: work that changes nothing is left at once, everything else is finished; the grace has an end."""
+"""SIGTERM: work that changes nothing is left at once, everything else is finished; the grace has an
+end.
+"""
 
 import os
 import signal
@@ -60,6 +62,12 @@ def test_a_save_that_outlasts_the_grace_ends_the_process():
         """
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == HUNG and "checkpoint after a preemption notice (config.train.grace_s)" in done.stderr
+    assert (
+        done.returncode == HUNG
+        and "checkpoint after a preemption notice (config.train.grace_s)" in done.stderr
+    )

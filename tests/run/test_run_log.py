@@ -19,7 +19,13 @@ def written(path, c, steps, evaluated):
         for step in range(steps):
             log.step(step, {"reward/aggregated": 0.5}, [{"step": step}] if step % 2 == 0 else None)
         for step in evaluated:
-            mean = {"mean": step / 10, "low": None, "high": None, "standard_error": None, "count": 1}
+            mean = {
+                "mean": step / 10,
+                "low": None,
+                "high": None,
+                "standard_error": None,
+                "count": 1,
+            }
             log.evaluation(step, {"step": step, "aggregated": mean}, {"measures": step})
     return log
 
@@ -32,7 +38,10 @@ def test_all_logs_are_cut_back_to_the_checkpoint_that_a_run_goes_on_from(tmp_pat
     assert [row["step"] for row in rows(tmp_path, "metrics")] == [0, 1, 2, 3]
     assert [row["step"] for row in rows(tmp_path, "evaluations")] == [0, 4]
     assert list(trace_files(tmp_path / "traces")) == [0, 2]
-    assert sorted(p.name for p in (tmp_path / "evaluations").iterdir()) == ["step_000000", "step_000004"]
+    assert sorted(p.name for p in (tmp_path / "evaluations").iterdir()) == [
+        "step_000000",
+        "step_000004",
+    ]
     assert again.is_evaluated(4) and not again.is_evaluated(6)
     assert [row["step"] for row in rows(tmp_path, "starts")] == [0, 4]
 
@@ -41,7 +50,10 @@ def test_a_finished_run_notes_no_start_and_keeps_its_last_evaluation(tmp_path):
     c = tiny.get_config()
     written(tmp_path, c, steps=2, evaluated=(0, 2))
     RunLog(tmp_path, c).go_on(2, finished=True)
-    assert len(rows(tmp_path, "starts")) == 1 and (tmp_path / "evaluations" / "step_000002" / "results.json").exists()
+    assert (
+        len(rows(tmp_path, "starts")) == 1
+        and (tmp_path / "evaluations" / "step_000002" / "results.json").exists()
+    )
 
 
 def test_start_up_is_in_the_first_row_of_each_process_alone(tmp_path):

@@ -35,8 +35,13 @@ def test_mfu_is_what_the_groups_need_over_what_the_devices_could(monkeypatch):
     trained = [groups for groups, _ in both_roles().values()]
     found = update_metrics(ARCH, 4, trained, seconds=0.5)
     tokens = sum(int(groups.trace_len_UxC.sum()) for groups in trained)
-    assert found["tokens_per_s/update"] == tokens / 0.5 and found["tokens_per_s/update_device"] == tokens
-    needed = sum(train_flops(ARCH, 4, None, g.requests.prompt_len_U, g.trace_len_UxC) for g in trained)
+    assert (
+        found["tokens_per_s/update"] == tokens / 0.5
+        and found["tokens_per_s/update_device"] == tokens
+    )
+    needed = sum(
+        train_flops(ARCH, 4, None, g.requests.prompt_len_U, g.trace_len_UxC) for g in trained
+    )
     assert found["mfu"] == pytest.approx(needed / (0.5 * 2 * 197e12))
 
 
@@ -54,7 +59,9 @@ def test_padding_is_the_share_of_rows_without_a_token():
     for role, (groups, _) in material.items():
         wide = groups.trace_len_UxC.max(axis=1) > 5
         C = groups.requests.traces
-        rows = sum(-(-n // 3) * 3 * (6 + C * G) for n, G in ((int((~wide).sum()), 5), (int(wide.sum()), 8)))
+        rows = sum(
+            -(-n // 3) * 3 * (6 + C * G) for n, G in ((int((~wide).sum()), 5), (int(wide.sum()), 8))
+        )
         real = groups.requests.prompt_len_U.sum() + groups.trace_len_UxC.sum()
         assert found[f"padding/{role.label}"] == pytest.approx(1 - real / rows)
 
@@ -68,7 +75,9 @@ def test_padding_is_the_share_of_rows_without_a_token():
         ((1, 3), 2, ["start 2", "stop 3"]),  # resumed inside
     ],
 )
-def test_the_profiler_runs_from_the_first_chosen_step_to_the_last(monkeypatch, tmp_path, chosen, first, expected):
+def test_the_profiler_runs_from_the_first_chosen_step_to_the_last(
+    monkeypatch, tmp_path, chosen, first, expected
+):
     c, seen, now = defaults(), [], types.SimpleNamespace(step="end")
     c.profile.steps = chosen
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: seen.append(f"start {now.step}"))

@@ -1,4 +1,6 @@
-"""The trace log's rows, from rollouts of a scripted sampler: what the report explains is what happened."""
+"""The trace log's rows, from rollouts of a scripted sampler: what the report explains is what
+happened.
+"""
 
 import re
 
@@ -51,7 +53,9 @@ def test_the_order_is_that_of_the_prompt_and_leaves_out_what_it_leaves_out():
             assert [int(n) for n in listed] == row["order"]
             assert set(row["order"]) == set(row["subset"]) - dropped
             assert row["set"] == seen % 4
-            np.testing.assert_array_equal(row["subset"], batch.rollouts.rounds[0].member_BxKxS[seen // 4, seen % 4])
+            np.testing.assert_array_equal(
+                row["subset"], batch.rollouts.rounds[0].member_BxKxS[seen // 4, seen % 4]
+            )
             seen += 1
         assert seen == 16
 
@@ -71,5 +75,7 @@ def test_grpo_rows_have_no_sets():
 
     _, rows = rows_of(make_actor(alone, loss__estimator="grpo"))
     assert {row["role"] for row in rows} == {"search"}
-    assert all(row["set"] is None and row["order"] is None and row["subset"] is None for row in rows)
+    assert all(
+        row["set"] is None and row["order"] is None and row["subset"] is None for row in rows
+    )
     assert {row["kept"] for row in rows} == {True, False}

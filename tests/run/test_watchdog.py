@@ -1,4 +1,6 @@
-"""Waits end, and say for what; a step that takes far too long shows where it stands. In processes, which it ends."""
+"""Waits end, and say for what; a step that takes far too long shows where it stands. In processes,
+which it ends.
+"""
 
 import subprocess
 import sys
@@ -8,7 +10,9 @@ from spiral_jax.run.watchdog import HUNG, Watchdog, deadline
 
 
 def run(code):
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60
+    )
     return done.returncode, done.stderr
 
 
@@ -24,7 +28,9 @@ def test_a_passed_deadline_ends_the_process_with_its_reason_and_the_stacks():
         """
     )
     assert code == HUNG
-    assert "waited 0.2 s for the weights of /models/x to be read" in err and "the_file_system" in err
+    assert (
+        "waited 0.2 s for the weights of /models/x to be read" in err and "the_file_system" in err
+    )
 
 
 def test_a_deadline_that_is_kept_leaves_nothing_behind():
@@ -60,7 +66,10 @@ def test_a_step_of_many_medians_has_all_stacks_printed_and_goes_on():
         """
     )
     assert code == 0 and err.endswith("done\n")
-    assert err.count("watchdog: step 5 has taken") == err.count("watchdog:") == 1 and "slow_step" in err
+    assert (
+        err.count("watchdog: step 5 has taken") == err.count("watchdog:") == 1
+        and "slow_step" in err
+    )
 
 
 def test_an_evaluation_without_a_median_has_its_stacks_printed_after_the_time_for_waits():

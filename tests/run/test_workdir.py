@@ -28,7 +28,9 @@ def settings(**changes):
 def test_a_new_directory_holds_the_config_and_is_opened_again_by_the_same_one(tmp_path):
     plain, digest = settings()
     workdir = open_workdir(tmp_path / "a" / "b", plain, digest)
-    assert workdir == tmp_path / "a" / "b" and [path.name for path in workdir.iterdir()] == ["config.json"]
+    assert workdir == tmp_path / "a" / "b" and [path.name for path in workdir.iterdir()] == [
+        "config.json"
+    ]
     before = (workdir / "config.json").read_bytes()
     (workdir / "metrics.jsonl").write_text("")
     assert open_workdir(str(workdir), plain, digest) == workdir
@@ -63,7 +65,9 @@ def test_another_config_is_refused_with_every_field_and_both_values(tmp_path):
 def test_another_process_writes_nothing_and_waits_for_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(workdirs, "is_first", lambda: False)
     monkeypatch.setattr(workdirs, "_SHARED_WITHIN_S", 0.1)
-    with pytest.raises(WorkdirError, match="this host does not see it after 0.1 s.*that they share"):
+    with pytest.raises(
+        WorkdirError, match="this host does not see it after 0.1 s.*that they share"
+    ):
         open_workdir(tmp_path / "own", *settings())
     (tmp_path / "config.json").write_text("written by process 0")
     assert open_workdir(tmp_path, *settings()) == tmp_path
@@ -86,7 +90,9 @@ def test_another_digest_of_equal_values_is_refused(tmp_path):
 def test_a_directory_with_other_files_is_refused_and_left_alone(tmp_path):
     for number in range(7):
         (tmp_path / f"file{number}").write_text("")
-    with pytest.raises(WorkdirError, match="not empty: file0, file1, file2, file3, file4 and 2 more"):
+    with pytest.raises(
+        WorkdirError, match="not empty: file0, file1, file2, file3, file4 and 2 more"
+    ):
         open_workdir(tmp_path, *settings())
     assert len(list(tmp_path.iterdir())) == 7
 
@@ -118,9 +124,27 @@ def rows_of(path):
 
 def test_metrics_are_strict_json_lines_whatever_number_type_comes_in(tmp_path):
     log = StepLog(tmp_path / "metrics.jsonl")
-    log.append({"step": 0, "nan": math.nan, "inf": -math.inf, "np": np.float32(np.nan), "list": [np.inf, 1.5]})
-    log.append({"step": 1, "jax": jnp.float32(0.5), "bf16": jnp.bfloat16(2.5), "n": np.int64(3), "a": np.arange(2)})
-    log.append({"step": 2, "text": "x\ny\u2028\udc80", "nested": {"b": jnp.nan}, "flag": np.bool_(True)})
+    log.append(
+        {
+            "step": 0,
+            "nan": math.nan,
+            "inf": -math.inf,
+            "np": np.float32(np.nan),
+            "list": [np.inf, 1.5],
+        }
+    )
+    log.append(
+        {
+            "step": 1,
+            "jax": jnp.float32(0.5),
+            "bf16": jnp.bfloat16(2.5),
+            "n": np.int64(3),
+            "a": np.arange(2),
+        }
+    )
+    log.append(
+        {"step": 2, "text": "x\ny\u2028\udc80", "nested": {"b": jnp.nan}, "flag": np.bool_(True)}
+    )
     assert rows_of(log.path) == [
         {"step": 0, "nan": None, "inf": None, "np": None, "list": [None, 1.5]},
         {"step": 1, "jax": 0.5, "bf16": 2.5, "n": 3, "a": [0, 1]},
@@ -142,7 +166,9 @@ def test_cutting_back_keeps_the_rows_below_the_step_and_drops_a_torn_line(tmp_pa
     assert log.path.read_bytes() == b"".join(complete[:step])
     log.append({"step": step})
     assert rows_of(log.path)[-1] == {"step": step}
-    assert log.read() == [{"step": number, "loss": number / 2} for number in range(min(step, 5))] + [{"step": step}]
+    assert log.read() == [
+        {"step": number, "loss": number / 2} for number in range(min(step, 5))
+    ] + [{"step": step}]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -170,7 +196,15 @@ def test_cutting_back_what_is_not_there_does_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-ROWS = [{"problem": 3, "role": "search", "text": "√2 \u2028", "ids": np.arange(5, dtype=np.int32), "logprob": math.nan}]
+ROWS = [
+    {
+        "problem": 3,
+        "role": "search",
+        "text": "√2 \u2028",
+        "ids": np.arange(5, dtype=np.int32),
+        "logprob": math.nan,
+    }
+]
 
 
 def digest_of(path):
@@ -187,7 +221,13 @@ def test_the_same_rows_give_the_same_bytes_and_read_back(tmp_path, monkeypatch):
     assert digest_of(TraceLog(tmp_path / "two", 3).write(9, ROWS * 2)) != digest_of(first)
     with gzip.open(first, "rt", encoding="utf-8", newline="\n") as file:
         assert [json.loads(line) for line in file] == [
-            {"problem": 3, "role": "search", "text": "√2 \u2028", "ids": [0, 1, 2, 3, 4], "logprob": None}
+            {
+                "problem": 3,
+                "role": "search",
+                "text": "√2 \u2028",
+                "ids": [0, 1, 2, 3, 4],
+                "logprob": None,
+            }
         ]
 
 
@@ -206,7 +246,10 @@ def test_cutting_back_deletes_the_trace_files_from_the_step_on(tmp_path):
     for step in (0, 10, 20, 30):
         log.write(step, ROWS)
     assert log.cut_back(20) == 2
-    assert sorted(path.name for path in log.directory.iterdir()) == ["step_000000.jsonl.gz", "step_000010.jsonl.gz"]
+    assert sorted(path.name for path in log.directory.iterdir()) == [
+        "step_000000.jsonl.gz",
+        "step_000010.jsonl.gz",
+    ]
 
 
 def test_a_trace_file_whose_writing_fails_does_not_appear_or_replace_one(tmp_path):
@@ -224,7 +267,9 @@ def test_a_trace_file_whose_writing_fails_does_not_appear_or_replace_one(tmp_pat
     assert digest_of(log.directory / "step_000004.jsonl.gz") == before
 
 
-def test_a_changed_field_is_accepted_where_it_is_named_and_the_config_becomes_the_new_one(tmp_path, capsys):
+def test_a_changed_field_is_accepted_where_it_is_named_and_the_config_becomes_the_new_one(
+    tmp_path, capsys
+):
     open_workdir(tmp_path, *settings())
     changed = settings(**{"train.steps": 7, "verifier.workers": 5})
     with pytest.raises(WorkdirError, match=r"train\.steps: 250 -> 7\nGive another.*resume\.allow"):
@@ -232,7 +277,9 @@ def test_a_changed_field_is_accepted_where_it_is_named_and_the_config_becomes_th
     open_workdir(tmp_path, *changed, allow=("verifier", "train.steps"))
     assert "train.steps: 250 -> 7" in capsys.readouterr().out
     assert read_config(tmp_path)[0]["train"]["steps"] == 7
-    open_workdir(tmp_path, *changed)  # the permission is no part of the run: it need not be given again
+    open_workdir(
+        tmp_path, *changed
+    )  # the permission is no part of the run: it need not be given again
     with pytest.raises(WorkdirError, match="train.steps: 7 -> 250"):
         open_workdir(tmp_path, *settings())
 
@@ -286,7 +333,9 @@ def test_a_full_a_vanished_and_a_read_only_directory_are_clear_errors(break_it, 
         if break_it is not remove_directory:  # there is nothing to cut back then
             writes.append(lambda: log.cut_back(1))
         for write in writes:
-            with pytest.raises(WorkdirError, match="cannot be written.*full or read only.*same command again"):
+            with pytest.raises(
+                WorkdirError, match="cannot be written.*full or read only.*same command again"
+            ):
                 write()
     finally:
         undo()

@@ -1,4 +1,6 @@
-"""The decode loop's compiled program: no copy of a weight or a cache, and little memory beside its arguments."""
+"""The decode loop's compiled program: no copy of a weight or a cache, and little memory beside its
+arguments.
+"""
 
 import dataclasses
 import functools
@@ -20,12 +22,25 @@ from spiral_jax.sampling.programs import abstract_state
 from spiral_jax.sampling.slots import DecodeSettings, SlotClass
 from spiral_jax.sampling.weights import abstract_weights
 
-ARCH = Architecture(V=97, D=256, F=1024, L=4, H=4, J=2, E=64, norm_eps=1e-6, rope_theta=1e4, tied=False)
+ARCH = Architecture(
+    V=97, D=256, F=1024, L=4, H=4, J=2, E=64, norm_eps=1e-6, rope_theta=1e4, tied=False
+)
 CLASSES = (SlotClass(8, 3, 48, 40), SlotClass(16, 2, 32, 80))
-MOVES = ("copy", "transpose", "convert", "concatenate", "dynamic-slice", "gather", "all-gather", "all-to-all")
+MOVES = (
+    "copy",
+    "transpose",
+    "convert",
+    "concatenate",
+    "dynamic-slice",
+    "gather",
+    "all-gather",
+    "all-to-all",
+)
 
 
-def compiled_decode(mesh, donate=True, weights=lambda weights: weights, decode=decode_chunk, classes=CLASSES):
+def compiled_decode(
+    mesh, donate=True, weights=lambda weights: weights, decode=decode_chunk, classes=CLASSES
+):
     """The program, compiled from shapes alone; `weights(abstract weights)` replaces what it reads."""
     settings = DecodeSettings(ModelConfig(ARCH), jnp.float32, Draw(), 0, (1,), 16, mesh)
     rows = sum(slots.rows for slots in classes) // meshes.group_count_multiple(mesh)
@@ -38,7 +53,9 @@ def compiled_decode(mesh, donate=True, weights=lambda weights: weights, decode=d
 
 
 def moves_in_decode_loop(program):
-    """Elements of every array that the body of the decode loop, and all it calls, copies or gathers."""
+    """Elements of every array that the body of the decode loop, and all it calls, copies or
+    gathers.
+    """
     text = program.as_text()
     found = re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S)
     computations = {match[1]: match[2] for match in found}
@@ -52,17 +69,25 @@ def moves_in_decode_loop(program):
         return seen
 
     bodies = [reach(name, set()) for name in re.findall(r" while\([^\n]*body=%?([\w.\-]+)", text)]
-    (loop,) = [names for names in bodies if any("Block.project" in computations[name] for name in names)]
+    (loop,) = [
+        names for names in bodies if any("Block.project" in computations[name] for name in names)
+    ]
     operation = rf"= \w+\[([\d,]*)\]\S* ({'|'.join(MOVES)})\("
     moves = [match for name in loop for match in re.findall(operation, computations[name])]
     return [math.prod(int(size) for size in shape.split(",") if size) for shape, _ in moves]
 
 
 def smallest_on_a_device(mesh):
-    """Elements of the smallest kernel and of the smallest cache (a layer's keys or values of one class)."""
+    """Elements of the smallest kernel and of the smallest cache (a layer's keys or values of one
+    class).
+    """
     heads = ARCH.J * ARCH.E // mesh.shape["tensor"]
     groups = [slots.slots // meshes.group_count_multiple(mesh) for slots in CLASSES]
-    caches = [U * tokens * heads for U, c in zip(groups, CLASSES, strict=True) for tokens in (c.P, c.C * c.G)]
+    caches = [
+        U * tokens * heads
+        for U, c in zip(groups, CLASSES, strict=True)
+        for tokens in (c.P, c.C * c.G)
+    ]
     return ARCH.D * heads, min(caches)
 
 
@@ -84,8 +109,12 @@ def test_decode_loop_copies_and_gathers_neither_weights_nor_caches(mesh, program
 @pytest.mark.devices8
 def test_a_cache_of_a_single_slot_a_shard_is_not_copied_in_the_loop_either(mesh):
     slots = meshes.group_count_multiple(mesh)
-    alone = compiled_decode(mesh, classes=(SlotClass(slots, 3, 48, 40), SlotClass(slots, 2, 32, 80)))
-    assert max(moves_in_decode_loop(alone)) < 32 * ARCH.J // mesh.shape["tensor"] * ARCH.E  # the smallest cache
+    alone = compiled_decode(
+        mesh, classes=(SlotClass(slots, 3, 48, 40), SlotClass(slots, 2, 32, 80))
+    )
+    assert (
+        max(moves_in_decode_loop(alone)) < 32 * ARCH.J // mesh.shape["tensor"] * ARCH.E
+    )  # the smallest cache
     assert alone.memory_analysis().temp_size_in_bytes <= 0.1 * weight_bytes(mesh)
 
 
@@ -119,7 +148,10 @@ def test_a_loop_that_slices_stacked_weights_would_fail_these_tests():
     def sliced(settings, classes, leave_at, chunk, exit_groups, rows, fewer, weights, states):
         def body(carry):
             index, states = carry
-            own = [jax.tree.map(lambda a: a[jnp.where(index < 0, 0, i)], weights.layers) for i in range(ARCH.L)]  # noqa: B023
+            own = [
+                jax.tree.map(lambda a: a[jnp.where(index < 0, 0, i)], weights.layers)
+                for i in range(ARCH.L)
+            ]  # noqa: B023
             unstacked = dataclasses.replace(weights, layers=tuple(own))
             out = decode_chunk(settings, classes, leave_at, 1, 1, rows, fewer, unstacked, states)
             return index + 1, out[0]

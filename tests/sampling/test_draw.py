@@ -46,7 +46,9 @@ def test_truncated_draws_have_the_frequencies_and_log_probs_of_what_is_left(draw
     logits = rng.normal(0, 1.5, 97).astype(np.float32)
     p_V = kept_tokens(draw, logits)
     uniform = rng.random(20_000, np.float32)
-    token, logprob = jax.device_get(draw_many(draw, np.broadcast_to(logits, (len(uniform), 97)), uniform))
+    token, logprob = jax.device_get(
+        draw_many(draw, np.broadcast_to(logits, (len(uniform), 97)), uniform)
+    )
     assert (p_V[token] > 0).all()
     np.testing.assert_allclose(logprob, np.log(p_V[token]), rtol=1e-5, atol=1e-5)
     count, expected = np.bincount(token, minlength=97), p_V * len(uniform)

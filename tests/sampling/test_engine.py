@@ -1,4 +1,6 @@
-"""The rollout engine: what it draws is what the definition draws, wherever a group sits and whoever sits beside it."""
+"""The rollout engine: what it draws is what the definition draws, wherever a group sits and whoever
+sits beside it.
+"""
 
 import dataclasses
 import functools
@@ -60,7 +62,11 @@ def stop_ids(endless):
     """The padding id, and two that end some trace early and some trace at its very last token."""
     chosen = [0]
     for at in (G - 1, 4):
-        rest = [trace for trace in endless.trace_UxCxG.reshape(-1, G) if not np.isin(trace[: at + 1], chosen).any()]
+        rest = [
+            trace
+            for trace in endless.trace_UxCxG.reshape(-1, G)
+            if not np.isin(trace[: at + 1], chosen).any()
+        ]
         chosen.append(next(int(trace[at]) for trace in rest if trace[at] not in trace[:at]))
     return tuple(chosen)
 
@@ -78,7 +84,8 @@ def engine(mesh, stop_ids):
 
 @pytest.fixture(scope="module")
 def moving(mesh, stop_ids):
-    """An engine of many classes: groups start in a short one, go on in a longer one, and narrow; wide ones are cut.
+    """An engine of many classes: groups start in a short one, go on in a longer one, and narrow;
+    wide ones are cut.
 
     Its decode programs compute a few packed rows, or all.
     """
@@ -113,12 +120,23 @@ def recording(engine, weights):
 @pytest.mark.devices8
 def test_the_engine_draws_what_the_definition_draws(sampled, expected, stop_ids):
     assert_same_up_to_rounding(sampled, expected)
-    ended_by = sampled.trace_UxCxG[sampled.stop_UxC == Stop.STOP, sampled.trace_len_UxC[sampled.stop_UxC == 0] - 1]
-    assert set(stop_ids) == set(ended_by.tolist())  # each of them, the padding id among them, ended some trace
+    ended_by = sampled.trace_UxCxG[
+        sampled.stop_UxC == Stop.STOP, sampled.trace_len_UxC[sampled.stop_UxC == 0] - 1
+    ]
+    assert set(stop_ids) == set(
+        ended_by.tolist()
+    )  # each of them, the padding id among them, ended some trace
     at_limit = sampled.trace_len_UxC == G
-    assert set(sampled.stop_UxC[at_limit].tolist()) == {Stop.STOP, Stop.LENGTH}  # a stop at the last token is a stop
+    assert set(sampled.stop_UxC[at_limit].tolist()) == {
+        Stop.STOP,
+        Stop.LENGTH,
+    }  # a stop at the last token is a stop
     beyond = ~np.asarray(length_mask(sampled.trace_len_UxC, G))
-    assert beyond.any() and not sampled.trace_UxCxG[beyond].any() and not sampled.logprob_UxCxG[beyond].any()
+    assert (
+        beyond.any()
+        and not sampled.trace_UxCxG[beyond].any()
+        and not sampled.logprob_UxCxG[beyond].any()
+    )
 
 
 @pytest.mark.devices8
@@ -136,7 +154,9 @@ def test_recorded_logprobs_are_those_of_teacher_forcing(mesh, variables, sampled
         placed = jax.device_put(tuple(a[index] for a in arrays), meshes.group_sharding(mesh))
         forced = teacher_forced(MODEL, variables, *placed, DRAW.temperature)
     live = np.asarray(length_mask(sampled.trace_len_UxC, G))
-    np.testing.assert_allclose(sampled.logprob_UxCxG[live], np.asarray(forced)[:9][live], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        sampled.logprob_UxCxG[live], np.asarray(forced)[:9][live], rtol=0, atol=1e-5
+    )
     assert sampled.logprob_UxCxG[live].std() > 1 and len(np.unique(sampled.trace_UxCxG[live])) > 30
 
 
@@ -168,7 +188,8 @@ def test_an_int8_cache_moves_log_probs_by_little(mesh, variables, weights, stop_
         forced = np.asarray(teacher_forced(MODEL, variables, *placed, DRAW.temperature))[:9]
     live = np.asarray(length_mask(found.trace_len_UxC, G))
     difference = np.abs(found.logprob_UxCxG - forced)[live]
-    # One part in 254 of each key's and value's largest entry; logits of order 3 move by a few hundredths.
+    # One part in 254 of each key's and value's largest entry; logits of order 3 move by a few
+    # hundredths.
     assert 1e-4 < difference.mean() < 0.03 and difference.max() < 0.2
 
 
@@ -182,10 +203,14 @@ def test_a_second_call_gives_the_same_bits_and_compiles_nothing(engine, moving, 
     def again():
         assert_bit_equal(sample(engine, weights, mixed_requests()), sampled)
         assert_bit_equal(sample(moving, weights, mixed_requests()), first)
-        sample(moving, weights, requests_of([[1, 2]] * 3 + [np.arange(11)] * 5, cursor=90, traces=2))
+        sample(
+            moving, weights, requests_of([[1, 2]] * 3 + [np.arange(11)] * 5, cursor=90, traces=2)
+        )
 
     assert compilations(again) == 0
-    assert compilations(lambda: jax.jit(lambda x: 2 * x)(1).block_until_ready()) == 1  # the event has this name
+    assert (
+        compilations(lambda: jax.jit(lambda x: 2 * x)(1).block_until_ready()) == 1
+    )  # the event has this name
 
 
 @pytest.mark.devices8
@@ -193,14 +218,20 @@ def test_another_slot_neighbours_and_order_of_admission_change_no_bit(engine, we
     rng = np.random.default_rng(0)
     for _ in range(3):
         order = rng.permutation(9)
-        assert_bit_equal(sample(engine, weights, sampled.requests.take(order)), groups_at(sampled, *order))
+        assert_bit_equal(
+            sample(engine, weights, sampled.requests.take(order)), groups_at(sampled, *order)
+        )
     for u in (2, 8):
-        assert_bit_equal(sample(engine, weights, sampled.requests.take([u])), groups_at(sampled, u))  # alone
+        assert_bit_equal(
+            sample(engine, weights, sampled.requests.take([u])), groups_at(sampled, u)
+        )  # alone
 
 
 @pytest.mark.devices8
 @pytest.mark.parametrize("seed", range(3))
-def test_any_order_of_admission_gives_the_same_tokens_where_groups_move(moving, weights, expected, seed):
+def test_any_order_of_admission_gives_the_same_tokens_where_groups_move(
+    moving, weights, expected, seed
+):
     order = np.random.default_rng(seed).permutation(9)[: 9 - seed]
     found = sample(moving, weights, expected.requests.take(order))
     assert_same_up_to_rounding(found, groups_at(expected, *order))
@@ -230,9 +261,13 @@ def test_another_device_mesh_gives_the_same_tokens(mesh, stop_ids, sampled):
 def test_another_step_cursor_or_trace_gives_other_tokens(engine, weights, sampled):
     for other in (mixed_requests(step=1), mixed_requests(cursor=100)):
         found = sample(engine, weights, other)
-        assert (found.trace_UxCxG != sampled.trace_UxCxG).any(-1).mean() > 0.9  # short ones may coincide
+        assert (found.trace_UxCxG != sampled.trace_UxCxG).any(
+            -1
+        ).mean() > 0.9  # short ones may coincide
     live = sampled.trace_len_UxC.min(1) > 3
-    assert live.any() and (sampled.trace_UxCxG[live, 0] != sampled.trace_UxCxG[live, 1]).any(-1).all()
+    assert (
+        live.any() and (sampled.trace_UxCxG[live, 0] != sampled.trace_UxCxG[live, 1]).any(-1).all()
+    )
 
 
 def test_stray_state_of_an_earlier_group_in_a_slot_is_never_read(mesh, weights, stop_ids, sampled):
@@ -254,13 +289,20 @@ def test_stray_state_of_an_earlier_group_in_a_slot_is_never_read(mesh, weights, 
 def test_rows_tokens_and_shared_prompts_are_counted_exactly(mesh, weights):
     limit_UxC = np.array([[1, 5, 5], [9, 2, 3]], np.int32)
     requests = requests_of([[1, 2, 3], [4] * 7], limit_UxC=limit_UxC)
-    run, metrics = recording(make_engine(mesh, (), ((4, 3, 8, 12),), chunk=4, exit_groups=9, prefill_tokens=8), weights)
+    run, metrics = recording(
+        make_engine(mesh, (), ((4, 3, 8, 12),), chunk=4, exit_groups=9, prefill_tokens=8), weights
+    )
     run(requests)
     assert metrics["sampling/generated_tokens"] == limit_UxC.sum()
     assert metrics["sampling/prefilled_tokens"] == 3 + 7
     assert metrics["sampling/shared_prompt_tokens"] == (3 + 7) * 2
-    occupancy = metrics["sampling/row_occupancy"]  # the first token of each trace comes from prefill
-    assert (occupancy.total, occupancy.count) == (limit_UxC.sum() - 6, 8 * 4 * 3)  # 8 steps of all 12 rows
+    occupancy = metrics[
+        "sampling/row_occupancy"
+    ]  # the first token of each trace comes from prefill
+    assert (occupancy.total, occupancy.count) == (
+        limit_UxC.sum() - 6,
+        8 * 4 * 3,
+    )  # 8 steps of all 12 rows
     assert metrics["sampling/prefill_padding"].count == 16
     assert metrics["sampling/chunks"] == 2
 
@@ -275,22 +317,33 @@ def test_only_rows_that_run_are_computed_where_there_are_programs_for_fewer(mesh
 
 
 def test_groups_that_wait_for_a_longer_slot_hold_nobody_up(mesh, weights, endless):
-    """Their rows do not run, so the program for the one group that does must not be ended by their number."""
+    """Their rows do not run, so the program for the one group that does must not be ended by their
+    number.
+    """
     engine = make_engine(mesh, (), ((4, C, 16, 4), (1, C, 16, G)), row_counts=(C,))
     assert_same_up_to_rounding(sample(engine, weights, mixed_requests()), endless)
 
 
 def test_narrowing_keeps_rows_busy(mesh, weights):
-    """One long trace a group: without narrower classes two thirds of the rows are computed for nothing."""
+    """One long trace a group: without narrower classes two thirds of the rows are computed for
+    nothing.
+    """
     limit_UxC = np.tile(np.array([12, 1, 1], np.int32), (12, 1))
     requests = requests_of([[1, 2]] * 12, limit_UxC=limit_UxC)
     share = {}
-    for name, classes in (("wide", ((4, 3, 8, 12),)), ("narrowing", ((4, 3, 8, 12), (8, 1, 8, 12)))):
+    for name, classes in (
+        ("wide", ((4, 3, 8, 12),)),
+        ("narrowing", ((4, 3, 8, 12), (8, 1, 8, 12))),
+    ):
         run, metrics = recording(make_engine(mesh, (), classes, exit_groups=1), weights)
         run(requests)
-        share[name] = metrics["sampling/row_occupancy"].total / metrics["sampling/row_occupancy"].count
+        share[name] = (
+            metrics["sampling/row_occupancy"].total / metrics["sampling/row_occupancy"].count
+        )
     assert share["wide"] == pytest.approx(1 / 3)
-    assert share["narrowing"] == pytest.approx(12 / 20)  # eight moved on at once; four found no narrow slot
+    assert share["narrowing"] == pytest.approx(
+        12 / 20
+    )  # eight moved on at once; four found no narrow slot
 
 
 # Bad input
@@ -305,7 +358,9 @@ def test_narrowing_keeps_rows_busy(mesh, weights):
         ([[1]], {"traces": 0}, r"0 traces.*>= 1"),
     ],
 )
-def test_a_request_that_fits_nowhere_is_an_error_that_names_the_field(engine, weights, rows, change, message):
+def test_a_request_that_fits_nowhere_is_an_error_that_names_the_field(
+    engine, weights, rows, change, message
+):
     with pytest.raises(ValueError, match=message):
         sample(engine, weights, requests_of(rows, **change))
 
@@ -320,7 +375,9 @@ def test_two_requests_with_one_id_are_an_error(engine, weights):
 def test_slots_that_do_not_divide_over_the_mesh_are_an_error_that_names_the_field():
     mesh = jax.sharding.AbstractMesh((2, 3, 5), meshes.AXES)
     make_engine(mesh, (), ((12, 1, 8, 8),))
-    with pytest.raises(ConfigError, match=r"config\.sampling\.classes\[1\]: its 4 slots .*data \* fsdp = 6"):
+    with pytest.raises(
+        ConfigError, match=r"config\.sampling\.classes\[1\]: its 4 slots .*data \* fsdp = 6"
+    ):
         make_engine(mesh, (), ((12, 1, 8, 8), (4, 1, 16, 8)))
 
 
@@ -349,7 +406,9 @@ def test_frequencies_of_whole_traces_are_their_exact_probabilities(mesh, tempera
     count_UxN = np.zeros((4, len(length_N)))
     for step in range(10):
         done = sample(engine, weights, requests_of(prompts, step=step, traces=traces, max_tokens=2))
-        same = (done.trace_UxCxG[:, :, None] == sequence_Nx2).all(-1) & (done.trace_len_UxC[..., None] == length_N)
+        same = (done.trace_UxCxG[:, :, None] == sequence_Nx2).all(-1) & (
+            done.trace_len_UxC[..., None] == length_N
+        )
         assert (same.sum(-1) == 1).all()
         count_UxN += same.sum(1)
     prompt_UxP, prompt_len_U = pad_rows([np.array(row) for row in prompts])
@@ -363,9 +422,13 @@ def test_frequencies_of_whole_traces_are_their_exact_probabilities(mesh, tempera
     cells = []
     for count_N, expected_N in zip(count_UxN, 10 * traces * p_UxN, strict=True):
         order = np.argsort(expected_N)
-        rare = np.searchsorted(expected_N[order], 5) + 1  # those below 5 share a cell with the next one
+        rare = (
+            np.searchsorted(expected_N[order], 5) + 1
+        )  # those below 5 share a cell with the next one
         for cell in [order[:rare], *np.split(order[rare:], len(order) - rare)]:
-            cells.append((count_N[cell].sum() - expected_N[cell].sum()) ** 2 / expected_N[cell].sum())
+            cells.append(
+                (count_N[cell].sum() - expected_N[cell].sum()) ** 2 / expected_N[cell].sum()
+            )
     assert np.sum(cells) < stats.chi2.ppf(0.999, len(cells) - 4)
 
 
@@ -376,9 +439,13 @@ def test_the_start_report_names_every_program_with_its_classes(moving):
     lines = moving.start_report().splitlines()
     assert f"{len(moving.programs)} programs" in lines[0] and "GiB of keys and values" in lines[0]
     assert len(lines) == 1 + len(moving.programs)
-    assert any(line.startswith("  move") and "(4, 3, 8, 4) -> (4, 3, 8, 12)" in line for line in lines)
+    assert any(
+        line.startswith("  move") and "(4, 3, 8, 4) -> (4, 3, 8, 12)" in line for line in lines
+    )
     for kind in ("prefill", "enter"):
-        assert any(line.startswith(f"  {kind}") and line.endswith("(4, 2, 16, 12)") for line in lines)
+        assert any(
+            line.startswith(f"  {kind}") and line.endswith("(4, 2, 16, 12)") for line in lines
+        )
 
 
 def test_the_start_report_warns_of_classes_with_one_slot_a_shard(mesh, moving):
@@ -391,13 +458,20 @@ def test_the_start_report_warns_of_classes_with_one_slot_a_shard(mesh, moving):
 def test_devices_without_room_are_refused_with_what_is_missing_and_what_to_lower(mesh):
     engine = make_engine(mesh)
     check_room(engine.settings, engine.schedule, 2**20)
-    with pytest.raises(ConfigError, match=r"classes need .* 0\.00 GiB more than its .*slots, C, P or G.*int8.*tensor"):
+    with pytest.raises(
+        ConfigError,
+        match=r"classes need .* 0\.00 GiB more than its .*slots, C, P or G.*int8.*tensor",
+    ):
         check_room(engine.settings, engine.schedule, 2**10)
 
 
 def test_the_room_check_counts_prefilled_prompts_beside_the_slots():
-    """Four prompts of 2^20 tokens, 256 bytes each (2 layers, keys and values, 2 heads of 8 floats): 1 GiB, twice."""
+    """Four prompts of 2^20 tokens, 256 bytes each (2 layers, keys and values, 2 heads of 8 floats):
+    1 GiB, twice.
+    """
     engine = make_engine(one_device(), (), ((4, C, 2**20, G),), prefill_tokens=2**22)
     check_room(engine.settings, engine.schedule, 2**31 + 2**20)
-    with pytest.raises(ConfigError, match=r"1\.00 GiB of keys and values.*1\.00 GiB of prefilled prompts"):
+    with pytest.raises(
+        ConfigError, match=r"1\.00 GiB of keys and values.*1\.00 GiB of prefilled prompts"
+    ):
         check_room(engine.settings, engine.schedule, 2**31)

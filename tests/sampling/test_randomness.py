@@ -1,4 +1,6 @@
-"""Draws follow the exact distribution to float32 rounding, and a trace's numbers depend on its own integers alone."""
+"""Draws follow the exact distribution to float32 rounding, and a trace's numbers depend on its own
+integers alone.
+"""
 
 import functools
 
@@ -26,8 +28,9 @@ def numbers(seed, id_Ux6, traces, position):
 
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
-# Cumulative sums of float32: each of a few dozen roundings (additions of a blocked sum, the exponential, division by
-# the temperature) moves a boundary by at most 2**-24 of the whole. Found: 2.4e-7.
+# Cumulative sums of float32: each of a few dozen roundings (additions of a blocked sum, the
+# exponential, division by the temperature) moves a boundary by at most 2**-24 of the whole. Found:
+# 2.4e-7.
 BOUND = 32 * 2.0**-24
 IDS = np.array([[0, 5, 17, 1, 0, 3]], np.int32)  # purpose, step, cursor, round, role, set
 
@@ -40,7 +43,9 @@ def oracle(logits_V, temperature):
 
 
 def hard_uniforms(cumulative_V, rng):
-    """2,048 numbers in [0, 1): both ends, some within 5 roundings of up to 150 boundaries, the rest random."""
+    """2,048 numbers in [0, 1): both ends, some within 5 roundings of up to 150 boundaries, the rest
+    random.
+    """
     at = rng.choice(np.unique(cumulative_V.astype(np.float32)), 150)
     near = [at]
     for end in (np.float32(-1), np.float32(2)):
@@ -53,9 +58,13 @@ def hard_uniforms(cumulative_V, rng):
 
 
 def many_logits(V, rng):
-    """Rows of every kind: flat, ordinary, peaked, one token far above the rest, and most tokens banned."""
+    """Rows of every kind: flat, ordinary, peaked, one token far above the rest, and most tokens
+    banned.
+    """
     rows = {"flat": np.zeros(V), "ordinary": rng.normal(0, 2, V), "peaked": rng.normal(0, 30, V)}
-    rows["certain"] = np.where(np.arange(V) == rng.integers(V), 0, -200.0)  # exp(-200) is zero in float32
+    rows["certain"] = np.where(
+        np.arange(V) == rng.integers(V), 0, -200.0
+    )  # exp(-200) is zero in float32
     for share in (0.1, 0.5, 0.9):
         banned = rng.random(V) < share
         banned[rng.integers(V)] = False
@@ -67,22 +76,31 @@ def many_logits(V, rng):
 
 @pytest.mark.parametrize("V", [1, 2, 40, 511, 512, 513, 1100, 1536])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_draw_is_the_inverse_of_the_cumulative_distribution_and_never_a_token_of_probability_zero(V, temperature):
+def test_draw_is_the_inverse_of_the_cumulative_distribution_and_never_a_token_of_probability_zero(
+    V, temperature
+):
     rng = np.random.default_rng(V)
     for name, row_V in many_logits(V, rng).items():
         p_V, cumulative_V = oracle(row_V, temperature)
         uniform = hard_uniforms(cumulative_V, rng)
-        token, logprob = jax.device_get(draw(np.broadcast_to(row_V, (len(uniform), V)), uniform, temperature))
+        token, logprob = jax.device_get(
+            draw(np.broadcast_to(row_V, (len(uniform), V)), uniform, temperature)
+        )
         assert token.dtype == np.int32 and token.min() >= 0 and token.max() < V, name
         in_float32 = np.exp((row_V - row_V.max()) / np.float32(temperature))
         assert (in_float32[token] > 0).all(), name
-        off = np.maximum(np.concatenate([[0], cumulative_V])[token] - uniform, uniform - cumulative_V[token])
-        assert off.max() <= BOUND, name  # how far the uniform lies outside of the token's own interval
+        off = np.maximum(
+            np.concatenate([[0], cumulative_V])[token] - uniform, uniform - cumulative_V[token]
+        )
+        assert off.max() <= BOUND, (
+            name
+        )  # how far the uniform lies outside of the token's own interval
         np.testing.assert_allclose(logprob, np.log(p_V[token]), rtol=1e-6, atol=1e-5, err_msg=name)
 
 
 def test_draw_is_the_oracles_token_for_all_but_5_in_10_000_random_uniforms():
-    # 1,100 boundaries, each off by about 1e-7: a uniform falls between ours and the oracle's with probability 1e-4
+    # 1,100 boundaries, each off by about 1e-7: a uniform falls between ours and the oracle's with
+    # probability 1e-4
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, 1100).astype(np.float32)
     uniform = rng.random(20_000, np.float32)
@@ -93,13 +111,18 @@ def test_draw_is_the_oracles_token_for_all_but_5_in_10_000_random_uniforms():
 
 def test_draw_takes_any_leading_axes():
     rng = np.random.default_rng(0)
-    logits, uniform = rng.normal(size=(3, 2, 600)).astype(np.float32), rng.random((3, 2), np.float32)
+    logits, uniform = (
+        rng.normal(size=(3, 2, 600)).astype(np.float32),
+        rng.random((3, 2), np.float32),
+    )
     token, logprob = draw(logits, uniform, 1.0)
     assert token.shape == logprob.shape == (3, 2) and logprob.dtype == jnp.float32
     for at in np.ndindex(3, 2):
         one = draw(logits[at], uniform[at], 1.0)
         assert one[0] == token[at]
-        np.testing.assert_allclose(one[1], logprob[at], rtol=1e-6)  # another shape may sum in another order
+        np.testing.assert_allclose(
+            one[1], logprob[at], rtol=1e-6
+        )  # another shape may sum in another order
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -129,7 +152,9 @@ def test_numbers_are_uniform_and_those_of_traces_positions_and_groups_are_uncorr
     assert stats.kstest(x.ravel(), "uniform").pvalue > 1e-3
     centred = (x - 0.5) * np.sqrt(12)
     for axis in range(3):
-        neighbours = np.take(centred, range(1, x.shape[axis]), axis) * np.take(centred, range(x.shape[axis] - 1), axis)
+        neighbours = np.take(centred, range(1, x.shape[axis]), axis) * np.take(
+            centred, range(x.shape[axis] - 1), axis
+        )
         assert abs(neighbours.mean()) * np.sqrt(neighbours.size) < 4  # standard deviations
 
 
@@ -142,7 +167,9 @@ def test_changing_any_one_integer_changes_the_number():
     changed = [base, base | {"seed": 1}, base | {"trace": 3}, base | {"position": 8}]
     for i in range(6):
         for by in (1, 1000):
-            changed.append(base | {"ids": tuple(v + by * (i == j) for j, v in enumerate(base["ids"]))})
+            changed.append(
+                base | {"ids": tuple(v + by * (i == j) for j, v in enumerate(base["ids"]))}
+            )
     changed.append(base | {"ids": (0, 17, 5, 1, 0, 3)})  # which integer is which matters
     changed.append(base | {"trace": 7, "position": 2})
     assert len({number(**what) for what in changed}) == len(changed)
@@ -159,7 +186,9 @@ def test_a_groups_numbers_depend_neither_on_the_batch_nor_on_its_order_nor_on_th
 
 
 def test_regression_one_trace_has_the_numbers_that_it_always_had():
-    """Golden values of (seed 0, ids 0 5 17 1 0 3, trace 2): a change here breaks the replay of recorded runs."""
+    """Golden values of (seed 0, ids 0 5 17 1 0 3, trace 2): a change here breaks the replay of
+    recorded runs.
+    """
     found = [number(0, (0, 5, 17, 1, 0, 3), 2, position) for position in (0, 1, 4095)]
     np.testing.assert_array_equal(
         np.float32(found), np.float32([0.9242995977401733, 0.8880860805511475, 0.9512561559677124])

@@ -44,24 +44,32 @@ def variables(mesh):
 @pytest.fixture(scope="module")
 def endless(mesh, variables):
     """What the definition draws for all prompts, without stop ids and limits."""
-    return plain_sample(make_settings(mesh, config=MODEL), variables, requests_of(ROWS, traces=WIDEST))
+    return plain_sample(
+        make_settings(mesh, config=MODEL), variables, requests_of(ROWS, traces=WIDEST)
+    )
 
 
 @pytest.fixture(scope="module")
 def engine(mesh):
     """Two slots a shard in each class; a prefill has two short prompts a shard, or one long."""
     slots = 2 * meshes.group_count_multiple(mesh)
-    return make_engine(mesh, (), ((slots, C, 8, G), (slots, 2, 16, G)), prefill_tokens=16, config=MODEL)
+    return make_engine(
+        mesh, (), ((slots, C, 8, G), (slots, 2, 16, G)), prefill_tokens=16, config=MODEL
+    )
 
 
 @pytest.fixture
 def made(engine, monkeypatch):
-    """By class: a weak reference to the logits of every prefill. Fails if two of a class are there at once."""
+    """By class: a weak reference to the logits of every prefill. Fails if two of a class are there
+    at once.
+    """
     made = collections.defaultdict(list)
 
     def watched(i, run):
         def prefill(*arguments):
-            assert all(earlier() is None for earlier in made[i]), "the prompts of an earlier call are still kept"
+            assert all(earlier() is None for earlier in made[i]), (
+                "the prompts of an earlier call are still kept"
+            )
             ready = run(*arguments)
             made[i].append(weakref.ref(ready.logits_ZxWxV))
             return ready
@@ -80,12 +88,16 @@ def sampled(engine, variables, endless, widths):
     rng, asked = np.random.default_rng(0), []
     for u, width in enumerate(widths):
         limit_1xC = rng.integers(1, G + 1, (1, width)).astype(np.int32)
-        asked += [requests_of([ROWS[u]], cursor=u, traces=width, limit_UxC=limit_1xC)] if width else []
+        asked += (
+            [requests_of([ROWS[u]], cursor=u, traces=width, limit_UxC=limit_1xC)] if width else []
+        )
     feed = Listed(asked)
     metrics = engine.stream(engine.prepare(variables), feed)
     for group in feed.found:
         u, limit_C = group.requests.id_Ux6[0, 2], group.requests.limit_UxC[0]
-        expected_CxG = np.where(np.arange(G) < limit_C[:, None], endless.trace_UxCxG[u, : widths[u]], 0)
+        expected_CxG = np.where(
+            np.arange(G) < limit_C[:, None], endless.trace_UxCxG[u, : widths[u]], 0
+        )
         np.testing.assert_array_equal(group.trace_UxCxG[0], expected_CxG)
         np.testing.assert_array_equal(group.trace_len_UxC[0], limit_C)
     return metrics
@@ -95,7 +107,9 @@ def sampled(engine, variables, endless, widths):
 def test_a_wide_groups_prompt_is_prefilled_once_however_many_admissions_it_takes(
     engine, mesh, variables, endless, made
 ):
-    """Three groups of twice as many pieces as there are slots: most enter one by one, when another has ended."""
+    """Three groups of twice as many pieces as there are slots: most enter one by one, when another
+    has ended.
+    """
     shards = meshes.group_count_multiple(mesh)
     traces = 2 * 2 * (2 * shards) - 1
     metrics = sampled(engine, variables, endless, np.where(LENGTHS > 8, traces, 0))
@@ -109,7 +123,9 @@ def test_a_wide_groups_prompt_is_prefilled_once_however_many_admissions_it_takes
 
 
 @pytest.mark.devices8
-def test_groups_of_all_widths_and_lengths_share_their_prompts_side_by_side(engine, variables, endless, made):
+def test_groups_of_all_widths_and_lengths_share_their_prompts_side_by_side(
+    engine, variables, endless, made
+):
     widths = np.array([13, 20, 1, 5, 31, 3])
     metrics = sampled(engine, variables, endless, widths)
     prefilled = metrics["sampling/prefilled_tokens"]
@@ -121,7 +137,10 @@ def test_groups_of_all_widths_and_lengths_share_their_prompts_side_by_side(engin
 
 def test_prompts_share_calls_first_fit_and_those_that_are_waited_for_are_on_every_shard():
     jobs = [Job(requests_of([[1]]), ()) for _ in range(4)]
-    pieces = [Piece(jobs[u], [0], (0, shard, 0)) for u, shard in ((0, 0), (1, 1), (0, 0), (2, 1), (0, 1), (3, 0))]
+    pieces = [
+        Piece(jobs[u], [0], (0, shard, 0))
+        for u, shard in ((0, 0), (1, 1), (0, 0), (2, 1), (0, 1), (3, 0))
+    ]
     a, b, c, d = jobs
     assert plan_prefills(pieces, set(), shards=2, W=1) == [[[a], [a]], [[d], [b]], [[], [c]]]
     assert plan_prefills(pieces, set(), shards=2, W=2) == [[[a, d], [a, b]], [[], [c]]]

@@ -1,4 +1,6 @@
-"""`python -m spiral_jax.study` with commands that train and evaluate nothing: order, resume, failures, the lock."""
+"""`python -m spiral_jax.study` with commands that train and evaluate nothing: order, resume,
+failures, the lock.
+"""
 
 import json
 import os
@@ -71,7 +73,9 @@ else:
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """Puts `FAKE` in Python's place; returns a function that reads which commands were called, and forgets them."""
+    """Puts `FAKE` in Python's place; returns a function that reads which commands were called, and
+    forgets them.
+    """
     script, calls = tmp_path / "python", tmp_path / "calls"
     script.write_text(FAKE.replace("{python}", sys.executable))
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -108,7 +112,10 @@ def run(path, at_once=1):
 
 def test_every_run_is_an_ordinary_command_seed_by_seed(fake, tmp_path):
     run(tmp_path / "w")
-    short = [(command, given["--config"].partition(":")[2], given["--config.seed"]) for command, given in fake()]
+    short = [
+        (command, given["--config"].partition(":")[2], given["--config.seed"])
+        for command, given in fake()
+    ]
     assert short == [
         ("evaluate", "evaluation", "0"),
         *[("train", "marginal_mean", "0"), ("evaluate", "evaluation", "0")],
@@ -118,7 +125,9 @@ def test_every_run_is_an_ordinary_command_seed_by_seed(fake, tmp_path):
     ]
 
 
-needs_two_cores = pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [0])(0)) < 2, reason="one core")
+needs_two_cores = pytest.mark.skipif(
+    len(getattr(os, "sched_getaffinity", lambda _: [0])(0)) < 2, reason="one core"
+)
 
 
 @needs_two_cores
@@ -133,7 +142,9 @@ def test_runs_side_by_side_are_the_same_runs_each_on_cores_of_its_own(fake, tmp_
     cores = {tuple(given["cores"]) for _, given in calls}
     assert len(cores) == 2 and not set.intersection(*map(set, cores))
     rows = directory.journal.read()
-    assert [row["step"] for row in rows] == list(range(len(calls))) and {row["at_once"] for row in rows} == {2}
+    assert [row["step"] for row in rows] == list(range(len(calls))) and {
+        row["at_once"] for row in rows
+    } == {2}
 
 
 @pytest.mark.parametrize("at_once", [0, -1, 10_000])
@@ -151,22 +162,41 @@ def test_an_accelerator_is_not_shared(fake, tmp_path, monkeypatch):
     run(tmp_path / "w")
 
 
-def test_an_evaluation_starts_from_what_its_run_has_trained_and_the_base_from_nothing(fake, tmp_path):
+def test_an_evaluation_starts_from_what_its_run_has_trained_and_the_base_from_nothing(
+    fake, tmp_path
+):
     directory = run(tmp_path / "w")
-    evaluations = [given for command, given in fake() if command == "evaluate" and "+" not in given["--workdir"]]
-    runs = [directory.run(arm, seed) for arm, seed in (("marginal_mean", 0), ("grpo", 0), ("marginal_mean", 1))]
-    assert [given.get("--config.model.init_from") for given in evaluations] == [None, *(f"{path}@3" for path in runs)]
+    evaluations = [
+        given
+        for command, given in fake()
+        if command == "evaluate" and "+" not in given["--workdir"]
+    ]
+    runs = [
+        directory.run(arm, seed)
+        for arm, seed in (("marginal_mean", 0), ("grpo", 0), ("marginal_mean", 1))
+    ]
+    assert [given.get("--config.model.init_from") for given in evaluations] == [
+        None,
+        *(f"{path}@3" for path in runs),
+    ]
     assert not any("--config.eval.searcher" in given for given in evaluations)
 
 
 def test_a_pair_is_the_search_of_one_arm_under_the_aggregator_of_the_other(fake, tmp_path):
     directory = run(tmp_path / "w")
-    pairs = [given for command, given in fake() if command == "evaluate" and "+" in given["--workdir"]]
+    pairs = [
+        given for command, given in fake() if command == "evaluate" and "+" in given["--workdir"]
+    ]
     trained_at = f"{directory.run('marginal_mean', 0)}@3"
     fields = ("--config.eval.searcher", "--config.model.init_from")
-    assert [tuple(map(given.get, fields)) for given in pairs] == [("base", trained_at), (trained_at, None)]
+    assert [tuple(map(given.get, fields)) for given in pairs] == [
+        ("base", trained_at),
+        (trained_at, None),
+    ]
     cross = gather(load_study(FILE), directory)["cross"]
-    seeds = {(row["searcher"], row["reader"]): row["measures"]["aggregated"]["seeds"] for row in cross}
+    seeds = {
+        (row["searcher"], row["reader"]): row["measures"]["aggregated"]["seeds"] for row in cross
+    }
     assert seeds == {("base", "base"): 1, ("base", "marginal_mean"): 1, ("marginal_mean", "base"): 1,
                      ("marginal_mean", "marginal_mean"): 2}  # fmt: skip
 
@@ -190,7 +220,10 @@ def test_a_failed_run_ends_no_other_is_reported_and_tried_again(fake, tmp_path, 
     assert [command for command, _ in fake()].count("evaluate") == 5
     found = gather(load_study(FILE), directory)
     states = {(row["arm"], row["seed"]): (row["state"], row["error"]) for row in found["runs"]}
-    assert states["grpo", 0] == ("failed", "train: error: only 0 of 16 problems have a non-zero advantage")
+    assert states["grpo", 0] == (
+        "failed",
+        "train: error: only 0 of 16 problems have a non-zero advantage",
+    )
     assert states["marginal_mean", 1] == ("done", "")
     assert [claim["verdict"] for claim in found["claims"]][:2] == ["open", "open"]
     text = report.write(load_study(FILE), found, tmp_path / "report")
@@ -201,7 +234,9 @@ def test_a_failed_run_ends_no_other_is_reported_and_tried_again(fake, tmp_path, 
     assert {row["state"] for row in gather(load_study(FILE), directory)["runs"]} == {"done"}
 
 
-def test_a_run_that_fails_after_a_checkpoint_is_evaluated_and_still_called_failed(fake, tmp_path, monkeypatch):
+def test_a_run_that_fails_after_a_checkpoint_is_evaluated_and_still_called_failed(
+    fake, tmp_path, monkeypatch
+):
     run(tmp_path / "w")
     other = tmp_path / "other"
     other.mkdir()
@@ -209,30 +244,52 @@ def test_a_run_that_fails_after_a_checkpoint_is_evaluated_and_still_called_faile
     kept = directory.run("grpo", 0)
     kept.parent.mkdir(parents=True)
     kept.mkdir()
-    steps = (StudyDirectory(tmp_path / "w").run("grpo", 0) / "metrics.jsonl").read_text().splitlines(keepends=True)
+    steps = (
+        (StudyDirectory(tmp_path / "w").run("grpo", 0) / "metrics.jsonl")
+        .read_text()
+        .splitlines(keepends=True)
+    )
     (kept / "metrics.jsonl").write_text("".join(steps[:2]))
     monkeypatch.setenv("FAIL", "runs/grpo")
     run(other)
     found = gather(load_study(FILE), directory)
     (row,) = [row for row in found["runs"] if row["arm"] == "grpo"]
-    assert row["state"] == "failed" and row["error"].startswith("train:") and row["steps"] == 2 and "measures" in row
+    assert (
+        row["state"] == "failed"
+        and row["error"].startswith("train:")
+        and row["steps"] == 2
+        and "measures" in row
+    )
 
 
 def test_a_run_that_was_told_to_stop_is_not_evaluated_and_goes_on(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("STEPS", "2")  # of the three that its configuration asks for
     directory = run(tmp_path / "w")
-    assert [command for command, _ in fake()] == ["evaluate", "train", "train", "train"]  # base alone; no pair
-    assert {row["state"] for row in gather(load_study(FILE), directory)["runs"]} == {"done", "not finished"}
+    assert [command for command, _ in fake()] == [
+        "evaluate",
+        "train",
+        "train",
+        "train",
+    ]  # base alone; no pair
+    assert {row["state"] for row in gather(load_study(FILE), directory)["runs"]} == {
+        "done",
+        "not finished",
+    }
     monkeypatch.delenv("STEPS")
     run(tmp_path / "w")
-    assert [command for command, _ in fake()] == ["train", "evaluate"] * 2 + ["evaluate"] * 2 + ["train", "evaluate"]
+    assert [command for command, _ in fake()] == ["train", "evaluate"] * 2 + ["evaluate"] * 2 + [
+        "train",
+        "evaluate",
+    ]
 
 
 def test_the_report_says_everything_and_its_pictures_are_drawn(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "draw", DRAW)
     found = gather(load_study(FILE), run(tmp_path / "w"))
     text = report.write(load_study(FILE), found, tmp_path / "out" / "report")
-    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(found))
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(
+        json.dumps(found)
+    )
     s = study_small.get_config()
     for part in (
         s.title,
@@ -261,7 +318,9 @@ def test_arms_may_be_added_but_a_run_is_held_to_its_experiment_and_none_goes_uns
     workdir = directory.run("marginal_mean", 1)
     (directory.path / "runs" / "rloo" / "seed_0").mkdir(parents=True)
     found = gather(less, directory)
-    assert found["unnamed"] == ["rloo/seed_0"] and "rloo/seed_0" in report.write(less, found, tmp_path / "report")
+    assert found["unnamed"] == ["rloo/seed_0"] and "rloo/seed_0" in report.write(
+        less, found, tmp_path / "report"
+    )
     assert "arms" not in less.plain() and "claims" in less.plain()
     c = load_study(FILE).experiments["marginal_mean"]
     c.seed = 1
@@ -269,16 +328,22 @@ def test_arms_may_be_added_but_a_run_is_held_to_its_experiment_and_none_goes_uns
     gather(less, directory)
     c.optimizer.lr = 0.5
     (workdir / "config.json").write_text(json.dumps(to_plain(c) | {"config_digest": ""}))
-    with pytest.raises(WorkdirError, match="(?s)seed_1: was run with another config.*optimizer.lr: 0.5 -> 0.0003"):
+    with pytest.raises(
+        WorkdirError, match="(?s)seed_1: was run with another config.*optimizer.lr: 0.5 -> 0.0003"
+    ):
         gather(less, directory)
     c.optimizer.lr = 3e-4
     (workdir / "config.json").write_text(json.dumps(to_plain(c) | {"config_digest": ""}))
     less.evaluation.eval.n = 16
-    with pytest.raises(ResultsError, match="(?s)results.json: sampled with another config.*eval.n: 8 -> 16"):
+    with pytest.raises(
+        ResultsError, match="(?s)results.json: sampled with another config.*eval.n: 8 -> 16"
+    ):
         gather(less, directory)
 
 
-def test_a_sweep_tries_what_optuna_proposes_and_goes_on_where_it_was_stopped(fake, tmp_path, monkeypatch):
+def test_a_sweep_tries_what_optuna_proposes_and_goes_on_where_it_was_stopped(
+    fake, tmp_path, monkeypatch
+):
     directory = run(tmp_path / "w")
     fake()
     with monkeypatch.context() as patch:  # killed while its first arm is trained
@@ -287,7 +352,9 @@ def test_a_sweep_tries_what_optuna_proposes_and_goes_on_where_it_was_stopped(fak
             sweep.sweep(load_study(FILE), directory, 2, runner(directory).value_of)
     (first,) = sweep.proposed(directory)
     swept = study.run_study(load_study(FILE), directory, Processes(1), 3)
-    trained = [given["--config"].partition(":")[2] for command, given in fake() if command == "train"]
+    trained = [
+        given["--config"].partition(":")[2] for command, given in fake() if command == "train"
+    ]
     assert trained[0] == first and len(trained) == 3 and tuple(trained) == swept.proposed
     assert set(trained) < {"N5", "N7", "N9", "N11"}  # those that fit
     again = study.run_study(load_study(FILE), directory, Processes(1), 4)
@@ -295,7 +362,9 @@ def test_a_sweep_tries_what_optuna_proposes_and_goes_on_where_it_was_stopped(fak
     more = study.run_study(load_study(FILE), directory, Processes(1), 5)
     assert more.proposed == again.proposed  # there are no others
     found = gather(again, directory)
-    assert found["arms"]["N7"]["N"] == 7 and found["arms"]["N7"]["measures"] and found["unnamed"] == []
+    assert (
+        found["arms"]["N7"]["N"] == 7 and found["arms"]["N7"]["measures"] and found["unnamed"] == []
+    )
     without = load_study("configs/study_two_halves.py")
     with pytest.raises(ConfigError, match="study_two_halves.py: has no function propose"):
         sweep.sweep(without, directory, 1, lambda study, arm: None)
@@ -313,12 +382,16 @@ def runner(directory):
 def test_a_study_without_results_says_what_became_of_its_runs(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("FAIL", "seed")
     directory = run(tmp_path / "w")
-    with pytest.raises(WorkdirError, match="(?s)no run has been evaluated.*grpo seed 0: train: error: only 0"):
+    with pytest.raises(
+        WorkdirError, match="(?s)no run has been evaluated.*grpo seed 0: train: error: only 0"
+    ):
         gather(load_study(FILE), directory)
 
 
 def test_the_command_ends_with_status_1_if_a_claim_does_not_hold(fake, tmp_path, monkeypatch):
-    flags = SimpleNamespace(config=FILE, workdir=str(tmp_path / "w"), report=False, out=None, sweep=0, at_once=1)
+    flags = SimpleNamespace(
+        config=FILE, workdir=str(tmp_path / "w"), report=False, out=None, sweep=0, at_once=1
+    )
     monkeypatch.setattr(study.flags, "FLAGS", flags)
     study.main(["study"])
     loaded = load_study(FILE)
@@ -328,7 +401,9 @@ def test_the_command_ends_with_status_1_if_a_claim_does_not_hold(fake, tmp_path,
     flags.workdir = str(tmp_path / "w2")
     with pytest.raises(SystemExit, match="claim: aggregated: grpo > marginal_mean"):
         study.main(["study"])
-    with pytest.raises(SystemExit, match=r"(?s)another config.*claims"):  # the claims were stated before
+    with pytest.raises(
+        SystemExit, match=r"(?s)another config.*claims"
+    ):  # the claims were stated before
         flags.workdir = str(tmp_path / "w")
         study.main(["study"])
 
@@ -348,9 +423,14 @@ def started(tmp_path, monkeypatch, seconds, at_once=1):
     """A study in a process of its own, once its first commands of so many seconds run."""
     monkeypatch.setenv("SLEEP", str(seconds))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    driver = subprocess.Popen([PYTHON, "-c", DRIVER, sys.executable, str(tmp_path / "w"), str(at_once)], cwd=ROOT)
+    driver = subprocess.Popen(
+        [PYTHON, "-c", DRIVER, sys.executable, str(tmp_path / "w"), str(at_once)], cwd=ROOT
+    )
     deadline, calls = time.monotonic() + 120, pathlib.Path(os.environ["CALLS"])
-    while not (calls.exists() and len(calls.read_text().splitlines()) >= at_once) and time.monotonic() < deadline:
+    while (
+        not (calls.exists() and len(calls.read_text().splitlines()) >= at_once)
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     monkeypatch.setenv("SLEEP", "0")
     return driver
@@ -363,11 +443,15 @@ def test_a_study_that_is_told_to_stop_stops_its_runs_too(fake, tmp_path, monkeyp
     driver.terminate()
     assert driver.wait(timeout=60) == 1
     run(tmp_path / "w")  # nothing is left that keeps it out
-    assert [command for command, _ in fake()].count("train") == 3 + (at_once - 1)  # one of two had begun to train
+    assert [command for command, _ in fake()].count("train") == 3 + (
+        at_once - 1
+    )  # one of two had begun to train
 
 
 @pytest.mark.slow
-def test_after_kill_9_the_run_that_is_left_keeps_the_next_study_out_and_then_it_goes_on(fake, tmp_path, monkeypatch):
+def test_after_kill_9_the_run_that_is_left_keeps_the_next_study_out_and_then_it_goes_on(
+    fake, tmp_path, monkeypatch
+):
     driver, deadline = started(tmp_path, monkeypatch, seconds=3), time.monotonic() + 120
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()

@@ -20,7 +20,9 @@ WEIGHTS = bootstrap_weights(0, PROBLEMS, 2000)
 
 
 def cells(shares, seeds=None, spread=0.0):
-    """One column of 0/1 outcomes for each run: its share right, problems in the same order of difficulty."""
+    """One column of 0/1 outcomes for each run: its share right, problems in the same order of
+    difficulty.
+    """
     rng = np.random.default_rng(0)
     hardness = rng.random(PROBLEMS)
     found = []
@@ -35,39 +37,56 @@ def test_one_run_has_the_bootstrap_interval_over_its_problems():
     got = estimate(of.measure("aggregated", [0], WEIGHTS), 1)
     (expected,) = ratios_and_intervals(*of.columns[0]["aggregated"], WEIGHTS)
     np.testing.assert_allclose(
-        [got["mean"], got["low"], got["high"]], [expected.mean, expected.low, expected.high], rtol=1e-12
+        [got["mean"], got["low"], got["high"]],
+        [expected.mean, expected.low, expected.high],
+        rtol=1e-12,
     )
 
 
 def test_equal_runs_are_no_more_certain_than_one_since_their_problems_are_the_same():
-    one, four = (estimate(cells([0.6] * n).measure("aggregated", range(n), WEIGHTS), n) for n in (1, 4))
+    one, four = (
+        estimate(cells([0.6] * n).measure("aggregated", range(n), WEIGHTS), n) for n in (1, 4)
+    )
     np.testing.assert_allclose([one["low"], one["high"]], [four["low"], four["high"]], rtol=1e-12)
 
 
 def test_runs_that_differ_widen_the_interval_by_their_own_spread():
-    """Variance of a resample's mean = over seeds + over problems, each by its own formula, up to their product."""
+    """Variance of a resample's mean = over seeds + over problems, each by its own formula, up to
+    their product.
+    """
     of = cells([0.2, 0.8, 0.4, 0.9])
     value_R = of.measure("aggregated", range(4), bootstrap_weights(0, PROBLEMS, 20_000))[1:]
     right_ZxB = np.stack([column["aggregated"].total_BxQ[:, 0] for column in of.columns])
     seeds, problems = right_ZxB.mean(axis=1), right_ZxB.mean(axis=0)
     both = (right_ZxB - seeds[:, None] - problems + right_ZxB.mean()).var() / (4 * PROBLEMS)
-    assert value_R.var() == pytest.approx(seeds.var() / 4 + problems.var() / PROBLEMS + both, rel=0.05)
+    assert value_R.var() == pytest.approx(
+        seeds.var() / 4 + problems.var() / PROBLEMS + both, rel=0.05
+    )
 
 
 def test_a_ratio_weighs_runs_and_problems_by_their_counts():
     columns = [{"aggregated": Column(np.array([[1.0], [0.0]]), np.array([[1.0], [0.0]]))},
                {"aggregated": Column(np.array([[1.0], [3.0]]), np.array([[4.0], [5.0]]))}]  # fmt: skip
-    assert Cells([0, 1], columns).measure("aggregated", [0, 1], bootstrap_weights(0, 2, 10))[0] == 5 / 10
+    assert (
+        Cells([0, 1], columns).measure("aggregated", [0, 1], bootstrap_weights(0, 2, 10))[0]
+        == 5 / 10
+    )
 
 
 def test_a_gap_is_paired_over_problems_and_over_the_seeds_that_both_have():
     a, b = cells([0.5, 0.7, 0.6], seeds=[0, 1, 2]), cells([0.6, 0.5], seeds=[1, 2])
     found = gap({"a": a, "b": b}, "a", "b", "aggregated", WEIGHTS)
-    means = [np.mean([of.columns[of.seeds.index(s)]["aggregated"].total_BxQ.mean() for s in (1, 2)]) for of in (a, b)]
+    means = [
+        np.mean([of.columns[of.seeds.index(s)]["aggregated"].total_BxQ.mean() for s in (1, 2)])
+        for of in (a, b)
+    ]
     assert found["mean"] == pytest.approx(means[0] - means[1]) and found["seeds"] == 2
     alone = [estimate(of.measure("aggregated", [1, 2], WEIGHTS), 2) for of in (a, b)]
     assert found["high"] - found["low"] < min(one["high"] - one["low"] for one in alone)
-    assert gap({"a": cells([0.5], [0]), "b": cells([0.5], [1])}, "a", "b", "aggregated", WEIGHTS) is None
+    assert (
+        gap({"a": cells([0.5], [0]), "b": cells([0.5], [1])}, "a", "b", "aggregated", WEIGHTS)
+        is None
+    )
     assert gap({"a": a}, "a", "b", "aggregated", WEIGHTS) is None
 
 
@@ -129,7 +148,10 @@ def test_the_optimum_is_the_best_share_of_mixed_sets_read_as_well_as_the_base_re
 
 
 def test_an_arms_training_curve_is_the_mean_of_its_runs_at_equal_tokens_while_all_of_them_run():
-    runs = [{"sampled_tokens": [10, 20, 30], "x": [1.0, None, 1.0]}, {"sampled_tokens": [5, 30, 50], "x": [2.0] * 3}]
+    runs = [
+        {"sampled_tokens": [10, 20, 30], "x": [1.0, None, 1.0]},
+        {"sampled_tokens": [5, 30, 50], "x": [2.0] * 3},
+    ]
     tokens, value = plots._mean_curve(runs, "x")
     assert tokens[0] == 10 and tokens[-1] == 30
     np.testing.assert_allclose(value, 1.5)
@@ -153,7 +175,8 @@ def test_measures_are_columns_of_the_evaluation():
     ({"measures": ("pass@9",)}, "'pass@9' must be .*eval.n = 8"),
     ({"measures": ("rsa@2",)}, "eval.rounds = 1"),
     ({"measures": ("accuracy",)}, "'accuracy' must be"),
-    ({"claims": (("single", "grpo", "optimum", 0.0),)}, "claims: .*'optimum'"),  # of `aggregated` alone
+    # of `aggregated` alone
+    ({"claims": (("single", "grpo", "optimum", 0.0),)}, "claims: .*'optimum'"),
     ({"strategies": 1}, "strategies = 1: must be 0 or at least 2"),
     ({"arms": (("grpo", (0,)),), "cross": (), "claims": ()}, "strategies = 2: .*without the arm base"),
     ({"cross": ("grpo", "rloo")}, r"cross = \('grpo', 'rloo'\): must be of the arms base, marginal_mean, grpo"),
@@ -179,7 +202,9 @@ def test_a_file_that_is_no_study_is_refused(path):
         plan.load_study("tests/study_of_nothing.py")
 
 
-@pytest.mark.parametrize("file", sorted(pathlib.Path("configs").glob("study_*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", sorted(pathlib.Path("configs").glob("study_*.py")), ids=lambda file: file.stem
+)
 def test_the_studies_of_configs_are_whole(file):
     study = plan.load_study(str(file))
     assert study.s.claims

@@ -1,4 +1,6 @@
-"""The second bundled task: its reward against enumeration, its splits, and the demonstrations that made its model."""
+"""The second bundled task: its reward against enumeration, its splits, and the demonstrations that
+made its model.
+"""
 
 import itertools
 import re
@@ -18,12 +20,16 @@ from spiral_jax.tasks.tiny_tokenizer import train_tokenizer
 
 
 def numbers(problem):
-    *digits, end = map(int, re.fullmatch(r"digits (\d) (\d) (\d) (\d) end (\d)", problem.text).groups())
+    *digits, end = map(
+        int, re.fullmatch(r"digits (\d) (\d) (\d) (\d) end (\d)", problem.text).groups()
+    )
     return digits, end
 
 
 def right_ones(problem):
-    """Every expression as text that is an answer, by going through all ordered choices of three places."""
+    """Every expression as text that is an answer, by going through all ordered choices of three
+    places.
+    """
     digits, end = numbers(problem)
     chosen = itertools.permutations(digits, 3)
     return {f"{a}*{b}+{c}" for a, b, c in chosen if str(a * b + c)[-1] == str(end)}
@@ -53,7 +59,9 @@ def test_an_answer_is_a_box_with_one_expression(text, verdict):
 
 def test_a_digit_that_is_there_twice_may_be_used_twice():
     problem = Problem("p", "digits 4 4 8 9 end 5", "4*4+9", {"digits": [4, 4, 8, 9], "end": 5})
-    assert end_digit.reward("\\boxed{4*4+9}", problem) and not end_digit.reward("\\boxed{8*8+1}", problem)
+    assert end_digit.reward("\\boxed{4*4+9}", problem) and not end_digit.reward(
+        "\\boxed{8*8+1}", problem
+    )
 
 
 def test_no_digits_with_an_end_digit_are_in_both_splits_in_any_order_whatever_the_seeds():
@@ -80,11 +88,13 @@ def test_problems_lean_to_the_first_expressions_and_those_of_practice_to_none():
     leaning, even = hit_BxE.mean(axis=0), even_BxE.mean(axis=0)
     assert tasks[0].fingerprint != tasks[1].fingerprint
     assert np.ptp(even) < 0.06  # six standard errors of sqrt(0.23 * 0.77 / B)
-    # beside what it was made from, a problem is hit by chance, by equally many expressions of either task
+    # beside what it was made from, a problem is hit by chance, by equally many expressions of
+    # either task
     by_chance = (even.mean() - 1 / 12) / (11 / 12)
     np.testing.assert_allclose(leaning, chance + (1 - chance) * by_chance, atol=0.06)
     assert leaning[0] == max(leaning)
-    # as the module says: what a trace gains that always tries the first, and a set of four that lean as the problems do
+    # as the module says: what a trace gains that always tries the first, and a set of four that
+    # lean as the problems do
     assert leaning[0] == pytest.approx(0.42, abs=0.03)  # three standard errors
     assert np.mean(1 - (1 - hit_BxE @ chance) ** 4) == pytest.approx(0.71, abs=0.03)
 
@@ -98,7 +108,11 @@ def test_the_right_share_is_that_of_enumeration():
     for index in range(50):
         problem = end_digit.task(0).train(index)
         digits, end = numbers(problem)
-        chosen = [(digits[a], digits[b], digits[c]) for a, b, c in itertools.permutations(range(4), 3) if a < b]
+        chosen = [
+            (digits[a], digits[b], digits[c])
+            for a, b, c in itertools.permutations(range(4), 3)
+            if a < b
+        ]
         right = [int(str(a * b + c)[-1]) == end for a, b, c in chosen]
         assert len(right) == 12 and end_digit.right_share(problem) == pytest.approx(np.mean(right))
 
@@ -114,8 +128,12 @@ def test_a_demonstrated_try_is_sound_and_right_if_it_says_so_and_with_any_other_
         })  # fmt: skip
         said.add(": yes," in text)
         for i in [i for i, char in enumerate(text) if char.isdigit()]:
-            assert not end_digit.is_sound(problem, text[:i] + str((int(text[i]) + 1) % 10) + text[i + 1 :])
-        other = text.replace(": yes,", ": no,") if ": yes," in text else text.replace(": no,", ": yes,")
+            assert not end_digit.is_sound(
+                problem, text[:i] + str((int(text[i]) + 1) % 10) + text[i + 1 :]
+            )
+        other = (
+            text.replace(": yes,", ": no,") if ": yes," in text else text.replace(": no,", ": yes,")
+        )
         assert not end_digit.is_sound(problem, other)
     assert said == {True, False}
 
@@ -149,7 +167,9 @@ def test_a_trace_has_room_for_one_try_and_a_prompt_for_four_of_the_longest(tmp_p
         assert len(search_prompt(scaffold, problem.text)) <= c.prompt.max_problem_tokens
         text = end_digit.try_out(problem, end_digit.EXPRESSIONS[cursor % 12])
         tokens.add(len(tokenizer.encode(text, add_special_tokens=False)) + 1)
-    assert max(tokens) <= c.search.max_tokens < 2 * min(tokens) - 10  # the box and the end of a try are 10
+    assert (
+        max(tokens) <= c.search.max_tokens < 2 * min(tokens) - 10
+    )  # the box and the end of a try are 10
     assert max_aggregation_prompt(scaffold, c) <= c.batch.aggregation_lengths[-1][0]
 
 

@@ -1,4 +1,6 @@
-"""Tasks: problems are a pure function of the cursor, train and held-out never meet, bad data fail with their place."""
+"""Tasks: problems are a pure function of the cursor, train and held-out never meet, bad data fail
+with their place.
+"""
 
 import json
 import os
@@ -17,18 +19,24 @@ from spiral_jax.tasks.problem import Problem, TaskError
 
 
 def write(path, rows) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return str(path)
 
 
 @pytest.fixture
 def train_path(tmp_path):
-    return write(tmp_path / "train.jsonl", [{"problem": f"What is {i}?", "answer": i} for i in range(7)])
+    return write(
+        tmp_path / "train.jsonl", [{"problem": f"What is {i}?", "answer": i} for i in range(7)]
+    )
 
 
 @pytest.fixture
 def eval_path(tmp_path):
-    return write(tmp_path / "eval.jsonl", [{"question": f"And {i}?", "answer": str(i)} for i in range(3)])
+    return write(
+        tmp_path / "eval.jsonl", [{"question": f"And {i}?", "answer": str(i)} for i in range(3)]
+    )
 
 
 def test_every_epoch_is_a_permutation_and_epochs_and_seeds_differ(train_path):
@@ -72,9 +80,19 @@ def test_gsm8k_layout(tmp_path):
 
 def test_answers_keep_their_text_and_numbers_become_text(tmp_path):
     answers = ["\\frac{1}{2}", " 1,000 ", 0, -3, 2.5, "x", "0"]
-    task = jsonl.task(write(tmp_path / "t.jsonl", [{"problem": "?", "answer": a} for a in answers]), "", 0)
+    task = jsonl.task(
+        write(tmp_path / "t.jsonl", [{"problem": "?", "answer": a} for a in answers]), "", 0
+    )
     found = {task.train(i).id: task.train(i).answer for i in range(len(answers))}
-    assert [found[f"train:{n}"] for n in range(1, 8)] == ["\\frac{1}{2}", "1,000", "0", "-3", "2.5", "x", "0"]
+    assert [found[f"train:{n}"] for n in range(1, 8)] == [
+        "\\frac{1}{2}",
+        "1,000",
+        "0",
+        "-3",
+        "2.5",
+        "x",
+        "0",
+    ]
 
 
 def test_blank_lines_a_byte_order_mark_crlf_and_a_line_separator_in_a_text_are_fine(tmp_path):
@@ -90,7 +108,10 @@ def test_blank_lines_a_byte_order_mark_crlf_and_a_line_separator_in_a_text_are_f
 def test_fingerprint_follows_the_bytes_of_both_files(tmp_path, train_path, eval_path):
     prints = [jsonl.task(train_path, eval_path, seed).fingerprint for seed in (0, 1)]
     assert prints[0] == prints[1]
-    prints += [jsonl.task(train_path, "", 0).fingerprint, jsonl.task(eval_path, train_path, 0).fingerprint]
+    prints += [
+        jsonl.task(train_path, "", 0).fingerprint,
+        jsonl.task(eval_path, train_path, 0).fingerprint,
+    ]
     with open(eval_path, "a") as file:
         file.write("\n")
     prints.append(jsonl.task(train_path, eval_path, 0).fingerprint)
@@ -109,13 +130,19 @@ def test_fingerprint_follows_the_bytes_of_both_files(tmp_path, train_path, eval_
         ('{"problem": "a", "answer": true}', r"t\.jsonl:2: needs \"answer\""),
         ('{"problem": "a", "answer": NaN}', r"t\.jsonl:2: needs \"answer\""),
         ('{"problem": "a", "answer": [1]}', r"t\.jsonl:2: needs \"answer\""),
-        ('{"prompt": "a", "answer": 1}', r"t\.jsonl:2: needs \"problem\" or \"question\".*\['answer', 'prompt'\]"),
+        (
+            '{"prompt": "a", "answer": 1}',
+            r"t\.jsonl:2: needs \"problem\" or \"question\".*\['answer', 'prompt'\]",
+        ),
         ('{"problem": " ", "answer": 1}', r"t\.jsonl:2: needs \"problem\""),
         (
             '{"problem": "a", "answer": 1, "id": "x"}\n{"problem": "b", "answer": 1, "id": "x"}',
             r":3: id .*t\.jsonl:2 too",
         ),
-        ('{"problem": "\\ud800", "answer": 1}', r"t\.jsonl:2: holds what is neither JSON nor Unicode"),
+        (
+            '{"problem": "\\ud800", "answer": 1}',
+            r"t\.jsonl:2: holds what is neither JSON nor Unicode",
+        ),
     ],
 )
 def test_a_bad_line_is_named_with_its_place_and_keys(tmp_path, line, message):
@@ -148,7 +175,9 @@ def test_reasoning_gym_splits_stay_apart_where_texts_repeat_all_the_time():
     task = reasoning_gym_task.task("coin_flip", 0)
     train = [task.train(i).text for i in range(600)]
     held_out = [task.held_out(i).text for i in range(600)]
-    assert len(set(train)) < 600 and len(set(held_out)) < 600  # so disjoint seeds alone would not do
+    assert (
+        len(set(train)) < 600 and len(set(held_out)) < 600
+    )  # so disjoint seeds alone would not do
     assert not set(train) & set(held_out)
 
 
@@ -166,14 +195,21 @@ def test_reasoning_gym_seeds_of_the_splits_never_overlap():
 
 def test_reasoning_gym_problems_are_a_pure_function_of_seed_and_cursor():
     def problems(seed, order):
-        task = reasoning_gym_task.task("gsm_symbolic", seed)  # draws its templates when the data set is made
+        task = reasoning_gym_task.task(
+            "gsm_symbolic", seed
+        )  # draws its templates when the data set is made
         return {i: task.train(i) for i in order}
 
     forwards, backwards = problems(1, range(30)), problems(1, reversed(range(30)))
     assert forwards == backwards
-    assert {p.text for p in forwards.values()}.isdisjoint(p.text for p in problems(2, range(30)).values())
+    assert {p.text for p in forwards.values()}.isdisjoint(
+        p.text for p in problems(2, range(30)).values()
+    )
     assert len({p.id for p in forwards.values()}) == 30
-    prints = [reasoning_gym_task.task(g, s).fingerprint for g, s in (("gcd", 0), ("gcd", 1), ("lcm", 0), ("gcd", 0))]
+    prints = [
+        reasoning_gym_task.task(g, s).fingerprint
+        for g, s in (("gcd", 0), ("gcd", 1), ("lcm", 0), ("gcd", 0))
+    ]
     assert len(set(prints)) == 3 and prints[0] == prints[3]
 
 
@@ -194,13 +230,23 @@ def test_reasoning_gym_metadata_survives_json_and_scores_in_a_process_with_other
     assert out.stdout.split() == ["True", "False"]
 
 
-@pytest.mark.parametrize("generator", ["chain_sum", "gsm_symbolic", "prime_factorization", "pool_matrix", "sudoku"])
+@pytest.mark.parametrize(
+    "generator", ["chain_sum", "gsm_symbolic", "prime_factorization", "pool_matrix", "sudoku"]
+)
 def test_reasoning_gym_reward_is_true_for_the_reference_and_false_for_another(generator):
     task = reasoning_gym_task.task(generator, 0)
     for i in range(5):
         problem = task.held_out(i)
-        assert reasoning_gym_task.reward(f"\\boxed{{7}} no: \\boxed{{{problem.answer}}}", problem) is True
-        assert reasoning_gym_task.reward(f"\\boxed{{{problem.answer}}} no: \\boxed{{-12345.5}}", problem) is False
+        assert (
+            reasoning_gym_task.reward(f"\\boxed{{7}} no: \\boxed{{{problem.answer}}}", problem)
+            is True
+        )
+        assert (
+            reasoning_gym_task.reward(
+                f"\\boxed{{{problem.answer}}} no: \\boxed{{-12345.5}}", problem
+            )
+            is False
+        )
 
 
 def test_reasoning_gym_partial_credit_and_a_raising_scorer_are_wrong_and_no_box_is_none():
@@ -213,7 +259,9 @@ def test_reasoning_gym_partial_credit_and_a_raising_scorer_are_wrong_and_no_box_
 
     problem = reasoning_gym_task.task("prime_factorization", 0).train(0)
     entry = reasoning_gym_task._entry_of(problem)
-    dataset = reasoning_gym_task._dataset("prime_factorization", "{}", problem.metadata["dataset_seed"])
+    dataset = reasoning_gym_task._dataset(
+        "prime_factorization", "{}", problem.metadata["dataset_seed"]
+    )
     with pytest.raises(ValueError):
         dataset.score_answer("The answer is 139", entry)
     assert reasoning_gym_task.reward("\\boxed{The answer is 139}", problem) is False
@@ -242,14 +290,25 @@ def test_reasoning_gym_problem_that_cannot_be_made_again_is_our_error():
 
 @pytest.mark.parametrize(
     ("generator", "message"),
-    [("chain_sums", "Nearest: .*chain_sum"), ("word_ladder", "not a function of the seed"), ("composite", "default")],
+    [
+        ("chain_sums", "Nearest: .*chain_sum"),
+        ("word_ladder", "not a function of the seed"),
+        ("composite", "default"),
+    ],
 )
 def test_reasoning_gym_generators_that_cannot_be_used_are_named(generator, message):
     with pytest.raises(TaskError, match=f"config.task.generator = '{generator}'.*{message}"):
         reasoning_gym_task.task(generator, 0)
 
 
-SMALL = {"min_numbers": 3, "max_numbers": 3, "max_value": 9, "min_target": 1, "max_target": 50, "operators": ["+", "*"]}
+SMALL = {
+    "min_numbers": 3,
+    "max_numbers": 3,
+    "max_value": 9,
+    "min_target": 1,
+    "max_target": 50,
+    "operators": ["+", "*"],
+}
 
 
 def test_a_generators_own_settings_make_its_problems_and_travel_with_them():
@@ -257,8 +316,12 @@ def test_a_generators_own_settings_make_its_problems_and_travel_with_them():
     for i in range(20):
         problem = task.train(i)
         numbers = [int(n) for n in re.findall(r"\d+", problem.text.partition("Final")[0])]
-        assert len(numbers) == 4 and max(numbers) <= 50 and re.fullmatch(r"[\d+*() ]+", problem.answer)
-        plain = Problem(problem.id, problem.text, problem.answer, json.loads(json.dumps(dict(problem.metadata))))
+        assert (
+            len(numbers) == 4 and max(numbers) <= 50 and re.fullmatch(r"[\d+*() ]+", problem.answer)
+        )
+        plain = Problem(
+            problem.id, problem.text, problem.answer, json.loads(json.dumps(dict(problem.metadata)))
+        )
         assert reasoning_gym_task.reward(f"\\boxed{{{problem.answer}}}", plain) is True
         assert reasoning_gym_task.reward("\\boxed{1}", plain) is False
     assert task.fingerprint != reasoning_gym_task.task("countdown", 0).fingerprint

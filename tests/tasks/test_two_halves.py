@@ -38,7 +38,11 @@ def test_a_demonstration_is_recognised_and_any_changed_digit_of_its_work_is_not(
     problem = two_halves.task(0).train(5)
     text = two_halves.work_out(problem, side, 7)
     assert two_halves.worked_half(problem, text) == side
-    assert f"boxed{{{problem.answer[0]}7}}" in text if side == "left" else f"boxed{{7{problem.answer[1]}}}" in text
+    assert (
+        f"boxed{{{problem.answer[0]}7}}" in text
+        if side == "left"
+        else f"boxed{{7{problem.answer[1]}}}" in text
+    )
     worked_until = text.index(", maybe")
     for i in [i for i, char in enumerate(text[:worked_until]) if char.isdigit()]:
         changed = text[:i] + str((int(text[i]) + 1) % 10) + text[i + 1 :]
@@ -48,8 +52,14 @@ def test_a_demonstration_is_recognised_and_any_changed_digit_of_its_work_is_not(
 def test_reading_out_uses_what_was_worked_and_guesses_the_rest():
     problem = two_halves.task(0).train(9)
     left, right = problem.answer
-    assert two_halves.read_out(problem, {"left", "right"}, 0) == f"left:{left}, right:{right}, \\boxed{{{left}{right}}}"
-    assert two_halves.read_out(problem, {"right"}, 4) == f"maybe left:4, right:{right}, \\boxed{{4{right}}}"
+    assert (
+        two_halves.read_out(problem, {"left", "right"}, 0)
+        == f"left:{left}, right:{right}, \\boxed{{{left}{right}}}"
+    )
+    assert (
+        two_halves.read_out(problem, {"right"}, 4)
+        == f"maybe left:4, right:{right}, \\boxed{{4{right}}}"
+    )
 
 
 def test_a_trace_has_room_for_one_half_and_an_aggregation_trace_for_none():
@@ -83,7 +93,13 @@ def test_a_trace_has_the_strategy_of_the_half_it_works_on_even_if_it_errs(side):
     text = two_halves.work_out(problem, side, 7)
     assert two_halves.strategy(text, problem) == side
     wrong = text.replace(f"{side}:{problem.answer[two_halves.SIDES.index(side)]}", f"{side}:x")
-    assert two_halves.strategy(wrong, problem) is None and two_halves.strategy("nothing", problem) is None
+    assert (
+        two_halves.strategy(wrong, problem) is None
+        and two_halves.strategy("nothing", problem) is None
+    )
     first = re.search(r"=(\d+)\+", text)[1]
     erring = text.replace(f"={first}+", f"={int(first) + 1}+")
-    assert two_halves.strategy(erring, problem) == side and two_halves.worked_half(problem, erring) is None
+    assert (
+        two_halves.strategy(erring, problem) == side
+        and two_halves.worked_half(problem, erring) is None
+    )

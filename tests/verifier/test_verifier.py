@@ -1,4 +1,6 @@
-"""What becomes of an answer: extraction, mathematics, reward functions, counts and classes of verdicts."""
+"""What becomes of an answer: extraction, mathematics, reward functions, counts and classes of
+verdicts.
+"""
 
 import random
 
@@ -46,9 +48,15 @@ from spiral_jax.verifier.verifier import (
         (r"\boxed{}", ""),
         (r"\boxed 5", None),
         (r"\fbox{5}", None),
-        (r"\boxed{5} or rather \boxed{7", None),  # the final answer is unfinished: no fall-back to an earlier one
+        (
+            r"\boxed{5} or rather \boxed{7",
+            None,
+        ),  # the final answer is unfinished: no fall-back to an earlier one
         (r"\boxed{5} or rather \boxed{\frac{7}{2}", None),
-        (r"Attempt 1 ends in \boxed{5 and stops. \boxed{7}", "7"),  # an earlier unfinished box is no obstacle
+        (
+            r"Attempt 1 ends in \boxed{5 and stops. \boxed{7}",
+            "7",
+        ),  # an earlier unfinished box is no obstacle
         (r"\boxed{3 \boxed{4}}", "4"),  # nested: the inner one is the last
         (r"\boxed{5} } }", "5"),
         (r"{ \boxed{5}", "5"),
@@ -254,7 +262,9 @@ def test_a_reward_is_true_false_1_0_or_none_and_all_else_an_error(value, expecte
         ("verifier_test_broken:reward", "ZeroDivisionError"),
     ],
 )
-def test_a_reward_that_cannot_be_loaded_is_a_config_error_before_any_worker(path, message, reward_path, tmp_path):
+def test_a_reward_that_cannot_be_loaded_is_a_config_error_before_any_worker(
+    path, message, reward_path, tmp_path
+):
     (tmp_path / "verifier_test_broken.py").write_text("1 / 0")
     for load in (load_reward, lambda path: Verifier(path, workers=1, timeout_s=1.0)):
         with pytest.raises(ConfigError, match=r"config\.task\.reward") as error:
@@ -267,19 +277,34 @@ def test_a_reward_that_cannot_be_loaded_is_a_config_error_before_any_worker(path
 
 def test_the_five_counters_add_up():
     verdicts = [Verdict.of(status) for status in Status for _ in range(len(status.value))]
-    assert count_verdicts(verdicts) == {"correct": 7, "wrong": 5, "unparsed": 8, "timeout": 7, "error": 5}
+    assert count_verdicts(verdicts) == {
+        "correct": 7,
+        "wrong": 5,
+        "unparsed": 8,
+        "timeout": 7,
+        "error": 5,
+    }
     assert count_verdicts([]) == {"correct": 0, "wrong": 0, "unparsed": 0, "timeout": 0, "error": 0}
 
 
 def test_too_many_errors_stop_the_run_with_their_share_count_and_cause():
-    verdicts = [Verdict.of(Status.CORRECT)] * 17 + [Verdict.of(Status.ERROR, "KeyError: 'a' (my.py:7)")] * 2
+    verdicts = [Verdict.of(Status.CORRECT)] * 17 + [
+        Verdict.of(Status.ERROR, "KeyError: 'a' (my.py:7)")
+    ] * 2
     verdicts += [Verdict.of(Status.ERROR, "other")]
     check_error_rate(verdicts, 0.15)  # at the limit, not above
     check_error_rate([], 0.0)
     check_error_rate([Verdict.of(Status.TIMEOUT), Verdict.of(Status.UNPARSED)], 0.0)
     with pytest.raises(VerifierFailure) as error:
         check_error_rate(verdicts, 0.149)
-    for part in ("3 of 20", "15.0%", "config.verifier.max_error_rate", "2x", "my.py:7", "config.task.reward"):
+    for part in (
+        "3 of 20",
+        "15.0%",
+        "config.verifier.max_error_rate",
+        "2x",
+        "my.py:7",
+        "config.task.reward",
+    ):
         assert part in str(error.value)
 
 
@@ -292,14 +317,20 @@ def test_answer_classes_are_equal_for_equal_answers():
     assert of("\\boxed{5}", Status.WRONG) != of("\\boxed{6}", Status.WRONG)
     assert of("\\boxed{correct}", Status.WRONG) != CORRECT_CLASS
     assert of("\\boxed{9^9}", Status.TIMEOUT) == of("\\boxed{9^9}", Status.WRONG)
-    assert of("print(1)", Status.WRONG) == of("print(1)\n", Status.WRONG) != of("print(2)", Status.WRONG)
+    assert (
+        of("print(1)", Status.WRONG)
+        == of("print(1)\n", Status.WRONG)
+        != of("print(2)", Status.WRONG)
+    )
     assert of("\\boxed{5", Status.UNPARSED) is None and of("\\boxed{5}", Status.ERROR) is None
 
 
 def test_wrong_answers_that_are_equal_as_mathematics_have_one_number():
     boxes = ["1/2", "7", "0.5", "\\frac{2}{4}", "3", "03", "7.0", None, "x+1", "1+x"]
     texts = ["no answer" if box is None else f"\\boxed{{{box}}}" for box in boxes]
-    problems = [Problem(id=name, text="?", answer=answer) for name, answer in (("a", "7"), ("b", "100"))]
+    problems = [
+        Problem(id=name, text="?", answer=answer) for name, answer in (("a", "7"), ("b", "100"))
+    ]
     with Verifier("math", workers=1, timeout_s=20.0) as verifier:
         verdicts = verifier.verify([(text, problem) for problem in problems for text in texts])
         first, second = number_classes(verifier, problems, texts * 2, verdicts)
@@ -311,7 +342,10 @@ def test_classes_of_timeouts_and_of_a_reward_function_of_the_users_go_by_spellin
     problems = [Problem(id="a", text="?", answer="7")]
     texts = ["\\boxed{1/2}", "\\boxed{0.5}", "\\boxed{1/2}", "", "\\boxed{7}"]
     statuses = [Status.WRONG, Status.WRONG, Status.ERROR, Status.UNPARSED, Status.CORRECT]
-    for reward, wrong in (("math", Status.TIMEOUT), ("spiral_jax.verifier.rewards:math_reward", Status.WRONG)):
+    for reward, wrong in (
+        ("math", Status.TIMEOUT),
+        ("spiral_jax.verifier.rewards:math_reward", Status.WRONG),
+    ):
         verdicts = [Verdict.of(wrong if status is Status.WRONG else status) for status in statuses]
         with Verifier(reward, workers=1, timeout_s=20.0) as verifier:
             assert number_classes(verifier, problems, texts, verdicts) == [[1, 2, -1, None, 0]]

@@ -1,4 +1,6 @@
-"""Some hundred answers made to break the verifier; by the ten thousand: `python -m benchmarks.verifier_soak`."""
+"""Some hundred answers made to break the verifier; by the ten thousand: `python -m
+benchmarks.verifier_soak`.
+"""
 
 import concurrent.futures
 import multiprocessing
@@ -12,9 +14,13 @@ from benchmarks.verifier_soak import Outcome, soak
 
 @pytest.mark.slow
 def test_adversarial_answers_are_bounded_counted_and_leave_nothing_behind():
-    fresh = multiprocessing.get_context("spawn")  # this process has had larger children than verifiers
+    fresh = multiprocessing.get_context(
+        "spawn"
+    )  # this process has had larger children than verifiers
     with concurrent.futures.ProcessPoolExecutor(1, fresh) as process:
-        outcome = process.submit(soak, 300, seed=1, workers=2, timeout_s=5.0, memory_gb=2.0).result()
+        outcome = process.submit(
+            soak, 300, seed=1, workers=2, timeout_s=5.0, memory_gb=2.0
+        ).result()
     assert outcome.not_allowed == []
     assert sum(sum(of_kind.values()) for of_kind in outcome.counts.values()) == 300
     assert workers_left() == 0 and not outcome.canary

@@ -1,4 +1,6 @@
-"""The verifier's child processes: order, time-outs, deaths and replacements, and what a worker may do."""
+"""The verifier's child processes: order, time-outs, deaths and replacements, and what a worker may
+do.
+"""
 
 import os
 import pathlib
@@ -33,7 +35,11 @@ def test_integer_answers_start_no_workers():
         verdicts = verifier.verify(items)
         assert verifier.verify([]) == []
         assert verifier.worker_pids == []
-    assert verdicts == [Verdict(1.0, Status.CORRECT), Verdict(0.0, Status.WRONG), Verdict(0.0, Status.UNPARSED)]
+    assert verdicts == [
+        Verdict(1.0, Status.CORRECT),
+        Verdict(0.0, Status.WRONG),
+        Verdict(0.0, Status.UNPARSED),
+    ]
 
 
 def test_a_hanging_answer_is_a_timeout_and_those_behind_it_are_still_right():
@@ -50,7 +56,15 @@ def test_a_hanging_answer_is_a_timeout_and_those_behind_it_are_still_right():
     with Verifier("math", workers=1, timeout_s=2.0) as verifier:
         verdicts = verifier.verify(items)
         pids = verifier.worker_pids
-    assert statuses(verdicts) == ["timeout", "correct", "correct", "wrong", "error", "unparsed", "correct"]
+    assert statuses(verdicts) == [
+        "timeout",
+        "correct",
+        "correct",
+        "wrong",
+        "error",
+        "unparsed",
+        "correct",
+    ]
     np.testing.assert_equal([verdict.reward for verdict in verdicts], [0, 1, 1, 0, np.nan, 0, 1])
     assert len(pids) == 1 and not alive(pids[0])
 
@@ -70,7 +84,9 @@ def test_verdicts_of_a_users_reward_keep_the_order_and_report_errors(reward_path
     assert statuses(verdicts) == [
         "correct", "correct", "wrong", "unparsed", "error", "error", "error", "correct", "correct", "wrong", "correct",
     ]  # fmt: skip
-    assert "ValueError: boom" in verdicts[4].detail and "verifier_test_reward.py" in verdicts[4].detail
+    assert (
+        "ValueError: boom" in verdicts[4].detail and "verifier_test_reward.py" in verdicts[4].detail
+    )
     assert "0.5" in verdicts[5].detail and "'yes'" in verdicts[6].detail
     assert np.isnan([verdict.reward for verdict in verdicts[4:7]]).all()
 
@@ -93,7 +109,9 @@ def test_a_worker_killed_from_outside_is_replaced_and_its_item_tried_again(rewar
     with Verifier(reward_path, workers=1, timeout_s=100.0) as verifier:
         killer = threading.Thread(target=kill)
         killer.start()
-        verdicts = verifier.verify([("return True", problem()), (f"hang_first_time {marker}", problem())])
+        verdicts = verifier.verify(
+            [("return True", problem()), (f"hang_first_time {marker}", problem())]
+        )
         killer.join()
         assert statuses(verdicts) == ["correct", "correct"]
         assert verifier.worker_pids != [int(marker.read_text())]
@@ -102,7 +120,11 @@ def test_a_worker_killed_from_outside_is_replaced_and_its_item_tried_again(rewar
 
 
 def test_an_item_that_kills_its_worker_twice_is_an_error_and_the_others_are_right(reward_path):
-    items = [("return True", problem()), ("die", problem(name="train:9")), ("return True", problem())]
+    items = [
+        ("return True", problem()),
+        ("die", problem(name="train:9")),
+        ("return True", problem()),
+    ]
     with Verifier(reward_path, workers=2, timeout_s=20.0) as verifier:
         verdicts = verifier.verify(items)
     assert statuses(verdicts) == ["correct", "error", "correct"]
@@ -111,7 +133,10 @@ def test_an_item_that_kills_its_worker_twice_is_an_error_and_the_others_are_righ
 
 def test_an_item_is_tried_again_on_a_fresh_worker_though_a_used_one_is_idle(reward_path, tmp_path):
     with Verifier(reward_path, workers=2, timeout_s=1.0) as verifier:
-        both = [(f"wait_for {tmp_path}/met", problem()), (f"touch {tmp_path}/met", problem())]  # on one worker each
+        both = [
+            (f"wait_for {tmp_path}/met", problem()),
+            (f"touch {tmp_path}/met", problem()),
+        ]  # on one worker each
         assert statuses(verifier.verify(both)) == ["correct", "wrong"]
         assert statuses(verifier.verify([("hang_once_used", problem())])) == ["correct"]
 
@@ -119,7 +144,10 @@ def test_an_item_is_tried_again_on_a_fresh_worker_though_a_used_one_is_idle(rewa
 def test_close_leaves_no_process_not_even_one_that_a_reward_has_started(reward_path, tmp_path):
     file = tmp_path / "child"
     with pytest.raises(KeyError), Verifier(reward_path, workers=2, timeout_s=20.0) as verifier:
-        assert statuses(verifier.verify([(f"child {file}", problem()), ("return True", problem())])) == ["correct"] * 2
+        assert (
+            statuses(verifier.verify([(f"child {file}", problem()), ("return True", problem())]))
+            == ["correct"] * 2
+        )
         pids = [*verifier.worker_pids, int(file.read_text())]
         assert len(pids) == 3 and all(map(alive, pids))
         raise KeyError
@@ -141,8 +169,13 @@ def test_no_worker_outlives_a_parent_that_is_killed(command, reward_path, tmp_pa
         print(verifier.worker_pids[0], flush=True)
         time.sleep(1000)
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
-    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], env=environment, stdout=subprocess.PIPE)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+    }
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment, stdout=subprocess.PIPE
+    )
     worker = int(parent.stdout.readline())
     wait_until((tmp_path / "begun").exists)
     assert alive(worker)
@@ -153,13 +186,23 @@ def test_no_worker_outlives_a_parent_that_is_killed(command, reward_path, tmp_pa
 
 @pytest.mark.parametrize(
     ("at_import", "message"),
-    [("1 / 0", "ZeroDivisionError"), ("os._exit(5)", "exit code 5"), ("time.sleep(1000)", "not ready after 2 s")],
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("os._exit(5)", "exit code 5"),
+        ("time.sleep(1000)", "not ready after 2 s"),
+    ],
 )
-def test_a_worker_that_cannot_start_is_a_clear_error_and_not_a_hang(at_import, message, reward_path, tmp_path):
+def test_a_worker_that_cannot_start_is_a_clear_error_and_not_a_hang(
+    at_import, message, reward_path, tmp_path
+):
     path = pathlib.Path(tmp_path, "verifier_test_reward.py")
     path.write_text(f"{REWARD_MODULE}\nif 'pytest' not in sys.modules:\n    {at_import}\n")
-    pool = Pool(reward_path, workers=2, timeout_s=5.0, start_timeout_s=2.0 if "sleep" in at_import else 60.0)
-    with pytest.raises(VerifierFailure, match=r"config\.task\.reward = 'verifier_test_reward:reward'") as error:
+    pool = Pool(
+        reward_path, workers=2, timeout_s=5.0, start_timeout_s=2.0 if "sleep" in at_import else 60.0
+    )
+    with pytest.raises(
+        VerifierFailure, match=r"config\.task\.reward = 'verifier_test_reward:reward'"
+    ) as error:
         pool.run([("return True", problem())] * 2)
     assert message in str(error.value)
     assert pool.pids == []
@@ -171,8 +214,14 @@ def test_a_worker_that_cannot_start_is_a_clear_error_and_not_a_hang(at_import, m
 def test_a_worker_sees_no_variable_of_the_parent_but_those_that_are_named(reward_path, monkeypatch):
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "JUDGE_KEY"):
         monkeypatch.setenv(name, "seen")
-    items = [(f"environment {name}", problem()) for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "JUDGE_KEY")]
-    for environment, expected in (((), ["wrong"] * 3), (("JUDGE_KEY", "NOT_SET"), ["wrong", "wrong", "correct"])):
+    items = [
+        (f"environment {name}", problem())
+        for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "JUDGE_KEY")
+    ]
+    for environment, expected in (
+        ((), ["wrong"] * 3),
+        (("JUDGE_KEY", "NOT_SET"), ["wrong", "wrong", "correct"]),
+    ):
         with Verifier(reward_path, workers=1, timeout_s=20.0, environment=environment) as verifier:
             assert statuses(verifier.verify(items)) == expected
 
@@ -182,7 +231,10 @@ def test_an_answer_that_takes_more_memory_than_a_worker_has_is_its_own_failure_a
     with Verifier(reward_path, workers=1, timeout_s=20.0, memory_gb=1.0) as verifier:
         verdicts = verifier.verify(items)
         assert verifier.replaced_workers == 0
-    assert statuses(verdicts) == ["correct", "error", "correct"] and "MemoryError" in verdicts[1].detail
+    assert (
+        statuses(verdicts) == ["correct", "error", "correct"]
+        and "MemoryError" in verdicts[1].detail
+    )
 
 
 LOCKED = r"""
@@ -218,7 +270,13 @@ for name, attempt in attempts.items():
 
 def test_a_locked_worker_reads_packages_alone_and_writes_starts_and_connects_nothing(tmp_path):
     (tmp_path / "secret").write_text("x")
-    code = [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {sys.path!r}\n" + LOCKED, str(tmp_path)]
+    code = [
+        sys.executable,
+        "-P",
+        "-c",
+        f"import sys; sys.path[:] = {sys.path!r}\n" + LOCKED,
+        str(tmp_path),
+    ]
     done = subprocess.run(code, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
