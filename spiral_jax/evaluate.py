@@ -36,26 +36,19 @@ from rich.console import Console
 from rich.table import Table
 
 from spiral_jax.core import config, config_checks, distributed
-from spiral_jax.core.config import ConfigError
-from spiral_jax.core.distributed import DistributedError
+from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import make_mesh
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation import comparison, results
 from spiral_jax.evaluation.wave import evaluate_wave, held_out
-from spiral_jax.model import hf
 from spiral_jax.reporting import evaluation_figures as scaling_plots
 from spiral_jax.rollout.requests import Actor
 from spiral_jax.run.setup import Setup, keep_compiled_programs, set_up
 from spiral_jax.run.trace_log import render_examples
 from spiral_jax.run.watchdog import Watchdog, deadline
 from spiral_jax.run.workdir import StepLog, WorkdirError, open_workdir
-from spiral_jax.tasks.problem import Problem, TaskError
-from spiral_jax.verifier.pool import VerifierFailure
+from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.verifier import CORRECT, Verifier
-
-# What a user can mend: these end the program with their message alone, without a stack trace.
-USER_ERRORS = (ConfigError, hf.WeightsError, TaskError, WorkdirError, VerifierFailure, results.ResultsError,
-               DistributedError)  # fmt: skip
 
 
 def define_flags() -> None:
@@ -85,10 +78,10 @@ def main(argv: list[str]) -> None:
             raise app.UsageError(
                 "--config and --workdir are required (or --compare A/results.json B/results.json)"
             )
-        with distributed.joined(given, USER_ERRORS):
+        with distributed.joined(given):
             distributed.introduce(make_mesh(given.config.mesh))
             evaluate(given.config, given.workdir)
-    except USER_ERRORS as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

@@ -27,6 +27,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from spiral_jax.core.config import ConfigError, digest, parse_flags, to_plain
+from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import host_mesh, path_name
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, save_adapter
@@ -34,16 +35,13 @@ from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.tensor_files import (
     Output,
     TensorFiles,
-    WeightsError,
     open_tensors,
     write_tensors,
 )
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.prompts import prompts
 from spiral_jax.prompts.prompts import CUT_OFF, EMPTY, Scaffold
-from spiral_jax.run.checkpoint import CheckpointError
 from spiral_jax.run.start import Trained, find_trained
-from spiral_jax.run.workdir import WorkdirError
 
 SCAFFOLD = "spiral_scaffold.json"
 INFER = pathlib.Path(__file__).parent / "assets" / "spiral_infer.py"
@@ -75,7 +73,7 @@ def main(argv: list[str]) -> None:
         files = export(
             trained, pathlib.Path(given.out), given.adapter, int(given.max_shard_gb * 1e9)
         )
-    except (ConfigError, WeightsError, WorkdirError, CheckpointError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     size = sum(file.stat().st_size for file in files)
     print(

@@ -25,8 +25,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from spiral_jax.core import config
-from spiral_jax.core.config import ConfigError
 from spiral_jax.core.config_checks import validate
+from spiral_jax.core.errors import UserError
 from spiral_jax.planning.fit import Attempt, Planner, as_flags
 from spiral_jax.planning.profile import Profile
 from spiral_jax.planning.shipped_models import planned_model
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     assumed = Assumptions(f.problem_share, f.response_share, f.row_occupancy)
     try:
         report = plan(f.config, f.topology, assumed, f.free, f.most_tries)
-    except ConfigError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     if f.json:
         pathlib.Path(f.json).write_text(json.dumps(report, indent=1) + "\n")

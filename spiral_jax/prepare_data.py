@@ -19,10 +19,11 @@ import json
 import pathlib
 import sys
 
+from spiral_jax.core.errors import UserError
 from spiral_jax.tasks import hub, jsonl
 from spiral_jax.tasks.finite import distinct
 from spiral_jax.tasks.overlap import Overlap, describe, find_overlap
-from spiral_jax.tasks.problem import Problem, TaskError
+from spiral_jax.tasks.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def prepare(wanted: dict[str, str], out: pathlib.Path) -> bool:
             found[name], files[name] = fetch(
                 name, directory or SETS[name].dataset, out / f"{name}.jsonl"
             )
-        except TaskError as error:
+        except UserError as error:
             print(f"{name}: error: {error}", flush=True)
             continue
         entry = files[name]

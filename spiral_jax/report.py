@@ -18,15 +18,10 @@ import sys
 from absl import app, flags
 from etils import epath
 
-from spiral_jax.core.config import ConfigError
+from spiral_jax.core.errors import UserError
 from spiral_jax.evaluation.comparison import check_comparable
-from spiral_jax.evaluation.results import ResultsError
 from spiral_jax.reporting.main_page import write_report
 from spiral_jax.reporting.read_run import read_run
-from spiral_jax.run.workdir import WorkdirError
-
-# What a user can mend: these end the program with their message alone, without a stack trace.
-USER_ERRORS = (ConfigError, WorkdirError, ResultsError)
 
 
 def define_flags() -> None:
@@ -45,7 +40,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     try:
         report(given.workdir, given.out or given.workdir, given.results, given.baseline)
-    except USER_ERRORS as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

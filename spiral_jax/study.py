@@ -41,8 +41,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from spiral_jax.core.config import ConfigError, digest_of
+from spiral_jax.core.errors import UserError
 from spiral_jax.evaluation.measures import columns
-from spiral_jax.evaluation.results import ResultsError, read_results
+from spiral_jax.evaluation.results import read_results
 from spiral_jax.run.checkpoint import CheckpointError
 from spiral_jax.run.start import find_trained
 from spiral_jax.run.workdir import WorkdirError, open_workdir
@@ -53,10 +54,8 @@ from spiral_jax.studies.directory import StudyDirectory, pair_name, read_metrics
 from spiral_jax.studies.gather import gather
 from spiral_jax.studies.processes import Processes
 
-# What a user can mend: these end the program with their message alone, without a stack trace.
-USER_ERRORS = (ConfigError, WorkdirError, ResultsError)
 _ENVIRONMENT = (
-    "import json; from spiral_jax import environment; print(json.dumps(environment.describe()))"
+    "import json; from spiral_jax.run import environment; print(json.dumps(environment.describe()))"
 )
 
 
@@ -93,7 +92,7 @@ def main(argv: list[str]) -> None:
         found = gather(study, directory)
         out = pathlib.Path(given.out) if given.out else path / "report"
         print(report.write(study, found, out), flush=True)
-    except USER_ERRORS as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     broken = [row["claim"] for row in found["claims"] if row["verdict"] != "holds"]
     failed = [f"{run['arm']} seed {run['seed']}" for run in found["runs"] if run["state"] != "done"]

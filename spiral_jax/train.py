@@ -36,8 +36,7 @@ from ml_collections import ConfigDict, config_flags
 
 from spiral_jax.core import config, distributed, faults
 from spiral_jax.core import mesh as meshes
-from spiral_jax.core.config import ConfigError
-from spiral_jax.core.distributed import DistributedError
+from spiral_jax.core.errors import UserError
 from spiral_jax.core.groups import Role
 from spiral_jax.core.metrics import divide
 from spiral_jax.core.progress import Progress
@@ -50,12 +49,11 @@ from spiral_jax.learner.step import (
     make_train_step,
     variables,
 )
-from spiral_jax.model.tensor_files import WeightsError
-from spiral_jax.rollout.collect import Batch, NoSignal, collect_batch
+from spiral_jax.rollout.collect import Batch, collect_batch
 from spiral_jax.rollout.requests import Actor
 from spiral_jax.run import start as initial
 from spiral_jax.run.checkpoint import CheckpointError, Checkpoints, Retention
-from spiral_jax.run.guards import BadSteps, NumericsGuard, watched
+from spiral_jax.run.guards import NumericsGuard, watched
 from spiral_jax.run.log import RunLog
 from spiral_jax.run.preemption import Preemption
 from spiral_jax.run.saving import Saver
@@ -64,18 +62,11 @@ from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
 from spiral_jax.run.trace_log import render_examples, trace_rows
 from spiral_jax.run.watchdog import Watchdog, deadline
 from spiral_jax.run.workdir import WorkdirError, open_workdir
-from spiral_jax.tasks.problem import TaskError
-from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import Verifier
 
 
-class Mismatch(RuntimeError):
+class Mismatch(UserError):
     """Sampler and trainer give different log-probs for the same policy."""
-
-
-# What a user can mend: these end the program with their message alone, without a stack trace.
-USER_ERRORS = (ConfigError, WeightsError, TaskError, WorkdirError, CheckpointError, NoSignal, VerifierFailure, Mismatch,
-               DistributedError, BadSteps)  # fmt: skip
 
 
 def define_flags() -> None:
@@ -99,7 +90,7 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     finished = True
     try:
-        with distributed.joined(given, USER_ERRORS):
+        with distributed.joined(given):
             keep_compiled_programs()
             distributed.introduce(meshes.make_mesh(given.config.mesh))
             setup = set_up(given.config)
@@ -109,7 +100,7 @@ def main(argv: list[str]) -> None:
                 print("config, data, tokenizer and shapes are fine; nothing was written")
             else:
                 finished = train(setup, given.workdir)
-    except USER_ERRORS as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
     if not finished:
         sys.exit(given.preempted_exit_code)

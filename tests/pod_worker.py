@@ -17,11 +17,12 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from spiral_jax.core import distributed, mesh
+from spiral_jax.core.errors import UserError
 
 SHAPES = {"layers": {"q": {"kernel": (3, 16, 8)}}, "embed": (32, 8), "final_norm": (8,), "step": ()}
 
 
-class Mendable(ValueError):
+class Mendable(UserError):
     pass
 
 
@@ -144,7 +145,7 @@ TASKS = {task.__name__: task for task in (exchange, differ, late, fail, preempt,
 
 
 def main(argv):
-    with distributed.joined(flags.FLAGS, (Mendable, distributed.DistributedError)):
+    with distributed.joined(flags.FLAGS):
         distributed.introduce(this_mesh())
         for name in argv[1:]:
             TASKS[name]()

@@ -15,6 +15,8 @@ import sys
 from absl import app
 from ml_collections import ConfigDict
 
+from spiral_jax.core.errors import UserError
+
 MOST_EVAL_TRACES = 1000  # above, binomials leave float64: see estimators.py
 TASKS = ("jsonl", "parquet", "hf", "two_halves", "end_digit", "reasoning_gym")
 METRIC_WRITERS = ("tensorboard", "wandb", "trackio")
@@ -46,7 +48,7 @@ REMAT = ("none", "dots", "attention", "layer")  # ascending in what is computed 
 MEASURES = ("single", "pass_at_n", "majority", "aggregated")  # of an evaluation
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration that cannot run; the message names the field, its value, what is allowed and
     what to do.
     """
@@ -58,27 +60,23 @@ def defaults() -> ConfigDict:
     c.seed = 0  # all randomness of a run: data order, subsets, candidate order, sampling (ours)
 
     c.model = ConfigDict()
-    c.model.hf_path = (
-        ""  # Qwen3 or Llama: a Hugging Face directory or Hub id; "bundled:tiny" is ours
-    )
-    c.model.adapter_path = (
-        ""  # PEFT LoRA directory that a new run starts from; "" = a fresh adapter (ours)
-    )
+    # Qwen3 or Llama: a Hugging Face directory or Hub id; "bundled:tiny" is ours
+    c.model.hf_path = ""
+    # PEFT LoRA directory that a new run starts from; "" = a fresh adapter (ours)
+    c.model.adapter_path = ""
     # WORKDIR or WORKDIR@step of another run whose trained weights a new run starts from (ours)
     c.model.init_from = ""
     c.model.param_dtype = "bfloat16"  # of a frozen base; what is trained is always float32 (ours)
-    c.model.compute_dtype = (
-        "bfloat16"  # of activations and caches; norms, rope and softmax are float32 (ours)
-    )
+    # of activations and caches; norms, rope and softmax are float32 (ours)
+    c.model.compute_dtype = "bfloat16"
     c.model.lora_rank = 32  # adapters on all seven projections; 0 = full fine-tuning (paper)
     c.model.lora_alpha = 32.0  # adapter output is scaled by alpha / rank (ours; unpublished)
     # What the backward pass keeps of each layer, computing the rest once more: "layer": its input;
     # "attention": and the result of attention; "dots": and those of all products with weights;
     # "none": everything is kept (ours)
     c.model.remat = "layer"
-    c.model.attention_block = (
-        256  # queries, and keys, a block: scores in memory are [.., block, block] (ours)
-    )
+    # queries, and keys, a block: scores in memory are [.., block, block] (ours)
+    c.model.attention_block = 256
 
     c.mesh = ConfigDict()  # devices along each axis; one of them may be -1 = all the rest (ours)
     c.mesh.data = -1  # groups
@@ -132,18 +130,14 @@ def defaults() -> ConfigDict:
         "{candidates}\n\nFirst audit every attempt: name its errors. Then verify which parts can be used. Finally "
         "synthesise one complete and consistent solution, and put its final answer within \\boxed{{}}."
     )
-    c.prompt.candidate = (
-        "Attempt {index}:\n{candidate}\n\n"  # repeated for each candidate, in aggregation.order
-    )
-    c.prompt.truncated = (
-        "keep_tail"  # candidate that hit the limit: "keep_tail", "drop" or "mark" (ours)
-    )
-    c.prompt.keep_tail_tokens = (
-        4096  # tokens of a truncated candidate that "keep_tail" and "mark" keep (ours)
-    )
-    c.prompt.thinking = (
-        "answer_only"  # "answer_only" drops a candidate's <think> block, "full" keeps it (ours)
-    )
+    # repeated for each candidate, in aggregation.order
+    c.prompt.candidate = "Attempt {index}:\n{candidate}\n\n"
+    # candidate that hit the limit: "keep_tail", "drop" or "mark" (ours)
+    c.prompt.truncated = "keep_tail"
+    # tokens of a truncated candidate that "keep_tail" and "mark" keep (ours)
+    c.prompt.keep_tail_tokens = 4096
+    # "answer_only" drops a candidate's <think> block, "full" keeps it (ours)
+    c.prompt.thinking = "answer_only"
     c.prompt.max_problem_tokens = 1024  # longer search prompts are left out and counted (paper)
 
     c.search = ConfigDict()
@@ -163,9 +157,8 @@ def defaults() -> ConfigDict:
     c.aggregation.order = "shuffled"
 
     c.sampling = ConfigDict()
-    c.sampling.temperature = (
-        1.0  # (paper); top-p and top-k do not exist in training: their log-probs would be others
-    )
+    # (paper); top-p and top-k do not exist in training: their log-probs would be others
+    c.sampling.temperature = 1.0
     # Slots of the rollout engine: rows of (slots, C, P, G) tokens. A group enters the widest class
     # of the shortest P that holds its prompt (cut into pieces if it is wider), goes on in a longer
     # one when G is full, and in a narrower one as its traces end. Every P needs its widest C also
@@ -176,31 +169,24 @@ def defaults() -> ConfigDict:
         (32, 4, 1024, 4096),
         (64, 4, 17920, 4096),
     )
-    c.sampling.cache_dtype = (
-        "compute"  # of keys and values: "compute" (model.compute_dtype) or "int8" (ours)
-    )
+    # of keys and values: "compute" (model.compute_dtype) or "int8" (ours)
+    c.sampling.cache_dtype = "compute"
     c.sampling.chunk = 64  # decode steps between two looks at who has ended, at most (ours)
-    c.sampling.exit_groups = (
-        4  # a chunk ends early when this many groups could leave their slot (ours)
-    )
-    c.sampling.prefill_tokens = (
-        16384  # prompt tokens, padding included, prefilled at once on each shard (ours)
-    )
-    c.sampling.prefill_chunk = (
-        256  # of them in each prompt, as many as run, and attend to each other, at once (ours)
-    )
+    # a chunk ends early when this many groups could leave their slot (ours)
+    c.sampling.exit_groups = 4
+    # prompt tokens, padding included, prefilled at once on each shard (ours)
+    c.sampling.prefill_tokens = 16384
+    # of them in each prompt, as many as run, and attend to each other, at once (ours)
+    c.sampling.prefill_chunk = 256
     # Rows of a device shard, ascending, for which decode programs are compiled beside the one for
     # all rows of all classes. Pays where rows cost: on CPUs; accelerators need none (ours).
     c.sampling.row_counts = ()
-    c.sampling.verdict_delay = (
-        2  # chunks after its last trace at which a problem's verdict counts, however late (ours)
-    )
-    c.sampling.keep_rate = (
-        0.5  # share of problems that are expected to carry a signal, until some are decided (ours)
-    )
-    c.sampling.max_ratio = (
-        4.0  # at most this many times batch.problems are tried for one batch (ours)
-    )
+    # chunks after its last trace at which a problem's verdict counts, however late (ours)
+    c.sampling.verdict_delay = 2
+    # share of problems that are expected to carry a signal, until some are decided (ours)
+    c.sampling.keep_rate = 0.5
+    # at most this many times batch.problems are tried for one batch (ours)
+    c.sampling.max_ratio = 4.0
 
     c.batch = ConfigDict()
     c.batch.problems = 256  # B kept problems an optimizer step (paper)
@@ -215,25 +201,21 @@ def defaults() -> ConfigDict:
 
     c.loss = ConfigDict()
     c.loss.estimator = "marginal_mean"  # one of ESTIMATORS (paper)
-    c.loss.normalizer = (
-        "unbiased"  # "unbiased": both terms are gradients of the same J; "sum" (ours; unpublished)
-    )
+    # "unbiased": both terms are gradients of the same J; "sum" (ours; unpublished)
+    c.loss.normalizer = "unbiased"
     c.loss.search_weight = 1.0  # w_s (ours; unpublished)
     c.loss.aggregation_weight = 1.0  # w_a (ours; unpublished)
-    c.loss.length_gate = (
-        0.0  # positive advantages die above this length: tokens if > 1, else a fraction of the
-    )
+    # positive advantages die above this length: tokens if > 1, else a fraction of the
+    c.loss.length_gate = 0.0
     # limit; 0 = only on traces that were cut off by the limit (paper; its value is unpublished) The
     # rest bounds the ratio or the policy, 0 = off; formulas and sources: objective/loss.py (paper:
     # off)
     c.loss.clip_low = 0.0  # the ratio of a token counts down to 1 - clip_low (PPO; usual 0.2)
     c.loss.clip_high = 0.0  # and up to 1 + clip_high (usual 0.2 to 0.28)
-    c.loss.dual_clip = (
-        0.0  # a token's term at a negative weight is not below dual_clip times it (usual 3)
-    )
-    c.loss.tis_cap = (
-        0.0  # importance weights sampler -> trainer are truncated here (usual 2); without clipping
-    )
+    # a token's term at a negative weight is not below dual_clip times it (usual 3)
+    c.loss.dual_clip = 0.0
+    # importance weights sampler -> trainer are truncated here (usual 2); without clipping
+    c.loss.tis_cap = 0.0
     # of the KL to the reference, nat a token, mean over the role's tokens; the reference is the
     c.loss.kl_coef = 0.0
     # base without adapters, or in full fine-tuning a copy of what the run started from
@@ -241,9 +223,8 @@ def defaults() -> ConfigDict:
 
     c.optimizer = ConfigDict()
     c.optimizer.lr = 2e-5  # peak learning rate (paper)
-    c.optimizer.schedule = (
-        "constant"  # after warm-up: "constant", "linear" or "cosine" to zero at train.steps (ours)
-    )
+    # after warm-up: "constant", "linear" or "cosine" to zero at train.steps (ours)
+    c.optimizer.schedule = "constant"
     c.optimizer.warmup_steps = 0  # linear from lr / (warmup_steps + 1) (ours)
     c.optimizer.b1 = 0.9  # Adam (ours: the paper's framework's default)
     c.optimizer.b2 = 0.95  # (ours: the same default)
@@ -253,15 +234,12 @@ def defaults() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.steps = 250  # optimizer steps (paper: about 250)
-    c.train.max_sampled_tokens = (
-        0  # stop after the step that reaches this many sampled tokens; 0 = no limit (ours)
-    )
-    c.train.mismatch_limit = (
-        0.0  # first step: largest |log ratio| a token, sampler against trainer; 0 = off (ours)
-    )
-    c.train.max_bad_steps = (
-        3  # steps in a row without a finite loss or gradient (each is skipped) that end it (ours)
-    )
+    # stop after the step that reaches this many sampled tokens; 0 = no limit (ours)
+    c.train.max_sampled_tokens = 0
+    # first step: largest |log ratio| a token, sampler against trainer; 0 = off (ours)
+    c.train.mismatch_limit = 0.0
+    # steps in a row without a finite loss or gradient (each is skipped) that end it (ours)
+    c.train.max_bad_steps = 3
     # A loss or gradient norm this many median deviations from the median of the last steps is
     # flagged; 0 = off (ours)
     c.train.spike = 12.0
@@ -270,36 +248,30 @@ def defaults() -> ConfigDict:
     c.train.watchdog = 10.0
     # seconds for data, weights or a checkpoint to be read or written, then the run ends (ours)
     c.train.wait_s = 1800.0
-    c.train.grace_s = (
-        25.0  # seconds from SIGTERM to the end, a checkpoint included (ours: below most clouds' 30)
-    )
+    # seconds from SIGTERM to the end, a checkpoint included (ours: below most clouds' 30)
+    c.train.grace_s = 25.0
 
     c.eval = ConfigDict()
     c.eval.problems = 512  # held-out problems; 0 = no evaluation (ours)
-    c.eval.every = (
-        0  # steps between evaluations beside those at the start and the end; 0 = only those (ours)
-    )
+    # steps between evaluations beside those at the start and the end; 0 = only those (ours)
+    c.eval.every = 0
     c.eval.subsets = 2  # disjoint subsets of a problem's traces that are aggregated (ours)
-    c.eval.subset_size = (
-        0  # S traces in each of them; 0 = aggregation.subset_size, as in training (ours)
-    )
+    # S traces in each of them; 0 = aggregation.subset_size, as in training (ours)
+    c.eval.subset_size = 0
     c.eval.traces = 2  # M aggregation traces for each of them (ours)
     c.eval.temperature = 1.0  # 0 = greedy (ours: as in training)
-    c.eval.top_k = (
-        0  # only the k most likely tokens; 0 = all. These cuts exist in evaluation alone (ours)
-    )
+    # only the k most likely tokens; 0 = all. These cuts exist in evaluation alone (ours)
+    c.eval.top_k = 0
     c.eval.top_p = 1.0  # only the most likely tokens that together hold this mass; 1 = all (ours)
-    c.eval.min_p = (
-        0.0  # only tokens at least this fraction as likely as the most likely one; 0 = all (ours)
-    )
+    # only tokens at least this fraction as likely as the most likely one; 0 = all (ours)
+    c.eval.min_p = 0.0
     c.eval.rounds_in_training = 0  # rounds of RSA in evaluations during training; 0 = none (ours)
     c.eval.population = 8  # traces in the population of recursive self-aggregation, RSA (paper)
     c.eval.set_size = 4  # of which each member of the next population reads so many (paper)
     # The rest is for `python -m spiral_jax.evaluate` alone; evaluations during training sample
     # search.traces.
-    c.eval.n = (
-        64  # search traces of a problem: pass@k and maj@k up to k = n (ours; the paper draws 256)
-    )
+    # search traces of a problem: pass@k and maj@k up to k = n (ours; the paper draws 256)
+    c.eval.n = 64
     # whose search traces are aggregated: "" = the model's own; "base" = those of model.hf_path as
     # it is; WORKDIR@step = those of a run: what search and what aggregation have learned can be
     # told apart by pairing them anew (ours)
@@ -312,12 +284,10 @@ def defaults() -> ConfigDict:
 
     c.verifier = ConfigDict()
     c.verifier.workers = 2  # child processes (ours)
-    c.verifier.timeout_s = (
-        5.0  # seconds for one answer, counted from when a worker picks it up (ours)
-    )
-    c.verifier.max_error_rate = (
-        0.05  # share of our own failures in a batch above which the run stops (ours)
-    )
+    # seconds for one answer, counted from when a worker picks it up (ours)
+    c.verifier.timeout_s = 5.0
+    # share of our own failures in a batch above which the run stops (ours)
+    c.verifier.max_error_rate = 0.05
     c.verifier.memory_gb = 4.0  # address space of a child process, 10^9 bytes (ours)
     # names of variables, such as a judge's key, that a reward of yours sees (ours)
     c.verifier.environment = ()
@@ -326,12 +296,10 @@ def defaults() -> ConfigDict:
     c.checkpoint.every = 10  # steps; the last step is always saved; 0 = only that (ours)
     c.checkpoint.keep = 2  # newest checkpoints that are kept (ours)
     c.checkpoint.keep_every = 0  # and those whose step is a multiple of this; 0 = none (ours)
-    c.checkpoint.keep_best = (
-        ""  # and the best by this measure of the evaluations, one of MEASURES; "" = none (ours)
-    )
-    c.checkpoint.max_failures = (
-        3  # saves in a row that may fail, as on a full disk, before the run ends (ours)
-    )
+    # and the best by this measure of the evaluations, one of MEASURES; "" = none (ours)
+    c.checkpoint.keep_best = ""
+    # saves in a row that may fail, as on a full disk, before the run ends (ours)
+    c.checkpoint.max_failures = 3
 
     c.metrics = ConfigDict()
     # any of METRIC_WRITERS: where metrics are shown, beside metrics.jsonl (ours)

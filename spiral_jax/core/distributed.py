@@ -29,6 +29,8 @@ from jax._src.distributed import (
 )  # the client of the coordination service has no public name
 from jax.sharding import Mesh
 
+from spiral_jax.core.errors import UserError
+
 EXCHANGE_TIMEOUT_S = (
     1800  # the slowest host may be behind by this: compiling, or verifying hard answers
 )
@@ -42,7 +44,7 @@ _numbers = (
 T = TypeVar("T")
 
 
-class DistributedError(RuntimeError):
+class DistributedError(UserError):
     """Processes that do not find each other, or do not do the same; the message says who waited for
     what.
     """
@@ -63,7 +65,7 @@ def define_flags() -> None:
 
 
 @contextlib.contextmanager
-def joined(given: flags.FlagValues, mendable: tuple[type[Exception], ...]) -> Iterator[None]:
+def joined(given: flags.FlagValues) -> Iterator[None]:
     """All processes of a run as one, from the first call of jax until all have ended; does nothing
     for a single one.
 
@@ -72,7 +74,6 @@ def joined(given: flags.FlagValues, mendable: tuple[type[Exception], ...]) -> It
 
     Args:
       given: the flags of `define_flags`.
-      mendable: exceptions whose message says all; others print a stack trace too.
 
     Raises:
       DistributedError: see `start`.
@@ -86,7 +87,7 @@ def joined(given: flags.FlagValues, mendable: tuple[type[Exception], ...]) -> It
     try:
         yield
     except BaseException as error:
-        _end_all(error, mendable)
+        _end_all(error)
     ended.set()
     watch.join()
     jax.distributed.shutdown()
@@ -300,11 +301,11 @@ def _slurm_devices() -> list[int] | None:
     return list(range(int(gpus))) if alone and gpus.isdecimal() else None
 
 
-def _end_all(error: BaseException, mendable: tuple[type[Exception], ...]) -> None:
+def _end_all(error: BaseException) -> None:
     """Ends this process, and tells the others why, unless one of them has failed first."""
-    if not isinstance(error, mendable):
+    if not isinstance(error, UserError):
         traceback.print_exception(error)
-    said = error if isinstance(error, mendable) else f"{type(error).__name__}: {error}"
+    said = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     own = f"process {jax.process_index()} of {jax.process_count()}: {said}"
     _say(own)  # before the service is asked, which may have ended and then aborts whoever asks
     if (first := _failure()) is not None:

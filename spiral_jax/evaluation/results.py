@@ -25,13 +25,14 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from spiral_jax.core import config
+from spiral_jax.core.errors import UserError
 from spiral_jax.evaluation.measures import summarise
 from spiral_jax.tasks.problem import Problem
 
 VERSION = 1
 
 
-class ResultsError(ValueError):
+class ResultsError(UserError):
     """A results file that cannot be read or compared; the message names the file and what differs."""
 
 

@@ -19,12 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from spiral_jax.core.errors import UserError
+
 # The names that the format has for the dtypes that a checkpoint's weights may have.
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError):
     """Weights that are not what the configuration promises; the message names the file and the
     tensor.
     """

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from spiral_jax.core.errors import UserError
 from spiral_jax.core.groups import Groups, Role, Stop
 from spiral_jax.core.metrics import Mean
 from spiral_jax.objective import estimators as advantages
@@ -23,7 +24,7 @@ from spiral_jax.rollout.requests import Actor, Rollouts
 from spiral_jax.verifier.verifier import check_error_rate
 
 
-class NoSignal(RuntimeError):
+class NoSignal(UserError):
     """Too few problems with a non-zero advantage: the task is too easy, too hard, or its verifier
     is broken.
     """

@@ -24,10 +24,11 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from spiral_jax.core import faults
+from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import path_name
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written or read; the message names the directory, the step and
     what to do.
     """

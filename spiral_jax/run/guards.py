@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from spiral_jax.core import distributed
+from spiral_jax.core.errors import UserError
 from spiral_jax.core.groups import Role
 from spiral_jax.rollout.collect import Batch
 
@@ -24,7 +25,7 @@ _NOISE = 1e-5
 _WINDOW, _LEAST = 32, 8  # steps whose median is compared with, and how many there must be
 
 
-class BadSteps(RuntimeError):
+class BadSteps(UserError):
     """Too many steps in a row gave no finite loss or gradient; the message names the file with the
     last batch.
     """

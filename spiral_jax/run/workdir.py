@@ -30,6 +30,7 @@ from etils import epath
 
 from spiral_jax.core.config import compared, difference
 from spiral_jax.core.distributed import is_first
+from spiral_jax.core.errors import UserError
 
 _CONFIG = "config.json"
 _SHARED_WITHIN_S = (
@@ -38,7 +39,7 @@ _SHARED_WITHIN_S = (
 _TRACE_FILE = re.compile(r"step_(\d+)\.jsonl\.gz")
 
 
-class WorkdirError(ValueError):
+class WorkdirError(UserError):
     """A directory or a log in it that this run cannot use; the message names the path and what to
     do.
     """

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from spiral_jax.core.errors import UserError
 
-class TaskError(ValueError):
+
+class TaskError(UserError):
     """Problems that cannot be had; the message names the file and row or the field, and what to do."""
 
 

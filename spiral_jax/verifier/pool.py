@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 
 from spiral_jax.core import faults
+from spiral_jax.core.errors import UserError
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier import sandbox
 from spiral_jax.verifier.rewards import MATH, Status, Verdict, judge, load_reward
@@ -32,7 +33,7 @@ _TRIES = 2  # an item that kills its worker, or outlasts its time, gets one more
 _COMMAND = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from spiral_jax.verifier import pool; pool.serve()"
 
 
-class VerifierFailure(RuntimeError):
+class VerifierFailure(UserError):
     """Rewards cannot be trusted or had; the message says what to look at."""
 
 
