@@ -41,7 +41,7 @@ from spiral_jax.core.mesh import make_mesh
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation import comparison, results
 from spiral_jax.evaluation.wave import evaluate_wave, held_out
-from spiral_jax.reporting import evaluation_figures as scaling_plots
+from spiral_jax.reporting import evaluation_figures
 from spiral_jax.rollout.requests import Actor
 from spiral_jax.run.setup import Setup, keep_compiled_programs, set_up
 from spiral_jax.run.trace_log import render_examples
@@ -114,7 +114,7 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
     _show(
         results.results_tables(found),
         path / "results.json",
-        scaling_plots.draw({path.name: found}, path),
+        evaluation_figures.plot_evaluation({path.name: found}, path),
     )
 
 
@@ -221,7 +221,7 @@ def compare(path_a: str, path_b: str, workdir: str | None) -> None:
             f"--workdir={out}: not a directory that can be written ({error})."
         ) from error
     comparison.write(out / "comparison.json", found)
-    pictures = scaling_plots.draw(
+    pictures = evaluation_figures.plot_evaluation(
         comparison.names(path_a, a, path_b, b), out, found["efficiency"][-1]
     )
     _show(comparison.tables(found), out / "comparison.json", pictures)

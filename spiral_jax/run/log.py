@@ -122,16 +122,14 @@ class RunLog:
 
     def summarise(self, steps: int, sampled_tokens: int) -> None:
         """Draws the curves, writes and prints the table."""
-        from spiral_jax.reporting import (
-            training_figures as curves,
-        )
+        from spiral_jax.reporting import training_figures
 
         if not distributed.is_first():
             return
         done, picture = self._evaluations.read(), self.path / "curves.png"
-        curves.draw_curves(self.path / "metrics.jsonl", done, picture)
+        training_figures.plot_training(self._metrics.read(), done, picture)
         print(f"\n{steps} steps, {sampled_tokens:,} sampled tokens; curves: {picture}", flush=True)
         if done:
-            table = curves.evaluation_table(done)
+            table = training_figures.evaluation_table(done)
             (self.path / "results.md").write_text(table)
             print(table, flush=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from spiral_jax.evaluation.results import percent
-from spiral_jax.studies import figures as plots
+from spiral_jax.studies.figures import plot_study
 from spiral_jax.studies.design import Study
 
 _NONE = "–"
@@ -25,7 +25,7 @@ _COLUMNS = (  # of an arm's row: key, head
 def write(study: Study, found: Mapping[str, Any], out: pathlib.Path) -> str:
     """Writes the report, its numbers and its pictures; returns the report."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = plots.draw(found, out)
+    pictures = plot_study(found, out)
     out.with_suffix(".json").write_text(_rendered(found) + "\n")
     text = markdown(study, found, [picture.name for picture in pictures])
     out.with_suffix(".md").write_text(text)
