@@ -59,7 +59,7 @@ def main_html(run: Run, traces: Traces) -> str:
         sample_mib=SAMPLE_BYTES // 2**20,
         flags=FLAGS,
         definition=DEFINITION,
-        figures=embed([chart["figure"] for chart in [*overview, *evaluation]]),
+        figures=embed([chart.figure for chart in [*overview, *evaluation]]),
         index=index,
         sample=traces.sample,
         config=json.dumps(run.config, indent=2),
