@@ -40,6 +40,7 @@ from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import make_mesh
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation import comparison, results
+from spiral_jax.evaluation.settings import for_command
 from spiral_jax.evaluation.wave import evaluate_wave, held_out
 from spiral_jax.reporting import evaluation_figures as scaling_plots
 from spiral_jax.rollout.requests import Actor
@@ -109,7 +110,7 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
     waves = journal.read()
     records = [record for wave in waves for record in wave["records"]]
     counts = sum((Counter(wave["counts"]) for wave in waves), Counter())
-    found = results.make_results(setup.c, model, problems, records, counts)
+    found = results.make_results(for_command(c), model, problems, records, counts)
     results.write_results(path / "results.json", found)
     _show(
         results.results_tables(found),

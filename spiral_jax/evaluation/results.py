@@ -21,12 +21,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
 from rich.table import Table
 
-from spiral_jax.core import config
 from spiral_jax.core.errors import UserError
 from spiral_jax.evaluation.measures import summarise
+from spiral_jax.evaluation.settings import EvaluationSettings
 from spiral_jax.tasks.problem import Problem
 
 VERSION = 1
@@ -37,46 +36,68 @@ class ResultsError(UserError):
 
 
 def make_results(
-    c: ConfigDict,
+    settings: EvaluationSettings,
     model_fingerprint: str,
     problems: Mapping[int, Problem],
     records: Sequence[dict],
-    counts: Mapping,
+    counts: Mapping[str, int],
 ) -> dict[str, Any]:
     """The content of results.json.
 
     Args:
-      c: as one of the `config.for_evaluation*` returns it.
       problems: those evaluated, by index; `records` are in their order.
       counts: summed over all problems.
     """
-    stated = [[problem.id, problem.text, problem.answer] for problem in problems.values()]
-    settings = {name: config.to_plain(c.eval)[name] for name in _SETTINGS}
-    settings |= {"seed": c.seed, "subset_size": c.aggregation.subset_size}
-    settings |= {f"{role}_max_tokens": c[role].max_tokens for role in ("search", "aggregation")}
-    scaffold = {
-        name: value
-        for name, value in config.to_plain(c.prompt).items()
-        if name != "max_problem_tokens"
-    }
     return {
         "version": VERSION,
-        "model": {name: c.model[name] for name in ("hf_path", "adapter_path", "init_from")}
-        | ({"searcher": c.eval.searcher} if c.eval.searcher else {})
-        | {"fingerprint": model_fingerprint},
-        "problems": {
-            "task": c.task.name,
-            "reward": c.task.reward,
-            "asked": c.eval.problems,
-            "too_long": c.eval.problems - len(problems),
-            "count": len(problems),
-            "fingerprint": hashlib.sha256(json.dumps(stated).encode()).hexdigest(),
-        },
-        "scaffold": scaffold,
-        "settings": settings,
+        "model": _describe_model(settings, model_fingerprint),
+        "problems": _describe_problems(settings, problems),
+        "scaffold": dict(settings.scaffold),
+        "settings": _describe_sampling(settings),
         "counts": {stage: _stage_counts(counts, stage) for stage in STAGES},
-        "measures": summarise(records, c.seed),
+        "measures": summarise(records, settings.seed),
         "records": list(records),
+    }
+
+
+def _describe_model(settings: EvaluationSettings, fingerprint: str) -> dict[str, str]:
+    model = {name: getattr(settings, name) for name in ("hf_path", "adapter_path", "init_from")}
+    if settings.searcher:
+        model["searcher"] = settings.searcher
+    return model | {"fingerprint": fingerprint}
+
+
+def _describe_problems(
+    settings: EvaluationSettings, problems: Mapping[int, Problem]
+) -> dict[str, Any]:
+    stated = [[problem.id, problem.text, problem.answer] for problem in problems.values()]
+    return {
+        "task": settings.task,
+        "reward": settings.reward,
+        "asked": settings.problems,
+        "too_long": settings.problems - len(problems),
+        "count": len(problems),
+        "fingerprint": hashlib.sha256(json.dumps(stated).encode()).hexdigest(),
+    }
+
+
+def _describe_sampling(settings: EvaluationSettings) -> dict[str, Any]:
+    return {
+        "n": settings.n,
+        "subsets": settings.subsets,
+        "traces": settings.traces,
+        "population": settings.population,
+        "set_size": settings.set_size,
+        "rounds": settings.rounds,
+        "limits": list(settings.limits),
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "min_p": settings.min_p,
+        "seed": settings.seed,
+        "subset_size": settings.subset_size,
+        "search_max_tokens": settings.search_max_tokens,
+        "aggregation_max_tokens": settings.aggregation_max_tokens,
     }
 
 
@@ -105,9 +126,6 @@ _CLEANED = {
     "empty": "empty",
     "removed_special": "special ids",
 }
-_SETTINGS = (
-    "n", "subsets", "traces", "population", "set_size", "rounds", "limits", "temperature", "top_k", "top_p", "min_p",
-)  # fmt: skip
 
 
 def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:
