@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.config import ConfigError, eval_subset_size, uses_aggregation
 from spiral_jax.core.groups import Groups, Purpose, Stop
+from spiral_jax.evaluation.answers import number_classes
 from spiral_jax.evaluation.measures import Answers, accuracy, any_correct, set_votes
 from spiral_jax.evaluation.results import make_results
 from spiral_jax.evaluation.settings import for_training
@@ -26,7 +27,7 @@ from spiral_jax.rollout.evaluation_feed import EvaluationFeed
 from spiral_jax.rollout.requests import Actor, Rollouts, Round, fits, load_strategy, search, verify
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.rewards import Status, Verdict
-from spiral_jax.verifier.verifier import count_verdicts, number_classes
+from spiral_jax.verifier.verifier import count_verdicts
 
 
 @dataclasses.dataclass(frozen=True)
