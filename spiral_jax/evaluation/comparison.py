@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from spiral_jax.core.config import defaults, difference, to_plain
 from spiral_jax.evaluation.measures import BOOTSTRAP_DRAWS, Column, columns
-from spiral_jax.evaluation.results import ResultsError, make_table, percent, powers_of_two
+from spiral_jax.evaluation.results import ResultsError
 from spiral_jax.evaluation.statistics import bootstrap_weights, ratios_and_intervals
+from spiral_jax.evaluation.tables import powers_of_two
 
 VERSION = 1
 _BUDGETS = 4  # token budgets at which accuracies are compared, each half of the one above
@@ -250,51 +250,3 @@ def _gaps_at_equal_tokens(sides: list[list[np.ndarray]]) -> list[dict[str, Any]]
 def write(path: pathlib.Path, found: dict[str, Any]) -> None:
     """Writes comparison.json."""
     path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-
-
-def names(path_a: str, a: dict, path_b: str, b: dict) -> dict[str, dict]:
-    """Results by the name of their directory, which is what pictures call them; A first."""
-    called = [pathlib.Path(path).absolute().parent.name for path in (path_a, path_b)]
-    if called[0] == called[1]:
-        called = [f"{side}: {name}" for side, name in zip("AB", called, strict=True)]
-    return dict(zip(called, (a, b), strict=True))
-
-
-def tables(found: dict[str, Any]) -> list[Table]:
-    """The comparison for a `rich` console."""
-    title = f"A {found['a']['model']['hf_path']}, B {found['b']['model']['hf_path']}: samples for equal coverage"
-    efficiency = make_table(title, "coverage", "samples of A", "samples of B", "A / B [95 %]")
-    for row in found["efficiency"]:
-        bound = f"{row['bound']} " if row["bound"] else ""
-        at = f"{100 * row['coverage']:.1f} %" + (
-            " (highest of both)" if row["at"] == "both" else ""
-        )
-        ratio = f"{bound}{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-        efficiency.add_row(at, f"{row['samples_a']:.1f}", f"{row['samples_b']:.1f}", ratio)
-    gaps = make_table(
-        "gaps, B - A (paired over problems)", "measure", "A (%)", "B (%)", "points [95 %]"
-    )
-    for row in found["gaps"]:
-        gaps.add_row(row["measure"], _share(row["a"]), _share(row["b"]), percent(row["gap"], "+"))
-    equal = make_table(
-        "gaps at equal sampled tokens a problem",
-        "method",
-        "tokens",
-        "A (%)",
-        "B (%)",
-        "points [95 %]",
-    )
-    for row in found["equal_tokens"]:
-        cells = (
-            f"{row['tokens']:,.0f}",
-            _share(row["a"]),
-            _share(row["b"]),
-            percent(row["gap"], "+"),
-        )
-        equal.add_row(row["method"], *cells)
-    equal.caption = "; ".join(f"left out: {reason}" for reason in found["left_out"]) or None
-    return [efficiency, gaps, equal]
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"

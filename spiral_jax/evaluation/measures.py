@@ -1,7 +1,7 @@
 """Records of evaluated problems -> measures with intervals over problems. NumPy, float64.
 
 A record is what became of one problem, in JSON types; answers are numbered by
-`verifier.number_classes`: 0 = correct, 1, 2, ... = wrong, None = unparsed, -1 = an error of ours,
+`answers.number_classes`: 0 = correct, 1, 2, ... = wrong, None = unparsed, -1 = an error of ours,
 which is left out of every share.
 
     index, id       of the held-out problem
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from spiral_jax.evaluation.answers import CORRECT, ERROR
 from spiral_jax.evaluation.statistics import (
     answer_entropy,
     bootstrap_weights,
@@ -36,7 +37,6 @@ from spiral_jax.evaluation.statistics import (
     pass_at_k,
     ratios_and_intervals,
 )
-from spiral_jax.verifier.verifier import CORRECT, ERROR
 
 BOOTSTRAP_DRAWS = 2000
 Answers = Sequence[int | None]

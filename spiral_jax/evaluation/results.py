@@ -21,13 +21,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
-from rich.table import Table
 
-from spiral_jax.core import config
 from spiral_jax.core.errors import UserError
 from spiral_jax.evaluation.measures import summarise
+from spiral_jax.evaluation.settings import EvaluationSettings
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.rewards import Status
 
 VERSION = 1
 
@@ -37,46 +36,68 @@ class ResultsError(UserError):
 
 
 def make_results(
-    c: ConfigDict,
+    settings: EvaluationSettings,
     model_fingerprint: str,
     problems: Mapping[int, Problem],
     records: Sequence[dict],
-    counts: Mapping,
+    counts: Mapping[str, int],
 ) -> dict[str, Any]:
     """The content of results.json.
 
     Args:
-      c: as one of the `config.for_evaluation*` returns it.
       problems: those evaluated, by index; `records` are in their order.
       counts: summed over all problems.
     """
-    stated = [[problem.id, problem.text, problem.answer] for problem in problems.values()]
-    settings = {name: config.to_plain(c.eval)[name] for name in _SETTINGS}
-    settings |= {"seed": c.seed, "subset_size": c.aggregation.subset_size}
-    settings |= {f"{role}_max_tokens": c[role].max_tokens for role in ("search", "aggregation")}
-    scaffold = {
-        name: value
-        for name, value in config.to_plain(c.prompt).items()
-        if name != "max_problem_tokens"
-    }
     return {
         "version": VERSION,
-        "model": {name: c.model[name] for name in ("hf_path", "adapter_path", "init_from")}
-        | ({"searcher": c.eval.searcher} if c.eval.searcher else {})
-        | {"fingerprint": model_fingerprint},
-        "problems": {
-            "task": c.task.name,
-            "reward": c.task.reward,
-            "asked": c.eval.problems,
-            "too_long": c.eval.problems - len(problems),
-            "count": len(problems),
-            "fingerprint": hashlib.sha256(json.dumps(stated).encode()).hexdigest(),
-        },
-        "scaffold": scaffold,
-        "settings": settings,
+        "model": _describe_model(settings, model_fingerprint),
+        "problems": _describe_problems(settings, problems),
+        "scaffold": dict(settings.scaffold),
+        "settings": _describe_sampling(settings),
         "counts": {stage: _stage_counts(counts, stage) for stage in STAGES},
-        "measures": summarise(records, c.seed),
+        "measures": summarise(records, settings.seed),
         "records": list(records),
+    }
+
+
+def _describe_model(settings: EvaluationSettings, fingerprint: str) -> dict[str, str]:
+    model = {name: getattr(settings, name) for name in ("hf_path", "adapter_path", "init_from")}
+    if settings.searcher:
+        model["searcher"] = settings.searcher
+    return model | {"fingerprint": fingerprint}
+
+
+def _describe_problems(
+    settings: EvaluationSettings, problems: Mapping[int, Problem]
+) -> dict[str, Any]:
+    stated = [[problem.id, problem.text, problem.answer] for problem in problems.values()]
+    return {
+        "task": settings.task,
+        "reward": settings.reward,
+        "asked": settings.problems,
+        "too_long": settings.problems - len(problems),
+        "count": len(problems),
+        "fingerprint": hashlib.sha256(json.dumps(stated).encode()).hexdigest(),
+    }
+
+
+def _describe_sampling(settings: EvaluationSettings) -> dict[str, Any]:
+    return {
+        "n": settings.n,
+        "subsets": settings.subsets,
+        "traces": settings.traces,
+        "population": settings.population,
+        "set_size": settings.set_size,
+        "rounds": settings.rounds,
+        "limits": list(settings.limits),
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "min_p": settings.min_p,
+        "seed": settings.seed,
+        "subset_size": settings.subset_size,
+        "search_max_tokens": settings.search_max_tokens,
+        "aggregation_max_tokens": settings.aggregation_max_tokens,
     }
 
 
@@ -92,22 +113,8 @@ def _stage_counts(counts: Mapping[str, int], stage: str) -> dict[str, int]:
 
 
 STAGES = ("search", "aggregation", "rsa")
-_VERDICTS = {
-    "correct": "right",
-    "wrong": "wrong",
-    "unparsed": "unparsed",
-    "timeout": "timeout",
-    "error": "error",
-}
-_CLEANED = {
-    "candidates": "read",
-    "dropped": "dropped",
-    "empty": "empty",
-    "removed_special": "special ids",
-}
-_SETTINGS = (
-    "n", "subsets", "traces", "population", "set_size", "rounds", "limits", "temperature", "top_k", "top_p", "min_p",
-)  # fmt: skip
+_VERDICTS = tuple(status.value for status in Status)
+_CLEANED = ("candidates", "dropped", "empty", "removed_special")  # none of search traces
 
 
 def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:
@@ -159,123 +166,3 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
             f"{path}: layout version {version}; this program reads {VERSION}. Evaluate again."
         )
     return results
-
-
-def results_tables(results: dict[str, Any]) -> list[Table]:
-    """What a reader wants first, in percent with 95 % intervals, as tables for a `rich` console."""
-    measures, settings, problems = results["measures"], results["settings"], results["problems"]
-    n, S, M = settings["n"], settings["subset_size"], settings["traces"]
-    title = f"{results['model']['hf_path']}: {problems['count']} problems of {problems['task']}"
-    if problems["too_long"]:
-        title += f", {problems['too_long']} too long and left out"
-    main = make_table(title, "measure", "% [95 %]", "tokens", "critical path")
-    main.caption = "tokens sampled for a problem; intervals: bootstrap over problems"
-    main.caption_justify = "left"
-    for k in powers_of_two(n):
-        row = measures["pass_at_k"][k - 1]
-        main.add_row("single trace (pass@1)" if k == 1 else f"pass@{k}", percent(row), *_costs(row))
-    for k in [k for k in powers_of_two(n) if k > 2]:
-        row = measures["majority_at_k"][k - 1]
-        main.add_row(f"maj@{k}", percent(row), *_costs(row))
-    row = measures["aggregated"]
-    main.add_row(f"aggregated pass@1 (n={n}, S={S}, M={M})", percent(row), *_costs(row))
-    main.add_row(
-        f"  vote of the same sets (maj@{S})", percent(measures["aggregated_majority"]), "", ""
-    )
-    for name, label in _RATES.items():
-        main.add_row(label, percent(measures[name]), "", "")
-    for name, estimate in measures.get("strategies", {}).items():
-        main.add_row(_STRATEGIES[name], percent(estimate), "", "")
-    for role, label in (
-        ("search", "search traces cut off"),
-        ("aggregation", "aggregation traces cut off"),
-    ):
-        main.add_row(label, percent(measures["cut_off"][role]), "", "")
-
-    size = settings["population"]
-    heads = (f"pass@{size}", f"maj@{size}", "entropy", "cut off", "tokens", "critical path")
-    title = f"recursive self-aggregation (population {size}, set {settings['set_size']})"
-    rsa = make_table(title, "round", "mean % [95 %]", *heads)
-    for row in measures["rsa"]:
-        shares = [number(row[name], 1, scale=100) for name in ("pass_at_n", "majority")]
-        cells = (*shares, number(row["entropy"], 2), number(row["cut_off"], 1, scale=100))
-        rsa.add_row(str(row["round"]), percent(row["single"]), *cells, *_costs(row))
-    tables = [main, rsa]
-    if measures["limits"]:
-        heads = (f"pass@{n}", f"maj@{n}", "cut off", "tokens")
-        limits = make_table(
-            "the same search traces, cut off at a limit", "limit", "single trace % [95 %]", *heads
-        )
-        for row in measures["limits"]:
-            shares = [
-                number(row[name], 1, scale=100) for name in ("pass_at_n", "majority", "cut_off")
-            ]
-            limits.add_row(
-                str(row["limit"]), percent(row["single"]), *shares, f"{row['tokens']:,.0f}"
-            )
-        tables.append(limits)
-    return [*tables, _counts_table(results["counts"])]
-
-
-def _counts_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
-    """What became of all traces, and what cleaning removed from them where they were candidates."""
-    title = "all traces, and how often they were read as candidates"
-    table = make_table(title, "stage", *_VERDICTS.values(), *_CLEANED.values())
-    for stage in STAGES:
-        table.add_row(
-            stage, *(f"{counts[stage].get(name, 0):,}" for name in (*_VERDICTS, *_CLEANED))
-        )
-    return table
-
-
-_RATES = {
-    "rescue_vote_wrong": "  rescue: right when the vote is not",
-    "spoil_vote_right": "  spoil: wrong when the vote is right",
-    "rescue_none_right": "  rescue: right, no candidate is",
-    "spoil_some_right": "  spoil: wrong, a candidate is right",
-}
-
-
-_STRATEGIES = {
-    "commonest": "search traces of the commonest strategy",
-    "mixed": "sets of two strategies or more",
-    "right_if_mixed": "  right aggregation of those",
-    "right_if_alike": "  right aggregation of the others",
-}
-
-
-def make_table(title: str, *heads: str) -> Table:
-    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", header_style="dim", box=None,
-                  padding=(0, 1, 0, 0), pad_edge=False)  # fmt: skip
-    for place, head in enumerate(heads):
-        table.add_column(head, justify="left" if place == 0 else "right", no_wrap=place > 0)
-    return table
-
-
-def percent(estimate: Mapping[str, Any], sign: str = "") -> str:
-    """An estimate (fields of `Estimate`) as percent with its interval, a dash where it is not
-    defined.
-
-    `sign` is "+" for differences, which then always have one.
-    """
-    if estimate["mean"] is None:
-        return "–"
-    mean, low, high = (
-        None if estimate[name] is None else f"{100 * estimate[name]:{sign}z.1f}"
-        for name in ("mean", "low", "high")
-    )
-    return mean if low is None else f"{mean} [{low}, {high}]"
-
-
-def number(estimate: Mapping[str, Any], decimals: int, scale: float = 1) -> str:
-    """An estimate's mean, a dash where it is not defined."""
-    return "–" if estimate["mean"] is None else f"{scale * estimate['mean']:.{decimals}f}"
-
-
-def _costs(row: Mapping[str, float]) -> tuple[str, str]:
-    return f"{row['tokens']:,.0f}", f"{row['critical_path']:,.0f}"
-
-
-def powers_of_two(n: int) -> list[int]:
-    """1, 2, 4, ... and n."""
-    return sorted({1 << i for i in range(n.bit_length())} | {n})

@@ -12,11 +12,9 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from spiral_jax.core.config import MOST_EVAL_TRACES
-
-_BOOTSTRAP_STREAM = (
-    0x626F6F74  # keeps these draws apart from others that are made from the same seed
-)
+MOST_TRACES = 1000  # of a problem: with more, binomials leave float64
+# keeps these draws apart from others that are made from the same seed
+_BOOTSTRAP_STREAM = 0x626F6F74
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,13 +120,13 @@ def majority_at_k(correct: int, wrong: Sequence[int], unparsed: int) -> np.ndarr
       about n * 1e-16.
 
     Raises:
-      ValueError: n is 0 or above `MOST_EVAL_TRACES`, or a count is out of range.
+      ValueError: n is 0 or above `MOST_TRACES`, or a count is out of range.
     """
     n = correct + sum(wrong) + unparsed
-    if not 1 <= n <= MOST_EVAL_TRACES or min(correct, unparsed, 0) < 0 or min(wrong, default=1) < 1:
+    if not 1 <= n <= MOST_TRACES or min(correct, unparsed, 0) < 0 or min(wrong, default=1) < 1:
         raise ValueError(
             f"correct = {correct}, wrong = {list(wrong)}, unparsed = {unparsed}: counts must be >= 0 (classes >= 1) "
-            f"and add up to between 1 and {MOST_EVAL_TRACES}."
+            f"and add up to between 1 and {MOST_TRACES}."
         )
     won = np.zeros(n + 1)  # number of k-subsets that are won, by k
     for j in range(1, correct + 1):
@@ -156,12 +154,12 @@ def longest_of_k(lengths: Sequence[float] | np.ndarray) -> np.ndarray:
     run side by side.
 
     Raises:
-      ValueError: not one-dimensional, or not between 1 and `MOST_EVAL_TRACES` of them.
+      ValueError: not one-dimensional, or not between 1 and `MOST_TRACES` of them.
     """
     ordered = np.sort(np.asarray(lengths, np.float64))
-    if ordered.ndim != 1 or not 1 <= len(ordered) <= MOST_EVAL_TRACES:
+    if ordered.ndim != 1 or not 1 <= len(ordered) <= MOST_TRACES:
         raise ValueError(
-            f"lengths has shape {np.shape(lengths)}: must be [n] with n from 1 to {MOST_EVAL_TRACES}."
+            f"lengths has shape {np.shape(lengths)}: must be [n] with n from 1 to {MOST_TRACES}."
         )
     return _longest_weights(len(ordered)) @ ordered
 

@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax.core.config import ConfigError, digest, eval_subset_size, uses_aggregation
+from spiral_jax.core.config import ConfigError, eval_subset_size, uses_aggregation
 from spiral_jax.core.groups import Groups, Purpose, Stop
+from spiral_jax.evaluation.answers import number_classes
 from spiral_jax.evaluation.measures import Answers, accuracy, any_correct, set_votes
 from spiral_jax.evaluation.results import make_results
+from spiral_jax.evaluation.settings import for_training
 from spiral_jax.evaluation.statistics import mean_and_interval
 from spiral_jax.rollout.evaluation_feed import EvaluationFeed
 from spiral_jax.rollout.requests import Actor, Rollouts, Round, fits, load_strategy, search, verify
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.rewards import Status, Verdict
-from spiral_jax.verifier.verifier import count_verdicts, number_classes
+from spiral_jax.verifier.verifier import count_verdicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,9 @@ def evaluate(actor: Actor, weights: Any, step: int) -> tuple[dict[str, Any], dic
             c, step, [{"search": row} for row in found.rows()], found.counts("search")
         ), None
     records, counts, _ = evaluate_wave(actor, weights, problems, index_B, step)
-    results = make_results(c, f"step {step} of {digest(c)}", asked, records, counts)
+    settings = for_training(c)
+    name = f"step {step} of {settings.config_digest}"
+    results = make_results(settings, name, asked, records, counts)
     return summary(c, step, records, counts), results
 
 

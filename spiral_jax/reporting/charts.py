@@ -13,7 +13,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from spiral_jax.evaluation.results import powers_of_two
+from spiral_jax.evaluation.tables import powers_of_two
 from spiral_jax.reporting.series import running_mean, series, smoothing_window
 from spiral_jax.reporting.style import (
     AGGREGATION,

@@ -9,8 +9,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from spiral_jax.evaluation.answers import CORRECT, ERROR
 from spiral_jax.evaluation.measures import populations
-from spiral_jax.evaluation.results import percent, powers_of_two
+from spiral_jax.evaluation.tables import DASH, percent, powers_of_two
 from spiral_jax.reporting.charts import Chart, estimate_points, make_chart
 from spiral_jax.reporting.style import (
     BLUE,
@@ -22,9 +23,7 @@ from spiral_jax.reporting.style import (
     VERMILION,
     YELLOW,
 )
-from spiral_jax.verifier.verifier import CORRECT, ERROR
 
-_MISSING = "–"
 _BANDS = {
     "right": GREEN,
     "most frequent wrong answer": VERMILION,
@@ -245,7 +244,7 @@ def measure_table(results: Mapping[str, dict]) -> list[tuple[str, list[str]]]:
     """(measure, percent with 95 % interval in each of `results`); a dash where one has none."""
     columns = [_measures(found) for found in results.values()]
     names = dict.fromkeys(name for column in columns for name in column)
-    return [(name, [column.get(name, _MISSING) for column in columns]) for name in names]
+    return [(name, [column.get(name, DASH) for column in columns]) for name in names]
 
 
 def _measures(found: dict) -> dict[str, str]:
@@ -276,7 +275,7 @@ def training_table(evaluations: Sequence[dict]) -> tuple[list[str], list[tuple[s
     }
     rows = []
     for name, label in labels.items():
-        cells = [percent(row[name]) if name in row else _MISSING for row in ends]
-        if set(cells) != {_MISSING}:
+        cells = [percent(row[name]) if name in row else DASH for row in ends]
+        if set(cells) != {DASH}:
             rows.append((label, cells))
     return [f"step {row['step']}" for row in ends], rows

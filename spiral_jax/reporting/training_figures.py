@@ -1,11 +1,10 @@
-"""A training run at a glance: its metrics and evaluations -> one PNG, one Markdown table."""
+"""A training run at a glance: its metrics and evaluations -> one PNG."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -13,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
+from spiral_jax.evaluation.tables import defined_estimate
 from spiral_jax.reporting.axes import new_figure, save, tidy
 from spiral_jax.reporting.series import has_values, running_mean, series, smoothing_window
 from spiral_jax.reporting.style import AGGREGATION, GREY, SEARCH, VOTE
@@ -67,15 +67,6 @@ _HELD_OUT = {
     "majority": ("held-out, majority vote", VOTE, "^"),
     "aggregated": ("held-out, aggregated", AGGREGATION, "o"),
 }
-ROWS = {  # evaluation key: label in the table
-    "aggregated": "aggregated",
-    "majority": "majority vote",
-    "single": "single trace",
-    "pass_at_n": "pass@N",
-    "parse_rate_search": "parse rate, search",
-    "parse_rate_aggregation": "parse rate, aggregation",
-}
-MISSING = "–"
 
 
 def plot_training(
@@ -104,7 +95,7 @@ def plot_training(
     ]
     rewards = ("reward/aggregated", "reward/search")
     has_reward = any(has_values(metrics, key) for key in rewards) or any(
-        _is_defined(row.get(name)) for row in evaluations for name in _HELD_OUT
+        defined_estimate(row, name) for row in evaluations for name in _HELD_OUT
     )
     if not panels and not has_reward:
         raise ValueError(f"{png_path}: no metric and no evaluation has anything to plot.")
@@ -125,78 +116,6 @@ def plot_training(
     save(figure, png_path)
 
 
-def evaluation_table(evaluations: list[dict]) -> str:
-    """A Markdown table of the first and the last evaluation, in percent, and the change between
-    them in points.
-
-    Args:
-      evaluations: each with `step`; estimates (dicts with mean, low, high, count) and rates
-        (floats) as listed in `ROWS`, any of them absent or None. With one step only, there is no
-        last column and no change.
-
-    Returns:
-      The table, then a line that says what the intervals are and how many problems they are over.
-
-    Raises:
-      ValueError: there are no evaluations.
-    """
-    if not evaluations:
-        raise ValueError("evaluations = []: a table needs at least one evaluation.")
-    ordered = sorted(evaluations, key=lambda evaluation: evaluation["step"])
-    shown = (
-        [ordered[0], ordered[-1]] if ordered[0]["step"] != ordered[-1]["step"] else [ordered[-1]]
-    )
-    heads = ["measure (%)"] + [f"step {evaluation['step']}" for evaluation in shown]
-    heads += ["change (points)"] if len(shown) == 2 else []
-    rows = []
-    for name, label in ROWS.items():
-        means = [_mean(evaluation, name) for evaluation in shown]
-        if all(mean is None for mean in means):
-            continue
-        row = [label] + [_cell(evaluation, name) for evaluation in shown]
-        if len(shown) == 2:
-            row.append(MISSING if None in means else f"{100 * (means[1] - means[0]):+z.1f}")
-        rows.append(row)
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    counts = {
-        _estimate(evaluation, name)["count"]
-        for evaluation in shown
-        for name in ROWS
-        if _estimate(evaluation, name)
-    }
-    if counts:
-        span = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-        text += f"\n\nMean [95 % interval over problems]; {span} held-out problems."
-    return text + "\n"
-
-
-def _is_number(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _estimate(evaluation: dict, name: str) -> dict | None:
-    """An evaluation's estimate, None if it is absent, undefined or a plain rate."""
-    estimate = evaluation.get(name)
-    return estimate if isinstance(estimate, dict) and _is_number(estimate["mean"]) else None
-
-
-def _mean(evaluation: dict, name: str) -> float | None:
-    value = evaluation.get(name)
-    value = value["mean"] if isinstance(value, dict) else value
-    return value if _is_number(value) else None
-
-
-def _cell(evaluation: dict, name: str) -> str:
-    mean, estimate = _mean(evaluation, name), _estimate(evaluation, name)
-    if mean is None:
-        return MISSING
-    text = f"{100 * mean:z.1f}"
-    if estimate and _is_number(estimate["low"]) and _is_number(estimate["high"]):
-        text += f" [{100 * estimate['low']:z.1f}, {100 * estimate['high']:z.1f}]"
-    return text
-
-
 def _grid(figure: Figure | SubFigure, panels: int) -> list[Axes]:
     """Axes for `panels` panels, at most two rows, filled row by row."""
     columns = math.ceil(panels / 2)
@@ -214,7 +133,7 @@ def _plot_reward(axes: Axes, metrics: Sequence[dict], evaluations: Sequence[dict
         _plot_smoothed(axes, metrics, "reward/search", SEARCH, "training, search")
     span = max(row["step"] for row in [*metrics, *evaluations])
     for place, (name, (label, color, marker)) in enumerate(_HELD_OUT.items()):
-        held = [row for row in evaluations if _is_defined(row.get(name))]
+        held = [row for row in evaluations if defined_estimate(row, name)]
         if not held:
             continue
         # side by side, so that bars at the same step do not hide each other
@@ -238,11 +157,6 @@ def _plot_reward(axes: Axes, metrics: Sequence[dict], evaluations: Sequence[dict
     axes.set_title(title, fontsize="medium")
     axes.set_ylabel("reward")
     axes.legend(loc="best", fontsize="small")
-
-
-def _is_defined(value: Any) -> bool:
-    """Whether an entry of an evaluation is an estimate with a mean."""
-    return isinstance(value, dict) and has_values([value], "mean")
 
 
 def _plot_panel(axes: Axes, panel: Panel, metrics: Sequence[dict]) -> None:

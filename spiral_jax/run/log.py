@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from spiral_jax import STARTED
 from spiral_jax.core import config, distributed
 from spiral_jax.evaluation.results import write_results
+from spiral_jax.evaluation.tables import evaluation_table
 from spiral_jax.run import environment
 from spiral_jax.run.metric_writers import MetricWriters
 from spiral_jax.run.workdir import StepLog, TraceLog
@@ -130,6 +131,6 @@ class RunLog:
         training_figures.plot_training(self._metrics.read(), done, picture)
         print(f"\n{steps} steps, {sampled_tokens:,} sampled tokens; curves: {picture}", flush=True)
         if done:
-            table = training_figures.evaluation_table(done)
+            table = evaluation_table(done)
             (self.path / "results.md").write_text(table)
             print(table, flush=True)
