@@ -1,4 +1,4 @@
-"""One evaluation, and the one that it is compared with -> plotly figures, and tables of measures."""
+"""One evaluation, and the one that it is compared with -> plotly figures, tables of measures."""
 
 from __future__ import annotations
 
