@@ -60,10 +60,8 @@ def run_row(study: Study, directory: StudyDirectory, arm: str, seed: int) -> dic
     if arm != BASE:
         _check_run(study, directory, arm, seed)
     error = directory.error(arm, seed)
-    if error:
-        state = "failed"
-    else:
-        state = "done" if directory.evaluations(arm, seed) else "not finished"
+    finished = "done" if directory.evaluations(arm, seed) else "not finished"
+    state = "failed" if error else finished
     run = {"arm": arm, "seed": seed, "state": state, "error": error}
     steps = directory.metrics(arm, seed)
     if not steps:

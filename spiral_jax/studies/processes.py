@@ -1,4 +1,4 @@
-"""The commands of a study, one or several at once, and the end of all of them when it is stopped."""
+"""The commands of a study, one or several at once, and how all of them are stopped."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Processes:
 
     def __init__(self, at_once: int):
         self._pinned = hasattr(os, "sched_getaffinity")
-        self._cores = (
-            sorted(os.sched_getaffinity(0)) if self._pinned else list(range(os.cpu_count() or 1))
-        )
+        self._cores = list(range(os.cpu_count() or 1))
+        if self._pinned:
+            self._cores = sorted(os.sched_getaffinity(0))
         if not 1 <= at_once <= len(self._cores):
             most = len(self._cores)
             raise ConfigError(
