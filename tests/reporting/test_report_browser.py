@@ -290,16 +290,15 @@ def test_it_fits_from_a_phone_to_a_wide_screen_and_follows_dark_and_light(run, o
     for scheme in ("light", "dark", "light"):
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(300)
-        paper, ink = (
-            int(
-                re.search(
-                    r"rgb\((\d+)",
-                    page.evaluate(f"getComputedStyle(document.querySelector('{of}')).{what}"),
-                )[1]
-            )
-            for of, what in (("body", "backgroundColor"), (".chart .xtitle", "fill"))
-        )
+        paper = red_of(page, "body", "backgroundColor")
+        ink = red_of(page, ".chart .xtitle", "fill")
         assert (paper > 200, ink > 200) == (scheme == "light", scheme == "dark")
+
+
+def red_of(page, element, style):
+    """The red part, 0 to 255, of a colour that an element has."""
+    color = page.evaluate(f"getComputedStyle(document.querySelector('{element}')).{style}")
+    return int(re.search(r"rgb\((\d+)", color)[1])
 
 
 def test_a_keyboard_alone_reaches_a_trace(run, expected, main):
