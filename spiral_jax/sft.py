@@ -32,7 +32,7 @@ from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.transformer import ModelConfig, in_its_dtype, init_variables
 from spiral_jax.prompts import prompts
-from spiral_jax.tasks import end_digit, two_halves
+from spiral_jax.tasks.load import load_demonstrations
 from spiral_jax.tasks.problem import Task
 from spiral_jax.tasks.tiny_tokenizer import train_tokenizer
 

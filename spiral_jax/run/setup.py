@@ -100,7 +100,7 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
     with deadline(
         "the problems that config.task names to be read (config.train.wait_s)", c.train.wait_s
     ):
-        task = load_task(c)
+        task = load_task(c.task, c.seed, c.prompt.system)
     if c.eval.problems > task.held_out_size:
         raise ConfigError(
             f"config.eval.problems = {c.eval.problems}: the task has {task.held_out_size} held-out problems."
