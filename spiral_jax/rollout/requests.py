@@ -29,7 +29,7 @@ from spiral_jax.core.groups import (
 from spiral_jax.core.progress import Progress
 from spiral_jax.objective.estimators import Rewards
 from spiral_jax.prompts import prompts
-from spiral_jax.prompts.prompts import Scaffold
+from spiral_jax.prompts.scaffold import Scaffold
 from spiral_jax.sampling.protocol import Sampler, sample
 from spiral_jax.tasks.problem import Problem, Task
 from spiral_jax.verifier.rewards import Verdict, load_function
@@ -240,8 +240,9 @@ def aggregation_requests(
             shown = [
                 (candidates.trace_ids(b, n), Stop(candidates.stop_UxC[b, n])) for n in member_S
             ]
+            id_6 = [purpose, step, cursor, round, Role.AGGREGATION, k]
             order = prompts.listed_order(
-                actor.c, Purpose(purpose), step, cursor, round, k, len(shown)
+                actor.c.aggregation.order, actor.c.seed, id_6, len(shown)
             )
             prompt = prompts.aggregation_prompt(actor.scaffold, problem.text, shown, order)
             cleaned.update(
@@ -251,7 +252,7 @@ def aggregation_requests(
                 candidates=len(shown),
             )
             rows.append(prompt.ids)
-            ids.append([purpose, step, cursor, round, Role.AGGREGATION, k])
+            ids.append(id_6)
     prompt_UxP, prompt_len_U = pad_rows(rows)
     max_tokens = actor.c.aggregation.max_tokens
     return GroupRequests(

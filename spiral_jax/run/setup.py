@@ -22,8 +22,9 @@ from spiral_jax.learner.step import abstract_state, keeps_base, make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture, read_architecture
 from spiral_jax.model.transformer import ModelConfig
-from spiral_jax.prompts import prompts
-from spiral_jax.prompts.prompts import Scaffold
+from spiral_jax.prompts import tokenizer as tokenizers
+from spiral_jax.prompts.scaffold import Scaffold, make_scaffold, max_aggregation_prompt
+from spiral_jax.prompts.settings import PromptSettings
 from spiral_jax.rollout.requests import load_strategy
 from spiral_jax.run import start as initial
 from spiral_jax.run.metric_writers import check_installed
@@ -117,13 +118,13 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
         model = dataclasses.replace(
             model, lora_rank=0
         )  # the checkpoint as it is; a frozen base keeps its dtype
-    tokenizer = prompts.load_tokenizer(path)
+    tokenizer = tokenizers.load_tokenizer(path)
     if len(tokenizer) > model.arch.V:
         raise ConfigError(
             f"{path}: the tokenizer has {len(tokenizer)} ids, its vocab_size is {model.arch.V}."
         )
-    stop_ids = prompts.stop_ids(tokenizer, path, c.prompt.stop)
-    scaffold = prompts.make_scaffold(tokenizer, c.prompt, stop_ids)
+    stop_ids = tokenizers.stop_ids(tokenizer, path, c.prompt.stop)
+    scaffold = make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stop_ids)
     _check_prompt_lengths(c, scaffold, training)
     check_mesh(model.arch, mesh)
     if training:
@@ -193,10 +194,10 @@ def _check_prompt_lengths(c: ConfigDict, scaffold: Scaffold, training: bool) -> 
     if training:
         longest.append((Role.SEARCH, "batch.search_lengths", c.prompt.max_problem_tokens))
     if not training or uses_aggregation(c):
-        length = prompts.max_aggregation_prompt(scaffold, _largest_sets(c, training))
+        length = _longest_prompt(scaffold, _largest_sets(c, training))
         longest.append((Role.AGGREGATION, slots, length))
     if training and uses_aggregation(c):
-        length = prompts.max_aggregation_prompt(
+        length = _longest_prompt(
             scaffold, _longest_candidates(c) if c.aggregation.rounds > 1 else c
         )
         longest.append((Role.AGGREGATION, "batch.aggregation_lengths", length))
@@ -214,6 +215,15 @@ def _check_prompt_lengths(c: ConfigDict, scaffold: Scaffold, training: bool) -> 
                 f"{role.label} prompts may have up to {length}. Widen it, or lower prompt.max_problem_tokens or "
                 "prompt.keep_tail_tokens."
             )
+
+
+def _longest_prompt(scaffold: Scaffold, c: ConfigDict) -> int:
+    return max_aggregation_prompt(
+        scaffold,
+        size=c.aggregation.subset_size,
+        candidate_tokens=c.search.max_tokens,
+        problem_tokens=c.prompt.max_problem_tokens,
+    )
 
 
 def _largest_sets(c: ConfigDict, training: bool) -> ConfigDict:

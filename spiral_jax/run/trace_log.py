@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax.core.groups import Groups, Purpose, Role, Stop
+from spiral_jax.core.groups import Groups, Role, Stop
 from spiral_jax.prompts.prompts import listed_order
 from spiral_jax.rollout.collect import Batch
 from spiral_jax.rollout.requests import Rollouts
@@ -74,8 +74,7 @@ def _listed(c: ConfigDict, stop_N: np.ndarray, member_S: np.ndarray, id_6: np.nd
     """The traces of a set in the order of its prompt, without those that it left out; `stop_N` is
     why each ended.
     """
-    purpose, step, cursor, round, _, k = (int(x) for x in id_6)
-    order = listed_order(c, Purpose(purpose), step, cursor, round, k, len(member_S))
+    order = listed_order(c.aggregation.order, c.seed, id_6, len(member_S))
     drops = c.prompt.truncated == "drop"
     return [int(n) for n in member_S[order] if not (drops and stop_N[n] == Stop.LENGTH)]
 

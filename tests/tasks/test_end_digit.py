@@ -11,11 +11,12 @@ import pytest
 from configs import end_digit as config
 from configs import end_digit_sft
 from spiral_jax import sft
-from spiral_jax.prompts.prompts import make_scaffold, max_aggregation_prompt, search_prompt
+from spiral_jax.prompts.prompts import search_prompt
+from spiral_jax.prompts.scaffold import make_scaffold, max_aggregation_prompt
+from spiral_jax.prompts.settings import PromptSettings
 from spiral_jax.tasks import end_digit
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.tasks.tiny_tokenizer import train_tokenizer
-
 
 TRY = re.compile(
     r"(\d)\*(\d)\+(\d)=(\d+)\+(\d)=(\d+), (\d) for (\d): (yes|no), \\boxed\{(\d)\*(\d)\+(\d)\}"
@@ -165,9 +166,10 @@ def test_search_leans_and_the_reader_copies_the_first_candidate_that_hits_or_tri
 
 def test_a_trace_has_room_for_one_try_and_a_prompt_for_four_of_the_longest(tmp_path):
     c, made = config.get_config(), end_digit_sft.get_config()
-    texts = sft.tokenizer_texts(made.task, end_digit.practice(made.task_seed), made.seed)
+    texts = sft.tokenizer_texts(end_digit, made.task_seed, made.seed)
     tokenizer = train_tokenizer(texts, made.model.vocab_size, tmp_path)
-    scaffold = make_scaffold(tokenizer, c.prompt, (tokenizer.eos_token_id,))
+    settings = PromptSettings.from_config(c.prompt)
+    scaffold = make_scaffold(tokenizer, settings, (tokenizer.eos_token_id,))
     tokens = set()
     for cursor in range(200):
         problem = end_digit.task(0).train(cursor)
@@ -177,7 +179,13 @@ def test_a_trace_has_room_for_one_try_and_a_prompt_for_four_of_the_longest(tmp_p
     assert (
         max(tokens) <= c.search.max_tokens < 2 * min(tokens) - 10
     )  # the box and the end of a try are 10
-    assert max_aggregation_prompt(scaffold, c) <= c.batch.aggregation_lengths[-1][0]
+    longest = max_aggregation_prompt(
+        scaffold,
+        size=c.aggregation.subset_size,
+        candidate_tokens=c.search.max_tokens,
+        problem_tokens=c.prompt.max_problem_tokens,
+    )
+    assert longest <= c.batch.aggregation_lengths[-1][0]
 
 
 def test_a_model_of_a_task_without_demonstrations_is_refused(monkeypatch, tmp_path):
@@ -185,5 +193,5 @@ def test_a_model_of_a_task_without_demonstrations_is_refused(monkeypatch, tmp_pa
     with c.unlocked():
         c.task = "jsonl"
     monkeypatch.setattr(sft.flags, "FLAGS", SimpleNamespace(config=c, out=str(tmp_path)))
-    with pytest.raises(SystemExit, match="config.task='jsonl': only two_halves and end_digit"):
+    with pytest.raises(SystemExit, match="config.task = 'jsonl'.*two_halves and end_digit"):
         sft.main(["sft"])
