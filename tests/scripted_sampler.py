@@ -11,12 +11,14 @@ from configs import tiny
 from spiral_jax.core.groups import GroupRequests, Groups, Role, Stop
 from spiral_jax.core.progress import Progress
 from spiral_jax.model import hf
-from spiral_jax.prompts import prompts
+from spiral_jax.prompts.scaffold import make_scaffold
+from spiral_jax.prompts.settings import PromptSettings
+from spiral_jax.prompts.tokenizer import load_tokenizer
 from spiral_jax.rollout.requests import Actor
 from spiral_jax.tasks.problem import Problem, Task
 from spiral_jax.verifier.verifier import Verifier
 
-TOKENIZER = prompts.load_tokenizer(hf.resolve_path("bundled:tiny"))
+TOKENIZER = load_tokenizer(hf.resolve_path("bundled:tiny"))
 
 
 @dataclasses.dataclass
@@ -92,7 +94,8 @@ def make_actor(script, task=None, at_once=6, **overrides) -> Actor:
     for field, value in overrides.items():
         room, name = field.split("__")
         c[room][name] = value
-    scaffold = prompts.make_scaffold(TOKENIZER, c.prompt, (TOKENIZER.eos_token_id,))
+    settings = PromptSettings.from_config(c.prompt)
+    scaffold = make_scaffold(TOKENIZER, settings, (TOKENIZER.eos_token_id,))
     verifier = Verifier("math", workers=1, timeout_s=5.0)
     return Actor(
         c,
