@@ -223,7 +223,7 @@ def compare(path_a: str, path_b: str, workdir: str | None) -> None:
         raise WorkdirError(
             f"--workdir={out}: not a directory that can be written ({error})."
         ) from error
-    comparison.write(out / "comparison.json", found)
+    comparison.write_comparison(out / "comparison.json", found)
     pictures = scaling_plots.draw(
         name_by_directory(path_a, a, path_b, b), out, found["efficiency"][-1]
     )
