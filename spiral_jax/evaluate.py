@@ -40,6 +40,9 @@ from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import make_mesh
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation import comparison, results
+from spiral_jax.evaluation.answers import CORRECT
+from spiral_jax.evaluation.settings import for_command
+from spiral_jax.evaluation.tables import comparison_tables, name_by_directory, results_tables
 from spiral_jax.evaluation.wave import evaluate_wave, held_out
 from spiral_jax.reporting import evaluation_figures as scaling_plots
 from spiral_jax.rollout.requests import Actor
@@ -48,7 +51,7 @@ from spiral_jax.run.trace_log import render_examples
 from spiral_jax.run.watchdog import Watchdog, deadline
 from spiral_jax.run.workdir import StepLog, WorkdirError, open_workdir
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.verifier import CORRECT, Verifier
+from spiral_jax.verifier.verifier import Verifier
 
 
 def define_flags() -> None:
@@ -109,10 +112,10 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
     waves = journal.read()
     records = [record for wave in waves for record in wave["records"]]
     counts = sum((Counter(wave["counts"]) for wave in waves), Counter())
-    found = results.make_results(setup.c, model, problems, records, counts)
+    found = results.make_results(for_command(c), model, problems, records, counts)
     results.write_results(path / "results.json", found)
     _show(
-        results.results_tables(found),
+        results_tables(found),
         path / "results.json",
         scaling_plots.draw({path.name: found}, path),
     )
@@ -220,11 +223,11 @@ def compare(path_a: str, path_b: str, workdir: str | None) -> None:
         raise WorkdirError(
             f"--workdir={out}: not a directory that can be written ({error})."
         ) from error
-    comparison.write(out / "comparison.json", found)
+    comparison.write_comparison(out / "comparison.json", found)
     pictures = scaling_plots.draw(
-        comparison.names(path_a, a, path_b, b), out, found["efficiency"][-1]
+        name_by_directory(path_a, a, path_b, b), out, found["efficiency"][-1]
     )
-    _show(comparison.tables(found), out / "comparison.json", pictures)
+    _show(comparison_tables(found), out / "comparison.json", pictures)
 
 
 if __name__ == "__main__":

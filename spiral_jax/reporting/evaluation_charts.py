@@ -10,10 +10,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from spiral_jax.evaluation.answers import CORRECT, ERROR
 from spiral_jax.evaluation.measures import populations
-from spiral_jax.evaluation.results import percent, powers_of_two
+from spiral_jax.evaluation.tables import percent, powers_of_two
 from spiral_jax.reporting.charts import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, chart
-from spiral_jax.verifier.verifier import CORRECT, ERROR
 
 _BANDS = {
     "right": GREEN,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from spiral_jax.core.groups import Stop
+from spiral_jax.evaluation.answers import CORRECT, ERROR
 from spiral_jax.evaluation.measures import vote
 from spiral_jax.objective.estimators import length_gate
 from spiral_jax.reporting.quotes import Quoting
@@ -30,7 +31,6 @@ from spiral_jax.reporting.reasons import (
 )
 from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.verifier.rewards import Status
-from spiral_jax.verifier.verifier import CORRECT, ERROR
 
 FLAGS = {  # what a problem or set can be filtered by, and what it means
     "rescue": "some aggregation is right although the vote among its candidates is wrong (right with a chance below "
@@ -205,7 +205,7 @@ def _score(rows: Sequence[dict[str, Any]]) -> Score:
 
 
 def _numbered(rows: Sequence[dict[str, Any]]) -> dict[int, int | None]:
-    """id(row) -> number of its answer, as in `verifier.number_classes`, but wrong ones by their
+    """id(row) -> number of its answer, as in `answers.number_classes`, but wrong ones by their
     spelling alone.
     """
     number: dict[str, int] = {}

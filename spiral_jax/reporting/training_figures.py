@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
 
 import numpy as np
 from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
+
+from spiral_jax.evaluation.tables import defined_estimate, is_number
 
 # Colours of Okabe and Ito (2008), distinct for colour-blind readers; one colour per meaning in all
 # panels.
@@ -20,15 +21,6 @@ MEASURES = {  # evaluation key: label, colour and marker of its points
     "majority": ("held-out, majority vote", GREEN, "^"),
     "aggregated": ("held-out, aggregated", BLUE, "o"),
 }
-ROWS = {  # evaluation key: label in the table
-    "aggregated": "aggregated",
-    "majority": "majority vote",
-    "single": "single trace",
-    "pass_at_n": "pass@N",
-    "parse_rate_search": "parse rate, search",
-    "parse_rate_aggregation": "parse rate, aggregation",
-}
-MISSING = "–"
 
 
 def draw_curves(
@@ -63,7 +55,7 @@ def draw_curves(
     ]
     has_reward = any(_has_values(records, key) for key in ("reward/aggregated", "reward/search"))
     has_reward |= any(
-        _estimate(evaluation, name) for evaluation in evaluations for name in MEASURES
+        defined_estimate(evaluation, name) for evaluation in evaluations for name in MEASURES
     )
     if not panels and not has_reward:
         raise ValueError(
@@ -90,52 +82,6 @@ def draw_curves(
         figure.savefig(file, format="png")
 
 
-def evaluation_table(evaluations: list[dict]) -> str:
-    """A Markdown table of the first and the last evaluation, in percent, and the change between
-    them in points.
-
-    Args:
-      evaluations: each with `step`; estimates (dicts with mean, low, high, count) and rates
-        (floats) as listed in `ROWS`, any of them absent or None. With one step only, there is no
-        last column and no change.
-
-    Returns:
-      The table, then a line that says what the intervals are and how many problems they are over.
-
-    Raises:
-      ValueError: there are no evaluations.
-    """
-    if not evaluations:
-        raise ValueError("evaluations = []: a table needs at least one evaluation.")
-    ordered = sorted(evaluations, key=lambda evaluation: evaluation["step"])
-    shown = (
-        [ordered[0], ordered[-1]] if ordered[0]["step"] != ordered[-1]["step"] else [ordered[-1]]
-    )
-    heads = ["measure (%)"] + [f"step {evaluation['step']}" for evaluation in shown]
-    heads += ["change (points)"] if len(shown) == 2 else []
-    rows = []
-    for name, label in ROWS.items():
-        means = [_mean(evaluation, name) for evaluation in shown]
-        if all(mean is None for mean in means):
-            continue
-        row = [label] + [_cell(evaluation, name) for evaluation in shown]
-        if len(shown) == 2:
-            row.append(MISSING if None in means else f"{100 * (means[1] - means[0]):+z.1f}")
-        rows.append(row)
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    counts = {
-        _estimate(evaluation, name)["count"]
-        for evaluation in shown
-        for name in ROWS
-        if _estimate(evaluation, name)
-    }
-    if counts:
-        span = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-        text += f"\n\nMean [95 % interval over problems]; {span} held-out problems."
-    return text + "\n"
-
-
 def _read_metrics(path: epath.PathLike) -> list[dict]:
     """The records of metrics.jsonl in order of their step."""
     records = []
@@ -152,18 +98,14 @@ def _read_metrics(path: epath.PathLike) -> list[dict]:
     return sorted(records, key=lambda record: record["step"])
 
 
-def _is_number(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
-
-
 def _has_values(records: list[dict], key: str) -> bool:
-    return any(_is_number(record.get(key)) for record in records)
+    return any(is_number(record.get(key)) for record in records)
 
 
 def _series(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     """(step [n], value [n]) of a metric, float64; NaN where it is missing."""
     steps = np.array([record["step"] for record in records], np.float64)
-    values = [record[key] if _is_number(record.get(key)) else np.nan for record in records]
+    values = [record[key] if is_number(record.get(key)) else np.nan for record in records]
     return steps, np.array(values, np.float64)
 
 
@@ -179,28 +121,6 @@ def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
         counts[window:] - counts[:-window],
     )
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-
-def _estimate(evaluation: dict, name: str) -> dict | None:
-    """An evaluation's estimate, None if it is absent, undefined or a plain rate."""
-    estimate = evaluation.get(name)
-    return estimate if isinstance(estimate, dict) and _is_number(estimate["mean"]) else None
-
-
-def _mean(evaluation: dict, name: str) -> float | None:
-    value = evaluation.get(name)
-    value = value["mean"] if isinstance(value, dict) else value
-    return value if _is_number(value) else None
-
-
-def _cell(evaluation: dict, name: str) -> str:
-    mean, estimate = _mean(evaluation, name), _estimate(evaluation, name)
-    if mean is None:
-        return MISSING
-    text = f"{100 * mean:z.1f}"
-    if estimate and _is_number(estimate["low"]) and _is_number(estimate["high"]):
-        text += f" [{100 * estimate['low']:z.1f}, {100 * estimate['high']:z.1f}]"
-    return text
 
 
 def _grid(figure: Figure | SubFigure, panels: int) -> list[Axes]:
@@ -223,7 +143,9 @@ def _draw_reward(axes: Axes, records: list[dict], evaluations: list[dict]) -> No
         [record["step"] for record in records] + [evaluation["step"] for evaluation in evaluations]
     )
     for place, (name, (label, color, marker)) in enumerate(MEASURES.items()):
-        found = [(evaluation["step"], _estimate(evaluation, name)) for evaluation in evaluations]
+        found = [
+            (evaluation["step"], defined_estimate(evaluation, name)) for evaluation in evaluations
+        ]
         found = [(step, estimate) for step, estimate in found if estimate]
         if not found:
             continue

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from spiral_jax.evaluation.results import powers_of_two
+from spiral_jax.evaluation.tables import powers_of_two
 from spiral_jax.studies.design import BASE
 
 # Okabe and Ito (2008), distinct for colour-blind readers; arms beyond them repeat the colours with

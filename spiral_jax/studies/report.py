@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.evaluation.results import percent
+from spiral_jax.evaluation.tables import percent
 from spiral_jax.studies import figures as plots
 from spiral_jax.studies.design import Study
 
