@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spiral_jax.core import mesh as meshes
+from spiral_jax.core.groups import Role
 from spiral_jax.core.metrics import Max, Mean, empty, merge
 from spiral_jax.learner.blocks import Block
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
@@ -29,6 +30,11 @@ from spiral_jax.learner.loss import Objective, policy_loss, reference_kl
 from spiral_jax.model.transformer import ModelConfig, in_its_dtype, init_variables
 
 Metrics = dict[str, Mean | Max]
+
+
+def block_scope(role: Role) -> str:
+    """Scope of a role's micro-batches: a plan finds their loop in a compiled program by it."""
+    return f"{role.label}_block"
 
 
 @struct.dataclass
@@ -177,7 +183,7 @@ def make_train_step(
         gradients, losses, metrics = {}, {}, {}
         for block in blocks:
             role = block.role
-            with jax.named_scope(f"{role.label}_block"):
+            with jax.named_scope(block_scope(role)):
                 tokens = sum(other.tokens() for other in blocks if other.role is role)
                 gradient, value, found = _accumulate(
                     functools.partial(loss, tokens=tokens), state.trained, base, block
