@@ -18,6 +18,8 @@ import jax.numpy as jnp
 
 from spiral_jax.model.transformer import ModelConfig, Transformer
 
+LOGPROBS_SCOPE = "logprobs"  # a plan finds the loops over chunks in a compiled program by this name
+
 
 def response_hidden(
     config: ModelConfig,
@@ -121,7 +123,7 @@ def _forward(
         return tuple(_write(a, b, i, head.chunk) for a, b in zip(done, new, strict=True))
 
     zeros = [jnp.zeros(trace.shape, jnp.float32)] * 3 + [jnp.zeros_like(hidden)] * head.frozen
-    with jax.named_scope("logprobs"):
+    with jax.named_scope(LOGPROBS_SCOPE):
         return jax.lax.fori_loop(0, count, one, tuple(zeros))
 
 
@@ -149,7 +151,7 @@ def _backward(head: _Head, kept: Any, cotangents: tuple[jax.Array, jax.Array]) -
         ] + d_kernel
 
     zeros = jnp.zeros_like(hidden), jnp.zeros(kernel.shape, jnp.float32)
-    with jax.named_scope("logprobs"):
+    with jax.named_scope(LOGPROBS_SCOPE):
         d_hidden, d_kernel = jax.lax.fori_loop(0, count, one, zeros)
     return d_hidden, d_kernel.astype(kernel.dtype), None, None
 

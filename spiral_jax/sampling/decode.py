@@ -24,6 +24,8 @@ from spiral_jax.sampling.keys import uniforms
 from spiral_jax.sampling.slots import DecodeSettings, SlotClass, SlotState, is_stop
 from spiral_jax.sampling.weights import DecodeWeights
 
+DECODE_SCOPE = "decode"  # a plan finds the loop in a compiled program by this name
+
 States = tuple[SlotState, ...]
 
 
@@ -93,7 +95,7 @@ def decode_chunk(
         along(jnp.zeros((chunk, Z, R), jnp.float32)),
         jnp.zeros((), jnp.int32),
     )
-    with jax.named_scope("decode"):
+    with jax.named_scope(DECODE_SCOPE):
         return jax.lax.while_loop(go_on, body, carry)
 
 

@@ -12,6 +12,8 @@ from spiral_jax.model.cache_attention import prefix_attention
 from spiral_jax.model.transformer import Block, ModelConfig, rms_norm
 from spiral_jax.sampling.weights import DecodeWeights
 
+PREFILL_SCOPE = "prefill"  # a plan finds the loop in a compiled program by this name
+
 
 @struct.dataclass
 class Prompts:
@@ -97,7 +99,7 @@ def _run_chunks(
         here = jnp.take_along_axis(x, jnp.clip(at_U, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         return tuple(written), jnp.where(((at_U >= 0) & (at_U < chunk))[:, None], here, last_UxD)
 
-    with jax.named_scope("prefill"):
+    with jax.named_scope(PREFILL_SCOPE):
         empty = tuple(empty_cache((U, arch.J), arch.E, P, cache_dtype) for _ in range(arch.L))
         empty = jax.tree.map(constrain_groups, empty)
         last = constrain_groups(jnp.zeros((U, arch.D), config.compute_dtype))
