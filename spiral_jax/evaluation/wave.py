@@ -178,7 +178,8 @@ def evaluate_wave(
     )
     feed = EvaluationFeed(actor, problems, index_B, step, given)
     with actor.progress.phase("sampling"):
-        actor.sampler.stream(weights, feed)
+        for _ in actor.sampler.stream(weights, feed):
+            pass
     sampled = feed.sampled()
     found, read = (
         _verified(actor, problems, groups) for groups in (sampled.search, sampled.aggregation)

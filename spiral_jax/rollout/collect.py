@@ -72,7 +72,10 @@ def collect_batch(actor: Actor, weights: Any, step: int, cursor: int) -> Batch:
         actor, step, cursor, keep=lambda rollouts: bool(find_advantages(c, rollouts).keep_B[0])
     ) as feed:
         with actor.progress.phase("sampling"):
-            of_sampler = actor.sampler.stream(weights, feed)
+            sampling = actor.sampler.stream(weights, feed)
+            for now in sampling:
+                feed.take_verdicts(now)
+            of_sampler = sampling.metrics()
         rollouts, counts, verdicts = feed.decided()
     check_error_rate(verdicts, c.verifier.max_error_rate)
     found = find_advantages(c, rollouts)

@@ -98,7 +98,7 @@ class EvaluationFeed:
         for b, asked in enumerate(self._asked if search is not None else ()):
             self._searched(asked, take_groups(search, np.array([b])))
 
-    def finished(self, now: int) -> bool:
+    def finished(self) -> bool:
         return not self._new and not self._open
 
     def next(self, now: int) -> GroupRequests | None:

@@ -116,15 +116,16 @@ class RolloutFeed:
     def tried(self) -> int:
         return len(self._tried)
 
-    def finished(self, now: int) -> bool:
-        """The first B kept problems are known, or all that may be tried has been. Takes in the
-        verdicts due by now.
-        """
+    def take_verdicts(self, now: int) -> None:
+        """Takes in the verdicts that are due by now."""
         self._decide(
             [t for t in self._tried if t.due is not None and t.due <= now and not t.decided]
         )
         if not all(tried.arrived for tried in self._tried):
             faults.passed("search")
+
+    def finished(self) -> bool:
+        """The first B kept problems are known, or all that may be tried has been."""
         kept = 0
         for tried in self._tried:
             if not tried.decided:

@@ -8,16 +8,15 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
 
-from spiral_jax.core.groups import GroupRequests, Groups
 from spiral_jax.core.metrics import Mean
 from spiral_jax.run.watchdog import deadline
-from spiral_jax.sampling.protocol import Feed, Sampler
+from spiral_jax.sampling.protocol import Feed, Sampler, Sampling
 
 Result = TypeVar("Result")
 
@@ -121,23 +120,21 @@ class _Interrupting:
     def prepare(self, variables: dict[str, Any]) -> Any:
         return self.sampler.prepare(variables)
 
-    def stream(self, weights: Any, feed: Feed) -> dict[str, Mean | float]:
-        return self.sampler.stream(weights, _Looking(feed, self.look))
+    def stream(self, weights: Any, feed: Feed) -> Sampling:
+        return _Looking(self.sampler.stream(weights, feed), self.look)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Looking:
-    """A `Feed` that calls `look` whenever it is asked whether it is finished: once a chunk."""
+    """A `Sampling` that calls `look` once a chunk."""
 
-    feed: Feed
+    sampling: Sampling
     look: Callable[[], None]
 
-    def next(self, now: int) -> GroupRequests | None:
-        return self.feed.next(now)
+    def __iter__(self) -> Iterator[int]:
+        for now in self.sampling:
+            self.look()
+            yield now
 
-    def done(self, group: Groups, now: int) -> None:
-        self.feed.done(group, now)
-
-    def finished(self, now: int) -> bool:
-        self.look()
-        return self.feed.finished(now)
+    def metrics(self) -> dict[str, Mean | float]:
+        return self.sampling.metrics()
