@@ -3,6 +3,7 @@ told to.
 """
 
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -38,21 +39,18 @@ class ScriptedSampler:
         return variables
 
     def stream(self, weights, feed):
-        """Takes up to `at_once` groups, then hands them back; one round is one unit of virtual
-        time.
-        """
-        now, tokens = 0, 0
-        while not feed.finished(now):
-            taken = []
-            while len(taken) < self.at_once and (request := feed.next(now)) is not None:
-                taken.append(request)
-            self.calls += taken
-            for request in taken:
-                group = self.write(request)
-                tokens += group.sampled_tokens
-                feed.done(group, now)
-            now += 1
-        return {"sampling/generated_tokens": float(tokens)}
+        return ScriptedSampling(self, feed)
+
+    def advance(self, feed, now):
+        """Takes up to `at_once` groups, then returns them; yields what was sampled."""
+        taken = []
+        while len(taken) < self.at_once and (request := feed.next(now)) is not None:
+            taken.append(request)
+        self.calls += taken
+        for request in taken:
+            group = self.write(request)
+            feed.done(group, now)
+            yield group
 
     def write(self, request: GroupRequests) -> Groups:
         C, G = request.traces, request.max_tokens
@@ -66,6 +64,24 @@ class ScriptedSampler:
             stop[0, i] = Stop.LENGTH if text.endswith("...") else Stop.STOP
             trace[0, i, : len(ids)], length[0, i] = ids, len(ids)
         return Groups(request, trace, length, np.zeros((1, C, G), np.float32), stop)
+
+
+class ScriptedSampling:
+    """A `Sampling`; one turn of `sampler.advance` is one unit of virtual time."""
+
+    def __init__(self, sampler, feed):
+        self.sampler, self.feed, self.tokens = sampler, feed, 0
+
+    def __iter__(self):
+        for now in itertools.count():
+            yield now
+            if self.feed.finished():
+                return
+            for group in self.sampler.advance(self.feed, now):
+                self.tokens += group.sampled_tokens
+
+    def metrics(self):
+        return {"sampling/generated_tokens": float(self.tokens)}
 
 
 class ReadingSampler(ScriptedSampler):
