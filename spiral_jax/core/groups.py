@@ -117,6 +117,46 @@ class Groups:
         """int32 ids of one trace without padding."""
         return self.trace_UxCxG[u, c, : self.trace_len_UxC[u, c]]
 
+    def as_population(self) -> Groups:
+        """One group (U = 1) of all traces, group by group, with the first group's prompt."""
+        G = self.requests.max_tokens
+        requests = dataclasses.replace(self.requests.take([0]), traces=self.trace_len_UxC.size)
+        return dataclasses.replace(
+            self,
+            requests=requests,
+            trace_UxCxG=self.trace_UxCxG.reshape(1, -1, G),
+            trace_len_UxC=self.trace_len_UxC.reshape(1, -1),
+            logprob_UxCxG=self.logprob_UxCxG.reshape(1, -1, G),
+            stop_UxC=self.stop_UxC.reshape(1, -1),
+            reward_UxC=None,
+            verdict_UxC=None,
+            advantage_UxC=None,
+        )
+
+    def first(self, n: int) -> Groups:
+        """The first n traces of each group."""
+        return dataclasses.replace(
+            self,
+            requests=dataclasses.replace(self.requests, traces=n),
+            trace_UxCxG=self.trace_UxCxG[:, :n],
+            trace_len_UxC=self.trace_len_UxC[:, :n],
+            logprob_UxCxG=self.logprob_UxCxG[:, :n],
+            stop_UxC=self.stop_UxC[:, :n],
+        )
+
+    def cut_at(self, limit: int) -> Groups:
+        cut_UxC = self.trace_len_UxC > limit
+        return dataclasses.replace(
+            self,
+            requests=dataclasses.replace(self.requests, max_tokens=limit),
+            trace_UxCxG=self.trace_UxCxG[:, :, :limit],
+            trace_len_UxC=np.minimum(self.trace_len_UxC, limit),
+            logprob_UxCxG=self.logprob_UxCxG[:, :, :limit],
+            stop_UxC=np.where(cut_UxC, Stop.LENGTH, self.stop_UxC),
+            reward_UxC=None,
+            verdict_UxC=None,
+        )
+
     @property
     def sampled_tokens(self) -> int:
         return int(self.trace_len_UxC.sum())

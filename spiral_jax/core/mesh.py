@@ -119,6 +119,13 @@ def weight_shardings(tree: Any, mesh: Mesh, decode: bool = False) -> Any:
     )
 
 
+def shapes_with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of a tree, each with its sharding."""
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
+    )
+
+
 def group_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Arrays whose axis number `leading` is U."""
     return NamedSharding(mesh, P(*(None,) * leading, GROUP_AXES))

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 
 from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Stop, pad_rows
-from spiral_jax.prompts.prompts import aggregation_prompt, candidate_order
+from spiral_jax.prompts.prompts import aggregation_prompt, listed_order
 from spiral_jax.prompts.scaffold import Scaffold
 from spiral_jax.rollout.stages import Stage
 from spiral_jax.tasks.problem import Problem

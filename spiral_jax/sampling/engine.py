@@ -408,3 +408,27 @@ def _admission(
 def _place(new: Prompts | Admission, shapes: Prompts | Admission) -> Prompts | Admission:
     """Host arrays on the devices, with the shardings of `shapes`."""
     return meshes.place(new, jax.tree.map(lambda a: a.sharding, shapes))
+
+
+def make_samplers(c, model, mesh, stop_ids):
+    import jax.numpy as jnp
+
+    from spiral_jax.sampling.draw import Draw
+    from spiral_jax.sampling.slots import SlotClass
+    s, e = c.sampling, c.eval
+    settings = DecodeSettings(
+        config=model,
+        cache_dtype=jnp.int8 if s.cache_dtype == "int8" else model.compute_dtype,
+        draw=Draw(temperature=s.temperature),
+        seed=c.seed,
+        stop_ids=stop_ids,
+        prefill_chunk=s.prefill_chunk,
+        mesh=mesh,
+    )
+    classes = tuple(SlotClass(*row) for row in s.classes)
+    schedule = Schedule(classes, s.chunk, s.exit_groups, s.prefill_tokens, tuple(s.row_counts))
+    sampler = Engine(settings, schedule)
+    eval_draw = Draw(e.temperature, e.top_k, e.top_p, e.min_p)
+    if eval_draw == settings.draw:
+        return sampler, sampler
+    return sampler, Engine(dataclasses.replace(settings, draw=eval_draw), schedule)

@@ -60,6 +60,10 @@ class Schedule:
     prefill_tokens: int
     row_counts: tuple[int, ...] = ()
 
+    def widest_prompt(self, trace_tokens: int) -> int:
+        """P of the widest class whose traces may have so many tokens; 0 if there is none."""
+        return max((c.P for c in self.classes if c.G >= trace_tokens), default=0)
+
     def entries(self) -> list[int]:
         """The class in which groups of each prompt length begin: the widest, of those the one with
         the least G.

@@ -25,9 +25,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spiral_jax.core.config import ConfigError, to_plain, uses_aggregation
-from spiral_jax.core.config_checks import validate, validate_evaluation
+from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.evaluation.measures import STRATEGIES
+from spiral_jax.objective.estimators import ESTIMATORS
+from spiral_jax.run.setup import check_evaluation, check_training
 
 BASE, EVALUATION, OPTIMUM, EFFICIENCY, ENTROPY = (
     "base",
@@ -200,11 +201,11 @@ def _check(study: Study) -> None:
         _check_claim(study, claim)
     for name, c in study.experiments.items():
         try:
-            validate(c)
+            check_training(c)
         except ConfigError as error:
             raise ConfigError(f"{study.file}, arm {name}: {error}") from error
     try:
-        validate_evaluation(study.evaluation)
+        check_evaluation(study.evaluation)
     except ConfigError as error:
         raise ConfigError(f"{study.file}, evaluation: {error}") from error
 
@@ -241,7 +242,7 @@ def arm_row(c: ConfigDict) -> dict[str, Any]:
     """
     row = {"estimator": c.loss.estimator, "N": c.search.traces, "L search": c.search.max_tokens}
     rollouts, ceiling = c.search.traces, c.search.traces * c.search.max_tokens
-    if uses_aggregation(c):
+    if ESTIMATORS[c.loss.estimator].aggregates:
         a = c.aggregation
         row |= {
             "S": a.subset_size,

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.core.config import difference, from_plain, to_plain, uses_aggregation
+from spiral_jax.core.config import difference, from_plain, to_plain
 from spiral_jax.evaluation.results import ResultsError
+from spiral_jax.objective.estimators import ESTIMATORS
 from spiral_jax.run.workdir import WorkdirError, read_config
 from spiral_jax.studies.design import BASE, Study
 from spiral_jax.studies.directory import StudyDirectory, read_metrics
@@ -73,7 +74,9 @@ def run_row(study: Study, directory: StudyDirectory, arm: str, seed: int) -> dic
         values = [row[name] for row in rows if row.get(name) is not None]
         return float(np.mean(values)) if values else None
 
-    roles = ("search", *(("aggregation",) if uses_aggregation(study.experiments[arm]) else ()))
+    roles = ["search"]
+    if ESTIMATORS[study.experiments[arm].loss.estimator].aggregates:
+        roles.append("aggregation")
     run |= {
         "steps": len(steps),
         "sampled_tokens": round(sum(row["sampling/generated_tokens"] for row in steps)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.core.config import eval_subset_size
+from spiral_jax.evaluation.settings import for_command
 from spiral_jax.studies.cells import Cells, estimate
 from spiral_jax.studies.design import BASE, Study
 
@@ -25,7 +25,7 @@ def optimum(
         done[BASE].measure(m, done[BASE].seeds, weight_RxB), len(done[BASE].seeds)
     )  # noqa: E731
     parts = {m: of(m) for m in ("right_if_mixed", "right_if_alike")}
-    S = eval_subset_size(study.evaluation)
+    S = for_command(study.evaluation).subset_size
     bound = {"strategies": study.s.strategies, "subset_size": S, "mixed": _most_mixed(study)}
     return bound | {"aggregated": estimate(value_R, len(done[BASE].seeds))} | parts
 
@@ -34,7 +34,7 @@ def _most_mixed(study: Study) -> float:
     """The best possible share of sets that are not all of one strategy: that of equally frequent
     ones.
     """
-    V, S = study.s.strategies, eval_subset_size(study.evaluation)
+    V, S = study.s.strategies, for_command(study.evaluation).subset_size
     return 1 - V * float(V) ** -S
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from spiral_jax.evaluation.tables import DASH, percent
-from spiral_jax.studies.figures import plot_study
 from spiral_jax.studies.design import Study
+from spiral_jax.studies.figures import plot_study
 
 _COLUMNS = (  # of an arm's row: key, head
     ("estimator", "estimator"), ("N", "N"), ("S", "S"), ("K", "K"), ("M", "M"), ("R", "R"), ("L search", "L, search"),

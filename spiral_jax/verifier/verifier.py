@@ -40,14 +40,8 @@ class Verifier:
       ConfigError: the reward function cannot be loaded, or a number is out of range.
     """
 
-    def __init__(
-        self,
-        reward: str,
-        workers: int,
-        timeout_s: float,
-        memory_gb: float = 4.0,
-        environment: Sequence[str] = (),
-    ):
+    def __init__(self, reward: str, settings):
+        workers, timeout_s, memory_gb, environment = settings.workers, settings.timeout_s, settings.memory_gb, settings.environment
         if workers < 1:
             raise ConfigError(f"config.verifier.workers = {workers!r}: must be >= 1.")
         if not timeout_s > 0:

@@ -12,7 +12,7 @@ from configs import tiny
 from spiral_jax.core.config import to_plain
 from spiral_jax.reporting.problem_page import FLAGS, problem_page, split_problems
 from spiral_jax.reporting.quotes import Quoting
-from spiral_jax.run.workdir import read_traces, trace_files
+from spiral_jax.run.trace_log import read_traces, trace_files
 
 PLAIN = to_plain(tiny.get_config())
 REWARD = {"correct": 1.0, "wrong": 0.0, "unparsed": 0.0, "timeout": 0.0, "error": None}

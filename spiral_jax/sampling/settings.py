@@ -1,0 +1,3 @@
+"""temp"""
+def check_sampling(c):
+    pass
