@@ -48,6 +48,7 @@ from spiral_jax.run.trace_log import render_examples
 from spiral_jax.run.watchdog import Watchdog, deadline
 from spiral_jax.run.workdir import StepLog, WorkdirError, open_workdir
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import CORRECT, Verifier
 
 
@@ -101,8 +102,8 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
     )
     journal = StepLog(path / "waves.jsonl")
     distributed.check_equal(config=config.digest(c), model=model, data=setup.task.fingerprint)
-    v = c.verifier
-    with Verifier(setup.reward, v.workers, v.timeout_s, v.memory_gb, v.environment) as verifier:
+    settings = VerifierSettings.from_config(c.verifier)
+    with Verifier(setup.reward, settings) as verifier:
         problems = run_waves(setup, journal, model, verifier)
     if not distributed.is_first():
         return

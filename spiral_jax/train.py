@@ -62,6 +62,7 @@ from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
 from spiral_jax.run.trace_log import render_examples, trace_rows
 from spiral_jax.run.watchdog import Watchdog, deadline
 from spiral_jax.run.workdir import WorkdirError, open_workdir
+from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
 
@@ -160,7 +161,7 @@ def train(setup: Setup, workdir: str) -> bool:
     guard = NumericsGuard(c.train.max_bad_steps, c.train.spike, rows)
     saver = Saver(checkpoints, c.checkpoint.max_failures, c.train.wait_s)
 
-    with Verifier(setup.reward, v.workers, v.timeout_s, v.memory_gb, v.environment) as verifier, \
+    with Verifier(setup.reward, VerifierSettings.from_config(v)) as verifier, \
             Progress(c.train.steps, at.step) as progress, checkpoints, jax.set_mesh(setup.mesh), log, \
             Preemption(c.train.grace_s) as preemption, Watchdog(c.train.watchdog, c.train.wait_s) as watchdog, \
             StepProfile(c, path) as profile:  # fmt: skip
