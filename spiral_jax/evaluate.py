@@ -120,8 +120,8 @@ def main(argv: list[str]) -> None:
             raise app.UsageError(
                 "--config and --workdir are required (or --compare A/results.json B/results.json)"
             )
-        with distributed.joined(given):
-            distributed.introduce(make_mesh(given.config.mesh))
+        with distributed.session(given):
+            distributed.announce(make_mesh(given.config.mesh))
             evaluate(given.config, given.workdir)
     except UserError as error:
         sys.exit(f"error: {error}")

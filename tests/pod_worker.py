@@ -147,8 +147,8 @@ TASKS = {task.__name__: task for task in (exchange, differ, late, fail, preempt,
 
 
 def main(argv):
-    with distributed.joined(flags.FLAGS):
-        distributed.introduce(this_mesh())
+    with distributed.session(flags.FLAGS):
+        distributed.announce(this_mesh())
         for name in argv[1:]:
             TASKS[name]()
         print(json.dumps({"done": argv[1:]}), flush=True)

@@ -129,7 +129,8 @@ class Feed:
         asked = course.asked
         member_KxS = stage.sets(self._writer.step, asked.cursor)
         course.member[stage.name] = member_KxS
-        candidates = course.of_stage(stage.reads).as_population().first(stage.candidates)
+        search = course.of_stage(self._search).requests
+        candidates = course.of_stage(stage.reads).as_population(search).first(stage.candidates)
         requests, cleaned = self._writer.aggregation(stage, asked, candidates, member_KxS)
         self._ready.extend(requests.take([u]) for u in range(len(requests)))
         self._open += len(requests)
