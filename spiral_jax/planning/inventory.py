@@ -27,9 +27,9 @@ from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.planning import analytic
 from spiral_jax.planning.analytic import bytes_a_chip
 from spiral_jax.planning.costs import Cost
-from spiral_jax.run.setup import abstract_blocks, check_mesh, check_micro_batches, make_samplers
+from spiral_jax.run.setup import abstract_blocks, check_mesh, check_micro_batches
 from spiral_jax.sampling import programs as sampler_programs
-from spiral_jax.sampling.engine import Engine
+from spiral_jax.sampling.engine import Engine, make_samplers
 from spiral_jax.sampling.weights import abstract_weights, lay_out
 
 _STOP_IDS = (0, 1)  # which ids end a trace changes no shape, and the tokenizer is not read

@@ -9,7 +9,6 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -28,10 +27,8 @@ from spiral_jax.rollout.requests import load_strategy
 from spiral_jax.run import start as initial
 from spiral_jax.run.metric_writers import check_installed
 from spiral_jax.run.watchdog import deadline
-from spiral_jax.sampling.draw import Draw
-from spiral_jax.sampling.engine import Engine
-from spiral_jax.sampling.programs import Schedule
-from spiral_jax.sampling.slots import DecodeSettings, SlotClass
+from spiral_jax.sampling.engine import Engine, make_samplers
+from spiral_jax.sampling.settings import check_sampling
 from spiral_jax.tasks.load import load_task
 from spiral_jax.tasks.problem import Task
 from spiral_jax.verifier.rewards import MATH, load_reward
@@ -95,6 +92,7 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
       training: False: for `spiral_jax.evaluate`, `c` as `config.for_evaluation` returns it.
     """
     validate(c) if training else validate_evaluation(c)
+    check_sampling(c)
     check_installed(c.metrics.writers if training else ())
     mesh = meshes.make_mesh(c.mesh)
     with deadline(
@@ -130,31 +128,6 @@ def set_up(c: ConfigDict, training: bool = True) -> Setup:
         check_micro_batches(c, mesh)
     sampler, eval_sampler = make_samplers(c, model, mesh, stop_ids)
     return Setup(c, path, mesh, task, reward, model, tokenizer, scaffold, sampler, eval_sampler)
-
-
-def make_samplers(
-    c: ConfigDict, model: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...]
-) -> tuple[Engine, Engine]:
-    """The samplers of training and of evaluation: one and the same unless `config.eval` draws in
-    another way.
-    """
-    s, e = c.sampling, c.eval
-    settings = DecodeSettings(
-        config=model,
-        cache_dtype=jnp.int8 if s.cache_dtype == "int8" else model.compute_dtype,
-        draw=Draw(temperature=s.temperature),
-        seed=c.seed,
-        stop_ids=stop_ids,
-        prefill_chunk=s.prefill_chunk,
-        mesh=mesh,
-    )
-    classes = tuple(SlotClass(*row) for row in s.classes)
-    schedule = Schedule(classes, s.chunk, s.exit_groups, s.prefill_tokens, tuple(s.row_counts))
-    sampler = Engine(settings, schedule)
-    eval_draw = Draw(e.temperature, e.top_k, e.top_p, e.min_p)
-    if eval_draw == settings.draw:
-        return sampler, sampler
-    return sampler, Engine(dataclasses.replace(settings, draw=eval_draw), schedule)
 
 
 def check_shapes(setup: Setup) -> None:
