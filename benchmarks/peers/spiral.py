@@ -22,9 +22,9 @@ from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
-from spiral_jax.sampling.programs import Schedule, abstract_state
 from spiral_jax.sampling.protocol import Feed, Sampling, sample
-from spiral_jax.sampling.slots import DecodeSettings, SlotClass
+from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
+from spiral_jax.sampling.shapes import abstract_state
 
 # (slots, C, P, G) for work of one prompt length, by (groups, traces): what a user would write into
 # a config.

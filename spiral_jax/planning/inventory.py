@@ -116,7 +116,7 @@ def take_inventory(c: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh)
     base = None
     if keeps_base(learner, model):
         shapes = hf.abstract_params(model)
-        base = meshes.shapes_with_shardings(shapes, meshes.weight_shardings(shapes, mesh))
+        base = meshes.with_shardings(shapes, meshes.weight_shardings(shapes, mesh))
     return Inventory(
         settings=PlanSettings.from_config(c),
         model=model,
@@ -138,6 +138,6 @@ def take_inventory(c: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh)
 def place_block(block: Block, mesh: Mesh | AbstractMesh) -> Block:
     """Shapes of a block, with the shardings that training gives it."""
     groups, everywhere = meshes.group_sharding(mesh, leading=1), meshes.replicated(mesh)
-    return meshes.shapes_with_shardings(
+    return meshes.with_shardings(
         block, jax.tree.map(lambda leaf: groups if leaf.ndim else everywhere, block)
     )
