@@ -60,7 +60,7 @@ SMALL = flags.DEFINE_bool("small", False, "two layers and short groups, to try t
 TRAINED = 2  # groups, one a micro-batch
 
 
-class Shape(NamedTuple):
+class GroupShape(NamedTuple):
     """The groups that are sampled: a slot each, C traces of up to G tokens after P of a prompt."""
 
     slots: int
@@ -80,17 +80,20 @@ class Variant(NamedTuple):
 
 
 # What fits beside 16 GB of weights; a quarter of the paper's trace length.
-SHAPES = {Role.SEARCH: Shape(16, 8, 1024, 1024), Role.AGGREGATION: Shape(8, 4, 9216, 1024)}
-SHORT = {Role.SEARCH: Shape(2, 8, 64, 16), Role.AGGREGATION: Shape(2, 4, 128, 16)}
+SHAPES = {
+    Role.SEARCH: GroupShape(16, 8, 1024, 1024),
+    Role.AGGREGATION: GroupShape(8, 4, 9216, 1024),
+}
+SHORT = {Role.SEARCH: GroupShape(2, 8, 64, 16), Role.AGGREGATION: GroupShape(2, 4, 128, 16)}
 VARIANTS = (Variant("attention", 256), Variant("attention", 1024), Variant("dots", 256))
 
 
 @dataclasses.dataclass
-class Case:
+class RoleCase:
     """One role's work: its configuration, its programs, and the groups that were sampled."""
 
     role: Role
-    shape: Shape
+    shape: GroupShape
     c: ConfigDict
     inventory: Inventory
     engine: Engine
@@ -107,7 +110,7 @@ class Case:
 class CompiledStep:
     """A train step of a case, and what is planned of it."""
 
-    case: Case
+    case: RoleCase
     variant: Variant
     program: PlannedProgram
     step: Compiled
@@ -160,11 +163,11 @@ def main(argv: list[str]) -> None:
         show(report)
 
 
-def compile_sampler(case: Case) -> None:
+def compile_sampler(case: RoleCase) -> None:
     _ = case.engine.programs  # compiles them
 
 
-def compile_step(case: Case, variant: Variant) -> CompiledStep:
+def compile_step(case: RoleCase, variant: Variant) -> CompiledStep:
     inventory = case.inventory
     model = dataclasses.replace(
         inventory.model, remat=variant.remat, attention_block=variant.attention_block
@@ -181,7 +184,7 @@ def show(report: dict[str, Any]) -> None:
         pathlib.Path(JSON.value).write_text(text)
 
 
-def make_case(role: Role, shape: Shape) -> Case:
+def make_case(role: Role, shape: GroupShape) -> RoleCase:
     """The 4B run of one role alone, on the first device."""
     c = qwen3_4b.get_config()
     c.mesh.data = c.mesh.fsdp = c.mesh.tensor = 1
@@ -194,10 +197,10 @@ def make_case(role: Role, shape: Shape) -> Case:
         model = dataclasses.replace(model, arch=dataclasses.replace(model.arch, L=2))
     mesh = meshes.make_mesh(c.mesh, jax.devices()[:1])
     engine, _ = make_samplers(c, model, mesh, stop_ids=())
-    return Case(role, shape, c, take_inventory(c, model, mesh), engine)
+    return RoleCase(role, shape, c, take_inventory(c, model, mesh), engine)
 
 
-def measure_sampling(case: Case, weights: Any, topology: Topology) -> dict[str, Any]:
+def measure_sampling(case: RoleCase, weights: Any, topology: Topology) -> dict[str, Any]:
     """Seconds of all prompts' prefill, first tokens included, and of one token of every row."""
     slots, C, P, G = case.shape
     few = G // 8 + 1
@@ -228,7 +231,7 @@ def measure_sampling(case: Case, weights: Any, topology: Topology) -> dict[str, 
     }
 
 
-def requests(case: Case, tokens: int) -> GroupRequests:
+def requests(case: RoleCase, tokens: int) -> GroupRequests:
     """Groups of random prompts for all slots, whose traces have that many tokens."""
     slots, C, P, G = case.shape
     V = case.inventory.model.arch.V
