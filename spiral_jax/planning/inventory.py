@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +44,6 @@ class Inventory:
       blocks: of one step.
       decode_weights: the decode copy.
       slots: the sampler's state, by class.
-      recipes: the sampler's programs; see `sampling.programs.recipes`.
     """
 
     settings: PlanSettings
@@ -56,7 +56,6 @@ class Inventory:
     engine: Engine
     decode_weights: Any
     slots: list[Any]
-    recipes: dict[tuple[Any, ...], sampler_programs.Recipe]
 
     @property
     def chips(self) -> int:
@@ -81,6 +80,11 @@ class Inventory:
     def caches(self) -> list[Any]:
         """Keys and values of prompts and of traces, by class."""
         return [[state.prompt, state.own] for state in self.slots]
+
+    @functools.cached_property
+    def recipes(self) -> dict[tuple[Any, ...], sampler_programs.Recipe]:
+        """The sampler's programs; made when the first is lowered, which plans for GPUs never do."""
+        return sampler_programs.recipes(self.engine.settings, self.engine.schedule)
 
     def state_memory(self) -> dict[str, int]:
         """Bytes a chip that always lie there: base and adapters (or all in float32), optimizer."""
@@ -131,7 +135,6 @@ def take_inventory(c: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh)
             sampler_programs.abstract_state(engine.settings, slots)
             for slots in engine.schedule.classes
         ],
-        recipes=sampler_programs.recipes(engine.settings, engine.schedule),
     )
 
 
