@@ -1,4 +1,4 @@
-"""The trace log of a run -> page files with every problem, an index of all, and a sample of them."""
+"""A run's trace log -> page files with every problem, an index of all, and a sample of them."""
 
 from __future__ import annotations
 
@@ -115,9 +115,7 @@ def write_pages(
     return traces
 
 
-def _steps(
-    run: RecordedRun, folder: epath.Path, sample_bytes: int, page_bytes: int
-) -> list[_Step]:
+def _steps(run: RecordedRun, folder: epath.Path, sample_bytes: int, page_bytes: int) -> list[_Step]:
     settings = PageSettings.from_plain(run.config)
     links = [(f"step {step}", _file_name(step, 0)) for step in run.traces]
     steps = []

@@ -41,7 +41,10 @@ class Panel:
 
 
 def _by_role(prefix: str) -> dict[str, tuple[str, str]]:
-    return {"search": (f"{prefix}search", SEARCH), "aggregation": (f"{prefix}aggregation", AGGREGATION)}
+    return {
+        "search": (f"{prefix}search", SEARCH),
+        "aggregation": (f"{prefix}aggregation", AGGREGATION),
+    }
 
 
 _PANELS = (

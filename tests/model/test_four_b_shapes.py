@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
+from spiral_jax.core.config_checks import validate
 
 from configs import grpo_qwen3_4b, qwen3_4b
 from spiral_jax.core.config import difference, to_plain, uses_aggregation
-from spiral_jax.core.config_checks import validate
 from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import AXES, group_count_multiple, path_name, weight_spec
 from spiral_jax.learner.blocks import abstract_block

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from small_verifier import make_verifier, problem, worker_pids
+from small_verifier import make_verifier, problem
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks.answer import last_boxed
