@@ -139,7 +139,7 @@ def merged_outputs(
     An adapter is merged in float32 and rounded once: W + (alpha / rank) (A B)^T.
     """
     expected = hf.abstract_params(model)
-    hf.check_tensors(base, expected, model.arch.tied)
+    hf.check_tensors(base, expected, model.arch)
     lora = (
         jax.tree.map(np.asarray, trained.load(abstract_lora(model), mesh))
         if model.lora_rank
@@ -157,12 +157,15 @@ def merged_outputs(
         def read() -> np.ndarray:
             if lora is None:
                 whole = full(name, leaf)
-                array = whole[layer] if name.startswith("layers/") else whole
+                array = whole[layer] if hf.stored(name, model.arch.L).stacked else whole
                 return (array.T if transposed else array).astype(base.dtype(theirs))
             array = base.read(theirs)
             if not name.endswith("/kernel"):
                 return array
-            a, b = (lora["layers"][name.split("/")[1]][part][layer] for part in ("a", "b"))
+            room, projection, _ = name.split("/")
+            a, b = (lora[room][projection][part] for part in ("a", "b"))
+            if room == "layers":
+                a, b = a[layer], b[layer]
             update = np.float32(model.lora_alpha / model.lora_rank) * (a @ b).T
             return (array.astype(np.float32) + update).astype(array.dtype)
 
@@ -171,9 +174,9 @@ def merged_outputs(
     outputs = []
     for at, leaf in jax.tree_util.tree_leaves_with_path(expected):
         name = path_name(at)
-        names, transposed = hf.tensor_names(name, leaf.shape[0])
-        for layer, theirs in enumerate(names):
-            read = reader(name, leaf, theirs, layer, transposed)
+        tensors = hf.stored(name, model.arch.L)
+        for layer, theirs in enumerate(tensors.names):
+            read = reader(name, leaf, theirs, layer, tensors.transposed)
             outputs.append(Output(theirs, base.shape(theirs), base.dtype(theirs), read))
     return outputs
 

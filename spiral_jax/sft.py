@@ -30,7 +30,7 @@ from spiral_jax.core.groups import Stop, pad_rows
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.transformer import ModelConfig, in_its_dtype, init_variables
+from spiral_jax.model.transformer import ModelConfig, with_matmul_precision, init_variables
 from spiral_jax.prompts import prompts
 from spiral_jax.tasks import end_digit, two_halves
 from spiral_jax.tasks.problem import Task
@@ -146,7 +146,7 @@ def fit(c: ConfigDict, config: ModelConfig, params: Any, data: Iterator[tuple[di
         return -jnp.sum(jnp.where(mask, logprob, 0.0)) / jnp.sum(mask)
 
     @jax.jit
-    @functools.partial(in_its_dtype, config)
+    @functools.partial(with_matmul_precision, config)
     def step(
         params: Any, state: Any, search: dict, aggregation: dict
     ) -> tuple[Any, Any, jax.Array]:

@@ -27,7 +27,7 @@ from spiral_jax.core.metrics import Max, Mean, empty, merge
 from spiral_jax.learner.blocks import Block
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.learner.loss import Objective, policy_loss, reference_kl
-from spiral_jax.model.transformer import ModelConfig, in_its_dtype, init_variables
+from spiral_jax.model.transformer import ModelConfig, with_matmul_precision, init_variables
 
 Metrics = dict[str, Mean | Max]
 
@@ -212,7 +212,7 @@ def make_train_step(
         metrics["skipped_update"] = Mean(1.0 - finite, jnp.ones(()))
         return new, metrics
 
-    return jax.jit(in_its_dtype(config, train_step), donate_argnums=0)
+    return jax.jit(with_matmul_precision(config, train_step), donate_argnums=0)
 
 
 def _accumulate(

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from spiral_jax.core.mesh import GROUP_AXES, constrain_groups, group_count_multiple
 from spiral_jax.model.cache import Cache, cache_entries, write_entries
 from spiral_jax.model.cache_attention import decode_attention
-from spiral_jax.model.transformer import Block, rms_norm
+from spiral_jax.model.transformer import DecoderLayer, rms_norm
 from spiral_jax.sampling.draw import draw_token
 from spiral_jax.sampling.keys import uniforms
 from spiral_jax.sampling.slots import DecodeSettings, SlotClass, SlotState, is_stop
@@ -141,7 +141,7 @@ def decode_step(
     Args:
       packing: of the rows that linear layers compute; None: all, as they lie.
     """
-    config, block, Z = settings.config, Block(settings.config), group_count_multiple(settings.mesh)
+    config, block, Z = settings.config, DecoderLayer(settings.config), group_count_multiple(settings.mesh)
     pack = packing.pack if packing else lambda a: a
     unpack = packing.unpack if packing else lambda a, missing=0: a
     gather = lambda parts: constrain_groups(pack(join(Z, parts)))  # noqa: E731

@@ -9,7 +9,7 @@ from flax import struct
 from spiral_jax.core.mesh import constrain_groups
 from spiral_jax.model.cache import Cache, cache_entries, empty_cache, write_entries
 from spiral_jax.model.cache_attention import prefix_attention
-from spiral_jax.model.transformer import Block, ModelConfig, rms_norm
+from spiral_jax.model.transformer import DecoderLayer, ModelConfig, rms_norm
 from spiral_jax.sampling.weights import DecodeWeights
 
 PREFILL_SCOPE = "prefill"  # a plan finds the loop in a compiled program by this name
@@ -80,7 +80,7 @@ def _run_chunks(
     prompt's last token.
     """
     (U, P), arch = prompt_UxP.shape, config.arch
-    block = Block(config)
+    block = DecoderLayer(config)
 
     def run(
         i: jax.Array, carry: tuple[tuple[Cache, ...], jax.Array]

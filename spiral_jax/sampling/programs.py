@@ -26,7 +26,7 @@ from jax.stages import Compiled, Lowered
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
-from spiral_jax.model.transformer import in_its_dtype
+from spiral_jax.model.transformer import with_matmul_precision
 from spiral_jax.sampling.decode import decode_chunk
 from spiral_jax.sampling.prefill import Prefilled, Prompts, prefill
 from spiral_jax.sampling.slots import (
@@ -165,7 +165,7 @@ def recipes(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...
             prompt_shapes(settings, schedule, i),
             abstract_prefilled(settings, schedule, i),
         )
-        function = in_its_dtype(
+        function = with_matmul_precision(
             settings.config, functools.partial(prefill, *_of_prefill(settings, classes[i]))
         )
         programs["prefill", i] = Recipe(mesh, function, (weights, prompts), _places(ready))
@@ -196,7 +196,7 @@ def recipes(settings: DecodeSettings, schedule: Schedule) -> dict[tuple[Any, ...
             rows,
             fewer,
         )
-        function = in_its_dtype(settings.config, function)
+        function = with_matmul_precision(settings.config, function)
         out = _places(tuple(states)), everywhere, everywhere, everywhere
         programs["decode", rows] = Recipe(
             mesh, function, (weights, tuple(states)), out, donate=(1,)
