@@ -39,8 +39,9 @@ from spiral_jax.model.tensor_files import (
     write_tensors,
 )
 from spiral_jax.model.transformer import ModelConfig
-from spiral_jax.prompts import prompts
-from spiral_jax.prompts.prompts import CUT_OFF, EMPTY, Scaffold
+from spiral_jax.prompts import tokenizer as tokenizers
+from spiral_jax.prompts.scaffold import CUT_OFF, EMPTY, Scaffold, make_scaffold
+from spiral_jax.prompts.settings import PromptSettings
 from spiral_jax.run.start import Trained, find_trained
 
 SCAFFOLD = "spiral_scaffold.json"
@@ -104,9 +105,9 @@ def export(
                           "adapter. Leave the flag out.")  # fmt: skip
     base = hf.resolve_path(c.model.hf_path)
     model = hf.model_config(read_architecture(base), c.model)
-    tokenizer = prompts.load_tokenizer(base)
-    stop_ids = prompts.stop_ids(tokenizer, base, c.prompt.stop)
-    scaffold = prompts.make_scaffold(tokenizer, c.prompt, stop_ids)
+    tokenizer = tokenizers.load_tokenizer(base)
+    stop_ids = tokenizers.stop_ids(tokenizer, base, c.prompt.stop)
+    scaffold = make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stop_ids)
     out.mkdir(parents=True, exist_ok=True)
     for pattern in _TOKENIZER_FILES:
         for file in base.glob(pattern):

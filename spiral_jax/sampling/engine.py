@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter, deque
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -94,21 +95,9 @@ class Engine:
         with jax.set_mesh(self.settings.mesh):
             return lay_out(variables, self.settings.config, self.settings.mesh)
 
-    def stream(self, weights: DecodeWeights, feed: Feed) -> dict[str, Mean | float]:
-        """Samples what `feed` gives until it is finished; see `protocol.Sampler`.
-
-        Raises:
-          ValueError: a request that no class can hold; the message names the field.
-        """
-        run = _Run(self, weights, feed)
-        while not feed.finished(run.now):
-            while run.admit():
-                run.settle()
-            if run.seated:
-                run.decode()
-                run.settle()
-            run.now += 1
-        return run.metrics()
+    def stream(self, weights: DecodeWeights, feed: Feed) -> Decoding:
+        """Samples what `feed` gives until it is finished; see `protocol.Sampler`."""
+        return Decoding(self, weights, feed)
 
     def entry_of(self, request: GroupRequests) -> list[int]:
         """Entry classes that can hold a request (U = 1), the shortest prompts first. Raises
@@ -141,8 +130,8 @@ class _Ready:
         return {job for of_shard in self.rows for job in of_shard}
 
 
-class _Run:
-    """One call of `Engine.stream`: device states, who sits where, and what is counted."""
+class Decoding:
+    """A `Sampling` of the engine: device states, who sits where, and what is counted."""
 
     def __init__(self, engine: Engine, weights: DecodeWeights, feed: Feed):
         self.engine, self.weights, self.feed, self.now = engine, weights, feed, 0
@@ -158,6 +147,24 @@ class _Run:
         self.first_rows = [
             sum(rows[:i]) for i in range(len(rows))
         ]  # of each class, among those of a shard
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields `now` once a chunk; see `protocol.Sampling`.
+
+        Raises:
+          ValueError: a request that no class can hold; the message names the field.
+        """
+        while True:
+            yield self.now
+            if self.feed.finished():
+                return
+
+            while self.admit():
+                self.settle()
+            if self.seated:
+                self.decode()
+                self.settle()
+            self.now += 1
 
     def admit(self) -> bool:
         """Seats waiting pieces, then new requests, as long as an entry class has a free slot;

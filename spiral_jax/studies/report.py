@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.evaluation.results import percent
-from spiral_jax.studies import figures as plots
+from spiral_jax.evaluation.tables import DASH, percent
+from spiral_jax.studies.figures import plot_study
 from spiral_jax.studies.design import Study
 
-_NONE = "–"
 _COLUMNS = (  # of an arm's row: key, head
     ("estimator", "estimator"), ("N", "N"), ("S", "S"), ("K", "K"), ("M", "M"), ("R", "R"), ("L search", "L, search"),
     ("L aggregation", "L, aggregation"), ("rollouts", "rollouts"), ("ceiling", "tokens a problem, at most"),
@@ -25,7 +24,7 @@ _COLUMNS = (  # of an arm's row: key, head
 def write(study: Study, found: Mapping[str, Any], out: pathlib.Path) -> str:
     """Writes the report, its numbers and its pictures; returns the report."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = plots.draw(found, out)
+    pictures = plot_study(found, out)
     out.with_suffix(".json").write_text(_rendered(found) + "\n")
     text = markdown(study, found, [picture.name for picture in pictures])
     out.with_suffix(".md").write_text(text)
@@ -113,7 +112,7 @@ def _claims(found: Mapping[str, Any]) -> str:
     def cell(claim: Mapping[str, Any]) -> str:
         gap = claim["gap"]
         if gap is None:
-            return _NONE
+            return DASH
         if claim["unit"] == "times":
             return f"{gap['mean']:.2f}x [{gap['low']:.2f}, {gap['high']:.2f}]"
         if claim["unit"] == "nat":
@@ -133,7 +132,7 @@ def _results(found: Mapping[str, Any]) -> str:
         measures = row["measures"]
         seeds = next(iter(measures.values()))["seeds"] if measures else 0
         rows.append(
-            [arm, seeds, *(percent(measures[m]) if measures else _NONE for m in found["measures"])]
+            [arm, seeds, *(percent(measures[m]) if measures else DASH for m in found["measures"])]
         )
     if found["optimum"]:
         best = found["optimum"]
@@ -168,12 +167,12 @@ def _cross_cell(row: Mapping[str, Any], measure: str) -> str:
     """Estimate and its number of seeds; and what failed."""
     of = row["measures"].get(measure)
     value = [f"{percent(of)} ({of['seeds']})"] if of else []
-    return "; ".join([*value, *row.get("errors", [])]).replace("|", "\\|") or _NONE
+    return "; ".join([*value, *row.get("errors", [])]).replace("|", "\\|") or DASH
 
 
 def _gaps(found: Mapping[str, Any]) -> str:
     rows = [
-        [arm, *(_NONE if gaps[m] is None else percent(gaps[m], "+") for m in found["measures"])]
+        [arm, *(DASH if gaps[m] is None else percent(gaps[m], "+") for m in found["measures"])]
         for arm, gaps in found["gaps"].items()
     ]
     return _table(["arm", *found["measures"]], rows)
@@ -211,7 +210,7 @@ def _training(found: Mapping[str, Any]) -> str:
 
         def mean(key: str, decimals: int, scale: float = 1, runs: Sequence[Mapping] = runs) -> str:
             values = [run[key] for run in runs if run.get(key) is not None]
-            return f"{scale * np.mean(values):,.{decimals}f}" if values else _NONE
+            return f"{scale * np.mean(values):,.{decimals}f}" if values else DASH
 
         rows.append([
             arm, mean("steps", 0), mean("sampled_tokens", 0), mean("prefilled_tokens", 0), mean("seconds", 0),
@@ -225,7 +224,7 @@ def _training(found: Mapping[str, Any]) -> str:
 def _runs(found: Mapping[str, Any]) -> str:
     def measure(run: Mapping[str, Any], name: str) -> str:
         value = run.get("measures", {}).get(name)
-        return _NONE if value is None else f"{100 * value:.1f}"
+        return DASH if value is None else f"{100 * value:.1f}"
 
     costs = ("steps", "sampled_tokens", "seconds")
     rows = [
@@ -241,7 +240,7 @@ def _runs(found: Mapping[str, Any]) -> str:
 
 def _count(value: Any) -> str:
     if value is None or value == 0:
-        return _NONE
+        return DASH
     return (
         value
         if isinstance(value, str)

@@ -12,20 +12,13 @@ the run. Of several processes each judges its share, and all get all verdicts.
 from __future__ import annotations
 
 import collections
-import dataclasses
-import itertools
 from collections.abc import Sequence
 
 from spiral_jax.core import distributed
 from spiral_jax.core.config import ConfigError
-from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.pool import Pool, VerifierFailure
 from spiral_jax.verifier.rewards import MATH, Status, Verdict, exact_verdict, load_reward
-
-CORRECT_CLASS = "correct"
-_WRONG = "wrong: "
-CORRECT, ERROR = 0, -1  # of `number_classes`
 
 
 class Verifier:
@@ -156,82 +149,3 @@ def check_error_rate(verdicts: Sequence[Verdict], max_error_rate: float) -> None
         "reward function that config.task.reward names, at the reference answers of these problems, and whether the "
         "machine runs out of memory (workers killed with exit code -9)."
     )
-
-
-def answer_class(text: str, verdict: Verdict) -> str | None:
-    r"""The class of an answer in a majority vote; equal classes are the same answer.
-
-    All correct answers share `CORRECT_CLASS`. A wrong one is its last \boxed{}, or the whole text
-    where a reward function does without boxes, with each run of white space as one space. None, no
-    vote: unparsed, or an error of ours, of which nothing is known.
-    """
-    if verdict.status is Status.CORRECT:
-        return CORRECT_CLASS
-    if verdict.status in (Status.UNPARSED, Status.ERROR):
-        return None
-    box = last_boxed(text)
-    return _WRONG + " ".join((text if box is None else box).split())
-
-
-def number_classes(
-    verifier: Verifier,
-    problems: Sequence[Problem],
-    texts: Sequence[str],
-    verdicts: Sequence[Verdict],
-) -> list[list[int | None]]:
-    """The answers of each problem's traces as small integers; equal numbers are the same answer.
-
-    Wrong answers that the verifier takes for the same (1/2 and 0.5) have one number where it can
-    compare them; with a reward function of the user's, or where an answer had timed out, those that
-    are spelt alike. All pairs of different spellings of a problem are compared, so that a hundred
-    non-integer ones take seconds.
-
-    Args:
-      problems: B problems.
-      texts, verdicts: those of the traces, the same number for each problem, in problem order.
-
-    Returns:
-      B rows: `CORRECT` = 0, wrong classes 1, 2, ... in order of appearance, None = unparsed,
-      `ERROR` = -1: failed by us, so nothing is known.
-    """
-    size = len(texts) // len(problems)
-    spelt = [answer_class(text, verdict) for text, verdict in zip(texts, verdicts, strict=True)]
-    same = [{} for _ in problems]
-    if verifier.compares_answers:
-        wrong = [
-            name if v.status is Status.WRONG else None
-            for name, v in zip(spelt, verdicts, strict=True)
-        ]
-        same = _equal_spellings(
-            verifier, problems, [wrong[b * size : (b + 1) * size] for b in range(len(problems))]
-        )
-    rows = []
-    for b, names in enumerate(same):
-        number: dict[str | None, int | None] = {None: None, CORRECT_CLASS: CORRECT}
-        row = []
-        for i in range(b * size, (b + 1) * size):
-            name = names.get(spelt[i], spelt[i])
-            failed = verdicts[i].status is Status.ERROR
-            row.append(ERROR if failed else number.setdefault(name, len(number) - 1))
-        rows.append(row)
-    return rows
-
-
-def _equal_spellings(
-    verifier: Verifier, problems: Sequence[Problem], rows: Sequence[Sequence[str | None]]
-) -> list[dict[str | None, str]]:
-    """For each problem: wrong class -> the first of its classes that the verifier takes for the
-    same answer.
-    """
-    items, pairs = [], []
-    for b, row in enumerate(rows):
-        distinct = [name for name in dict.fromkeys(row) if name is not None]
-        for first, later in itertools.combinations(distinct, 2):
-            reference, box = (name.removeprefix(_WRONG) for name in (first, later))
-            items.append((rf"\boxed{{{box}}}", dataclasses.replace(problems[b], answer=reference)))
-            pairs.append((b, first, later))
-    same: list[dict[str | None, str]] = [{} for _ in problems]
-    for (b, first, later), verdict in zip(pairs, verifier.verify(items), strict=True):
-        if verdict.status is Status.CORRECT:
-            same[b].setdefault(later, same[b].get(first, first))
-    return same

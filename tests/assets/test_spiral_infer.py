@@ -18,6 +18,9 @@ from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import Stop
 from spiral_jax.model import hf
 from spiral_jax.prompts import prompts
+from spiral_jax.prompts.scaffold import CUT_OFF, EMPTY, make_scaffold
+from spiral_jax.prompts.settings import PromptSettings
+from spiral_jax.prompts.tokenizer import load_tokenizer
 from spiral_jax.tasks.answer import last_boxed
 
 SPECIALS = ["<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -26,7 +29,7 @@ SPECIALS = ["<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 def scaffold(**prompt):
     fields = defaults().prompt.to_dict() | prompt
     return {
-        "format": 1, "prompt": fields, "candidate_texts": {"empty": prompts.EMPTY, "cut_off": prompts.CUT_OFF},
+        "format": 1, "prompt": fields, "candidate_texts": {"empty": EMPTY, "cut_off": CUT_OFF},
         "opens_thinking": False, "special_tokens": SPECIALS, "stop_ids": [1],
         "search": {"traces": 4, "max_tokens": 40},
         "aggregation": {"subsets": 3, "subset_size": 2, "traces": 2, "max_tokens": 50},
@@ -83,9 +86,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_message_is_the_text_of_the_prompt_that_training_makes(name):
     fields, candidates = CASES[name]
-    tokenizer = prompts.load_tokenizer(hf.BUNDLED["bundled:tiny"])
-    prompt = ConfigDict(defaults().prompt.to_dict() | fields)
-    of_training = prompts.make_scaffold(tokenizer, prompt, (tokenizer.eos_token_id,))
+    tokenizer = load_tokenizer(hf.BUNDLED["bundled:tiny"])
+    prompt = PromptSettings.from_config(ConfigDict(defaults().prompt.to_dict() | fields))
+    of_training = make_scaffold(tokenizer, prompt, (tokenizer.eos_token_id,))
     ids = [
         (np.array(tokenizer.encode(text, add_special_tokens=False)), stop)
         for text, stop in candidates
@@ -175,7 +178,7 @@ def test_thinking_that_the_server_took_out_of_the_text_counts_as_thinking(server
     )
     server.reply = lambda body: (200, choice(None, "length", message={"reasoning_content": "hm"}))
     trace = Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
-    assert spiral_infer.shown_candidate(trace, scaffold()) == prompts.EMPTY
+    assert spiral_infer.shown_candidate(trace, scaffold()) == EMPTY
 
 
 def test_system_message_template_variables_and_stop_ids_are_sent_where_the_scaffold_has_them(

@@ -25,7 +25,7 @@ from spiral_jax.learner.step import init_state, make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.tensor_files import WeightsError, open_tensors
-from spiral_jax.prompts.prompts import load_tokenizer, stop_ids
+from spiral_jax.prompts.tokenizer import load_tokenizer, stop_ids
 from spiral_jax.run.start import find_trained
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -10,6 +10,7 @@ from spiral_jax import evaluate
 from spiral_jax.evaluation import comparison
 from spiral_jax.evaluation.comparison import compare, samples_needed, scaling_efficiency
 from spiral_jax.evaluation.results import VERSION, ResultsError, write_results
+from spiral_jax.evaluation.tables import comparison_tables
 
 SETTINGS = {"n": 4, "subsets": 1, "traces": 1, "population": 2, "set_size": 1, "rounds": 2, "limits": [], "seed": 0,
             "temperature": 1.0, "subset_size": 2, "search_max_tokens": 8, "aggregation_max_tokens": 8}  # fmt: skip
@@ -139,7 +140,7 @@ def test_what_was_not_sampled_alike_is_left_out_and_named():
         "aggregated pass@1 (subset_size: 2 -> 1)",
         "RSA by round (population: 2 -> 4)",
     ]
-    assert "left out: RSA by round (population: 2 -> 4)" in comparison.tables(found)[-1].caption
+    assert "left out: RSA by round (population: 2 -> 4)" in comparison_tables(found)[-1].caption
 
 
 def changed(**parts):
@@ -201,31 +202,3 @@ def test_compare_writes_its_findings_and_pictures_beside_b(tmp_path, capsys):
         and "gaps at equal sampled tokens" in printed
         and "nan" not in printed
     )
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "not a results.json"),
-        ("[]", "not a results.json"),
-        ('{"version": 99}', "version 99"),
-        (None, "cannot be"),
-    ],
-)
-def test_files_that_are_no_results_are_refused(content, message, tmp_path):
-    path = tmp_path / "results.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(ResultsError, match=message):
-        evaluate.compare(str(path), str(path), None)
-
-
-def test_names_in_legends_are_directories_and_never_equal():
-    assert list(comparison.names("x/grpo/results.json", {}, "x/spiral/results.json", {})) == [
-        "grpo",
-        "spiral",
-    ]
-    assert list(comparison.names("a/run/results.json", {}, "b/run/results.json", {})) == [
-        "A: run",
-        "B: run",
-    ]

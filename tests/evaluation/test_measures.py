@@ -10,9 +10,9 @@ from spiral_jax.evaluation.measures import (
     any_correct,
     columns,
     set_votes,
-    summarise,
     vote,
 )
+from spiral_jax.evaluation.results import summarise
 
 
 def stage(answer, length=None, cut_off=None):
