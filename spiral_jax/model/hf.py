@@ -243,7 +243,7 @@ def _read_leaf(
 
 
 def outputs_of(tree: Any, L: int, dtype: np.dtype | None = None) -> list[Output]:
-    """What `write_tensors` needs for `params` or `lora` of L layers, in `dtype` (None: their own)."""
+    """What `write_tensors` needs for `params` or `lora`, in `dtype` (None: their own)."""
     outputs = []
     for at, leaf in jax.tree_util.tree_leaves_with_path(tree):
         tensors, as_stored = stored(path_name(at), L), np.dtype(dtype or leaf.dtype)

@@ -1,7 +1,7 @@
 """Layouts that XLA's CPU backend needs to be fast, each behind a function that changes no number.
 
-All were found on two CPU cores, and none has been measured on an accelerator. Each may go by itself:
-its docstring says how.
+All were found on two CPU cores, and none has been measured on an accelerator. Each may go by
+itself: its docstring says how.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Linear(nn.Module):
         return checkpoint_name(y_NxF, _PROJECTED).reshape(*x.shape[:-1], self.features)
 
     def _adapter_weights(self, width: int) -> tuple[jax.Array, jax.Array]:
-        """A [width, rank] and B [rank, features]; B starts as zeros, so nothing changes at first."""
+        """A [width, rank] and B [rank, features]; B starts as zeros and so changes nothing."""
         rank = self.config.lora_rank
 
         def random_a() -> jax.Array:

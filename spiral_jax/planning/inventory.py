@@ -19,7 +19,7 @@ from spiral_jax.model import hf
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.planning.analytic import ShardedModel, bytes_a_chip
 from spiral_jax.planning.settings import PlanSettings
-from spiral_jax.run.setup import abstract_blocks, check_mesh, check_micro_batches, make_samplers
+from spiral_jax.run.setup import abstract_blocks, check_micro_batches, make_samplers
 from spiral_jax.sampling import programs as sampler_programs
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.weights import abstract_weights
