@@ -112,6 +112,7 @@ def export(
     tokenizer = tokenizers.load_tokenizer(base)
     stop_ids = tokenizers.stop_ids(tokenizer, base, c.prompt.stop)
     scaffold = make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stop_ids)
+
     out.mkdir(parents=True, exist_ok=True)
     for pattern in _COPIED_FILES:
         for file in base.glob(pattern):
@@ -157,7 +158,7 @@ def merged_outputs(
 ) -> list[Output]:
     """Every tensor of the merged model, in the dtype of the base; made one by one when written."""
     expected = hf.abstract_params(model)
-    hf.check_tensors(base, expected, model.arch.tied)
+    hf.check_tensors(base, expected, model.arch)
     if model.lora_rank:
         lora = jax.tree.map(np.asarray, trained.load(abstract_lora(model), mesh))
         make = functools.partial(_merge_adapter, base, lora, model.lora_alpha / model.lora_rank)
@@ -168,26 +169,27 @@ def merged_outputs(
         shape, dtype = base.shape(place.theirs), base.dtype(place.theirs)
         return Output(place.theirs, shape, dtype, functools.partial(make, place))
 
-    return [output(place) for place in _places(expected)]
+    return [output(place) for place in _places(expected, model.arch.L)]
 
 
-def _places(expected: Any) -> Iterator[Place]:
+def _places(expected: Any, layers: int) -> Iterator[Place]:
     """The places of all tensors, parameter by parameter."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+    for path, _ in jax.tree_util.tree_leaves_with_path(expected):
         ours = path_name(path)
-        names, transposed = hf.tensor_names(ours, leaf.shape[0])
-        is_stacked = ours.startswith("layers/")
-        for layer, theirs in enumerate(names):
-            yield Place(theirs, ours, layer if is_stacked else None, transposed)
+        stored = hf.stored(ours, layers)
+        for layer, theirs in enumerate(stored.names):
+            yield Place(theirs, ours, layer if stored.stacked else None, stored.transposed)
 
 
 def _merge_adapter(base: TensorFiles, lora: Any, scale: float, place: Place) -> np.ndarray:
     """W + scale (A B)^T, in float32 and rounded once; a tensor without an adapter as it is."""
     array = base.read(place.theirs)
-    if place.layer is None or not place.ours.endswith("/kernel"):
+    if not place.ours.endswith("/kernel"):
         return array
-    adapter = lora["layers"][place.ours.split("/")[1]]
-    a, b = adapter["a"][place.layer], adapter["b"][place.layer]
+    room, projection, _ = place.ours.split("/")
+    a, b = (lora[room][projection][side] for side in ("a", "b"))
+    if place.layer is not None:
+        a, b = a[place.layer], b[place.layer]
     update = np.float32(scale) * (a @ b).T
     return (array.astype(np.float32) + update).astype(array.dtype)
 

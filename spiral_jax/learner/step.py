@@ -22,11 +22,10 @@ from spiral_jax.core.groups import Role
 from spiral_jax.core.metrics import Max, Mean, empty, merge
 from spiral_jax.learner.blocks import Block, MicroBatch
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
-from spiral_jax.learner.loss import Objective as PolicyObjective
 from spiral_jax.learner.loss import policy_loss, reference_kl
 from spiral_jax.learner.settings import LearnerSettings
 from spiral_jax.learner.state import TrainState, make_optimizer, variables
-from spiral_jax.model.transformer import ModelConfig, in_its_dtype
+from spiral_jax.model.transformer import ModelConfig, with_matmul_precision
 
 Metrics = dict[str, Mean | Max]
 
@@ -90,7 +89,7 @@ def make_train_step(
         metrics["skipped_update"] = Mean(1.0 - finite, jnp.ones(()))
         return state, metrics
 
-    return jax.jit(in_its_dtype(config, train_step), donate_argnums=0)
+    return jax.jit(with_matmul_precision(config, train_step), donate_argnums=0)
 
 
 def _make_loss(
@@ -122,7 +121,7 @@ def _make_loss(
         logprob, entropy = logprobs(config, variables(config, base, trained), micro)
         mask = length_mask(micro.trace_len_UxC, logprob.shape[-1])
         value, metrics = policy_loss(
-            logprob, entropy, micro.logprob_UxCxG, micro.weight_UxC, mask, PolicyObjective(tis_cap=settings.tis_cap)
+            logprob, entropy, micro.logprob_UxCxG, micro.weight_UxC, mask, settings.tis_cap
         )
         if settings.kl_coef:
             with jax.named_scope("reference"):

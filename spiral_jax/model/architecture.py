@@ -11,7 +11,7 @@ import math
 import pathlib
 from typing import Any
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from spiral_jax.core.config import ConfigError
 
@@ -129,6 +129,27 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
     return arch
 
 
+def check_mesh(arch: Architecture, mesh: Mesh | AbstractMesh) -> None:
+    """Checks that the axes of the mesh divide what they cut of the model.
+
+    Raises:
+      ConfigError: one does not; each of its devices would hold, and compute, the whole.
+    """
+    cut = (
+        ("tensor", arch.H, "attention heads"),
+        ("tensor", arch.J, "key/value heads"),
+        ("tensor", arch.F, "feed-forward columns"),
+        ("fsdp", arch.D, "model dimensions"),
+    )
+    for axis, size, what in cut:
+        if size % mesh.shape[axis]:
+            allowed = [n for n in range(1, size + 1) if size % n == 0 and mesh.size % n == 0]
+            raise ConfigError(
+                f"config.mesh.{axis} = {mesh.shape[axis]}: must divide the model's {size} {what}; "
+                f"with {mesh.size} devices: {', '.join(map(str, allowed))}."
+            )
+
+
 def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
     """The config.json that `parse_architecture` reads back as `arch`, in the spelling of the 2507
     checkpoints.
@@ -234,24 +255,3 @@ def _field(fields: dict[str, Any], name: str, where: str) -> Any:
             f"{where}: {name} is missing{f'; did you mean {near[0]!r}?' if near else '.'}"
         )
     return fields[name]
-
-
-def check_mesh(arch: Architecture, mesh: Mesh) -> None:
-    """Checks that the axes of the mesh divide what they cut of the model.
-
-    Raises:
-      ConfigError: one does not; each of its devices would hold, and compute, the whole.
-    """
-    cut = (
-        ("tensor", arch.H, "attention heads"),
-        ("tensor", arch.J, "key/value heads"),
-        ("tensor", arch.F, "feed-forward columns"),
-        ("fsdp", arch.D, "model dimensions"),
-    )
-    for axis, size, what in cut:
-        if size % mesh.shape[axis]:
-            allowed = [n for n in range(1, size + 1) if size % n == 0 and mesh.size % n == 0]
-            raise ConfigError(
-                f"config.mesh.{axis} = {mesh.shape[axis]}: must divide the model's {size} {what}; with {mesh.size} "
-                f"devices: {', '.join(map(str, allowed))}."
-            )

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from spiral_jax.core.mesh import GROUP_AXES, group_count_multiple
 from spiral_jax.model.cache import Cache, cache_entries, write_entries
 from spiral_jax.model.cache_attention import decode_attention
-from spiral_jax.model.transformer import Block, rms_norm
+from spiral_jax.model.transformer import DecoderLayer, rms_norm
 from spiral_jax.sampling.draw import draw_token
 from spiral_jax.sampling.keys import uniforms
 from spiral_jax.sampling.rows import RowLayout, pack_rows
@@ -112,7 +112,7 @@ def decode_step(
     settings: DecodeSettings, layout: RowLayout, weights: DecodeWeights, states: States
 ) -> tuple[States, jax.Array, jax.Array]:
     """One token of every running trace: (states, token [Z, R] or -1, log-prob [Z, R])."""
-    config, block = settings.config, Block(settings.config)
+    config, block = settings.config, DecoderLayer(settings.config)
     traces = [state.traces for state in states]
     running = _running(layout.classes, states)
 

@@ -11,7 +11,7 @@ from flax import struct
 from spiral_jax.core.mesh import constrain_groups
 from spiral_jax.model.cache import Cache, cache_entries, empty_cache, write_entries
 from spiral_jax.model.cache_attention import prefix_attention
-from spiral_jax.model.transformer import Block, ModelConfig, rms_norm
+from spiral_jax.model.transformer import DecoderLayer, ModelConfig, rms_norm
 from spiral_jax.sampling.weights import DecodeWeights
 
 PREFILL_SCOPE = "prefill"  # a plan finds the loop in a compiled program by this name
@@ -64,7 +64,7 @@ def prefill(
     U, arch = Z * W, config.arch
     prompt_UxP = constrain_groups(new.prompt_ZxWxP.reshape(U, P))
     prompt_len_U = constrain_groups(new.prompt_len_ZxW.reshape(U))
-    block = Block(config)
+    block = DecoderLayer(config)
 
     def run_chunk(i: jax.Array, before: _Progress) -> _Progress:
         start = i * chunk

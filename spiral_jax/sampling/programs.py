@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 
 from spiral_jax.core import mesh as meshes
-from spiral_jax.model.transformer import in_its_dtype
+from spiral_jax.model.transformer import with_matmul_precision
 from spiral_jax.sampling.decode import Chunk, decode_chunk
 from spiral_jax.sampling.prefill import prefill
 from spiral_jax.sampling.settings import DecodeSettings, Schedule
@@ -121,7 +121,7 @@ def _prefill(settings: DecodeSettings, schedule: Schedule, i: int) -> Recipe:
     weights = abstract_weights(settings.config, settings.mesh)
     return Recipe(
         settings.mesh,
-        in_its_dtype(settings.config, function),
+        with_matmul_precision(settings.config, function),
         (weights, prompt_shapes(settings, schedule, i)),
         shardings(abstract_prefilled(settings, schedule, i)),
     )
@@ -157,7 +157,7 @@ def _decode(settings: DecodeSettings, schedule: Schedule, rows: int) -> Recipe:
     everywhere = meshes.replicated(settings.mesh)  # every process follows all groups
     return Recipe(
         settings.mesh,
-        in_its_dtype(settings.config, function),
+        with_matmul_precision(settings.config, function),
         (abstract_weights(settings.config, settings.mesh), states),
         Chunk(shardings(states), everywhere, everywhere, everywhere),
         donate=(1,),

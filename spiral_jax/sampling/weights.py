@@ -10,7 +10,12 @@ from flax import struct
 from jax.sharding import Mesh
 
 from spiral_jax.core import mesh as meshes
-from spiral_jax.model.transformer import ModelConfig, head_kernel, init_variables
+from spiral_jax.model.transformer import (
+    ModelConfig,
+    head_kernel,
+    init_variables,
+    unstack_layers,
+)
 
 
 @struct.dataclass
@@ -38,16 +43,11 @@ def lay_out(variables: dict[str, Any], config: ModelConfig, mesh: Mesh) -> Decod
     """`DecodeWeights` from the model's collections, wherever those lie."""
     variables = jax.tree.map(lambda a: a.astype(config.compute_dtype), variables)
     params = variables["params"]
-    stacked = {name: tree["layers"] for name, tree in variables.items() if "layers" in tree}
-
-    def take_layer(i: int) -> dict[str, Any]:
-        return jax.tree.map(lambda a: a[i], stacked)
-
     weights = DecodeWeights(
         embed=params["embed"],
         head=head_kernel(config, params),
         final_norm=params["final_norm"],
-        layers=tuple(take_layer(i) for i in range(config.arch.L)),
+        layers=unstack_layers(variables, config.arch.L),
     )
     place = meshes.weight_shardings(weights, mesh, decode=True)
     return jax.lax.with_sharding_constraint(weights, place)

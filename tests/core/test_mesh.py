@@ -14,9 +14,8 @@ from ml_collections import ConfigDict
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError, defaults
 from spiral_jax.learner.step import abstract_state
-from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.architecture import Architecture, check_mesh
 from spiral_jax.model.transformer import ModelConfig, init_variables
-from spiral_jax.run.setup import check_mesh
 
 DEVICES = jax.device_count()
 CUT = AbstractMesh((2, 2, 2), meshes.AXES)
