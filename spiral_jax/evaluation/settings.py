@@ -92,7 +92,9 @@ def for_training(c: ConfigDict) -> EvaluationSettings:
       ConfigError: a number that cannot be.
     """
     rounds = c.eval.rounds_in_training
-    settings = _read(c, c.search.traces, rounds, limits=(), aggregates=ESTIMATORS[c.loss.estimator].aggregates)
+    settings = _read(
+        c, c.search.traces, rounds, limits=(), aggregates=ESTIMATORS[c.loss.estimator].aggregates
+    )
     if settings.problems and settings.aggregates:
         _check_for_training(settings, _subset_field(c))
     return settings

@@ -91,9 +91,7 @@ class PlanSettings:
             subsets=c.aggregation.subsets,
             subset_size=c.aggregation.subset_size,
             rounds=c.aggregation.rounds,
-            roles=tuple(
-                _role_settings(c, role, count) for role, count in groups.items()
-            ),
+            roles=tuple(_role_settings(c, role, count) for role, count in groups.items()),
         )
 
     def of_role(self, role: Role) -> RoleSettings:

@@ -76,9 +76,7 @@ class Stream:
         with contextlib.ExitStack() as stack:
             stack.enter_context(actor.progress.phase("sampling"))
             judge = stack.enter_context(
-                Judge(
-                    actor.verifier, actor.scaffold.tokenizer, self._stages, delay, actor.strategy
-                )
+                Judge(actor.verifier, actor.scaffold.tokenizer, self._stages, delay, actor.strategy)
             )
             for now in self._sampling:
                 actor.between_chunks()

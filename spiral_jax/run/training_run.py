@@ -23,7 +23,6 @@ from spiral_jax.run.guards import NumericsGuard, check_mismatch, watched
 from spiral_jax.run.log import RunLog
 from spiral_jax.run.preemption import Preemption
 from spiral_jax.run.retention import Retention
-from spiral_jax.run.saving import Saver
 from spiral_jax.run.setup import Setup
 from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
 from spiral_jax.run.trace_log import TraceRows
