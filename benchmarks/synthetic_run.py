@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax.core.config import digest, to_plain, uses_aggregation
+from spiral_jax.core.config import digest, to_plain
 from spiral_jax.core.groups import Purpose, Stop
 from spiral_jax.objective import estimators as advantages
 from spiral_jax.objective import subsets
-from spiral_jax.run.workdir import StepLog, TraceLog, open_workdir
+from spiral_jax.run.trace_log import TraceLog
+from spiral_jax.run.workdir import StepLog, open_workdir
 
 _WORDS = (
     "so",
@@ -103,7 +104,7 @@ def _problem(
               "problem_text": f"What is {cursor} * 7 + {b}?", "reference_answer": "42"}  # fmt: skip
     search = [_trace(c, "search", rng, 0.2 + 0.3 * skill, words, failing) for _ in range(N)]
     own_1xN = np.array([[_REWARD[row["verdict"]] for row in search]])
-    if not uses_aggregation(c):
+    if not ESTIMATORS[c.loss.estimator].aggregates:
         found = advantages.compute(c.loss.estimator, advantages.Rewards(own_1xN))
         yield from _gated(c, shared | _place("search"), search, found.search_BxN[0])
         return
@@ -183,7 +184,7 @@ def _metrics(c: ConfigDict, rng: np.random.Generator, step: int, steps: int) -> 
            "mismatch/kl": 1e-6 * rng.random(), "sampling/generated_tokens": 1e5, "sampling/tried": 2 * c.batch.problems,
            "sampling/kept": c.batch.problems}  # fmt: skip
     for role, name in (("search", "search"), ("aggregation", "aggregated"))[
-        : 1 + uses_aggregation(c)
+        : 1 + ESTIMATORS[c.loss.estimator].aggregates
     ]:
         row |= {f"reward/{name}": 0.3 + 0.4 * done + 0.05 * rng.random(), f"length/{role}": 100 + 50 * done,
                 f"entropy/{role}": 1 - 0.5 * done, f"length/cut_off_{role}": 0.1 * rng.random(),

@@ -114,9 +114,8 @@ def _experiment(arm: str) -> ConfigDict:
 
 def _evaluation() -> ConfigDict:
     c = tiny.get_config()
-    c.eval.problems = (
-        128  # ten rounds cost 80 aggregations a problem: more than a run of training costs with 512
-    )
+    # ten rounds cost 80 aggregations a problem: more than a run of training costs with 512
+    c.eval.problems = 128
     c.eval.n = 16
     c.eval.subsets = 4  # all of the 16 traces
     c.eval.rounds = 10  # trained for one

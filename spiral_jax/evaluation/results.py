@@ -1,18 +1,19 @@
-"""results.json of `python -m spiral_jax.evaluate`: records -> one file, the same for the same
-samples; and its table.
+"""results.json: records of an evaluation and what they amount to, the same for the same samples.
 
 version    of this layout, `VERSION`; it rises when a field changes its meaning or goes
-model      hf_path, and a fingerprint of its weights; searcher, where another policy drew the search traces
-problems   task, asked, too_long (left out), count, fingerprint of their ids, texts and answers
+model      hf_path, adapter_path, init_from, and a fingerprint of the weights; searcher, where
+           another policy drew the search traces
+problems   task, reward, asked, too_long (left out), count, fingerprint of their ids, texts, answers
 scaffold   the prompts' wording and what they keep of candidates
 settings   how much was sampled and at what temperature
-counts     verdicts, sampled tokens and what cleaning removed from candidates, by stage, over all problems
-measures   `measures.summarise`
+counts     by stage, over all problems: verdicts, sampled tokens, and what cleaning removed
+measures   see `summarise`
 records    what became of each problem, see `measures`: enough to recompute every measure
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,19 +21,24 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from spiral_jax.core.errors import UserError
-from spiral_jax.evaluation.measures import summarise
+from spiral_jax.evaluation.measures import BOOTSTRAP_DRAWS, RATES, STRATEGIES, Column, columns
 from spiral_jax.evaluation.settings import EvaluationSettings
+from spiral_jax.evaluation.statistics import Estimate, bootstrap_weights, ratios_and_intervals
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.rewards import Status
 
 VERSION = 1
+STAGES = ("search", "aggregation", "rsa")
+_VERDICTS = tuple(status.value for status in Status)
+_CLEANED = ("candidates", "dropped", "empty", "removed_special")  # of the stages that read some
 
 
 class ResultsError(UserError):
-    """A results file that cannot be read or compared; the message names the file and what differs."""
+    """A results file that cannot be read or compared; names the file and what differs."""
 
 
 def make_results(
@@ -102,44 +108,124 @@ def _describe_sampling(settings: EvaluationSettings) -> dict[str, Any]:
 
 
 def _stage_counts(counts: Mapping[str, int], stage: str) -> dict[str, int]:
-    """The counts of a stage without its name in front, zeros too."""
+    """The counts of a stage, `counts` without its name in front; zeros too."""
     names = [*_VERDICTS, *(_CLEANED if stage != "search" else ()), "sampled_tokens"]
-    found = {
-        name.removeprefix(f"{stage}_"): count
-        for name, count in counts.items()
-        if name.startswith(f"{stage}_")
+    return {name: counts.get(f"{stage}_{name}", 0) for name in names}
+
+
+# Measures
+
+
+class _Estimates:
+    """All columns with intervals by the resamples of `bootstrap_weights`."""
+
+    def __init__(self, measured: Mapping[str, Column], weight_RxB: np.ndarray):
+        self._by_name: dict[str, list[Estimate]] = {
+            name: ratios_and_intervals(column.total_BxQ, column.count_BxQ, weight_RxB)
+            for name, column in measured.items()
+        }
+
+    def fields(self, name: str, q: int = 0) -> dict[str, Any]:
+        """Measure q of a column, as the fields of an `Estimate`."""
+        return dataclasses.asdict(self._by_name[name][q])
+
+    def mean(self, name: str, q: int = 0) -> float | None:
+        """Its mean alone, which is what is stated of tokens."""
+        return self._by_name[name][q].mean
+
+
+def summarise(records: Sequence[dict], seed: int) -> dict[str, Any]:
+    """The `measures` of results.json.
+
+    Estimates (fields of `Estimate`), plain means for tokens, rows for curves. Intervals are
+    bootstrap percentiles over problems, `BOOTSTRAP_DRAWS` resamples drawn by `seed`.
+    """
+    measured = columns(records)
+    estimates = _Estimates(measured, bootstrap_weights(seed, len(records), BOOTSTRAP_DRAWS))
+
+    measures = {}
+    if STRATEGIES[0] in measured:
+        measures["strategies"] = {name: estimates.fields(name) for name in STRATEGIES}
+
+    ks = range(1, len(records[0]["search"]["answer"]) + 1)
+    measures["single"] = estimates.fields("single")
+    measures["pass_at_k"] = [_curve_row(estimates, "pass_at_k", k) for k in ks]
+    measures["majority_at_k"] = [_curve_row(estimates, "majority_at_k", k) for k in ks]
+
+    costs = {
+        "tokens": estimates.mean("aggregated/tokens"),
+        "critical_path": estimates.mean("aggregated/critical_path"),
     }
-    return dict.fromkeys(names, 0) | found
+    measures["aggregated"] = estimates.fields("aggregated") | costs
+    measures["aggregated_majority"] = estimates.fields("aggregated/majority")
+    measures |= {name: estimates.fields(name) for name in RATES}
+
+    rounds = range(len(records[0]["rsa"]) + 1)
+    limits = [stage["limit"] for stage in records[0]["limits"]]
+    measures["rsa"] = [_rsa_row(estimates, t) for t in rounds]
+    measures["limits"] = [_limit_row(estimates, q, limit) for q, limit in enumerate(limits)]
+    measures["cut_off"] = {
+        "search": estimates.fields("cut_off/search"),
+        "aggregation": estimates.fields("cut_off/aggregation"),
+    }
+    return measures
 
 
-STAGES = ("search", "aggregation", "rsa")
-_VERDICTS = tuple(status.value for status in Status)
-_CLEANED = ("candidates", "dropped", "empty", "removed_special")  # none of search traces
+def _curve_row(estimates: _Estimates, name: str, k: int) -> dict[str, Any]:
+    costs = {
+        "tokens": estimates.mean("tokens_at_k", k - 1),
+        "critical_path": estimates.mean("critical_path_at_k", k - 1),
+    }
+    return {"k": k} | estimates.fields(name, k - 1) | costs
+
+
+def _rsa_row(estimates: _Estimates, t: int) -> dict[str, Any]:
+    return {
+        "round": t,
+        "single": estimates.fields("rsa/single", t),
+        "pass_at_n": estimates.fields("rsa/pass_at_n", t),
+        "majority": estimates.fields("rsa/majority", t),
+        "entropy": estimates.fields("rsa/entropy", t),
+        "cut_off": estimates.fields("rsa/cut_off", t),
+        "tokens": estimates.mean("rsa/tokens", t),
+        "critical_path": estimates.mean("rsa/critical_path", t),
+    }
+
+
+def _limit_row(estimates: _Estimates, q: int, limit: int) -> dict[str, Any]:
+    return {
+        "limit": limit,
+        "single": estimates.fields("limits/single", q),
+        "pass_at_n": estimates.fields("limits/pass_at_n", q),
+        "majority": estimates.fields("limits/majority", q),
+        "cut_off": estimates.fields("limits/cut_off", q),
+        "tokens": estimates.mean("limits/tokens", q),
+    }
+
+
+# The file
 
 
 def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:
-    """Writes results.json: one line for each record and row, which keeps a file of megabytes
-    readable.
-    """
+    """Writes results.json: a line for each record and row, so that megabytes can be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_render(results, 0) + "\n")
 
 
 def _render(value: Any, depth: int) -> str:
     """JSON, broken into lines down to rows of tables."""
-    if depth < 3 and isinstance(value, dict | list) and value and not _is_row(value):
-        pad = " " * (depth + 1)
-        if isinstance(value, dict):
-            lines = [
-                f"{pad}{json.dumps(key)}: {_render(item, depth + 1)}" for key, item in value.items()
-            ]
-            return "{\n" + ",\n".join(lines) + f"\n{' ' * depth}}}"
-        return (
-            "[\n"
-            + ",\n".join(pad + _render(item, depth + 1) for item in value)
-            + f"\n{' ' * depth}]"
-        )
-    return json.dumps(value, allow_nan=False)
+    is_broken = depth < 3 and isinstance(value, dict | list) and value and not _is_row(value)
+    if not is_broken:
+        return json.dumps(value, allow_nan=False)
+
+    if isinstance(value, dict):
+        lines = [f"{json.dumps(key)}: {_render(item, depth + 1)}" for key, item in value.items()]
+        opening, closing = "{}"
+    else:
+        lines = [_render(item, depth + 1) for item in value]
+        opening, closing = "[]"
+    indent = "\n" + " " * depth
+    return opening + ",".join(f"{indent} {line}" for line in lines) + indent + closing
 
 
 def _is_row(value: Any) -> bool:
@@ -147,22 +233,21 @@ def _is_row(value: Any) -> bool:
 
 
 def read_results(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a results file. Raises `ResultsError`: missing, damaged, or of another
-    version.
+    """The content of a results file.
+
+    Raises:
+      ResultsError: it is missing, damaged, or of another version.
     """
     try:
         results = json.loads(epath.Path(path).read_bytes())
         version = results["version"]
     except OSError as error:
-        raise ResultsError(
-            f"{path}: cannot be read ({error.strerror}). Give the results.json of a run."
-        ) from error
+        reason = f"cannot be read ({error.strerror}). Give the results.json of a run."
+        raise ResultsError(f"{path}: {reason}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ResultsError(
-            f"{path}: not a results.json ({type(error).__name__}: {error})."
-        ) from error
+        reason = f"not a results.json ({type(error).__name__}: {error})."
+        raise ResultsError(f"{path}: {reason}") from error
     if version != VERSION:
-        raise ResultsError(
-            f"{path}: layout version {version}; this program reads {VERSION}. Evaluate again."
-        )
+        reason = f"layout version {version}; this program reads {VERSION}. Evaluate again."
+        raise ResultsError(f"{path}: {reason}")
     return results

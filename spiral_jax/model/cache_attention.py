@@ -17,6 +17,8 @@ from spiral_jax.model.cache import Cache, read_tokens
 # = exp(score - top)
 Partial = tuple[jax.Array, jax.Array, jax.Array]
 
+PREFIX_SCOPE = "prefix_attention"  # a plan finds its loop in a compiled program by this name
+
 MASKED = -1e30  # finite: a row without any visible key stays finite
 
 
@@ -69,7 +71,7 @@ def prefix_attention(q_UxQxHxE: jax.Array, prompt: Cache, start: jax.Array) -> j
         visible = (b * Q + jnp.arange(Q)) <= position_N[:, None]
         return join(total, attend(q, read_tokens(prompt, b * Q, Q), visible))
 
-    with jax.named_scope("prefix_attention"):
+    with jax.named_scope(PREFIX_SCOPE):
         nothing = (
             jnp.zeros(q.shape, jnp.float32),
             jnp.full(q.shape[:-1], MASKED),

@@ -33,6 +33,10 @@ KeyCotangents = tuple[jax.Array, jax.Array]  # of keys and of values, both [...,
 
 KEPT = "attention"  # the name of output and log-sum-exp for policies of `jax.checkpoint`
 
+# Names of scopes: a plan finds the loops of a compiled program by them.
+PROMPT_SCOPE, TRACE_SCOPE = "prompt_attention", "trace_attention"
+OWN_KEYS_SCOPE, PROMPT_KEYS_SCOPE = "own_keys", "prompt_keys"
+
 
 class Lengths(NamedTuple):
     """How long the groups of a micro-batch are; all int32.
@@ -55,7 +59,7 @@ def prompt_attention(
 
     Causality hides the padding from every real query, and nobody reads the padded ones.
     """
-    with jax.named_scope("prompt_attention"):
+    with jax.named_scope(PROMPT_SCOPE):
         own = k_UxPxJxE[:, None], v_UxPxJxE[:, None]
         return _attention(q_UxPxHxE[:, None], own, None, lengths.prompt, lengths, block)[:, 0]
 
@@ -75,7 +79,7 @@ def trace_attention(
       own_kv: keys and values [U, C, G, J, E].
       block: queries, and keys, whose scores exist at once.
     """
-    with jax.named_scope("trace_attention"):
+    with jax.named_scope(TRACE_SCOPE):
         return _attention(q_UxCxGxHxE, own_kv, prompt_kv, lengths.trace, lengths, block)
 
 
@@ -180,7 +184,7 @@ def _forward(
                 attend(rows, read_tokens(own, j * size.own, size.own), _causal(i, j, size.own, R)),
             )
 
-        with jax.named_scope("own_keys"):
+        with jax.named_scope(OWN_KEYS_SCOPE):
             out, top, weight = jax.lax.fori_loop(0, i + 1, to_own, total)
         new = (out / weight[..., None]).astype(q.dtype), top + jnp.log(weight)
         return tuple(
@@ -213,7 +217,7 @@ def _of_prompt(
         )
 
     flat = merge(rows, 4)
-    with jax.named_scope("prompt_keys"):
+    with jax.named_scope(PROMPT_KEYS_SCOPE):
         merged = jax.lax.fori_loop(0, count, to_block, tuple(merge(a, 4) for a in total))
     return tuple(a.reshape(b.shape) for a, b in zip(merged, total, strict=True))
 
@@ -249,7 +253,7 @@ def _backward(size: _Blocks, kept: Any, d_out: jax.Array) -> tuple:
         ) -> tuple[jax.Array, KeyCotangents]:
             return _add_block(done, rows, own, j * size.own, size.own, _causal(i, j, size.own, R))
 
-        with jax.named_scope("own_keys"):
+        with jax.named_scope(OWN_KEYS_SCOPE):
             d_rows, d_own = jax.lax.fori_loop(
                 0, i + 1, to_own, (jnp.zeros(rows.q.shape, jnp.float32), d_own)
             )
@@ -262,7 +266,7 @@ def _backward(size: _Blocks, kept: Any, d_out: jax.Array) -> tuple:
                 visible = _in_prompt(prompt_len_U, j, size.prompt)
                 return _add_block(done, flat, prompt, j * size.prompt, size.prompt, visible)
 
-            with jax.named_scope("prompt_keys"):
+            with jax.named_scope(PROMPT_KEYS_SCOPE):
                 flat_rows = d_rows.reshape(flat.q.shape)
                 d_rows, d_prompt = jax.lax.fori_loop(0, counts[1], to_prompt, (flat_rows, d_prompt))
         d_rows = d_rows.reshape(U, J, C, R, size.own, E).astype(q.dtype)

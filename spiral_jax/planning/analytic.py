@@ -7,8 +7,9 @@ trained are reduced once a micro-batch.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,84 +17,121 @@ from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.flops import linear_weights
 from spiral_jax.planning.costs import Cost
 
-# Elements that a backward pass keeps of each token and layer under a policy of `config.REMAT`,
-# beside its gradient: (of width D, of width H E, of width J E, of width F)
+
+class _Kept(NamedTuple):
+    """Elements that a backward pass keeps of each token and layer, by their width.
+
+    Attributes:
+      D, F: as wide as the model, as the feed-forward layer.
+      HE, JE: as wide as all heads, as all key/value heads.
+    """
+
+    D: int
+    HE: int
+    JE: int
+    F: int
+
+
+# By policy of `config.REMAT`; the gradient of the hidden state comes on top.
 _KEPT = {
-    "none": (6, 2, 2, 4),
-    "dots": (3, 2, 2, 2),
-    "attention": (1, 1, 0, 0),
-    "layer": (1, 0, 0, 0),
-}
+    "none":      _Kept(D=6, HE=2, JE=2, F=4),
+    "dots":      _Kept(D=3, HE=2, JE=2, F=2),
+    "attention": _Kept(D=1, HE=1, JE=0, F=0),
+    "layer":     _Kept(D=1, HE=0, JE=0, F=0),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardedModel:
+    """A model on a mesh.
+
+    Attributes:
+      axes: sizes of the mesh by axis.
+      width: bytes of an activation and of a base weight.
+    """
+
+    arch: Architecture
+    axes: dict[str, int]
+    width: int
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one layer that a chip multiplies with."""
+        return linear_weights(self.arch) // self.axes["tensor"]
+
+    @property
+    def layer_columns(self) -> int:
+        """Elements a token of a layer's inner arrays, forward and backward, on one chip."""
+        heads = 2 * (self.arch.H + self.arch.J) * self.arch.E
+        return (heads + 3 * self.arch.F) // self.axes["tensor"]
+
+    def sent_along_tensor(self, passes: int, tokens: int) -> float:
+        """Bytes that a chip sends: two all-reduces of the hidden states a layer and pass."""
+        all_reduces = 2 * self.arch.L * passes
+        share = 2 * _others(self.axes["tensor"])
+        return share * all_reduces * tokens * self.arch.D * self.width
 
 
 def bytes_a_chip(tree: Any) -> int:
     """Bytes of a tree of shapes with shardings that lie on each chip."""
-    leaves = jax.tree.leaves(tree)
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 
-def kept_activations(arch: Architecture, remat: str, tokens: int, tensor: int, width: int) -> int:
-    """Bytes that a forward pass leaves for the backward pass on one chip, for its `tokens`, of
-    `width` bytes each.
-    """
-    of_D, of_H, of_J, of_F = _KEPT[remat]
-    cut = (of_H * arch.H * arch.E + of_J * arch.J * arch.E + of_F * arch.F) // tensor
-    return arch.L * tokens * (of_D * arch.D + cut) * width
+def kept_activations(model: ShardedModel, remat: str, tokens: int) -> int:
+    """Bytes that a forward pass over a chip's `tokens` leaves for the backward pass."""
+    arch, kept = model.arch, _KEPT[remat]
+    cut = kept.HE * arch.H * arch.E + kept.JE * arch.J * arch.E + kept.F * arch.F
+    columns = kept.D * arch.D + cut // model.axes["tensor"]
+    return arch.L * tokens * columns * model.width
 
 
-def working_set(arch: Architecture, tokens: int, logits: int, tensor: int, width: int) -> int:
-    """Bytes of one layer's arrays, forward and backward, of a layer's gathered weights, and of a
-    chunk of logits.
-    """
-    layer = (
-        tokens * (6 * arch.D + 2 * (2 * (arch.H + arch.J) * arch.E + 3 * arch.F) // tensor) * width
-    )
-    return layer + 2 * linear_weights(arch) // tensor * width + 3 * logits * arch.V // tensor * 4
-
-
-def train_cost(
-    arch: Architecture,
-    mesh: dict[str, int],
-    remat: str,
-    flops: float,
-    tokens: int,
-    width: int,
-    trained: int,
-) -> Cost:
-    """Of one micro-batch on one chip.
+def working_set(model: ShardedModel, tokens: int, logits: int) -> int:
+    """Bytes of what is used at once: a layer's arrays, its gathered weights, a chunk of logits.
 
     Args:
-      mesh: sizes by axis.
+      tokens: of one chip, whose arrays of one layer exist forward and backward.
+      logits: rows of logits that exist at once on one chip.
+    """
+    arch, tensor = model.arch, model.axes["tensor"]
+    heads = 2 * (arch.H + arch.J) * arch.E + 3 * arch.F
+    layer = tokens * (6 * arch.D + 2 * heads // tensor) * model.width
+    weights = 2 * model.layer_weights * model.width
+    return layer + weights + 3 * logits * arch.V // tensor * 4
+
+
+def train_cost(model: ShardedModel, remat: str, *, flops: float, tokens: int, trained: int) -> Cost:
+    """Cost of one micro-batch on one chip.
+
+    Args:
       flops: of this chip.
       tokens: of this chip's group shard.
-      width: bytes of an activation or base weight.
       trained: float32 bytes of what is trained that lie on this chip.
     """
+    arch, axes = model.arch, model.axes
     passes = 2 if remat in ("none", "dots") else 3  # forward, once more, backward
-    base = arch.L * linear_weights(arch) // mesh["tensor"] * width
-    moved = (
-        2 * (4 * arch.D + (2 * (arch.H + arch.J) * arch.E + 3 * arch.F) // mesh["tensor"]) * width
-    )
-    shards = mesh["data"] * mesh["fsdp"]
+    base = arch.L * model.layer_weights * model.width
+    moved = 2 * (4 * arch.D + model.layer_columns) * model.width
+    gradients = 2 * _others(axes["data"] * axes["fsdp"]) * trained
     sent = {
-        "all-gather": passes * base * _others(mesh["fsdp"]),
-        "all-reduce": 2 * _others(mesh["tensor"]) * arch.L * passes * 2 * tokens * arch.D * width
-        + 2 * _others(shards) * trained,
+        "all-gather": passes * base * _others(axes["fsdp"]),
+        "all-reduce": model.sent_along_tensor(passes, tokens) + gradients,
     }
     return Cost(flops, passes * base + arch.L * tokens * moved * (passes + 1), sent)
 
 
-def forward_cost(
-    arch: Architecture, mesh: dict[str, int], flops: float, read: int, tokens: int, width: int
-) -> Cost:
-    """Of one pass of the sampler over `tokens` of a chip's group shard; `read`: bytes of weights
-    and cache.
+def forward_cost(model: ShardedModel, *, flops: float, read: int, tokens: int) -> Cost:
+    """Cost of one pass of the sampler over `tokens` of a chip's group shard.
+
+    Args:
+      flops: of this chip.
+      read: bytes of weights and cache that it reads.
     """
-    sent = 2 * _others(mesh["tensor"]) * arch.L * 2 * tokens * arch.D * width
-    return Cost(flops, read, {"all-reduce": sent})
+    return Cost(flops, read, {"all-reduce": model.sent_along_tensor(1, tokens)})
 
 
 def _others(chips: int) -> float:
+    """The share of a ring's chips that are others."""
     return (chips - 1) / chips

@@ -1,5 +1,7 @@
-"""A lowered program -> what the compiler made of it: its text and its memory. Kept on disk, so that the same program is
-compiled once: a 4B program takes minutes."""
+"""A lowered program -> what the compiler made of it: its text and its memory.
+
+Kept on disk, so that the same program is compiled once: a 4B program takes minutes.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,12 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Bytes are those of one chip.
+    """What the compiler made; bytes are those of one chip.
 
     Attributes:
       text: optimised HLO; "" where the program does not fit.
-      arguments, results, aliased, temporary: bytes; `aliased` are results that lie where arguments
-      were.
+      arguments, results, temporary: bytes.
+      aliased: bytes of the results that lie where arguments were.
       needed: bytes that a program needs which does not fit; 0 where it fits.
       seconds: what compiling took, when it was done.
     """
@@ -42,9 +44,8 @@ class Compiled:
 
 def cache_directory() -> pathlib.Path:
     """Where compiled programs are kept: SPIRAL_JAX_PLANS, or ~/.cache/spiral_jax/plans."""
-    return pathlib.Path(
-        os.environ.get("SPIRAL_JAX_PLANS", pathlib.Path.home() / ".cache" / "spiral_jax" / "plans")
-    )
+    default = pathlib.Path.home() / ".cache" / "spiral_jax" / "plans"
+    return pathlib.Path(os.environ.get("SPIRAL_JAX_PLANS", default))
 
 
 def compile_kept(lowered: Lowered, target: str) -> Compiled:
@@ -53,11 +54,12 @@ def compile_kept(lowered: Lowered, target: str) -> Compiled:
     Raises:
       jax.errors.JaxRuntimeError: the compiler fails, for another reason than too little memory.
     """
-    versions = [target, jax.__version__, *map(_version, ("jaxlib", "libtpu"))]
-    name = hashlib.sha256("\n".join([*versions, lowered.as_text()]).encode()).hexdigest()[:32]
+    key = [target, jax.__version__, _version("jaxlib"), _version("libtpu"), lowered.as_text()]
+    name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
     file = cache_directory() / f"{name}.json.gz"
     if file.exists():
         return Compiled(**json.loads(gzip.decompress(file.read_bytes())))
+
     compiled = _compile(lowered)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{os.getpid()}")
@@ -87,11 +89,12 @@ def _compile(lowered: Lowered) -> Compiled:
 
 
 def needed_bytes(message: str) -> int | None:
-    """HBM that a program needs, from the compiler's "Used 20.61G of 15.75G hbm"; None for any other
-    error.
+    """HBM that a program needs, from the compiler's "Used 20.61G of 15.75G hbm".
+
+    None for any other error.
     """
-    found = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+    match = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", message)
+    return int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
 def _version(package: str) -> str:

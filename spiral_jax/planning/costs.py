@@ -1,8 +1,7 @@
-"""What one chip computes, moves and sends in a compiled program, read from its HLO: a walk that
-takes a loop's body as often as the loop runs.
+"""What one chip computes, moves and sends in a compiled program, read from its HLO.
 
-XLA's own cost analysis counts a loop's body once, an update for a pass over the whole array, and no
-collective.
+A walk that takes a loop's body as often as the loop runs. XLA's own cost analysis counts a loop's
+body once, an update for a pass over the whole array, and no collective.
 """
 
 from __future__ import annotations
@@ -11,13 +10,28 @@ import dataclasses
 import functools
 import math
 import re
+from typing import NamedTuple
 
 from spiral_jax.planning.hlo import Computation, Instruction, Module
 from spiral_jax.planning.traffic import COLLECTIVES, START, hbm_bytes, targets
 
 # Operations that move nothing: they name, or make what is not stored.
-_FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "iota", "after-all", "partition-id",
-         "replica-id", "opt-barrier", "domain")  # fmt: skip
+_FREE = {
+    "parameter",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "constant",
+    "iota",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "domain",
+    "async-done",
+    "async-update",
+    *(f"{kind}-done" for kind in COLLECTIVES),
+}
 
 
 class UnknownLoop(ValueError):
@@ -26,17 +40,22 @@ class UnknownLoop(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one chip: operations of matrix products (two a multiply-add), bytes read and written in HBM, bytes sent to
-    other chips by kind of collective."""
+    """What one chip does.
+
+    Attributes:
+      flops: operations of matrix products, two a multiply-add.
+      hbm_bytes: read and written in HBM.
+      sent_bytes: to other chips, by kind of collective.
+    """
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
     sent_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: Cost) -> Cost:
-        kinds = self.sent_bytes.keys() | other.sent_bytes.keys()
         sent = {
-            kind: self.sent_bytes.get(kind, 0.0) + other.sent_bytes.get(kind, 0.0) for kind in kinds
+            kind: self.sent_bytes.get(kind, 0.0) + other.sent_bytes.get(kind, 0.0)
+            for kind in self.sent_bytes | other.sent_bytes
         }
         return Cost(self.flops + other.flops, self.hbm_bytes + other.hbm_bytes, sent)
 
@@ -70,83 +89,74 @@ class _Walk:
 
     def _computation(self, name: str) -> Cost:
         where, total = self.module.computations[name], Cost()
-        for one in where.instructions.values():
-            total += self._instruction(one, where)
+        for instruction in where.instructions.values():
+            total += self._instruction(instruction, where)
         return total
 
-    def _instruction(self, one: Instruction, where: Computation) -> Cost:
-        if one.operation == "while":
-            times = self._passes(one, where)
-            inside = (
-                Cost()
-                if times == 0
-                else sum((self.computation(name) for name in one.called), Cost())
-            )
-            return inside * times
-        if one.operation == "conditional":
-            return max(
-                (self.computation(name) for name in one.called),
-                key=lambda cost: (cost.flops, cost.hbm_bytes),
-            )
-        if one.operation in ("call", "async-start"):
-            return sum((self.computation(name) for name in one.called), Cost())
-        if one.operation in _FREE or one.operation in ("async-done", "async-update"):
+    def _instruction(self, instruction: Instruction, where: Computation) -> Cost:
+        operation = instruction.operation
+        if operation == "while":
+            times = self._passes(instruction, where)
+            return self._all_called(instruction) * times if times else Cost()
+        if operation == "conditional":
+            branches = [self.computation(name) for name in instruction.called]
+            return max(branches, key=lambda cost: (cost.flops, cost.hbm_bytes))
+        if operation in ("call", "async-start"):
+            return self._all_called(instruction)
+        if operation in _FREE:
             return Cost()
-        base = one.operation.removesuffix("-start")
-        if base in COLLECTIVES:
-            return Cost(
-                hbm_bytes=hbm_bytes(one, where, self.module),
-                sent_bytes=self._sent(base, one, where),
-            )
-        if one.operation.endswith("-done") and one.operation.removesuffix("-done") in COLLECTIVES:
-            return Cost()
-        return Cost(
-            self._flops(one, where), hbm_bytes(one, where, self.module), self._fused_sent(one)
-        )
+        moved = hbm_bytes(instruction, where, self.module)
+        kind = operation.removesuffix("-start")
+        if kind in COLLECTIVES:
+            sent = self._sent(kind, instruction, where)
+            return Cost(hbm_bytes=moved, sent_bytes=sent)
+        return Cost(self._flops(instruction, where), moved, self._fused_sent(instruction))
 
-    def _flops(self, one: Instruction, where: Computation) -> float:
-        if one.operation == "dot":
-            return _dot_flops(one, where)
-        if one.operation == "convolution":
-            return _convolution_flops(one, where)
-        if one.operation == "fusion":
-            inside = self.module.computations[one.called[0]]
+    def _all_called(self, instruction: Instruction) -> Cost:
+        return sum((self.computation(name) for name in instruction.called), Cost())
+
+    def _flops(self, instruction: Instruction, where: Computation) -> float:
+        if instruction.operation == "dot":
+            return _dot_flops(instruction, where)
+        if instruction.operation == "convolution":
+            return _convolution_flops(instruction, where)
+        if instruction.operation == "fusion":
+            inside = self.module.computations[instruction.called[0]]
             return sum(self._flops(part, inside) for part in inside.instructions.values())
         return 0.0
 
-    def _fused_sent(self, one: Instruction) -> dict[str, float]:
-        """Collectives that the compiler put inside of a fusion, to run beside its work; counted
-        where they start.
+    def _fused_sent(self, instruction: Instruction) -> dict[str, float]:
+        """What is sent by collectives that run beside the work of a fusion.
+
+        The compiler writes such a collective into several fusions; it is counted where it starts.
         """
+        if instruction.operation != "fusion":
+            return {}
+        inside = self.module.computations[instruction.called[0]]
+        starts_here = START in targets(inside)
         total = Cost()
-        if one.operation == "fusion":
-            inside = self.module.computations[one.called[0]]
-            starts = START in targets(inside)
-            for part in inside.instructions.values():
-                if part.operation in COLLECTIVES:
-                    total += Cost(
-                        sent_bytes=self._sent(part.operation, part, inside) if starts else {}
-                    )
-                else:
-                    total += Cost(sent_bytes=self._fused_sent(part))
+        for part in inside.instructions.values():
+            if part.operation not in COLLECTIVES:
+                total += Cost(sent_bytes=self._fused_sent(part))
+            elif starts_here:
+                total += Cost(sent_bytes=self._sent(part.operation, part, inside))
         return total.sent_bytes
 
-    def _sent(self, kind: str, one: Instruction, where: Computation) -> dict[str, float]:
+    def _sent(self, kind: str, collective: Instruction, where: Computation) -> dict[str, float]:
         """Bytes that a chip sends on a ring of the collective's group."""
         operands = sum(
-            array.bytes for name in one.operands for array in where.instructions[name].arrays
+            array.bytes for name in collective.operands for array in where.instructions[name].arrays
         )
-        n = _group_size(one, self.module.partitions)
+        n = _group_size(collective, self.module.partitions)
         share = (n - 1) / n
-        return {
-            kind: {
-                "all-gather": operands * (n - 1),
-                "all-reduce": 2 * share * operands,
-                "reduce-scatter": share * operands,
-                "all-to-all": share * operands,
-                "collective-permute": operands,
-            }[kind]
+        sent = {
+            "all-gather": operands * (n - 1),
+            "all-reduce": 2 * share * operands,
+            "reduce-scatter": share * operands,
+            "all-to-all": share * operands,
+            "collective-permute": operands,
         }
+        return {kind: sent[kind]}
 
     def _passes(self, loop: Instruction, where: Computation) -> float:
         for pattern, times in self.passes.items():
@@ -156,91 +166,116 @@ class _Walk:
             return int(match[1])
         times = _counted_passes(loop, where, self.module)
         if times is None:
-            raise UnknownLoop(
-                f"loop {loop.name} ({loop.op_name or 'of the compiler'}): how often it runs is unknown"
-            )
+            name = f"{loop.name} ({loop.op_name or 'of the compiler'})"
+            raise UnknownLoop(f"loop {name}: how often it runs is unknown")
         return times
 
 
+class _Bound(NamedTuple):
+    """The condition `smaller < larger` under which a loop goes on."""
+
+    smaller: Instruction
+    larger: Instruction
+
+
 def _counted_passes(loop: Instruction, where: Computation, module: Module) -> int | None:
-    """Passes of `for (i = first; i < end; i += 1)` with constants for both; None for any other
-    loop.
-    """
-    condition = module.computations[loop.attribute("condition")]
-    test = condition.through(condition.root.name)
-    if test.operation == "fusion":  # the comparison alone, in a computation of its own
-        inside = module.computations[test.called[0]]
-        outer = dict(zip([one.name for one in inside.parameters], test.operands, strict=True))
-        compare = inside.through(inside.root.name)
-        sides = [condition.through(outer.get(inside.through(name).name, name))
-                 if inside.through(name).operation == "parameter" else inside.through(name)
-                 for name in compare.operands]  # fmt: skip
-        test = compare
-    elif test.operation == "compare":
-        sides = [condition.through(name) for name in test.operands]
-    if test.operation != "compare" or test.attribute("direction") not in ("LT", "GT"):
+    """Passes of `for (i = first; i < end; i += 1)` with constants for both; else None."""
+    bound = _bound(module.computations[loop.attribute("condition")], module)
+    if bound is None:
         return None
-    if test.attribute("direction") == "GT":
-        sides.reverse()
-    start, end = (_constant(side, loop, where) for side in sides)
+    start = _value_at_start(bound.smaller, loop, where)
+    end = _value_at_start(bound.larger, loop, where)
     return None if start is None or end is None else max(0, end - start)
 
 
-def _constant(side: Instruction, loop: Instruction, where: Computation) -> int | None:
-    """Value before the first pass of one side of a loop's test."""
+def _bound(condition: Computation, module: Module) -> _Bound | None:
+    """The comparison that a loop's condition consists of; None if it is anything else."""
+    test = condition.through(condition.root.name)
+    if test.operation == "fusion":
+        # The comparison may stand alone in a computation of its own; what that takes as
+        # parameters are instructions of the condition.
+        inside = module.computations[test.called[0]]
+        compare = inside.through(inside.root.name)
+        given = dict(zip([p.name for p in inside.parameters], test.operands, strict=True))
+        sides = [inside.through(name) for name in compare.operands]
+        sides = [condition.through(given[s.name]) if s.name in given else s for s in sides]
+    else:
+        compare = test
+        sides = [condition.through(name) for name in compare.operands]
+    if compare.operation != "compare":
+        return None
+    direction = compare.attribute("direction")
+    if direction == "LT":
+        return _Bound(smaller=sides[0], larger=sides[1])
+    if direction == "GT":
+        return _Bound(smaller=sides[1], larger=sides[0])
+    return None
+
+
+def _value_at_start(side: Instruction, loop: Instruction, where: Computation) -> int | None:
+    """Value of one side of a loop's condition before the first pass, if it is a constant."""
     if side.operation == "get-tuple-element":
         carried = where.through(loop.operands[0])
         if carried.operation != "tuple":
             return None
         side = where.through(carried.operands[int(side.attribute("index"))])
-    return (
-        int(side.text)
-        if side.operation == "constant" and re.fullmatch(r"-?\d+", side.text)
-        else None
-    )
+    is_number = side.operation == "constant" and re.fullmatch(r"-?\d+", side.text)
+    return int(side.text) if is_number else None
 
 
-def _dot_flops(one: Instruction, where: Computation) -> float:
-    left = where.instructions[one.operands[0]].arrays[0].shape
-    contracted = [
-        int(axis) for axis in re.findall(r"\d+", one.attribute("lhs_contracting_dims") or "")
-    ]
-    return 2.0 * math.prod(one.arrays[0].shape) * math.prod(left[axis] for axis in contracted)
+def _dot_flops(dot: Instruction, where: Computation) -> float:
+    left = where.instructions[dot.operands[0]].arrays[0].shape
+    axes = re.findall(r"\d+", dot.attribute("lhs_contracting_dims") or "")
+    contracted = math.prod(left[int(axis)] for axis in axes)
+    return 2.0 * math.prod(dot.arrays[0].shape) * contracted
 
 
-def _convolution_flops(one: Instruction, where: Computation) -> float:
-    """A TPU's matrix products are convolutions: a batch axis may be a spatial one whose window
-    meets one element.
+def _convolution_flops(convolution: Instruction, where: Computation) -> float:
+    """Operations of a convolution, which a TPU's matrix products are.
+
+    A batch axis of a product may be a spatial one whose window meets one element.
     """
-    left, right = (where.instructions[name].arrays[0].shape for name in one.operands[:2])
-    left_labels, right_labels, out_labels = re.split("_|->", one.attribute("dim_labels"))
-    out = one.arrays[0].shape
-    window = one.attribute("window") or ""
-    settings = {name: value.split("x") for name, value in re.findall(r"(\w+)=([\dx_\-]+)", window)}
+    left, right = (where.instructions[name].arrays[0].shape for name in convolution.operands[:2])
+    out = convolution.arrays[0].shape
+    left_labels, right_labels, out_labels = re.split("_|->", convolution.attribute("dim_labels"))
+    window = convolution.attribute("window") or ""
+    fields = {name: value.split("x") for name, value in re.findall(r"(\w+)=([\dx_\-]+)", window)}
+
+    def number(field: str, axis: int, default: int) -> int:
+        return int(fields[field][axis]) if field in fields else default
+
     taps = 1
-    for axis in (label for label in out_labels if label.isdigit()):
-        i = int(axis)
-        get = lambda name, default: settings[name][i] if name in settings else default  # noqa: B023, E731
+    for label in filter(str.isdigit, out_labels):
+        axis = int(label)
+        padding = fields["pad"][axis] if "pad" in fields else "0_0"
         taps *= _valid_taps(
-            size=left[left_labels.index(axis)],
-            kernel=right[right_labels.index(axis)],
-            out=out[out_labels.index(axis)],
-            stride=int(get("stride", 1)),
-            low=int(str(get("pad", "0_0")).split("_")[0]),
-            left_dilation=int(get("lhs_dilate", 1)),
-            right_dilation=int(get("rhs_dilate", 1)),
+            size=left[left_labels.index(label)],
+            kernel=right[right_labels.index(label)],
+            out=out[out_labels.index(label)],
+            stride=number("stride", axis, 1),
+            low=int(padding.split("_")[0]),
+            left_dilation=number("lhs_dilate", axis, 1),
+            right_dilation=number("rhs_dilate", axis, 1),
         )
     features = right[right_labels.index("i")] * out[out_labels.index("f")]
-    groups = int(one.attribute("batch_group_count") or 1)
+    groups = int(convolution.attribute("batch_group_count") or 1)
     return 2.0 * taps * out[out_labels.index("b")] * features / groups
 
 
 @functools.cache
 def _valid_taps(
-    size: int, kernel: int, out: int, stride: int, low: int, left_dilation: int, right_dilation: int
+    *,
+    size: int,
+    kernel: int,
+    out: int,
+    stride: int,
+    low: int,
+    left_dilation: int,
+    right_dilation: int,
 ) -> int:
-    """Pairs of (output position, window position) along one axis that meet an element, not padding
-    or a hole.
+    """Pairs of (output position, window position) along one axis that meet an element.
+
+    The others meet padding, or a hole of a dilated operand.
     """
     count = 0
     reach = (size - 1) * left_dilation
@@ -251,18 +286,22 @@ def _valid_taps(
     return count
 
 
-def _group_size(one: Instruction, partitions: int) -> int:
-    """Chips of one group of a collective; `replica_groups` is a list, an iota [groups, size], or
-    axes of a mesh.
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}"
+)
+
+
+def _group_size(collective: Instruction, partitions: int) -> int:
+    """Chips of one group of a collective.
+
+    `replica_groups` is a list, an iota [groups, size], or axes of a mesh.
     """
-    if found := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))?\s*\{([^}]*)\}", one.attributes
-    ):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        named = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", found[2])
-        return math.prod(int(part or sizes[axis]) for axis, _, part in named)
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", one.attributes):
-        return int(found[2])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", one.attributes):
-        return len(found[1].split(","))
+    if match := _MESH_GROUPS.search(collective.attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+        axes = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", match[2])
+        return math.prod(int(part or sizes[axis]) for axis, _, part in axes)
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", collective.attributes):
+        return int(match[2])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", collective.attributes):
+        return len(match[1].split(","))
     return partitions

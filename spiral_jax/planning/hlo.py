@@ -1,6 +1,4 @@
-"""A compiled program's HLO text as objects: computations, instructions, and the arrays that those
-make.
-"""
+"""A compiled program's HLO text as objects: computations, instructions, and their arrays."""
 
 from __future__ import annotations
 
@@ -10,20 +8,27 @@ import re
 from collections.abc import Iterator
 
 _BYTES = {
-    "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
-    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "token": 0,
+    "pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1,
+    "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
+    "s32": 4, "u32": 4, "f32": 4,
+    "s64": 8, "u64": 8, "f64": 8, "c64": 8,
+    "c128": 16, "token": 0,
 }  # fmt: skip
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
-_CALLED = re.compile(r"(?:calls|body|condition|to_apply|branch_computations|true_computation|false_computation)="
-                     r"(\{[^}]*\}|%?[\w.\-]+)")  # fmt: skip
+_CALLED = re.compile(
+    r"(?:calls|body|condition|to_apply|branch_computations|true_computation|false_computation)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of an instruction's type. `on_chip`: it lies in memory other than HBM, as S(1) in
-    its layout says.
+    """One array of an instruction's type.
+
+    Attributes:
+      on_chip: it lies in memory other than HBM, as S(1) in its layout says.
     """
 
     dtype: str
@@ -41,7 +46,7 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`%name = arrays operation(operands), attributes`; `text` is what stands in the parentheses."""
+    """`%name = arrays operation(text), attributes`; `operands` are the names in `text`."""
 
     name: str
     arrays: tuple[Array, ...]
@@ -53,16 +58,17 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the Python program it comes from, such as "jit(f)/decode/while"; "" where the
-        compiler made it.
+        """Where in the Python program it comes from, such as "jit(f)/decode/while".
+
+        "" where the compiler made it.
         """
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
     def attribute(self, name: str) -> str | None:
         """Value of `name=...`: a word, or what stands in braces."""
-        found = re.search(rf"(?:^|, ){name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
-        return found[1].strip("%") if found else None
+        match = re.search(rf"(?:^|, ){name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
+        return match[1].strip("%") if match else None
 
     @property
     def called(self) -> list[str]:
@@ -80,22 +86,23 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        return next(one for one in self.instructions.values() if one.is_root)
+        return next(each for each in self.instructions.values() if each.is_root)
 
     @property
     def parameters(self) -> list[Instruction]:
-        found = [one for one in self.instructions.values() if one.operation == "parameter"]
-        return sorted(found, key=lambda one: int(one.text))
+        """In the order in which a caller gives them."""
+        parameters = [each for each in self.instructions.values() if each.operation == "parameter"]
+        return sorted(parameters, key=lambda parameter: int(parameter.text))
 
     def users(self, name: str) -> list[Instruction]:
-        return [one for one in self.instructions.values() if name in one.operands]
+        return [each for each in self.instructions.values() if name in each.operands]
 
     def through(self, name: str) -> Instruction:
         """The instruction of that name, or what it merely renames."""
-        one = self.instructions[name]
-        while one.operation in ("bitcast", "copy") and one.operands[0] in self.instructions:
-            one = self.instructions[one.operands[0]]
-        return one
+        this = self.instructions[name]
+        while this.operation in ("bitcast", "copy") and this.operands[0] in self.instructions:
+            this = self.instructions[this.operands[0]]
+        return this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,27 +111,23 @@ class Module:
     entry: Computation
     partitions: int
 
-    def loops(self) -> Iterator[Instruction]:
+    def instructions(self) -> Iterator[Instruction]:
         for computation in self.computations.values():
-            yield from (
-                one for one in computation.instructions.values() if one.operation == "while"
-            )
+            yield from computation.instructions.values()
 
     def arrays(self) -> Iterator[Array]:
-        """Every array of the program that exists in memory: those inside of fused computations do
-        not.
+        """Every array of the program that exists in memory.
+
+        Those inside of fused computations do not.
         """
-        fused = {
-            name
-            for computation in self.computations.values()
-            for one in computation.instructions.values()
-            if one.operation == "fusion"
-            for name in one.called
-        }
+        fused = set()
+        for instruction in self.instructions():
+            if instruction.operation == "fusion":
+                fused.update(instruction.called)
         for computation in self.computations.values():
             if computation.name not in fused:
-                for one in computation.instructions.values():
-                    yield from one.arrays
+                for instruction in computation.instructions.values():
+                    yield from instruction.arrays
 
 
 def parse(text: str) -> Module:
@@ -133,14 +136,15 @@ def parse(text: str) -> Module:
     Raises:
       ValueError: there is no entry computation.
     """
-    computations, entry, name, lines = {}, None, None, []
+    computations, entry = {}, None
+    name, lines = None, []  # of the computation that is being read
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
             name, lines = match[2], []
-            entry = name if match[1] else entry
+            if match[1]:
+                entry = name
         elif line == "}" and name:
-            instructions = [one for one in map(_instruction, lines) if one]
-            computations[name] = Computation(name, {one.name: one for one in instructions})
+            computations[name] = _computation(name, lines)
             name = None
         elif name:
             lines.append(line)
@@ -150,20 +154,13 @@ def parse(text: str) -> Module:
     return Module(computations, computations[entry], int(partitions[1]) if partitions else 1)
 
 
-def arrays_of(kind: str) -> tuple[Array, ...]:
-    """All arrays of a type, tuples flattened."""
-    return tuple(
-        Array(
-            dtype,
-            tuple(int(size.lstrip("<=")) for size in shape.split(",") if size),
-            "S(" in layout,
-        )
-        for dtype, shape, layout in _ARRAY.findall(kind)
-        if dtype in _BYTES
-    )
+def _computation(name: str, lines: list[str]) -> Computation:
+    instructions = [instruction for line in lines if (instruction := _instruction(line))]
+    return Computation(name, {instruction.name: instruction for instruction in instructions})
 
 
 def _instruction(line: str) -> Instruction | None:
+    """None for a line that is none, such as a comment."""
     line = line.strip()
     is_root, line = line.startswith("ROOT "), line.removeprefix("ROOT ")
     name, equals, rest = line.partition(" = ")
@@ -171,19 +168,29 @@ def _instruction(line: str) -> Instruction | None:
         return None
     end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
     kind, rest = rest[:end], rest[end:].lstrip()
-    operation, rest = rest[: rest.index("(")], rest[rest.index("(") :]
+    start = rest.index("(")
+    operation, rest = rest[:start], rest[start:]
     end = _closing(rest)
     inside = rest[1:end]
-    attributes = rest[end + 1 :].lstrip(", ")
     return Instruction(
-        name[1:],
-        arrays_of(kind),
-        operation,
-        tuple(_NAME.findall(inside)),
-        inside,
-        attributes,
-        is_root,
+        name=name[1:],
+        arrays=_arrays(kind),
+        operation=operation,
+        operands=tuple(_NAME.findall(inside)),
+        text=inside,
+        attributes=rest[end + 1 :].lstrip(", "),
+        is_root=is_root,
     )
+
+
+def _arrays(kind: str) -> tuple[Array, ...]:
+    """All arrays of a type, tuples flattened."""
+    arrays = []
+    for dtype, sizes, layout in _ARRAY.findall(kind):
+        if dtype in _BYTES:
+            shape = tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size)
+            arrays.append(Array(dtype, shape, on_chip="S(" in layout))
+    return tuple(arrays)
 
 
 def _closing(text: str) -> int:

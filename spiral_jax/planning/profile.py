@@ -1,6 +1,4 @@
-"""What one program needs of a chip: memory by kind, costs of its unit, the roofline; for GPUs by
-arithmetic.
-"""
+"""What one program needs of a chip: memory by kind, costs of its unit, the roofline."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from typing import Any
 from spiral_jax.planning.compiled import Compiled, compile_kept
 from spiral_jax.planning.costs import Cost, cost_of
 from spiral_jax.planning.hlo import Array, Module, parse
-from spiral_jax.planning.inventory import Forbidden, Program
+from spiral_jax.planning.planned_program import Forbidden, PlannedProgram
 from spiral_jax.planning.roofline import Roofline, roofline
 from spiral_jax.planning.topology import Topology
 from spiral_jax.planning.traffic import uncounted_kernels
@@ -30,11 +28,11 @@ class Profile:
         costs of what is too large to be compiled.
       seconds: what compiling took.
       largest: the largest array that the compiled program makes.
-      forbidden: what of `Program.forbidden` it makes all the same.
+      forbidden: what of `PlannedProgram.forbidden` it makes all the same.
       kernels: its custom calls, whose operations are not counted.
     """
 
-    program: Program
+    program: PlannedProgram
     memory: dict[str, int]
     room: int
     roofline: Roofline
@@ -56,20 +54,17 @@ class Profile:
 
     @property
     def flops_ratio(self) -> float | None:
-        """Operations of a unit over the ideal count."""
-        return (
-            self.unit.flops / self.program.ideal_flops
-            if self.program.ideal_flops and self.unit.flops
-            else None
-        )
+        """Operations of a unit over the ideal count; None where either is not known."""
+        return _ratio(self.unit.flops, self.program.ideal_flops)
 
     @property
     def hbm_ratio(self) -> float | None:
-        ideal = self.program.ideal_hbm_bytes
-        return self.unit.hbm_bytes / ideal if ideal and self.unit.hbm_bytes else None
+        """Bytes that a unit moves over the ideal count; None where either is not known."""
+        return _ratio(self.unit.hbm_bytes, self.program.ideal_hbm_bytes)
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON: bytes, operations and seconds of one chip and one unit."""
+        largest = self.largest and f"{self.largest.dtype}{list(self.largest.shape)}"
         return {
             "program": self.program.name,
             "source": "compiled" if self.compiled else "arithmetic",
@@ -90,16 +85,14 @@ class Profile:
             "roofline_seconds": dataclasses.asdict(self.roofline),
             "seconds": self.roofline.seconds,
             "bound": self.roofline.bound,
-            "largest_array": None
-            if self.largest is None
-            else f"{self.largest.dtype}{list(self.largest.shape)}",
+            "largest_array": largest,
             "checked_for": sorted(self.program.forbidden),
             "forbidden_arrays": self.forbidden,
             "uncounted_kernels": self.kernels,
         }
 
 
-def profile(program: Program, topology: Topology, free: float) -> Profile:
+def profile(program: PlannedProgram, topology: Topology, free: float) -> Profile:
     """Compiles the program for a TPU slice, or estimates it for GPUs.
 
     Args:
@@ -108,26 +101,23 @@ def profile(program: Program, topology: Topology, free: float) -> Profile:
     Raises:
       UnknownLoop: see `costs.cost_of`.
     """
-    room = int((1 - free) * topology.chip.hbm_bytes)
-    line = roofline(program.estimate, topology.chip, topology.chips)
     if topology.devices is None:
         memory = program.memory | {
             "activations": program.kept,
             "temporaries": program.estimated_temporary,
         }
-        return Profile(program, memory, room, line, program.estimate, Cost(), compiled=False)
+        return _estimate(program, topology, free, memory)
+
     compiled = compile_kept(program.lower(), topology.name)
     if compiled.needed:
-        memory = {"program": compiled.needed}
-        return Profile(
-            program, memory, room, line, program.estimate, Cost(), False, compiled.seconds
-        )
+        return _estimate(program, topology, free, {"program": compiled.needed}, compiled.seconds)
+
     module = parse(compiled.text)
     unit, call = unit_and_call(module, program.unit_loop, program.passes)
     return Profile(
         program=program,
         memory=_memory(program, compiled),
-        room=room,
+        room=_room(topology, free),
         roofline=roofline(unit, topology.chip, topology.chips),
         unit=unit,
         call=call,
@@ -139,9 +129,38 @@ def profile(program: Program, topology: Topology, free: float) -> Profile:
     )
 
 
+def _estimate(
+    program: PlannedProgram,
+    topology: Topology,
+    free: float,
+    memory: dict[str, int],
+    seconds: float = 0.0,
+) -> Profile:
+    """The costs by arithmetic: of a GPU, or of what is too large to be compiled."""
+    return Profile(
+        program=program,
+        memory=memory,
+        room=_room(topology, free),
+        roofline=roofline(program.estimate, topology.chip, topology.chips),
+        unit=program.estimate,
+        call=Cost(),
+        compiled=False,
+        seconds=seconds,
+    )
+
+
+def _room(topology: Topology, free: float) -> int:
+    return int((1 - free) * topology.chip.hbm_bytes)
+
+
+def _ratio(value: float, ideal: float) -> float | None:
+    return value / ideal if ideal and value else None
+
+
 def unit_and_call(module: Module, unit_loop: str, passes: dict[str, float]) -> tuple[Cost, Cost]:
-    """Cost of one pass of the unit loop, and of everything outside of it; without such a loop all
-    is the unit.
+    """Cost of one pass of the unit loop, and of everything outside of it.
+
+    Without such a loop all is the unit.
     """
     if not unit_loop:
         return cost_of(module, passes), Cost()
@@ -151,30 +170,35 @@ def unit_and_call(module: Module, unit_loop: str, passes: dict[str, float]) -> t
 
 def largest_array(module: Module) -> Array:
     """The largest array that the program makes, its arguments left out."""
-    given = {(array.dtype, array.shape) for one in module.entry.parameters for array in one.arrays}
+    given = {
+        (array.dtype, array.shape)
+        for parameter in module.entry.parameters
+        for array in parameter.arrays
+    }
     made = [array for array in module.arrays() if (array.dtype, array.shape) not in given]
     return max(made, key=lambda array: array.bytes)
 
 
 def forbidden_arrays(module: Module, forbidden: dict[str, Forbidden]) -> list[str]:
     """Those that the program makes, such as "logits f32[4, 4096, V]"."""
-    found = set()
+    made = set()
     for array in module.arrays():
         for name, what in forbidden.items():
             if _is_forbidden(array.shape, what):
-                found.add(f"{name} {array.dtype}{list(array.shape)}")
-    return sorted(found)
+                made.add(f"{name} {array.dtype}{list(array.shape)}")
+    return sorted(made)
 
 
 def _is_forbidden(shape: tuple[int, ...], what: Forbidden) -> bool:
-    for i in (i for i, size in enumerate(shape) if size in what.sizes):
+    for i, size in enumerate(shape):
         others = shape[:i] + shape[i + 1 :]
-        if math.prod(others) >= what.others and any(size % what.multiple == 0 for size in others):
+        is_multiple = any(other % what.multiple == 0 for other in others)
+        if size in what.sizes and math.prod(others) >= what.others and is_multiple:
             return True
     return False
 
 
-def _memory(program: Program, compiled: Compiled) -> dict[str, int]:
+def _memory(program: PlannedProgram, compiled: Compiled) -> dict[str, int]:
     """What the compiler allots, beside what lies there anyway."""
     memory = {name: size for name, size in program.memory.items() if size}
     if program.kept:

@@ -1,6 +1,4 @@
-"""The least time that a chip needs for what a program computes, reads and sends, when all three
-overlap.
-"""
+"""The least time that a chip needs to compute, read and send, when all three overlap."""
 
 from __future__ import annotations
 
@@ -28,13 +26,15 @@ class Roofline:
 
 
 def roofline(cost: Cost, chip: Chip, chips: int) -> Roofline:
-    """Links: all that is sent goes over the ring of one mesh axis; over the slower network if the
-    chips are `far`.
+    """Seconds of a cost on one of so many chips.
+
+    All that is sent goes over the ring of one mesh axis, or over the slower network where there are
+    more chips than are near each other.
     """
-    far = chip.near and chips > chip.near
-    links = chip.far_bytes_per_s if far else chip.link_bytes_per_s
+    is_far = chip.near and chips > chip.near
+    link_bytes_per_s = chip.far_bytes_per_s if is_far else chip.link_bytes_per_s
     return Roofline(
-        cost.flops / chip.flops_per_s,
-        cost.hbm_bytes / chip.hbm_bytes_per_s,
-        cost.all_sent_bytes / links,
+        compute=cost.flops / chip.flops_per_s,
+        hbm=cost.hbm_bytes / chip.hbm_bytes_per_s,
+        links=cost.all_sent_bytes / link_bytes_per_s,
     )

@@ -16,36 +16,37 @@ _SHIPPED = pathlib.Path(__file__).parent.parent / "assets" / "architectures"
 
 
 def planned_model(c: ConfigDict) -> tuple[ModelConfig, str]:
-    """The model that config.model describes, and where its sizes were read.
+    """The model that config.model describes, and the file that its sizes were read from.
 
-    `model.hf_path` may be a directory with config.json, a bundled model, a path whose last part is
-    one of the architectures that are shipped (the directory itself need not exist), or a Hub id.
+    `hf_path` may be a directory with config.json, a bundled model, a path whose last part is one of
+    the architectures that are shipped (the directory itself need not exist), or a Hub id.
+
+    Args:
+      c: config.model.
 
     Raises:
       ConfigError: none of these, or a config.json that is not supported.
     """
-    path = config_directory(c.model.hf_path)
-    return hf.model_config(read_architecture(path), c.model), str(path / "config.json")
+    path = config_directory(c.hf_path)
+    return hf.model_config(read_architecture(path), c), str(path / "config.json")
 
 
 def config_directory(hf_path: str) -> pathlib.Path:
     """The directory whose config.json describes the model that `config.model.hf_path` names."""
-    path, shipped = (
-        hf.BUNDLED.get(hf_path, pathlib.Path(hf_path)),
-        _SHIPPED / pathlib.Path(hf_path).name,
-    )
+    path = hf.BUNDLED.get(hf_path, pathlib.Path(hf_path))
+    shipped = _SHIPPED / pathlib.Path(hf_path).name
     if path.is_dir():
         return path
     if shipped.is_dir():
         return shipped
-    names = sorted(directory.name for directory in _SHIPPED.iterdir())
-    advice = f"A plan needs a directory with config.json, a Hub id, or one of {', '.join([*hf.BUNDLED, *names])}."
+
+    missing = f"config.model.hf_path = {hf_path!r}: no such directory"
+    names = [*hf.BUNDLED, *sorted(directory.name for directory in _SHIPPED.iterdir())]
+    advice = f"A plan needs a directory with config.json, a Hub id, or one of {', '.join(names)}."
     if hf_path.count("/") != 1:
-        raise ConfigError(f"config.model.hf_path = {hf_path!r}: no such directory. {advice}")
+        raise ConfigError(f"{missing}. {advice}")
     try:
         return pathlib.Path(hf_hub_download(hf_path, "config.json")).parent
-    except (
-        Exception
-    ) as error:  # no network, no such repository, no permission: each has its own class
-        raise ConfigError(f"config.model.hf_path = {hf_path!r}: no such directory, and the Hub did not give its "
-                          f"config.json ({type(error).__name__}). {advice}") from error  # fmt: skip
+    except Exception as error:  # no network, repository or permission: each has its own class
+        reason = f"the Hub did not give its config.json ({type(error).__name__})"
+        raise ConfigError(f"{missing}, and {reason}. {advice}") from error

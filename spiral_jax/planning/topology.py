@@ -1,5 +1,6 @@
-"""What may be rented: TPU slices, which libtpu describes without a TPU, and GPUs, known by the
-numbers below alone.
+"""What may be rented: TPU slices and GPUs.
+
+libtpu describes slices without a TPU; GPUs are known by the numbers below alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import re
 from typing import Any
 
 from jax.experimental import topologies
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
 
+from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
 from spiral_jax.model.flops import PEAK_FLOPS_PER_S
 
@@ -29,7 +33,7 @@ class Chip:
       hbm_bytes: that programs may use.
       hbm_bytes_per_s: of reading and writing together.
       link_bytes_per_s: that a chip sends on a ring along one axis of the mesh, to both of its
-      neighbours together.
+        neighbours together.
       far_bytes_per_s: the same beyond `near` chips; 0 where all links are alike.
       dimensions: of a TPU slice; 0 for GPUs.
     """
@@ -44,63 +48,44 @@ class Chip:
     dimensions: int = 0
 
 
+def _tpu(name: str, memory: float, hbm: float, links: float, *, dimensions: int) -> Chip:
+    return Chip(name, PEAK_FLOPS_PER_S[name], int(memory), hbm, links, dimensions=dimensions)
+
+
+def _gpu(name: str, kind: str, memory: float, hbm: float, links: float) -> Chip:
+    """`kind`: what the device calls itself beyond its name."""
+    flops_per_s = PEAK_FLOPS_PER_S[name + kind]
+    return Chip(name, flops_per_s, int(memory), hbm, links, far_bytes_per_s=50 * GB, near=8)
+
+
 # TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. Memory is what the compiler says that it has
 # (its error message when a program is too large), a little less than the data sheet's 32, 16, 95
 # and 32 GB. Links: the data sheet's bidirectional interconnect bandwidth a chip, 600, 400, 1200 and
 # 800 GB/s over 6, 4, 6 and 4 ports; a ring uses two ports, each one way. GPUs: NVIDIA's data sheets
 # of H100 SXM, H200 SXM and HGX B200, memory less 5 % for CUDA and NCCL, NVLink one way, and beyond
 # 8 GPUs one 400 Gb/s network card for each.
+#      name, its key in PEAK_FLOPS_PER_S,       memory,           HBM,        links
 CHIPS = {
-    "v4": Chip(
-        "TPU v4", PEAK_FLOPS_PER_S["TPU v4"], int(30.75 * GIB), 1228 * GB, 100 * GB, dimensions=3
-    ),
-    "v5e": Chip(
-        "TPU v5e", PEAK_FLOPS_PER_S["TPU v5e"], int(15.75 * GIB), 819 * GB, 100 * GB, dimensions=2
-    ),
-    "v5p": Chip(
-        "TPU v5p", PEAK_FLOPS_PER_S["TPU v5p"], int(95.74 * GIB), 2765 * GB, 200 * GB, dimensions=3
-    ),
-    "v6e": Chip(
-        "TPU v6e", PEAK_FLOPS_PER_S["TPU v6e"], int(31.25 * GIB), 1638 * GB, 200 * GB, dimensions=2
-    ),
-    "h100": Chip(
-        "NVIDIA H100",
-        PEAK_FLOPS_PER_S["NVIDIA H100 80GB HBM3"],
-        int(76 * GB),
-        3350 * GB,
-        450 * GB,
-        50 * GB,
-        8,
-    ),
-    "h200": Chip(
-        "NVIDIA H200",
-        PEAK_FLOPS_PER_S["NVIDIA H200"],
-        int(134 * GB),
-        4800 * GB,
-        450 * GB,
-        50 * GB,
-        8,
-    ),
-    "b200": Chip(
-        "NVIDIA B200",
-        PEAK_FLOPS_PER_S["NVIDIA B200"],
-        int(171 * GB),
-        7700 * GB,
-        900 * GB,
-        50 * GB,
-        8,
-    ),
-}
+    "v4":   _tpu("TPU v4",                     30.75 * GIB,  1228 * GB,  100 * GB, dimensions=3),
+    "v5e":  _tpu("TPU v5e",                    15.75 * GIB,   819 * GB,  100 * GB, dimensions=2),
+    "v5p":  _tpu("TPU v5p",                    95.74 * GIB,  2765 * GB,  200 * GB, dimensions=3),
+    "v6e":  _tpu("TPU v6e",                    31.25 * GIB,  1638 * GB,  200 * GB, dimensions=2),
+    "h100": _gpu("NVIDIA H100", " 80GB HBM3",      76 * GB,  3350 * GB,  450 * GB),
+    "h200": _gpu("NVIDIA H200", "",               134 * GB,  4800 * GB,  450 * GB),
+    "b200": _gpu("NVIDIA B200", "",               171 * GB,  7700 * GB,  900 * GB),
+}  # fmt: skip
 KNOWN = (
-    "TPU slices v4:AxBxC, v5p:AxBxC, v5e:AxB, v6e:AxB (v5e:8x8 has 64 chips; libtpu knows those that can be rented), "
-    "and GPUs h100:N, h200:N, b200:N"
+    "TPU slices v4:AxBxC, v5p:AxBxC, v5e:AxB, v6e:AxB (v5e:8x8 has 64 chips; libtpu knows those "
+    "that can be rented), and GPUs h100:N, h200:N, b200:N"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`devices`: what programs are compiled for; None for GPUs, which are planned by arithmetic
-    alone.
+    """Chips of one kind.
+
+    Attributes:
+      devices: what programs are compiled for; None for GPUs, which are planned by arithmetic alone.
     """
 
     name: str
@@ -120,32 +105,41 @@ def find_topology(name: str) -> Topology:
     if chip is None or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         raise ConfigError(f"--topology={name}: unknown. Known are {KNOWN}.")
     sizes = [int(size) for size in shape.split("x")]
-    if len(sizes) != (chip.dimensions or 1):
+    dimensions = chip.dimensions or 1
+    if len(sizes) != dimensions:
         raise ConfigError(
-            f"--topology={name}: {kind} has {chip.dimensions or 1} dimensions. Known are {KNOWN}."
+            f"--topology={name}: {kind} has {dimensions} dimensions. Known are {KNOWN}."
         )
-    if not chip.dimensions:
-        return Topology(name, chip, sizes[0], None)
-    return Topology(name, chip, math.prod(sizes), _tpu_devices(name))
+    devices = _tpu_devices(name) if chip.dimensions else None
+    return Topology(name, chip, math.prod(sizes), devices)
+
+
+def make_mesh(sizes: ConfigDict, topology: Topology) -> Mesh | AbstractMesh:
+    """config.mesh on the topology's devices; without any, its sizes alone.
+
+    Raises:
+      ConfigError: sizes whose product is another number of chips.
+    """
+    if topology.devices is not None:
+        return meshes.make_mesh(sizes, topology.devices)
+    return AbstractMesh(meshes.mesh_shape(sizes, topology.chips, "GPU"), meshes.AXES)
 
 
 def _tpu_devices(name: str) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
-            f"--topology={name}: programs for TPUs are compiled by libtpu, which needs no TPU: {INSTALL}"
+            f"--topology={name}: programs for TPUs are compiled by libtpu, which needs no TPU: "
+            f"{INSTALL}"
         )
-    os.environ.setdefault(
-        "TPU_SKIP_MDS_QUERY", "1"
-    )  # else it asks a metadata server that is not there
+    # else libtpu asks a metadata server that is not there
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:  # whatever class the plugin chooses
         reason = str(error).strip().splitlines()[0]
         if "lockfile" in reason or "in use" in reason:
-            raise ConfigError(
-                f"--topology={name}: one process at a time may use libtpu: {reason}"
-            ) from error
-        raise ConfigError(
-            f"--topology={name}: libtpu does not know it ({reason}). Known are {KNOWN}."
-        ) from error
+            message = f"one process at a time may use libtpu: {reason}"
+        else:
+            message = f"libtpu does not know it ({reason}). Known are {KNOWN}."
+        raise ConfigError(f"--topology={name}: {message}") from error

@@ -1,6 +1,4 @@
-"""A whole training step from its programs' rooflines, under assumptions that are stated: how long
-traces are.
-"""
+"""A whole training step from its programs' rooflines, under assumptions that are stated."""
 
 from __future__ import annotations
 
@@ -8,13 +6,10 @@ import dataclasses
 import math
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from spiral_jax.core.config import groups_of_step, uses_aggregation
 from spiral_jax.core.groups import Role
-from spiral_jax.planning.inventory import Run
 from spiral_jax.planning.profile import Profile
 from spiral_jax.planning.roofline import roofline
+from spiral_jax.planning.settings import PlanSettings
 from spiral_jax.planning.topology import Topology
 
 
@@ -35,8 +30,12 @@ class Assumptions:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Groups of one role in a step: how many are sampled, how many trained on, and their mean sizes
-    in tokens.
+    """The groups of one role in a step.
+
+    Attributes:
+      sampled, trained: how many groups are sampled, and trained on.
+      traces: of a group.
+      prompt, response: mean tokens of a prompt and of a trace.
     """
 
     role: Role
@@ -46,44 +45,55 @@ class Work:
     prompt: int
     response: int
 
+    @property
+    def sampled_tokens(self) -> int:
+        return self.sampled * self.traces * self.response
 
-def work_of(c: ConfigDict, assumed: Assumptions) -> list[Work]:
-    """Both roles. Problems are sampled until config.batch.problems are kept, of
-    config.sampling.keep_rate of them.
+    @property
+    def trained_tokens(self) -> int:
+        return self.trained * (self.prompt + self.traces * self.response)
+
+
+def work_of_step(settings: PlanSettings, assumed: Assumptions) -> list[Work]:
+    """What a step samples and trains on, by role.
+
+    Problems are sampled until config.batch.problems are kept, of config.sampling.keep_rate of them.
     """
-    tried = math.ceil(c.batch.problems * min(1 / c.sampling.keep_rate, c.sampling.max_ratio))
-    problem = max(1, round(assumed.problem_share * c.prompt.max_problem_tokens))
-    response = max(1, round(assumed.response_share * c.search.max_tokens))
-    found = [Work(Role.SEARCH, tried, c.batch.problems, c.search.traces, problem, response)]
-    if uses_aggregation(c):
-        a = c.aggregation
-        prompt, length = (
-            problem + a.subset_size * response,
-            max(1, round(assumed.response_share * a.max_tokens)),
+    tried = math.ceil(settings.problems * min(1 / settings.keep_rate, settings.max_ratio))
+    problem = max(1, round(assumed.problem_share * settings.max_problem_tokens))
+    response = {
+        of_role.role: max(1, round(assumed.response_share * of_role.max_tokens))
+        for of_role in settings.roles
+    }
+    sampled = {Role.SEARCH: tried, Role.AGGREGATION: tried * settings.subsets * settings.rounds}
+    candidates = settings.subset_size * response[Role.SEARCH]
+    prompt = {Role.SEARCH: problem, Role.AGGREGATION: problem + candidates}
+    return [
+        Work(
+            role=role,
+            sampled=sampled[role],
+            trained=settings.of_role(role).groups,
+            traces=settings.of_role(role).traces,
+            prompt=prompt[role],
+            response=response[role],
         )
-        groups = (tried * a.subsets * a.rounds, groups_of_step(c)["aggregation"])
-        found.append(Work(Role.AGGREGATION, *groups, a.traces, prompt, length))
-    return found
-
-
-def bucket(c: ConfigDict, work: Work) -> int:
-    """Which of config.batch.*_lengths a group of mean size falls into."""
-    lengths = c.batch[f"{work.role.label}_lengths"]
-    return next(i for i, (P, G) in enumerate(lengths) if work.prompt <= P and work.response <= G)
+        for role in response
+    ]
 
 
 def predict(
-    run: Run,
+    settings: PlanSettings,
     topology: Topology,
     works: list[Work],
     assumed: Assumptions,
     profiles: dict[str, Profile],
 ) -> dict[str, Any]:
-    """Seconds of each phase of a step at its roofline, and tokens a second. Verifier and host are
-    not in it.
+    """Seconds of each phase of a step at its roofline, and tokens a second.
+
+    Verifier and host are not in it.
 
     Args:
-      profiles: by the names of `Run.programs`.
+      profiles: by the names of `plan_programs`.
     """
     seconds = {
         "prefill": 0.0,
@@ -91,25 +101,29 @@ def predict(
         "decode copy": profiles["decode_copy"].roofline.seconds,
     }
     flops, micro_batches = 0.0, 0
-    sampled = sum(work.sampled * work.traces * work.response for work in works)
     for work in works:
+        role = settings.of_role(work.role)
         prefill = profiles[f"prefill/{work.role.label}"]
-        seconds["prefill"] += (
-            math.ceil(work.sampled / prefill.program.groups) * prefill.roofline.seconds
-        )
-        one = profiles[f"train/{work.role.label}/{bucket(run.c, work)}"]
-        count = math.ceil(work.trained / run.c.batch[f"{work.role.label}_groups"])
+        calls = math.ceil(work.sampled / prefill.program.groups)
+        seconds["prefill"] += calls * prefill.roofline.seconds
+
+        bucket = role.bucket(work.prompt, work.response)
+        train = profiles[f"train/{work.role.label}/{bucket}"]
+        count = math.ceil(work.trained / role.micro_groups)
+        seconds["train"] += count * train.roofline.seconds
+        flops += count * train.unit.flops
         micro_batches += count
-        seconds["train"] += count * one.roofline.seconds
-        flops += count * one.unit.flops
-    seconds["train"] += roofline(one.call, topology.chip, topology.chips).seconds  # the update
+    update = roofline(train.call, topology.chip, topology.chips)
+    seconds["train"] += update.seconds
+
+    sampled = sum(work.sampled_tokens for work in works)
+    trained = sum(work.trained_tokens for work in works)
     decode = profiles["decode"]
     steps = math.ceil(sampled / (decode.program.tokens * assumed.row_occupancy))
     seconds["decode"] = steps * decode.roofline.seconds
-    trained = sum(work.trained * (work.prompt + work.traces * work.response) for work in works)
     total = sum(seconds.values())
     return {
-        "assumptions": dataclasses.asdict(assumed) | {"keep_rate": run.c.sampling.keep_rate},
+        "assumptions": dataclasses.asdict(assumed) | {"keep_rate": settings.keep_rate},
         "mean_tokens": {
             work.role.label: {"prompt": work.prompt, "response": work.response} for work in works
         },

@@ -17,7 +17,8 @@ from spiral_jax.reporting.problem_page import FLAGS, PageSettings, problem_page
 from spiral_jax.reporting.quotes import DEFINITION
 from spiral_jax.reporting.read_run import RecordedRun
 from spiral_jax.reporting.render import embed, render
-from spiral_jax.run.workdir import WorkdirError, read_traces
+from spiral_jax.run.trace_log import read_traces
+from spiral_jax.run.workdir import WorkdirError
 
 FOLDER = "report"
 PAGE_BYTES = 8 * 2**20  # of a page file's traces, about: a problem is never cut

@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from spiral_jax.core.config import ConfigError, to_plain, uses_aggregation
-from spiral_jax.core.config_checks import validate, validate_evaluation
+from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.evaluation.measures import STRATEGIES
 from spiral_jax.evaluation.settings import for_command
+from spiral_jax.objective.estimators import ESTIMATORS
+from spiral_jax.run.setup import check_evaluation, check_training
 
 # names that are no arms of a file: the untrained model, and sides and kinds of claims
 BASE = "base"
@@ -224,10 +225,10 @@ class Study:
         for arm in arms:
             c = self.module.get_config(arm)
             try:
-                validate(c)
+                check_training(c)
             except ConfigError as error:
                 raise ConfigError(f"{self.file}, arm {arm}: {error}") from error
-            experiments[arm] = Experiment(to_plain(c), uses_aggregation(c))
+            experiments[arm] = Experiment(to_plain(c), ESTIMATORS[c.loss.estimator].aggregates)
         return dataclasses.replace(self, experiments=experiments)
 
 
@@ -270,7 +271,7 @@ def load_study(path: str) -> Study:
 
 def _read_evaluation(file: pathlib.Path, c: ConfigDict) -> StudyEvaluation:
     try:
-        validate_evaluation(c)
+        check_evaluation(c)
         settings = for_command(c)
     except ConfigError as error:
         raise ConfigError(f"{file}, evaluation: {error}") from error

@@ -219,10 +219,12 @@ def test_another_policys_search_is_read_by_this_ones_aggregator_in_all_rounds():
 
     class Noting(ScriptedSampler):
         def stream(self, weights, feed):
-            before = len(self.calls)
-            found = super().stream(weights, feed)
-            drew.update((weights, Role(call.id_Ux6[0, 4])) for call in self.calls[before:])
-            return found
+            self.weights = weights
+            return super().stream(weights, feed)
+
+        def write(self, request):
+            drew.add((self.weights, Role(request.id_Ux6[0, 4])))
+            return super().write(request)
 
     actor = evaluation_actor(script, eval__rounds=2)
     actor = dataclasses.replace(actor, sampler=Noting(script))

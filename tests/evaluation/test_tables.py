@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from spiral_jax.evaluation.measures import summarise
+from spiral_jax.evaluation.results import summarise
 from spiral_jax.evaluation.tables import (
     evaluation_table,
     name_by_directory,

@@ -42,12 +42,14 @@ def test_a_loop_counts_as_often_as_it_runs_and_inner_loops_multiply():
 
 def test_a_scan_reads_of_stacked_weights_one_layer_a_pass():
     layers = 64
-    scan = lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]  # noqa: E731
+
+    def scan(x, w):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
     module = compiled(scan, ((1, K), jnp.float32), ((layers, K, K), jnp.float32))
     weights, read = 4 * layers * K * K, cost_of(module, {}).hbm_bytes
-    assert (
-        weights <= read <= 3.5 * weights
-    )  # a slice may be copied out before it is used: not `layers` times all
+    # a slice may be copied out before it is used: not `layers` times all
+    assert weights <= read <= 3.5 * weights
 
 
 def test_an_update_in_place_moves_what_changes():
@@ -77,7 +79,8 @@ def test_of_a_branch_the_dearer_side_counts():
     body = """
   %p = pred[] constant(true)
   %x = f32[16,32]{1,0} constant({...})
-  ROOT %out = f32[16,32]{1,0} conditional(%p, %x, %x), true_computation=%cheap, false_computation=%dear"""
+  ROOT %out = f32[16,32]{1,0} conditional(%p, %x, %x), true_computation=%cheap, \
+false_computation=%dear"""
     computations = """
 %cheap (x: f32[16,32]) -> f32[16,32] {
   ROOT %x.1 = f32[16,32]{1,0} parameter(0)
@@ -85,8 +88,8 @@ def test_of_a_branch_the_dearer_side_counts():
 
 %dear (x: f32[16,32]) -> f32[16,32] {
   %x.2 = f32[16,32]{1,0} parameter(0)
-  %square = f32[16,16]{1,0} dot(%x.2, %x.2), lhs_contracting_dims={1}, rhs_contracting_dims={1}
-  ROOT %back = f32[16,32]{1,0} dot(%square, %x.2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %square = f32[16,16]{1,0} dot(%x.2, %x.2), lhs_contracting_dims={1}
+  ROOT %back = f32[16,32]{1,0} dot(%square, %x.2), lhs_contracting_dims={1}
 }
 """
     assert cost_of(module_of(body, computations), {}).flops == 2 * 2 * 16 * 16 * 32
@@ -110,7 +113,8 @@ def test_of_a_branch_the_dearer_side_counts():
         ),
         # padded by one on both sides: the outer positions meet two elements
         (
-            "%y = f32[24,10,40] convolution(%e, %f), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f",
+            "%y = f32[24,10,40] convolution(%e, %f), window={size=3 pad=1_1}, "
+            "dim_labels=b0f_0io->b0f",
             (8 * 3 + 2 * 2) * 2 * 24 * 40 * 32,
         ),
     ],

@@ -1,6 +1,4 @@
-"""Plans: bad input, memory by arithmetic, the search for what fits, a whole step, and real programs
-of a tiny model.
-"""
+"""Plans: bad input, memory by arithmetic, the search for what fits, a whole step, real programs."""
 
 import dataclasses
 import importlib.util
@@ -21,28 +19,44 @@ from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import AXES, mesh_shape
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.planning import compiled as compiled_module
 from spiral_jax.planning import topology as topologies
 from spiral_jax.planning.compiled import compile_kept, needed_bytes
-from spiral_jax.planning.fit import Planner, as_flags, changed
+from spiral_jax.planning.fit import Planner
 from spiral_jax.planning.hlo import parse
-from spiral_jax.planning.inventory import Forbidden, Run
+from spiral_jax.planning.inventory import take_inventory
+from spiral_jax.planning.planned_program import Forbidden, plan_programs, train_program
 from spiral_jax.planning.profile import forbidden_arrays, profile
+from spiral_jax.planning.settings import PlanSettings, apply_overrides, as_flags
 from spiral_jax.planning.shipped_models import planned_model
-from spiral_jax.planning.topology import CHIPS, Topology, find_topology
-from spiral_jax.planning.whole_step import Assumptions, bucket, work_of
+from spiral_jax.planning.topology import CHIPS, Topology, find_topology, make_mesh
+from spiral_jax.planning.whole_step import Assumptions, work_of_step
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
-ASSUMED = Assumptions()
+NEEDS_LIBTPU = pytest.mark.skipif(
+    not LIBTPU, reason="libtpu is not installed: pip install -r requirements-plan.txt"
+)
 
 
 def four_b():
     c = qwen3_4b.get_config()
-    return c, planned_model(c)[0].arch
+    return c, planned_model(c.model)[0].arch
 
 
-def planner(arch, topology, free=0.1):
-    return Planner(arch, topology, ASSUMED, free, say=lambda text: None)
+def planner(c, arch, topology, free=0.1):
+    def take(overrides):
+        changed = apply_overrides(c, overrides)
+        model = hf.model_config(arch, changed.model)
+        return take_inventory(changed, model, make_mesh(changed.mesh, topology))
+
+    return Planner(
+        settings=PlanSettings.from_config(c),
+        take=take,
+        arch=arch,
+        topology=topology,
+        assumed=Assumptions(),
+        free=free,
+        say=lambda text: None,
+    )
 
 
 def gpus(kind="h100", chips=8, **numbers):
@@ -53,85 +67,96 @@ def gpus(kind="h100", chips=8, **numbers):
     "name", ["v9:2x2", "h100", "h100:0", "v5e:8", "v5p:4x4", "h100:2x4", "v5e:axb", ""]
 )
 def test_an_unknown_topology_names_the_known_ones(name):
-    with pytest.raises(ConfigError, match=r"v5e:AxB.*h100:N"):
+    with pytest.raises(ConfigError) as raised:
         find_topology(name)
+    message = str(raised.value)
+    assert f"--topology={name}" in message and "v5e:AxB" in message and "h100:N" in message
 
 
 def test_without_libtpu_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install -r requirements-plan\.txt"):
+    with pytest.raises(ConfigError, match=r"v5e:2x2.*requirements-plan\.txt"):
         find_topology("v5e:2x2")
     assert find_topology("h200:8").chips == 8  # GPUs need none
 
 
 def test_the_4b_model_is_planned_from_its_name_and_another_must_be_there():
     c = qwen3_4b.get_config()
-    model, where = planned_model(c)
-    assert model.arch.parameters == 4_022_468_096 and where.endswith(
-        "Qwen3-4B-Instruct-2507/config.json"
-    )
+    model, file = planned_model(c.model)
+    assert model.arch.parameters == 4_022_468_096
+    assert file.endswith("Qwen3-4B-Instruct-2507/config.json")
     c.model.hf_path = "no/such/directory"
-    with pytest.raises(ConfigError, match="Qwen3-4B-Instruct-2507"):
-        planned_model(c)
+    with pytest.raises(ConfigError, match="no/such/directory.*Qwen3-4B-Instruct-2507"):
+        planned_model(c.model)
 
 
 def test_a_directory_with_config_json_alone_is_enough(tmp_path):
     c = tiny.get_config()
-    (tmp_path / "config.json").write_bytes(
-        (hf.BUNDLED["bundled:tiny"] / "config.json").read_bytes()
-    )
+    bundled, _ = planned_model(c.model)
+    config = hf.BUNDLED["bundled:tiny"] / "config.json"
+    (tmp_path / "config.json").write_bytes(config.read_bytes())
     c.model.hf_path = str(tmp_path)
-    assert planned_model(c)[0] == planned_model(tiny.get_config())[0]
+    assert planned_model(c.model)[0] == bundled
 
 
 def test_state_bytes_of_a_chip_are_those_of_the_arithmetic():
     """64 chips, base cut in 8 x 4, its decode copy in 4: the numbers of docs/scaling.md."""
     c, arch = four_b()
     mesh = AbstractMesh((2, 8, 4), AXES)
-    run = Run(c, hf.model_config(arch, c.model), mesh)
-    memory = run.sampler_memory()
+    inventory = take_inventory(c, hf.model_config(arch, c.model), mesh)
+    memory = inventory.sampler_memory()
+    base = 2 * arch.parameters / 32
     adapters = 66_060_288
-    assert memory["weights"] == pytest.approx(
-        2 * arch.parameters / 32 + 4 * adapters / 8, rel=0.12
-    )  # cut one way
-    assert memory["optimizer"] == pytest.approx(
-        2 * (memory["weights"] - 2 * arch.parameters / 32), rel=0.02
-    )
+    # adapters are cut along one axis
+    assert memory["weights"] == pytest.approx(base + 4 * adapters / 8, rel=0.12)
+    assert memory["optimizer"] == pytest.approx(2 * (memory["weights"] - base), rel=0.02)
+
     head = arch.V * arch.D  # a transposed copy of the tied embedding
-    assert memory["decode copy"] == pytest.approx(
-        2 * (arch.parameters + head + adapters) / 4, rel=0.02
-    )
+    decode_copy = 2 * (arch.parameters + head + adapters) / 4
+    assert memory["decode copy"] == pytest.approx(decode_copy, rel=0.02)
     token = 2 * 2 * arch.L * arch.J * arch.E  # keys and values of one token in bfloat16: 144 KiB
     tokens = sum(slots * (P + C * G) for slots, C, P, G in c.sampling.classes)
     assert memory["keys and values"] == tokens * token // 64
-    trains = run.train_program(run.blocks[0]).memory
-    assert trains["weights"] == memory["weights"] and trains["optimizer"] == memory["optimizer"]
-    assert (
-        not {"decode copy", "keys and values"} & trains.keys()
-    )  # both are gone by then, see test_train_memory
+
+    training = train_program(inventory, inventory.blocks[0]).memory
+    assert training["weights"] == memory["weights"]
+    assert training["optimizer"] == memory["optimizer"]
+    # both are gone by then, see test_train_memory
+    assert not {"decode copy", "keys and values"} & training.keys()
 
 
 def test_groups_that_the_mesh_does_not_divide_lead_to_the_first_change_that_fits():
     c, arch = four_b()
     c.mesh.fsdp = 64
-    first, *_, last = planner(arch, gpus(chips=64)).attempts(c, most=12)
-    assert not first.fits and "batch.search_groups = 16" in first.verdict and "64" in first.verdict
+    first, *_, last = planner(c, arch, gpus(chips=64)).attempts(most=12)
+    assert not first.fits and first.at_fault == "train"
+    assert "batch.search_groups = 16" in first.verdict and "64" in first.verdict
     assert last.fits and last.overrides["batch.search_groups"] % 64 == 0
     assert all(slots % 64 == 0 for slots, *_ in last.overrides["sampling.classes"])
-    again = planner(arch, gpus(chips=64)).attempt(changed(c, last.overrides), {})
-    assert again.fits and again.step == last.step
     assert "--config.batch.search_groups=64" in as_flags(last.overrides)
+
+    again = planner(apply_overrides(c, last.overrides), arch, gpus(chips=64)).attempt({})
+    assert again.fits and again.step == last.step
+
+
+def test_slots_that_the_mesh_does_not_divide_are_what_changes():
+    c, arch = four_b()
+    c.sampling.classes = tuple((slots + 1, C, P, G) for slots, C, P, G in c.sampling.classes)
+    first, *_, last = planner(c, arch, gpus()).attempts(most=12)
+    assert first.at_fault == "sampler" and "sampling.classes" in first.verdict
+    assert last.fits and "sampling.classes" in last.overrides
+    assert "batch.search_groups" not in last.overrides
 
 
 def test_what_was_too_large_is_what_changes():
     c, arch = four_b()
-    c.batch.search_groups = c.batch.aggregation_groups = (
-        32  # so that training is fuller than sampling
-    )
-    as_given = planner(arch, gpus()).attempt(c, {})
-    small = int(0.97 * max(one.needed for one in as_given.profiles.values()) / 0.9)
-    *failed, last = planner(arch, gpus(hbm_bytes=small)).attempts(c, most=12)
-    assert failed[0].part == "train" and "train" in failed[0].verdict and not failed[0].overrides
+    c.batch.search_groups = c.batch.aggregation_groups = 32  # training is fuller than sampling
+    as_configured = planner(c, arch, gpus()).attempt({})
+    largest = max(profile.needed for profile in as_configured.profiles.values())
+    small = gpus(hbm_bytes=int(0.97 * largest / 0.9))
+    *failed, last = planner(c, arch, small).attempts(most=12)
+    assert failed[0].at_fault == "train"
+    assert "train" in failed[0].verdict and not failed[0].overrides
     assert last.fits and last.overrides["batch.search_groups"] < c.batch.search_groups
     assert "sampling.classes" not in last.overrides
 
@@ -140,38 +165,35 @@ def test_what_was_too_large_is_what_changes():
 def test_no_configuration_is_tried_twice(mesh):
     c, arch = four_b()
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = mesh
-    tried = [
-        changed(c, one.overrides)
-        for one in planner(arch, gpus(hbm_bytes=10**10)).attempts(c, most=2)
-    ]
-    for one in tried:
-        one.mesh.data, one.mesh.fsdp, one.mesh.tensor = mesh_shape(one.mesh, 8, "GPU")
-    assert len(tried) == 3 and len({str(one) for one in tried}) == len(tried)
+    tried = []
+    for attempt in planner(c, arch, gpus(hbm_bytes=10**10)).attempts(most=2):
+        changed = apply_overrides(c, attempt.overrides)
+        shape = mesh_shape(changed.mesh, 8, "GPU")
+        changed.mesh.data, changed.mesh.fsdp, changed.mesh.tensor = shape
+        tried.append(str(changed))
+    assert len(tried) == 3 and len(set(tried)) == len(tried)
 
 
 def test_a_model_that_no_change_makes_fit_says_so():
     c, arch = four_b()
-    *_, last = planner(arch, gpus(chips=1, hbm_bytes=10**10)).attempts(c, most=12)
+    *_, last = planner(c, arch, gpus(chips=1, hbm_bytes=10**10)).attempts(most=12)
     assert not last.fits and last.step is None
 
 
 def test_a_step_samples_and_trains_the_groups_of_its_configuration():
     c, arch = four_b()
-    search, aggregation = work_of(c, Assumptions(problem_share=0.5, response_share=0.25))
-    assert (search.sampled, search.trained, search.traces, search.prompt, search.response) == (
-        512,
-        256,
-        8,
-        512,
-        1024,
-    )
-    assert (aggregation.sampled, aggregation.trained, aggregation.prompt) == (
-        2048,
-        1024,
-        512 + 4 * 1024,
-    )
-    assert (bucket(c, search), bucket(c, aggregation)) == (0, 1)
-    step = planner(arch, gpus()).attempt(c, {}).step
+    settings = PlanSettings.from_config(c)
+    assumed = Assumptions(problem_share=0.5, response_share=0.25)
+    search, aggregation = work_of_step(settings, assumed)
+    assert (search.sampled, search.trained, search.traces) == (512, 256, 8)
+    assert (search.prompt, search.response) == (512, 1024)
+    assert (aggregation.sampled, aggregation.trained) == (2048, 1024)
+    assert aggregation.prompt == 512 + 4 * 1024
+    assert settings.of_role(Role.SEARCH).bucket(search.prompt, search.response) == 0
+    of_aggregation = settings.of_role(Role.AGGREGATION)
+    assert of_aggregation.bucket(aggregation.prompt, aggregation.response) == 1
+
+    step = planner(c, arch, gpus()).attempt({}).step
     assert step["sampled_tokens"] == 512 * 8 * 2048 + 2048 * 4 * 2048
     assert step["micro_batches"] == 256 // 16 + 1024 // 16
     assert step["step_seconds"] == pytest.approx(sum(step["seconds"].values()))
@@ -179,26 +201,40 @@ def test_a_step_samples_and_trains_the_groups_of_its_configuration():
 
 @pytest.mark.parametrize(
     "message, size",
-    [("RESOURCE_EXHAUSTED: Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded", int(20.5 * 2**30)),
-     ("Used 512.00K of 1K hbm", 2**19), ("INTERNAL: something else", None)],
-)  # fmt: skip
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded",
+            int(20.5 * 2**30),
+        ),
+        ("Used 512.00K of 1K hbm", 2**19),
+        ("INTERNAL: something else", None),
+    ],
+)
 def test_what_a_program_needs_is_read_from_the_compilers_error(message, size):
     assert needed_bytes(message) == size
 
 
+class NeverCompiled:
+    """The same program, whose compilation fails the test."""
+
+    def __init__(self, lowered):
+        self.as_text = lowered.as_text
+
+    def compile(self):
+        pytest.fail("compiled again")
+
+
 def test_a_program_is_compiled_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SPIRAL_JAX_PLANS", str(tmp_path))
-    lower = lambda: jax.jit(lambda x: x * 2).lower(jnp.zeros(8))  # noqa: E731
-    first = compile_kept(lower(), "here")
-    monkeypatch.setattr(compiled_module, "_compile", lambda lowered: pytest.fail("compiled again"))
-    assert compile_kept(lower(), "here") == first and "ENTRY" in first.text
+    lowered = jax.jit(lambda x: x * 2).lower(jnp.zeros(8))
+    first = compile_kept(lowered, "here")
+    assert "ENTRY" in first.text
+    assert compile_kept(NeverCompiled(lowered), "here") == first
 
 
 @pytest.fixture(scope="module")
 def small_run(mesh):
-    """A run of a small model on this process's devices, in which attention is as large a part as in
-    a large one.
-    """
+    """A small model in which attention is as large a part as in a large one, on our devices."""
     c = qwen3_4b.get_config()
     c.model.compute_dtype, c.model.lora_rank = "float32", 4
     c.model.attention_block, c.loss.logprob_chunk = 16, 32
@@ -211,7 +247,7 @@ def small_run(mesh):
     arch = Architecture(
         V=512, D=64, F=128, L=3, H=4, J=2, E=16, norm_eps=1e-6, rope_theta=5e6, tied=True
     )
-    return Run(c, hf.model_config(arch, c.model), mesh)
+    return take_inventory(c, hf.model_config(arch, c.model), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -219,104 +255,86 @@ def here(mesh):
     return Topology("here", CHIPS["v5e"], mesh.size, list(mesh.devices.flat))
 
 
-def test_the_real_programs_compute_what_the_ideal_count_says(small_run, here, tmp_path_factory):
-    os.environ["SPIRAL_JAX_PLANS"] = str(tmp_path_factory.mktemp("plans"))
-    programs = small_run.programs({Role.SEARCH: 32, Role.AGGREGATION: 90})
-    names = ("train/search/0", "train/aggregation/0", "decode")  # one and several micro-batches
-    profiles = {name: profile(programs[name], here, free=0.0) for name in names}
-    for name, one in profiles.items():
-        assert one.compiled and one.fits, name
-        assert one.flops_ratio and 0.99 <= one.flops_ratio <= 1.1, (
-            name,
-            one.unit,
-            one.program.ideal_flops,
-        )
-        assert one.memory["padding"] <= 0.05 * one.program.arguments, name
-        assert not one.forbidden and not one.kernels
-    json.dumps([one.to_plain() for one in profiles.values()])
+def test_the_real_programs_compute_what_the_ideal_count_says(
+    small_run, here, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SPIRAL_JAX_PLANS", str(tmp_path))
+    programs = plan_programs(small_run, {Role.SEARCH: 32, Role.AGGREGATION: 90})
+    # one and several micro-batches
+    for name in ("train/search/0", "train/aggregation/0", "decode"):
+        result = profile(programs[name], here, free=0.0)
+        assert result.compiled and result.fits, name
+        ratio = result.flops_ratio
+        assert ratio and 0.99 <= ratio <= 1.1, (name, result.unit, result.program.ideal_flops)
+        assert result.memory["padding"] <= 0.05 * result.program.arguments, name
+        assert not result.forbidden and not result.kernels
+        json.dumps(result.to_plain())
 
 
 @pytest.mark.parametrize(
-    ("shape", "found"),
-    [((2, 4, 48, 48), True), ((8, 48, 48), True), ((2, 4 * 48, 48), True), ((2, 4 * 48 * 48), False),
-     ((2, 3, 48, 48), False), ((35, 2, 4, 48, 16), False), ((48,), False)],
-)  # fmt: skip
-def test_whole_scores_are_told_from_the_outputs_that_all_layers_keep(shape, found):
-    """35 layers' outputs [.., P, E] have more elements beside P than one layer's scores [.., P, P]."""
+    ("shape", "is_forbidden"),
+    [
+        ((2, 4, 48, 48), True),
+        ((8, 48, 48), True),
+        ((2, 4 * 48, 48), True),
+        ((2, 4 * 48 * 48), False),
+        ((2, 3, 48, 48), False),
+        ((35, 2, 4, 48, 16), False),
+        ((48,), False),
+    ],
+)
+def test_whole_scores_are_told_from_the_outputs_that_all_layers_keep(shape, is_forbidden):
+    """35 layers' outputs [.., P, E] have more elements beside P than one layer's [.., P, P]."""
     array = f"f32[{','.join(map(str, shape))}]"
-    module = parse(
-        f"HloModule m\n\nENTRY %main () -> {array} {{\n  ROOT %a = {array} iota(), iota_dimension=0\n}}\n"
-    )
+    root = f"ROOT %a = {array} iota(), iota_dimension=0"
+    module = parse(f"HloModule m\n\nENTRY %main () -> {array} {{\n  {root}\n}}\n")
     scores = Forbidden({48}, 2 * 4 * 48, multiple=48)
-    assert forbidden_arrays(module, {"scores": scores}) == (
-        [f"scores f32{list(shape)}"] if found else []
-    )
+    expected = [f"scores f32{list(shape)}"] if is_forbidden else []
+    assert forbidden_arrays(module, {"scores": scores}) == expected
 
 
 def run_plan(tmp_path, *arguments, timeout=600):
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "SPIRAL_JAX_PLANS": str(tmp_path / "plans"),
-    }
+    """The finished process of the command, and the plan that it wrote."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "SPIRAL_JAX_PLANS": str(tmp_path)}
     environment.pop("XLA_FLAGS", None)
-    command = [
-        sys.executable,
-        "-m",
-        "spiral_jax.plan",
-        f"--json={tmp_path / 'plan.json'}",
-        *arguments,
-    ]
+    file = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "spiral_jax.plan", f"--json={file}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
-    return done, json.loads((tmp_path / "plan.json").read_text()) if (
-        tmp_path / "plan.json"
-    ).exists() else None
+    return done, json.loads(file.read_text()) if file.exists() else None
 
 
 def test_the_command_plans_gpus(tmp_path):
     done, report = run_plan(tmp_path, "--config=configs/qwen3_4b.py", "--topology=h100:8")
     assert done.returncode == 0, done.stderr
-    assert (
-        report["source"] == "arithmetic"
-        and report["fits"]
-        and report["tried"][-1]["verdict"] == "fits"
-    )
+    assert report["source"] == "arithmetic" and report["fits"]
+    assert report["tried"][-1]["verdict"] == "fits"
     assert "by arithmetic" in done.stdout and "A step at its best" in done.stdout
-    assert {one["source"] for one in report["programs"].values()} == {"arithmetic"}
+    assert {program["source"] for program in report["programs"].values()} == {"arithmetic"}
 
 
 def test_the_command_ends_with_one_line_on_bad_input(tmp_path):
     done, _ = run_plan(tmp_path, "--config=configs/qwen3_4b.py", "--topology=v9:2x2")
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(
-        "error: --topology=v9:2x2"
-    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --topology=v9:2x2")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not LIBTPU, reason="libtpu is not installed: pip install -r requirements-plan.txt"
-)
+@NEEDS_LIBTPU
 def test_the_small_run_fits_four_tpu_chips(tmp_path):
     done, report = run_plan(tmp_path, "--config=configs/tiny.py", "--topology=v5e:2x2")
     assert done.returncode == 0, done.stderr
+    assert report["source"] == "compiled"
     programs = report["programs"]
-    assert report["source"] == "compiled" and {one["source"] for one in programs.values()} == {
-        "compiled"
-    }
-    assert all(
-        0.85 <= one["flops_over_ideal"] <= 1.3
-        for one in programs.values()
-        if one["flops_over_ideal"]
-    )
+    assert {program["source"] for program in programs.values()} == {"compiled"}
+    ratios = [program["flops_over_ideal"] for program in programs.values()]
+    assert all(0.85 <= ratio <= 1.3 for ratio in ratios if ratio)
     assert programs["train/search/0"]["sent_bytes"]["all-reduce"] > 0  # gradients
     assert report["step"]["step_seconds"] > 0
 
 
 @pytest.mark.minutes
 @pytest.mark.timeout(1900)  # its own limit comes first
-@pytest.mark.skipif(
-    not LIBTPU, reason="libtpu is not installed: pip install -r requirements-plan.txt"
-)
+@NEEDS_LIBTPU
 def test_the_papers_batch_fits_64_v5e_chips(tmp_path):
     """All programs of the 4B model; within half an hour on two cores."""
     mesh = [f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, (2, 8, 4), strict=True)]
@@ -325,7 +343,7 @@ def test_the_papers_batch_fits_64_v5e_chips(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert report["tried"] == [{"change": "", "verdict": "fits"}]
-    for one in report["programs"].values():
-        if "train" in one["program"]:
-            assert one["flops_over_ideal"] <= 1.15
-        assert math.isclose(one["room_bytes"], 0.9 * CHIPS["v5e"].hbm_bytes, rel_tol=1e-6)
+    for program in report["programs"].values():
+        if "train" in program["program"]:
+            assert program["flops_over_ideal"] <= 1.15
+        assert math.isclose(program["room_bytes"], 0.9 * CHIPS["v5e"].hbm_bytes, rel_tol=1e-6)

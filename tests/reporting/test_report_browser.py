@@ -17,7 +17,7 @@ from spiral_jax.reporting.logged_problem import split_problems
 from spiral_jax.reporting.main_page import write_report
 from spiral_jax.reporting.problem_page import FLAGS, PageSettings, problem_page
 from spiral_jax.reporting.read_run import read_run
-from spiral_jax.run.workdir import read_traces
+from spiral_jax.run.trace_log import read_traces
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect

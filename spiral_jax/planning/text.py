@@ -1,0 +1,140 @@
+"""A plan as text: every program, what to change, a step at its best."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from spiral_jax.model import hf
+from spiral_jax.planning.fit import Attempt, Planner
+from spiral_jax.planning.inventory import Inventory, take_inventory
+from spiral_jax.planning.profile import Profile
+from spiral_jax.planning.settings import Overrides, PlanSettings, apply_overrides, as_flags
+from spiral_jax.planning.shipped_models import planned_model
+from spiral_jax.planning.topology import find_topology, make_mesh
+from spiral_jax.planning.whole_step import Assumptions
+from spiral_jax.run.setup import check_training
+
+GIB = 2**30
+
+
+def plan(
+    c: ConfigDict,
+    topology_name: str,
+    assumed: Assumptions,
+    *,
+    free: float,
+    most_tries: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Plans a run on the topology of that name; returns what `spiral_jax.plan --json` writes.
+
+    Args:
+      free: share of a chip's memory that must stay free.
+      most_tries: changed configurations that are tried, at most.
+      say: is given the text, a piece at a time: compiling a program takes minutes.
+
+    Raises:
+      ConfigError: a configuration, model or topology that cannot be planned.
+    """
+    check_training(c)
+    topology = find_topology(topology_name)
+    model, file = planned_model(c.model)
+    source = "compiled" if topology.devices else "by arithmetic, nothing is compiled"
+    say(f"{topology_name}: {topology.chips} x {topology.chip.name}, {source}; model: {file}")
+
+    def take(overrides: Overrides) -> Inventory:
+        changed = apply_overrides(c, overrides)
+        changed_model = hf.model_config(model.arch, changed.model)
+        return take_inventory(changed, changed_model, make_mesh(changed.mesh, topology))
+
+    def say_program(name: str) -> None:
+        say(f"  {name}")
+
+    planner = Planner(
+        PlanSettings.from_config(c), take, model.arch, topology, assumed, free, say_program
+    )
+    attempts = []
+    for attempt in planner.attempts(most_tries):
+        attempts.append(attempt)
+        say(f"{as_flags(attempt.overrides) or 'as configured'}: {attempt.verdict}")
+    last = attempts[-1]
+    for profile in last.profiles.values():
+        say("\n" + "\n".join(program_lines(profile)))
+    say("\n" + "\n".join(verdict_lines(last, topology_name, free)))
+    return {
+        "topology": topology_name,
+        "chips": topology.chips,
+        "chip": topology.chip.name,
+        "model": pathlib.Path(file).parent.name,
+        "source": "compiled" if topology.devices else "arithmetic",
+        "fits": last.fits,
+        "tried": [
+            {"change": as_flags(attempt.overrides), "verdict": attempt.verdict}
+            for attempt in attempts
+        ],
+        "programs": {name: profile.to_plain() for name, profile in last.profiles.items()},
+        "step": last.step,
+    }
+
+
+def program_lines(profile: Profile) -> list[str]:
+    """What a person reads of one program."""
+    program, unit, line = profile.program, profile.unit, profile.roofline
+    fits = "fits" if profile.fits else "DOES NOT FIT"
+    source = "compiled" if profile.compiled else "estimated"
+    room = f"{profile.needed / GIB:.2f} of {profile.room / GIB:.2f} GiB a chip"
+    memory = ", ".join(
+        f"{kind} {size / GIB:.2f}" for kind, size in profile.memory.items() if size >= 0.005 * GIB
+    )
+    lines = [f"{program.name}: {fits}, {room} ({source})", f"  GiB         {memory}"]
+    if not profile.fits:
+        return lines
+
+    flops = f"{unit.flops / 1e12:.3f} TFLOP"
+    if profile.flops_ratio:
+        flops += f" = {profile.flops_ratio:.2f} x ideal"
+    moved = f"{unit.hbm_bytes / 1e9:.2f} GB of HBM"
+    if profile.hbm_ratio:
+        moved += f" = {profile.hbm_ratio:.2f} x weights and cache"
+    sent = ", ".join(
+        f"{kind} {size / 1e9:.3f}" for kind, size in sorted(unit.sent_bytes.items()) if size
+    )
+    resources = ", ".join(
+        f"{name} {1e3 * seconds:.2f}"
+        for name, seconds in (("compute", line.compute), ("hbm", line.hbm), ("links", line.links))
+    )
+    return [
+        *lines,
+        f"  {program.unit}: {flops}; {moved}",
+        f"  GB sent     {sent or 'none'}",
+        f"  roofline    {1e3 * line.seconds:.2f} ms, bound by {line.bound} ({resources})",
+    ]
+
+
+def verdict_lines(last: Attempt, topology_name: str, free: float) -> list[str]:
+    """What to change, and a step at its best."""
+    if not last.fits:
+        return [
+            f"Nothing that was tried fits {topology_name} with {free:.0%} free. "
+            f"Last: {last.verdict}"
+        ]
+    step = last.step
+    phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in step["seconds"].items())
+    lengths = ", ".join(
+        f"{role} {tokens['prompt']} + {tokens['response']}"
+        for role, tokens in step["mean_tokens"].items()
+    )
+    stated = ", ".join(f"{name} {value:g}" for name, value in step["assumptions"].items())
+    return [
+        f"Fits with {free:.0%} free: {as_flags(last.overrides) or 'as configured'}",
+        f"A step at its best: {step['step_seconds']:.1f} s ({phases}); "
+        f"{step['sampled_tokens_per_s']:,.0f} sampled tokens/s, "
+        f"decoding alone {step['sampled_tokens_per_s_decoding']:,.0f}, "
+        f"training alone {step['trained_tokens_per_s_training']:,.0f} trained tokens/s",
+        f"Assumed: {stated}; mean tokens {lengths}; "
+        "every program at its roofline, verifier and host not counted.",
+    ]
