@@ -49,8 +49,7 @@ from spiral_jax.planning.roofline import roofline
 from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.topology import Topology, find_topology
 from spiral_jax.run import telemetry
-from spiral_jax.run.setup import make_samplers
-from spiral_jax.sampling.engine import Engine
+from spiral_jax.sampling.engine import Engine, make_samplers
 from spiral_jax.sampling.protocol import sample
 
 TOPOLOGY = flags.DEFINE_string("topology", "h100:1", "whose data sheet the rooflines are of")

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from spiral_jax.core.config import digest, to_plain, uses_aggregation
+from spiral_jax.core.config import digest, to_plain
 from spiral_jax.core.groups import Purpose, Stop
-from spiral_jax.objective import estimators as advantages
-from spiral_jax.objective import subsets
-from spiral_jax.run.workdir import StepLog, TraceLog, open_workdir
+from spiral_jax.objective.advantages import compute_advantages, length_gate
+from spiral_jax.objective.estimators import ESTIMATORS
+from spiral_jax.objective.rewards import Rewards
+from spiral_jax.objective.subsets import Key, draw_subsets
+from spiral_jax.run.trace_log import TraceLog
+from spiral_jax.run.workdir import StepLog, open_workdir
 
 _TEXT = "so the sum of all terms is then we add check x 12 7 35 + = ."
 _WORDS = _TEXT.split()
@@ -79,15 +82,14 @@ def _problem(
     }
     search = [_trace(c, "search", rng, 0.2 + 0.3 * skill, words, failing) for _ in range(N)]
     own_1xN = np.array([[_REWARD[row["verdict"]] for row in search]])
-    if not uses_aggregation(c):
-        advantage = advantages.compute(c.loss.estimator, advantages.Rewards(own_1xN))
-        yield from _gated(c, shared | _place("search"), search, advantage.search_BxN[0])
+    if not ESTIMATORS[c.loss.estimator].aggregates:
+        (advantages,) = compute_advantages(c.loss.estimator, [Rewards(own_1xN)]).rounds
+        yield from _gated(c, shared | _place("search"), search, advantages.candidate_BxN[0])
         return
 
     a = c.aggregation
-    member_KxS = subsets.draw_subsets(
-        c.seed, int(Purpose.TRAIN), step, cursor, 0, N, a.subset_size, a.subsets
-    )
+    key = Key(c.seed, int(Purpose.TRAIN), step, cursor, 0)
+    member_KxS = draw_subsets(key, N, a.subset_size, a.subsets)
     sets = []
     for _ in range(a.subsets):
         traces = range(a.traces)
@@ -95,17 +97,16 @@ def _problem(
             [_trace(c, "aggregation", rng, 0.2 + 0.6 * skill, words, failing) for _ in traces]
         )
     reward_1xKxM = np.array([[[_REWARD[row["verdict"]] for row in rows] for rows in sets]])
-    advantage = advantages.compute(
-        c.loss.estimator, advantages.Rewards(own_1xN, reward_1xKxM, member_KxS[None])
-    )
-    yield from _gated(c, shared | _place("search"), search, advantage.search_BxN[0])
+    rewards = Rewards(own_1xN, reward_1xKxM, member_KxS[None])
+    (advantages,) = compute_advantages(c.loss.estimator, [rewards]).rounds
+    yield from _gated(c, shared | _place("search"), search, advantages.candidate_BxN[0])
     for k, rows in enumerate(sets):
         for row in rows:  # some of it is read off a candidate
             candidate = search[rng.choice(member_KxS[k])]["text"].split()
             row["text"] = " ".join([*candidate[: len(candidate) // 2], row["text"]])
         order = rng.permutation(member_KxS[k]).tolist()
         place = _place("aggregation", k, member_KxS[k].tolist(), order)
-        yield from _gated(c, shared | place, rows, advantage.aggregation_BxKxM[0, k])
+        yield from _gated(c, shared | place, rows, advantages.aggregation_BxKxM[0, k])
 
 
 def _place(
@@ -147,9 +148,8 @@ def _gated(
 ) -> Iterator:
     length = np.array([row["length"] for row in rows])
     stop = np.array([Stop[row["stop"].upper()] for row in rows])
-    gated_C = advantages.length_gate(
-        advantage_C, length, stop, c[shared["role"]].max_tokens, c.loss.length_gate
-    )
+    limit = c[shared["role"]].max_tokens
+    gated_C = length_gate(advantage_C, length, stop, limit, c.loss.length_gate)
     for i, row in enumerate(rows):
         yield shared | {"trace": i} | row | {"advantage": float(gated_C[i])}
 
@@ -166,7 +166,7 @@ def _metrics(c: ConfigDict, rng: np.random.Generator, step: int, steps: int) -> 
         "sampling/kept": c.batch.problems,
     }
     rewards = {"search": "search"}
-    if uses_aggregation(c):
+    if ESTIMATORS[c.loss.estimator].aggregates:
         rewards["aggregation"] = "aggregated"
     for role, name in rewards.items():
         row |= {

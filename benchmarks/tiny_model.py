@@ -29,6 +29,7 @@ from spiral_jax.rollout.requests import Actor, aggregate, search, verify
 from spiral_jax.run.setup import set_up
 from spiral_jax.tasks import two_halves
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -44,7 +45,8 @@ def main(argv: list[str]) -> None:
     setup = set_up(CONFIG.value)
     c, base = setup.c, setup.load_base()
     problems = [setup.task.held_out(index) for index in range(PROBLEMS.value)]
-    with Verifier("math", 1, c.verifier.timeout_s) as verifier, jax.set_mesh(setup.mesh):
+    settings = VerifierSettings(workers=1, timeout_s=c.verifier.timeout_s)
+    with Verifier("math", settings) as verifier, jax.set_mesh(setup.mesh):
         actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, Progress(1, 0))
         weights = setup.sampler.prepare(variables(setup.model, None, base))
         index_B = np.arange(len(problems))

@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import resource
+import subprocess
 import tempfile
 import time
+import unittest.mock
+from collections.abc import Iterator
+from typing import Any
 
 from benchmarks.adversarial import KINDS, answers
 from benchmarks.machine import commit, machine
 from benchmarks.orphans import workers_left
 from spiral_jax.verifier.rewards import Status
+from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
 BATCH = 500  # answers of one call, like a step's; its number is its seed
@@ -77,9 +83,9 @@ def soak(count: int, seed: int, workers: int, timeout_s: float, memory_gb: float
     with tempfile.TemporaryDirectory() as folder:
         canary = os.path.join(folder, "canary")
         cases = answers(count, seed, canary)
-        with Verifier("math", workers, timeout_s, memory_gb) as verifier:
+        settings = VerifierSettings(workers, timeout_s, memory_gb)
+        with counted_processes() as started, Verifier("math", settings) as verifier:
             verdicts = verifier.verify([(case.text, case.problem) for case in cases])
-            replaced = verifier.replaced_workers
         for case, verdict in zip(cases, verdicts, strict=True):
             counts[case.kind][verdict.status] += 1
             if verdict.status not in case.allowed:
@@ -95,12 +101,26 @@ def soak(count: int, seed: int, workers: int, timeout_s: float, memory_gb: float
         },
         not_allowed=not_allowed,
         errors=dict(errors),
-        replaced=replaced,
+        replaced=len(started) - workers,
         seconds=time.monotonic() - start,
         peak_worker_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
         canary=canary_exists,
         commits=[commit()],
     )
+
+
+@contextlib.contextmanager
+def counted_processes() -> Iterator[list[subprocess.Popen]]:
+    """All child processes that are started inside: the workers, and their replacements."""
+    started = []
+
+    class Counted(subprocess.Popen):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    with unittest.mock.patch("subprocess.Popen", Counted):
+        yield started
 
 
 def main() -> None:

@@ -16,56 +16,50 @@ def get_config() -> ConfigDict:
     c = defaults()
     c.model.hf_path = "models/Qwen3-4B-Instruct-2507"  # Hugging Face directory (paper: this model)
     c.model.lora_rank = 32  # adapters on all seven projections: 66.06 M parameters (paper)
-    c.model.lora_alpha = 32.0  # scale alpha / rank = 1 (ours; unpublished)
-    c.model.param_dtype = (
-        "bfloat16"  # of the frozen base: 8.0 GB; adapters and Adam's moments: float32 (ours)
-    )
+    c.model.lora_alpha = 32.0  # scale alpha / rank = 1 (unpublished)
+    # of the frozen base: 8.0 GB; adapters and Adam's moments: float32
+    c.model.param_dtype = "bfloat16"
 
-    c.mesh.data = -1  # reasons in qwen3_4b.py (ours)
+    c.mesh.data = -1  # reasons in qwen3_4b.py
     c.mesh.fsdp = 8
     c.mesh.tensor = 1
 
     c.task.name = "jsonl"  # paper: a filtered POLARIS-53K; the filter is unpublished
     c.task.train_path = "data/train.jsonl"
     c.task.eval_path = "data/eval.jsonl"
-    c.task.reward = (
-        "math"  # 0/1 on the final answer in \boxed{} (paper: exact answer; the parser is ours)
-    )
+    # 0/1 on the final answer in \boxed{} (paper: exact answer; the parser is ours)
+    c.task.reward = "math"
     c.prompt.max_problem_tokens = 1024  # tokens of a prompt; longer ones are left out (paper)
 
     c.search.traces = 12  # N (paper)
     c.search.max_tokens = 8192  # tokens a trace (paper)
 
-    c.sampling.temperature = 1.0  # (ours: SPIRAL's)
+    c.sampling.temperature = 1.0  # (SPIRAL's)
     # Slots (slots, C, P, G); there are no aggregation prompts. At the limit a group's cache is 14.6
-    # GB, against 5.0 in SPIRAL (ours).
+    # GB, against 5.0 in SPIRAL.
     c.sampling.classes = ((16, 12, 1024, 2048), (16, 12, 1024, 8192), (16, 6, 1024, 8192))
-    c.sampling.max_ratio = 4.0  # problems tried / batch.problems, at most (ours)
+    c.sampling.max_ratio = 4.0  # problems tried / batch.problems, at most
 
-    c.batch.problems = 256  # B, with a non-zero advantage (ours: SPIRAL's)
-    c.batch.search_lengths = ((1024, 4096), (1024, 8192))  # (P, G) tokens (ours)
-    c.batch.search_groups = (
-        8  # U a micro-batch, 12 traces each; 16 on two hosts of 8 devices (ours)
-    )
+    c.batch.problems = 256  # B, with a non-zero advantage (SPIRAL's)
+    c.batch.search_lengths = ((1024, 4096), (1024, 8192))  # (P, G) tokens
+    c.batch.search_groups = 8  # U a micro-batch, 12 traces each; 16 on two hosts of 8 devices
 
     # (r - mean) / std, mean over the tokens of the batch (paper: GRPO; its form unpublished)
     c.loss.estimator = "grpo"
-    c.loss.search_weight = 1.0  # (ours)
-    c.loss.length_gate = (
-        0.0  # as SPIRAL; whether the paper's baseline had the gate is unpublished (ours)
-    )
+    c.loss.search_weight = 1.0
+    c.loss.length_gate = 0.0  # as SPIRAL; whether the paper's baseline had the gate is unpublished
 
-    c.optimizer.lr = 2e-5  # constant, without warm-up (ours: SPIRAL's)
+    c.optimizer.lr = 2e-5  # constant, without warm-up (SPIRAL's)
     c.optimizer.schedule = "constant"
     c.optimizer.warmup_steps = 0
     c.optimizer.b1, c.optimizer.b2, c.optimizer.eps = (
         0.9,
         0.95,
         1e-8,
-    )  # Adam (ours: the paper's framework's default)
-    c.optimizer.weight_decay = 0.0  # (ours; unpublished)
-    c.optimizer.clip_norm = 0.0  # no clipping (ours; unpublished)
+    )  # Adam (the paper's framework's default)
+    c.optimizer.weight_decay = 0.0  # (unpublished)
+    c.optimizer.clip_norm = 0.0  # no clipping (unpublished)
     c.train.steps = 250  # (paper: about 250)
 
-    c.eval.problems = 512  # held-out, at the start and the end; eval_path must have as many (ours)
+    c.eval.problems = 512  # held-out, at the start and the end; eval_path must have as many
     return c

@@ -15,15 +15,13 @@ from spiral_jax.core.config import defaults
 def get_config() -> ConfigDict:
     c = defaults()
     c.model.hf_path = "models/Qwen3-4B-Instruct-2507"  # Hugging Face directory (paper: this model)
-    c.model.lora_rank = (
-        32  # adapters on all seven projections, one set for both roles: 66.06 M parameters (paper)
-    )
-    c.model.lora_alpha = 32.0  # scale alpha / rank = 1 (ours; unpublished)
-    c.model.param_dtype = (
-        "bfloat16"  # of the frozen base: 8.0 GB; adapters and Adam's moments: float32 (ours)
-    )
+    # adapters on all seven projections, one set for both roles: 66.06 M parameters (paper)
+    c.model.lora_rank = 32
+    c.model.lora_alpha = 32.0  # scale alpha / rank = 1 (unpublished)
+    # of the frozen base: 8.0 GB; adapters and Adam's moments: float32
+    c.model.param_dtype = "bfloat16"
 
-    # One host of 8 devices, or several (ours). fsdp: the base is cut in 8, 1.0 GB a device. tensor:
+    # One host of 8 devices, or several. fsdp: the base is cut in 8, 1.0 GB a device. tensor:
     # 1 if a device holds the decode weights, 8.0 GB in bfloat16, beside its share of the cache (144
     # KiB a token); else up to 8, the number of key/value heads. All U below must be multiples of
     # data * fsdp.
@@ -34,12 +32,10 @@ def get_config() -> ConfigDict:
     c.task.name = "jsonl"  # paper: a filtered POLARIS-53K; the filter is unpublished
     c.task.train_path = "data/train.jsonl"
     c.task.eval_path = "data/eval.jsonl"
-    c.task.reward = (
-        "math"  # 0/1 on the final answer in \boxed{} (paper: exact answer; the parser is ours)
-    )
-    c.prompt.max_problem_tokens = (
-        1024  # tokens of a search prompt; longer ones are left out (paper)
-    )
+    # 0/1 on the final answer in \boxed{} (paper: exact answer; the parser is ours)
+    c.task.reward = "math"
+    # tokens of a search prompt; longer ones are left out (paper)
+    c.prompt.max_problem_tokens = 1024
 
     c.search.traces = 8  # N (paper)
     c.search.max_tokens = 4096  # tokens a search trace (paper)
@@ -50,25 +46,25 @@ def get_config() -> ConfigDict:
 
     c.sampling.temperature = 1.0  # (paper)
     # Slots (slots, C, P, G), 144 KiB of cache a token in bfloat16: 20, 76, 40 and 79 GB over all
-    # devices (ours). The last P: 1,024 + 4 * 4,096 + words. Lower the slots for devices of 16 GB.
+    # devices. The last P: 1,024 + 4 * 4,096 + words. Lower the slots for devices of 16 GB.
     c.sampling.classes = (
         (16, 8, 1024, 1024),
         (16, 8, 1024, 4096),
         (16, 4, 1024, 4096),
         (16, 4, 17920, 4096),
     )
-    c.sampling.max_ratio = 4.0  # problems tried / batch.problems, at most (ours)
+    c.sampling.max_ratio = 4.0  # problems tried / batch.problems, at most
 
     c.batch.problems = 256  # B, with a non-zero advantage (paper)
-    c.batch.search_lengths = ((1024, 4096),)  # (P, G) tokens (ours)
-    c.batch.search_groups = 16  # U a micro-batch, 8 traces each (ours)
-    c.batch.aggregation_lengths = ((2048, 4096), (9216, 4096), (17920, 4096))  # tokens (ours)
-    c.batch.aggregation_groups = 16  # U a micro-batch, 4 traces each (ours)
+    c.batch.search_lengths = ((1024, 4096),)  # (P, G) tokens
+    c.batch.search_groups = 16  # U a micro-batch, 8 traces each
+    c.batch.aggregation_lengths = ((2048, 4096), (9216, 4096), (17920, 4096))  # tokens
+    c.batch.aggregation_groups = 16  # U a micro-batch, 4 traces each
 
     c.loss.estimator = "marginal_mean"  # Eq. 6-8 (paper)
-    c.loss.normalizer = "unbiased"  # both terms are gradients of the same J (ours; unpublished)
-    c.loss.search_weight = 1.0  # w_s (ours; unpublished)
-    c.loss.aggregation_weight = 1.0  # w_a (ours; unpublished)
+    c.loss.normalizer = "unbiased"  # both terms are gradients of the same J (unpublished)
+    c.loss.search_weight = 1.0  # w_s (unpublished)
+    c.loss.aggregation_weight = 1.0  # w_a (unpublished)
     # positive advantages die on traces that the limit cut off (paper: a shorter, unpublished
     c.loss.length_gate = 0.0
     # limit)
@@ -80,12 +76,12 @@ def get_config() -> ConfigDict:
         0.9,
         0.95,
         1e-8,
-    )  # Adam (ours: the paper's framework's default)
-    c.optimizer.weight_decay = 0.0  # (ours; unpublished)
-    c.optimizer.clip_norm = 0.0  # no clipping (ours; unpublished)
+    )  # Adam (the paper's framework's default)
+    c.optimizer.weight_decay = 0.0  # (unpublished)
+    c.optimizer.clip_norm = 0.0  # no clipping (unpublished)
     c.train.steps = 250  # (paper: about 250, two epochs)
 
-    c.eval.problems = 512  # held-out, at the start and the end; eval_path must have as many (ours)
-    c.eval.subsets = 2  # disjoint sets of 4 of the 8 traces (ours)
-    c.eval.traces = 2  # aggregation traces a set (ours)
+    c.eval.problems = 512  # held-out, at the start and the end; eval_path must have as many
+    c.eval.subsets = 2  # disjoint sets of 4 of the 8 traces
+    c.eval.traces = 2  # aggregation traces a set
     return c

@@ -48,9 +48,8 @@ def get_config() -> ConfigDict:
         AGGREGATION,
         "Attempt: {candidate}\n",
     )
-    c.prompt.max_problem_tokens = (
-        384  # GSM8K's longest search prompts have 337 (train) and 302 (test) tokens
-    )
+    # GSM8K's longest search prompts have 337 (train) and 302 (test) tokens
+    c.prompt.max_problem_tokens = 384
     c.prompt.keep_tail_tokens = 192
 
     c.search.traces = 8

@@ -21,12 +21,10 @@ def get_config() -> ConfigDict:
     c.prompt.keep_tail_tokens = 26
     c.prompt.max_problem_tokens = 16
 
-    c.search.max_tokens = (
-        26  # one half costs 16 tokens, the answer 8: there is no room for both halves
-    )
-    c.aggregation.max_tokens = (
-        12  # below the cost of one half: an aggregation trace can read, not compute
-    )
+    # one half costs 16 tokens, the answer 8: there is no room for both halves
+    c.search.max_tokens = 26
+    # below the cost of one half: an aggregation trace can read, not compute
+    c.aggregation.max_tokens = 12
 
     c.sampling.classes = (
         (32, 8, 16, 26),
@@ -45,9 +43,8 @@ def get_config() -> ConfigDict:
     c.loss.logprob_chunk = 32
 
     c.optimizer.lr = 3e-4
-    c.optimizer.schedule = (
-        "cosine"  # a constant rate overshoots the even split of the halves again and again
-    )
+    # a constant rate overshoots the even split of the halves again and again
+    c.optimizer.schedule = "cosine"
     c.optimizer.warmup_steps = 5
     c.train.steps = 40
     c.train.mismatch_limit = 1e-4  # float32: sampler and trainer must agree to this

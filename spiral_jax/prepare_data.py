@@ -21,7 +21,7 @@ import sys
 
 from spiral_jax.core.errors import UserError
 from spiral_jax.tasks import hub, jsonl
-from spiral_jax.tasks.finite import distinct
+from spiral_jax.tasks.finite import unique_problems
 from spiral_jax.tasks.overlap import Overlap, describe, find_overlap
 from spiral_jax.tasks.problem import Problem
 
@@ -107,7 +107,7 @@ def fetch(name: str, dataset: str, file: pathlib.Path) -> tuple[list[Problem], d
                 "problem": problem.text,
                 "answer": problem.answer,
             }
-            for problem in distinct(rows, source)
+            for problem in unique_problems(rows, source)
         ]
         unfinished = file.with_suffix(".tmp")
         unfinished.write_text(

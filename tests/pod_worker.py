@@ -67,21 +67,23 @@ def fail():
 
 
 class Chunks:
-    """A `Sampler` that does nothing, chunk after chunk, and a `Feed` that wants none of it; process 1 gets a SIGTERM
-    in the chunk before `terminated`."""
+    """A `Sampler` that does nothing, 200 chunks long.
+
+    Process 1 gets a SIGTERM in chunk `terminated`.
+    """
 
     def __init__(self, terminated):
         self.done, self.terminated = 0, terminated
 
     def stream(self, weights, feed):
-        while not feed.finished(self.done):
+        while True:
+            yield self.done
+            if (self.done, jax.process_index()) == (self.terminated, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            if self.done == 200:
+                return
             time.sleep(0.1)
             self.done += 1
-
-    def finished(self, now):
-        if (now, jax.process_index()) == (self.terminated, 1):
-            os.kill(os.getpid(), signal.SIGTERM)
-        return now == 200
 
 
 def preempt():
@@ -97,7 +99,7 @@ def preempt():
             sampler = preemption.interrupting(chunks)
             if step < 2:
                 chunks.done = 198
-            preemption.run(lambda sampler=sampler, chunks=chunks: sampler.stream(None, chunks))
+            preemption.run(lambda sampler=sampler: list(sampler.stream(None, None)))
         assert preemption.noticed and preemption.reached() and 3 < chunks.done < 200, chunks.done
         assert preemption.run(lambda: 5) is None
     ends = distributed.gather(chunks.done)
@@ -145,8 +147,8 @@ TASKS = {task.__name__: task for task in (exchange, differ, late, fail, preempt,
 
 
 def main(argv):
-    with distributed.joined(flags.FLAGS):
-        distributed.introduce(this_mesh())
+    with distributed.session(flags.FLAGS):
+        distributed.announce(this_mesh())
         for name in argv[1:]:
             TASKS[name]()
         print(json.dumps({"done": argv[1:]}), flush=True)

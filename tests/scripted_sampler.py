@@ -3,6 +3,7 @@ told to.
 """
 
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -11,12 +12,15 @@ from configs import tiny
 from spiral_jax.core.groups import GroupRequests, Groups, Role, Stop
 from spiral_jax.core.progress import Progress
 from spiral_jax.model import hf
-from spiral_jax.prompts import prompts
+from spiral_jax.prompts.scaffold import make_scaffold
+from spiral_jax.prompts.settings import PromptSettings
+from spiral_jax.prompts.tokenizer import load_tokenizer
 from spiral_jax.rollout.requests import Actor
 from spiral_jax.tasks.problem import Problem, Task
+from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
-TOKENIZER = prompts.load_tokenizer(hf.resolve_path("bundled:tiny"))
+TOKENIZER = load_tokenizer(hf.resolve_path("bundled:tiny"))
 
 
 @dataclasses.dataclass
@@ -36,21 +40,18 @@ class ScriptedSampler:
         return variables
 
     def stream(self, weights, feed):
-        """Takes up to `at_once` groups, then hands them back; one round is one unit of virtual
-        time.
-        """
-        now, tokens = 0, 0
-        while not feed.finished(now):
-            taken = []
-            while len(taken) < self.at_once and (request := feed.next(now)) is not None:
-                taken.append(request)
-            self.calls += taken
-            for request in taken:
-                group = self.write(request)
-                tokens += group.sampled_tokens
-                feed.done(group, now)
-            now += 1
-        return {"sampling/generated_tokens": float(tokens)}
+        return ScriptedSampling(self, feed)
+
+    def advance(self, feed, now):
+        """Takes up to `at_once` groups, then returns them; yields what was sampled."""
+        taken = []
+        while len(taken) < self.at_once and (request := feed.next(now)) is not None:
+            taken.append(request)
+        self.calls += taken
+        for request in taken:
+            group = self.write(request)
+            feed.done(group, now)
+            yield group
 
     def write(self, request: GroupRequests) -> Groups:
         C, G = request.traces, request.max_tokens
@@ -64,6 +65,24 @@ class ScriptedSampler:
             stop[0, i] = Stop.LENGTH if text.endswith("...") else Stop.STOP
             trace[0, i, : len(ids)], length[0, i] = ids, len(ids)
         return Groups(request, trace, length, np.zeros((1, C, G), np.float32), stop)
+
+
+class ScriptedSampling:
+    """A `Sampling`; one turn of `sampler.advance` is one unit of virtual time."""
+
+    def __init__(self, sampler, feed):
+        self.sampler, self.feed, self.tokens = sampler, feed, 0
+
+    def __iter__(self):
+        for now in itertools.count():
+            yield now
+            if self.feed.finished():
+                return
+            for group in self.sampler.advance(self.feed, now):
+                self.tokens += group.sampled_tokens
+
+    def metrics(self):
+        return {"sampling/generated_tokens": float(self.tokens)}
 
 
 class ReadingSampler(ScriptedSampler):
@@ -92,8 +111,9 @@ def make_actor(script, task=None, at_once=6, **overrides) -> Actor:
     for field, value in overrides.items():
         room, name = field.split("__")
         c[room][name] = value
-    scaffold = prompts.make_scaffold(TOKENIZER, c.prompt, (TOKENIZER.eos_token_id,))
-    verifier = Verifier("math", workers=1, timeout_s=5.0)
+    settings = PromptSettings.from_config(c.prompt)
+    scaffold = make_scaffold(TOKENIZER, settings, (TOKENIZER.eos_token_id,))
+    verifier = Verifier("math", VerifierSettings(workers=1, timeout_s=5.0))
     return Actor(
         c,
         task or number_task(),

@@ -5,7 +5,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from spiral_jax.core import config
-from spiral_jax.prompts import prompts
+from spiral_jax.prompts.scaffold import Scaffold, make_scaffold
+from spiral_jax.prompts.settings import PromptSettings
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -19,9 +20,7 @@ CORPUS = [
 
 
 def chatml_tokenizer(think_tokens: bool = False, template: str = CHATML) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with merges of its own, pad == eos, and a special token that no attribute
-    names.
-    """
+    """Byte-level BPE with merges of its own, pad == eos, and a special token without attribute."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -37,11 +36,13 @@ def chatml_tokenizer(think_tokens: bool = False, template: str = CHATML) -> PreT
     return tokenizer
 
 
-def scaffold_of(tokenizer, **fields) -> prompts.Scaffold:
-    c = config.defaults()
+def scaffold_of(tokenizer, more_stop_ids=(), **fields) -> Scaffold:
+    """The scaffold of the default prompts but for `fields` of config.prompt."""
+    prompt = config.defaults().prompt
     for name, value in fields.items():
-        c.prompt[name] = value
-    return prompts.make_scaffold(tokenizer, c.prompt, [tokenizer.eos_token_id])
+        prompt[name] = value
+    stop_ids = (tokenizer.eos_token_id, *more_stop_ids)
+    return make_scaffold(tokenizer, PromptSettings.from_config(prompt), stop_ids)
 
 
 def encode(tokenizer, text: str) -> np.ndarray:

@@ -23,9 +23,9 @@ from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
-from spiral_jax.sampling.programs import Schedule, abstract_state
-from spiral_jax.sampling.protocol import Feed, sample
-from spiral_jax.sampling.slots import DecodeSettings, SlotClass
+from spiral_jax.sampling.protocol import Feed, Sampling, sample
+from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
+from spiral_jax.sampling.shapes import abstract_state
 
 HEAVY_TAIL_ROWS = tuple(range(4, 64, 4))
 
@@ -77,15 +77,14 @@ def make_requests(work: Work, seed: int) -> GroupRequests:
 
 
 class Counting:
-    """An engine that keeps the metrics of its last stream."""
+    """An engine that keeps its last stream, for the metrics."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self.metrics: dict[str, Mean | float] = {}
 
-    def stream(self, weights: Any, feed: Feed) -> dict[str, Mean | float]:
-        self.metrics = self.engine.stream(weights, feed)
-        return self.metrics
+    def stream(self, weights: Any, feed: Feed) -> Sampling:
+        self.sampling = self.engine.stream(weights, feed)
+        return self.sampling
 
 
 class Spiral:
@@ -115,7 +114,8 @@ class Spiral:
         self, work: Work, seed: int, temperature: float
     ) -> tuple[Groups, dict[str, Mean | float]]:
         counting = Counting(self._engine(work, temperature))
-        return sample(counting, self.weights, make_requests(work, seed)), counting.metrics
+        groups = sample(counting, self.weights, make_requests(work, seed))
+        return groups, counting.sampling.metrics()
 
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
         work = Work(np.array([prompt], np.int32), np.array([[tokens]], np.int32))

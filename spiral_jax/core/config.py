@@ -1,9 +1,9 @@
-"""The configuration: every field with its unit and origin. What values it may have:
-`config_checks`.
+"""The configuration: every field with its unit and its default.
 
-`defaults()` holds the paper's settings ("paper": arXiv 2606.23595, Table 1 and section 3.2) and
-ours where it is silent ("ours"). A file in `configs/` starts from it and sets what differs; the
-result is locked, so a misspelt field is an error that names the nearest one.
+Fields marked (paper) have the value of arXiv 2606.23595, Table 1 and section 3.2; where the paper
+is silent the value is ours. A file in `configs/` starts from `defaults()` and sets what differs; the
+result is locked, so a misspelt field is an error that names the nearest one. What values a field may
+have is checked by the room that reads it, and in `run/checks.py`.
 """
 
 from __future__ import annotations
@@ -17,114 +17,98 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.errors import UserError
 
-MOST_EVAL_TRACES = 1000  # above, binomials leave float64: see estimators.py
-TASKS = ("jsonl", "parquet", "hf", "two_halves", "end_digit", "reasoning_gym")
 METRIC_WRITERS = ("tensorboard", "wandb", "trackio")
-# How the search traces of each estimator are used: "sets", K distinct S-subsets drawn from a
-# problem's traces are aggregated; "partition", K disjoint ones; "search", no aggregation stage. Its
-# advantages: objective/advantages.py.
-ESTIMATORS = {
-    "marginal_mean": "sets",
-    "with_without": "sets",
-    "disjoint_sets": "partition",
-    "aggregator_only": "sets",
-    "online_multitask": "sets",
-    "paragator": "sets",
-    "pkpo": "sets",
-    "polychromic": "sets",
-    "grpo": "search",
-    "grpo_nostd": "search",
-    "rloo": "search",
-}
-LATER_ROUNDS = (
-    "marginal_mean",
-    "with_without",
-    "aggregator_only",
-)  # estimators that several rounds can have
-MOST_SCORED_SETS = (
-    2000  # of polychromic, which scores all S-subsets of a problem's traces: more take gigabytes
-)
 REMAT = ("none", "dots", "attention", "layer")  # ascending in what is computed twice
 MEASURES = ("single", "pass_at_n", "majority", "aggregated")  # of an evaluation
 
 
 class ConfigError(UserError):
-    """A configuration that cannot run; the message names the field, its value, what is allowed and
-    what to do.
+    """A configuration that cannot run: names field, value, what is allowed and what to do."""
+
+
+def require(ok: bool, field: str, value: object, allowed: str, advice: str = "") -> None:
+    """Checks a field.
+
+    Raises:
+      ConfigError: not `ok`; it says that config.`field` must be `allowed`, and `advice`.
     """
+    if not ok:
+        raise ConfigError(
+            f"config.{field} = {value!r}: must be {allowed}." + (f" {advice}" if advice else "")
+        )
 
 
 def defaults() -> ConfigDict:
     """Every field, at the paper's value or ours. Locked."""
     c = ConfigDict()
-    c.seed = 0  # all randomness of a run: data order, subsets, candidate order, sampling (ours)
+    c.seed = 0  # all randomness of a run: data order, subsets, candidate order, sampling
 
     c.model = ConfigDict()
     # Qwen3 or Llama: a Hugging Face directory or Hub id; "bundled:tiny" is ours
     c.model.hf_path = ""
-    # PEFT LoRA directory that a new run starts from; "" = a fresh adapter (ours)
+    # PEFT LoRA directory that a new run starts from; "" = a fresh adapter
     c.model.adapter_path = ""
-    # WORKDIR or WORKDIR@step of another run whose trained weights a new run starts from (ours)
+    # WORKDIR or WORKDIR@step of another run whose trained weights a new run starts from
     c.model.init_from = ""
-    c.model.param_dtype = "bfloat16"  # of a frozen base; what is trained is always float32 (ours)
-    # of activations and caches; norms, rope and softmax are float32 (ours)
+    c.model.param_dtype = "bfloat16"  # of a frozen base; what is trained is always float32
+    # of activations and caches; norms, rope and softmax are float32
     c.model.compute_dtype = "bfloat16"
     c.model.lora_rank = 32  # adapters on all seven projections; 0 = full fine-tuning (paper)
-    c.model.lora_alpha = 32.0  # adapter output is scaled by alpha / rank (ours; unpublished)
+    c.model.lora_alpha = 32.0  # adapter output is scaled by alpha / rank (unpublished)
     # What the backward pass keeps of each layer, computing the rest once more: "layer": its input;
     # "attention": and the result of attention; "dots": and those of all products with weights;
-    # "none": everything is kept (ours)
+    # "none": everything is kept
     c.model.remat = "layer"
-    # queries, and keys, a block: scores in memory are [.., block, block] (ours)
+    # queries, and keys, a block: scores in memory are [.., block, block]
     c.model.attention_block = 256
 
-    c.mesh = ConfigDict()  # devices along each axis; one of them may be -1 = all the rest (ours)
+    c.mesh = ConfigDict()  # devices along each axis; one of them may be -1 = all the rest
     c.mesh.data = -1  # groups
     c.mesh.fsdp = 1  # groups, and slices of every weight and optimizer state
     c.mesh.tensor = 1  # heads and feed-forward columns
 
     c.task = ConfigDict()
-    c.task.name = "jsonl"  # one of TASKS (ours)
+    c.task.name = "jsonl"  # a row of tasks/load.py
     # jsonl: file of {"problem" or "question", "answer"}, GSM8K's `#### 42` is understood; parquet:
     # verl's layout
     c.task.train_path = ""
     c.task.eval_path = ""  # jsonl, parquet: held-out file, same layout
     c.task.dataset = ""  # hf: name on the Hugging Face Hub, or a local directory of data files
     c.task.subset = ""  # hf: configuration of the data set; "" = its only one
-    c.task.split_train = "train"  # hf: split to train on, such as "train" or "train[:1000]" (ours)
-    c.task.split_eval = "test"  # hf: held-out split (ours)
-    c.task.problem_column = "problem"  # hf: column of the problem's text (ours)
-    c.task.answer_column = "answer"  # hf: column of its reference answer (ours)
+    c.task.split_train = "train"  # hf: split to train on, such as "train" or "train[:1000]"
+    c.task.split_eval = "test"  # hf: held-out split
+    c.task.problem_column = "problem"  # hf: column of the problem's text
+    c.task.answer_column = "answer"  # hf: column of its reference answer
     c.task.generator = ""  # reasoning_gym: generator's name, e.g. "chain_sum"
     # reasoning_gym: the generator's own settings, such as {"max_numbers": 4}; {} = its defaults
     c.task.generator_args = ConfigDict()
-    c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one (ours)
-    # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function" (ours)
+    c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one
+    # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function"
     c.task.reward = ""
     # a trace's strategy, which polychromic rewards and evaluations report: "" = the task's own, if
     # it has one; your "package.module:function", a function (text, problem) -> anything hashable,
-    # None = none (ours: the paper asks a language model)
+    # None = none (the paper asks a language model)
     c.task.strategy = ""
 
     c.prompt = ConfigDict()
     # "chat": a user's turn in the tokenizer's chat template; "plain", for base models without one:
-    # the texts below as they are, behind the BOS token if the tokenizer begins texts with it (ours)
+    # the texts below as they are, behind the BOS token if the tokenizer begins texts with it
     c.prompt.template = "chat"
-    # system message before the user's turn; "" = none but what the chat template adds (ours)
+    # system message before the user's turn; "" = none but what the chat template adds
     c.prompt.system = ""
     # variables of the chat template, such as {"enable_thinking": False}; {} = its own defaults
-    # (ours)
+
     c.prompt.template_kwargs = ConfigDict()
     # tokens that end a trace beside those of generation_config.json and the tokenizer: each a text
-    # or id, such as ("<|eot_id|>", 151643) (ours)
+    # or id, such as ("<|eot_id|>", 151643)
     c.prompt.stop = ()
-    # asks for a search trace; {problem} is the task's text (ours; the paper's wording is
+    # asks for a search trace; {problem} is the task's text (the paper's wording is
     # unpublished)
     c.prompt.search = (
         "{problem}\n\nReason step by step, and put your final answer within \\boxed{{}}."
     )
     # asks for an aggregation trace; {candidates} are those below one after the other, {count} their
-    # number (ours)
+    # number
     c.prompt.aggregation = (
         "{problem}\n\nBelow are {count} independent attempts at this problem. Any number of them may be wrong.\n\n"
         "{candidates}\n\nFirst audit every attempt: name its errors. Then verify which parts can be used. Finally "
@@ -132,11 +116,11 @@ def defaults() -> ConfigDict:
     )
     # repeated for each candidate, in aggregation.order
     c.prompt.candidate = "Attempt {index}:\n{candidate}\n\n"
-    # candidate that hit the limit: "keep_tail", "drop" or "mark" (ours)
+    # candidate that hit the limit: "keep_tail", "drop" or "mark"
     c.prompt.truncated = "keep_tail"
-    # tokens of a truncated candidate that "keep_tail" and "mark" keep (ours)
+    # tokens of a truncated candidate that "keep_tail" and "mark" keep
     c.prompt.keep_tail_tokens = 4096
-    # "answer_only" drops a candidate's <think> block, "full" keeps it (ours)
+    # "answer_only" drops a candidate's <think> block, "full" keeps it
     c.prompt.thinking = "answer_only"
     c.prompt.max_problem_tokens = 1024  # longer search prompts are left out and counted (paper)
 
@@ -151,9 +135,9 @@ def defaults() -> ConfigDict:
     c.aggregation.max_tokens = 4096  # limit of an aggregation trace (paper)
     # R: in round 1 the sets are of search traces (paper), in each later one of the K * M traces of
     # the round before, which earn the success of the sets that they are in beside their own. RSA at
-    # evaluation goes on like that. (ours)
+    # evaluation goes on like that.
     c.aggregation.rounds = 1
-    # of a subset's candidates in the prompt; or "sampled", as they were drawn (ours)
+    # of a subset's candidates in the prompt; or "sampled", as they were drawn
     c.aggregation.order = "shuffled"
 
     c.sampling = ConfigDict()
@@ -162,160 +146,153 @@ def defaults() -> ConfigDict:
     # Slots of the rollout engine: rows of (slots, C, P, G) tokens. A group enters the widest class
     # of the shortest P that holds its prompt (cut into pieces if it is wider), goes on in a longer
     # one when G is full, and in a narrower one as its traces end. Every P needs its widest C also
-    # with its longest G. (ours)
+    # with its longest G.
     c.sampling.classes = (
         (32, 8, 1024, 1024),
         (32, 8, 1024, 4096),
         (32, 4, 1024, 4096),
         (64, 4, 17920, 4096),
     )
-    # of keys and values: "compute" (model.compute_dtype) or "int8" (ours)
+    # of keys and values: "compute" (model.compute_dtype) or "int8"
     c.sampling.cache_dtype = "compute"
-    c.sampling.chunk = 64  # decode steps between two looks at who has ended, at most (ours)
-    # a chunk ends early when this many groups could leave their slot (ours)
+    c.sampling.chunk = 64  # decode steps between two looks at who has ended, at most
+    # a chunk ends early when this many groups could leave their slot
     c.sampling.exit_groups = 4
-    # prompt tokens, padding included, prefilled at once on each shard (ours)
+    # prompt tokens, padding included, prefilled at once on each shard
     c.sampling.prefill_tokens = 16384
-    # of them in each prompt, as many as run, and attend to each other, at once (ours)
+    # of them in each prompt, as many as run, and attend to each other, at once
     c.sampling.prefill_chunk = 256
     # Rows of a device shard, ascending, for which decode programs are compiled beside the one for
-    # all rows of all classes. Pays where rows cost: on CPUs; accelerators need none (ours).
+    # all rows of all classes. Pays where rows cost: on CPUs; accelerators need none.
     c.sampling.row_counts = ()
-    # chunks after its last trace at which a problem's verdict counts, however late (ours)
-    c.sampling.verdict_delay = 2
-    # share of problems that are expected to carry a signal, until some are decided (ours)
+    # share of problems that are expected to carry a signal, until some are decided
     c.sampling.keep_rate = 0.5
-    # at most this many times batch.problems are tried for one batch (ours)
+    # at most this many times batch.problems are tried for one batch
     c.sampling.max_ratio = 4.0
 
     c.batch = ConfigDict()
     c.batch.problems = 256  # B kept problems an optimizer step (paper)
-    c.batch.search_lengths = ((1024, 4096),)  # (P, G) of the search micro-batches, ascending (ours)
-    c.batch.search_groups = 16  # U of a search micro-batch (ours)
+    c.batch.search_lengths = ((1024, 4096),)  # (P, G) of the search micro-batches, ascending
+    c.batch.search_groups = 16  # U of a search micro-batch
     c.batch.aggregation_lengths = (
         (2048, 4096),
         (9216, 4096),
         (17920, 4096),
-    )  # the same for aggregation (ours)
-    c.batch.aggregation_groups = 16  # U of an aggregation micro-batch (ours)
+    )  # the same for aggregation
+    c.batch.aggregation_groups = 16  # U of an aggregation micro-batch
 
     c.loss = ConfigDict()
-    c.loss.estimator = "marginal_mean"  # one of ESTIMATORS (paper)
-    # "unbiased": both terms are gradients of the same J; "sum" (ours; unpublished)
+    c.loss.estimator = "marginal_mean"  # a row of objective/estimators.py (paper)
+    # "unbiased": both terms are gradients of the same J; "sum" (unpublished)
     c.loss.normalizer = "unbiased"
-    c.loss.search_weight = 1.0  # w_s (ours; unpublished)
-    c.loss.aggregation_weight = 1.0  # w_a (ours; unpublished)
-    # positive advantages die above this length: tokens if > 1, else a fraction of the
+    c.loss.search_weight = 1.0  # w_s (unpublished)
+    c.loss.aggregation_weight = 1.0  # w_a (unpublished)
+    # positive advantages die above this length: tokens if > 1, else a fraction of the limit;
+    # 0 = only on traces that were cut off by the limit (paper; its value is unpublished)
     c.loss.length_gate = 0.0
-    # limit; 0 = only on traces that were cut off by the limit (paper; its value is unpublished) The
-    # rest bounds the ratio or the policy, 0 = off; formulas and sources: objective/loss.py (paper:
-    # off)
-    c.loss.clip_low = 0.0  # the ratio of a token counts down to 1 - clip_low (PPO; usual 0.2)
-    c.loss.clip_high = 0.0  # and up to 1 + clip_high (usual 0.2 to 0.28)
-    # a token's term at a negative weight is not below dual_clip times it (usual 3)
-    c.loss.dual_clip = 0.0
-    # importance weights sampler -> trainer are truncated here (usual 2); without clipping
+    # importance weights sampler -> trainer are truncated here; 0 = off, usual 2 (paper: off)
     c.loss.tis_cap = 0.0
-    # of the KL to the reference, nat a token, mean over the role's tokens; the reference is the
+    # of the KL to the reference, nat a token, mean over the role's tokens; 0 = off (paper). The
+    # reference is the base without adapters, or in full fine-tuning a copy of what the run
+    # started from
     c.loss.kl_coef = 0.0
-    # base without adapters, or in full fine-tuning a copy of what the run started from
-    c.loss.logprob_chunk = 256  # response positions of each trace whose logits exist at once (ours)
+    c.loss.logprob_chunk = 256  # response positions of each trace whose logits exist at once
 
     c.optimizer = ConfigDict()
     c.optimizer.lr = 2e-5  # peak learning rate (paper)
-    # after warm-up: "constant", "linear" or "cosine" to zero at train.steps (ours)
+    # after warm-up: "constant", "linear" or "cosine" to zero at train.steps
     c.optimizer.schedule = "constant"
-    c.optimizer.warmup_steps = 0  # linear from lr / (warmup_steps + 1) (ours)
-    c.optimizer.b1 = 0.9  # Adam (ours: the paper's framework's default)
-    c.optimizer.b2 = 0.95  # (ours: the same default)
-    c.optimizer.eps = 1e-8  # (ours: the same default)
-    c.optimizer.weight_decay = 0.0  # decoupled, on matrices only (ours)
-    c.optimizer.clip_norm = 0.0  # of the global gradient; 0 = no clipping (ours)
+    c.optimizer.warmup_steps = 0  # linear from lr / (warmup_steps + 1)
+    c.optimizer.b1 = 0.9  # Adam (the paper's framework's default)
+    c.optimizer.b2 = 0.95  # (the same default)
+    c.optimizer.eps = 1e-8  # (the same default)
+    c.optimizer.weight_decay = 0.0  # decoupled, on matrices only
+    c.optimizer.clip_norm = 0.0  # of the global gradient; 0 = no clipping
 
     c.train = ConfigDict()
     c.train.steps = 250  # optimizer steps (paper: about 250)
-    # stop after the step that reaches this many sampled tokens; 0 = no limit (ours)
+    # stop after the step that reaches this many sampled tokens; 0 = no limit
     c.train.max_sampled_tokens = 0
-    # first step: largest |log ratio| a token, sampler against trainer; 0 = off (ours)
+    # first step: largest |log ratio| a token, sampler against trainer; 0 = off
     c.train.mismatch_limit = 0.0
-    # steps in a row without a finite loss or gradient (each is skipped) that end it (ours)
+    # steps in a row without a finite loss or gradient (each is skipped) that end it
     c.train.max_bad_steps = 3
     # A loss or gradient norm this many median deviations from the median of the last steps is
-    # flagged; 0 = off (ours)
+    # flagged; 0 = off
     c.train.spike = 12.0
     # A step, or an evaluation, that takes so many times the median has all stacks printed, once;
-    # while there is no median, one that takes wait_s; 0 = off (ours)
+    # while there is no median, one that takes wait_s; 0 = off
     c.train.watchdog = 10.0
-    # seconds for data, weights or a checkpoint to be read or written, then the run ends (ours)
+    # seconds for data, weights or a checkpoint to be read or written, then the run ends
     c.train.wait_s = 1800.0
-    # seconds from SIGTERM to the end, a checkpoint included (ours: below most clouds' 30)
+    # seconds from SIGTERM to the end, a checkpoint included (below most clouds' 30)
     c.train.grace_s = 25.0
 
     c.eval = ConfigDict()
-    c.eval.problems = 512  # held-out problems; 0 = no evaluation (ours)
-    # steps between evaluations beside those at the start and the end; 0 = only those (ours)
+    c.eval.problems = 512  # held-out problems; 0 = no evaluation
+    # steps between evaluations beside those at the start and the end; 0 = only those
     c.eval.every = 0
-    c.eval.subsets = 2  # disjoint subsets of a problem's traces that are aggregated (ours)
-    # S traces in each of them; 0 = aggregation.subset_size, as in training (ours)
+    c.eval.subsets = 2  # disjoint subsets of a problem's traces that are aggregated
+    # S traces in each of them; 0 = aggregation.subset_size, as in training
     c.eval.subset_size = 0
-    c.eval.traces = 2  # M aggregation traces for each of them (ours)
-    c.eval.temperature = 1.0  # 0 = greedy (ours: as in training)
-    # only the k most likely tokens; 0 = all. These cuts exist in evaluation alone (ours)
+    c.eval.traces = 2  # M aggregation traces for each of them
+    c.eval.temperature = 1.0  # 0 = greedy (as in training)
+    # only the k most likely tokens; 0 = all. These cuts exist in evaluation alone
     c.eval.top_k = 0
-    c.eval.top_p = 1.0  # only the most likely tokens that together hold this mass; 1 = all (ours)
-    # only tokens at least this fraction as likely as the most likely one; 0 = all (ours)
+    c.eval.top_p = 1.0  # only the most likely tokens that together hold this mass; 1 = all
+    # only tokens at least this fraction as likely as the most likely one; 0 = all
     c.eval.min_p = 0.0
-    c.eval.rounds_in_training = 0  # rounds of RSA in evaluations during training; 0 = none (ours)
+    c.eval.rounds_in_training = 0  # rounds of RSA in evaluations during training; 0 = none
     c.eval.population = 8  # traces in the population of recursive self-aggregation, RSA (paper)
     c.eval.set_size = 4  # of which each member of the next population reads so many (paper)
     # The rest is for `python -m spiral_jax.evaluate` alone; evaluations during training sample
     # search.traces.
-    # search traces of a problem: pass@k and maj@k up to k = n (ours; the paper draws 256)
+    # search traces of a problem: pass@k and maj@k up to k = n (the paper draws 256)
     c.eval.n = 64
     # whose search traces are aggregated: "" = the model's own; "base" = those of model.hf_path as
     # it is; WORKDIR@step = those of a run: what search and what aggregation have learned can be
-    # told apart by pairing them anew (ours)
+    # told apart by pairing them anew
     c.eval.searcher = ""
-    # tokens, ascending: the search traces once more, cut off here; up to search.max_tokens (ours)
+    # tokens, ascending: the search traces once more, cut off here; up to search.max_tokens
     c.eval.limits = ()
     c.eval.rounds = 10  # of RSA, after the search traces (paper: up to 10)
-    # problems sampled at once; a stopped evaluation goes on after the last whole wave (ours)
+    # problems sampled at once; a stopped evaluation goes on after the last whole wave
     c.eval.wave = 32
 
     c.verifier = ConfigDict()
-    c.verifier.workers = 2  # child processes (ours)
-    # seconds for one answer, counted from when a worker picks it up (ours)
+    c.verifier.workers = 2  # child processes
+    # seconds for one answer, counted from when a worker picks it up
     c.verifier.timeout_s = 5.0
-    # share of our own failures in a batch above which the run stops (ours)
+    # share of our own failures in a batch above which the run stops
     c.verifier.max_error_rate = 0.05
-    c.verifier.memory_gb = 4.0  # address space of a child process, 10^9 bytes (ours)
-    # names of variables, such as a judge's key, that a reward of yours sees (ours)
+    c.verifier.memory_gb = 4.0  # address space of a child process, 10^9 bytes
+    # names of variables, such as a judge's key, that a reward of yours sees
     c.verifier.environment = ()
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every = 10  # steps; the last step is always saved; 0 = only that (ours)
-    c.checkpoint.keep = 2  # newest checkpoints that are kept (ours)
-    c.checkpoint.keep_every = 0  # and those whose step is a multiple of this; 0 = none (ours)
-    # and the best by this measure of the evaluations, one of MEASURES; "" = none (ours)
+    c.checkpoint.every = 10  # steps; the last step is always saved; 0 = only that
+    c.checkpoint.keep = 2  # newest checkpoints that are kept
+    c.checkpoint.keep_every = 0  # and those whose step is a multiple of this; 0 = none
+    # and the best by this measure of the evaluations, one of MEASURES; "" = none
     c.checkpoint.keep_best = ""
-    # saves in a row that may fail, as on a full disk, before the run ends (ours)
+    # saves in a row that may fail, as on a full disk, before the run ends
     c.checkpoint.max_failures = 3
 
     c.metrics = ConfigDict()
-    # any of METRIC_WRITERS: where metrics are shown, beside metrics.jsonl (ours)
+    # any of METRIC_WRITERS: where metrics are shown, beside metrics.jsonl
     c.metrics.writers = ()
 
     c.profile = ConfigDict()
-    # (first, end): steps first <= step < end are profiled, into WORKDIR/profile; () = none (ours)
+    # (first, end): steps first <= step < end are profiled, into WORKDIR/profile; () = none
     c.profile.steps = ()
 
     c.trace_log = ConfigDict()
-    c.trace_log.every = 10  # steps between files of traces; 0 = none (ours)
-    c.trace_log.fraction = 1.0  # share of a step's problems that are written (ours)
-    c.trace_log.keep_steps = 50  # newest files that are kept (ours)
+    c.trace_log.every = 10  # steps between files of traces; 0 = none
+    c.trace_log.fraction = 1.0  # share of a step's problems that are written
+    c.trace_log.keep_steps = 50  # newest files that are kept
 
     c.resume = ConfigDict()  # no part of what a run is: not compared when it is resumed
-    # fields, such as ("train.steps", "verifier"), that a resumed run may change (ours)
+    # fields, such as ("train.steps", "verifier"), that a resumed run may change
     c.resume.allow = ()
     return c.lock()
 
@@ -333,47 +310,6 @@ def parse_flags(argv: list[str]) -> list[str]:
         cause = error.args[0]
         message = cause.args[0] if isinstance(cause, Exception) else cause
         sys.exit(f"error: --config has no such field: {' '.join(str(message).split())}")
-
-
-def uses_aggregation(c: ConfigDict) -> bool:
-    """Whether the rollout has an aggregation stage, which GRPO and its relatives do without."""
-    return ESTIMATORS[c.loss.estimator] != "search"
-
-
-def aggregation_rounds(c: ConfigDict) -> int:
-    """R, the rounds of aggregation of a training rollout; 0 without that stage."""
-    return c.aggregation.rounds if uses_aggregation(c) else 0
-
-
-def groups_of_step(c: ConfigDict) -> dict[str, int]:
-    """How many groups of each role a step trains on, at most."""
-    groups = {"search": c.batch.problems}
-    if uses_aggregation(c):
-        groups["aggregation"] = c.batch.problems * c.aggregation.subsets * c.aggregation.rounds
-    return groups
-
-
-def eval_subset_size(c: ConfigDict) -> int:
-    """S of the subsets that evaluation aggregates."""
-    return c.eval.subset_size or c.aggregation.subset_size
-
-
-def for_evaluation(c: ConfigDict) -> ConfigDict:
-    """The configuration that `spiral_jax.evaluate` runs with: its own numbers where stages read
-    those of training.
-    """
-    c = c.copy_and_resolve_references()
-    c.search.traces, c.aggregation.subset_size = c.eval.n, eval_subset_size(c)
-    c.task.train_path = ""  # no training data are read
-    return c
-
-
-def for_evaluation_in_training(c: ConfigDict) -> ConfigDict:
-    """The same for the evaluations of a training run, which sample as many traces as training does."""
-    c = c.copy_and_resolve_references()
-    c.eval.n, c.eval.rounds, c.eval.limits = c.search.traces, c.eval.rounds_in_training, ()
-    c.aggregation.subset_size = eval_subset_size(c)
-    return c
 
 
 def digest(c: ConfigDict) -> str:
@@ -396,6 +332,33 @@ def compared(plain: dict) -> dict:
 def to_plain(c: ConfigDict) -> dict:
     """The configuration as plain JSON types (tuples become lists)."""
     return json.loads(c.to_json_best_effort())
+
+
+# Fields of earlier versions, with the one value that still means the same: nothing.
+_RETIRED = {
+    "loss.clip_low": 0.0,
+    "loss.clip_high": 0.0,
+    "loss.dual_clip": 0.0,
+    "sampling.verdict_delay": 2,
+}
+
+
+def without_retired(plain: dict) -> dict:
+    """A plain configuration that an earlier version may have written, as this one would write it.
+
+    Raises:
+      ConfigError: a field that no longer exists has a value that meant something.
+    """
+    plain = {name: dict(of) if isinstance(of, dict) else of for name, of in plain.items()}
+    for field, inert in _RETIRED.items():
+        section, name = field.split(".")
+        value = plain.get(section, {}).pop(name, inert)
+        if value != inert:
+            raise ConfigError(
+                f"config.{field} = {value!r}: this field no longer exists, and the run was made "
+                f"with another value than {inert!r}. Use the version of spiral_jax that made it."
+            )
+    return plain
 
 
 def from_plain(plain: dict) -> ConfigDict:

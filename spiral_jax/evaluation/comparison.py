@@ -1,8 +1,7 @@
-"""Two results on the same problems and scaffold -> scaling efficiency and gaps, with paired
-intervals over problems.
+"""Two results on the same problems and scaffold -> scaling efficiency and gaps.
 
-A is the baseline. Both sides are resampled with the same problems, so that what is hard for both
-cancels out.
+A is the baseline. Intervals are paired: both sides are resampled with the same problems, so that
+what is hard for both cancels out.
 """
 
 from __future__ import annotations
@@ -10,87 +9,106 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from rich.table import Table
 
 from spiral_jax.core.config import defaults, difference, to_plain
 from spiral_jax.evaluation.measures import BOOTSTRAP_DRAWS, Column, columns
-from spiral_jax.evaluation.results import ResultsError, make_table, percent, powers_of_two
+from spiral_jax.evaluation.results import ResultsError
 from spiral_jax.evaluation.statistics import bootstrap_weights, ratios_and_intervals
+from spiral_jax.evaluation.tables import powers_of_two
 
 VERSION = 1
 _BUDGETS = 4  # token budgets at which accuracies are compared, each half of the one above
+_BOUNDS = {-1: "at least", 0: None, 1: "at most"}  # what `Needed.bound` makes of a ratio k_A / k_B
+
+
+class Needed(NamedTuple):
+    """How many samples each of R curves needs.
+
+    Attributes:
+      samples_R: float64 in [1, N].
+      bound_R: -1 where the level is below that of one sample, so that fewer would do; 1 where it is
+        above that of all N, so that more are needed; else 0.
+    """
+
+    samples_R: np.ndarray
+    bound_R: np.ndarray
+
+
+class Measure(NamedTuple):
+    """A line of the table of gaps: measure q of a column."""
+
+    label: str
+    column: str
+    q: int
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """The content of comparison.json.
 
     Returns:
-      a, b: model and settings of each side. efficiency: `scaling_efficiency` at powers of two of
-      A's samples and, last,
-      at the highest coverage that both reach. gaps: B - A in paired means over problems.
-      equal_tokens: the same at
-      equal sampled tokens, of votes and of RSA. left_out: what could not be compared, and why.
+      a, b: model and settings of each side.
+      efficiency: see `scaling_efficiency`.
+      gaps: B - A in paired means over problems.
+      equal_tokens: the same at equal sampled tokens, of votes and of RSA.
+      left_out: what could not be compared, and why.
 
     Raises:
       ResultsError: other problems, scaffold or reward.
     """
     check_comparable(a, b)
-    of_a, of_b = columns(a["records"]), columns(b["records"])
+    columns_a, columns_b = columns(a["records"]), columns(b["records"])
     weight_RxB = bootstrap_weights(0, len(a["records"]), BOOTSTRAP_DRAWS)
-    gaps, left_out = _gaps(a["settings"], b["settings"], of_a, of_b, weight_RxB)
-    curves = [_resampled(of["pass_at_k"], weight_RxB) for of in (of_a, of_b)]
+
+    curve_a_RxN = _resample(columns_a["pass_at_k"], weight_RxB)
+    curve_b_RxN = _resample(columns_b["pass_at_k"], weight_RxB)
+
+    measures, left_out = _common_measures(a["settings"], b["settings"])
+    gaps = [_gap(measure, columns_a, columns_b, weight_RxB) for measure in measures]
+
+    votes = _gaps_at_equal_tokens(
+        _budget_curve(columns_a, "majority_at_k", "tokens_at_k", weight_RxB),
+        _budget_curve(columns_b, "majority_at_k", "tokens_at_k", weight_RxB),
+    )
+    rsa = _gaps_at_equal_tokens(
+        _budget_curve(columns_a, "rsa/single", "rsa/tokens", weight_RxB),
+        _budget_curve(columns_b, "rsa/single", "rsa/tokens", weight_RxB),
+    )
     return {
         "version": VERSION,
-        **{
-            side: {name: results[name] for name in ("model", "settings")}
-            for side, results in (("a", a), ("b", b))
-        },
+        "a": {"model": a["model"], "settings": a["settings"]},
+        "b": {"model": b["model"], "settings": b["settings"]},
         "problems": a["problems"],
-        "efficiency": scaling_efficiency(*curves),
+        "efficiency": scaling_efficiency(curve_a_RxN, curve_b_RxN),
         "gaps": gaps,
         "equal_tokens": [
-            {"method": method} | row
-            for method, accuracy, tokens in (
-                ("majority vote", "majority_at_k", "tokens_at_k"),
-                ("RSA", "rsa/single", "rsa/tokens"),
-            )
-            for row in _gaps_at_equal_tokens(
-                [
-                    [_resampled(of[name], weight_RxB) for name in (accuracy, tokens)]
-                    for of in (of_a, of_b)
-                ]
-            )
+            *({"method": "majority vote"} | row for row in votes),
+            *({"method": "RSA"} | row for row in rsa),
         ],
         "left_out": left_out,
     }
 
 
+def write_comparison(path: pathlib.Path, comparison: Mapping[str, Any]) -> None:
+    """Writes comparison.json."""
+    path.write_text(json.dumps(comparison, indent=1, allow_nan=False) + "\n")
+
+
+# Whether the two can be compared
+
+
 def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
     """Raises `ResultsError` that names what differs: problems, scaffold or reward."""
-    usual = to_plain(
-        defaults().prompt
-    )  # stands for fields that did not exist when a file was written
+    # stands for fields that did not exist when a file was written
+    usual = to_plain(defaults().prompt)
     reasons = difference(usual | a["scaffold"], usual | b["scaffold"], "prompt.")
-    reasons += difference(
-        {"reward": a["problems"]["reward"]}, {"reward": b["problems"]["reward"]}, "task."
-    )
+    reward_a, reward_b = ({"reward": side["problems"]["reward"]} for side in (a, b))
+    reasons += difference(reward_a, reward_b, "task.")
     if a["problems"]["fingerprint"] != b["problems"]["fingerprint"]:
-        ids = [[record["id"] for record in results["records"]] for results in (a, b)]
-        only = [sorted(set(mine) - set(others)) for mine, others in (ids, ids[::-1])]
-        sizes = [
-            f"{len(mine)} of {results['problems']['task']}"
-            for mine, results in zip(ids, (a, b), strict=True)
-        ]
-        reasons.append(f"problems: {sizes[0]} -> {sizes[1]}")
-        for side, names in zip("AB", only, strict=True):
-            if names:
-                reasons.append(f"problems only in {side}: {len(names)}, first {names[0]}")
-        if not any(only):
-            reasons.append("problems: the same ids, other texts, answers or order")
+        reasons += _differing_problems(a, b)
     if reasons:
         raise ResultsError(
             "--compare: the two results are not of the same problems and scaffold (A -> B):\n  "
@@ -99,13 +117,31 @@ def check_comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
         )
 
 
-def scaling_efficiency(curve_a_RxN: np.ndarray, curve_b_RxN: np.ndarray) -> list[dict[str, Any]]:
-    """How many times fewer samples B needs for the same coverage (arXiv 2606.23595, section 4,
-    which has no formula).
+def _differing_problems(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """What differs between the problems of two results."""
+    ids_a, ids_b = ([record["id"] for record in side["records"]] for side in (a, b))
+    reasons = [
+        f"problems: {len(ids_a)} of {a['problems']['task']}"
+        f" -> {len(ids_b)} of {b['problems']['task']}"
+    ]
+    only_a, only_b = sorted(set(ids_a) - set(ids_b)), sorted(set(ids_b) - set(ids_a))
+    for side, only in (("A", only_a), ("B", only_b)):
+        if only:
+            reasons.append(f"problems only in {side}: {len(only)}, first {only[0]}")
+    if not only_a and not only_b:
+        reasons.append("problems: the same ids, other texts, answers or order")
+    return reasons
 
-    Of a coverage y that A reaches with k samples: k_A(y) / k_B(y), where k(y) is the smallest k at
-    which pass@k is y,
-    linear in log k between whole k. Above 1: B is the more efficient.
+
+# Samples for equal coverage
+
+
+def scaling_efficiency(curve_a_RxN: np.ndarray, curve_b_RxN: np.ndarray) -> list[dict[str, Any]]:
+    """How many times fewer samples B needs for the same coverage.
+
+    For a coverage y that A reaches with k samples: k_A(y) / k_B(y), where k(y) is the smallest k at
+    which pass@k is y, linear in log k between whole k. Above 1: B is the more efficient. (arXiv
+    2606.23595, section 4, which has no formula.)
 
     Args:
       curve_a_RxN, curve_b_RxN: pass@k for k = 1..N (each side its own N); row 0 of all problems,
@@ -115,186 +151,164 @@ def scaling_efficiency(curve_a_RxN: np.ndarray, curve_b_RxN: np.ndarray) -> list
       rows with coverage, samples_a, samples_b, ratio, its 95 % interval low, high, and bound: None,
       or "at least" where B has this coverage with one sample already, "at most" where B does not
       reach it with all of its samples. The resamples are bounded in the same way. One row for each
-      power of two of A's samples; the last is for the highest coverage that both reach, `both`.
+      power of two of A's samples; the last, "both", is for the highest coverage that both reach.
     """
-    ends = np.minimum(curve_a_RxN[:, -1], curve_b_RxN[:, -1])
-    asked = [(f"A at k={k}", curve_a_RxN[:, k - 1]) for k in powers_of_two(curve_a_RxN.shape[1])]
+    levels = {f"A at k={k}": curve_a_RxN[:, k - 1] for k in powers_of_two(curve_a_RxN.shape[1])}
+    levels["both"] = np.minimum(curve_a_RxN[:, -1], curve_b_RxN[:, -1])
     rows = []
-    for name, level_R in [*asked, ("both", ends)]:
-        (k_a, _), (k_b, bound) = (
-            samples_needed(curve_a_RxN, level_R),
-            samples_needed(curve_b_RxN, level_R),
+    for name, level_R in levels.items():
+        needed_a, needed_b = (
+            samples_needed(curve_RxN, level_R) for curve_RxN in (curve_a_RxN, curve_b_RxN)
         )
-        ratio_R = k_a / k_b
+        ratio_R = needed_a.samples_R / needed_b.samples_R
         low, high = np.percentile(ratio_R[1:], (2.5, 97.5))
-        rows.append({
-            "at": name, "coverage": float(level_R[0]), "samples_a": float(k_a[0]), "samples_b": float(k_b[0]),
-            "ratio": float(ratio_R[0]), "low": float(low), "high": float(high),
-            "bound": {-1: "at least", 0: None, 1: "at most"}[int(bound[0])],
-        })  # fmt: skip
+        rows.append(
+            {
+                "at": name,
+                "coverage": float(level_R[0]),
+                "samples_a": float(needed_a.samples_R[0]),
+                "samples_b": float(needed_b.samples_R[0]),
+                "ratio": float(ratio_R[0]),
+                "low": float(low),
+                "high": float(high),
+                "bound": _BOUNDS[int(needed_b.bound_R[0])],
+            }
+        )
     return rows
 
 
-def samples_needed(curve_RxN: np.ndarray, level_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest k at which each curve reaches its level, linear in log k, and whether that is a
-    bound.
+def samples_needed(curve_RxN: np.ndarray, level_R: np.ndarray) -> Needed:
+    """The smallest k at which each curve reaches its level, linear in log k.
 
     Args:
-      curve_RxN: pass@k for k = 1..N; what falls by rounding, or because problems have fewer
-      samples, is levelled.
-
-    Returns:
-      float64 [R] in [1, N], and [R]: -1 where k = 1 is above the level already, 1 where k = N is
-      below it, else 0.
+      curve_RxN: pass@k for k = 1..N; where it falls, by rounding or because problems have fewer
+        samples, it is taken to stay.
     """
-    rising = np.maximum.accumulate(curve_RxN, axis=1)
-    level = level_R[:, None]
-    reached = rising >= level - 1e-12
-    at = np.where(reached.any(axis=1), reached.argmax(axis=1), rising.shape[1] - 1)
-    rows = np.arange(len(rising))
-    below, above = rising[rows, np.maximum(at - 1, 0)], rising[rows, at]
-    step = np.where(above > below, above - below, 1.0)
-    share = np.clip(np.where(above > below, (level_R - below) / step, 1.0), 0.0, 1.0)
-    log_k = np.log(np.arange(1, rising.shape[1] + 1))
-    needed = np.exp(
-        log_k[np.maximum(at - 1, 0)] + share * (log_k[at] - log_k[np.maximum(at - 1, 0)])
-    )
-    bound = np.where(~reached[:, -1], 1, np.where(rising[:, 0] > level_R + 1e-12, -1, 0))
-    return needed, bound
+    rising_RxN = np.maximum.accumulate(curve_RxN, axis=1)
+    reached_RxN = rising_RxN >= level_R[:, None] - 1e-12
+    last = rising_RxN.shape[1] - 1
+    at_R = np.where(reached_RxN.any(axis=1), reached_RxN.argmax(axis=1), last)  # index of k
+    before_R = np.maximum(at_R - 1, 0)
+
+    rows = np.arange(len(rising_RxN))
+    below_R, above_R = rising_RxN[rows, before_R], rising_RxN[rows, at_R]
+    is_step_R = above_R > below_R
+    step_R = np.where(is_step_R, above_R - below_R, 1.0)
+    share_R = np.clip(np.where(is_step_R, (level_R - below_R) / step_R, 1.0), 0.0, 1.0)
+    log_k = np.log(np.arange(1, last + 2))
+    samples_R = np.exp(log_k[before_R] + share_R * (log_k[at_R] - log_k[before_R]))
+
+    is_below_all_R = rising_RxN[:, 0] > level_R + 1e-12
+    bound_R = np.where(~reached_RxN[:, -1], 1, np.where(is_below_all_R, -1, 0))
+    return Needed(samples_R, bound_R)
 
 
-def _resampled(column: Column, weight_RxB: np.ndarray) -> np.ndarray:
+def _resample(column: Column, weight_RxB: np.ndarray) -> np.ndarray:
     """[1 + R, Q]: the measure of all problems, then of every resample."""
     weights = np.concatenate([np.ones((1, weight_RxB.shape[1])), weight_RxB])
     return (weights @ column.total_BxQ) / np.maximum(weights @ column.count_BxQ, 1e-300)
 
 
-def _gaps(
-    a: Mapping[str, Any],
-    b: Mapping[str, Any],
-    of_a: dict[str, Column],
-    of_b: dict[str, Column],
-    weight_RxB: np.ndarray,
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """B - A by measure, and what is left out since the two were not sampled alike."""
+# Gaps
+
+
+def _common_measures(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Measure], list[str]]:
+    """The measures for which the settings of both sides are alike, and why others are left out."""
     n = min(a["n"], b["n"])
-    wanted = [
-        ("single trace", "single", 0),
-        (f"pass@{n}", "pass_at_k", n - 1),
-        (f"maj@{n}", "majority_at_k", n - 1),
+    measures = [
+        Measure("single trace", "single", 0),
+        Measure(f"pass@{n}", "pass_at_k", n - 1),
+        Measure(f"maj@{n}", "majority_at_k", n - 1),
     ]
     left_out = []
-    lines = [f"{name}: {a[name]} -> {b[name]}" for name in ("subset_size",) if a[name] != b[name]]
-    if lines:
-        left_out.append(f"aggregated pass@1 ({', '.join(lines)})")
+
+    if other := _changes(a, b, ["subset_size"]):
+        left_out.append(f"aggregated pass@1 ({other})")
     else:
-        wanted.append((f"aggregated pass@1, S={a['subset_size']}", "aggregated", 0))
-    lines = [
-        f"{name}: {a[name]} -> {b[name]}"
-        for name in ("population", "set_size")
-        if a[name] != b[name]
-    ]
-    if lines:
-        left_out.append(f"RSA by round ({', '.join(lines)})")
+        measures.append(Measure(f"aggregated pass@1, S={a['subset_size']}", "aggregated", 0))
+
+    if other := _changes(a, b, ["population", "set_size"]):
+        left_out.append(f"RSA by round ({other})")
     else:
         rounds = range(1, min(a["rounds"], b["rounds"]) + 1)
-        wanted += [(f"RSA round {t}", "rsa/single", t) for t in rounds]
-    gaps = []
-    for name, key, q in wanted:
-        (total_a, count_a), (total_b, count_b) = (
-            [part[:, [q]] for part in of[key]] for of in (of_a, of_b)
-        )
-        both = (count_a > 0) & (count_b > 0)
-        (gap,) = ratios_and_intervals(
-            np.where(both, total_b - total_a, 0.0), both.astype(float), weight_RxB
-        )
-        means = [float(total[both].mean()) if both.any() else None for total in (total_a, total_b)]
-        gaps.append({"measure": name, "a": means[0], "b": means[1], "gap": dataclasses.asdict(gap)})
-    return gaps, left_out
+        measures += [Measure(f"RSA round {t}", "rsa/single", t) for t in rounds]
+    return measures, left_out
 
 
-def _gaps_at_equal_tokens(sides: list[list[np.ndarray]]) -> list[dict[str, Any]]:
-    """B - A in accuracy at equal sampled tokens a problem, linear in log tokens between what was
-    measured.
+def _changes(a: Mapping[str, Any], b: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The settings among `names` in which the sides differ, "" if there are none."""
+    return ", ".join(f"{name}: {a[name]} -> {b[name]}" for name in names if a[name] != b[name])
 
-    Args:
-      sides: (accuracy, tokens) of A and of B, each [1 + R, Q].
-    """
-    (accuracy_a, tokens_a), (accuracy_b, tokens_b) = sides
-    least = max(tokens_a[0, 0], tokens_b[0, 0])
-    most = min(tokens_a[0, -1], tokens_b[0, -1])
-    budgets = [most / 2**i for i in reversed(range(_BUDGETS)) if most / 2**i >= least]
+
+def _gap(
+    measure: Measure,
+    columns_a: Mapping[str, Column],
+    columns_b: Mapping[str, Column],
+    weight_RxB: np.ndarray,
+) -> dict[str, Any]:
+    """B - A of a measure, over the problems for which both have a value."""
+    a, b = columns_a[measure.column], columns_b[measure.column]
+    total_a_Bx1, total_b_Bx1 = a.total_BxQ[:, [measure.q]], b.total_BxQ[:, [measure.q]]
+    both_Bx1 = (a.count_BxQ[:, [measure.q]] > 0) & (b.count_BxQ[:, [measure.q]] > 0)
+    difference_Bx1 = np.where(both_Bx1, total_b_Bx1 - total_a_Bx1, 0.0)
+    (gap,) = ratios_and_intervals(difference_Bx1, both_Bx1.astype(float), weight_RxB)
+    return {
+        "measure": measure.label,
+        "a": float(total_a_Bx1[both_Bx1].mean()) if both_Bx1.any() else None,
+        "b": float(total_b_Bx1[both_Bx1].mean()) if both_Bx1.any() else None,
+        "gap": dataclasses.asdict(gap),
+    }
+
+
+# Gaps at equal tokens
+
+
+class BudgetCurve(NamedTuple):
+    """What Q budgets cost and give: of all problems (row 0), and of every resample."""
+
+    tokens_RxQ: np.ndarray
+    accuracy_RxQ: np.ndarray
+
+    def at(self, tokens: float) -> np.ndarray:
+        """[R]: the accuracy at so many tokens a problem, linear in log tokens."""
+        pairs = zip(self.tokens_RxQ, self.accuracy_RxQ, strict=True)
+        log_tokens = np.log(tokens)
+        return np.array([np.interp(log_tokens, np.log(t_Q), y_Q) for t_Q, y_Q in pairs])
+
+
+def _budget_curve(
+    measured: Mapping[str, Column], accuracy: str, tokens: str, weight_RxB: np.ndarray
+) -> BudgetCurve:
+    return BudgetCurve(
+        tokens_RxQ=_resample(measured[tokens], weight_RxB),
+        accuracy_RxQ=_resample(measured[accuracy], weight_RxB),
+    )
+
+
+def _gaps_at_equal_tokens(a: BudgetCurve, b: BudgetCurve) -> list[dict[str, Any]]:
+    """B - A in accuracy at equal sampled tokens a problem, where both have been measured."""
+    least = max(a.tokens_RxQ[0, 0], b.tokens_RxQ[0, 0])
+    most = min(a.tokens_RxQ[0, -1], b.tokens_RxQ[0, -1])
+    budgets = [most / 2**i for i in reversed(range(_BUDGETS))]
     rows = []
     for budget in budgets:
-        a_R, b_R = (
-            np.array(
-                [
-                    np.interp(np.log(budget), np.log(t), y)
-                    for t, y in zip(tokens, accuracy, strict=True)
-                ]
-            )
-            for accuracy, tokens in ((accuracy_a, tokens_a), (accuracy_b, tokens_b))
-        )
-        gap = b_R - a_R
-        low, high = np.percentile(gap[1:], (2.5, 97.5))
+        if budget < least:
+            continue
+        accuracy_a_R, accuracy_b_R = a.at(budget), b.at(budget)
+        gap_R = accuracy_b_R - accuracy_a_R
+        low, high = np.percentile(gap_R[1:], (2.5, 97.5))
         gap = {
-            "mean": float(gap[0]),
+            "mean": float(gap_R[0]),
             "low": float(low),
             "high": float(high),
-            "standard_error": float(gap[1:].std()),
+            "standard_error": float(gap_R[1:].std()),
         }
-        rows.append({"tokens": float(budget), "a": float(a_R[0]), "b": float(b_R[0]), "gap": gap})
+        rows.append(
+            {
+                "tokens": float(budget),
+                "a": float(accuracy_a_R[0]),
+                "b": float(accuracy_b_R[0]),
+                "gap": gap,
+            }
+        )
     return rows
-
-
-def write(path: pathlib.Path, found: dict[str, Any]) -> None:
-    """Writes comparison.json."""
-    path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-
-
-def names(path_a: str, a: dict, path_b: str, b: dict) -> dict[str, dict]:
-    """Results by the name of their directory, which is what pictures call them; A first."""
-    called = [pathlib.Path(path).absolute().parent.name for path in (path_a, path_b)]
-    if called[0] == called[1]:
-        called = [f"{side}: {name}" for side, name in zip("AB", called, strict=True)]
-    return dict(zip(called, (a, b), strict=True))
-
-
-def tables(found: dict[str, Any]) -> list[Table]:
-    """The comparison for a `rich` console."""
-    title = f"A {found['a']['model']['hf_path']}, B {found['b']['model']['hf_path']}: samples for equal coverage"
-    efficiency = make_table(title, "coverage", "samples of A", "samples of B", "A / B [95 %]")
-    for row in found["efficiency"]:
-        bound = f"{row['bound']} " if row["bound"] else ""
-        at = f"{100 * row['coverage']:.1f} %" + (
-            " (highest of both)" if row["at"] == "both" else ""
-        )
-        ratio = f"{bound}{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-        efficiency.add_row(at, f"{row['samples_a']:.1f}", f"{row['samples_b']:.1f}", ratio)
-    gaps = make_table(
-        "gaps, B - A (paired over problems)", "measure", "A (%)", "B (%)", "points [95 %]"
-    )
-    for row in found["gaps"]:
-        gaps.add_row(row["measure"], _share(row["a"]), _share(row["b"]), percent(row["gap"], "+"))
-    equal = make_table(
-        "gaps at equal sampled tokens a problem",
-        "method",
-        "tokens",
-        "A (%)",
-        "B (%)",
-        "points [95 %]",
-    )
-    for row in found["equal_tokens"]:
-        cells = (
-            f"{row['tokens']:,.0f}",
-            _share(row["a"]),
-            _share(row["b"]),
-            percent(row["gap"], "+"),
-        )
-        equal.add_row(row["method"], *cells)
-    equal.caption = "; ".join(f"left out: {reason}" for reason in found["left_out"]) or None
-    return [efficiency, gaps, equal]
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"

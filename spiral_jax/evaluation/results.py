@@ -1,18 +1,19 @@
-"""results.json of `python -m spiral_jax.evaluate`: records -> one file, the same for the same
-samples; and its table.
+"""results.json: records of an evaluation and what they amount to, the same for the same samples.
 
 version    of this layout, `VERSION`; it rises when a field changes its meaning or goes
-model      hf_path, and a fingerprint of its weights; searcher, where another policy drew the search traces
-problems   task, asked, too_long (left out), count, fingerprint of their ids, texts and answers
+model      hf_path, adapter_path, init_from, and a fingerprint of the weights; searcher, where
+           another policy drew the search traces
+problems   task, reward, asked, too_long (left out), count, fingerprint of their ids, texts, answers
 scaffold   the prompts' wording and what they keep of candidates
 settings   how much was sampled and at what temperature
-counts     verdicts, sampled tokens and what cleaning removed from candidates, by stage, over all problems
-measures   `measures.summarise`
+counts     by stage, over all problems: verdicts, sampled tokens, and what cleaning removed
+measures   see `summarise`
 records    what became of each problem, see `measures`: enough to recompute every measure
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,119 +21,211 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
-from rich.table import Table
 
-from spiral_jax.core import config
 from spiral_jax.core.errors import UserError
-from spiral_jax.evaluation.measures import summarise
+from spiral_jax.evaluation.measures import BOOTSTRAP_DRAWS, RATES, STRATEGIES, Column, columns
+from spiral_jax.evaluation.settings import EvaluationSettings
+from spiral_jax.evaluation.statistics import Estimate, bootstrap_weights, ratios_and_intervals
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.rewards import Status
 
 VERSION = 1
+STAGES = ("search", "aggregation", "rsa")
+_VERDICTS = tuple(status.value for status in Status)
+_CLEANED = ("candidates", "dropped", "empty", "removed_special")  # of the stages that read some
 
 
 class ResultsError(UserError):
-    """A results file that cannot be read or compared; the message names the file and what differs."""
+    """A results file that cannot be read or compared; names the file and what differs."""
 
 
 def make_results(
-    c: ConfigDict,
+    settings: EvaluationSettings,
     model_fingerprint: str,
     problems: Mapping[int, Problem],
     records: Sequence[dict],
-    counts: Mapping,
+    counts: Mapping[str, int],
 ) -> dict[str, Any]:
     """The content of results.json.
 
     Args:
-      c: as one of the `config.for_evaluation*` returns it.
       problems: those evaluated, by index; `records` are in their order.
       counts: summed over all problems.
     """
-    stated = [[problem.id, problem.text, problem.answer] for problem in problems.values()]
-    settings = {name: config.to_plain(c.eval)[name] for name in _SETTINGS}
-    settings |= {"seed": c.seed, "subset_size": c.aggregation.subset_size}
-    settings |= {f"{role}_max_tokens": c[role].max_tokens for role in ("search", "aggregation")}
-    scaffold = {
-        name: value
-        for name, value in config.to_plain(c.prompt).items()
-        if name != "max_problem_tokens"
-    }
     return {
         "version": VERSION,
-        "model": {name: c.model[name] for name in ("hf_path", "adapter_path", "init_from")}
-        | ({"searcher": c.eval.searcher} if c.eval.searcher else {})
-        | {"fingerprint": model_fingerprint},
-        "problems": {
-            "task": c.task.name,
-            "reward": c.task.reward,
-            "asked": c.eval.problems,
-            "too_long": c.eval.problems - len(problems),
-            "count": len(problems),
-            "fingerprint": hashlib.sha256(json.dumps(stated).encode()).hexdigest(),
-        },
-        "scaffold": scaffold,
-        "settings": settings,
+        "model": _describe_model(settings, model_fingerprint),
+        "problems": _describe_problems(settings, problems),
+        "scaffold": dict(settings.scaffold),
+        "settings": _describe_sampling(settings),
         "counts": {stage: _stage_counts(counts, stage) for stage in STAGES},
-        "measures": summarise(records, c.seed),
+        "measures": summarise(records, settings.seed),
         "records": list(records),
     }
 
 
-def _stage_counts(counts: Mapping[str, int], stage: str) -> dict[str, int]:
-    """The counts of a stage without its name in front, zeros too."""
-    names = [*_VERDICTS, *(_CLEANED if stage != "search" else ()), "sampled_tokens"]
-    found = {
-        name.removeprefix(f"{stage}_"): count
-        for name, count in counts.items()
-        if name.startswith(f"{stage}_")
+def _describe_model(settings: EvaluationSettings, fingerprint: str) -> dict[str, str]:
+    model = {name: getattr(settings, name) for name in ("hf_path", "adapter_path", "init_from")}
+    if settings.searcher:
+        model["searcher"] = settings.searcher
+    return model | {"fingerprint": fingerprint}
+
+
+def _describe_problems(
+    settings: EvaluationSettings, problems: Mapping[int, Problem]
+) -> dict[str, Any]:
+    stated = [[problem.id, problem.text, problem.answer] for problem in problems.values()]
+    return {
+        "task": settings.task,
+        "reward": settings.reward,
+        "asked": settings.problems,
+        "too_long": settings.problems - len(problems),
+        "count": len(problems),
+        "fingerprint": hashlib.sha256(json.dumps(stated).encode()).hexdigest(),
     }
-    return dict.fromkeys(names, 0) | found
 
 
-STAGES = ("search", "aggregation", "rsa")
-_VERDICTS = {
-    "correct": "right",
-    "wrong": "wrong",
-    "unparsed": "unparsed",
-    "timeout": "timeout",
-    "error": "error",
-}
-_CLEANED = {
-    "candidates": "read",
-    "dropped": "dropped",
-    "empty": "empty",
-    "removed_special": "special ids",
-}
-_SETTINGS = (
-    "n", "subsets", "traces", "population", "set_size", "rounds", "limits", "temperature", "top_k", "top_p", "min_p",
-)  # fmt: skip
+def _describe_sampling(settings: EvaluationSettings) -> dict[str, Any]:
+    return {
+        "n": settings.n,
+        "subsets": settings.subsets,
+        "traces": settings.traces,
+        "population": settings.population,
+        "set_size": settings.set_size,
+        "rounds": settings.rounds,
+        "limits": list(settings.limits),
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "min_p": settings.min_p,
+        "seed": settings.seed,
+        "subset_size": settings.subset_size,
+        "search_max_tokens": settings.search_max_tokens,
+        "aggregation_max_tokens": settings.aggregation_max_tokens,
+    }
+
+
+def _stage_counts(counts: Mapping[str, int], stage: str) -> dict[str, int]:
+    """The counts of a stage, `counts` without its name in front; zeros too."""
+    names = [*_VERDICTS, *(_CLEANED if stage != "search" else ()), "sampled_tokens"]
+    return {name: counts.get(f"{stage}_{name}", 0) for name in names}
+
+
+# Measures
+
+
+class _Estimates:
+    """All columns with intervals by the resamples of `bootstrap_weights`."""
+
+    def __init__(self, measured: Mapping[str, Column], weight_RxB: np.ndarray):
+        self._by_name: dict[str, list[Estimate]] = {
+            name: ratios_and_intervals(column.total_BxQ, column.count_BxQ, weight_RxB)
+            for name, column in measured.items()
+        }
+
+    def fields(self, name: str, q: int = 0) -> dict[str, Any]:
+        """Measure q of a column, as the fields of an `Estimate`."""
+        return dataclasses.asdict(self._by_name[name][q])
+
+    def mean(self, name: str, q: int = 0) -> float | None:
+        """Its mean alone, which is what is stated of tokens."""
+        return self._by_name[name][q].mean
+
+
+def summarise(records: Sequence[dict], seed: int) -> dict[str, Any]:
+    """The `measures` of results.json.
+
+    Estimates (fields of `Estimate`), plain means for tokens, rows for curves. Intervals are
+    bootstrap percentiles over problems, `BOOTSTRAP_DRAWS` resamples drawn by `seed`.
+    """
+    measured = columns(records)
+    estimates = _Estimates(measured, bootstrap_weights(seed, len(records), BOOTSTRAP_DRAWS))
+
+    measures = {}
+    if STRATEGIES[0] in measured:
+        measures["strategies"] = {name: estimates.fields(name) for name in STRATEGIES}
+
+    ks = range(1, len(records[0]["search"]["answer"]) + 1)
+    measures["single"] = estimates.fields("single")
+    measures["pass_at_k"] = [_curve_row(estimates, "pass_at_k", k) for k in ks]
+    measures["majority_at_k"] = [_curve_row(estimates, "majority_at_k", k) for k in ks]
+
+    costs = {
+        "tokens": estimates.mean("aggregated/tokens"),
+        "critical_path": estimates.mean("aggregated/critical_path"),
+    }
+    measures["aggregated"] = estimates.fields("aggregated") | costs
+    measures["aggregated_majority"] = estimates.fields("aggregated/majority")
+    measures |= {name: estimates.fields(name) for name in RATES}
+
+    rounds = range(len(records[0]["rsa"]) + 1)
+    limits = [stage["limit"] for stage in records[0]["limits"]]
+    measures["rsa"] = [_rsa_row(estimates, t) for t in rounds]
+    measures["limits"] = [_limit_row(estimates, q, limit) for q, limit in enumerate(limits)]
+    measures["cut_off"] = {
+        "search": estimates.fields("cut_off/search"),
+        "aggregation": estimates.fields("cut_off/aggregation"),
+    }
+    return measures
+
+
+def _curve_row(estimates: _Estimates, name: str, k: int) -> dict[str, Any]:
+    costs = {
+        "tokens": estimates.mean("tokens_at_k", k - 1),
+        "critical_path": estimates.mean("critical_path_at_k", k - 1),
+    }
+    return {"k": k} | estimates.fields(name, k - 1) | costs
+
+
+def _rsa_row(estimates: _Estimates, t: int) -> dict[str, Any]:
+    return {
+        "round": t,
+        "single": estimates.fields("rsa/single", t),
+        "pass_at_n": estimates.fields("rsa/pass_at_n", t),
+        "majority": estimates.fields("rsa/majority", t),
+        "entropy": estimates.fields("rsa/entropy", t),
+        "cut_off": estimates.fields("rsa/cut_off", t),
+        "tokens": estimates.mean("rsa/tokens", t),
+        "critical_path": estimates.mean("rsa/critical_path", t),
+    }
+
+
+def _limit_row(estimates: _Estimates, q: int, limit: int) -> dict[str, Any]:
+    return {
+        "limit": limit,
+        "single": estimates.fields("limits/single", q),
+        "pass_at_n": estimates.fields("limits/pass_at_n", q),
+        "majority": estimates.fields("limits/majority", q),
+        "cut_off": estimates.fields("limits/cut_off", q),
+        "tokens": estimates.mean("limits/tokens", q),
+    }
+
+
+# The file
 
 
 def write_results(path: pathlib.Path, results: dict[str, Any]) -> None:
-    """Writes results.json: one line for each record and row, which keeps a file of megabytes
-    readable.
-    """
+    """Writes results.json: a line for each record and row, so that megabytes can be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_render(results, 0) + "\n")
 
 
 def _render(value: Any, depth: int) -> str:
     """JSON, broken into lines down to rows of tables."""
-    if depth < 3 and isinstance(value, dict | list) and value and not _is_row(value):
-        pad = " " * (depth + 1)
-        if isinstance(value, dict):
-            lines = [
-                f"{pad}{json.dumps(key)}: {_render(item, depth + 1)}" for key, item in value.items()
-            ]
-            return "{\n" + ",\n".join(lines) + f"\n{' ' * depth}}}"
-        return (
-            "[\n"
-            + ",\n".join(pad + _render(item, depth + 1) for item in value)
-            + f"\n{' ' * depth}]"
-        )
-    return json.dumps(value, allow_nan=False)
+    is_broken = depth < 3 and isinstance(value, dict | list) and value and not _is_row(value)
+    if not is_broken:
+        return json.dumps(value, allow_nan=False)
+
+    if isinstance(value, dict):
+        lines = [f"{json.dumps(key)}: {_render(item, depth + 1)}" for key, item in value.items()]
+        opening, closing = "{}"
+    else:
+        lines = [_render(item, depth + 1) for item in value]
+        opening, closing = "[]"
+    indent = "\n" + " " * depth
+    return opening + ",".join(f"{indent} {line}" for line in lines) + indent + closing
 
 
 def _is_row(value: Any) -> bool:
@@ -140,142 +233,21 @@ def _is_row(value: Any) -> bool:
 
 
 def read_results(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a results file. Raises `ResultsError`: missing, damaged, or of another
-    version.
+    """The content of a results file.
+
+    Raises:
+      ResultsError: it is missing, damaged, or of another version.
     """
     try:
         results = json.loads(epath.Path(path).read_bytes())
         version = results["version"]
     except OSError as error:
-        raise ResultsError(
-            f"{path}: cannot be read ({error.strerror}). Give the results.json of a run."
-        ) from error
+        reason = f"cannot be read ({error.strerror}). Give the results.json of a run."
+        raise ResultsError(f"{path}: {reason}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ResultsError(
-            f"{path}: not a results.json ({type(error).__name__}: {error})."
-        ) from error
+        reason = f"not a results.json ({type(error).__name__}: {error})."
+        raise ResultsError(f"{path}: {reason}") from error
     if version != VERSION:
-        raise ResultsError(
-            f"{path}: layout version {version}; this program reads {VERSION}. Evaluate again."
-        )
+        reason = f"layout version {version}; this program reads {VERSION}. Evaluate again."
+        raise ResultsError(f"{path}: {reason}")
     return results
-
-
-def results_tables(results: dict[str, Any]) -> list[Table]:
-    """What a reader wants first, in percent with 95 % intervals, as tables for a `rich` console."""
-    measures, settings, problems = results["measures"], results["settings"], results["problems"]
-    n, S, M = settings["n"], settings["subset_size"], settings["traces"]
-    title = f"{results['model']['hf_path']}: {problems['count']} problems of {problems['task']}"
-    if problems["too_long"]:
-        title += f", {problems['too_long']} too long and left out"
-    main = make_table(title, "measure", "% [95 %]", "tokens", "critical path")
-    main.caption = "tokens sampled for a problem; intervals: bootstrap over problems"
-    main.caption_justify = "left"
-    for k in powers_of_two(n):
-        row = measures["pass_at_k"][k - 1]
-        main.add_row("single trace (pass@1)" if k == 1 else f"pass@{k}", percent(row), *_costs(row))
-    for k in [k for k in powers_of_two(n) if k > 2]:
-        row = measures["majority_at_k"][k - 1]
-        main.add_row(f"maj@{k}", percent(row), *_costs(row))
-    row = measures["aggregated"]
-    main.add_row(f"aggregated pass@1 (n={n}, S={S}, M={M})", percent(row), *_costs(row))
-    main.add_row(
-        f"  vote of the same sets (maj@{S})", percent(measures["aggregated_majority"]), "", ""
-    )
-    for name, label in _RATES.items():
-        main.add_row(label, percent(measures[name]), "", "")
-    for name, estimate in measures.get("strategies", {}).items():
-        main.add_row(_STRATEGIES[name], percent(estimate), "", "")
-    for role, label in (
-        ("search", "search traces cut off"),
-        ("aggregation", "aggregation traces cut off"),
-    ):
-        main.add_row(label, percent(measures["cut_off"][role]), "", "")
-
-    size = settings["population"]
-    heads = (f"pass@{size}", f"maj@{size}", "entropy", "cut off", "tokens", "critical path")
-    title = f"recursive self-aggregation (population {size}, set {settings['set_size']})"
-    rsa = make_table(title, "round", "mean % [95 %]", *heads)
-    for row in measures["rsa"]:
-        shares = [number(row[name], 1, scale=100) for name in ("pass_at_n", "majority")]
-        cells = (*shares, number(row["entropy"], 2), number(row["cut_off"], 1, scale=100))
-        rsa.add_row(str(row["round"]), percent(row["single"]), *cells, *_costs(row))
-    tables = [main, rsa]
-    if measures["limits"]:
-        heads = (f"pass@{n}", f"maj@{n}", "cut off", "tokens")
-        limits = make_table(
-            "the same search traces, cut off at a limit", "limit", "single trace % [95 %]", *heads
-        )
-        for row in measures["limits"]:
-            shares = [
-                number(row[name], 1, scale=100) for name in ("pass_at_n", "majority", "cut_off")
-            ]
-            limits.add_row(
-                str(row["limit"]), percent(row["single"]), *shares, f"{row['tokens']:,.0f}"
-            )
-        tables.append(limits)
-    return [*tables, _counts_table(results["counts"])]
-
-
-def _counts_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
-    """What became of all traces, and what cleaning removed from them where they were candidates."""
-    title = "all traces, and how often they were read as candidates"
-    table = make_table(title, "stage", *_VERDICTS.values(), *_CLEANED.values())
-    for stage in STAGES:
-        table.add_row(
-            stage, *(f"{counts[stage].get(name, 0):,}" for name in (*_VERDICTS, *_CLEANED))
-        )
-    return table
-
-
-_RATES = {
-    "rescue_vote_wrong": "  rescue: right when the vote is not",
-    "spoil_vote_right": "  spoil: wrong when the vote is right",
-    "rescue_none_right": "  rescue: right, no candidate is",
-    "spoil_some_right": "  spoil: wrong, a candidate is right",
-}
-
-
-_STRATEGIES = {
-    "commonest": "search traces of the commonest strategy",
-    "mixed": "sets of two strategies or more",
-    "right_if_mixed": "  right aggregation of those",
-    "right_if_alike": "  right aggregation of the others",
-}
-
-
-def make_table(title: str, *heads: str) -> Table:
-    table = Table(title=f"\n{title}", title_justify="left", title_style="bold", header_style="dim", box=None,
-                  padding=(0, 1, 0, 0), pad_edge=False)  # fmt: skip
-    for place, head in enumerate(heads):
-        table.add_column(head, justify="left" if place == 0 else "right", no_wrap=place > 0)
-    return table
-
-
-def percent(estimate: Mapping[str, Any], sign: str = "") -> str:
-    """An estimate (fields of `Estimate`) as percent with its interval, a dash where it is not
-    defined.
-
-    `sign` is "+" for differences, which then always have one.
-    """
-    if estimate["mean"] is None:
-        return "–"
-    mean, low, high = (
-        None if estimate[name] is None else f"{100 * estimate[name]:{sign}z.1f}"
-        for name in ("mean", "low", "high")
-    )
-    return mean if low is None else f"{mean} [{low}, {high}]"
-
-
-def number(estimate: Mapping[str, Any], decimals: int, scale: float = 1) -> str:
-    """An estimate's mean, a dash where it is not defined."""
-    return "–" if estimate["mean"] is None else f"{scale * estimate['mean']:.{decimals}f}"
-
-
-def _costs(row: Mapping[str, float]) -> tuple[str, str]:
-    return f"{row['tokens']:,.0f}", f"{row['critical_path']:,.0f}"
-
-
-def powers_of_two(n: int) -> list[int]:
-    """1, 2, 4, ... and n."""
-    return sorted({1 << i for i in range(n.bit_length())} | {n})

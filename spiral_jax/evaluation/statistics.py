@@ -1,6 +1,4 @@
-"""Evaluation estimators: counts, votes and per-problem values -> exact scores with intervals.
-NumPy, float64.
-"""
+"""Counts, votes and values by problem -> exact scores with intervals. NumPy, float64."""
 
 from __future__ import annotations
 
@@ -12,11 +10,9 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from spiral_jax.core.config import MOST_EVAL_TRACES
-
-_BOOTSTRAP_STREAM = (
-    0x626F6F74  # keeps these draws apart from others that are made from the same seed
-)
+MOST_TRACES = 1000  # of a problem: with more, binomials leave float64
+# keeps these draws apart from others that are made from the same seed
+_BOOTSTRAP_STREAM = 0x626F6F74
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +36,10 @@ class Estimate:
 
 
 def pass_at_k(correct: np.ndarray, n: np.ndarray | int, k: int) -> np.ndarray:
-    """The chance that k of n samples, drawn without replacement, hold a correct one: 1 - C(n-c, k)
-    / C(n, k).
+    """The chance that k of n samples, drawn without replacement, hold a correct one.
 
-    Unbiased for pass@k at any n >= k (Chen et al. 2021, arXiv 2107.03374); as a product, so that
-    nothing overflows.
+    1 - C(n - c, k) / C(n, k), unbiased for pass@k at any n >= k (Chen et al. 2021, arXiv
+    2107.03374); computed as a product, so that nothing overflows.
 
     Args:
       correct: c, correct samples of each problem, integers in any shape.
@@ -59,14 +54,14 @@ def pass_at_k(correct: np.ndarray, n: np.ndarray | int, k: int) -> np.ndarray:
     """
     c, n = np.broadcast_arrays(np.asarray(correct, np.float64), np.asarray(n, np.float64))
     if not (np.all(c == np.round(c)) and np.all(n == np.round(n))):  # NaN is not whole either
-        raise ValueError(
-            f"correct = {correct!r}, n = {n!r}: must be whole numbers; drop failed samples from both."
-        )
+        advice = "must be whole numbers; drop failed samples from both."
+        raise ValueError(f"correct = {correct!r}, n = {n!r}: {advice}")
     if np.any(c < 0) or np.any(c > n):
         raise ValueError(f"correct = {correct!r}: must be between 0 and n = {n!r}.")
     if k < 1 or np.any(n < k):
+        fewest = n.min(initial=np.inf)
         raise ValueError(
-            f"k = {k!r}: must be between 1 and the fewest samples of a problem, {n.min(initial=np.inf):g}."
+            f"k = {k!r}: must be between 1 and the fewest samples of a problem, {fewest:g}."
         )
     i = np.arange(k)
     missed = np.maximum((n - c)[..., None] - i, 0) / (n[..., None] - i)
@@ -90,7 +85,8 @@ def majority_correct(classes: Sequence[Hashable | None], gold_class: Hashable) -
     """
     if not classes:
         raise ValueError(
-            "classes = []: a vote needs at least one candidate; leave such problems out and count them."
+            "classes = []: a vote needs at least one candidate; "
+            "leave such problems out and count them."
         )
     votes = collections.Counter(answer for answer in classes if answer is not None)
     most = max(votes.values(), default=0)
@@ -99,18 +95,22 @@ def majority_correct(classes: Sequence[Hashable | None], gold_class: Hashable) -
 
 
 def majority_at_k(correct: int, wrong: Sequence[int], unparsed: int) -> np.ndarray:
-    """The chance that a plurality vote among k of n samples, drawn without replacement, is right,
-    for k = 1..n.
+    """The chance that a plurality vote among k of n samples is right, for k = 1..n.
 
-    Exact, ties split evenly: with j correct ones drawn, all other classes must have at most j, and
-    of t classes with exactly j each wins with the same chance, so
+    The k samples are drawn without replacement, ties are split evenly. Exact: where j correct
+    samples are drawn, the vote can be won if every wrong class has at most j of the others, and
+    with t classes at exactly j it is won with chance 1 / (t + 1), so
 
         maj@k = sum_j C(c, j) sum_t W_j(k - j, t) / (t + 1) / C(n, k)
 
     where W_j(s, t) counts the ways to draw s other samples with at most j of a class and exactly t
-    classes at j: a product over classes. Classes smaller than j, and unparsed samples, which have
-    no vote but take a place, bind nothing and are one factor together, so that at most n / j
-    classes are multiplied out.
+    classes at j. It is the coefficient of x^s y^t in
+
+        (1 + x)^f  prod_i ( sum_{m < j} C(w_i, m) x^m + C(w_i, j) x^j y )
+
+    over the classes of w_i >= j samples. The f other samples (smaller classes, which cannot reach
+    j, and unparsed ones, which have no vote but take a place) are one factor together, so at most
+    n / j classes are multiplied out.
 
     Args:
       correct: c, samples in the correct class.
@@ -122,47 +122,53 @@ def majority_at_k(correct: int, wrong: Sequence[int], unparsed: int) -> np.ndarr
       about n * 1e-16.
 
     Raises:
-      ValueError: n is 0 or above `MOST_EVAL_TRACES`, or a count is out of range.
+      ValueError: n is 0 or above `MOST_TRACES`, or a count is out of range.
     """
     n = correct + sum(wrong) + unparsed
-    if not 1 <= n <= MOST_EVAL_TRACES or min(correct, unparsed, 0) < 0 or min(wrong, default=1) < 1:
+    if not 1 <= n <= MOST_TRACES or min(correct, unparsed, 0) < 0 or min(wrong, default=1) < 1:
         raise ValueError(
-            f"correct = {correct}, wrong = {list(wrong)}, unparsed = {unparsed}: counts must be >= 0 (classes >= 1) "
-            f"and add up to between 1 and {MOST_EVAL_TRACES}."
+            f"correct = {correct}, wrong = {list(wrong)}, unparsed = {unparsed}: counts must be "
+            f">= 0 (classes >= 1) and add up to between 1 and {MOST_TRACES}."
         )
-    won = np.zeros(n + 1)  # number of k-subsets that are won, by k
+    won = np.zeros(n + 1)  # how many k-subsets win, by k; ties count by their chance
     for j in range(1, correct + 1):
         large = [count for count in wrong if count >= j]
-        ways = np.zeros((len(large) + 1, n + 1))  # [t, s]
-        free = n - correct - sum(large)
-        ways[0, : free + 1] = _binomials(free)
-        for count in large:
-            choices = _binomials(count)
-            longer = np.zeros_like(ways)
-            for i in range(j):
-                longer[:, i:] += choices[i] * ways[:, : n + 1 - i]
-            longer[1:, j:] += choices[j] * ways[:-1, : n + 1 - j]
-            ways = longer
-        split = (ways / np.arange(1, len(large) + 2)[:, None]).sum(axis=0)
-        won[j:] += _binomials(correct)[j] * split[: n + 1 - j]
+        ways = _ways_below(j, large, free=n - correct - sum(large), n=n)
+        won_by_others = (ways / np.arange(1, len(large) + 2)[:, None]).sum(axis=0)
+        won[j:] += _binomials(correct)[j] * won_by_others[: n + 1 - j]
     return (won / _binomials(n))[1:]
 
 
-def longest_of_k(lengths: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The mean of the longest among k of n samples, drawn without replacement, for k = 1..n:
-    float64 [n].
+def _ways_below(j: int, large: Sequence[int], free: int, n: int) -> np.ndarray:
+    """W_j of `majority_at_k`: float64 [t, s], for t = 0..len(large) and s = 0..n."""
+    ways = np.zeros((len(large) + 1, n + 1))
+    ways[0, : free + 1] = _binomials(free)
+    for count in large:
+        choices = _binomials(count)
+        longer = np.zeros_like(ways)
+        for m in range(j):  # m of this class: fewer than j
+            longer[:, m:] += choices[m] * ways[:, : n + 1 - m]
+        longer[1:, j:] += choices[j] * ways[:-1, : n + 1 - j]  # j of it: one more class at j
+        ways = longer
+    return ways
 
-    sum_i C(i-1, k-1) / C(n, k) l_(i) over the ascending order: the critical path of k traces that
-    run side by side.
+
+def longest_of_k(lengths: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The mean of the longest among k of n samples, drawn without replacement, for k = 1..n.
+
+    The critical path of k traces that run side by side: sum_i C(i-1, k-1) / C(n, k) l_(i) over the
+    ascending order.
+
+    Returns:
+      float64 [n].
 
     Raises:
-      ValueError: not one-dimensional, or not between 1 and `MOST_EVAL_TRACES` of them.
+      ValueError: not one-dimensional, or not between 1 and `MOST_TRACES` of them.
     """
     ordered = np.sort(np.asarray(lengths, np.float64))
-    if ordered.ndim != 1 or not 1 <= len(ordered) <= MOST_EVAL_TRACES:
-        raise ValueError(
-            f"lengths has shape {np.shape(lengths)}: must be [n] with n from 1 to {MOST_EVAL_TRACES}."
-        )
+    if ordered.ndim != 1 or not 1 <= len(ordered) <= MOST_TRACES:
+        shape = np.shape(lengths)
+        raise ValueError(f"lengths has shape {shape}: must be [n] with n from 1 to {MOST_TRACES}.")
     return _longest_weights(len(ordered)) @ ordered
 
 
@@ -182,17 +188,16 @@ def _binomials(n: int) -> np.ndarray:
 
 
 def answer_entropy(classes: Sequence[Hashable | None]) -> float:
-    """Entropy in nats of the shares of answer classes among parsed answers (not None); NaN if none
-    was parsed.
+    """Entropy in nats of the shares of answer classes among parsed answers (not None).
 
-    0: all agree; log(number of answers): all differ. The plug-in estimate, biased downwards.
+    0: all agree; log(number of answers): all differ; NaN: none was parsed. The plug-in estimate,
+    biased downwards.
     """
-    counts = np.array(
-        list(collections.Counter(answer for answer in classes if answer is not None).values()),
-        float,
-    )
-    shares = counts / counts.sum()
-    return float(-(shares * np.log(shares)).sum()) + 0.0 if len(counts) else math.nan
+    counts = collections.Counter(answer for answer in classes if answer is not None)
+    if not counts:
+        return math.nan
+    shares = np.array(list(counts.values()), float) / counts.total()
+    return float(-(shares * np.log(shares)).sum()) + 0.0  # no -0.0
 
 
 def mean_and_interval(values_B: np.ndarray) -> Estimate:
@@ -203,16 +208,15 @@ def mean_and_interval(values_B: np.ndarray) -> Estimate:
 
     Args:
       values_B: one number a problem; NaN = our own failure, left out (`count` says how many
-      remain).
+        remain).
 
     Raises:
       ValueError: not one-dimensional.
     """
     values_B = np.asarray(values_B, np.float64)
     if values_B.ndim != 1:
-        raise ValueError(
-            f"values_B has shape {values_B.shape}: must be one number a problem; average samples first."
-        )
+        advice = "must be one number a problem; average samples first."
+        raise ValueError(f"values_B has shape {values_B.shape}: {advice}")
     values = values_B[~np.isnan(values_B)]
     if len(values) == 0:
         return Estimate(None, None, None, None, 0)
@@ -224,23 +228,20 @@ def mean_and_interval(values_B: np.ndarray) -> Estimate:
 
 
 def bootstrap_weights(seed: int, problems: int, draws: int) -> np.ndarray:
-    """How often each problem is drawn in each of `draws` resamples of as many problems: float64 [R,
-    B].
+    """How often each problem is drawn in each of `draws` resamples of as many problems.
 
     One array for all measures, and for both sides of a comparison, makes their resamples the same:
-    paired.
-    From PCG64's raw words, whose stream NumPy keeps fixed between versions.
+    paired. From PCG64's raw words, whose stream NumPy keeps fixed between versions.
+
+    Returns:
+      float64 [R, B].
     """
-    words = np.random.PCG64(np.random.SeedSequence((seed, _BOOTSTRAP_STREAM))).random_raw(
-        draws * problems
-    )
+    stream = np.random.PCG64(np.random.SeedSequence((seed, _BOOTSTRAP_STREAM)))
+    words = stream.random_raw(draws * problems)
     drawn_RxB = (words % np.uint64(problems)).astype(np.int64).reshape(draws, problems)
-    cells = drawn_RxB + problems * np.arange(draws)[:, None]
-    return (
-        np.bincount(cells.ravel(), minlength=draws * problems)
-        .reshape(draws, problems)
-        .astype(np.float64)
-    )
+    cells_RxB = drawn_RxB + problems * np.arange(draws)[:, None]
+    counts = np.bincount(cells_RxB.ravel(), minlength=draws * problems)
+    return counts.reshape(draws, problems).astype(np.float64)
 
 
 def ratios_and_intervals(
@@ -266,13 +267,11 @@ def ratios_and_intervals(
         error_Q = np.sqrt(spread_Q * problems_Q / (problems_Q - 1)) / counts_Q
         resampled_RxQ = (weight_RxB @ total_BxQ) / (weight_RxB @ count_BxQ)
     estimates = []
-    for q, problems in enumerate(problems_Q):
+    for q, problems in enumerate(problems_Q.tolist()):
+        mean = float(mean_Q[q]) if problems else None
         if problems < 2:
-            mean = float(mean_Q[q]) if problems else None
-            estimates.append(Estimate(mean, None, None, None, int(problems)))
+            estimates.append(Estimate(mean, None, None, None, problems))
             continue
         low, high = np.nanpercentile(resampled_RxQ[:, q], (2.5, 97.5))
-        estimates.append(
-            Estimate(float(mean_Q[q]), float(low), float(high), float(error_Q[q]), int(problems))
-        )
+        estimates.append(Estimate(mean, float(low), float(high), float(error_Q[q]), problems))
     return estimates

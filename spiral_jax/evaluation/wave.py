@@ -1,39 +1,51 @@
 """Held-out problems -> records of what the policy made of them (`measures.py` says what is in one).
 
-held-out problems -> N search traces -> disjoint subsets -> aggregation traces -> rounds of
-self-aggregation
+    held-out problems -> N search traces -> disjoint subsets -> aggregation traces
+                                         -> rounds of self-aggregation (RSA)
 
-Training calls `evaluate` every `eval.every` steps; `python -m spiral_jax.evaluate` calls
-`evaluate_wave` itself, wave by wave. Both make the same results.
+Training calls `Evaluator.evaluate` every `eval.every` steps; `python -m spiral_jax.evaluate` calls
+`Evaluator.wave` itself, wave by wave. Both make the same results.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
-from spiral_jax.core.config import ConfigError, digest, eval_subset_size, uses_aggregation
-from spiral_jax.core.groups import Groups, Purpose, Stop
+from spiral_jax.core.config import ConfigError
+from spiral_jax.core.groups import Groups, Purpose, Stop, concat_groups
+from spiral_jax.core.progress import Progress
+from spiral_jax.evaluation.answers import number_classes
 from spiral_jax.evaluation.measures import Answers, accuracy, any_correct, set_votes
 from spiral_jax.evaluation.results import make_results
+from spiral_jax.evaluation.settings import EvaluationSettings
+from spiral_jax.evaluation.stages import evaluation_stages
 from spiral_jax.evaluation.statistics import mean_and_interval
-from spiral_jax.rollout.evaluation_feed import EvaluationFeed
-from spiral_jax.rollout.requests import Actor, Rollouts, Round, fits, load_strategy, search, verify
-from spiral_jax.tasks.problem import Problem
+from spiral_jax.prompts.prompts import search_prompt
+from spiral_jax.prompts.scaffold import Scaffold
+from spiral_jax.rollout.feed import Course, Feed
+from spiral_jax.rollout.judge import Strategy, reward, trace_texts
+from spiral_jax.rollout.requests import Asked, Writer
+from spiral_jax.rollout.stages import Stage
+from spiral_jax.rollout.traces import Rollouts, Round
+from spiral_jax.sampling.protocol import Sampler
+from spiral_jax.tasks.problem import Problem, Task
 from spiral_jax.verifier.rewards import Status, Verdict
-from spiral_jax.verifier.verifier import count_verdicts, number_classes
+from spiral_jax.verifier.verifier import Verifier, check_error_rate, count_verdicts
+
+Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """Verified traces of B problems, as many for each.
+class Judged:
+    """A stage's verified traces of B problems, as many for each.
 
     Attributes:
-      groups: in problem order.
+      groups: in problem order, rewards filled in.
       texts, verdicts: of every trace, in order.
       answers: B rows, numbered by `number_classes`.
     """
@@ -57,54 +69,213 @@ class Stage:
             for b in range(B)
         ]
 
-    def counts(self, role: str) -> Counter:
+    def counts(self, label: str) -> Counter:
         """Verdicts and sampled tokens of the stage."""
         counts = count_verdicts(self.verdicts) | {"sampled_tokens": self.groups.sampled_tokens}
-        return Counter({f"{role}_{name}": count for name, count in counts.items()})
+        return Counter({f"{label}_{name}": count for name, count in counts.items()})
 
 
-def held_out(actor: Actor) -> dict[int, Problem]:
-    """The first `eval.problems` held-out problems by index, without those whose search prompt is
-    too long.
+class Wave(NamedTuple):
+    """What became of some held-out problems.
 
-    Raises:
-      ConfigError: none is left.
+    Attributes:
+      records: one of each problem.
+      counts: verdicts, sampled tokens and what cleaning took out of candidates, by stage
+        (`search_*`, `aggregation_*`, `rsa_*`).
+      rollouts: the traces of search and of plain aggregation, for a person to read.
     """
-    c = actor.c
-    asked = {index: actor.task.held_out(index) for index in range(c.eval.problems)}
-    fitting = {index: problem for index, problem in asked.items() if fits(actor, problem)}
-    if not fitting:
-        raise ConfigError(
-            f"none of the {c.eval.problems} held-out problems has a search prompt of at most "
-            f"config.prompt.max_problem_tokens = {c.prompt.max_problem_tokens} tokens: raise it."
+
+    records: list[Record]
+    counts: Counter
+    rollouts: Rollouts
+
+
+class _Listed:
+    """`feed.Problems` that are all there from the start."""
+
+    def __init__(self, asked: Sequence[Asked]):
+        self._waiting = list(reversed(asked))
+
+    def next(self) -> Asked | None:
+        return self._waiting.pop() if self._waiting else None
+
+    @property
+    def exhausted(self) -> bool:
+        return not self._waiting
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """What turns held-out problems into records; policies are arguments.
+
+    Attributes:
+      order: config.aggregation.order.
+      max_error_rate: share of verifier failures in a stage above which it ends.
+      strategy: names the strategy of a search trace; None where nothing does.
+      between_chunks: called once a decode chunk, for whoever must look up in time.
+    """
+
+    settings: EvaluationSettings
+    order: str
+    task: Task
+    scaffold: Scaffold
+    sampler: Sampler
+    verifier: Verifier
+    max_error_rate: float
+    strategy: Strategy | None
+    progress: Progress
+    between_chunks: Callable[[], None]
+
+    def held_out(self) -> list[Asked]:
+        """The first `eval.problems` held-out problems, without those that are too long to ask.
+
+        Raises:
+          ConfigError: none is left.
+        """
+        s, asked = self.settings, []
+        for index in range(s.problems):
+            problem = self.task.held_out(index)
+            prompt_P = search_prompt(self.scaffold, problem.text)
+            if len(prompt_P) <= s.max_problem_tokens:
+                asked.append(Asked(index, problem, prompt_P))
+        if not asked:
+            raise ConfigError(
+                f"none of the {s.problems} held-out problems has a search prompt of at most "
+                f"config.prompt.max_problem_tokens = {s.max_problem_tokens} tokens: raise it."
+            )
+        return asked
+
+    def evaluate(self, policy: Any, step: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Evaluates all held-out problems, after `step` steps of training.
+
+        Returns:
+          the row of evaluations.jsonl, see `summarise`; and the content of a results.json, with all
+          measures of `python -m spiral_jax.evaluate` and comparable with its files: None where
+          nothing is aggregated.
+        """
+        asked = self.held_out()
+        wave = self.wave(policy, asked, step)
+        row = summarise(self.settings, step, wave.records, wave.counts)
+        if not self.settings.aggregates:
+            return row, None
+        name = f"step {step} of {self.settings.config_digest}"
+        problems = {each.cursor: each.problem for each in asked}
+        return row, make_results(self.settings, name, problems, wave.records, wave.counts)
+
+    def wave(
+        self, policy: Any, asked: Sequence[Asked], step: int = 0, search_policy: Any = None
+    ) -> Wave:
+        """All stages of an evaluation of B held-out problems.
+
+        Args:
+          step: of training, which has its own random numbers; the command's are those of step 0.
+          search_policy: draws the search traces; None: `policy` does.
+        """
+        stages = evaluation_stages(self.settings)
+        given = None
+        if search_policy is not None:
+            given = self._sample(search_policy, stages[:1], asked, step)
+        feed = self._sample(policy, stages, asked, step, given)
+        courses = [feed.courses[each.cursor] for each in asked]
+
+        judged = {stage.name: self._judge(courses, stage) for stage in stages}
+        counts = Counter()
+        for stage in stages:
+            counts += judged[stage.name].counts(stage.label)
+        counts += feed.cleaned
+        records = self._search_records(courses, judged["search"])
+        for stage in stages[1:]:
+            _add_to_records(records, courses, stage, judged[stage.name])
+        return Wave(records, counts, _to_rollouts(courses, judged))
+
+    def _sample(
+        self,
+        policy: Any,
+        stages: Sequence[Stage],
+        asked: Sequence[Asked],
+        step: int,
+        given: Feed | None = None,
+    ) -> Feed:
+        """All groups of the stages; `given` has the problems' search groups."""
+        writer = Writer(
+            self.scaffold, Purpose.EVALUATION, step, self.settings.seed, self.order
         )
-    return fitting
+        feed = Feed(stages, writer, _Listed(() if given else asked))
+        for each in asked if given else ():
+            feed.begin_with(each, given.courses[each.cursor].of_stage(stages[0]))
+        with self.progress.phase("sampling"):
+            for _ in self.sampler.stream(policy, feed):
+                self.between_chunks()
+        return feed
+
+    def _judge(self, courses: Sequence[Course], stage: Stage) -> Judged:
+        groups = concat_groups([course.of_stage(stage) for course in courses])
+        return self._judge_groups([course.asked.problem for course in courses], groups)
+
+    def _judge_groups(self, problems: list[Problem], groups: Groups) -> Judged:
+        texts = trace_texts(self.scaffold.tokenizer, groups)
+        per_problem = len(texts) // len(problems)
+        items = [(text, problems[i // per_problem]) for i, text in enumerate(texts)]
+        with self.progress.phase("verifying"):
+            verdicts = self.verifier.verify(items)
+        check_error_rate(verdicts, self.max_error_rate)
+        answers = number_classes(self.verifier, problems, texts, verdicts)
+        return Judged(reward(groups, verdicts), texts, verdicts, answers)
+
+    def _search_records(self, courses: Sequence[Course], judged: Judged) -> list[Record]:
+        """Records with what search made of each problem, and with limits below its own."""
+        problems = [course.asked.problem for course in courses]
+        rows = judged.rows()
+        if self.strategy is not None:
+            per_problem = len(judged.texts) // len(problems)
+            for b, problem in enumerate(problems):
+                texts = judged.texts[b * per_problem : (b + 1) * per_problem]
+                names = [self.strategy(text, problem) for text in texts]
+                rows[b]["strategy"] = [None if name is None else str(name) for name in names]
+        cut = {
+            limit: self._judge_groups(problems, judged.groups.cut_at(limit)).answers
+            for limit in self.settings.limits
+        }
+        return [
+            {
+                "index": course.asked.cursor,
+                "id": problems[b].id,
+                "search": rows[b],
+                "limits": [
+                    {"limit": limit, "answer": answers[b]} for limit, answers in cut.items()
+                ],
+                "aggregation": None,
+                "rsa": [],
+            }
+            for b, course in enumerate(courses)
+        ]
 
 
-def evaluate(actor: Actor, weights: Any, step: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Evaluates `eval.problems` held-out problems; `actor.c` is that of
-    `for_evaluation_in_training`.
-
-    Returns:
-      the row of evaluations.jsonl, see `summary`; and the content of a results.json, with all
-      measures of `python -m spiral_jax.evaluate` and comparable with its files: None without an
-      aggregation stage.
-    """
-    c = actor.c
-    asked = held_out(actor)
-    problems, index_B = list(asked.values()), np.array(list(asked))
-    if not uses_aggregation(c):
-        found = _verified(actor, problems, _search(actor, weights, problems, index_B, step))
-        return summary(
-            c, step, [{"search": row} for row in found.rows()], found.counts("search")
-        ), None
-    records, counts, _ = evaluate_wave(actor, weights, problems, index_B, step)
-    results = make_results(c, f"step {step} of {digest(c)}", asked, records, counts)
-    return summary(c, step, records, counts), results
+def _add_to_records(
+    records: list[Record], courses: Sequence[Course], stage: Stage, judged: Judged
+) -> None:
+    for record, course, row in zip(records, courses, judged.rows(), strict=True):
+        if stage.label == "aggregation":
+            record["aggregation"] = {"member": course.member[stage.name].tolist()} | row
+        else:
+            record["rsa"].append(row)
 
 
-def summary(
-    c: ConfigDict, step: int, records: list[dict[str, Any]], counts: Counter
+def _to_rollouts(courses: Sequence[Course], judged: dict[str, Judged]) -> Rollouts:
+    rounds = []
+    if "aggregation" in judged:
+        member_BxKxS = np.stack([course.member["aggregation"] for course in courses])
+        rounds.append(Round(member_BxKxS, judged["aggregation"].groups))
+    return Rollouts(
+        problems=[course.asked.problem for course in courses],
+        cursor_B=np.array([course.asked.cursor for course in courses]),
+        search=judged["search"].groups,
+        rounds=tuple(rounds),
+    )
+
+
+def summarise(
+    s: EvaluationSettings, step: int, records: list[Record], counts: Counter
 ) -> dict[str, Any]:
     """An evaluation during training, in short.
 
@@ -124,130 +295,32 @@ def summary(
     row = {
         "step": step,
         "problems": len(records),
-        "too_long": c.eval.problems - len(records),
-        "traces": c.eval.n,
+        "too_long": s.problems - len(records),
+        "traces": s.n,
+        "sampled_tokens": sampled,
     }
-    row |= {"sampled_tokens": sampled} | _shares("search", search, counts)
-    if uses_aggregation(c):
+    row |= _shares("search", search, counts)
+    if s.aggregates:
         read = [record["aggregation"] for record in records]
         votes = [
-            set_votes(row, of_sets["member"]) for row, of_sets in zip(search, read, strict=True)
+            set_votes(of_search, of_sets["member"])
+            for of_search, of_sets in zip(search, read, strict=True)
         ]
         measures["majority"] = [np.mean(votes_K) for votes_K in votes]
-        measures["aggregated"] = [accuracy(row["answer"]) for row in read]
+        measures["aggregated"] = [accuracy(of_sets["answer"]) for of_sets in read]
         row |= _shares("aggregation", read, counts)
-        row |= {
-            "subsets": c.eval.subsets,
-            "subset_size": eval_subset_size(c),
-            "aggregation_traces": c.eval.traces,
-        }
-    estimates = {name: mean_and_interval(np.array(value_B)) for name, value_B in measures.items()}
-    return row | {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
+        row["subsets"] = s.subsets
+        row["subset_size"] = s.subset_size
+        row["aggregation_traces"] = s.traces
+    for name, value_B in measures.items():
+        row[name] = dataclasses.asdict(mean_and_interval(np.array(value_B)))
+    return row
 
 
-def _shares(role: str, rows: list[dict[str, Any]], counts: Counter) -> dict[str, float]:
-    verdicts = sum(counts[f"{role}_{status.value}"] for status in Status)
+def _shares(label: str, rows: list[dict[str, Any]], counts: Counter) -> dict[str, float]:
+    verdicts = sum(counts[f"{label}_{status.value}"] for status in Status)
     return {
-        f"parse_rate_{role}": (counts[f"{role}_correct"] + counts[f"{role}_wrong"]) / verdicts,
-        f"cut_off_{role}": float(np.mean([row["cut_off"] for row in rows])),
-        f"length_{role}": float(np.mean([row["length"] for row in rows])),
+        f"parse_rate_{label}": (counts[f"{label}_correct"] + counts[f"{label}_wrong"]) / verdicts,
+        f"cut_off_{label}": float(np.mean([row["cut_off"] for row in rows])),
+        f"length_{label}": float(np.mean([row["length"] for row in rows])),
     }
-
-
-def evaluate_wave(
-    actor: Actor,
-    weights: Any,
-    problems: list[Problem],
-    index_B: np.ndarray,
-    step: int = 0,
-    search_weights: Any = None,
-) -> tuple[list[dict[str, Any]], Counter, Rollouts]:
-    """All stages of an evaluation for B held-out problems; `actor.c` is that of one of the
-    `config.for_evaluation*`.
-
-    `step` of training has its own random numbers; `python -m spiral_jax.evaluate` draws those of
-    step 0. `search_weights` draw the search traces; None: `weights` do.
-
-    Returns:
-      a record of each problem; counts: verdicts, sampled tokens and what cleaning removed from
-      candidates, by stage (`search_*`, `aggregation_*`, `rsa_*`); and the traces of search and
-      plain aggregation, for a person to read.
-    """
-    given = (
-        None if search_weights is None else _search(actor, search_weights, problems, index_B, step)
-    )
-    feed = EvaluationFeed(actor, problems, index_B, step, given)
-    with actor.progress.phase("sampling"):
-        actor.sampler.stream(weights, feed)
-    sampled = feed.sampled()
-    found, read = (
-        _verified(actor, problems, groups) for groups in (sampled.search, sampled.aggregation)
-    )
-    rounds = [_verified(actor, problems, groups) for groups in sampled.rounds]
-    counts = found.counts("search") + read.counts("aggregation") + sampled.cleaned
-    counts += sum((stage.counts("rsa") for stage in rounds), Counter())
-    limits = {
-        limit: _verified(actor, problems, cut_at(found.groups, limit)).answers
-        for limit in actor.c.eval.limits
-    }
-    searched, aggregated = _with_strategies(actor, problems, found), read.rows()
-    rows_of_rounds = [stage.rows() for stage in rounds]
-    records = [
-        {
-            "index": int(index_B[b]),
-            "id": problem.id,
-            "search": searched[b],
-            "limits": [{"limit": limit, "answer": answers[b]} for limit, answers in limits.items()],
-            "aggregation": {"member": sampled.member_BxKxS[b].tolist()} | aggregated[b],
-            "rsa": [rows[b] for rows in rows_of_rounds],
-        }
-        for b, problem in enumerate(problems)
-    ]
-    return (
-        records,
-        counts,
-        Rollouts(problems, index_B, found.groups, (Round(sampled.member_BxKxS, read.groups),)),
-    )
-
-
-def _with_strategies(actor: Actor, problems: list[Problem], found: Stage) -> list[dict[str, Any]]:
-    """Rows of search traces; where something names strategies (config.task.strategy), with the name
-    of each one's.
-    """
-    rows, strategy = found.rows(), load_strategy(actor.c, actor.task)
-    if strategy is None:
-        return rows
-    N = len(found.texts) // len(problems)
-    names = [strategy(text, problems[i // N]) for i, text in enumerate(found.texts)]
-    said = [None if name is None else str(name) for name in names]
-    return [row | {"strategy": said[b * N : (b + 1) * N]} for b, row in enumerate(rows)]
-
-
-def cut_at(groups: Groups, limit: int) -> Groups:
-    """The same traces under a smaller limit on their length.
-
-    Exactly what the sampler would have given with it: a trace's tokens depend on those before them,
-    never on its limit.
-    """
-    cut_UxC = groups.trace_len_UxC > limit
-    return dataclasses.replace(
-        groups,
-        requests=dataclasses.replace(groups.requests, max_tokens=limit),
-        trace_UxCxG=groups.trace_UxCxG[:, :, :limit],
-        trace_len_UxC=np.minimum(groups.trace_len_UxC, limit),
-        logprob_UxCxG=groups.logprob_UxCxG[:, :, :limit],
-        stop_UxC=np.where(cut_UxC, Stop.LENGTH, groups.stop_UxC),
-        reward_UxC=None,
-        verdict_UxC=None,
-    )
-
-
-def _search(
-    actor: Actor, weights: Any, problems: list[Problem], index_B: np.ndarray, step: int
-) -> Groups:
-    return search(actor, weights, problems, index_B, Purpose.EVALUATION, step)
-
-
-def _verified(actor: Actor, problems: list[Problem], groups: Groups) -> Stage:
-    groups, texts, verdicts = verify(actor, problems, groups)
-    return Stage(groups, texts, verdicts, number_classes(actor.verifier, problems, texts, verdicts))

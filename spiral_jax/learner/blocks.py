@@ -1,36 +1,51 @@
-"""Completed groups and their loss weights -> static arrays of micro-batches, one block per (role,
-length bucket).
+"""Completed groups and their loss weights -> static arrays of micro-batches.
+
+There is one block for each role and length bucket; what is static is `settings.RoleShapes`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 
+from spiral_jax.core.config import require
 from spiral_jax.core.groups import Groups, Role
+from spiral_jax.core.mesh import group_count_multiple, group_sharding, place
 from spiral_jax.core.metrics import Mean
+from spiral_jax.learner.settings import RoleShapes
+
+
+class MicroBatch(NamedTuple):
+    """U groups whose gradient is computed at once; arrays as in `Block`, without A."""
+
+    prompt_UxP: jax.Array
+    prompt_len_U: jax.Array
+    trace_UxCxG: jax.Array
+    trace_len_UxC: jax.Array
+    logprob_UxCxG: jax.Array
+    weight_UxC: jax.Array
 
 
 @struct.dataclass
 class Block:
-    """Micro-batches of one role and one (P, G); the leading axis A counts them, only the first
-    `count` hold groups.
+    """Micro-batches of one role and one (P, G); the first `count` of A hold groups.
 
     A group is the atom: its prompt's work is shared by its traces. Padding groups have trace_len 0
     and weight 0.
 
     Attributes:
       count: int32 scalar, traced: a step with fewer groups runs fewer micro-batches of the same
-      program.
+        program.
       prompt_AxUxP, prompt_len_AxU, trace_AxUxCxG, trace_len_AxUxC: int32.
       logprob_AxUxCxG: float32, recorded while sampling.
       weight_AxUxC: float32: the loss is -sum weight * sum_t ratio_t, so all normalisation is in
-      here.
+        here.
       role: static.
     """
 
@@ -43,14 +58,16 @@ class Block:
     weight_AxUxC: jax.Array | np.ndarray
     role: Role = struct.field(pytree_node=False)
 
-    def micro_batch(self, a: jax.Array) -> dict[str, jax.Array]:
-        """The arrays of micro-batch `a` (traced), under their names without the leading axis."""
-        arrays = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if "_Ax" in field.name
-        }
-        return {name.replace("_Ax", "_"): array[a] for name, array in arrays.items()}
+    def micro_batch(self, a: jax.Array) -> MicroBatch:
+        """Micro-batch `a`, a traced int32."""
+        return MicroBatch(
+            prompt_UxP=self.prompt_AxUxP[a],
+            prompt_len_U=self.prompt_len_AxU[a],
+            trace_UxCxG=self.trace_AxUxCxG[a],
+            trace_len_UxC=self.trace_len_AxUxC[a],
+            logprob_UxCxG=self.logprob_AxUxCxG[a],
+            weight_UxC=self.weight_AxUxC[a],
+        )
 
     def tokens(self) -> jax.Array:
         """int32 scalar: tokens of all traces of the micro-batches that hold groups."""
@@ -60,29 +77,30 @@ class Block:
 
 def padding(blocks: Sequence[Block]) -> dict[str, Mean]:
     """`padding/<role>`: the share of a step's computed token rows that hold no token. On the host."""
-    found: dict[str, Mean] = {}
+    shares: dict[str, Mean] = {}
     for block in blocks:
-        used, (U, P), (C, G) = (
-            int(block.count),
-            block.prompt_AxUxP.shape[1:],
-            block.trace_AxUxCxG.shape[2:],
-        )
+        used = int(block.count)
+        _, U, P = block.prompt_AxUxP.shape
+        _, _, C, G = block.trace_AxUxCxG.shape
         trace_len = block.trace_len_AxUxC[:used]
         prompt_len = np.where(trace_len.any(axis=-1), block.prompt_len_AxU[:used], 0)
         rows = used * U * (P + C * G)
-        part = Mean(float(rows - prompt_len.sum() - trace_len.sum()), float(rows))
+        share = Mean(float(rows - prompt_len.sum() - trace_len.sum()), float(rows))
         name = f"padding/{block.role.label}"
-        found[name] = found[name].merge(part) if name in found else part
-    return found
+        shares[name] = shares[name].merge(share) if name in shares else share
+    return shares
 
 
-def abstract_block(
-    role: Role, most_groups: int, micro_groups: int, C: int, P: int, G: int
-) -> Block:
-    """Shapes and dtypes of a block for up to `most_groups` groups."""
-    A, U = -(-most_groups // micro_groups), micro_groups
-    ints = lambda *shape: jax.ShapeDtypeStruct(shape, np.int32)  # noqa: E731
-    floats = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)  # noqa: E731
+def abstract_block(role: Role, shapes: RoleShapes, P: int, G: int) -> Block:
+    """Shapes and dtypes of a role's block of prompts up to P and traces up to G tokens."""
+    A, U, C = -(-shapes.most_groups // shapes.micro_groups), shapes.micro_groups, shapes.traces
+
+    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.int32)
+
+    def floats(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.float32)
+
     return Block(
         count=ints(),
         prompt_AxUxP=ints(A, U, P),
@@ -95,54 +113,84 @@ def abstract_block(
     )
 
 
-def empty_block(role: Role, most_groups: int, micro_groups: int, C: int, P: int, G: int) -> Block:
-    """A block of that shape without groups: all padding."""
-    shapes = abstract_block(role, most_groups, micro_groups, C, P, G)
-    block = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    block.prompt_len_AxU[...] = 1
-    return block
+def abstract_blocks(shapes: Mapping[Role, RoleShapes]) -> list[Block]:
+    """Shapes and dtypes of all blocks of a step."""
+    return [
+        abstract_block(role, of_role, P, G)
+        for role, of_role in shapes.items()
+        for P, G in of_role.lengths
+    ]
+
+
+def check_micro_batches(shapes: Mapping[Role, RoleShapes], mesh: Mesh) -> None:
+    """Checks that the mesh divides the groups of every micro-batch.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    multiple = group_count_multiple(mesh)
+    for role, of_role in shapes.items():
+        require(
+            of_role.micro_groups % multiple == 0,
+            f"batch.{role.label}_groups",
+            of_role.micro_groups,
+            f"a multiple of the mesh's data * fsdp = {multiple}",
+        )
 
 
 def make_blocks(
-    role: Role,
-    groups: Groups,
-    weight_UxC: np.ndarray,
-    lengths: Sequence[tuple[int, int]],
-    micro_groups: int,
-    most_groups: int,
+    roles: Mapping[Role, tuple[Groups, np.ndarray]], shapes: Mapping[Role, RoleShapes]
 ) -> list[Block]:
-    """One block per (P, G) of `lengths`; a group goes into the first that holds its prompt and its
-    longest trace.
+    """The blocks of a step, on the host: for each role, one per (P, G) of its lengths.
 
     Args:
-      weight_UxC: float32 loss weights.
-      most_groups: of this role in a step; fixes the blocks' static size, whatever the lengths of
-      today's groups.
+      roles: groups and their loss weights, float32 [U, C].
 
     Raises:
       ValueError: a group fits into none of them.
     """
-    prompt_U, trace_U = groups.requests.prompt_len_U, groups.trace_len_UxC.max(axis=1, initial=0)
+    blocks = []
+    for role, (groups, weight_UxC) in roles.items():
+        bucket_U = _buckets(role, groups, shapes[role].lengths)
+        for i, (P, G) in enumerate(shapes[role].lengths):
+            block = empty_block(role, shapes[role], P, G)
+            _fill(block, groups, weight_UxC, np.flatnonzero(bucket_U == i))
+            blocks.append(block)
+    return blocks
+
+
+def empty_block(role: Role, shapes: RoleShapes, P: int, G: int) -> Block:
+    """A block without groups: all padding."""
+    abstract = abstract_block(role, shapes, P, G)
+    block = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+    block.prompt_len_AxU[...] = 1
+    return block
+
+
+def place_blocks(blocks: Sequence[Block], mesh: Mesh) -> list[Block]:
+    """The blocks on the devices: groups along the groups' axes, counts on all."""
+    along = group_sharding(mesh, leading=1)
+    return jax.tree.map(lambda a: place(a, along) if np.ndim(a) else a, list(blocks))
+
+
+def _buckets(role: Role, groups: Groups, lengths: Sequence[tuple[int, int]]) -> np.ndarray:
+    """int [U]: the first of `lengths` that holds a group's prompt and its longest trace."""
+    prompt_U = groups.requests.prompt_len_U
+    trace_U = groups.trace_len_UxC.max(axis=1, initial=0)
     fits = np.stack([(prompt_U <= P) & (trace_U <= G) for P, G in lengths], axis=1)
     if not fits.any(axis=1).all():
         u = int(np.flatnonzero(~fits.any(axis=1))[0])
         raise ValueError(
-            f"a {role.label} group with a prompt of {prompt_U[u]} and traces of up to {trace_U[u]} tokens fits into "
-            f"none of config.batch.{role.label}_lengths = {[tuple(pair) for pair in lengths]}: widen the last entry."
+            f"a {role.label} group with a prompt of {prompt_U[u]} and traces of up to {trace_U[u]} "
+            f"tokens fits into none of config.batch.{role.label}_lengths = {list(lengths)}: widen "
+            "the last entry."
         )
-    bucket_U = fits.argmax(axis=1)
-    blocks = []
-    for i, (P, G) in enumerate(lengths):
-        block = empty_block(role, most_groups, micro_groups, groups.requests.traces, P, G)
-        index = np.flatnonzero(bucket_U == i)
-        block.count[...] = -(-len(index) // micro_groups)
-        _fill(block, groups, weight_UxC, index)
-        blocks.append(block)
-    return blocks
+    return fits.argmax(axis=1)
 
 
 def _fill(block: Block, groups: Groups, weight_UxC: np.ndarray, index: np.ndarray) -> None:
-    """Writes the groups at `index` into the block's flattened (A, U) rows."""
+    """Writes the groups at `index` into the block's rows (A, U), one after the other."""
+    block.count[...] = -(-len(index) // block.prompt_len_AxU.shape[1])
     pairs = (
         (block.prompt_AxUxP, groups.requests.prompt_UxP),
         (block.prompt_len_AxU, groups.requests.prompt_len_U),
@@ -153,8 +201,8 @@ def _fill(block: Block, groups: Groups, weight_UxC: np.ndarray, index: np.ndarra
     )
     for target, source in pairs:
         rows = target.reshape(-1, *target.shape[2:])  # a view
-        width = min(rows.shape[-1], source.shape[-1])
         if rows.ndim == 1:
             rows[: len(index)] = source[index]
         else:
+            width = min(rows.shape[-1], source.shape[-1])
             rows[: len(index), ..., :width] = source[index][..., :width]

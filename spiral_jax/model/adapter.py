@@ -85,8 +85,8 @@ def load_adapter(path: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Any:
     """
     check_adapter(path, config)
     with open_tensors(path, STEM) as files:
-        check_tensors(files, abstract_lora(config), tied=False)
-        return read_tree(files, abstract_lora(config), mesh)
+        check_tensors(files, abstract_lora(config), config.arch)
+        return read_tree(files, abstract_lora(config), config.arch, mesh)
 
 
 def save_adapter(path: pathlib.Path, lora: Any, config: ModelConfig, base: str) -> None:
@@ -106,5 +106,6 @@ def save_adapter(path: pathlib.Path, lora: Any, config: ModelConfig, base: str) 
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    write_tensors(path, STEM, outputs_of(lora, np.dtype(np.float32)), MAX_SHARD_BYTES)
+    outputs = outputs_of(lora, config.arch.L, np.dtype(np.float32))
+    write_tensors(path, STEM, outputs, MAX_SHARD_BYTES)
     (path / _CONFIG).write_text(json.dumps(fields, indent=2) + "\n")

@@ -11,6 +11,8 @@ import math
 import pathlib
 from typing import Any
 
+from jax.sharding import AbstractMesh, Mesh
+
 from spiral_jax.core.config import ConfigError
 
 # model_type -> whether queries and keys of each head are normalised; the families differ in nothing
@@ -125,6 +127,27 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
             f"{where}: head_dim = {arch.E}: must be even, as rope rotates its halves."
         )
     return arch
+
+
+def check_mesh(arch: Architecture, mesh: Mesh | AbstractMesh) -> None:
+    """Checks that the axes of the mesh divide what they cut of the model.
+
+    Raises:
+      ConfigError: one does not; each of its devices would hold, and compute, the whole.
+    """
+    cut = (
+        ("tensor", arch.H, "attention heads"),
+        ("tensor", arch.J, "key/value heads"),
+        ("tensor", arch.F, "feed-forward columns"),
+        ("fsdp", arch.D, "model dimensions"),
+    )
+    for axis, size, what in cut:
+        if size % mesh.shape[axis]:
+            allowed = [n for n in range(1, size + 1) if size % n == 0 and mesh.size % n == 0]
+            raise ConfigError(
+                f"config.mesh.{axis} = {mesh.shape[axis]}: must divide the model's {size} {what}; "
+                f"with {mesh.size} devices: {', '.join(map(str, allowed))}."
+            )
 
 
 def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:

@@ -1,16 +1,18 @@
 """Hugging Face directories: safetensors to parameters or adapters and back, by one table.
 
 We iterate over our own leaves, not over the file's keys, and read lazily: each device's slice comes
-straight from the files. Stacked layers [L, ...] are L tensors there, and our kernels are [in, out]
-where theirs are [out, in].
+straight from the files. A leaf of our stacked layers [L - 1, ...] is L - 1 tensors there, and our
+kernels are [in, out] where theirs are [out, in].
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.mesh import path_name, weight_spec
-from spiral_jax.model.architecture import hf_fields
+from spiral_jax.model.architecture import Architecture, hf_fields
 from spiral_jax.model.tensor_files import (
     Output,
     TensorFiles,
@@ -35,22 +37,13 @@ MAX_SHARD_BYTES = 5 * 10**9  # larger files are awkward to copy and to resume
 _ASSETS = pathlib.Path(__file__).parent.parent / "assets"
 BUNDLED = {"bundled:tiny": _ASSETS / "tiny", "bundled:end_digit": _ASSETS / "end_digit"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FROM_HUB = [
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "LICENSE*",
-    "NOTICE*",
-]
-_ROPE_CONSTANT = (
-    ".self_attn.rotary_emb.inv_freq"  # old Llama files store what rope_theta already says
-)
+_FROM_HUB = ["*.json", "*.safetensors", "*.jinja", "LICENSE*", "NOTICE*"]
+_FROM_HUB += ["tokenizer*", "vocab*", "merges*"]
+# Old Llama files store what rope_theta already says.
+_ROPE_CONSTANT = ".self_attn.rotary_emb.inv_freq"
 _COMPARED_ROWS = 8192  # of the embedding at once: a few hundred MB at most
 
-# Our path -> (their name, transposed); {} is the layer.
+# Our name -> (their name, whether theirs is transposed); {} is the layer.
 PROJECTIONS = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {
     name: f"mlp.{name}_proj" for name in ("gate", "up", "down")
 }
@@ -59,24 +52,55 @@ _TOP = {
     "final_norm": ("model.norm.weight", False),
     "head": ("lm_head.weight", True),
 }
+_HEAD, _EMBED = _TOP["head"][0], _TOP["embed"][0]
 _LAYER = {
     "attention_norm": ("model.layers.{}.input_layernorm.weight", False),
     "mlp_norm": ("model.layers.{}.post_attention_layernorm.weight", False),
     "q_norm": ("model.layers.{}.self_attn.q_norm.weight", False),
     "k_norm": ("model.layers.{}.self_attn.k_norm.weight", False),
 }
+_PEFT = "base_model.model."  # PEFT names an adapter's weights so
 for _name, _theirs in PROJECTIONS.items():
-    _LAYER[f"{_name}/kernel"] = (f"model.layers.{{}}.{_theirs}.weight", True)
-    _LAYER[f"{_name}/a"] = (
-        f"base_model.model.model.layers.{{}}.{_theirs}.lora_A.weight",
-        True,
-    )  # as PEFT names them
-    _LAYER[f"{_name}/b"] = (f"base_model.model.model.layers.{{}}.{_theirs}.lora_B.weight", True)
+    _module = f"model.layers.{{}}.{_theirs}"
+    _LAYER[f"{_name}/kernel"] = (f"{_module}.weight", True)
+    _LAYER[f"{_name}/a"] = (f"{_PEFT}{_module}.lora_A.weight", True)
+    _LAYER[f"{_name}/b"] = (f"{_PEFT}{_module}.lora_B.weight", True)
+
+
+class Stored(NamedTuple):
+    """How one of our leaves lies in the files.
+
+    Attributes:
+      names: of their tensors, one a layer of a stacked leaf, one of any other.
+      stacked: whether our first axis is the layer; then tensor i is our leaf[i].
+      transposed: whether each is the transpose of ours.
+    """
+
+    names: list[str]
+    stacked: bool
+    transposed: bool
+
+    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of each tensor for a leaf of ours."""
+        ours = ours[1:] if self.stacked else ours
+        return ours[::-1] if self.transposed else ours
+
+
+def stored(name: str, L: int) -> Stored:
+    """How our leaf of this path lies in the files of a model of L layers."""
+    room, _, rest = name.partition("/")
+    if room == "layers":
+        theirs, transposed = _LAYER[rest]
+        return Stored([theirs.format(layer) for layer in range(L - 1)], True, transposed)
+    if room == "last_layer":
+        theirs, transposed = _LAYER[rest]
+        return Stored([theirs.format(L - 1)], False, transposed)
+    theirs, transposed = _TOP[name]
+    return Stored([theirs], False, transposed)
 
 
 def resolve_path(hf_path: str) -> pathlib.Path:
-    """`config.model.hf_path` -> directory: a local one, a bundled one, or else a Hub id that is
-    downloaded once.
+    """`config.model.hf_path` -> a local or bundled directory, or a Hub id that is downloaded once.
 
     Raises:
       ConfigError: there is none, or the Hub cannot give it.
@@ -85,21 +109,21 @@ def resolve_path(hf_path: str) -> pathlib.Path:
     if path.is_dir():
         return path
     advice = (
-        f"Give a Hugging Face directory (config.json, {STEM}.safetensors or shards with their index, tokenizer files), "
-        f"the Hub's organisation/name, or one of {', '.join(BUNDLED)}."
+        f"Give a Hugging Face directory (config.json, {STEM}.safetensors or shards with their "
+        "index, tokenizer files), the Hub's organisation/name, or one of "
+        f"{', '.join(BUNDLED)}."
     )
+    field = f"config.model.hf_path = {hf_path!r}"
     if not _HUB_ID.fullmatch(hf_path):
-        raise ConfigError(f"config.model.hf_path = {hf_path!r}: no such directory. {advice}")
+        raise ConfigError(f"{field}: no such directory. {advice}")
     try:
         return pathlib.Path(
             snapshot_download(hf_path, allow_patterns=_FROM_HUB, ignore_patterns=["*/*"])
         )
-    except (
-        Exception
-    ) as error:  # no network, no such repository, no permission: each has its own class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # no network, no repository, no permission: each has its own class
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(
-            f"config.model.hf_path = {hf_path!r}: no such directory, and the Hub did not give it ({reason}). {advice}"
+            f"{field}: no such directory, and the Hub did not give it ({reason}). {advice}"
         ) from error
 
 
@@ -109,8 +133,7 @@ def abstract_params(config: ModelConfig) -> Any:
 
 
 def load_params(path: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Any:
-    """Base parameters of the checkpoint in `path`, placed as the sharding table says, in
-    `config.param_dtype`.
+    """Base parameters of the checkpoint in `path`, placed on `mesh`, in `config.param_dtype`.
 
     On the host there is never more than this host's share of one (stacked) parameter.
 
@@ -120,145 +143,139 @@ def load_params(path: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Any:
         contradicts them.
     """
     with open_tensors(path, STEM) as files:
-        check_tensors(files, abstract_params(config), config.arch.tied)
-        return read_tree(files, abstract_params(config), mesh)
+        check_tensors(files, abstract_params(config), config.arch)
+        return read_tree(files, abstract_params(config), config.arch, mesh)
 
 
-def check_tensors(files: TensorFiles, expected: Any, tied: bool) -> None:
-    """`files` hold every array of `expected` (shapes of `params` or `lora`), and nothing that would
-    be ignored.
+def check_tensors(files: TensorFiles, expected: Any, arch: Architecture) -> None:
+    """`files` hold every array of `expected`, and nothing that would be ignored.
+
+    Args:
+      expected: shapes of `params` or `lora`.
 
     Raises:
       WeightsError: a tensor is missing, of another shape or of an unsupported dtype, or it has no
-        place; a head that is stored although it is `tied` differs from the embedding.
+        place; a head that is stored beside a tied embedding differs from it.
     """
-    used = {_TOP["head"][0]} if tied else set()
+    used = set()
     for at, leaf in jax.tree_util.tree_leaves_with_path(expected):
-        names, transposed = tensor_names(path_name(at), leaf.shape[0])
-        shape = _stored_shape(path_name(at), leaf.shape, transposed)
-        for name in names:
-            if name not in files.names:
-                raise WeightsError(
-                    f"{files.where}: tensor {name} is missing (shape {list(shape)} expected by config.json)."
-                )
-            if files.shape(name) != shape:
-                raise WeightsError(
-                    f"{files.where}: tensor {name} has shape {list(files.shape(name))}; config.json says {list(shape)}."
-                )
-            files.dtype(name)
+        tensors = stored(path_name(at), arch.L)
+        for name in tensors.names:
+            _check_tensor(files, name, tensors.shape(leaf.shape))
             used.add(name)
-    constants = {name for name in files.names if name.endswith(_ROPE_CONSTANT)}
-    if extra := sorted(files.names - used - constants):
-        raise WeightsError(
-            f"{files.where}: {len(extra)} tensors are not part of this architecture, first {extra[0]}."
-        )
-    if tied and _TOP["head"][0] in files.names:
+
+    unused = files.names - used
+    if _EMBED in used and arch.tied and _HEAD in unused:
         _check_tied(files)
+        unused -= {_HEAD}
+    extra = sorted(name for name in unused if not name.endswith(_ROPE_CONSTANT))
+    if extra:
+        raise WeightsError(
+            f"{files.where}: {len(extra)} tensors are not part of this architecture, "
+            f"first {extra[0]}."
+        )
 
 
-def read_tree(files: TensorFiles, expected: Any, mesh: Mesh) -> Any:
-    """The arrays of `expected` (shapes and dtypes) from checked files, placed on `mesh` as the
-    sharding table says.
+def _check_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> None:
+    if name not in files.names:
+        raise WeightsError(
+            f"{files.where}: tensor {name} is missing (shape {list(shape)} expected by "
+            "config.json)."
+        )
+    if files.shape(name) != shape:
+        raise WeightsError(
+            f"{files.where}: tensor {name} has shape {list(files.shape(name))}; config.json says "
+            f"{list(shape)}."
+        )
+    files.dtype(name)  # raises for one that is not supported
+
+
+def _check_tied(files: TensorFiles) -> None:
+    """A head stored beside tied embeddings must be the embedding: compared in blocks of rows."""
+    same, V = files.shape(_HEAD) == files.shape(_EMBED), files.shape(_EMBED)[0]
+    for start in range(0, V if same else 0, _COMPARED_ROWS):
+        rows = (slice(start, min(start + _COMPARED_ROWS, V)), slice(None))
+        same &= np.array_equal(files.read(_HEAD, rows), files.read(_EMBED, rows))
+    if not same:
+        raise WeightsError(
+            f"{files.where}: tensor {_HEAD} differs from {_EMBED}, but config.json ties them."
+        )
+
+
+def read_tree(files: TensorFiles, expected: Any, arch: Architecture, mesh: Mesh) -> Any:
+    """The arrays of `expected` (shapes and dtypes) from checked files.
+
+    They are placed on `mesh` as the sharding table says.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda at, leaf: _read_leaf(files, path_name(at), leaf, mesh), expected
-    )
+
+    def read(at: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        sharding = NamedSharding(mesh, weight_spec(path_name(at), leaf.shape, mesh))
+        return _read_leaf(files, stored(path_name(at), arch.L), leaf, sharding)
+
+    return jax.tree_util.tree_map_with_path(read, expected)
 
 
-def tensor_names(name: str, layers: int) -> tuple[list[str], bool]:
-    """Our path -> their names, one a layer (one in all outside of `layers`), and whether theirs is
-    transposed.
-    """
-    if name.startswith("layers/"):
-        theirs, transposed = _LAYER[name.removeprefix("layers/")]
-        return [theirs.format(layer) for layer in range(layers)], transposed
-    theirs, transposed = _TOP[name]
-    return [theirs], transposed
+def _read_leaf(
+    files: TensorFiles, tensors: Stored, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
+) -> jax.Array:
+    def read_tensor(name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        if tensors.transposed:
+            return files.read(name, slices[::-1]).T
+        return files.read(name, slices)
+
+    @functools.cache  # devices that hold the same slice share one reading of it
+    def read_slice(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        slices = tuple(slice(*pair) for pair in bounds)
+        out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
+        if tensors.stacked:
+            for row, name in zip(out, tensors.names[slices[0]], strict=True):
+                row[...] = read_tensor(name, slices[1:])
+        else:
+            out[...] = read_tensor(tensors.names[0], slices)
+        return out
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = (part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        return read_slice(tuple(bounds))
+
+    # Copies to devices lag behind: without waiting, several parameters would be in host memory.
+    return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, read))
 
 
-def outputs_of(tree: Any, dtype: np.dtype | None = None) -> list[Output]:
-    """What `write_tensors` needs for the arrays of `params` or `lora`, in `dtype` (None: their
-    own).
-    """
+def outputs_of(tree: Any, L: int, dtype: np.dtype | None = None) -> list[Output]:
+    """What `write_tensors` needs for `params` or `lora`, in `dtype` (None: their own)."""
     outputs = []
     for at, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        names, transposed = tensor_names(path_name(at), leaf.shape[0])
-        shape, stored = (
-            _stored_shape(path_name(at), leaf.shape, transposed),
-            np.dtype(dtype or leaf.dtype),
-        )
-        for layer, name in enumerate(names):
-            part = (
-                (lambda leaf=leaf, i=layer: leaf[i])
-                if "layers/" in path_name(at)
-                else (lambda leaf=leaf: leaf)
-            )
-            outputs.append(Output(name, shape, stored, _host_reader(part, transposed, stored)))
+        tensors, as_stored = stored(path_name(at), L), np.dtype(dtype or leaf.dtype)
+        for layer, name in enumerate(tensors.names):
+            read = _reader(leaf, layer if tensors.stacked else None, tensors.transposed, as_stored)
+            outputs.append(Output(name, tensors.shape(leaf.shape), as_stored, read))
     return outputs
 
 
-def save_params(
-    path: pathlib.Path, params: Any, config: ModelConfig, stop_ids: tuple[int, ...]
-) -> None:
-    """Writes config.json and weights (in the dtype of `params`) that `load_params` and transformers
-    read.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, STEM, outputs_of(params), MAX_SHARD_BYTES)
-    fields = hf_fields(config.arch, stop_ids)
-    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    (path / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": list(stop_ids)}, indent=2) + "\n"
-    )
+def _reader(
+    leaf: Any, layer: int | None, transposed: bool, dtype: np.dtype
+) -> Callable[[], np.ndarray]:
+    """What copies a leaf, or one layer of a stacked one, to the host when it is to be written."""
 
-
-def _host_reader(part: Any, transposed: bool, dtype: np.dtype) -> Any:
     def read() -> np.ndarray:
-        array = np.asarray(jax.device_get(part()))
+        array = np.asarray(jax.device_get(leaf if layer is None else leaf[layer]))
         return (array.T if transposed else array).astype(dtype, copy=False)
 
     return read
 
 
-def _stored_shape(name: str, shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
-    """Shape of each of their tensors for our leaf of this name and shape."""
-    shape = shape[1:] if name.startswith("layers/") else shape
-    return shape[::-1] if transposed else shape
-
-
-def _check_tied(files: TensorFiles) -> None:
-    """A head stored beside tied embeddings must be the embedding: compared in blocks of rows."""
-    head, embed = _TOP["head"][0], _TOP["embed"][0]
-    same, V = files.shape(head) == files.shape(embed), files.shape(embed)[0]
-    for start in range(0, V if same else 0, _COMPARED_ROWS):
-        rows = (slice(start, min(start + _COMPARED_ROWS, V)), slice(None))
-        same &= np.array_equal(files.read(head, rows), files.read(embed, rows))
-    if not same:
-        raise WeightsError(
-            f"{files.where}: tensor {head} differs from {embed}, but config.json ties them."
-        )
-
-
-def _read_leaf(files: TensorFiles, name: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.Array:
-    stacked = name.startswith("layers/")
-    names, transposed = tensor_names(name, leaf.shape[0])
-    done: dict[tuple, np.ndarray] = {}  # devices that hold the same slice share one reading of it
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(one.indices(size)[:2] for one, size in zip(index, leaf.shape, strict=True))
-        if bounds not in done:
-            slices = tuple(slice(*pair) for pair in bounds)
-            chosen, rest = (names[slices[0]], slices[1:]) if stacked else (names, slices)
-            out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
-            for row, theirs in zip(out if stacked else [out], chosen, strict=True):
-                part = files.read(theirs, rest[::-1] if transposed else rest)
-                row[...] = part.T if transposed else part
-            done[bounds] = out
-        return done[bounds]
-
-    place = NamedSharding(mesh, weight_spec(name, leaf.shape, mesh))
-    # Copies to devices lag behind: without waiting, several parameters would be in host memory.
-    return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, place, read))
+def save_params(
+    path: pathlib.Path, params: Any, config: ModelConfig, stop_ids: tuple[int, ...]
+) -> None:
+    """Writes config.json and weights, in the dtype of `params`, as transformers writes them."""
+    path.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, STEM, outputs_of(params, config.arch.L), MAX_SHARD_BYTES)
+    fields = hf_fields(config.arch, stop_ids)
+    (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    (path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": list(stop_ids)}, indent=2) + "\n"
+    )
 
 
 def model_config(arch: Any, c: Any) -> ModelConfig:

@@ -1,17 +1,19 @@
-"""Qwen3 and Llama in Flax Linen, purely functional: modules used by `init` and `apply`, the cache
-explicit.
+"""Qwen3 and Llama decoders in Flax Linen, purely functional: used by `init` and `apply` alone.
 
 Collections: `params` (the base, or what full fine-tuning trains) and `lora` (adapters; absent at
-rank 0). Training scans over stacked layers; the sampler applies one `Block` per layer on separate
-per-layer arrays (slicing stacked weights inside a loop would copy all of them). Of a prompt nobody
-reads more in the last layer than keys, values and what its last token predicts, so training
-computes no more of it there.
+rank 0). Both hold `layers`, the first L - 1 layers stacked (absent where L = 1), and `last_layer`:
+nobody reads more of a prompt in the last layer than keys, values and what its last token predicts,
+so training computes no more of it there.
+
+Training scans over the stacked layers. The sampler applies one `DecoderLayer` after the other on
+separate arrays (`unstack_layers`) and keeps the cache, which is explicit.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from spiral_jax.core.mesh import constrain_groups
+from spiral_jax.model import layouts
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.group_attention import (
     KEPT,
@@ -42,9 +45,9 @@ class ModelConfig:
       lora_rank: 0 = no adapters.
       lora_alpha: adapters are scaled by alpha / rank.
       attention_block: queries, and keys, whose scores exist at once in training (see
-      `group_attention`).
+        `group_attention`).
       remat: what the backward pass keeps of each layer, one of `config.REMAT`; it computes the rest
-      once more.
+        once more.
     """
 
     arch: Architecture
@@ -56,9 +59,8 @@ class ModelConfig:
     remat: str = "layer"
 
 
-def in_its_dtype(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, traced so that products of a float32 model are float32; of another model as it
-    is.
+def with_matmul_precision(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with the matrix products of a float32 model in float32; of others as it is.
 
     By default JAX multiplies float32 matrices in TF32 on GPUs and in bfloat16 on TPUs: sampler and
     trainer would part.
@@ -74,22 +76,8 @@ def in_its_dtype(config: ModelConfig, function: Callable[..., Any]) -> Callable[
     return traced
 
 
-_PROJECTED = "projected"  # the name of what a `Linear` returns, for policies of `jax.checkpoint`
-# What a policy of `config.REMAT` keeps of a layer beside its input.
-_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(KEPT, _PROJECTED),
-    "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
-    "layer": jax.checkpoint_policies.nothing_saveable,
-}
-
-
 class Linear(nn.Module):
-    """x W, plus (alpha / rank) x A B where the `lora` collection has the layer's adapter (LoRA,
-    arXiv 2106.09685).
-
-    Tokens are rows of a matrix: to sum a gradient over two axes, XLA's CPU backend would transpose
-    x or its cotangent.
-    """
+    """x W, plus (alpha / rank) x A B with adapters (LoRA, arXiv 2106.09685)."""
 
     config: ModelConfig
     features: int
@@ -100,87 +88,89 @@ class Linear(nn.Module):
         kernel = self.param(
             "kernel", nn.initializers.normal(0.02), (width, self.features), c.param_dtype
         )
-        rows = x.reshape(-1, width)
-        y = rows @ kernel.astype(x.dtype)
+        rows_NxD = layouts.token_rows(x)
+        y_NxF = rows_NxD @ kernel.astype(x.dtype)
         if c.lora_rank:
-            init_a = nn.initializers.normal(width**-0.5)
-            a = self.variable(
-                "lora",
-                "a",
-                lambda: init_a(self.make_rng("params"), (width, c.lora_rank), jnp.float32),
-            )
-            b = self.variable("lora", "b", jnp.zeros, (c.lora_rank, self.features), jnp.float32)
-            y += _adapted(c.lora_alpha / c.lora_rank, rows, a.value, b.value)
-        return checkpoint_name(y, _PROJECTED).reshape(*x.shape[:-1], self.features)
+            y_NxF += _adapter(c.lora_alpha / c.lora_rank, rows_NxD, *self._adapter_weights(width))
+        return checkpoint_name(y_NxF, _PROJECTED).reshape(*x.shape[:-1], self.features)
+
+    def _adapter_weights(self, width: int) -> tuple[jax.Array, jax.Array]:
+        """A [width, rank] and B [rank, features]; B starts as zeros and so changes nothing."""
+        rank = self.config.lora_rank
+
+        def random_a() -> jax.Array:
+            init = nn.initializers.normal(width**-0.5)
+            return init(self.make_rng("params"), (width, rank), jnp.float32)
+
+        a = self.variable("lora", "a", random_a)
+        b = self.variable("lora", "b", jnp.zeros, (rank, self.features), jnp.float32)
+        return a.value, b.value
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _adapted(scale: float, x_NxD: jax.Array, a_DxR: jax.Array, b_RxF: jax.Array) -> jax.Array:
-    """scale x A B. Products in x's dtype; gradients of A and B in float32, whose sums over rows are
-    float32.
-    """
-    return _adapted_forward(scale, x_NxD, a_DxR, b_RxF)[0]
+def _adapter(scale: float, x_NxD: jax.Array, a_DxR: jax.Array, b_RxF: jax.Array) -> jax.Array:
+    """scale x A B in x's dtype; gradients of A and B are summed over rows in float32."""
+    return _adapter_forward(scale, x_NxD, a_DxR, b_RxF)[0]
 
 
-def _adapted_forward(
-    scale: float, x: jax.Array, a: jax.Array, b: jax.Array
-) -> tuple[jax.Array, tuple]:
-    inner_NxR = scale * (x @ a.astype(x.dtype))
-    return inner_NxR @ b.astype(x.dtype), (x, inner_NxR, a, b)
+def _adapter_forward(
+    scale: float, x_NxD: jax.Array, a_DxR: jax.Array, b_RxF: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    inner_NxR = scale * (x_NxD @ a_DxR.astype(x_NxD.dtype))
+    return inner_NxR @ b_RxF.astype(x_NxD.dtype), (x_NxD, inner_NxR, a_DxR, b_RxF)
 
 
-def _adapted_backward(
-    scale: float, kept: tuple, d_out: jax.Array
+def _adapter_backward(
+    scale: float, kept: tuple[jax.Array, ...], d_out_NxF: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, inner_NxR, a, b = kept
-    d_inner_NxR = scale * (d_out @ b.astype(x.dtype).T)
-    over_rows = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    d_a_RxD = over_rows(_turned(d_inner_NxR), x)
-    return d_inner_NxR @ a.astype(x.dtype).T, _turned(d_a_RxD), over_rows(_turned(inner_NxR), d_out)
+    x_NxD, inner_NxR, a_DxR, b_RxF = kept
+    sum_over_rows = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+    d_inner_NxR = scale * (d_out_NxF @ b_RxF.astype(x_NxD.dtype).T)
+    d_x_NxD = d_inner_NxR @ a_DxR.astype(x_NxD.dtype).T
+
+    # A's gradient comes out transposed, so that the larger factor is the one that is not turned.
+    d_a_RxD = sum_over_rows(layouts.transposed(d_inner_NxR), x_NxD)
+    d_b_RxF = sum_over_rows(layouts.transposed(inner_NxR), d_out_NxF)
+    return d_x_NxD, layouts.transposed(d_a_RxD), d_b_RxF
 
 
-def _turned(x: jax.Array) -> jax.Array:
-    """x.T as an array of its own. Without the barriers XLA makes it part of the product before or
-    behind it, and its CPU backend takes up to 3 times as long for a product of two factors that
-    both have their rows first.
-    """
-    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(x).T)
-
-
-_adapted.defvjp(_adapted_forward, _adapted_backward)
+_adapter.defvjp(_adapter_forward, _adapter_backward)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis in float32, returned in x's dtype.
-
-    The first two axes of x [U, T, ...] become one: of a single group XLA's CPU backend would take 4
-    times as long.
-    """
-    y = (x.reshape(-1, *x.shape[2:]) if x.ndim > 2 else x).astype(jnp.float32)
+    """Root-mean-square norm over the last axis in float32, returned in x's dtype."""
+    y = layouts.merged_leading_axes(x).astype(jnp.float32)
     y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     return (y * scale.astype(jnp.float32)).astype(x.dtype).reshape(x.shape)
 
 
 def rope(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding, halves rotated against each other. x [..., heads, E], position [...] int32."""
+    """Rotary embedding, halves rotated against each other.
+
+    x [..., heads, E], position [...] int32.
+    """
     half = x.shape[-1] // 2
-    angle = position[..., None, None].astype(jnp.float32) * theta ** (
-        -jnp.arange(half, dtype=jnp.float32) / half
-    )
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate(
-        [a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], axis=-1
-    ).astype(x.dtype)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-class Block(nn.Module):
-    """One layer. `__call__` and `predict` run groups; the sampler has attention of its own after
-    `project`.
+class DecoderLayer(nn.Module):
+    """One layer: `__call__` and `predict` run groups, `project` and `finish` surround attention.
+
+    The sampler calls `project`, attends to its cache, and calls `finish`.
+
+    Attributes:
+      prompt_tokens: P of the rows that `__call__` and `predict` get.
+      traces: C.
     """
 
     config: ModelConfig
-    prompt_tokens: int = 0  # P of the rows that `__call__` and `predict` get
-    traces: int = 0  # C
+    prompt_tokens: int = 0
+    traces: int = 0
 
     def setup(self) -> None:
         c, arch = self.config, self.config.arch
@@ -191,35 +181,55 @@ class Block(nn.Module):
         self.gate = Linear(c, arch.F)
         self.up = Linear(c, arch.F)
         self.down = Linear(c, arch.D)
-        of_heads = (("q_norm", arch.E), ("k_norm", arch.E)) if arch.qk_norm else ()
-        for name, width in (("attention_norm", arch.D), ("mlp_norm", arch.D), *of_heads):
-            setattr(self, name, self.param(name, nn.initializers.ones, (width,), c.param_dtype))
+
+        def norm_scale(name: str, width: int) -> jax.Array:
+            return self.param(name, nn.initializers.ones, (width,), c.param_dtype)
+
+        self.attention_norm = norm_scale("attention_norm", arch.D)
+        self.mlp_norm = norm_scale("mlp_norm", arch.D)
+        if arch.qk_norm:
+            self.q_norm = norm_scale("q_norm", arch.E)
+            self.k_norm = norm_scale("k_norm", arch.E)
+
+    def __call__(
+        self, x_UxTxD: jax.Array, position_UxT: jax.Array, lengths: Lengths
+    ) -> tuple[jax.Array, None]:
+        """Rows of T = P + C * G tokens: the prompt, then its traces one after the other.
+
+        Returns (x, nothing), as a scan asks.
+        """
+        P, block = self.prompt_tokens, self.config.attention_block
+        x = constrain_groups(x_UxTxD)
+        q, k, v = self.project(x, position_UxT)
+        attended = prompt_attention(q[:, :P], k[:, :P], v[:, :P], lengths, block)
+        if self.traces:
+            of_traces = self._attend_from_traces(q[:, P:], k, v, lengths)
+            attended = jnp.concatenate([attended, of_traces], axis=1)
+        return self.finish(x, attended), None
+
+    def predict(self, x_UxTxD: jax.Array, position_UxT: jax.Array, lengths: Lengths) -> jax.Array:
+        """As the last layer: [U, 1 + C * G, D] of the rows that predict a trace's token.
+
+        Those are the prompt's last one, then all of the traces. Takes what `__call__` takes.
+        """
+        P = self.prompt_tokens
+        x = constrain_groups(x_UxTxD)
+        h = self._norm_before_attention(x)
+        k, v = self._keys_values(h, position_UxT)
+
+        last_U = (lengths.prompt_U - 1)[:, None, None]
+        x = jnp.concatenate([jnp.take_along_axis(x, last_U, 1), x[:, P:]], axis=1)
+        h = jnp.concatenate([jnp.take_along_axis(h, last_U, 1), h[:, P:]], axis=1)
+        q = self._queries(h, jnp.concatenate([last_U[..., 0], position_UxT[:, P:]], axis=1))
+
+        of_last = last_token_attention(q[:, 0], k[:, :P], v[:, :P], lengths.prompt_U)
+        of_traces = self._attend_from_traces(q[:, 1:], k, v, lengths)
+        return self.finish(x, jnp.concatenate([of_last[:, None], of_traces], axis=1))
 
     def project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., D] at `position` [...] -> q [..., H, E], k and v [..., J, E]."""
-        h = rms_norm(x, self.attention_norm, self.config.arch.norm_eps)
+        h = self._norm_before_attention(x)
         return self._queries(h, position), *self._keys_values(h, position)
-
-    def _queries(self, h: jax.Array, position: jax.Array) -> jax.Array:
-        arch = self.config.arch
-        q = self._heads(self.q, h)
-        return rope(
-            rms_norm(q, self.q_norm, arch.norm_eps) if arch.qk_norm else q,
-            position,
-            arch.rope_theta,
-        )
-
-    def _keys_values(self, h: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        arch = self.config.arch
-        k, v = self._heads(self.k, h), self._heads(self.v, h)
-        return rope(
-            rms_norm(k, self.k_norm, arch.norm_eps) if arch.qk_norm else k,
-            position,
-            arch.rope_theta,
-        ), v
-
-    def _heads(self, linear: Linear, h: jax.Array) -> jax.Array:
-        return linear(h).reshape(*h.shape[:-1], -1, self.config.arch.E)
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Residual of attention output [..., H, E], then the feed-forward part."""
@@ -228,58 +238,62 @@ class Block(nn.Module):
         with jax.named_scope("mlp"):
             return x + self.down(nn.silu(self.gate(h)) * self.up(h))
 
-    def __call__(
-        self, x_UxTxD: jax.Array, position_UxT: jax.Array, lengths: Lengths
-    ) -> tuple[jax.Array, None]:
-        """Rows of T = P + C * G tokens: the prompt, then its traces one after the other. (x,
-        nothing), as scan asks.
-        """
-        P = self.prompt_tokens
-        x = constrain_groups(x_UxTxD)
-        q, k, v = self.project(x, position_UxT)
-        out = prompt_attention(q[:, :P], k[:, :P], v[:, :P], lengths, self.config.attention_block)
-        if self.traces:
-            out = jnp.concatenate([out, self._attend_traces(q[:, P:], (k, v), lengths)], axis=1)
-        return self.finish(x, out), None
+    def _norm_before_attention(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.attention_norm, self.config.arch.norm_eps)
 
-    def predict(self, x_UxTxD: jax.Array, position_UxT: jax.Array, lengths: Lengths) -> jax.Array:
-        """The last layer, for the rows that predict a trace's token: the prompt's last one, then
-        all of the traces.
+    def _queries(self, h: jax.Array, position: jax.Array) -> jax.Array:
+        arch = self.config.arch
+        q = self._split_heads(self.q(h))
+        if arch.qk_norm:
+            q = rms_norm(q, self.q_norm, arch.norm_eps)
+        return rope(q, position, arch.rope_theta)
 
-        Takes what `__call__` takes; [U, 1 + C * G, D].
-        """
-        P, arch = self.prompt_tokens, self.config.arch
-        x = constrain_groups(x_UxTxD)
-        h = rms_norm(x, self.attention_norm, arch.norm_eps)
-        k, v = self._keys_values(h, position_UxT)
-        last_U = (lengths.prompt_U - 1)[:, None, None]
-        x, h = (jnp.concatenate([jnp.take_along_axis(a, last_U, 1), a[:, P:]], 1) for a in (x, h))
-        q = self._queries(h, jnp.concatenate([last_U[..., 0], position_UxT[:, P:]], axis=1))
-        of_last = last_token_attention(q[:, 0], k[:, :P], v[:, :P], lengths.prompt_U)
-        out = jnp.concatenate(
-            [of_last[:, None], self._attend_traces(q[:, 1:], (k, v), lengths)], axis=1
-        )
-        return self.finish(x, out)
+    def _keys_values(self, h: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        arch = self.config.arch
+        k, v = self._split_heads(self.k(h)), self._split_heads(self.v(h))
+        if arch.qk_norm:
+            k = rms_norm(k, self.k_norm, arch.norm_eps)
+        return rope(k, position, arch.rope_theta), v
 
-    def _attend_traces(
-        self, q: jax.Array, kv: tuple[jax.Array, jax.Array], lengths: Lengths
+    def _split_heads(self, projected: jax.Array) -> jax.Array:
+        return projected.reshape(*projected.shape[:-1], -1, self.config.arch.E)
+
+    def _attend_from_traces(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, lengths: Lengths
     ) -> jax.Array:
-        """[U, C * G, H, E] of the traces' queries, which are as many; keys and values of all rows."""
-        P, U = self.prompt_tokens, len(q)
-        by_trace = lambda a: a.reshape(U, self.traces, -1, *a.shape[2:])  # noqa: E731
-        of_prompt, own = (
-            tuple(part(a) for a in kv)
-            for part in (lambda a: a[:, :P], lambda a: by_trace(a[:, P:]))
-        )
-        return trace_attention(
-            by_trace(q), of_prompt, own, lengths, self.config.attention_block
-        ).reshape(q.shape)
+        """[U, C * G, H, E] for the traces' queries, which are as many; k and v are of all rows."""
+        P, block = self.prompt_tokens, self.config.attention_block
+
+        def by_trace(a: jax.Array) -> jax.Array:
+            return a.reshape(a.shape[0], self.traces, -1, *a.shape[2:])
+
+        prompt_kv = k[:, :P], v[:, :P]
+        own_kv = by_trace(k[:, P:]), by_trace(v[:, P:])
+        return trace_attention(by_trace(q), prompt_kv, own_kv, lengths, block).reshape(q.shape)
+
+
+_PROJECTED = "projected"  # the name of what a `Linear` returns, for policies of `jax.checkpoint`
+
+# What a policy of `config.REMAT` keeps of a layer beside its input; "none" keeps everything.
+_POLICIES = {
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT, _PROJECTED),
+    "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "layer": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def _rematerialised(remat: str, method: str, in_scan: bool) -> type[DecoderLayer]:
+    """`DecoderLayer`, of whose `method` the backward pass keeps what `remat` says."""
+    if remat == "none":
+        return DecoderLayer
+    # In a scan nothing can be shared between forward and backward pass that would undo it.
+    return nn.remat(
+        DecoderLayer, policy=_POLICIES[remat], prevent_cse=not in_scan, methods=[method]
+    )
 
 
 class Transformer(nn.Module):
-    """Embedding, stacked layers, final norm. The head is applied where it is needed: see
-    `head_kernel`.
-    """
+    """Embedding, layers, final norm. The head is applied where it is needed: see `head_kernel`."""
 
     config: ModelConfig
 
@@ -291,96 +305,80 @@ class Transformer(nn.Module):
         trace_UxCxG: jax.Array | None,
         trace_len_UxC: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states after the final norm: [U, P, D] of prompts alone, or [U, 1 + C * G, D] of
-        groups.
+        """Hidden states after the final norm, of groups [U, 1 + C * G, D] or of prompts [U, P, D].
 
         A group's are those that predict its traces: of the prompt's last token, then of each trace.
         A trace starts at `prompt_len`. States behind the longest prompt, and in traces behind the
-        longest trace (None: G), have no
-        meaning. Prompts alone are no training: the backward pass would keep everything.
+        longest trace (None: G), have no meaning.
         """
         c, arch = self.config, self.config.arch
+        P, C = prompt_UxP.shape[1], 0 if trace_UxCxG is None else trace_UxCxG.shape[1]
         embed = self.param("embed", nn.initializers.normal(0.02), (arch.V, arch.D), c.param_dtype)
         if not arch.tied:
             self.param("head", nn.initializers.normal(0.02), (arch.D, arch.V), c.param_dtype)
-        U, P = prompt_UxP.shape
-        ids, position = prompt_UxP, jnp.broadcast_to(jnp.arange(P), (U, P))
-        C = G = 0
-        if trace_UxCxG is not None:
-            _, C, G = trace_UxCxG.shape
-            own = prompt_len_U[:, None, None] + jnp.broadcast_to(jnp.arange(G), (U, C, G))
-            ids = jnp.concatenate([ids, trace_UxCxG.reshape(U, C * G)], axis=1)
-            position = jnp.concatenate([position, own.reshape(U, C * G)], axis=1)
-        x = embed[ids].astype(c.compute_dtype)
-        longest_trace = jnp.int32(G) if trace_len_UxC is None else jnp.max(trace_len_UxC)
-        lengths = Lengths(prompt_len_U, jnp.max(prompt_len_U), longest_trace)
-        if trace_UxCxG is None:
+
+        ids_UxT, position_UxT = _rows_of_groups(prompt_UxP, prompt_len_U, trace_UxCxG)
+        lengths = _lengths(prompt_len_U, trace_UxCxG, trace_len_UxC)
+        x = embed[ids_UxT].astype(c.compute_dtype)
+
+        if arch.L > 1:
             layers = nn.scan(
-                Block,
+                _rematerialised(c.remat, "__call__", in_scan=True),
                 variable_axes={"params": 0, "lora": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast),
-                length=arch.L,
+                length=arch.L - 1,
             )
-            x, _ = layers(c, P, name="layers")(x, position, lengths)
+            x, _ = layers(c, P, C, name="layers")(x, position_UxT, lengths)
+
+        if C:
+            last_layer = _rematerialised(c.remat, "predict", in_scan=False)
+            x = last_layer(c, P, C, name="last_layer").predict(x, position_UxT, lengths)
         else:
-            x = self._predict(Block(c, P, C, parent=None), x, position, lengths)
+            x, _ = DecoderLayer(c, P, name="last_layer")(x, position_UxT, lengths)
+
         norm = self.param("final_norm", nn.initializers.ones, (arch.D,), c.param_dtype)
         return rms_norm(x, norm, arch.norm_eps)
 
-    def _predict(
-        self, block: Block, x_UxTxD: jax.Array, position_UxT: jax.Array, lengths: Lengths
-    ) -> jax.Array:
-        """All layers, the last one for the rows that predict alone; [U, 1 + C * G, D] before the
-        final norm.
 
-        The scan ends before the last layer, and a slice of what it scans over would be a copy of
-        all other layers.
-        """
-        remat = lambda f, **how: f  # noqa: E731
-        if self.config.remat != "none":
-            remat = functools.partial(jax.checkpoint, policy=_POLICIES[self.config.remat])
-        stacked = {name: tree["layers"] for name, tree in self.variables.items()}
-        read = jax.lax.stop_gradient(stacked)
-        before = self.config.arch.L - 1
-
-        def whole(x: jax.Array, layer: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
-            i, slots = layer
-            weights = jax.tree.map(lambda stack, slot: _layer_of(stack, i, slot), read, slots)
-            return block.apply(weights, x, position_UxT, lengths)
-
-        def last(x: jax.Array, layer: Any) -> jax.Array:
-            return block.apply(layer, x, position_UxT, lengths, method="predict")
-
-        with jax.named_scope("layers"):
-            scanned = jnp.arange(before), jax.tree.map(lambda a: a[:before], stacked)
-            x, _ = jax.lax.scan(remat(whole, prevent_cse=False), x_UxTxD, scanned)
-            return remat(last)(x, jax.tree.map(lambda a: a[before], stacked))
+def _rows_of_groups(
+    prompt_UxP: jax.Array, prompt_len_U: jax.Array, trace_UxCxG: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Ids and positions [U, P + C * G]: the prompt, then its traces one after the other."""
+    U, P = prompt_UxP.shape
+    in_prompt_UxP = jnp.broadcast_to(jnp.arange(P), (U, P))
+    if trace_UxCxG is None:
+        return prompt_UxP, in_prompt_UxP
+    G = trace_UxCxG.shape[2]
+    in_trace_UxCxG = prompt_len_U[:, None, None] + jnp.broadcast_to(
+        jnp.arange(G), trace_UxCxG.shape
+    )
+    ids = jnp.concatenate([prompt_UxP, trace_UxCxG.reshape(U, -1)], axis=1)
+    return ids, jnp.concatenate([in_prompt_UxP, in_trace_UxCxG.reshape(U, -1)], axis=1)
 
 
-@jax.custom_vjp
-def _layer_of(stack: jax.Array, i: jax.Array, slot: jax.Array) -> jax.Array:
-    """Layer i of stacked weights, read where it lies. Its gradient is that of `slot`, the same
-    layer as a scan's own
-    argument: never read, it is never made, but a scan puts gradients of such arguments into one
-    stack, where those of `stack` would be a sum of stacks.
-    """
-    del slot
-    return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
-
-
-_layer_of.defvjp(
-    lambda stack, i, slot: (_layer_of(stack, i, slot), None),
-    lambda _, d_layer: (None, None, d_layer),
-)
+def _lengths(
+    prompt_len_U: jax.Array, trace_UxCxG: jax.Array | None, trace_len_UxC: jax.Array | None
+) -> Lengths:
+    if trace_len_UxC is not None:
+        longest_trace = jnp.max(trace_len_UxC)
+    else:
+        longest_trace = jnp.int32(0 if trace_UxCxG is None else trace_UxCxG.shape[2])
+    return Lengths(prompt_len_U, jnp.max(prompt_len_U), longest_trace)
 
 
 def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """Random `{"params": ...}`, with `"lora"` at rank > 0 (B is zero, so a fresh adapter changes
-    nothing).
-    """
+    """Random `{"params": ...}`, with `"lora"` at rank > 0, which changes nothing yet."""
     ids, length = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
     return dict(Transformer(config).init(key, ids, length, None))
+
+
+def unstack_layers(variables: dict[str, Any], L: int) -> tuple[dict[str, Any], ...]:
+    """The variables of each of the L layers, first to last, as `DecoderLayer.apply` takes them."""
+    stacked = {name: tree["layers"] for name, tree in variables.items() if L > 1}
+    last = {name: tree["last_layer"] for name, tree in variables.items()}
+    layers = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(L - 1)]
+    return *layers, last
 
 
 def head_kernel(config: ModelConfig, params: dict[str, Any]) -> jax.Array:

@@ -1,5 +1,4 @@
-"""Own correctness of search traces -> their advantages: what the controls learn from. Host-side
-numpy.
+"""Own correctness of search traces -> their advantages: what the controls learn from (numpy).
 
 Rewards r_i of the N traces of a problem; NaN = our own failure: left out, advantage 0. n valid
 ones, c of them right.
@@ -11,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,7 @@ _STD_EPS = 1e-6
 
 
 def grpo(own_BxN: np.ndarray) -> np.ndarray:
-    """(r - mean) / (std + 1e-6), std over the population (divided by the count). [B, N] -> float32
-    [B, N]; 0 at NaN.
-    """
+    """(r - mean) / (std + 1e-6), std divided by the count. [B, N] -> float32 [B, N]; 0 at NaN."""
     valid_BxN = ~np.isnan(own_BxN)
     centred_BxN = own_BxN - mean(own_BxN, valid_BxN)[:, None]
     std_Bx1 = np.sqrt(mean(centred_BxN**2, valid_BxN))[:, None]
@@ -30,15 +28,14 @@ def grpo(own_BxN: np.ndarray) -> np.ndarray:
 
 
 def centred(own_BxN: np.ndarray) -> np.ndarray:
-    """r - mean: GRPO without its std (Dr. GRPO, arXiv 2503.20783). [B, N] -> float32 [B, N]; 0 at
-    NaN.
-    """
+    """r - mean: GRPO without its std (Dr. GRPO, arXiv 2503.20783). [B, N] -> float32; 0 at NaN."""
     return clean(own_BxN - mean(own_BxN, ~np.isnan(own_BxN))[:, None], own_BxN)
 
 
 def leave_one_out(own_BxN: np.ndarray) -> np.ndarray:
-    """r_i - mean of the others = n / (n - 1) (r_i - mean): RLOO (arXiv 2402.14740). [B, N] ->
-    float32; 0 at NaN.
+    """r_i - mean of the others: RLOO (arXiv 2402.14740). [B, N] -> float32 [B, N]; 0 at NaN.
+
+    It equals n / (n - 1) (r_i - mean).
     """
     n_Bx1 = (~np.isnan(own_BxN)).sum(axis=-1, keepdims=True)
     centred_BxN = own_BxN - mean(own_BxN, ~np.isnan(own_BxN))[:, None]
@@ -46,10 +43,9 @@ def leave_one_out(own_BxN: np.ndarray) -> np.ndarray:
 
 
 def pass_at_k(own_BxN: np.ndarray, k: int) -> np.ndarray:
-    """What ParaGator (arXiv 2603.18886) gives its search traces: the pass@k advantage of arXiv
-    2508.10751 without std.
+    """The pass@k advantage that ParaGator (arXiv 2603.18886) gives its search traces.
 
-    With mu = 1 - C(n-c, k) / C(n, k), pass@k of the n traces:
+    It is that of arXiv 2508.10751 without std. With mu = 1 - C(n-c, k) / C(n, k), pass@k of the n traces:
 
         right: 1 - mu        wrong: 1 - mu - C(n-c-1, k-1) / C(n-1, k-1)
 
@@ -62,27 +58,24 @@ def pass_at_k(own_BxN: np.ndarray, k: int) -> np.ndarray:
     Returns:
       float32 [B, N].
     """
-    return _by_count(own_BxN, lambda n, c: _pass_at_k(n, c, k))
+    return _by_count(own_BxN, k, _pass_at_k)
 
 
 def max_at_k(own_BxN: np.ndarray, k: int) -> np.ndarray:
-    """PKPO's s^(loo-1) (arXiv 2505.15201): the sum over k-sets I of (max_I r - max of I without i)
-    / C(n, k).
+    """PKPO's s^(loo-1) (arXiv 2505.15201): sum over k-sets I of (max_I r - max_{I-i} r) / C(n, k).
 
     Of 0/1 rewards C(n-c, k-1) / C(n, k) for a right trace and 0 for a wrong one; sum_i s_i grad log
     pi(y_i) is an unbiased gradient of pass@k. Arguments and result as in `pass_at_k`; 0 if n < k.
     """
-    return _by_count(own_BxN, lambda n, c: _max_at_k(n, c, k))
+    return _by_count(own_BxN, k, _max_at_k)
 
 
 def varies(own_BxN: np.ndarray) -> np.ndarray:
-    """Whether two valid rewards differ: `grpo`, `centred`, `leave_one_out` are non-zero somewhere
-    -> bool [B].
-    """
+    """Whether two valid rewards differ, so that a mean is no trace's own reward -> bool [..]."""
     valid = ~np.isnan(own_BxN)
-    return np.where(valid, own_BxN, -np.inf).max(axis=-1) > np.where(valid, own_BxN, np.inf).min(
-        axis=-1
-    )
+    highest = np.where(valid, own_BxN, -np.inf).max(axis=-1)
+    lowest = np.where(valid, own_BxN, np.inf).min(axis=-1)
+    return highest > lowest
 
 
 def differs_at_k(own_BxN: np.ndarray, others: int) -> np.ndarray:
@@ -96,38 +89,50 @@ def differs_at_k(own_BxN: np.ndarray, others: int) -> np.ndarray:
 
 
 def counts(own_BxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(valid traces n, right ones c), int [B] each. Raises ValueError: a reward that is not 0, 1 or
-    NaN.
+    """(valid traces n, right ones c), int [B] each.
+
+    Raises:
+      ValueError: a reward that is not 0, 1 or NaN.
     """
     valid_BxN = ~np.isnan(own_BxN)
     if not np.isin(own_BxN[valid_BxN], (0, 1)).all():
         raise ValueError(
-            "own correctness must be 0, 1 or NaN: sets are scored by whether a right trace is in them."
+            "own correctness must be 0, 1 or NaN: sets are scored by whether a right trace is in "
+            "them."
         )
     return valid_BxN.sum(axis=-1), (own_BxN == 1).sum(axis=-1)
 
 
+class _ByReward(NamedTuple):
+    """The advantages of a problem's traces: all right ones have the same, and all wrong ones."""
+
+    right: float
+    wrong: float
+
+
 def _by_count(
-    own_BxN: np.ndarray, advantages: Callable[[int, int], tuple[float, float]]
+    own_BxN: np.ndarray, k: int, advantages: Callable[[int, int, int], _ByReward]
 ) -> np.ndarray:
-    """float32 [B, N] from advantages(n, c) -> (of a right trace, of a wrong one)."""
-    pairs = [advantages(int(n), int(c)) for n, c in zip(*counts(own_BxN), strict=True)]
-    right_Bx1, wrong_Bx1 = np.array(pairs, np.float64).reshape(-1, 2, 1).swapaxes(0, 1)
-    return np.where(np.isnan(own_BxN), 0.0, np.where(own_BxN == 1, right_Bx1, wrong_Bx1)).astype(
-        np.float32
-    )
+    """float32 [B, N] from `advantages(n, c, k)` of each problem; 0 at NaN."""
+    n_B, c_B = counts(own_BxN)
+    by_reward_B = [advantages(int(n), int(c), k) for n, c in zip(n_B, c_B, strict=True)]
+    right_Bx1 = np.array([[each.right] for each in by_reward_B], np.float64)
+    wrong_Bx1 = np.array([[each.wrong] for each in by_reward_B], np.float64)
+    advantage_BxN = np.where(own_BxN == 1, right_Bx1, wrong_Bx1)
+    return np.where(np.isnan(own_BxN), 0.0, advantage_BxN).astype(np.float32)
 
 
 @functools.lru_cache(maxsize=4096)
-def _pass_at_k(n: int, c: int, k: int) -> tuple[float, float]:
+def _pass_at_k(n: int, c: int, k: int) -> _ByReward:
     if n <= k or c in (0, n):
-        return 0.0, 0.0
+        return _ByReward(0.0, 0.0)
     missed = Fraction(math.comb(n - c, k), math.comb(n, k))
-    return float(missed), float(
-        missed - Fraction(math.comb(n - c - 1, k - 1), math.comb(n - 1, k - 1))
-    )
+    missed_with_it = Fraction(math.comb(n - c - 1, k - 1), math.comb(n - 1, k - 1))
+    return _ByReward(float(missed), float(missed - missed_with_it))
 
 
 @functools.lru_cache(maxsize=4096)
-def _max_at_k(n: int, c: int, k: int) -> tuple[float, float]:
-    return (math.comb(n - c, k - 1) / math.comb(n, k) if n >= k else 0.0), 0.0
+def _max_at_k(n: int, c: int, k: int) -> _ByReward:
+    if n < k:
+        return _ByReward(0.0, 0.0)
+    return _ByReward(math.comb(n - c, k - 1) / math.comb(n, k), 0.0)

@@ -14,15 +14,17 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
-from spiral_jax.learner.blocks import Block
-from spiral_jax.learner.step import TrainState, abstract_state, keeps_base, make_train_step
+from spiral_jax.learner.blocks import Block, abstract_blocks, check_micro_batches
+from spiral_jax.learner.state import TrainState, abstract_state, keeps_base
+from spiral_jax.learner.step import make_train_step
 from spiral_jax.model import hf
+from spiral_jax.model.architecture import check_mesh
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.planning.analytic import ShardedModel, bytes_a_chip
 from spiral_jax.planning.settings import PlanSettings
-from spiral_jax.run.setup import abstract_blocks, check_mesh, check_micro_batches, make_samplers
+from spiral_jax.run.setup import check_training
 from spiral_jax.sampling import programs as sampler_programs
-from spiral_jax.sampling.engine import Engine
+from spiral_jax.sampling.engine import Engine, make_samplers
 from spiral_jax.sampling.weights import abstract_weights
 
 _STOP_IDS = (0, 1)  # which ids end a trace changes no shape, and the tokenizer is not read
@@ -108,24 +110,25 @@ def take_inventory(c: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh)
       ConfigError: heads, columns or groups that it does not divide.
     """
     check_mesh(model.arch, mesh)
-    check_micro_batches(c, mesh)
+    learner = check_training(c).training.learner
+    check_micro_batches(learner.shapes, mesh)
     try:
         engine, _ = make_samplers(c, model, mesh, _STOP_IDS)
     except ConfigError as error:
         raise SamplerMisfit(str(error)) from error
 
     base = None
-    if keeps_base(c, model):
+    if keeps_base(learner, model):
         shapes = hf.abstract_params(model)
-        base = _place_shapes(shapes, meshes.weight_shardings(shapes, mesh))
+        base = meshes.with_shardings(shapes, meshes.weight_shardings(shapes, mesh))
     return Inventory(
         settings=PlanSettings.from_config(c),
         model=model,
         mesh=mesh,
-        train_step=make_train_step(c, model),
+        train_step=make_train_step(learner, model),
         base=base,
-        state=abstract_state(c, model, mesh),
-        blocks=[place_block(block, mesh) for block in abstract_blocks(c)],
+        state=abstract_state(learner, model, mesh),
+        blocks=[place_block(block, mesh) for block in abstract_blocks(learner.shapes)],
         engine=engine,
         decode_weights=abstract_weights(model, mesh),
         slots=[
@@ -138,13 +141,6 @@ def take_inventory(c: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh)
 def place_block(block: Block, mesh: Mesh | AbstractMesh) -> Block:
     """Shapes of a block, with the shardings that training gives it."""
     groups, everywhere = meshes.group_sharding(mesh, leading=1), meshes.replicated(mesh)
-    return _place_shapes(
+    return meshes.with_shardings(
         block, jax.tree.map(lambda leaf: groups if leaf.ndim else everywhere, block)
     )
-
-
-def _place_shapes(tree: Any, shardings: Any) -> Any:
-    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(place, tree, shardings)

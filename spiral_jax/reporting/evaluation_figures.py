@@ -1,5 +1,4 @@
-"""Results of one or two evaluations -> the paper's four figures (arXiv 2606.23595, Fig. 3, 4, 6) as
-PNGs.
+"""One or two evaluations -> the paper's four figures (arXiv 2606.23595, Fig. 3, 4, 6) as PNGs.
 
 One evaluation: a colour for each way to spend compute. Two: a colour for each evaluation, a line
 style for each way.
@@ -7,135 +6,192 @@ style for each way.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from spiral_jax.reporting.training_figures import BLUE, GREEN, ORANGE
+from spiral_jax.reporting.axes import (
+    count_axis,
+    new_figure,
+    plot_curve,
+    round_axis,
+    save,
+    set_note,
+    set_title,
+    tidy,
+)
+from spiral_jax.reporting.style import BLACK, BLUE, GREEN, ORANGE, VERMILION
 
-VERMILION = "#D55E00"  # of the same colour-blind-safe palette (Okabe and Ito, 2008) as curves.py's
-# way to spend compute: its colour when alone, line style, marker
-_STYLES = {
-    "pass@k": (GREEN, "-", "None"),
-    "majority vote": (GREEN, "--", "None"),
-    "RSA": (BLUE, "-", "o"),
-    "aggregated once": (VERMILION, "None", "D"),
-    "single trace by limit": (ORANGE, ":", "s"),
-    "maj@N": (GREEN, "--", "^"),
-    "pass@N": (ORANGE, ":", "s"),
-}
 _SIDES = (ORANGE, BLUE)  # A, B
 _INTERVALS = "bands and bars: 95 % bootstrap interval over problems"
-_SIZE = (7.6, 5.0)
+_WIDTH, _HEIGHT = 7.6, 5.0  # inches
 
 
-def draw(
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """How one way to spend compute looks; `color` is for an evaluation that is alone."""
+
+    color: str
+    linestyle: str
+    marker: str
+
+
+_LOOKS = {
+    "pass@k": _Look(GREEN, "-", "None"),
+    "majority vote": _Look(GREEN, "--", "None"),
+    "RSA": _Look(BLUE, "-", "o"),
+    "aggregated once": _Look(VERMILION, "None", "D"),
+    "single trace by limit": _Look(ORANGE, ":", "s"),
+    "maj@N": _Look(GREEN, "--", "^"),
+    "pass@N": _Look(ORANGE, ":", "s"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Side:
+    """One evaluation of a figure.
+
+    Attributes:
+      measures, settings: of its results.json.
+      color: of all its curves; None: each way has its own.
+      prefix: of its labels.
+    """
+
+    measures: dict[str, Any]
+    settings: dict[str, Any]
+    color: str | None
+    prefix: str
+
+    def plot(
+        self,
+        axes: Axes,
+        way: str,
+        x: Sequence[float],
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        label: str | None = None,
+        **options: Any,
+    ) -> None:
+        """The curve of a way to spend compute, a key of `_LOOKS`; see `axes.plot_curve`."""
+        look = _LOOKS[way]
+        plot_curve(
+            axes,
+            x,
+            rows,
+            label=self.prefix + (label or way),
+            color=self.color or look.color,
+            linestyle=look.linestyle,
+            marker=look.marker,
+            **options,
+        )
+
+    def plot_once(self, axes: Axes, x: float) -> None:
+        """The point of one aggregation."""
+        label = f"aggregated once, of {self.settings['subset_size']} traces"
+        self.plot(axes, "aggregated once", [x], [self.measures["aggregated"]], label=label)
+
+
+def _sides(results: Mapping[str, dict]) -> Iterator[_Side]:
+    if len(results) == 1:
+        (found,) = results.values()
+        yield _Side(found["measures"], found["settings"], None, "")
+        return
+    for color, (name, found) in zip(_SIDES, results.items(), strict=True):
+        yield _Side(found["measures"], found["settings"], color, f"{name}: ")
+
+
+def plot_evaluation(
     results: Mapping[str, dict],
     directory: pathlib.Path,
     efficiency: Mapping[str, Any] | None = None,
 ) -> list[pathlib.Path]:
-    """Writes pass_at_k.png, rsa.png, tokens.png and voting.png into `directory`; returns their
-    paths.
+    """Writes pass_at_k.png, rsa.png, tokens.png and voting.png into `directory`.
 
     Args:
       results: name for the legend -> content of results.json; one, or A and B.
-      efficiency: the last row of `comparison.scaling_efficiency`, drawn between the two pass@k
-      curves.
+      efficiency: the last row of `comparison.scaling_efficiency`, marked between the two pass@k
+        curves.
+
+    Returns:
+      The paths of the pictures.
     """
+    figures = {
+        "pass_at_k": _pass_at_k(results, efficiency),
+        "rsa": _rsa(results),
+        "tokens": _tokens(results),
+        "voting": _voting(results),
+    }
     paths = []
-    for name, picture in (("rsa", _rsa), ("tokens", _tokens), ("voting", _voting)):
-        paths.append(_save(picture(results), directory / f"{name}.png"))
-    return [_save(_pass_at_k(results, efficiency), directory / "pass_at_k.png"), *paths]
+    for name, figure in figures.items():
+        paths.append(directory / f"{name}.png")
+        save(figure, paths[-1])
+    return paths
 
 
 def _pass_at_k(results: Mapping[str, dict], efficiency: Mapping[str, Any] | None) -> Figure:
-    figure, axes = _figure(
-        "Coverage: is any of k independent traces right?", "pass@k (% of problems)"
-    )
-    for name, found in results.items():
-        rows = found["measures"]["pass_at_k"]
-        _curve(axes, results, name, "pass@k", [row["k"] for row in rows], rows)
+    title = "Coverage: is any of k independent traces right?"
+    figure, axes = _figure(title, "pass@k (% of problems)")
+    for side in _sides(results):
+        rows = side.measures["pass_at_k"]
+        side.plot(axes, "pass@k", [row["k"] for row in rows], rows)
     if efficiency:
         _mark_efficiency(axes, list(results), efficiency)
-    _log2_axis(axes, "k, traces sampled for a problem", _powers(results, "n"))
+    most = max(found["settings"]["n"] for found in results.values())
+    count_axis(axes, "k, traces sampled for a problem", most)
     return _finish(figure, axes, results)
 
 
 def _mark_efficiency(axes: Axes, names: Sequence[str], row: Mapping[str, Any]) -> None:
-    """An arrow between the two curves at the highest coverage that both reach, and what its length
-    means.
-    """
-    level, ends = 100 * row["coverage"], (row["samples_b"], row["samples_a"])
-    axes.annotate("", xy=(ends[0], level), xytext=(ends[1], level),
-                  arrowprops={"arrowstyle": "<->", "color": "black", "linewidth": 1.2})  # fmt: skip
+    """An arrow between the curves at the highest coverage that both reach, and what it means."""
+    level = 100 * row["coverage"]
+    axes.annotate(
+        "",
+        xy=(row["samples_b"], level),
+        xytext=(row["samples_a"], level),
+        arrowprops={"arrowstyle": "<->", "color": BLACK, "linewidth": 1.2},
+    )
     bound = f"{row['bound']} " if row["bound"] else ""
     ratio = f"{bound}{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]"
-    axes.set_title(f"For {level:.1f} % coverage {names[0]} needs {ratio} the samples of {names[1]}",
-                   fontsize="medium", loc="left", fontweight="bold")  # fmt: skip
+    title = f"For {level:.1f} % coverage {names[0]} needs {ratio} the samples of {names[1]}"
+    set_title(axes, title)
 
 
 def _rsa(results: Mapping[str, dict]) -> Figure:
-    figure = Figure(figsize=(11.5, 5.0), dpi=150, layout="constrained")
-    axes, entropy = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    _label(axes, "Recursive self-aggregation, by round", "right answers (%)")
+    figure = new_figure(11.5, _HEIGHT)
+    accuracy, entropy = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    _label(accuracy, "Recursive self-aggregation, by round", "right answers (%)")
     _label(entropy, "Do its answers still differ?", "entropy of the answers (nats)")
-    for name, found in results.items():
-        rows = found["measures"]["rsa"]
+    for side in _sides(results):
+        rows = side.measures["rsa"]
         rounds = [row["round"] for row in rows]
-        _curve(axes, results, name, "RSA", rounds, [row["single"] for row in rows], "mean")
-        for way, key in (("pass@N", "pass_at_n"), ("maj@N", "majority")):
-            _curve(axes, results, name, way, rounds, [row[key] for row in rows], band=False)
-        values = [row["entropy"] for row in rows]
-        _curve(entropy, results, name, "RSA", rounds, values, "mean over problems", scale=1)
-    for panel in (axes, entropy):
-        panel.set_xlabel("round of aggregation (0: independent search traces)")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        side.plot(accuracy, "RSA", rounds, [row["single"] for row in rows], label="mean")
+        side.plot(accuracy, "pass@N", rounds, [row["pass_at_n"] for row in rows], band=False)
+        side.plot(accuracy, "maj@N", rounds, [row["majority"] for row in rows], band=False)
+        entropies = [row["entropy"] for row in rows]
+        side.plot(entropy, "RSA", rounds, entropies, label="mean over problems", scale=1)
+    round_axis(accuracy)
+    round_axis(entropy)
     entropy.set_ylim(bottom=0)
     settings = [found["settings"] for found in results.values()]
     shapes = dict.fromkeys(f"population N={s['population']}, set {s['set_size']}" for s in settings)
-    return _finish(figure, axes, results, "; ".join(shapes))
+    return _finish(figure, accuracy, results, "; ".join(shapes))
 
 
 def _tokens(results: Mapping[str, dict]) -> Figure:
     figure, axes = _figure("Accuracy by compute", "right answers (%)")
-    for name, found in results.items():
-        measures = found["measures"]
-        rsa, votes = measures["rsa"], measures["majority_at_k"]
-        _curve(
-            axes,
-            results,
-            name,
-            "RSA",
-            [row["tokens"] for row in rsa],
-            [row["single"] for row in rsa],
-        )
-        _curve(axes, results, name, "majority vote", [row["tokens"] for row in votes], votes)
-        size, aggregated = found["settings"]["subset_size"], measures["aggregated"]
-        _curve(
-            axes,
-            results,
-            name,
-            "aggregated once",
-            [aggregated["tokens"]],
-            [aggregated],
-            _once(size),
-        )
-        limits = measures["limits"]
-        if limits:
-            values = [row["single"] for row in limits]
-            _curve(
-                axes,
-                results,
-                name,
-                "single trace by limit",
-                [row["tokens"] for row in limits],
-                values,
-            )
+    for side in _sides(results):
+        rsa, votes = side.measures["rsa"], side.measures["majority_at_k"]
+        limits = side.measures["limits"]
+        side.plot(axes, "RSA", _tokens_of(rsa), [row["single"] for row in rsa])
+        side.plot(axes, "majority vote", _tokens_of(votes), votes)
+        side.plot_once(axes, side.measures["aggregated"]["tokens"])
+        singles = [row["single"] for row in limits]
+        side.plot(axes, "single trace by limit", _tokens_of(limits), singles)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -144,99 +200,44 @@ def _tokens(results: Mapping[str, dict]) -> Figure:
     return _finish(figure, axes, results)
 
 
+def _tokens_of(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [row["tokens"] for row in rows]
+
+
 def _voting(results: Mapping[str, dict]) -> Figure:
     figure, axes = _figure("Voting against aggregation", "right answers (%)")
     most = 1
-    for name, found in results.items():
-        measures, settings = found["measures"], found["settings"]
-        votes, rsa = measures["majority_at_k"], measures["rsa"]
-        traces = [settings["population"] * (row["round"] + 1) for row in rsa]
-        most = max(most, traces[-1], settings["n"])
-        _curve(axes, results, name, "majority vote", [row["k"] for row in votes], votes)
-        _curve(axes, results, name, "RSA", traces, [row["single"] for row in rsa])
-        size = settings["subset_size"]
-        _curve(
-            axes,
-            results,
-            name,
-            "aggregated once",
-            [size + 1],
-            [measures["aggregated"]],
-            _once(size),
-        )
-    _log2_axis(axes, "traces sampled for a problem (RSA: all rounds so far)", most)
+    for side in _sides(results):
+        votes, rsa = side.measures["majority_at_k"], side.measures["rsa"]
+        traces = [side.settings["population"] * (row["round"] + 1) for row in rsa]
+        most = max(most, traces[-1], side.settings["n"])
+        side.plot(axes, "majority vote", [row["k"] for row in votes], votes)
+        side.plot(axes, "RSA", traces, [row["single"] for row in rsa])
+        side.plot_once(axes, side.settings["subset_size"] + 1)
+    count_axis(axes, "traces sampled for a problem (RSA: all rounds so far)", most)
     return _finish(figure, axes, results)
 
 
-def _once(size: int) -> str:
-    return f"aggregated once, of {size} traces"
-
-
-def _figure(title: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=_SIZE, dpi=150, layout="constrained")
+def _figure(title: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = new_figure(_WIDTH, _HEIGHT)
     axes = figure.subplots()
-    _label(axes, title, y)
+    _label(axes, title, ylabel)
     return figure, axes
 
 
-def _label(axes: Axes, title: str, y: str) -> None:
-    axes.set_title(title, fontsize="medium", loc="left", fontweight="bold")
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+def _label(axes: Axes, title: str, ylabel: str) -> None:
+    set_title(axes, title)
+    axes.set_ylabel(ylabel)
+    tidy(axes)
 
 
-def _curve(
-    axes: Axes, results: Mapping[str, dict], name: str, way: str, x: Sequence[float], rows: Sequence[dict],
-    label: str | None = None, band: bool = True, scale: float = 100,
-) -> None:  # fmt: skip
-    """One curve with its interval; values that are not defined are left out."""
-    own, line, marker = _STYLES[way]
-    color = own if len(results) == 1 else _SIDES[list(results).index(name)]
-    label = label or way
-    known = [(at, row) for at, row in zip(x, rows, strict=True) if row["mean"] is not None]
-    if not known:
-        return
-    at = [place for place, _ in known]
-    mean = scale * np.array([row["mean"] for _, row in known])
-    axes.plot(at, mean, color=color, linestyle=line, marker=marker, markersize=5, markeredgecolor="white",
-              linewidth=1.8, label=label if len(results) == 1 else f"{name}: {label}", zorder=3)  # fmt: skip
-    spread = [(place, row) for place, row in known if row["low"] is not None]
-    if not band or not spread:
-        return
-    at = [place for place, _ in spread]
-    low, high = (scale * np.array([row[end] for _, row in spread]) for end in ("low", "high"))
-    if len(at) == 1:
-        axes.vlines(at, low, high, color=color, linewidth=1.5, zorder=2)
-    else:
-        axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
-
-
-def _log2_axis(axes: Axes, label: str, most: int) -> None:
-    ticks = [1 << i for i in range(most.bit_length())]
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(label)
-
-
-def _powers(results: Mapping[str, dict], setting: str) -> int:
-    return max(found["settings"][setting] for found in results.values())
-
-
-def _finish(figure: Figure, axes: Axes, results: Mapping[str, dict], note: str = "") -> Figure:
-    """Legend, and one line below that says what the picture is of."""
+def _finish(figure: Figure, axes: Axes, results: Mapping[str, dict], shape: str = "") -> Figure:
+    """Adds the legend, and one line below that says what the picture is of."""
     axes.legend(loc="best", fontsize="small", framealpha=0.9)
     axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
     first = next(iter(results.values()))
-    counts = dict.fromkeys(found["problems"]["count"] for found in results.values())
-    what = f"{', '.join(str(count) for count in counts)} problems of {first['problems']['task']}"
-    parts = [what, note, f"T={first['settings']['temperature']:g}", _INTERVALS]
-    figure.supxlabel("; ".join(part for part in parts if part), fontsize=8, color="#555555")
+    counts = dict.fromkeys(str(found["problems"]["count"]) for found in results.values())
+    problems = f"{', '.join(counts)} problems of {first['problems']['task']}"
+    parts = [problems, shape, f"T={first['settings']['temperature']:g}", _INTERVALS]
+    set_note(figure, "; ".join(part for part in parts if part))
     return figure
-
-
-def _save(figure: Figure, path: pathlib.Path) -> pathlib.Path:
-    with path.open("wb") as file:
-        figure.savefig(file, format="png")
-    return path

@@ -1,10 +1,10 @@
-"""A run at a glance: metrics.jsonl and evaluation results -> one PNG of curves, one Markdown table."""
+"""A training run at a glance: its metrics and evaluations -> one PNG."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -12,195 +12,112 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-# Colours of Okabe and Ito (2008), distinct for colour-blind readers; one colour per meaning in all
-# panels.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#555555"
-MEASURES = {  # evaluation key: label, colour and marker of its points
-    "single": ("held-out, single trace", ORANGE, "s"),
-    "majority": ("held-out, majority vote", GREEN, "^"),
-    "aggregated": ("held-out, aggregated", BLUE, "o"),
-}
-ROWS = {  # evaluation key: label in the table
-    "aggregated": "aggregated",
-    "majority": "majority vote",
-    "single": "single trace",
-    "pass_at_n": "pass@N",
-    "parse_rate_search": "parse rate, search",
-    "parse_rate_aggregation": "parse rate, aggregation",
-}
-MISSING = "–"
+from spiral_jax.evaluation.tables import defined_estimate
+from spiral_jax.reporting.axes import new_figure, save, tidy
+from spiral_jax.reporting.series import has_values, running_mean, series, smoothing_window
+from spiral_jax.reporting.style import AGGREGATION, GREY, SEARCH, VOTE
 
 
-def draw_curves(
-    metrics_path: epath.PathLike, evaluations: list[dict], png_path: epath.PathLike
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One of the small figures: metrics over steps.
+
+    Attributes:
+      curves: label -> (key of the metric, colour).
+      scale: what the metrics are multiplied by.
+      legend: whether the labels are shown.
+      from_zero: whether the y axis begins at 0.
+      log_if_wide: whether the y axis is logarithmic where the metric spans more than a factor of
+        30, so that a spike hides nothing.
+    """
+
+    title: str
+    ylabel: str
+    curves: dict[str, tuple[str, str]]
+    scale: float = 1
+    legend: bool = False
+    from_zero: bool = False
+    log_if_wide: bool = False
+
+
+def _by_role(prefix: str) -> dict[str, tuple[str, str]]:
+    return {
+        "search": (f"{prefix}search", SEARCH),
+        "aggregation": (f"{prefix}aggregation", AGGREGATION),
+    }
+
+
+_PANELS = (
+    Panel("mean trace length", "tokens", _by_role("length/"), legend=True, from_zero=True),
+    Panel(
+        "answers that could be parsed",
+        "% of traces",
+        _by_role("verifier/parse_rate_"),
+        scale=100,
+        legend=True,
+    ),
+    Panel("gradient norm", "L2 norm", {"both": ("grad_norm", GREY)}, log_if_wide=True),
+    Panel(
+        "sampler-trainer mismatch",
+        "KL (nats per token)",
+        {"KL": ("mismatch/kl", GREY)},
+        log_if_wide=True,
+    ),
+)
+
+# evaluation key: label, colour and marker of its points
+_HELD_OUT = {
+    "single": ("held-out, single trace", SEARCH, "s"),
+    "majority": ("held-out, majority vote", VOTE, "^"),
+    "aggregated": ("held-out, aggregated", AGGREGATION, "o"),
+}
+
+
+def plot_training(
+    metrics: Sequence[dict], evaluations: Sequence[dict], png_path: epath.PathLike
 ) -> None:
-    """Draws reward, trace length, parse rate, gradient norm and sampler-trainer mismatch over
-    optimizer steps.
+    """Plots reward, trace length, parse rate, gradient norm and mismatch over optimizer steps.
 
     A panel or curve whose metrics are missing, null or NaN throughout is left out; single such
     steps are gaps.
 
     Args:
-      metrics_path: metrics.jsonl, one object a step with `step`.
-      evaluations: held-out results, each with `step` and some of `single`, `majority`, `aggregated`
-        (the fields of `estimators.Estimate` as a dict).
+      metrics: rows of metrics.jsonl, one a step.
+      evaluations: rows of evaluations.jsonl, each with `step` and some of `single`, `majority`,
+        `aggregated` (the fields of `statistics.Estimate` as a dict).
       png_path: file that is written, 1,680 x 840 pixels.
 
     Raises:
-      ValueError: a line of the metrics is no JSON object with `step`, or there is nothing to draw.
+      ValueError: there is nothing to plot.
     """
-    records = _read_metrics(metrics_path)
-    evaluations = sorted(evaluations, key=lambda evaluation: evaluation["step"])
+    metrics = sorted(metrics, key=lambda row: row["step"])
+    evaluations = sorted(evaluations, key=lambda row: row["step"])
     panels = [
-        draw
-        for draw, keys in (
-            (_draw_lengths, ("length/search", "length/aggregation")),
-            (_draw_parse_rates, ("verifier/parse_rate_search", "verifier/parse_rate_aggregation")),
-            (_draw_gradient_norm, ("grad_norm",)),
-            (_draw_mismatch, ("mismatch/kl",)),
-        )
-        if any(_has_values(records, key) for key in keys)
+        panel
+        for panel in _PANELS
+        if any(has_values(metrics, key) for key, _ in panel.curves.values())
     ]
-    has_reward = any(_has_values(records, key) for key in ("reward/aggregated", "reward/search"))
-    has_reward |= any(
-        _estimate(evaluation, name) for evaluation in evaluations for name in MEASURES
+    rewards = ("reward/aggregated", "reward/search")
+    has_reward = any(has_values(metrics, key) for key in rewards) or any(
+        defined_estimate(row, name) for row in evaluations for name in _HELD_OUT
     )
     if not panels and not has_reward:
-        raise ValueError(
-            f"{metrics_path}: none of its metrics can be drawn, and there is no evaluation."
-        )
+        raise ValueError(f"{png_path}: no metric and no evaluation has anything to plot.")
 
-    figure = Figure(figsize=(14, 7), dpi=120, layout="constrained")
-    places = (
-        figure.subfigures(1, 2, width_ratios=(1, 1.15))
-        if panels and has_reward
-        else [figure, figure]
-    )
+    figure = new_figure(14, 7, dpi=120)
+    left, right = figure, figure
+    if panels and has_reward:
+        left, right = figure.subfigures(1, 2, width_ratios=(1, 1.15))
     if has_reward:
-        _draw_reward(places[0].subplots(), records, evaluations)
+        _plot_reward(left.subplots(), metrics, evaluations)
     if panels:
-        for draw, axes in zip(panels, _grid(places[1], len(panels)), strict=True):
-            draw(axes, records)
+        for panel, axes in zip(panels, _grid(right, len(panels)), strict=True):
+            _plot_panel(axes, panel, metrics)
     for axes in figure.axes:
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    with epath.Path(png_path).open("wb") as file:
-        figure.savefig(file, format="png")
-
-
-def evaluation_table(evaluations: list[dict]) -> str:
-    """A Markdown table of the first and the last evaluation, in percent, and the change between
-    them in points.
-
-    Args:
-      evaluations: each with `step`; estimates (dicts with mean, low, high, count) and rates
-        (floats) as listed in `ROWS`, any of them absent or None. With one step only, there is no
-        last column and no change.
-
-    Returns:
-      The table, then a line that says what the intervals are and how many problems they are over.
-
-    Raises:
-      ValueError: there are no evaluations.
-    """
-    if not evaluations:
-        raise ValueError("evaluations = []: a table needs at least one evaluation.")
-    ordered = sorted(evaluations, key=lambda evaluation: evaluation["step"])
-    shown = (
-        [ordered[0], ordered[-1]] if ordered[0]["step"] != ordered[-1]["step"] else [ordered[-1]]
-    )
-    heads = ["measure (%)"] + [f"step {evaluation['step']}" for evaluation in shown]
-    heads += ["change (points)"] if len(shown) == 2 else []
-    rows = []
-    for name, label in ROWS.items():
-        means = [_mean(evaluation, name) for evaluation in shown]
-        if all(mean is None for mean in means):
-            continue
-        row = [label] + [_cell(evaluation, name) for evaluation in shown]
-        if len(shown) == 2:
-            row.append(MISSING if None in means else f"{100 * (means[1] - means[0]):+z.1f}")
-        rows.append(row)
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    counts = {
-        _estimate(evaluation, name)["count"]
-        for evaluation in shown
-        for name in ROWS
-        if _estimate(evaluation, name)
-    }
-    if counts:
-        span = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-        text += f"\n\nMean [95 % interval over problems]; {span} held-out problems."
-    return text + "\n"
-
-
-def _read_metrics(path: epath.PathLike) -> list[dict]:
-    """The records of metrics.jsonl in order of their step."""
-    records = []
-    for number, line in enumerate(epath.Path(path).read_text().splitlines(), start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not (isinstance(record, dict) and isinstance(record.get("step"), int | float)):
-            raise ValueError(
-                f"{path}, line {number}: {line[:80]!r} is not a JSON object with a number `step`."
-            )
-        records.append(record)
-    return sorted(records, key=lambda record: record["step"])
-
-
-def _is_number(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _has_values(records: list[dict], key: str) -> bool:
-    return any(_is_number(record.get(key)) for record in records)
-
-
-def _series(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """(step [n], value [n]) of a metric, float64; NaN where it is missing."""
-    steps = np.array([record["step"] for record in records], np.float64)
-    values = [record[key] if _is_number(record.get(key)) else np.nan for record in records]
-    return steps, np.array(values, np.float64)
-
-
-def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of each value and those up to `window - 1` before it, NaN left out; NaN where there
-    is none.
-    """
-    known = ~np.isnan(values)
-    sums = np.cumsum(np.where(known, values, 0.0))
-    counts = np.cumsum(known)
-    sums[window:], counts[window:] = (
-        sums[window:] - sums[:-window],
-        counts[window:] - counts[:-window],
-    )
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-
-def _estimate(evaluation: dict, name: str) -> dict | None:
-    """An evaluation's estimate, None if it is absent, undefined or a plain rate."""
-    estimate = evaluation.get(name)
-    return estimate if isinstance(estimate, dict) and _is_number(estimate["mean"]) else None
-
-
-def _mean(evaluation: dict, name: str) -> float | None:
-    value = evaluation.get(name)
-    value = value["mean"] if isinstance(value, dict) else value
-    return value if _is_number(value) else None
-
-
-def _cell(evaluation: dict, name: str) -> str:
-    mean, estimate = _mean(evaluation, name), _estimate(evaluation, name)
-    if mean is None:
-        return MISSING
-    text = f"{100 * mean:z.1f}"
-    if estimate and _is_number(estimate["low"]) and _is_number(estimate["high"]):
-        text += f" [{100 * estimate['low']:z.1f}, {100 * estimate['high']:z.1f}]"
-    return text
+        tidy(axes)
+    save(figure, png_path)
 
 
 def _grid(figure: Figure | SubFigure, panels: int) -> list[Axes]:
@@ -212,88 +129,67 @@ def _grid(figure: Figure | SubFigure, panels: int) -> list[Axes]:
     return axes[:panels]
 
 
-def _draw_reward(axes: Axes, records: list[dict], evaluations: list[dict]) -> None:
-    key = "reward/aggregated" if _has_values(records, "reward/aggregated") else "reward/search"
-    if _has_values(records, key):
-        label = f"training, {'aggregated' if key == 'reward/aggregated' else 'search'}"
-        _draw_smoothed(
-            axes, *_series(records, key), BLUE if key == "reward/aggregated" else ORANGE, label
-        )
-    span = max(
-        [record["step"] for record in records] + [evaluation["step"] for evaluation in evaluations]
-    )
-    for place, (name, (label, color, marker)) in enumerate(MEASURES.items()):
-        found = [(evaluation["step"], _estimate(evaluation, name)) for evaluation in evaluations]
-        found = [(step, estimate) for step, estimate in found if estimate]
-        if not found:
+def _plot_reward(axes: Axes, metrics: Sequence[dict], evaluations: Sequence[dict]) -> None:
+    """The training reward as a curve, held-out shares as points with bars."""
+    if has_values(metrics, "reward/aggregated"):
+        _plot_smoothed(axes, metrics, "reward/aggregated", AGGREGATION, "training, aggregated")
+    elif has_values(metrics, "reward/search"):
+        _plot_smoothed(axes, metrics, "reward/search", SEARCH, "training, search")
+    span = max(row["step"] for row in [*metrics, *evaluations])
+    for place, (name, (label, color, marker)) in enumerate(_HELD_OUT.items()):
+        held = [row for row in evaluations if defined_estimate(row, name)]
+        if not held:
             continue
         # side by side, so that bars at the same step do not hide each other
-        steps = [step + (place - 1) * 0.008 * span for step, _ in found]
-        means = [estimate["mean"] for _, estimate in found]
-        errors = [1.96 * (estimate["standard_error"] or 0.0) for _, estimate in found]
-        axes.errorbar(steps, means, yerr=errors, color=color, marker=marker, markersize=7, linestyle=":", linewidth=1,
-                      elinewidth=1.5, capsize=3, markeredgecolor="white", label=label, zorder=3)  # fmt: skip
-    axes.set_title(
-        "reward (share of correct answers; bars: 95 % interval over problems)", fontsize="medium"
-    )
+        aside = (place - 1) * 0.008 * span
+        axes.errorbar(
+            [row["step"] + aside for row in held],
+            [row[name]["mean"] for row in held],
+            yerr=[1.96 * (row[name]["standard_error"] or 0.0) for row in held],
+            color=color,
+            marker=marker,
+            markersize=7,
+            markeredgecolor="white",
+            linestyle=":",
+            linewidth=1,
+            elinewidth=1.5,
+            capsize=3,
+            label=label,
+            zorder=3,
+        )
+    title = "reward (share of correct answers; bars: 95 % interval over problems)"
+    axes.set_title(title, fontsize="medium")
     axes.set_ylabel("reward")
     axes.legend(loc="best", fontsize="small")
 
 
-def _draw_smoothed(
-    axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, label: str
+def _plot_panel(axes: Axes, panel: Panel, metrics: Sequence[dict]) -> None:
+    for label, (key, color) in panel.curves.items():
+        if not has_values(metrics, key):
+            continue
+        _plot_smoothed(axes, metrics, key, color, label, panel.scale)
+        values = series(metrics, key)
+        if panel.log_if_wide and 0 < np.nanmin(values) < np.nanmax(values) / 30:
+            axes.set_yscale("log")
+    if panel.legend:
+        axes.legend(loc="best", fontsize="small")
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
+    axes.set_title(panel.title, fontsize="medium")
+    axes.set_ylabel(panel.ylabel)
+
+
+def _plot_smoothed(
+    axes: Axes, metrics: Sequence[dict], key: str, color: str, label: str, scale: float = 1
 ) -> None:
-    """A thin curve of every step and, where there are enough steps, a bold one of the running mean."""
-    window = len(values) // 20
-    point = (
-        "." if len(values) < 30 else ""
-    )  # a lone point between gaps would be invisible as a line
+    """A thin curve of every step and, where there are enough steps, a bold one of the means."""
+    steps, values = series(metrics, "step"), series(metrics, key, scale)
+    window = smoothing_window(len(values))
+    # a lone point between gaps would be invisible as a line
+    marker = "." if len(values) < 30 else ""
     if window < 2:
-        axes.plot(steps, values, color=color, linewidth=1.5, marker=point, label=label)
+        axes.plot(steps, values, color=color, linewidth=1.5, marker=marker, label=label)
         return
     axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.4)
-    mean = _running_mean(values, window)
+    mean = running_mean(values, before=window - 1)
     axes.plot(steps, mean, color=color, linewidth=2, label=f"{label} (mean of {window} steps)")
-
-
-def _draw_roles(axes: Axes, records: list[dict], prefix: str, scale: float) -> None:
-    for role, color in (("search", ORANGE), ("aggregation", BLUE)):
-        if _has_values(records, f"{prefix}{role}"):
-            steps, values = _series(records, f"{prefix}{role}")
-            _draw_smoothed(axes, steps, scale * values, color, role)
-    axes.legend(loc="best", fontsize="small")
-
-
-def _draw_lengths(axes: Axes, records: list[dict]) -> None:
-    _draw_roles(axes, records, "length/", 1)
-    axes.set_ylim(bottom=0)
-    axes.set_title("mean trace length", fontsize="medium")
-    axes.set_ylabel("tokens")
-
-
-def _draw_parse_rates(axes: Axes, records: list[dict]) -> None:
-    _draw_roles(axes, records, "verifier/parse_rate_", 100)
-    axes.set_title("answers that could be parsed", fontsize="medium")
-    axes.set_ylabel("% of traces")
-
-
-def _draw_gradient_norm(axes: Axes, records: list[dict]) -> None:
-    _draw_diagnostic(axes, records, "grad_norm")
-    axes.set_title("gradient norm", fontsize="medium")
-    axes.set_ylabel("L2 norm")
-
-
-def _draw_mismatch(axes: Axes, records: list[dict]) -> None:
-    _draw_diagnostic(axes, records, "mismatch/kl")
-    axes.set_title("sampler-trainer mismatch", fontsize="medium")
-    axes.set_ylabel("KL (nats per token)")
-
-
-def _draw_diagnostic(axes: Axes, records: list[dict], key: str) -> None:
-    """One metric, on a logarithmic scale where it spans more than a factor of 30, so that a spike
-    hides nothing.
-    """
-    steps, values = _series(records, key)
-    _draw_smoothed(axes, steps, values, GREY, key)
-    if np.nanmin(values) > 0 and np.nanmax(values) > 30 * np.nanmin(values):
-        axes.set_yscale("log")

@@ -1,7 +1,7 @@
-"""Dynamic sampling: a stream of rollouts -> the first B problems in cursor order with a signal, and
-loss weights.
+"""Dynamic sampling: which problems are tried for a batch, and which of them are kept.
 
-A step's batch is a pure function of the policy, the step and the cursor, so a killed step is simply
+The batch is the first B problems in cursor order with a non-zero advantage, never in completion
+order. So it is a pure function of the policy, the step and the cursor, and a killed step is simply
 run again.
 """
 
@@ -9,25 +9,62 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from spiral_jax.core.config import ConfigError
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.groups import Groups, Role, Stop
 from spiral_jax.core.metrics import Mean
-from spiral_jax.objective import estimators as advantages
-from spiral_jax.objective import weights as loss_weights
-from spiral_jax.rollout.feed import RolloutFeed
-from spiral_jax.rollout.requests import Actor, Rollouts
+from spiral_jax.objective.advantages import Advantages, concat_advantages
+from spiral_jax.objective.settings import ObjectiveSettings
+from spiral_jax.prompts.prompts import search_prompt
+from spiral_jax.prompts.scaffold import Scaffold
+from spiral_jax.rollout.credit import Credit, give_credit
+from spiral_jax.rollout.requests import Asked
+from spiral_jax.rollout.settings import DynamicSampling
+from spiral_jax.rollout.traces import Rollouts, concat_rollouts
+from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.rewards import Status, Verdict
 from spiral_jax.verifier.verifier import check_error_rate
+
+_PRIOR = 8  # decided problems that config.sampling.keep_rate weighs as much as
+_MOST_TOO_LONG = 10_000  # in a row
 
 
 class NoSignal(UserError):
-    """Too few problems with a non-zero advantage: the task is too easy, too hard, or its verifier
-    is broken.
+    """Too few problems with a non-zero advantage: too easy, too hard, or a broken verifier."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A task's stream of training problems, with their prompts.
+
+    Attributes:
+      train: cursor -> problem.
+      max_problem_tokens: problems with a longer search prompt are left out and counted.
     """
+
+    train: Callable[[int], Problem]
+    scaffold: Scaffold
+    max_problem_tokens: int
+
+    def from_cursor(self, cursor: int) -> Asked:
+        """The first problem at or behind `cursor` that is not too long.
+
+        Raises:
+          ConfigError: thousands in a row are.
+        """
+        for at in range(cursor, cursor + _MOST_TOO_LONG):
+            problem = self.train(at)
+            prompt_P = search_prompt(self.scaffold, problem.text)
+            if len(prompt_P) <= self.max_problem_tokens:
+                return Asked(at, problem, prompt_P)
+        raise ConfigError(
+            f"none of {_MOST_TOO_LONG:,} problems from cursor {cursor} has a search prompt of at "
+            f"most config.prompt.max_problem_tokens = {self.max_problem_tokens} tokens: raise it."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,208 +72,193 @@ class Batch:
     """What one optimizer step learns from.
 
     Attributes:
-      rollouts: the first B kept problems in cursor order, advantages filled in (after the length
-      gate).
+      rollouts: the first B kept problems in cursor order, advantages behind the length gate.
+      credit: of each of `rollouts.stages`.
       discarded: the problems before `next_cursor` that were not kept, with advantage 0; for the
-      trace log alone.
-      search_weight_UxC: loss weights of the search traces.
-      aggregation_weight_UxC: of the aggregation traces, round by round; None without that stage.
+        trace log alone.
       next_cursor: behind the last kept problem: where the next step starts.
-      sampled_tokens: of everything that was drawn for this batch, abandoned traces too.
-      metrics: (sum, count) metrics and counts for the log.
+      metrics: (sum, count) metrics and counts for the log, of all problems that were decided.
     """
 
     rollouts: Rollouts
+    credit: list[Credit]
     discarded: Rollouts
-    search_weight_UxC: np.ndarray
-    aggregation_weight_UxC: np.ndarray | None
     next_cursor: int
-    sampled_tokens: int
     metrics: dict[str, Mean | float]
 
-
-def collect_batch(actor: Actor, weights: Any, step: int, cursor: int) -> Batch:
-    """Dynamic sampling: tries problems in cursor order until B of them have a non-zero advantage.
-
-    The batch is the first B kept ones in cursor order, never in completion order; what is kept
-    beyond them, and what still runs when they are known, is discarded, counted, and tried again by
-    the next step. At most `sampling.max_ratio` * B problems are tried; then B / 4 kept ones are
-    enough.
-
-    Raises:
-      NoSignal: fewer than that, with the histogram of rewards.
-      VerifierFailure: our own failures exceed `config.verifier.max_error_rate`.
-    """
-    c, B = actor.c, actor.c.batch.problems
-    with RolloutFeed(
-        actor, step, cursor, keep=lambda rollouts: bool(find_advantages(c, rollouts).keep_B[0])
-    ) as feed:
-        with actor.progress.phase("sampling"):
-            of_sampler = actor.sampler.stream(weights, feed)
-        rollouts, counts, verdicts = feed.decided()
-    check_error_rate(verdicts, c.verifier.max_error_rate)
-    found = find_advantages(c, rollouts)
-    kept = np.flatnonzero(found.keep_B)
-    index = kept[:B]
-    if len(index) < max(1, B / 4):
-        raise NoSignal(_no_signal_message(c, rollouts, len(index), int(found.starved_B.sum())))
-    next_cursor = int(rollouts.cursor_B[index[-1]]) + 1 if len(index) == B else feed.next_cursor
-    counts.update(tried=feed.tried, kept=len(index), surplus=len(kept) - len(index), too_long=feed.too_long,
-                  undecided=feed.tried - len(rollouts), starved=int(found.starved_B.sum()))  # fmt: skip
-    metrics = _metrics(rollouts, found, counts) | of_sampler
-    batch, (search_weight, *read_weight) = weigh(c, rollouts.take(index), found.take(index))
-    sampled_tokens = int(of_sampler["sampling/generated_tokens"])
-    discarded = rollouts.take(np.flatnonzero(~found.keep_B & (rollouts.cursor_B < next_cursor)))
-    discarded = discarded.with_advantages(
-        [np.zeros(g.trace_len_UxC.shape, np.float32) for g in discarded.stages]
-    )
-    aggregation_weight = np.concatenate(read_weight) if read_weight else None
-    return Batch(
-        batch, discarded, search_weight, aggregation_weight, next_cursor, sampled_tokens, metrics
-    )
+    @property
+    def roles(self) -> dict[Role, tuple[Groups, np.ndarray]]:
+        """Groups and loss weights [U, C] of each role; aggregations round by round."""
+        roles = {Role.SEARCH: (self.rollouts.search, self.credit[0].weight_UxC)}
+        if self.rollouts.rounds:
+            weight_UxC = np.concatenate([credit.weight_UxC for credit in self.credit[1:]])
+            roles[Role.AGGREGATION] = (self.rollouts.aggregation, weight_UxC)
+        return roles
 
 
-@dataclasses.dataclass(frozen=True)
-class AdvantagesOfRounds:
-    """Of B problems: one of `advantages.Advantages` for each of `Rollouts.rewards`.
+class FirstKept:
+    """The problems of a step, as they are tried, decided and kept: the `feed.Problems` of training.
 
-    The traces of a round that another one reads earn both: against the others of their own set, and
-    by the sets of the next round that they are in. So the rounds' objectives are added up, as any
-    of them may be the last one at evaluation; how search serves the second round and later ones is
-    left to the first.
+    Problems enter in cursor order as long as those on the way will probably not fill the batch. At
+    most `settings.most_tried` are tried; then B / 4 kept ones are enough.
+
+    Args:
+      cursor: where the step starts in the task's stream.
     """
 
-    rounds: list[advantages.Advantages]
+    def __init__(self, settings: DynamicSampling, source: Source, cursor: int):
+        self._settings, self._source = settings, source
+        self._cursor = cursor  # behind the last problem that was tried
+        self._tried: list[int] = []  # cursors, ascending
+        self._decided: dict[int, tuple[Rollouts, Advantages]] = {}  # by cursor, B = 1 each
+        self._kept = 0  # of those decided
+        self._too_long = 0
+
+    def next(self) -> Asked | None:
+        """The next problem to try, if one is wanted."""
+        if not self._wants_more():
+            return None
+        asked = self._source.from_cursor(self._cursor)
+        self._too_long += asked.cursor - self._cursor
+        self._cursor = asked.cursor + 1
+        self._tried.append(asked.cursor)
+        return asked
+
+    def add(self, rollouts: Rollouts, advantages: Advantages) -> None:
+        """Decides one problem (B = 1): it is kept if it has a signal."""
+        self._decided[int(rollouts.cursor_B[0])] = rollouts, advantages
+        self._kept += int(advantages.keep_B[0])
 
     @property
-    def starved_B(self) -> np.ndarray:
-        return np.any([found.starved_B for found in self.rounds], axis=0)
+    def exhausted(self) -> bool:
+        """Whether no problem is wanted any more, whatever becomes of those on the way."""
+        return self.complete
 
     @property
-    def keep_B(self) -> np.ndarray:
-        return np.any([found.keep_B for found in self.rounds], axis=0) & ~self.starved_B
+    def complete(self) -> bool:
+        """Whether the first B kept problems are known, or all that may be tried are decided."""
+        kept = 0
+        for cursor in self._tried:
+            if cursor not in self._decided:
+                return False
+            kept += int(self._decided[cursor][1].keep_B[0])
+            if kept == self._settings.problems:
+                return True
+        return len(self._tried) >= self._settings.most_tried
 
-    def take(self, index: np.ndarray) -> AdvantagesOfRounds:
-        return AdvantagesOfRounds([found.take(index) for found in self.rounds])
+    def _wants_more(self) -> bool:
+        """Whether those on the way will probably not fill the batch, at the rate so far."""
+        s, decided = self._settings, len(self._decided)
+        rate = (self._kept + _PRIOR * s.keep_rate) / (decided + _PRIOR)
+        expected = self._kept + (len(self._tried) - decided) * rate
+        return len(self._tried) < s.most_tried and expected < s.problems
 
-    def by_stage(self) -> list[np.ndarray]:
-        """Of the traces of search and of every round, before the length gate: [B, N], then [B, K,
-        M] each.
+    def batch(self, objective: ObjectiveSettings) -> Batch:
+        """The first B kept problems, with their credit.
+
+        What is kept beyond them, and what still runs, is discarded and counted; the next step tries
+        it again.
+
+        Raises:
+          NoSignal: fewer than B / 4, with the histogram of rewards.
+          VerifierFailure: our own failures exceed `config.verifier.max_error_rate`.
         """
-        first, *later = (found.search_BxN for found in self.rounds)
-        own = [
-            found.aggregation_BxKxM for found in self.rounds if found.aggregation_BxKxM is not None
-        ]
-        for r, read_BxN in enumerate(later):
-            own[r] = own[r] + read_BxN.reshape(own[r].shape)
-        return [first, *own]
+        decided = [self._decided[cursor] for cursor in self._tried if cursor in self._decided]
+        rollouts = concat_rollouts([of_problem for of_problem, _ in decided])
+        advantages = concat_advantages([of_problem for _, of_problem in decided])
+        check_error_rate(_verdicts(rollouts), self._settings.max_error_rate)
 
+        B = self._settings.problems
+        kept = np.flatnonzero(advantages.keep_B)
+        first = kept[:B]
+        starved = int(advantages.starved_B.sum())
+        if len(first) < max(1, B / 4):
+            raise NoSignal(_no_signal_message(rollouts, len(first), starved, B))
+        next_cursor = self._cursor
+        if len(first) == B:
+            next_cursor = int(rollouts.cursor_B[first[-1]]) + 1
 
-def find_advantages(c: ConfigDict, rollouts: Rollouts) -> AdvantagesOfRounds:
-    """Advantages of verified rollouts under config.loss.estimator, before the length gate."""
-    return AdvantagesOfRounds(
-        [advantages.compute(c.loss.estimator, rewards) for rewards in rollouts.rewards()]
-    )
-
-
-def weigh(
-    c: ConfigDict, kept: Rollouts, found: AdvantagesOfRounds
-) -> tuple[Rollouts, list[np.ndarray]]:
-    """Gates the advantages of the kept problems and turns them into loss weights.
-
-    Returns:
-      the problems with gated advantages (those of being aggregated and of being read again added
-      up), and the loss weights of each of `Rollouts.stages`, float32 [U, C].
-    """
-    loss, stages = c.loss, kept.stages
-    advantage = [np.zeros(groups.trace_len_UxC.shape, np.float32) for groups in stages]
-    weight = [np.zeros_like(advantage_UxC) for advantage_UxC in advantage]
-
-    def add(stage: int, gated: np.ndarray, weights: np.ndarray) -> None:
-        advantage[stage] += gated.reshape(advantage[stage].shape)
-        weight[stage] += weights.reshape(weight[stage].shape)
-
-    for r, (of_round, rewards) in enumerate(zip(found.rounds, kept.rewards(), strict=True)):
-        gated_BxN = _gated(c, stages[r], of_round.search_BxN)
-        length_BxN = stages[r].trace_len_UxC.reshape(gated_BxN.shape)
-        add(r, gated_BxN, loss_weights.search_weights(
-            loss.estimator, loss.normalizer, gated_BxN, rewards, length_BxN, loss.search_weight
-        ))  # fmt: skip
-        if of_round.aggregation_BxKxM is not None:
-            gated_BxKxM = _gated(c, stages[r + 1], of_round.aggregation_BxKxM)
-            add(r + 1, gated_BxKxM, loss_weights.aggregation_weights(
-                loss.normalizer, gated_BxKxM, rewards.aggregated_BxKxM, loss.aggregation_weight
-            ))  # fmt: skip
-    return kept.with_advantages(advantage), weight
-
-
-def _gated(c: ConfigDict, groups: Groups, advantage: np.ndarray) -> np.ndarray:
-    """Advantages of the traces of a stage behind the length gate; their shape may be any that lists
-    the same traces.
-    """
-    length, stop = (a.reshape(advantage.shape) for a in (groups.trace_len_UxC, groups.stop_UxC))
-    return advantages.length_gate(
-        advantage, length, stop, groups.requests.max_tokens, c.loss.length_gate
-    )
-
-
-def _no_signal_message(c: ConfigDict, rollouts: Rollouts, kept: int, starved: int) -> str:
-    reward = rollouts.stages[-1].reward_UxC.reshape(len(rollouts), -1)
-    per_problem = np.nansum(reward, axis=1).astype(int)
-    histogram = ", ".join(
-        f"{right} right: {count}" for right, count in sorted(Counter(per_problem.tolist()).items())
-    )
-    return (
-        f"only {kept} of {len(rollouts)} problems have a non-zero advantage (batch.problems = {c.batch.problems}, at "
-        f"least a quarter is needed; {starved} were lost to verifier failures). Right answers a problem, of "
-        f"{reward[0].size}: {histogram}. The task is too easy, too hard, or its answers are not understood: look at "
-        "the traces, or change the task."
-    )
-
-
-def _metrics(
-    rollouts: Rollouts, found: AdvantagesOfRounds, counts: Counter
-) -> dict[str, Mean | float]:
-    """What is logged about a batch: rewards and lengths of all that was tried, and every count."""
-    metrics: dict[str, Mean | float] = {f"sampling/{name}": float(counts[name]) for name in
-                                        ("tried", "kept", "surplus", "undecided", "too_long", "starved")}  # fmt: skip
-    metrics |= _reward_metrics(rollouts)
-    advantage, *read = found.by_stage()
-    metrics |= _role_metrics(Role.SEARCH, rollouts.search, advantage, counts)
-    if rollouts.rounds:
-        metrics |= _role_metrics(
-            Role.AGGREGATION, rollouts.aggregation, np.concatenate(read), counts
+        discarded = np.flatnonzero(~advantages.keep_B & (rollouts.cursor_B < next_cursor))
+        counts = {
+            "tried": len(self._tried),
+            "kept": len(first),
+            "surplus": len(kept) - len(first),
+            "undecided": len(self._tried) - len(decided),
+            "too_long": self._too_long,
+            "starved": starved,
+        }
+        metrics = {f"sampling/{name}": float(count) for name, count in counts.items()}
+        chosen = rollouts.take(first)
+        credit = give_credit(chosen, advantages.take(first), objective)
+        return Batch(
+            rollouts=chosen.with_advantages([of_stage.advantage_UxC for of_stage in credit]),
+            credit=credit,
+            discarded=_without_advantages(rollouts.take(discarded)),
+            next_cursor=next_cursor,
+            metrics=metrics | _rollout_metrics(rollouts, advantages),
         )
-        for name in ("removed_special", "dropped", "empty"):
-            metrics[f"candidates/{name}"] = float(counts[f"aggregation_{name}"])
+
+
+def _without_advantages(rollouts: Rollouts) -> Rollouts:
+    return rollouts.with_advantages(
+        [np.zeros(groups.trace_len_UxC.shape, np.float32) for groups in rollouts.stages]
+    )
+
+
+def _verdicts(rollouts: Rollouts) -> list[Verdict]:
+    return [verdict for groups in rollouts.stages for verdict in groups.verdict_UxC.reshape(-1)]
+
+
+def _no_signal_message(rollouts: Rollouts, kept: int, starved: int, B: int) -> str:
+    reward = rollouts.stages[-1].reward_UxC.reshape(len(rollouts), -1)
+    right = Counter(np.nansum(reward, axis=1).astype(int).tolist())
+    histogram = ", ".join(f"{n} right: {count}" for n, count in sorted(right.items()))
+    return (
+        f"only {kept} of {len(rollouts)} problems have a non-zero advantage (batch.problems = {B}, "
+        f"at least a quarter is needed; {starved} were lost to verifier failures). Right answers a "
+        f"problem, of {reward[0].size}: {histogram}. The task is too easy, too hard, or its answers "
+        "are not understood: look at the traces, or change the task."
+    )
+
+
+# --- what is logged of all that was decided -------------------------------------------------------
+
+
+def _rollout_metrics(rollouts: Rollouts, advantages: Advantages) -> dict[str, Mean | float]:
+    metrics = _reward_metrics(rollouts)
+    search, *rounds = advantages.by_stage()
+    metrics |= _role_metrics(Role.SEARCH, rollouts.search, search)
+    if rollouts.rounds:
+        aggregation = np.concatenate(rounds)
+        metrics |= _role_metrics(Role.AGGREGATION, rollouts.aggregation, aggregation)
     return metrics
 
 
 def _reward_metrics(rollouts: Rollouts) -> dict[str, Mean]:
     """Of search, of the last round, and of those before it by their number."""
-    names = ["search", *(f"aggregated_round_{r}" for r in range(1, len(rollouts.rounds) + 1))]
+    names = ["search"]
     if rollouts.rounds:
-        names[-1] = "aggregated"
-    valid = [groups.reward_UxC[~np.isnan(groups.reward_UxC)] for groups in rollouts.stages]
-    return {
-        f"reward/{name}": Mean(float(r.sum()), float(r.size))
-        for name, r in zip(names, valid, strict=True)
-    }
+        names += [f"aggregated_round_{r}" for r in range(1, len(rollouts.rounds))] + ["aggregated"]
+    metrics = {}
+    for name, groups in zip(names, rollouts.stages, strict=True):
+        valid = groups.reward_UxC[~np.isnan(groups.reward_UxC)]
+        metrics[f"reward/{name}"] = Mean(float(valid.sum()), float(valid.size))
+    return metrics
 
 
-def _role_metrics(
-    role: Role, groups: Groups, advantage: np.ndarray, counts: Counter
-) -> dict[str, Mean | float]:
-    traces = float(groups.trace_len_UxC.size)
-    of_role = {status: float(counts[f"{role.label}_{status}"]) for status in
-               ("correct", "wrong", "unparsed", "timeout", "error")}  # fmt: skip
-    return {
-        f"length/{role.label}": Mean(float(groups.trace_len_UxC.sum()), traces),
-        f"length/cut_off_{role.label}": Mean(float((groups.stop_UxC == Stop.LENGTH).sum()), traces),
-        f"verifier/parse_rate_{role.label}": Mean(of_role["correct"] + of_role["wrong"], traces),
-        **{f"verifier/{status}_{role.label}": count for status, count in of_role.items()},
-        f"advantage/{role.label}_abs": Mean(float(np.abs(advantage).sum()), float(advantage.size)),
-        f"advantage/{role.label}_nonzero": Mean(
-            float((advantage != 0).sum()), float(advantage.size)
-        ),
+def _role_metrics(role: Role, groups: Groups, advantage: np.ndarray) -> dict[str, Mean | float]:
+    label, traces = role.label, float(groups.trace_len_UxC.size)
+    statuses = Counter(verdict.status for verdict in groups.verdict_UxC.reshape(-1))
+    parsed = float(statuses[Status.CORRECT] + statuses[Status.WRONG])
+    cut_off = float((groups.stop_UxC == Stop.LENGTH).sum())
+    metrics: dict[str, Mean | float] = {
+        f"length/{label}": Mean(float(groups.trace_len_UxC.sum()), traces),
+        f"length/cut_off_{label}": Mean(cut_off, traces),
+        f"verifier/parse_rate_{label}": Mean(parsed, traces),
     }
+    for status in Status:
+        metrics[f"verifier/{status.value}_{label}"] = float(statuses[status])
+    size = float(advantage.size)
+    metrics[f"advantage/{label}_abs"] = Mean(float(np.abs(advantage).sum()), size)
+    metrics[f"advantage/{label}_nonzero"] = Mean(float((advantage != 0).sum()), size)
+    return metrics

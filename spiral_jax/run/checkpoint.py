@@ -1,66 +1,45 @@
 """Checkpoints: (trained state, loop record) -> files -> the same state, on this mesh or another.
 
 A thin layer over orbax's `CheckpointManager`, which writes in the background, commits by renaming
-and deletes old ones.
-What it adds is a checksum for every array: orbax's files carry none that covers the values, so a
-flipped bit can come back as a wrong weight without an error. A damaged checkpoint is set aside,
-never deleted.
+and deletes old ones. What it adds is a checksum for every array (`saved_arrays`). A damaged
+checkpoint is set aside, never deleted; a save that fails costs a checkpoint, not the run (`Saver`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from spiral_jax.core import faults
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import path_name
+from spiral_jax.run import stacked_checkpoints
+from spiral_jax.run.retention import Retention, manager_options
+from spiral_jax.run.saved_arrays import (
+    changed_arrays,
+    describe,
+    differences,
+    few,
+    header_crc32,
+    named_leaves,
+)
+from spiral_jax.run.watchdog import deadline
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written or read; the message names the directory, the step and
-    what to do.
-    """
+    """A checkpoint that cannot be written or read; names the directory, the step and what to do."""
 
 
 class Damaged(CheckpointError):
     """A checkpoint whose files are not what was written."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay when a new one is complete; the others are deleted.
-
-    Attributes:
-      keep: so many newest ones, >= 1.
-      every: and those whose step is a multiple of it; 0 = none.
-      scores: and of the checkpoints that there are, the one with the highest score. Asked at each
-      save: score by step.
-    """
-
-    keep: int
-    every: int = 0
-    scores: Callable[[], dict[int, float]] = dict
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """As orbax's `PreservationPolicy` asks."""
-        steps = sorted(checkpoint.step for checkpoint in checkpoints)
-        stay = set(steps[-self.keep :])
-        stay |= {step for step in steps if self.every and step % self.every == 0}
-        scores = {step: score for step, score in self.scores().items() if step in steps}
-        stay |= {max(scores, key=lambda step: (scores[step], step))} if scores else set()
-        return [checkpoint.step in stay for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -84,33 +63,15 @@ class Checkpoints:
           None.
         """
         name = os.fspath(directory)
-        self._local = local = "://" not in name
-        self.directory = os.path.abspath(name) if local else name
-        if keep is None:
-            options = ocp.CheckpointManagerOptions(
-                read_only=True, create=False, save_interval_steps=0
-            )
-        else:
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=keep if isinstance(keep, Retention) else Retention(keep),
-                cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(
-                    post_finalization_callback=lambda: faults.passed("checkpoint")
-                ),
-            )
-        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add("state", ocp.args.StandardSave)
-        registry.add("state", ocp.args.StandardRestore)
-        registry.add("state", ocp.args.PyTreeRestore)  # the one that can restore a part
-        registry.add("record", ocp.args.JsonSave)
-        registry.add("record", ocp.args.JsonRestore)
+        self._local = "://" not in name
+        self.directory = os.path.abspath(name) if self._local else name
         with self._reported(
             "the directory cannot be opened. Is it there, is it a directory, may it be written?"
         ):
-            if local:  # orbax notices only at the first save, after a timeout
+            if self._local:  # orbax notices only at the first save, after a timeout
                 _check_directory(self.directory, writing=keep is not None)
             self._manager = ocp.CheckpointManager(
-                self.directory, options=options, handler_registry=registry
+                self.directory, options=manager_options(keep), handler_registry=_handlers()
             )
 
     def latest(self) -> int | None:
@@ -137,26 +98,21 @@ class Checkpoints:
         header = {
             "step": step,
             "record": json.loads(json.dumps(record, allow_nan=False)),
-            "arrays": {
-                name: _describe(leaf) | {"crc32": _crc32(leaf)} for name, leaf in _named(state)
-            },
+            "arrays": describe(state),
         }
-        header["crc32"] = _header_crc32(header)
+        header["crc32"] = header_crc32(header)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(header)
         )
-        with (
-            self._cleaned(),
-            self._reported(
-                f"step {step} or the one saved before it could not be written. Free space? Permissions?"
-            ),
-        ):
+        failed = f"step {step} or the one saved before it could not be written."
+        with self._cleaned(), self._reported(f"{failed} Free space? Permissions?"):
             saved = self._manager.save(step, args=args)
         faults.passed("checkpoint")
         if not saved:
             raise CheckpointError(
-                f"{self.directory}: step {step} was not saved: the newest step is {self.latest()} and steps must "
-                f"ascend, or the directory was opened with keep=None, for reading only."
+                f"{self.directory}: step {step} was not saved: the newest step is {self.latest()} "
+                "and steps must ascend, or the directory was opened with keep=None, for reading "
+                "only."
             )
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
@@ -173,16 +129,18 @@ class Checkpoints:
 
         Raises:
           CheckpointError: no such checkpoint; other arrays, shapes or dtypes than were saved;
-          damaged files.
+            damaged files.
           ValueError: a leaf of `abstract_state` has no sharding.
         """
         target = jax.tree_util.tree_map_with_path(_target, abstract_state)
         step = self.existing(step)
         header = self._read_header(step)
-        self._check_structure(step, header["arrays"], dict(_named(target)))
-        state = self._read(step, "state", ocp.args.StandardRestore(target))
-        self._check_values(step, state, header["arrays"])
-        return state, header["record"]
+
+        def read(target: Any) -> Any:
+            self._check_structure(step, header["arrays"], target)
+            return self._read(step, "state", ocp.args.StandardRestore(target))
+
+        return self._read_and_verify(step, header, target, read), header["record"]
 
     def restore_newest(self, abstract_state: Any) -> tuple[Any, dict]:
         """As `restore` of the newest checkpoint that is whole.
@@ -222,8 +180,7 @@ class Checkpoints:
         return target
 
     def restore_part(self, abstract_part: Any, step: int | None = None) -> Any:
-        """Reads some arrays of a checkpoint, such as its weights without the optimizer's state, and
-        verifies them.
+        """Reads some arrays of a checkpoint, such as its weights alone, and verifies them.
 
         Args:
           abstract_part: the saved pytree, as dicts, without what is not wanted: `{"trained": ...}`.
@@ -232,21 +189,35 @@ class Checkpoints:
 
         Raises:
           CheckpointError: as in `restore`, except that arrays of which `abstract_part` says nothing
-          are not read.
+            are not read.
         """
         target = jax.tree_util.tree_map_with_path(_target, abstract_part)
         step = self.existing(step)
         header = self._read_header(step)
-        wanted = dict(_named(target))
-        self._check_structure(
-            step, {n: a for n, a in header["arrays"].items() if n in wanted}, wanted
-        )
-        where = ocp.checkpoint_utils.construct_restore_args(target)
-        part = self._read(
-            step, "state", ocp.args.PyTreeRestore(target, restore_args=where, partial_restore=True)
-        )
-        self._check_values(step, part, header["arrays"])
-        return part
+
+        def read(target: Any) -> Any:
+            wanted = dict(named_leaves(target))
+            saved = {name: a for name, a in header["arrays"].items() if name in wanted}
+            self._check_structure(step, saved, target)
+            where = ocp.checkpoint_utils.construct_restore_args(target)
+            part = ocp.args.PyTreeRestore(target, restore_args=where, partial_restore=True)
+            return self._read(step, "state", part)
+
+        return self._read_and_verify(step, header, target, read)
+
+    def _read_and_verify(
+        self, step: int, header: dict, target: Any, read: Callable[[Any], Any]
+    ) -> Any:
+        """The arrays of `target`, also from a checkpoint that has all layers in one stack."""
+        saved = header["arrays"]
+        stacked = stacked_checkpoints.is_stacked(saved, dict(named_leaves(target)))
+        state = read(stacked_checkpoints.stack(target, saved) if stacked else target)
+        changed = changed_arrays(state, saved)
+        if changed:
+            raise self._damaged(
+                step, f"the checksum of {few(changed)} is not the one that was saved"
+            )
+        return stacked_checkpoints.split(state, target) if stacked else state
 
     def wait(self) -> None:
         """Returns when everything saved is on disk. Raises `CheckpointError` when a save failed."""
@@ -262,23 +233,21 @@ class Checkpoints:
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
-        if (
-            error_type is None or jax.process_count() == 1
-        ):  # else the others do not come to end a save together
+        # After an error the other processes do not come to end a save together.
+        if error_type is None or jax.process_count() == 1:
             self.close()
 
     @contextlib.contextmanager
     def _cleaned(self) -> Iterator[None]:
-        """Removes what a failed save has left: on a full disk it takes the space of the next one."""
+        """Removes what a failed save has left: a full disk needs its space for the next one."""
         try:
             yield
         except CheckpointError:
             self._manager.reload()
-            for entry in (
-                os.scandir(self.directory) if self._local and jax.process_index() == 0 else ()
-            ):
-                if ".orbax-checkpoint-tmp" in entry.name:
-                    shutil.rmtree(entry.path, ignore_errors=True)
+            if self._local and jax.process_index() == 0:
+                for entry in os.scandir(self.directory):
+                    if ".orbax-checkpoint-tmp" in entry.name:
+                        shutil.rmtree(entry.path, ignore_errors=True)
             raise
 
     @contextlib.contextmanager
@@ -292,8 +261,10 @@ class Checkpoints:
             ) from error
 
     def existing(self, step: int | None) -> int:
-        """`step` if there is a checkpoint of it; the newest for None. Raises `CheckpointError` if
-        there is none.
+        """`step` if there is a checkpoint of it, for None the newest.
+
+        Raises:
+          CheckpointError: there is none.
         """
         steps = sorted(self._manager.all_steps())
         if not steps:
@@ -316,7 +287,7 @@ class Checkpoints:
 
     def _read_header(self, step: int) -> dict:
         header = self._read(step, "record", ocp.args.JsonRestore())
-        if not isinstance(header, dict) or header.get("crc32") != _header_crc32(header):
+        if not isinstance(header, dict) or header.get("crc32") != header_crc32(header):
             raise self._damaged(step, "its record has changed since it was saved")
         if header["step"] != step:
             raise self._damaged(
@@ -324,44 +295,99 @@ class Checkpoints:
             )
         return header
 
-    def _check_structure(self, step: int, saved: dict[str, dict], target: dict[str, Any]) -> None:
-        other = [
-            f"{name} is {saved[name]['dtype']}{saved[name]['shape']} there and {leaf.dtype}{list(leaf.shape)} here"
-            for name, leaf in target.items()
-            if name in saved
-            and _describe(leaf) != {key: saved[name][key] for key in ("dtype", "shape")}
-        ]
-        lacking, unplaced = (
-            sorted(target.keys() - saved.keys()),
-            sorted(saved.keys() - target.keys()),
-        )
-        stated = (
-            (lacking, f"it lacks {_few(lacking)}"),
-            (unplaced, f"it has {_few(unplaced)}, for which there is no place"),
-            (other, _few(other)),
-        )
-        problems = [text for names, text in stated if names]
-        if problems:
+    def _check_structure(self, step: int, saved: dict[str, dict], target: Any) -> None:
+        other = differences(saved, dict(named_leaves(target)))
+        if other:
             raise CheckpointError(
-                f"{self.directory}: the checkpoint of step {step} is not one of this model and optimizer: "
-                f"{'; '.join(problems)}. Use the configuration it was written with."
-            )
-
-    def _check_values(self, step: int, restored: Any, saved: dict[str, dict]) -> None:
-        wrong = [name for name, leaf in _named(restored) if _crc32(leaf) != saved[name]["crc32"]]
-        if wrong:
-            raise self._damaged(
-                step, f"the checksum of {_few(wrong)} is not the one that was saved"
+                f"{self.directory}: the checkpoint of step {step} is not one of this model and "
+                f"optimizer: {'; '.join(other)}. Use the configuration it was written with."
             )
 
     def _damaged(self, step: int, what: str) -> Damaged:
         older = [s for s in self._manager.all_steps() if s < step]
         go_on = f"go on from step {max(older)}" if older else "start again: there is no older one"
-        path = f"{self.directory}/{step}"
         return Damaged(
-            f"{self.directory}: the checkpoint of step {step} is damaged or unreadable: {what}. Put {path} back from "
-            f"a copy, or delete it to {go_on}."
+            f"{self.directory}: the checkpoint of step {step} is damaged or unreadable: {what}. "
+            f"Put {self.directory}/{step} back from a copy, or delete it to {go_on}."
         )
+
+
+class Saver:
+    """Saves to `checkpoints`, reports what fails, and gives up after so many failures in a row.
+
+    Args:
+      max_failures: of saves in a row, >= 1.
+      wait_s: seconds that one save may make the run wait, the end of the one before included.
+
+    Attributes:
+      failures: saves that failed since this process started: the metric `checkpoint/failed_saves`.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, max_failures: int, wait_s: float):
+        self._checkpoints, self._max_failures, self._wait_s = checkpoints, max_failures, wait_s
+        self.failures = self._in_a_row = 0
+        self._pending = False  # whether a save goes on in the background
+
+    def save(self, step: int, state: Any, record: dict) -> None:
+        """Starts saving, as `Checkpoints.save`; the save before it has ended then, well or not.
+
+        Raises:
+          CheckpointError: `max_failures` saves in a row have failed.
+        """
+        self.settle()
+        try:
+            with deadline(f"the checkpoint of step {step} to be written", self._wait_s):
+                self._checkpoints.save(step, state, record)
+            self._pending = True
+        except CheckpointError as error:
+            self._failed(error)
+
+    def save_if_missing(self, step: int, state: Any, record: dict) -> None:
+        """The same, unless there is a checkpoint of `step`."""
+        if not self._checkpoints.has(step):
+            self.save(step, state, record)
+
+    def settle(self) -> bool:
+        """Waits for the save in the background; returns whether the last one is complete on disk.
+
+        Raises:
+          CheckpointError: `max_failures` saves in a row have failed.
+        """
+        if not self._pending:
+            return not self._in_a_row
+        self._pending = False
+        try:
+            with deadline("the last checkpoint to be written", self._wait_s):
+                self._checkpoints.wait()
+            self._in_a_row = 0
+        except CheckpointError as error:
+            self._failed(error)
+        return not self._in_a_row
+
+    def _failed(self, error: CheckpointError) -> None:
+        self.failures += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self._max_failures:
+            raise CheckpointError(
+                f"{error} This was save {self._in_a_row} in a row that failed; "
+                f"config.checkpoint.max_failures = {self._max_failures}. Make room, then give the "
+                "same command again."
+            ) from error
+        kept = self._checkpoints.latest()
+        print(
+            f"warning: {error}\nThe run goes on; the newest checkpoint is that of step {kept}.",
+            flush=True,
+        )
+
+
+def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    registry.add("state", ocp.args.StandardSave)
+    registry.add("state", ocp.args.StandardRestore)
+    registry.add("state", ocp.args.PyTreeRestore)  # the one that can restore a part
+    registry.add("record", ocp.args.JsonSave)
+    registry.add("record", ocp.args.JsonRestore)
+    return registry
 
 
 def _check_directory(path: str, writing: bool) -> None:
@@ -372,36 +398,10 @@ def _check_directory(path: str, writing: bool) -> None:
     os.listdir(path)
 
 
-def _named(tree: Any) -> list[tuple[str, Any]]:
-    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
 def _target(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
     if leaf.sharding is None:
         raise ValueError(
-            f"{path_name(path)}: abstract_state must say where to restore to: give this leaf a sharding."
+            f"{path_name(path)}: abstract_state must say where to restore to: give this leaf a "
+            "sharding."
         )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _describe(leaf: Any) -> dict:
-    return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
-
-
-def _crc32(x: jax.Array) -> int:
-    """Of the whole array's bytes in C order, so that it does not depend on the sharding."""
-    if x.is_fully_addressable or x.is_fully_replicated:
-        whole = np.asarray(x)
-    else:  # lies on several hosts: a collective, called by all of them in the order of the tree
-        whole = multihost_utils.process_allgather(x, tiled=True)
-    return zlib.crc32(np.ascontiguousarray(whole).reshape(-1).view(np.uint8))
-
-
-def _header_crc32(header: dict) -> int:
-    content = {key: value for key, value in header.items() if key != "crc32"}
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _few(names: list[str], limit: int = 5) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

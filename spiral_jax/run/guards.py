@@ -14,7 +14,6 @@ import numpy as np
 
 from spiral_jax.core import distributed
 from spiral_jax.core.errors import UserError
-from spiral_jax.core.groups import Role
 from spiral_jax.rollout.collect import Batch
 
 SKIPPED = "skipped_update"  # metric of the train step: 1 where loss or gradient was not finite
@@ -26,9 +25,11 @@ _WINDOW, _LEAST = 32, 8  # steps whose median is compared with, and how many the
 
 
 class BadSteps(UserError):
-    """Too many steps in a row gave no finite loss or gradient; the message names the file with the
-    last batch.
-    """
+    """Too many steps in a row without a finite loss or gradient; names the file of the last batch."""
+
+
+class Mismatch(UserError):
+    """Sampler and trainer give different log-probs for the same policy."""
 
 
 def watched(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -114,28 +115,39 @@ class NumericsGuard:
         return distance > self._spike * deviation > 0 and distance > _NOISE
 
 
-def batch_arrays(batch: Batch) -> dict[str, np.ndarray]:
-    """A batch as plain arrays, none of which needs pickle: `ROLE/FIELD`, weights, and the problems'
-    ids.
+def check_mismatch(step: int, metrics: dict[str, Any], limit: float) -> None:
+    """At the first step sampler and trainer run the same policy: more than rounding is a bug.
+
+    Args:
+      limit: config.train.mismatch_limit; 0 = off.
+
+    Raises:
+      Mismatch: their log-probs differ by more.
     """
-    arrays = {"problem_B": np.array([problem.id for problem in batch.rollouts.problems]),
-              "cursor_B": batch.rollouts.cursor_B}  # fmt: skip
-    roles = (
-        (Role.SEARCH, batch.rollouts.search, batch.search_weight_UxC),
-        (Role.AGGREGATION, batch.rollouts.aggregation, batch.aggregation_weight_UxC),
-    )
-    for role, groups, weight_UxC in roles:
-        if groups is None:
-            continue
+    worst = metrics["mismatch/max_abs_log_ratio"]
+    if limit and step == 0 and not worst <= limit:  # NaN is no agreement
+        raise Mismatch(
+            f"sampler and trainer disagree at the first step: |log ratio| up to {worst:.2e} a "
+            f"token, config.train.mismatch_limit = {limit:g}. Check model.compute_dtype (bfloat16 "
+            "needs a wider limit)."
+        )
+
+
+def batch_arrays(batch: Batch) -> dict[str, np.ndarray]:
+    """A batch as plain arrays, none of which needs pickle.
+
+    They are `ROLE/FIELD`, weights, and the problems' ids and cursors.
+    """
+    arrays = {
+        "problem_B": np.array([problem.id for problem in batch.rollouts.problems]),
+        "cursor_B": batch.rollouts.cursor_B,
+    }
+    for role, (groups, weight_UxC) in batch.roles.items():
         fields = {name: getattr(groups, name) for name in vars(groups) if name != "requests"}
-        fields |= {
-            name: getattr(groups.requests, name)
-            for name in ("prompt_UxP", "prompt_len_U", "id_Ux6")
-        }
-        arrays |= {
-            f"{role.label}/{name}": np.asarray(value)
-            for name, value in fields.items()
-            if value is not None
-        }
-        arrays[f"{role.label}/weight_UxC"] = weight_UxC
+        for name in ("prompt_UxP", "prompt_len_U", "id_Ux6"):
+            fields[name] = getattr(groups.requests, name)
+        fields["weight_UxC"] = weight_UxC
+        for name, value in fields.items():
+            if value is not None:
+                arrays[f"{role.label}/{name}"] = np.asarray(value)
     return arrays

@@ -1,5 +1,4 @@
-"""What a training run writes beside its checkpoints: metrics, evaluations, traces, starts, and a
-summary at its end.
+"""What a training run writes beside its checkpoints: metrics, evaluations, traces and starts.
 
 All of it is cut back to the checkpoint that a run goes on from, so a run that was killed ends with
 the same files. Of several processes the first alone writes.
@@ -11,29 +10,31 @@ import pathlib
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from spiral_jax import STARTED
-from spiral_jax.core import config, distributed
+from spiral_jax.core import distributed
 from spiral_jax.evaluation.results import write_results
 from spiral_jax.run import environment
 from spiral_jax.run.metric_writers import MetricWriters
-from spiral_jax.run.workdir import StepLog, TraceLog
+from spiral_jax.run.trace_log import TraceLog
+from spiral_jax.run.workdir import StepLog
 
 
 class RunLog:
-    """The logs of the run in `path`; a context manager, entered after `go_on`."""
+    """The logs of the run in `path`; a context manager, entered after `go_on`.
 
-    def __init__(self, path: pathlib.Path, c: ConfigDict):
-        self.path, self._c = path, c
-        self._metrics, self._evaluations = (
-            StepLog(path / "metrics.jsonl"),
-            StepLog(path / "evaluations.jsonl"),
-        )
-        self._traces = TraceLog(path / "traces", c.trace_log.keep_steps)
+    Args:
+      keep_trace_files: config.trace_log.keep_steps.
+      keep_best: config.checkpoint.keep_best, the measure that checkpoints are kept by; "" = none.
+    """
+
+    def __init__(self, path: pathlib.Path, keep_trace_files: int, keep_best: str):
+        self.path, self._keep_best = path, keep_best
+        self._metrics = StepLog(path / "metrics.jsonl")
+        self._evaluations = StepLog(path / "evaluations.jsonl")
+        self._traces = TraceLog(path / "traces", keep_trace_files)
         self._writers = MetricWriters((), path, "", {}, 0)
         self._start_up: dict[str, float] = {}  # for the first row of this process
 
@@ -44,10 +45,8 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         self._writers.__exit__(*error)
 
-    def go_on(self, step: int, finished: bool) -> None:
-        """Cuts all logs back to what the checkpoint of `step` has seen; a run that is not finished
-        notes its start.
-        """
+    def go_on(self, step: int) -> None:
+        """Cuts all logs back to what the checkpoint of `step` has seen."""
         self._metrics.cut_back(step)
         self._traces.cut_back(step)
         self._evaluations.cut_back(step + 1)
@@ -56,14 +55,17 @@ class RunLog:
         for folder in (self.path / "evaluations").glob("step_*"):
             if int(folder.name.removeprefix("step_")) > step:
                 shutil.rmtree(folder)
-        if finished:
+
+    def note_start(self, step: int, writers: Sequence[str], config_plain: dict) -> None:
+        """Notes what the run runs on from `step`, and opens config.metrics.writers."""
+        if not distributed.is_first():
             return
         starts = StepLog(self.path / "starts.jsonl")
         starts.cut_back(step + 1)
         starts.append({"step": step} | environment.describe())
         first = re.sub(r"\W", "", starts.read()[0]["time"].removesuffix("+00:00"))
-        name, plain = f"{self.path.name}-{first}", config.to_plain(self._c)
-        self._writers = MetricWriters(self._c.metrics.writers, self.path, name, plain, step)
+        name = f"{self.path.name}-{first}"
+        self._writers = MetricWriters(writers, self.path, name, config_plain, step)
 
     def started(self) -> None:
         """Says, and notes in the next row of the metrics, how long this process took until it could
@@ -106,32 +108,17 @@ class RunLog:
         self._evaluations.append(row)
         self._writers.write(row, "evaluation/")
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of evaluations.jsonl."""
+        return self._evaluations.read()
+
     def scores(self) -> dict[int, float]:
-        """What config.checkpoint.keep_best goes by: the measure's mean by step, the same on all
-        processes.
-        """
-        measure = self._c.checkpoint.keep_best
-        if not measure:
+        """What checkpoints are kept by: the measure's mean by step, the same on all processes."""
+        if not self._keep_best:
             return {}
-        rows = lambda: [
-            (row["step"], row[measure]["mean"])
-            for row in self._evaluations.read()
-            if measure in row
-        ]  # noqa: E731
-        return {step: score for step, score in distributed.from_first(rows)}
 
-    def summarise(self, steps: int, sampled_tokens: int) -> None:
-        """Draws the curves, writes and prints the table."""
-        from spiral_jax.reporting import (
-            training_figures as curves,
-        )
+        def read() -> list[tuple[int, float]]:
+            rows = [row for row in self._evaluations.read() if self._keep_best in row]
+            return [(row["step"], row[self._keep_best]["mean"]) for row in rows]
 
-        if not distributed.is_first():
-            return
-        done, picture = self._evaluations.read(), self.path / "curves.png"
-        curves.draw_curves(self.path / "metrics.jsonl", done, picture)
-        print(f"\n{steps} steps, {sampled_tokens:,} sampled tokens; curves: {picture}", flush=True)
-        if done:
-            table = curves.evaluation_table(done)
-            (self.path / "results.md").write_text(table)
-            print(table, flush=True)
+        return {step: score for step, score in distributed.from_first(read)}

@@ -1,44 +1,37 @@
-"""Preemption: SIGTERM or a maintenance notice -> the run saves where it stands and ends with exit
-code 0.
-"""
+"""Preemption: a SIGTERM or a maintenance notice -> the run saves where it stands, and ends."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import signal
 import threading
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-from spiral_jax.core.groups import GroupRequests, Groups
-from spiral_jax.core.metrics import Mean
 from spiral_jax.run.watchdog import deadline
-from spiral_jax.sampling.protocol import Feed, Sampler
-
-Result = TypeVar("Result")
 
 
 class _Interrupted(BaseException):
-    """Leaves what may be left at any moment. Not an `Exception`: nothing on the way may take it for
-    a failure.
+    """Leaves what may be left at any moment.
+
+    Not an `Exception`: nothing on the way may take it for a failure.
     """
 
 
 class Preemption:
     """Notices that this machine is about to go; a context manager.
 
-    One process: SIGTERM ends what `run` was given at once. Several processes look for a notice
-    between decode chunks (`interrupting`) and steps (`reached`), as often and in the same order on
-    all: jax's distributed runtime takes the signal to any of them and names the next look that none
-    has had, at which all leave.
+    One process: SIGTERM ends an `interruptible` block at once. Several processes look for a notice
+    between decode chunks (`look`) and steps (`reached`), as often and in the same order on all:
+    jax's distributed runtime takes the signal to any of them and names the next look that none has
+    had, at which all leave.
 
     Args:
       grace_s: seconds from the notice until the process ends whatever happens; with several from
-      that look on.
+        that look on.
 
     Attributes:
       noticed: whether the run must save and end.
@@ -48,9 +41,7 @@ class Preemption:
         self._grace_s = grace_s
         self._stack = contextlib.ExitStack()  # of the deadline, from the notice on
         self._inside = False
-        self._looks = (
-            0  # by this process, not by the run: jax counts from the start of the processes
-        )
+        self._looks = 0  # by this process, not by the run: jax counts from the processes' start
         self.noticed = False
 
     def __enter__(self) -> Preemption:
@@ -65,24 +56,22 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._old)
         self._stack.close()
 
-    def run(self, work: Callable[[], Result]) -> Result | None:
-        """`work()`, which must change nothing that lasts; None if a notice has ended it where it
-        was.
-        """
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A notice ends the block where it is; it must change nothing that lasts."""
         try:
             try:
                 self._inside = True
-                return None if self.noticed else work()
+                yield
             finally:
                 self._inside = False
         except _Interrupted:
-            return None
+            pass
 
-    def interrupting(self, sampler: Sampler) -> Sampler:
-        """The same sampler, which leaves `run` between two decode chunks when all processes have
-        been told to.
-        """
-        return _Interrupting(sampler, self._look) if jax.process_count() > 1 else sampler
+    def look(self) -> None:
+        """Ends the `interruptible` block around it if all processes have been told to end."""
+        if self.reached():
+            raise _Interrupted
 
     def reached(self) -> bool:
         """Whether to save and end now, between two steps; with several processes all of them are
@@ -93,10 +82,6 @@ class Preemption:
             if multihost_utils.reached_preemption_sync_point(self._looks):
                 self._notice()
         return self.noticed
-
-    def _look(self) -> None:
-        if self.reached():
-            raise _Interrupted
 
     def _notice(self) -> None:
         if not self.noticed:
@@ -109,35 +94,3 @@ class Preemption:
         if self._inside:
             self._inside = False
             raise _Interrupted
-
-
-@dataclasses.dataclass(frozen=True)
-class _Interrupting:
-    """A `Sampler` that calls `look` before each decode chunk."""
-
-    sampler: Sampler
-    look: Callable[[], None]
-
-    def prepare(self, variables: dict[str, Any]) -> Any:
-        return self.sampler.prepare(variables)
-
-    def stream(self, weights: Any, feed: Feed) -> dict[str, Mean | float]:
-        return self.sampler.stream(weights, _Looking(feed, self.look))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Looking:
-    """A `Feed` that calls `look` whenever it is asked whether it is finished: once a chunk."""
-
-    feed: Feed
-    look: Callable[[], None]
-
-    def next(self, now: int) -> GroupRequests | None:
-        return self.feed.next(now)
-
-    def done(self, group: Groups, now: int) -> None:
-        self.feed.done(group, now)
-
-    def finished(self, now: int) -> bool:
-        self.look()
-        return self.feed.finished(now)

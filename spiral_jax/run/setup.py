@@ -1,270 +1,289 @@
-"""From a configuration to the objects of a run, every check on the way; nothing is written, nothing
-is sampled.
+"""From a configuration to the objects of a run, every check on the way.
+
+Nothing is written, no weight is read and nothing is sampled here. The sections of the config are
+handed over to the rooms, whose settings come back.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spiral_jax.core import mesh as meshes
-from spiral_jax.core.config import ConfigError, eval_subset_size, groups_of_step, uses_aggregation
-from spiral_jax.core.config_checks import validate, validate_evaluation
-from spiral_jax.core.groups import Role
-from spiral_jax.learner import blocks as batching
-from spiral_jax.learner.step import abstract_state, keeps_base, make_train_step
+from spiral_jax.core.config import ConfigError
+from spiral_jax.evaluation import settings as evaluation
+from spiral_jax.evaluation.settings import EvaluationSettings
+from spiral_jax.evaluation.stages import evaluation_stages
+from spiral_jax.learner.blocks import abstract_blocks, check_micro_batches
+from spiral_jax.learner.settings import LearnerSettings, learner_settings
+from spiral_jax.learner.state import abstract_state, keeps_base
+from spiral_jax.learner.step import make_train_step
 from spiral_jax.model import hf
-from spiral_jax.model.architecture import Architecture, read_architecture
+from spiral_jax.model.architecture import check_mesh, read_architecture
 from spiral_jax.model.transformer import ModelConfig
-from spiral_jax.prompts import prompts
-from spiral_jax.prompts.prompts import Scaffold
-from spiral_jax.rollout.requests import load_strategy
-from spiral_jax.run import start as initial
+from spiral_jax.objective.settings import ObjectiveSettings, objective_settings
+from spiral_jax.prompts.scaffold import Scaffold, make_scaffold, max_aggregation_prompt
+from spiral_jax.prompts.settings import PromptSettings
+from spiral_jax.prompts.tokenizer import load_tokenizer, stop_ids
+from spiral_jax.rollout.judge import Strategy
+from spiral_jax.rollout.settings import (
+    DynamicSampling,
+    TrainingStages,
+    dynamic_sampling,
+    training_stages,
+)
+from spiral_jax.rollout.stages import Stage
+from spiral_jax.run.checks import check_run, check_shared
 from spiral_jax.run.metric_writers import check_installed
+from spiral_jax.run.start import Start
 from spiral_jax.run.watchdog import deadline
-from spiral_jax.sampling.draw import Draw
-from spiral_jax.sampling.engine import Engine
-from spiral_jax.sampling.programs import Schedule
-from spiral_jax.sampling.slots import DecodeSettings, SlotClass
-from spiral_jax.tasks.load import load_task
+from spiral_jax.sampling.engine import Engine, make_samplers
+from spiral_jax.sampling.settings import check_sampling
+from spiral_jax.tasks.load import check_task, load_task
 from spiral_jax.tasks.problem import Task
-from spiral_jax.verifier.rewards import MATH, load_reward
+from spiral_jax.verifier.rewards import MATH, load_function, load_reward
+from spiral_jax.verifier.settings import VerifierSettings
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
+class Training:
+    """What a training run has beside what an evaluation has: how it draws, rewards and updates."""
+
+    stages: TrainingStages
+    dynamic_sampling: DynamicSampling
+    objective: ObjectiveSettings
+    learner: LearnerSettings
+
+
+@dataclasses.dataclass(frozen=True)
 class Setup:
     """What a run is made of, before any weight is loaded.
 
-    `reward` is that of config.task.reward, or the task's own. `eval_sampler` is `sampler` unless
-    config.eval draws in another way.
+    Attributes:
+      c: the configuration; all of it has been checked.
+      reward: that of config.task.reward, or the task's own.
+      strategy: the function that names a trace's strategy; None where neither the config nor the
+        task has one.
+      evaluation: what its evaluations sample.
+      sampler: of training.
+      eval_sampler: the same one unless config.eval draws tokens in another way.
+      training: None for `spiral_jax.evaluate`.
     """
 
     c: ConfigDict
-    path: pathlib.Path  # of the checkpoint that config.model.hf_path names
     mesh: Mesh
+    start: Start
     task: Task
     reward: str
-    model: ModelConfig
+    strategy: Strategy | None
     tokenizer: PreTrainedTokenizerBase
     scaffold: Scaffold
+    verifier: VerifierSettings
+    evaluation: EvaluationSettings
     sampler: Engine
     eval_sampler: Engine
+    training: Training | None
 
-    def load_base(self) -> Any:
-        """The checkpoint's parameters, placed on the mesh."""
-        return hf.load_params(self.path, self.model, self.mesh)
-
-    def load_start(self) -> tuple[Any, Any | None]:
-        """What a run starts from: (parameters, adapters or None); see `initial.load_start`."""
-        return initial.load_start(self.c, self.path, self.model, self.mesh)
-
-    def load_policies(self) -> tuple[dict, dict | None]:
-        """What is evaluated: collections of the model, and of another that searches; see
-        `initial.load_policies`.
-        """
-        return initial.load_policies(self.c, self.path, self.model, self.mesh)
+    @property
+    def model(self) -> ModelConfig:
+        return self.start.model
 
 
 def keep_compiled_programs() -> None:
-    """Turns on JAX's persistent compilation cache, so that a restart compiles nothing: in
-    ~/.cache/spiral_jax.
+    """Turns on JAX's persistent compilation cache, so that a restart compiles nothing.
 
-    JAX_COMPILATION_CACHE_DIR names another place. Off on CPUs unless it is set: their programs fit
-    one kind of machine.
+    It lies in ~/.cache/spiral_jax; JAX_COMPILATION_CACHE_DIR names another place. Off on CPUs
+    unless it is set: their programs fit one kind of machine.
     """
     if jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
-        jax.config.update(
-            "jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "spiral_jax")
-        )
+        cache = pathlib.Path.home() / ".cache" / "spiral_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
-def set_up(c: ConfigDict, training: bool = True) -> Setup:
-    """Validates `c` and builds everything that it names. Raises `ConfigError` or the data's own
-    errors.
+class Checked(NamedTuple):
+    """The settings of a training run's rooms, all of them checked."""
 
-    Args:
-      training: False: for `spiral_jax.evaluate`, `c` as `config.for_evaluation` returns it.
+    training: Training
+    evaluation: EvaluationSettings
+
+
+def check_training(c: ConfigDict) -> Checked:
+    """Checks everything that training needs and that needs neither data nor devices.
+
+    Raises:
+      ConfigError: a field that cannot be, or fields that do not go together.
     """
-    validate(c) if training else validate_evaluation(c)
-    check_installed(c.metrics.writers if training else ())
+    check_shared(c)
+    check_run(c)
+    check_task(c.task, training=True, evaluated=c.eval.problems > 0)
+    check_sampling(c)
+    objective, tries, stages = objective_settings(c.loss), dynamic_sampling(c), training_stages(c)
+    learner = learner_settings(c, stages.groups(tries.problems))
+    return Checked(Training(stages, tries, objective, learner), evaluation.for_training(c))
+
+
+def check_evaluation(c: ConfigDict) -> EvaluationSettings:
+    """The same for `spiral_jax.evaluate`, which reads no training data and updates nothing."""
+    check_shared(c)
+    check_task(c.task, training=False, evaluated=True)
+    check_sampling(c)
+    return evaluation.for_command(c)
+
+
+def set_up_training(c: ConfigDict) -> Setup:
+    """Builds everything that `c` names for `spiral_jax.train`.
+
+    Raises:
+      ConfigError: see `check_training`; or what the data, the checkpoint or the mesh do not allow.
+      TaskError: the problems cannot be had.
+    """
+    training, evaluated = check_training(c)
+    check_installed(c.metrics.writers)
+    setup = _set_up(c, evaluated, training)
+    check_micro_batches(training.learner.shapes, setup.mesh)
+    _check_trained_prompts(setup, training)
+    return setup
+
+
+def set_up_evaluation(c: ConfigDict) -> Setup:
+    """The same for `spiral_jax.evaluate`."""
+    evaluated = check_evaluation(c)
+    c = c.copy_and_resolve_references()
+    c.task.train_path = ""  # else it would be read
+    return _set_up(c, evaluated, None)
+
+
+def _set_up(c: ConfigDict, evaluated: EvaluationSettings, training: Training | None) -> Setup:
     mesh = meshes.make_mesh(c.mesh)
-    with deadline(
-        "the problems that config.task names to be read (config.train.wait_s)", c.train.wait_s
-    ):
-        task = load_task(c)
-    if c.eval.problems > task.held_out_size:
+    with deadline("the problems that config.task names to be read", c.train.wait_s):
+        task = load_task(c.task, c.seed, c.prompt.system)
+    if evaluated.problems > task.held_out_size:
         raise ConfigError(
-            f"config.eval.problems = {c.eval.problems}: the task has {task.held_out_size} held-out problems."
+            f"config.eval.problems = {evaluated.problems}: the task has {task.held_out_size} "
+            "held-out problems."
         )
+    start = _start(c, mesh, training is not None)
+    tokenizer = load_tokenizer(start.path)
+    if len(tokenizer) > start.model.arch.V:
+        raise ConfigError(
+            f"{start.path}: the tokenizer has {len(tokenizer)} ids, its vocab_size is "
+            f"{start.model.arch.V}."
+        )
+    stops = stop_ids(tokenizer, start.path, c.prompt.stop)
+    scaffold = make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stops)
+    check_mesh(start.model.arch, mesh)
+    sampler, eval_sampler = make_samplers(c, start.model, mesh, stops)
+    setup = Setup(
+        c=c,
+        mesh=mesh,
+        start=start,
+        task=task,
+        reward=_load_reward(c, task),
+        strategy=_load_strategy(c, task, training),
+        tokenizer=tokenizer,
+        scaffold=scaffold,
+        verifier=VerifierSettings.from_config(c.verifier),
+        evaluation=evaluated,
+        sampler=sampler,
+        eval_sampler=eval_sampler,
+        training=training,
+    )
+    _check_sampled_prompts(setup)
+    return setup
+
+
+def _start(c: ConfigDict, mesh: Mesh, training: bool) -> Start:
+    path = hf.resolve_path(c.model.hf_path)
+    model = hf.model_config(read_architecture(path), c.model)
+    has_adapters = c.model.adapter_path or c.model.init_from or c.eval.searcher not in ("", "base")
+    if not training and not has_adapters:
+        # The checkpoint as it is: a base without adapters keeps its dtype.
+        model = dataclasses.replace(model, lora_rank=0)
+    return Start(path, model, mesh, c.model.adapter_path, c.model.init_from)
+
+
+def _load_reward(c: ConfigDict, task: Task) -> str:
+    """The name of the reward function, which can be loaded. Raises `ConfigError`."""
     reward = c.task.reward or task.reward
     if reward != MATH:
         load_reward(reward)
-    load_strategy(c, task)
-    path = hf.resolve_path(c.model.hf_path)
-    model = hf.model_config(read_architecture(path), c.model)
-    if not (
-        training or c.model.adapter_path or c.model.init_from or c.eval.searcher not in ("", "base")
-    ):
-        model = dataclasses.replace(
-            model, lora_rank=0
-        )  # the checkpoint as it is; a frozen base keeps its dtype
-    tokenizer = prompts.load_tokenizer(path)
-    if len(tokenizer) > model.arch.V:
-        raise ConfigError(
-            f"{path}: the tokenizer has {len(tokenizer)} ids, its vocab_size is {model.arch.V}."
-        )
-    stop_ids = prompts.stop_ids(tokenizer, path, c.prompt.stop)
-    scaffold = prompts.make_scaffold(tokenizer, c.prompt, stop_ids)
-    _check_prompt_lengths(c, scaffold, training)
-    check_mesh(model.arch, mesh)
-    if training:
-        check_micro_batches(c, mesh)
-    sampler, eval_sampler = make_samplers(c, model, mesh, stop_ids)
-    return Setup(c, path, mesh, task, reward, model, tokenizer, scaffold, sampler, eval_sampler)
+    return reward
 
 
-def make_samplers(
-    c: ConfigDict, model: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...]
-) -> tuple[Engine, Engine]:
-    """The samplers of training and of evaluation: one and the same unless `config.eval` draws in
-    another way.
+def _load_strategy(c: ConfigDict, task: Task, training: Training | None) -> Strategy | None:
+    """The function that names a trace's strategy; None where neither config nor task has one.
+
+    Raises:
+      ConfigError: it cannot be loaded, or there is none for the estimator that needs one.
     """
-    s, e = c.sampling, c.eval
-    settings = DecodeSettings(
-        config=model,
-        cache_dtype=jnp.int8 if s.cache_dtype == "int8" else model.compute_dtype,
-        draw=Draw(temperature=s.temperature),
-        seed=c.seed,
-        stop_ids=stop_ids,
-        prefill_chunk=s.prefill_chunk,
-        mesh=mesh,
+    name = c.task.strategy or task.strategy
+    needed = training is not None and training.objective.row.needs.strategies
+    if not name and not needed:
+        return None
+    return load_function(
+        "task.strategy",
+        name,
+        f'must be "package.module:function" for {c.loss.estimator}, since the task {c.task.name} '
+        "names no strategies.",
     )
-    classes = tuple(SlotClass(*row) for row in s.classes)
-    schedule = Schedule(classes, s.chunk, s.exit_groups, s.prefill_tokens, tuple(s.row_counts))
-    sampler = Engine(settings, schedule)
-    eval_draw = Draw(e.temperature, e.top_k, e.top_p, e.min_p)
-    if eval_draw == settings.draw:
-        return sampler, sampler
-    return sampler, Engine(dataclasses.replace(settings, draw=eval_draw), schedule)
+
+
+def _longest_prompt(setup: Setup, stage: Stage) -> int:
+    """Tokens that a prompt of a stage has at most."""
+    problem_tokens = setup.c.prompt.max_problem_tokens
+    if stage.reads is None:
+        return problem_tokens
+    return max_aggregation_prompt(
+        setup.scaffold,
+        size=stage.set_size,
+        candidate_tokens=stage.reads.max_tokens,
+        problem_tokens=problem_tokens,
+    )
+
+
+def _check_sampled_prompts(setup: Setup) -> None:
+    """The sampler has room for the longest prompt of every stage that training or evaluation has."""
+    stages = evaluation_stages(setup.evaluation) if setup.evaluation.problems else []
+    if setup.training:
+        stages += setup.training.stages.stages()
+    for stage in stages:
+        longest = _longest_prompt(setup, stage)
+        widest = setup.sampler.schedule.widest_prompt(stage.max_tokens)
+        _require_room("sampling.classes", widest, stage, longest)
+
+
+def _check_trained_prompts(setup: Setup, training: Training) -> None:
+    """The same for the micro-batches."""
+    for stage in training.stages.stages():
+        widest = training.learner.shapes[stage.role].lengths[-1][0]
+        field = f"batch.{stage.role.label}_lengths"
+        _require_room(field, widest, stage, _longest_prompt(setup, stage))
+
+
+def _require_room(field: str, widest: int, stage: Stage, longest: int) -> None:
+    if widest < longest:
+        raise ConfigError(
+            f"config.{field}: its widest prompt with traces of {stage.max_tokens} tokens is "
+            f"{widest}, but {stage.role.label} prompts may have up to {longest} ({stage.name}). "
+            "Widen it, or lower prompt.max_problem_tokens or prompt.keep_tail_tokens."
+        )
 
 
 def check_shapes(setup: Setup) -> None:
-    """Traces the whole train step on shapes alone: what it would reject, it rejects here, without
-    any array.
-    """
-    c, model = setup.c, setup.model
-    initial.check_start(c, setup.path, model)
-    base = hf.abstract_params(model) if keeps_base(c, model) else None
+    """Traces the whole train step on shapes alone: what it would reject, it rejects here."""
+    setup.start.check()
+    learner, model = setup.training.learner, setup.model
+    base = hf.abstract_params(model) if keeps_base(learner, model) else None
+    state = abstract_state(learner, model, setup.mesh)
     with jax.set_mesh(setup.mesh):
         jax.eval_shape(
-            make_train_step(c, model),
-            abstract_state(c, model, setup.mesh),
-            base,
-            abstract_blocks(c),
+            make_train_step(learner, model), state, base, abstract_blocks(learner.shapes)
         )
-
-
-def abstract_blocks(c: ConfigDict) -> list[batching.Block]:
-    """Shapes of the blocks of one step."""
-    most = groups_of_step(c)
-    return [
-        batching.abstract_block(
-            role, most[role.label], c.batch[f"{role.label}_groups"], c[role.label].traces, P, G
-        )
-        for role in Role
-        if role.label in most
-        for P, G in c.batch[f"{role.label}_lengths"]
-    ]
-
-
-def _check_prompt_lengths(c: ConfigDict, scaffold: Scaffold, training: bool) -> None:
-    """The longest possible prompt of each role fits into the sampler's and the trainer's shapes."""
-    slots = "sampling.classes"
-    longest = [(Role.SEARCH, slots, c.prompt.max_problem_tokens)]
-    if training:
-        longest.append((Role.SEARCH, "batch.search_lengths", c.prompt.max_problem_tokens))
-    if not training or uses_aggregation(c):
-        length = prompts.max_aggregation_prompt(scaffold, _largest_sets(c, training))
-        longest.append((Role.AGGREGATION, slots, length))
-    if training and uses_aggregation(c):
-        length = prompts.max_aggregation_prompt(
-            scaffold, _longest_candidates(c) if c.aggregation.rounds > 1 else c
-        )
-        longest.append((Role.AGGREGATION, "batch.aggregation_lengths", length))
-    for role, field, length in longest:
-        room, name = field.split(".")
-        if field == slots:
-            widest = max(
-                (P for _, _, P, G in c.sampling.classes if c[role.label].max_tokens <= G), default=0
-            )
-        else:
-            widest = c[room][name][-1][0]
-        if widest < length:
-            raise ConfigError(
-                f"config.{field}: its widest prompt with traces of {c[role.label].max_tokens} tokens is {widest}, but "
-                f"{role.label} prompts may have up to {length}. Widen it, or lower prompt.max_problem_tokens or "
-                "prompt.keep_tail_tokens."
-            )
-
-
-def _largest_sets(c: ConfigDict, training: bool) -> ConfigDict:
-    """`c` with the largest sets and the longest candidates that are aggregated, those of evaluation
-    included.
-    """
-    sizes = [c.aggregation.subset_size, eval_subset_size(c)]
-    rsa = not training or c.eval.rounds_in_training
-    if rsa:
-        sizes.append(c.eval.set_size)
-    c = (
-        _longest_candidates(c)
-        if rsa or c.aggregation.rounds > 1
-        else c.copy_and_resolve_references()
-    )
-    c.aggregation.subset_size = max(sizes)
-    return c
-
-
-def _longest_candidates(c: ConfigDict) -> ConfigDict:
-    """`c` with the longest candidates of rounds that read aggregation traces."""
-    c = c.copy_and_resolve_references()
-    c.search.max_tokens = max(c.search.max_tokens, c.aggregation.max_tokens)
-    return c
-
-
-def check_mesh(arch: Architecture, mesh: Mesh) -> None:
-    """Checks that the axes of the mesh divide what they cut of the model.
-
-    Raises:
-      ConfigError: one does not; each of its devices would hold, and compute, the whole.
-    """
-    cut = (
-        ("tensor", arch.H, "attention heads"),
-        ("tensor", arch.J, "key/value heads"),
-        ("tensor", arch.F, "feed-forward columns"),
-        ("fsdp", arch.D, "model dimensions"),
-    )
-    for axis, size, what in cut:
-        if size % mesh.shape[axis]:
-            allowed = [n for n in range(1, size + 1) if size % n == 0 and mesh.size % n == 0]
-            raise ConfigError(
-                f"config.mesh.{axis} = {mesh.shape[axis]}: must divide the model's {size} {what}; with {mesh.size} "
-                f"devices: {', '.join(map(str, allowed))}."
-            )
-
-
-def check_micro_batches(c: ConfigDict, mesh: Mesh) -> None:
-    multiple = meshes.group_count_multiple(mesh)
-    for field in ("search_groups", "aggregation_groups"):
-        if c.batch[field] % multiple:
-            raise ConfigError(
-                f"config.batch.{field} = {c.batch[field]}: must be a multiple of the mesh's data * fsdp = {multiple}."
-            )

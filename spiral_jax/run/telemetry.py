@@ -5,10 +5,10 @@ chosen steps.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from types import TracebackType
 
 import jax
-from ml_collections import ConfigDict
 
 from spiral_jax.core import distributed
 from spiral_jax.core.groups import Groups
@@ -50,16 +50,19 @@ def memory_metrics() -> dict[str, float]:
 
 
 class StepProfile:
-    """Traces the steps of config.profile.steps with JAX's profiler into WORKDIR/profile, for xprof
-    or Perfetto.
+    """Traces chosen steps with JAX's profiler into WORKDIR/profile, for xprof or Perfetto.
 
     Of several processes, those of the first.
 
-    with StepProfile(c, path) as profile: call `profile.at(step)` at the beginning of every step.
+    A context manager; `at(step)` is called at the beginning of every step.
+
+    Args:
+      steps: config.profile.steps: () or (first, end).
+      path: the run's directory.
     """
 
-    def __init__(self, c: ConfigDict, path: pathlib.Path) -> None:
-        self._first, self._end = c.profile.steps or (0, 0)
+    def __init__(self, steps: Sequence[int], path: pathlib.Path) -> None:
+        self._first, self._end = steps or (0, 0)
         self._path = path / "profile"
         self._running = False
 

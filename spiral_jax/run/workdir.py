@@ -1,10 +1,10 @@
 """The run's directory: rows of plain numbers and text -> files that survive a kill and a resume.
 
     WORKDIR/config.json                    the configuration and `config_digest`
-    WORKDIR/starts.jsonl                   one JSON object each time the run starts or resumes, see `environment`
+    WORKDIR/starts.jsonl                   one JSON object each time the run starts or resumes
     WORKDIR/metrics.jsonl                  one JSON object a step
-    WORKDIR/traces/step_000123.jsonl.gz    one JSON object a trace
-    WORKDIR/checkpoints/                   see `spiral_jax.run.checkpoint`
+    WORKDIR/traces/                        see `trace_log`
+    WORKDIR/checkpoints/                   see `checkpoint`
 
 Row `step` = s belongs to the step that starts with s steps done, so a resume from the checkpoint of
 step s first calls `cut_back(s)` on both logs. In a run of several processes only process 0 touches
@@ -15,20 +15,17 @@ the directory: what writes does nothing on the others, and what is read goes to 
 from __future__ import annotations
 
 import contextlib
-import gzip
 import json
 import math
 import os
-import re
 import time
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from etils import epath
 
-from spiral_jax.core.config import compared, difference
+from spiral_jax.core.config import compared, difference, digest_of, without_retired
 from spiral_jax.core.distributed import is_first
 from spiral_jax.core.errors import UserError
 
@@ -36,7 +33,6 @@ _CONFIG = "config.json"
 _SHARED_WITHIN_S = (
     90.0  # network file systems remember for up to a minute that a file was not there
 )
-_TRACE_FILE = re.compile(r"step_(\d+)\.jsonl\.gz")
 
 
 class WorkdirError(UserError):
@@ -113,7 +109,7 @@ def open_workdir(
             sep="\n  ",
             flush=True,
         )
-        with _written(workdir):
+        with written(workdir):
             _write_config(workdir, config_plain, digest)
     return workdir
 
@@ -123,7 +119,7 @@ def _allowed(field: str, allow: Sequence[str]) -> bool:
 
 
 def _write_config(workdir: Path, config_plain: dict, digest: str) -> None:
-    with _replacing(workdir / _CONFIG) as file:
+    with replacing(workdir / _CONFIG) as file:
         content = {**config_plain, "config_digest": digest}
         file.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
@@ -143,23 +139,28 @@ def _wait_for_first(workdir: Path) -> None:
 
 
 def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:
-    """(plain configuration, its digest) of the run in `workdir`. Raises `WorkdirError`: none there,
-    or damaged.
+    """(plain configuration, its digest) of the run in `workdir`.
 
     `workdir` may be an address that etils' epath knows (gs://, s3://), as for the other functions
-    that only read.
+    that only read. What an earlier version wrote is given as this one would have written it.
+
+    Raises:
+      WorkdirError: there is none, or it is damaged.
+      ConfigError: a run of an earlier version, of which this one cannot do what it did.
     """
     path = epath.Path(workdir) / _CONFIG
     try:
         content = json.loads(path.read_bytes())
-        return content, content.pop("config_digest")
+        digest = content.pop("config_digest")
     except OSError as error:
         raise WorkdirError(f"--workdir={workdir}: holds no run ({error}).") from error
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise WorkdirError(
-            f"{path}: damaged, not the JSON object that a run writes ({type(error).__name__}: {error}). Put it back "
-            f"from a copy, or give another --workdir."
+            f"{path}: damaged, not the JSON object that a run writes ({type(error).__name__}: "
+            f"{error}). Put it back from a copy, or give another --workdir."
         ) from error
+    current = without_retired(content)
+    return current, digest if current == content else digest_of(current)
 
 
 def read_log(path: epath.Path) -> list[dict]:
@@ -170,26 +171,6 @@ def read_log(path: epath.Path) -> list[dict]:
       WorkdirError: a line before the last one is not a row.
     """
     return [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
-
-
-def trace_files(directory: epath.Path) -> dict[int, epath.Path]:
-    """The trace files of a run by step, ascending."""
-    paths = directory.iterdir() if directory.exists() else ()
-    matches = [(_TRACE_FILE.fullmatch(path.name), path) for path in paths]
-    return dict(sorted((int(match[1]), path) for match, path in matches if match))
-
-
-def read_traces(path: epath.Path) -> Iterator[dict]:
-    """The rows of a trace file. Raises `WorkdirError` where it is damaged, `FileNotFoundError`
-    where it is gone.
-    """
-    with path.open("rb") as packed, gzip.open(packed) as file:
-        try:
-            yield from map(json.loads, file)
-        except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise WorkdirError(
-                f"{path}: damaged ({error}). Delete it, or put it back from a copy."
-            ) from error
 
 
 def _whole_lines(path: epath.Path) -> list[bytes]:
@@ -222,8 +203,8 @@ class StepLog:
         """
         _step_of(row)
         if is_first():
-            with _written(self.path), open(self.path, "ab") as file:
-                file.write(_line(row))
+            with written(self.path), open(self.path, "ab") as file:
+                file.write(json_line(row))
 
     def read(self) -> list[dict]:
         """All rows; none if nothing was written yet. Call `cut_back` first, which repairs a torn
@@ -249,55 +230,9 @@ class StepLog:
             line + b"\n" for line in _whole_lines(self.path) if _step_of(json.loads(line)) < step
         ]
         dropped = len(self.path.read_bytes().splitlines()) - len(kept)
-        with _written(self.path), _replacing(self.path) as file:
+        with written(self.path), replacing(self.path) as file:
             file.writelines(kept)
         return dropped
-
-
-class TraceLog:
-    """One gzip file of JSON lines for each step that is logged; the same rows give the same bytes."""
-
-    def __init__(self, directory: str | os.PathLike, keep_steps: int):
-        """`keep_steps`: newest files that are kept. The directory is created with the first of
-        them.
-        """
-        self.directory = Path(directory)
-        self.keep_steps = keep_steps
-
-    def write(self, step: int, rows: Iterable[dict]) -> Path:
-        """Writes the file of `step`, which appears only when it is complete, then deletes the
-        oldest beyond the limit.
-
-        Values of `rows` are those that `StepLog.append` takes.
-        """
-        path = self.directory / f"step_{step:06d}.jsonl.gz"
-        if not is_first():
-            return path
-        with _written(self.directory):
-            self.directory.mkdir(exist_ok=True)
-        # Level 1: ids and log-probs hardly compress; on them level 6 was 6 times slower and 13 %
-        # smaller.
-        with (
-            _written(path),
-            _replacing(path) as file,
-            gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0) as packed,
-        ):
-            for row in rows:
-                packed.write(_line(row))
-        for old in list(trace_files(self.directory).values())[: -self.keep_steps]:
-            old.unlink()
-        return path
-
-    def cut_back(self, step: int) -> int:
-        """Deletes the files of `step` and later; returns how many."""
-        dropped = [
-            path
-            for held, path in trace_files(self.directory).items()
-            if held >= step and is_first()
-        ]
-        for path in dropped:
-            path.unlink()
-        return len(dropped)
 
 
 def _step_of(row: Any) -> int:
@@ -307,7 +242,7 @@ def _step_of(row: Any) -> int:
     return step
 
 
-def _line(row: dict) -> bytes:
+def json_line(row: dict) -> bytes:
     # ASCII: some readers of lines split at U+2028 too, and a lone surrogate in a decoded text has
     # no UTF-8 form.
     return (json.dumps(_plain(row), allow_nan=False) + "\n").encode("ascii")
@@ -328,7 +263,7 @@ def _temporary(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _written(path: Path) -> Iterator[None]:
+def written(path: Path) -> Iterator[None]:
     """Says of an `OSError` inside what could not be written and what to look at."""
     try:
         yield
@@ -340,7 +275,7 @@ def _written(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the block ends; nothing changes when it raises."""
     temporary = _temporary(path)
     try:

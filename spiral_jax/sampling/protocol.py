@@ -1,5 +1,9 @@
-"""What a sampler is: it takes groups from a feed, and hands each back when its last trace has
-ended.
+"""What a sampler is: it takes groups from a feed, and returns each when its last trace has ended.
+
+    sampling = sampler.stream(weights, feed)
+    for now in sampling:             # once a chunk, before anything is admitted at this time
+        ...                          # the feed's state may change here; `break` abandons the rest
+    sampling.metrics()
 
 The engine (`engine.py`) is one implementation, the tests' script that needs no model is another.
 """
@@ -7,6 +11,7 @@ The engine (`engine.py`) is one implementation, the tests' script that needs no 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from spiral_jax.core.groups import GroupRequests, Groups, concat_groups
@@ -14,8 +19,9 @@ from spiral_jax.core.metrics import Mean
 
 
 class Feed(Protocol):
-    """Where groups come from and go to. `now` is virtual time: decode chunks since the start, never
-    a clock.
+    """Where groups come from and where they go to.
+
+    `now` is virtual time: decode chunks since the start, never a clock.
     """
 
     def next(self, now: int) -> GroupRequests | None:
@@ -24,25 +30,34 @@ class Feed(Protocol):
     def done(self, group: Groups, now: int) -> None:
         """Takes a completed group (U = 1)."""
 
-    def finished(self, now: int) -> bool:
-        """Whether nothing more is wanted, asked once a chunk; what still runs is then abandoned."""
+    def finished(self) -> bool:
+        """Whether nothing more is wanted; what still runs is then abandoned.
+
+        A pure question, asked once a chunk, after the consumer has had its turn.
+        """
+
+
+class Sampling(Protocol):
+    """One call of `Sampler.stream` under way."""
+
+    def __iter__(self) -> Iterator[int]:
+        """Yields `now` once a chunk until the feed is finished; the work is done in between."""
+
+    def metrics(self) -> dict[str, Mean | float]:
+        """What is counted so far, `sampling/generated_tokens` (abandoned ones too) among it."""
 
 
 class Sampler(Protocol):
-    """Samples groups; what comes out, and when in virtual time, is a pure function of weights and
-    feed.
+    """Samples groups.
+
+    What comes out, and when in virtual time, is a pure function of the weights and the feed.
     """
 
     def prepare(self, variables: dict[str, Any]) -> Any:
         """Lays out the policy's variables for decoding: called once after each update."""
 
-    def stream(self, weights: Any, feed: Feed) -> dict[str, Mean | float]:
-        """Samples what `feed` gives until it is finished.
-
-        Returns:
-          metrics of the sampling itself, `sampling/generated_tokens` (abandoned ones too) among
-          them.
-        """
+    def stream(self, weights: Any, feed: Feed) -> Sampling:
+        """Begins to sample what `feed` gives; whoever iterates over the result drives it."""
 
 
 class _Listed:
@@ -59,7 +74,7 @@ class _Listed:
     def done(self, group: Groups, now: int) -> None:
         self.groups[tuple(group.requests.id_Ux6[0].tolist())] = group
 
-    def finished(self, now: int) -> bool:
+    def finished(self) -> bool:
         return len(self.groups) == len(self._requests)
 
 
@@ -78,5 +93,6 @@ def sample(sampler: Sampler, weights: Any, requests: GroupRequests) -> Groups:
             "requests.id_Ux6: two groups have the same id, so they would get the same random numbers."
         )
     feed = _Listed(requests)
-    sampler.stream(weights, feed)
+    for _ in sampler.stream(weights, feed):
+        pass
     return concat_groups([feed.groups[group_id] for group_id in ids])

@@ -10,20 +10,26 @@ from flax import struct
 from jax.sharding import Mesh
 
 from spiral_jax.core import mesh as meshes
-from spiral_jax.model.transformer import ModelConfig, head_kernel, init_variables
+from spiral_jax.model.transformer import (
+    ModelConfig,
+    head_kernel,
+    init_variables,
+    unstack_layers,
+)
 
 
 @struct.dataclass
 class DecodeWeights:
-    """Replicated over groups and cut along `tensor` only, in the compute dtype; adapters stay apart
-    from the base.
+    """Weights in the compute dtype, replicated over groups and cut along `tensor` only.
+
+    Adapters stay apart from the base.
 
     Attributes:
       embed: [V, D].
       head: [D, V]; a transposed copy where they are tied, so that no step transposes it.
       final_norm: [D].
       layers: L trees of variables; stacked weights, sliced inside the decode loop, would be copied
-      whole.
+        whole.
     """
 
     embed: jax.Array
@@ -37,16 +43,14 @@ def lay_out(variables: dict[str, Any], config: ModelConfig, mesh: Mesh) -> Decod
     """`DecodeWeights` from the model's collections, wherever those lie."""
     variables = jax.tree.map(lambda a: a.astype(config.compute_dtype), variables)
     params = variables["params"]
-    stacked = {name: tree["layers"] for name, tree in variables.items() if "layers" in tree}
     weights = DecodeWeights(
         embed=params["embed"],
         head=head_kernel(config, params),
         final_norm=params["final_norm"],
-        layers=tuple(jax.tree.map(lambda a: a[i], stacked) for i in range(config.arch.L)),  # noqa: B023
+        layers=unstack_layers(variables, config.arch.L),
     )
-    return jax.lax.with_sharding_constraint(
-        weights, meshes.weight_shardings(weights, mesh, decode=True)
-    )
+    place = meshes.weight_shardings(weights, mesh, decode=True)
+    return jax.lax.with_sharding_constraint(weights, place)
 
 
 def abstract_weights(config: ModelConfig, mesh: Mesh) -> DecodeWeights:

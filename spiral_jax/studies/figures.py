@@ -1,5 +1,6 @@
-"""The pictures of a study: OUT_arms.png, OUT_mixed.png (where strategies are named),
-OUT_pass_at_k.png, OUT_rsa.png, OUT_training.png.
+"""The pictures of a study: OUT_arms, OUT_mixed, OUT_pass_at_k, OUT_rsa and OUT_training, all .png.
+
+OUT_mixed is only there where strategies are named, OUT_training where some run was trained.
 """
 
 from __future__ import annotations
@@ -11,211 +12,218 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from spiral_jax.evaluation.results import powers_of_two
+from spiral_jax.reporting.axes import (
+    count_axis,
+    new_figure,
+    plot_curve,
+    round_axis,
+    save,
+    set_note,
+    set_title,
+    tidy,
+)
+from spiral_jax.reporting.series import running_mean, series
+from spiral_jax.reporting.style import DISTINCT, GREY
 from spiral_jax.studies.design import BASE
 
-# Okabe and Ito (2008), distinct for colour-blind readers; arms beyond them repeat the colours with
-# another dash.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Arms beyond the colours repeat them with another dash, and beyond the markers with hollow ones.
 _DASHES = ("-", "--", ":")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")  # filled, then hollow
-_GREY = "#555555"
-_SMOOTH = 7  # points of a training curve that are averaged
-_MOST_BANDS = (
-    4  # arms whose intervals are drawn; more would hide each other, and the tables have them
-)
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+
+_SMOOTHED = 3  # points before and after each one of a training curve that its mean takes in
+_MOST_BANDS = 4  # arms whose intervals are shown: more would hide each other; the tables have them
 
 
-def draw(found: Mapping[str, Any], out: pathlib.Path) -> list[pathlib.Path]:
-    """Writes the pictures beside `out`; returns their paths."""
-    pictures = {
+def plot_study(found: Mapping[str, Any], out: pathlib.Path) -> list[pathlib.Path]:
+    """Writes the pictures of what `gather` found beside `out`; returns their paths."""
+    figures = {
         "arms": _arms(found),
         "mixed": _mixed(found),
-        "pass_at_k": _curves(
-            found, "pass_at_k", "k", "Coverage: is any of k independent traces right?"
-        ),
-        "rsa": _curves(found, "rsa", "round", "Recursive self-aggregation, by round"),
+        "pass_at_k": _pass_at_k(found),
+        "rsa": _rsa(found),
         "training": _training(found),
     }
     paths = []
-    for name, figure in pictures.items():
+    for name, figure in figures.items():
         if figure is not None:
             paths.append(out.with_name(f"{out.name}_{name}.png"))
-            figure.savefig(paths[-1], format="png")
+            save(figure, paths[-1])
     return paths
 
 
-def _style(found: Mapping[str, Any], arm: str) -> dict[str, Any]:
+def _look(found: Mapping[str, Any], arm: str) -> dict[str, Any]:
     """One colour and dash for each arm in all pictures; the base is grey."""
     if arm == BASE:
-        return {"color": _GREY, "linestyle": "-."}
+        return {"color": GREY, "linestyle": "-."}
     place = [name for name in found["arms"] if name != BASE].index(arm)
-    return {
-        "color": _COLORS[place % len(_COLORS)],
-        "linestyle": _DASHES[place // len(_COLORS) % len(_DASHES)],
-    }
+    dash = place // len(DISTINCT) % len(_DASHES)
+    return {"color": DISTINCT[place % len(DISTINCT)], "linestyle": _DASHES[dash]}
+
+
+def _measures_of_runs(found: Mapping[str, Any], arm: str) -> list[dict[str, float]]:
+    """What each evaluated run of an arm has measured."""
+    runs = [run for run in found["runs"] if run["arm"] == arm]
+    return [run["measures"] for run in runs if "measures" in run]
 
 
 def _arms(found: Mapping[str, Any]) -> Figure:
     """The first measure of every arm: mean and interval, a dot for each seed."""
     measure = found["measures"][0]
-    arms = [arm for arm, row in found["arms"].items() if row["measures"]]
-    arms.sort(key=lambda arm: found["arms"][arm]["measures"][measure]["mean"])
-    figure = Figure(figsize=(7.6, 1.4 + 0.42 * len(arms)), dpi=150, layout="constrained")
+    values = {
+        arm: row["measures"][measure] for arm, row in found["arms"].items() if row["measures"]
+    }
+    arms = sorted(values, key=lambda arm: values[arm]["mean"])
+    figure = new_figure(7.6, 1.4 + 0.42 * len(arms))
     axes = figure.subplots()
     for y, arm in enumerate(arms):
-        value, color = found["arms"][arm]["measures"][measure], _style(found, arm)["color"]
+        value, color = values[arm], _look(found, arm)["color"]
         axes.hlines(y, 100 * value["low"], 100 * value["high"], color=color, linewidth=2)
         axes.plot(100 * value["mean"], y, "D", color=color, markersize=6, zorder=3)
-        seeds = [
-            100 * run["measures"][measure]
-            for run in found["runs"]
-            if run["arm"] == arm and "measures" in run
-        ]
+        seeds = [100 * measures[measure] for measures in _measures_of_runs(found, arm)]
         axes.plot(seeds, [y + 0.22] * len(seeds), "o", color=color, markersize=3, alpha=0.6)
     if found["optimum"] and measure == "aggregated":
         best = 100 * found["optimum"]["aggregated"]["mean"]
-        axes.axvline(best, color=_GREY, linestyle="--", linewidth=1)
-        axes.annotate("best possible", (best, -0.55), ha="right", fontsize="small", color=_GREY,
-                      xytext=(-3, 0), textcoords="offset points")  # fmt: skip
+        axes.axvline(best, color=GREY, linestyle="--", linewidth=1)
+        _annotate_line(axes, "best possible", best, -0.55)
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(-0.8, len(arms) - 0.4)
     axes.set_xlabel(f"{measure} (% of held-out problems)")
-    figure.supxlabel(
-        "dots: seeds; bars: 95 % bootstrap interval over seeds and problems",
-        fontsize=8,
-        color=_GREY,
+    set_note(figure, "dots: seeds; bars: 95 % bootstrap interval over seeds and problems")
+    set_title(axes, "After training")
+    tidy(axes)
+    return figure
+
+
+def _annotate_line(axes: Axes, text: str, x: float, y: float, rotation: int = 0) -> None:
+    """A small grey word to the left of a vertical line."""
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(-3, 0),
+        textcoords="offset points",
+        rotation=rotation,
+        ha="right",
+        fontsize="small",
+        color=GREY,
     )
-    return _finish(figure, axes, "After training")
 
 
 def _mixed(found: Mapping[str, Any]) -> Figure | None:
-    """Of every run, how many sets are mixed and how often the aggregated answer is right; the line: the base's reading
-    of mixed and other sets, so what is above or below it is due to reading, and what is along it to search."""
-    if not found["optimum"] or not {"mixed", "aggregated"} <= set(found["measures"]):
-        return None
+    """Of every run, how many sets are mixed and how often the aggregated answer is right.
+
+    The line is how the base reads mixed and other sets: what is above or below it is due to
+    reading, and what is along it to search.
+    """
     best = found["optimum"]
-    figure = Figure(figsize=(7.6, 5.0), dpi=150, layout="constrained")
+    if not best or not {"mixed", "aggregated"} <= set(found["measures"]):
+        return None
+    figure = new_figure(7.6, 5.0)
     axes = figure.subplots()
     ends = [100 * best[name]["mean"] for name in ("right_if_alike", "right_if_mixed")]
-    axes.plot([0, 100], ends, color=_GREY, linewidth=1)
-    axes.axvline(100 * best["mixed"], color=_GREY, linestyle="--", linewidth=1)
-    axes.annotate("most that independent traces allow", (100 * best["mixed"], ends[0]), rotation=90, ha="right",
-                  fontsize="small", color=_GREY, xytext=(-3, 0), textcoords="offset points")  # fmt: skip
-    for arm in found["arms"]:
-        of_arm = [
-            run["measures"] for run in found["runs"] if run["arm"] == arm and "measures" in run
-        ]
-        if of_arm:
-            x, y = ([100 * measures[m] for measures in of_arm] for m in ("mixed", "aggregated"))
-            place = list(found["arms"]).index(arm)
-            axes.plot(x, y, _MARKERS[place % len(_MARKERS)], color=_style(found, arm)["color"], markersize=6, alpha=0.8,
-                      label=arm, fillstyle="full" if place < len(_MARKERS) else "none")  # fmt: skip
+    axes.plot([0, 100], ends, color=GREY, linewidth=1)
+    axes.axvline(100 * best["mixed"], color=GREY, linestyle="--", linewidth=1)
+    most = "most that independent traces allow"
+    _annotate_line(axes, most, 100 * best["mixed"], ends[0], rotation=90)
+    for place, arm in enumerate(found["arms"]):
+        of_runs = _measures_of_runs(found, arm)
+        if not of_runs:
+            continue
+        axes.plot(
+            [100 * measures["mixed"] for measures in of_runs],
+            [100 * measures["aggregated"] for measures in of_runs],
+            _MARKERS[place % len(_MARKERS)],
+            fillstyle="full" if place < len(_MARKERS) else "none",
+            color=_look(found, arm)["color"],
+            markersize=6,
+            alpha=0.8,
+            label=arm,
+        )
     axes.set_xlabel("sets of two strategies or more (%)")
     axes.set_ylabel("aggregated (% right)")
     axes.set_xlim(0, 100)
     axes.legend(fontsize="small", framealpha=0.9, loc="upper left")
-    return _finish(
-        figure,
-        axes,
-        "What search offers and what aggregation makes of it; the line is the base's reading",
-    )
+    title = "What search offers and what aggregation makes of it; the line is the base's reading"
+    set_title(axes, title)
+    tidy(axes)
+    return figure
 
 
-def _curves(found: Mapping[str, Any], name: str, key: str, title: str) -> Figure:
-    figure = Figure(figsize=(9.0, 5.0), dpi=150, layout="constrained")
+def _pass_at_k(found: Mapping[str, Any]) -> Figure:
+    title = "Coverage: is any of k independent traces right?"
+    figure, axes = _curves(found, "pass_at_k", "k", title)
+    most = max(row["k"] for curves in found["curves"].values() for row in curves["pass_at_k"])
+    count_axis(axes, "k, traces sampled for a problem", most)
+    axes.set_ylabel("pass@k (% of problems)")
+    return figure
+
+
+def _rsa(found: Mapping[str, Any]) -> Figure:
+    figure, axes = _curves(found, "rsa", "round", "Recursive self-aggregation, by round")
+    round_axis(axes)
+    axes.set_ylabel("right answers (%)")
+    return figure
+
+
+def _curves(found: Mapping[str, Any], name: str, x: str, title: str) -> tuple[Figure, Axes]:
+    """A curve of each arm; `x` is the field of its rows that the figure goes along."""
+    figure = new_figure(9.0, 5.0)
     axes = figure.subplots()
+    band = len(found["curves"]) <= _MOST_BANDS
     for arm, curves in found["curves"].items():
-        rows, style = curves[name], _style(found, arm)
-        at = [row[key] for row in rows]
-        mean, low, high = (
-            100 * np.array([row[end] for row in rows], float) for end in ("mean", "low", "high")
-        )
-        axes.plot(at, mean, linewidth=1.8, label=arm, **style)
-        if len(found["curves"]) <= _MOST_BANDS:
-            axes.fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    axes.set_ylabel("right answers (%)" if key == "round" else "pass@k (% of problems)")
-    if key == "k":
-        ticks = powers_of_two(
-            max(row["k"] for curves in found["curves"].values() for row in curves[name])
-        )
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("k, traces sampled for a problem")
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("round of aggregation (0: independent search traces)")
+        at = [row[x] for row in curves[name]]
+        plot_curve(axes, at, curves[name], label=arm, band=band, **_look(found, arm))
     figure.legend(loc="outside right upper", fontsize="small")
-    return _finish(figure, axes, title)
+    set_title(axes, title)
+    tidy(axes)
+    return figure, axes
 
 
 def _training(found: Mapping[str, Any]) -> Figure | None:
-    """Reward of what is trained for, and entropy of search traces, over sampled tokens: an arm's
-    mean over its runs.
-    """
-    runs = {arm: [run["training"] for run in found["runs"] if run["arm"] == arm and "training" in run] for arm in
-            found["arms"]}  # fmt: skip
+    """Rewards, and entropy of search traces, over sampled tokens: an arm's mean over its runs."""
+    runs = {
+        arm: [run["training"] for run in found["runs"] if run["arm"] == arm and "training" in run]
+        for arm in found["arms"]
+    }
     if not any(runs.values()):
         return None
-    figure = Figure(figsize=(13.5, 4.6), dpi=150, layout="constrained")
-    panels = {
-        "aggregated": ("Reward of aggregation traces", "right (%)", 100),
-        "own": ("Own correctness of search traces", "right (%)", 100),
-        "entropy": ("Entropy of search traces", "nat a token", 1),
-    }
-    lines = {}
-    for axes, (curve, (title, label, scale)) in zip(
-        figure.subplots(1, 3), panels.items(), strict=True
-    ):
+    figure = new_figure(13.5, 4.6)
+    reward, own, entropy = figure.subplots(1, 3)
+    lines: dict[str, Any] = {}
+
+    def plot_panel(axes: Axes, curve: str, title: str, ylabel: str, scale: float) -> None:
         for arm, of_arm in runs.items():
-            curves = [run for run in of_arm if curve in run]
-            if curves:
-                tokens, value = _mean_curve(curves, curve)
-                (lines[arm],) = axes.plot(
-                    tokens, scale * value, linewidth=1.5, label=arm, **_style(found, arm)
-                )
+            having = [run for run in of_arm if curve in run]
+            if having:
+                tokens, value = mean_over_runs(having, curve)
+                look = _look(found, arm)
+                (lines[arm],) = axes.plot(tokens, scale * value, linewidth=1.5, label=arm, **look)
         axes.set_xlabel("sampled tokens")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:,.0f}k"))
-        axes.set_ylabel(label)
-        _finish(figure, axes, title)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens / 1000:,.0f}k"))
+        axes.set_ylabel(ylabel)
+        set_title(axes, title)
+        tidy(axes)
+
+    plot_panel(reward, "aggregated", "Reward of aggregation traces", "right (%)", 100)
+    plot_panel(own, "own", "Own correctness of search traces", "right (%)", 100)
+    plot_panel(entropy, "entropy", "Entropy of search traces", "nat a token", 1)
     figure.legend(lines.values(), lines, loc="outside right upper", fontsize="small")
-    figure.supxlabel(
-        "mean over an arm's runs, smoothed; up to where the shortest of them ends",
-        fontsize=8,
-        color=_GREY,
-    )
+    set_note(figure, "mean over an arm's runs, smoothed; up to where the shortest of them ends")
     return figure
 
 
-def _mean_curve(runs: Sequence[Mapping[str, Sequence]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, mean of a curve there) over the runs of one arm, up to the end of the shortest."""
+def mean_over_runs(
+    runs: Sequence[Mapping[str, Sequence]], name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, smoothed mean of a curve there) over the runs of one arm, while all of them run."""
     start = max(run["sampled_tokens"][0] for run in runs)
     end = min(run["sampled_tokens"][-1] for run in runs)
     grid = np.linspace(start, end, len(runs[0]["sampled_tokens"]))
-    curves = [
-        _smooth(np.array([np.nan if v is None else v for v in run[name]], float)) for run in runs
-    ]
-    values = [
-        np.interp(grid, run["sampled_tokens"], curve)
-        for run, curve in zip(runs, curves, strict=True)
-    ]
+    values = []
+    for run in runs:
+        curve = series([{name: value} for value in run[name]], name)
+        smooth = running_mean(curve, before=_SMOOTHED, after=_SMOOTHED)
+        values.append(np.interp(grid, run["sampled_tokens"], smooth))
     return grid, np.mean(values, axis=0)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean, shorter at both ends."""
-    half = _SMOOTH // 2
-    return np.array(
-        [np.nanmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
-    )
-
-
-def _finish(figure: Figure, axes: Axes, title: str) -> Figure:
-    axes.set_title(title, fontsize="medium", loc="left", fontweight="bold")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure

@@ -10,7 +10,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not str
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What is inside the last \boxed{...}, or None. Takes time linear in the length of `text`.
+    r"""What is inside the last \boxed{...}, or None. Linear in the length of `text`.
 
     The last `\boxed{` after the final `</think>` (after the beginning, where there is none) decides
     alone. If its braces do not close, the final answer is unfinished and the result is None: an

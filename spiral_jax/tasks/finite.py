@@ -1,4 +1,4 @@
-"""Rows of a file or data set -> checked problems -> `Task`. What the formats share."""
+"""Rows of a file or data set -> checked problems -> `Task`: what the formats share."""
 
 from __future__ import annotations
 
@@ -25,78 +25,79 @@ def make_problem(
     id: str,
     text: Any,
     answer: Any,
-    needs: tuple[str, str],
+    *,
+    text_name: str,
+    answer_name: str,
     metadata: Mapping[str, Any] | None = None,
 ) -> Problem:
-    """A problem, its parts checked.
+    """A problem whose parts are checked.
 
     Args:
       where: file and row, for errors.
       id: with the split in front.
       text: a non-empty string.
       answer: a non-empty string or a finite number. Of GSM8K's `... #### 1,234` the reference is
-      `1234`.
-      needs: what text and answer are called in the row.
+        `1234`.
+      text_name, answer_name: what text and answer are called in the row, for errors.
       metadata: JSON types.
 
     Raises:
       TaskError: something is missing, of another type, or not Unicode.
     """
     if not isinstance(text, str) or not text.strip():
-        raise TaskError(f"{where}: needs {needs[0]}, a non-empty string, not {_short(text)}.")
-    answer = _answer(answer)
+        raise TaskError(f"{where}: needs {text_name}, a non-empty string, not {_short(text)}.")
+    answer = _answer_text(answer)
     if not answer:
-        raise TaskError(f"{where}: needs {needs[1]}, a non-empty string or a finite number.")
+        raise TaskError(f"{where}: needs {answer_name}, a non-empty string or a finite number.")
     try:
+        # JSON may hold half a surrogate pair (\ud800), which is no character for any tokenizer
         json.dumps([id, text, answer, metadata], ensure_ascii=False, allow_nan=False).encode()
-    except (
-        TypeError,
-        ValueError,
-    ) as error:  # JSON's \ud800 alone is no character: no tokenizer takes it
+    except (TypeError, ValueError) as error:
         raise TaskError(f"{where}: holds what is neither JSON nor Unicode ({error}).") from error
     return Problem(id=id, text=text, answer=answer, metadata=dict(metadata or {}))
 
 
-def checked(make: Callable[..., Problem], *row: Any) -> Problem | TaskError:
-    """`make(*row)`, or the `TaskError` that it raises: one bad row does not hide the others."""
+def attempt(make: Callable[..., Problem], *row: Any, **names: Any) -> Problem | TaskError:
+    """`make(...)`, or the `TaskError` that it raises: one bad row does not hide the others."""
     try:
-        return make(*row)
+        return make(*row, **names)
     except TaskError as error:
         return error
 
 
-def distinct(problems: Iterable[tuple[str, Problem | TaskError]], source: str) -> list[Problem]:
+def unique_problems(rows: Iterable[tuple[str, Problem | TaskError]], source: str) -> list[Problem]:
     """All problems of a split.
 
     Args:
-      problems: with the place (file and row) of each; a malformed row is its error.
-      source: what it was read from, for errors.
+      rows: (place, problem): file and row of each; a malformed row is its error.
+      source: what they were read from, for errors.
 
     Raises:
-      TaskError: there is none, rows are malformed, or two have the same id: all such rows are
-      counted, ten are shown.
+      TaskError: there is none, rows are malformed, or two have the same id. All such rows are
+        counted, ten are shown.
     """
     place_of: dict[str, str] = {}
-    found, failing = [], []
-    for where, problem in problems:
+    problems, failing = [], []
+    for where, problem in rows:
         if isinstance(problem, TaskError):
             failing.append(str(problem))
         elif problem.id in place_of:
-            failing.append(
-                f"{where}: id {problem.id!r} is that of {place_of[problem.id]} too; ids are unique."
-            )
+            first = place_of[problem.id]
+            failing.append(f"{where}: id {problem.id!r} is that of {first} too; ids are unique.")
         else:
             place_of[problem.id] = where
-            found.append(problem)
+            problems.append(problem)
     if failing:
-        more = [f"... and {len(failing) - _SHOWN} more"] if len(failing) > _SHOWN else []
+        shown = failing[:_SHOWN]
+        if len(failing) > _SHOWN:
+            shown.append(f"... and {len(failing) - _SHOWN} more")
         raise TaskError(
-            f"{source}: {len(failing)} of {len(found) + len(failing)} rows cannot be used; mend or remove them:\n  "
-            + "\n  ".join(failing[:_SHOWN] + more)
+            f"{source}: {len(failing)} of {len(problems) + len(failing)} rows cannot be used; "
+            "mend or remove them:\n  " + "\n  ".join(shown)
         )
-    if not found:
+    if not problems:
         raise TaskError(f"{source}: it is empty; a set of problems has at least one.")
-    return found
+    return problems
 
 
 def finite_task(train: list[Problem], held_out: list[Problem], seed: int, fingerprint: str) -> Task:
@@ -110,11 +111,10 @@ def finite_task(train: list[Problem], held_out: list[Problem], seed: int, finger
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
-        return np.random.Generator(
-            np.random.PCG64(np.random.SeedSequence([seed, epoch]))
-        ).permutation(len(train))
+        words = np.random.SeedSequence([seed, epoch])
+        return np.random.Generator(np.random.PCG64(words)).permutation(len(train))
 
-    def at(cursor: int) -> Problem:
+    def problem_at(cursor: int) -> Problem:
         if cursor < 0:
             raise IndexError(f"cursor = {cursor}: must be >= 0")
         epoch, position = divmod(cursor, len(train))
@@ -123,7 +123,7 @@ def finite_task(train: list[Problem], held_out: list[Problem], seed: int, finger
         return train[order(epoch)[position]]
 
     return Task(
-        train=at,
+        train=problem_at,
         held_out=held_out.__getitem__,
         held_out_size=len(held_out),
         fingerprint=fingerprint,
@@ -137,9 +137,8 @@ def read_file(path: str, field: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
-        raise TaskError(
-            f"config.task.{field} = {path!r}: cannot be read ({error.strerror})."
-        ) from error
+        reason = error.strerror
+        raise TaskError(f"config.task.{field} = {path!r}: cannot be read ({reason}).") from error
 
 
 def fingerprint_of(parts: Iterable[bytes]) -> str:
@@ -147,7 +146,7 @@ def fingerprint_of(parts: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
-def _answer(value: Any) -> str:
+def _answer_text(value: Any) -> str:
     """The reference as text; "" where there is none."""
     if isinstance(value, str):
         _, mark, last = value.rpartition(_GSM8K_MARK)

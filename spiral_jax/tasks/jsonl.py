@@ -11,23 +11,22 @@ from collections.abc import Iterator
 from spiral_jax.tasks.finite import (
     HELD_OUT,
     TRAIN,
-    checked,
-    distinct,
+    attempt,
     fingerprint_of,
     finite_task,
     make_problem,
     read_file,
+    unique_problems,
 )
 from spiral_jax.tasks.problem import Problem, Task, TaskError
 
 
 def task(train_path: str, eval_path: str, seed: int) -> Task:
-    """Training problems of one file in an order drawn anew each epoch, held-out problems of another
-    in file order.
+    """Training problems of one file, shuffled each epoch, and held-out ones of another in order.
 
     Args:
       train_path: UTF-8 JSONL file. Blank lines are allowed. "" = none, for evaluation: `train` must
-      not be called.
+        not be called.
       eval_path: the same for held-out problems; "" = none.
       seed: >= 0; with the epoch it decides the order.
 
@@ -47,32 +46,33 @@ def task(train_path: str, eval_path: str, seed: int) -> Task:
 
 
 def parse(data: bytes, path: str, split: str) -> list[Problem]:
-    """The problems of a file's bytes; `split` is the first part of their ids. Raises `TaskError`."""
-    return distinct(_problems(data, path, split), path)
+    """The problems of a file's bytes; their ids begin with `split`. Raises `TaskError`."""
+    return unique_problems(_rows(data, path, split), path)
 
 
-def _problems(data: bytes, path: str, split: str) -> Iterator[tuple[str, Problem | TaskError]]:
-    for number, raw in enumerate(
-        data.split(b"\n"), start=1
-    ):  # bytes: str.splitlines cuts at U+2028 inside a text too
-        if raw.strip():
+def _rows(data: bytes, path: str, split: str) -> Iterator[tuple[str, Problem | TaskError]]:
+    # lines are cut as bytes, because str.splitlines cuts at a U+2028 inside a text too
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
             where = f"{path}:{number}"
-            yield where, checked(_problem, raw, where, split, number)
+            yield where, attempt(_problem, line, where, split, number)
 
 
-def _problem(raw: bytes, where: str, split: str, number: int) -> Problem:
+def _problem(line: bytes, where: str, split: str, number: int) -> Problem:
     try:
-        row = json.loads(raw.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise TaskError(f"{where}: not JSON in UTF-8 ({error}).") from error
     if not isinstance(row, dict):
-        raise TaskError(
-            f'{where}: a {type(row).__name__}, not an object {{"problem": ..., "answer": ...}}.'
-        )
-    name, text = row.get("id"), row.get("problem", row.get("question"))
-    needs = tuple(
-        f"{name} (keys found: {sorted(row)})" for name in ('"problem" or "question"', '"answer"')
-    )
+        kind = type(row).__name__
+        raise TaskError(f'{where}: a {kind}, not an object {{"problem": ..., "answer": ...}}.')
+    name = number if row.get("id") is None else row["id"]
+    keys = f"(keys found: {sorted(row)})"
     return make_problem(
-        where, f"{split}:{number if name is None else name}", text, row.get("answer"), needs
+        where,
+        f"{split}:{name}",
+        row.get("problem", row.get("question")),
+        row.get("answer"),
+        text_name=f'"problem" or "question" {keys}',
+        answer_name=f'"answer" {keys}',
     )

@@ -1,45 +1,144 @@
-"""config.task -> `Task`."""
+"""config.task -> `Task`: the one place that knows tasks by name.
+
+A new task is a file in this folder and a row of `TASKS`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+
 from ml_collections import ConfigDict
 
-from spiral_jax.core.config import TASKS, ConfigError
-from spiral_jax.tasks import end_digit, hub, jsonl, two_halves
+from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks.problem import Task
 
 
-def load_task(c: ConfigDict) -> Task:
-    """The task that `c.task` names. A file's order is drawn by `c.seed`, procedural problems by
-    `c.task.seed`.
+@dataclasses.dataclass(frozen=True)
+class TaskRow:
+    """What the program knows of a task by its name.
+
+    Attributes:
+      module: its file, imported when the task is loaded: pyarrow and reasoning-gym take seconds.
+        Its function `task` returns the `Task`.
+      arguments: what `task` is called with, in this order: fields of the config.
+      needs: fields of config.task that must not be empty -> what they must be, for messages.
+      needs_to_train: the same where the task is trained on.
+      needs_to_evaluate: the same where its held-out problems are read.
+      demonstrated: whether the module also has the demonstrations that `spiral_jax/sft.py` makes a
+        model from: `practice`, `tokenizer_texts`, `demonstrate_search`, `demonstrate_set`.
+    """
+
+    module: str
+    arguments: tuple[str, ...]
+    needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    needs_to_train: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    needs_to_evaluate: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    demonstrated: bool = False
+
+
+TASKS = {
+    "jsonl": TaskRow(
+        module="spiral_jax.tasks.jsonl",
+        arguments=("task.train_path", "task.eval_path", "seed"),
+        needs_to_train={"train_path": "a jsonl file"},
+        needs_to_evaluate={"eval_path": "a jsonl file"},
+    ),
+    "parquet": TaskRow(
+        module="spiral_jax.tasks.verl_parquet",
+        arguments=("task.train_path", "task.eval_path", "prompt.system", "seed"),
+        needs_to_train={"train_path": "a parquet file"},
+        needs_to_evaluate={"eval_path": "a parquet file"},
+    ),
+    "hf": TaskRow(
+        module="spiral_jax.tasks.hub",
+        arguments=(
+            "task.dataset",
+            "task.subset",
+            "task.split_train",
+            "task.split_eval",
+            "task.problem_column",
+            "task.answer_column",
+            "seed",
+        ),
+        needs={"dataset": "a name", "problem_column": "a name", "answer_column": "a name"},
+        needs_to_train={"split_train": "a split of the data set"},
+        needs_to_evaluate={"split_eval": "a split of the data set"},
+    ),
+    "two_halves": TaskRow(
+        module="spiral_jax.tasks.two_halves", arguments=("task.seed",), demonstrated=True
+    ),
+    "end_digit": TaskRow(
+        module="spiral_jax.tasks.end_digit", arguments=("task.seed",), demonstrated=True
+    ),
+    "reasoning_gym": TaskRow(
+        module="spiral_jax.tasks.reasoning_gym_task",
+        arguments=("task.generator", "task.seed", "task.generator_args"),
+        needs={"generator": "the name of a reasoning-gym generator"},
+    ),
+}
+
+
+def load_task(task: ConfigDict, seed: int, system: str) -> Task:
+    """The task that the config names.
+
+    Args:
+      task: config.task; its own seed says which procedural problems.
+      seed: config.seed, which draws the order of problems from files.
+      system: config.prompt.system, which problems with a system message of their own must have.
 
     Raises:
       ConfigError: unknown name or negative seed.
       spiral_jax.tasks.problem.TaskError: the problems cannot be had.
     """
-    for field, seed in (("seed", c.seed), ("task.seed", c.task.seed)):
-        if seed < 0:
-            raise ConfigError(f"config.{field} = {seed}: must be >= 0.")
-    if c.task.name == "jsonl":
-        return jsonl.task(c.task.train_path, c.task.eval_path, c.seed)
-    if c.task.name == "parquet":
-        from spiral_jax.tasks import verl_parquet  # only this task needs pyarrow
+    row = _row(task.name)
+    values = {"seed": seed, "prompt.system": system}
+    values |= {f"task.{name}": value for name, value in task.to_dict().items()}
+    for field in ("seed", "task.seed"):
+        if values[field] < 0:
+            raise ConfigError(f"config.{field} = {values[field]}: must be >= 0.")
+    module = importlib.import_module(row.module)
+    return module.task(*(values[field] for field in row.arguments))
 
-        return verl_parquet.task(c.task.train_path, c.task.eval_path, c.prompt.system, c.seed)
-    if c.task.name == "hf":
-        t = c.task
-        splits = (t.split_train, t.split_eval)
-        return hub.task(t.dataset, t.subset, splits, t.problem_column, t.answer_column, c.seed)
-    if c.task.name == "two_halves":
-        return two_halves.task(c.task.seed)
-    if c.task.name == "end_digit":
-        return end_digit.task(c.task.seed)
-    if c.task.name == "reasoning_gym":
-        from spiral_jax.tasks import (
-            reasoning_gym_task,
-        )  # takes seconds to import; only this task needs it
 
-        return reasoning_gym_task.task(
-            c.task.generator, c.task.seed, c.task.generator_args.to_dict()
+def check_task(task: ConfigDict, training: bool, evaluated: bool) -> None:
+    """Checks that config.task names a task and all that it reads; reads nothing.
+
+    Args:
+      training: whether it is trained on.
+      evaluated: whether held-out problems are read.
+
+    Raises:
+      ConfigError: an unknown name, or a field that must not be empty.
+    """
+    row = _row(task.name)
+    _check_named(task, row.needs)
+    if training:
+        _check_named(task, row.needs_to_train)
+    if evaluated:
+        way_out = " Set eval.problems = 0 to train without evaluation." if training else ""
+        _check_named(task, row.needs_to_evaluate, way_out)
+
+
+def load_demonstrations(name: str) -> ModuleType:
+    """The module with a task's demonstrations. Raises `ConfigError` if it has none."""
+    able = [other for other, row in TASKS.items() if row.demonstrated]
+    if name not in able:
+        raise ConfigError(
+            f"config.task = {name!r}: only {' and '.join(able)} have demonstrations; choose one."
         )
-    raise ConfigError(f"config.task.name = {c.task.name!r}: must be one of {', '.join(TASKS)}.")
+    return importlib.import_module(TASKS[name].module)
+
+
+def _row(name: str) -> TaskRow:
+    if name not in TASKS:
+        raise ConfigError(f"config.task.name = {name!r}: must be one of {', '.join(TASKS)}.")
+    return TASKS[name]
+
+
+def _check_named(task: ConfigDict, fields: Mapping[str, str], way_out: str = "") -> None:
+    for field, allowed in fields.items():
+        if not task[field]:
+            raise ConfigError(f"config.task.{field} = {task[field]!r}: must be {allowed}.{way_out}")

@@ -1,6 +1,4 @@
-"""Problems that are there twice, and held-out problems that are trained on: found, counted, never
-left out.
-"""
+"""Problems that are there twice, or held out and trained on: counted and shown, never left out."""
 
 from __future__ import annotations
 
@@ -15,11 +13,14 @@ from spiral_jax.tasks.problem import Problem
 _MATH_MARKS = re.compile(r"\$|\\[()\[\]]")  # around formulas: $x$, \(x\), \[x\]
 _EXAMPLES = 3  # pairs of ids that a line shows
 
+Pair = tuple[Problem, Problem]
+
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """Problems with the same normalised text, as pairs of ids: a problem and the first of those
-    before it.
+    """Problems with the same normalised text, as pairs of ids.
+
+    Of repeats a pair is a problem and the first of those before it.
 
     Attributes:
       train, held_out: numbers of problems.
@@ -37,36 +38,50 @@ class Overlap:
 
 
 def normalised(text: str) -> str:
-    """`text` up to what does not make another problem of it: case, white space, Unicode forms,
-    marks of formulas.
+    """`text` without what does not tell problems apart.
+
+    That is case, white space, Unicode's forms of a character, and the marks around formulas.
     """
     return "".join(_MATH_MARKS.sub("", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
 def find_overlap(train: Sequence[Problem], held_out: Sequence[Problem]) -> Overlap:
     """Compares hashes of normalised texts: linear in the number of problems."""
-    contradictions: list[tuple[str, str]] = []
-
-    def repeats(
-        problems: Sequence[Problem], seen: dict[bytes, Problem], grow: bool
-    ) -> list[tuple[str, str]]:
-        pairs = []
-        for problem in problems:
-            key = hashlib.blake2b(normalised(problem.text).encode(), digest_size=16).digest()
-            first = seen.setdefault(key, problem) if grow else seen.get(key, problem)
-            if first is not problem:
-                pairs.append((problem.id, first.id))
-                if first.answer != problem.answer:
-                    contradictions.append(pairs[-1])
-        return pairs
-
-    of_train: dict[bytes, Problem] = {}
-    train_repeats = repeats(train, of_train, grow=True)
-    held_out_repeats = repeats(held_out, {}, grow=True)
-    trained_on = repeats(held_out, of_train, grow=False)
+    train_first, held_out_first = _first_by_text(train), _first_by_text(held_out)
+    train_repeats = _twins(train, train_first)
+    held_out_repeats = _twins(held_out, held_out_first)
+    trained_on = _twins(held_out, train_first)
+    pairs = [*train_repeats, *held_out_repeats, *trained_on]
     return Overlap(
-        len(train), len(held_out), train_repeats, held_out_repeats, trained_on, contradictions
+        train=len(train),
+        held_out=len(held_out),
+        train_repeats=_ids(train_repeats),
+        held_out_repeats=_ids(held_out_repeats),
+        trained_on=_ids(trained_on),
+        contradictions=_ids([(a, b) for a, b in pairs if a.answer != b.answer]),
     )
+
+
+def _first_by_text(problems: Sequence[Problem]) -> dict[bytes, Problem]:
+    """The first problem of each text."""
+    first: dict[bytes, Problem] = {}
+    for problem in problems:
+        first.setdefault(_key(problem), problem)
+    return first
+
+
+def _twins(problems: Sequence[Problem], first: dict[bytes, Problem]) -> list[Pair]:
+    """Each problem that has the text of another one in `first`, with that one."""
+    pairs = [(problem, first.get(_key(problem), problem)) for problem in problems]
+    return [(problem, other) for problem, other in pairs if other is not problem]
+
+
+def _ids(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+    return [(problem.id, other.id) for problem, other in pairs]
+
+
+def _key(problem: Problem) -> bytes:
+    return hashlib.blake2b(normalised(problem.text).encode(), digest_size=16).digest()
 
 
 def describe(overlap: Overlap) -> str:
@@ -79,11 +94,11 @@ def describe(overlap: Overlap) -> str:
         ("of these have another reference answer than their twin", overlap.contradictions),
     )
     for what, pairs in kinds:
+        shown = [f"{a} = {b}" for a, b in pairs[:_EXAMPLES]]
+        if len(pairs) > _EXAMPLES:
+            shown.append("...")
         if pairs:
-            shown = ", ".join(f"{a} = {b}" for a, b in pairs[:_EXAMPLES])
-            lines.append(
-                f"  {len(pairs):,} {what}: {shown}{', ...' if len(pairs) > _EXAMPLES else ''}"
-            )
+            lines.append(f"  {len(pairs):,} {what}: {', '.join(shown)}")
     if len(lines) > 1:
         lines.append("  They are used as they are; mend the files if that is not meant.")
     return "\n".join(lines)

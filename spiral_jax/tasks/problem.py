@@ -10,7 +10,7 @@ from spiral_jax.core.errors import UserError
 
 
 class TaskError(UserError):
-    """Problems that cannot be had; the message names the file and row or the field, and what to do."""
+    """Problems cannot be had; the message names the file and row, or the field, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Problem:
       text: what is asked; goes into the prompts as `{problem}`.
       answer: the reference that a reward function compares with.
       metadata: whatever else a reward function needs; JSON types only, since it crosses a process
-      boundary.
+        boundary.
     """
 
     id: str
@@ -37,16 +37,16 @@ class Task:
 
     Attributes:
       train: cursor (0, 1, 2, ... without end) -> problem; a pure function, so that a cursor is all
-      the state there is.
+        the state there is.
       held_out: index below `held_out_size` -> problem.
       held_out_size: number of held-out problems.
       fingerprint: changes when the data do; a resumed run refuses another one.
       reward: default for config.task.reward: "math", or the path "package.module:function" of a
-      reward function.
-      strategy: default for config.task.strategy: path of a function, or "" where strategies have no
-      name.
-      report: what a user should know of the data (sizes, duplicates, overlap), for the terminal; ""
-        where problems are made without end.
+        reward function.
+      strategy: default for config.task.strategy: path of a function, or "" where strategies have
+        no name.
+      report: what a user should know of the data (sizes, duplicates, overlap), for the terminal;
+        "" where problems are made without end.
     """
 
     train: Callable[[int], Problem]

@@ -1,11 +1,9 @@
-"""Problems of a reasoning-gym generator (package reasoning-gym 0.1.25) -> `Task`, and their 0/1
-reward.
+"""A generator of reasoning-gym (0.1.25) -> `Task`, and its 0/1 reward.
 
 The generators make item i of a data set with seed s from Random(s + i). Training draws come from
 one half of the 32-bit seeds and held-out draws from the other. That keeps the draws apart but not
 the texts: a generator with few distinct problems repeats itself. So a text's own hash decides which
-split it belongs to, and a draw of the wrong split
-is replaced by another: no text is ever in both.
+split it belongs to, and a draw of the wrong split is replaced by another: no text is ever in both.
 """
 
 from __future__ import annotations
@@ -58,7 +56,7 @@ def task(generator: str, seed: int, args: Mapping[str, Any] | None = None) -> Ta
       generator: a name in `reasoning_gym.factory.DATASETS`, e.g. "chain_sum".
       seed: >= 0; which problems.
       args: settings of the generator that differ from its defaults, JSON types, e.g.
-      {"max_numbers": 4}.
+        {"max_numbers": 4}.
 
     Raises:
       TaskError: the generator is unknown, not reproducible, or refuses its settings.
@@ -66,44 +64,43 @@ def task(generator: str, seed: int, args: Mapping[str, Any] | None = None) -> Ta
     if generator not in DATASETS:
         near = difflib.get_close_matches(generator, DATASETS, n=3, cutoff=0.4) or sorted(DATASETS)
         raise TaskError(
-            f"config.task.generator = {generator!r}: not in reasoning-gym. Nearest: {', '.join(near)}."
+            f"config.task.generator = {generator!r}: not in reasoning-gym. "
+            f"Nearest: {', '.join(near)}."
         )
     if generator in NOT_REPRODUCIBLE:
         raise TaskError(
-            f"config.task.generator = {generator!r}: its problems are not a function of the seed alone, so that no run "
-            "could be resumed or verified in another process. Take another generator."
+            f"config.task.generator = {generator!r}: its problems are not a function of the seed "
+            "alone, so that no run could be resumed or verified in another process. Take another "
+            "generator."
         )
     args = dict(args or {})
     if own := sorted({"seed", "size"} & args.keys()):
         raise TaskError(
-            f"config.task.generator_args = {args}: {own[0]} is set by this program. Set config.task.seed."
+            f"config.task.generator_args = {args}: {own[0]} is set by this program. "
+            "Set config.task.seed."
         )
     settings = json.dumps(args, sort_keys=True)
     try:
         _dataset(generator, settings, 0)
     except Exception as error:  # "composite" asserts that it was given data sets
-        where = (
-            f"config.task.generator_args = {args}"
-            if args
-            else f"config.task.generator = {generator!r}"
-        )
-        what = f"{generator} refuses them" if args else "has no usable default settings"
-        raise TaskError(f"{where}: {what} ({error}).") from error
+        if args:
+            what = f"config.task.generator_args = {args}: {generator} refuses them"
+        else:
+            what = f"config.task.generator = {generator!r}: has no usable default settings"
+        raise TaskError(f"{what} ({error}).") from error
     version = importlib.metadata.version("reasoning-gym")
+    source = f"reasoning_gym {version} v1 {generator} {settings} seed {seed}"
     return Task(
         train=lambda cursor: _draw(generator, settings, seed, "train", cursor),
         held_out=lambda index: _draw(generator, settings, seed, "held_out", index),
         held_out_size=_HELD_OUT_SIZE,
-        fingerprint=hashlib.sha256(
-            f"reasoning_gym {version} v1 {generator} {settings} seed {seed}".encode()
-        ).hexdigest(),
+        fingerprint=hashlib.sha256(source.encode()).hexdigest(),
         reward="spiral_jax.tasks.reasoning_gym_task:reward",
     )
 
 
 def reward(text: str, problem: Problem) -> bool | None:
-    r"""Whether what is in the last \boxed{} of `text` gets the full score of the generator's own
-    scorer.
+    r"""Whether the last \boxed{} of `text` gets the full score of the generator's own scorer.
 
     None: there is no box, or an empty one. Of `\text{word}` the word counts. Partial credit and a
     scorer that raises on the answer are both False. Some scorers evaluate the answer as Python or
@@ -118,9 +115,8 @@ def reward(text: str, problem: Problem) -> bool | None:
     if worded := _TEXT.fullmatch(answer):
         answer = worded[1].strip()
     entry = _entry_of(problem)
-    dataset = _dataset(
-        *(problem.metadata[name] for name in ("generator", "settings", "dataset_seed"))
-    )
+    made = problem.metadata
+    dataset = _dataset(made["generator"], made["settings"], made["dataset_seed"])
     try:
         return bool(dataset.score_answer(answer, entry) >= _CORRECT)
     except Exception:  # e.g. prime_factorization calls int() on the answer
@@ -134,39 +130,40 @@ def _draw(generator: str, settings: str, seed: int, split: str, index: int) -> P
     for attempt in range(_TRIES):
         number = _SPLITS.index(split) * 2**31 + attempt * _INDEX_RANGE + index % _INDEX_RANGE
         block, item = divmod(number, _DATASET_SIZE)
-        dataset_seed = (
-            (start + block) * _DATASET_SIZE % 2**32
-        )  # a multiple of the size: seed + item stays below 2**32
+        # a multiple of the size, so that seed + item stays below 2**32
+        dataset_seed = (start + block) * _DATASET_SIZE % 2**32
         entry = _entry(generator, settings, dataset_seed, item)
-        digest = hashlib.sha256(entry["question"].encode()).digest()
-        if (digest[0] % _HELD_OUT_SHARE == 0) == (split == "held_out"):
-            metadata = {
-                "generator": generator,
-                "settings": settings,
-                "dataset_seed": dataset_seed,
-                "index": item,
-            }
-            answer = (
-                "" if entry["answer"] is None else str(entry["answer"])
-            )  # None: many answers are right
+        text, answer = entry["question"], entry["answer"]
+        if _is_held_out(text) == (split == "held_out"):
             return Problem(
-                id=f"{split}:{index}", text=entry["question"], answer=answer, metadata=metadata
+                id=f"{split}:{index}",
+                text=text,
+                answer="" if answer is None else str(answer),  # None: many answers are right
+                metadata={
+                    "generator": generator,
+                    "settings": settings,
+                    "dataset_seed": dataset_seed,
+                    "index": item,
+                },
             )
     raise TaskError(
-        f"config.task.generator = {generator!r}: no {split} problem in {_TRIES} draws; it has too few distinct ones."
+        f"config.task.generator = {generator!r}: no {split} problem in {_TRIES} draws; it has too "
+        "few distinct ones."
     )
 
 
+def _is_held_out(text: str) -> bool:
+    return hashlib.sha256(text.encode()).digest()[0] % _HELD_OUT_SHARE == 0
+
+
 def _entry_of(problem: Problem) -> dict[str, Any]:
-    """The generator's own record of a problem, made again: its metadata holds types that JSON has
-    not.
-    """
-    where = problem.metadata
-    entry = _entry(*(where[name] for name in ("generator", "settings", "dataset_seed", "index")))
+    """The generator's own record of a problem, made again: it holds types that JSON has not."""
+    made = problem.metadata
+    entry = _entry(made["generator"], made["settings"], made["dataset_seed"], made["index"])
     if entry["question"] != problem.text:
         raise TaskError(
-            f"problem {problem.id!r}: reasoning-gym's {where['generator']!r} made another text from the same seed in "
-            "this process. The generator is not reproducible; take another one."
+            f"problem {problem.id!r}: reasoning-gym's {made['generator']!r} made another text from "
+            "the same seed in this process. The generator is not reproducible; take another one."
         )
     return copy.deepcopy(entry)  # scorers may change what they are given
 
@@ -181,8 +178,7 @@ def _dataset(
     )
 
 
-@functools.lru_cache(
-    maxsize=64
-)  # one problem has many traces to score, and some generators take 0.2 s an item
+# one problem has many traces to score, and some generators take 0.2 s an item
+@functools.lru_cache(maxsize=64)
 def _entry(generator: str, settings: str, dataset_seed: int, item: int) -> dict[str, Any]:
     return _dataset(generator, settings, dataset_seed)[item]

@@ -1,6 +1,4 @@
-"""The bundled model's tokenizer: SentencePiece BPE over the task's own texts, saved as a Hugging
-Face directory.
-"""
+"""Tokenizers of the bundled models: SentencePiece BPE over a task's own texts."""
 
 from __future__ import annotations
 
@@ -16,7 +14,9 @@ from transformers import PreTrainedTokenizerFast
 UNKNOWN, END = "<unk>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -24,13 +24,12 @@ CHAT_TEMPLATE = (
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, out: pathlib.Path
 ) -> PreTrainedTokenizerFast:
-    """Trains on `texts` and writes tokenizer.model (SentencePiece), tokenizer.json and
-    tokenizer_config.json.
+    """Trains on `texts` and writes a Hugging Face directory, tokenizer.model of SentencePiece too.
 
     Digits are never merged, whitespace may be (so `; left is ` is one piece), and bytes are the
     fallback: any text can be encoded, while most id sequences do not survive decoding and encoding
-    again. The pad token is the end token, as
-    in many real models: a mask that looks at ids would be wrong here.
+    again. The pad token is the end token, as in many real models: a mask that looks at ids would be
+    wrong here.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

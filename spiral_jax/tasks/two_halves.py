@@ -1,8 +1,8 @@
-"""The bundled task: two small sums of which one trace has room for one only.
+"""The bundled task: two small sums, and a trace that has room for one of them.
 
 A problem asks for the last digits of `left` and `right`, each of the form a*b+c:
 
-    left=4*7+5 right=6*3+8                                          answer 36: 4*7+5 = 33, 6*3+8 = 26
+    left=4*7+5 right=6*3+8                        answer 36: 4*7+5 = 33, 6*3+8 = 26
 
 A trace works out one half and has to guess the other; an aggregation trace reads what its
 candidates worked out:
@@ -14,8 +14,8 @@ candidates worked out:
 A set whose traces all work on the same half cannot be aggregated, so search has to cover both:
 single traces gain nothing from it (their guess is right one time in ten either way), only the
 aggregated answer does. If a trace takes the left half with probability p, a set of S traces is
-complete with probability 1 - p^S - (1-p)^S: at S = 4 0.344 for p = 0.9, which is how the bundled
-model starts, and 0.875 at best.
+complete with probability 1 - p^S - (1-p)^S. At S = 4 that is 0.344 for p = 0.9, which is how the
+bundled model starts, and 0.875 at best.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _WORKED = re.compile(r"^(left|right)=(\d)\*(\d)\+(\d)=(\d+)\+(\d)=(\d+), so \1:(
 
 
 def task(seed: int) -> Task:
-    """The task with training and held-out problems drawn by `seed`; no pair of halves is in both."""
+    """Training and held-out problems drawn by `seed`; no pair of halves is in both."""
     return Task(
         train=lambda cursor: _draw(seed, "train", cursor),
         held_out=lambda index: _draw(seed, "held_out", index),
@@ -80,14 +80,13 @@ def work_out(problem: Problem, side: str, guess: int) -> str:
 
 
 def read_out(problem: Problem, worked: set[str], guess: int) -> str:
-    """The aggregation trace that a perfect reader writes if the halves in `worked` were worked out
-    by a candidate.
-    """
-    digits = [problem.answer[i] if side in worked else str(guess) for i, side in enumerate(SIDES)]
-    said = [
-        f"{'' if side in worked else 'maybe '}{side}:{digits[i]}, " for i, side in enumerate(SIDES)
-    ]
-    return f"{''.join(said)}\\boxed{{{''.join(digits)}}}"
+    """The aggregation trace of a perfect reader whose candidates worked out the halves `worked`."""
+    said, answer = "", ""
+    for side, right in zip(SIDES, problem.answer, strict=True):
+        digit = right if side in worked else str(guess)
+        said += f"{side}:{digit}, " if side in worked else f"maybe {side}:{digit}, "
+        answer += digit
+    return f"{said}\\boxed{{{answer}}}"
 
 
 # Demonstrations, for spiral_jax/sft.py
@@ -112,13 +111,14 @@ def demonstrate_search(problem: Problem, left_share: float, rng: np.random.Gener
 def demonstrate_set(
     problem: Problem, size: int, left_shares: Sequence[float], rng: np.random.Generator
 ) -> tuple[list[str], str]:
-    """Candidates of which each is a left one with the same chance, one of `left_shares`, and what
-    reads them.
+    """Candidates, and the trace that reads them.
+
+    Each candidate works on the left half with the same chance, one of `left_shares`.
     """
     left_share = rng.choice(left_shares)
-    shown = [demonstrate_search(problem, left_share, rng) for _ in range(size)]
-    worked = {worked_half(problem, text) for text in shown}
-    return shown, read_out(problem, worked, int(rng.integers(10)))
+    candidates = [demonstrate_search(problem, left_share, rng) for _ in range(size)]
+    worked = {worked_half(problem, text) for text in candidates}
+    return candidates, read_out(problem, worked, int(rng.integers(10)))
 
 
 # What a trace did

@@ -16,12 +16,12 @@ import pyarrow.parquet
 from spiral_jax.tasks.finite import (
     HELD_OUT,
     TRAIN,
-    checked,
-    distinct,
+    attempt,
     fingerprint_of,
     finite_task,
     make_problem,
     read_file,
+    unique_problems,
 )
 from spiral_jax.tasks.problem import Problem, Task, TaskError
 
@@ -43,19 +43,20 @@ def task(train_path: str, eval_path: str, system: str, seed: int) -> Task:
 
     Raises:
       TaskError: a file is missing, empty or not parquet, a column is missing, a row is malformed,
-      or ids repeat.
+        or ids repeat.
     """
-    contents, splits = [], []
-    for path, field, split in (
-        (train_path, "train_path", TRAIN),
-        (eval_path, "eval_path", HELD_OUT),
-    ):
-        contents.append(read_file(path, field) if path else b"")
-        splits.append(distinct(_problems(contents[-1], path, split, system), path) if path else [])
-    return finite_task(*splits, seed, fingerprint_of(contents))
+    train_bytes = read_file(train_path, "train_path") if train_path else b""
+    eval_bytes = read_file(eval_path, "eval_path") if eval_path else b""
+    train = _parse(train_bytes, train_path, TRAIN, system) if train_path else []
+    held_out = _parse(eval_bytes, eval_path, HELD_OUT, system) if eval_path else []
+    return finite_task(train, held_out, seed, fingerprint_of([train_bytes, eval_bytes]))
 
 
-def _problems(
+def _parse(data: bytes, path: str, split: str, system: str) -> list[Problem]:
+    return unique_problems(_rows(data, path, split, system), path)
+
+
+def _rows(
     data: bytes, path: str, split: str, system: str
 ) -> Iterator[tuple[str, Problem | TaskError]]:
     try:
@@ -65,41 +66,48 @@ def _problems(
             raise TaskError(
                 f"{path}: lacks the columns {missing} of verl's layout; columns found: {columns}."
             )
+        read = [name for name in (*_NEEDED, *_OPTIONAL) if name in columns]
         number = 0
-        for batch in file.iter_batches(
-            columns=[name for name in (*_NEEDED, *_OPTIONAL) if name in columns]
-        ):
+        for batch in file.iter_batches(columns=read):
             for row in batch.to_pylist():
                 where = f"{path}, row {number} (from 0)"
-                yield where, checked(_problem, row, where, split, number, system)
+                yield where, attempt(_problem, row, where, split, number, system)
                 number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise TaskError(f"{path}: not a readable parquet file ({error}).") from error
 
 
 def _problem(row: dict[str, Any], where: str, split: str, number: int, system: str) -> Problem:
+    rule, more, source = row["reward_model"], row.get("extra_info"), row["data_source"]
     text = _users_text(row["prompt"], where, system)
-    rule, more = row["reward_model"], row.get("extra_info")
-    answer = rule.get("ground_truth") if isinstance(rule, dict) else None
-    source = row["data_source"]
     if not isinstance(source, str):
         raise TaskError(f"{where}: needs data_source, a string, not {source!r}.")
     index = more.get("index") if isinstance(more, dict) else None
     name = number if index is None else f"{source}/{index}"
-    metadata = {"data_source": source, "extra_info": more}
     return make_problem(
-        where, f"{split}:{name}", text, answer, ("prompt", "reward_model.ground_truth"), metadata
+        where,
+        f"{split}:{name}",
+        text,
+        rule.get("ground_truth") if isinstance(rule, dict) else None,
+        text_name="prompt",
+        answer_name="reward_model.ground_truth",
+        metadata={"data_source": source, "extra_info": more},
     )
 
 
 def _users_text(messages: Any, where: str, system: str) -> str:
     """The content of the one user message, behind at most one system message that is `system`."""
     listed = messages if isinstance(messages, list) else []
-    pairs = [(m.get("role"), m.get("content")) for m in listed if isinstance(m, dict)]
-    if [role for role, _ in pairs] not in (["user"], ["system", "user"]):
-        raise TaskError(f"{where}: prompt must be one user message, behind a system message or alone; its roles are "
-                        f"{[role for role, _ in pairs]}.")  # fmt: skip
-    if len(pairs) == 2 and pairs[0][1] != system:
-        raise TaskError(f"{where}: its system message is {pairs[0][1]!r}, config.prompt.system is {system!r}. One "
-                        "system message is used for all prompts: make the two equal.")  # fmt: skip
-    return pairs[-1][1]
+    turns = [(turn.get("role"), turn.get("content")) for turn in listed if isinstance(turn, dict)]
+    roles = [role for role, _ in turns]
+    if roles not in (["user"], ["system", "user"]):
+        raise TaskError(
+            f"{where}: prompt must be one user message, behind a system message or alone; its "
+            f"roles are {roles}."
+        )
+    if len(turns) == 2 and turns[0][1] != system:
+        raise TaskError(
+            f"{where}: its system message is {turns[0][1]!r}, config.prompt.system is {system!r}. "
+            "One system message is used for all prompts: make the two equal."
+        )
+    return turns[-1][1]

@@ -17,8 +17,6 @@ import pytest
 
 from configs import tiny
 from spiral_jax import prepare_data
-from spiral_jax.core import config_checks
-from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks import hub, jsonl, verl_parquet
 from spiral_jax.tasks.load import load_task
 from spiral_jax.tasks.overlap import describe, find_overlap, normalised
@@ -219,7 +217,7 @@ def test_two_splits_become_a_task_and_the_columns_are_the_configs(shelf):
         {"q": "x?", "a": "1", "id": "own"},
         {"q": "y?", "a": 0.5, "id": None},
     ]
-    task = hub.task("org/set", "", ("train[:4]", "test"), "q", "a", 2)
+    task = hub.task("org/set", "", "train[:4]", "test", "q", "a", 2)
     assert [(p.id, p.text, p.answer) for p in train_of(task, 4)] == [
         (f"train:{i}", f"{i}?", str(i)) for i in range(4)
     ]
@@ -227,15 +225,13 @@ def test_two_splits_become_a_task_and_the_columns_are_the_configs(shelf):
         ("held_out:own", "1"),
         ("held_out:1", "0.5"),
     ]
-    again = hub.task("org/set", "", ("train[:4]", "test"), "q", "a", 2)
+    again = hub.task("org/set", "", "train[:4]", "test", "q", "a", 2)
     assert again.fingerprint == task.fingerprint and [again.train(i) for i in range(9)] == [
         task.train(i) for i in range(9)
     ]
     shelf["org/set", None, "test"][1]["a"] = 0.25
-    assert (
-        hub.task("org/set", "", ("train[:4]", "test"), "q", "a", 2).fingerprint != task.fingerprint
-    )
-    assert hub.task("org/set", "", ("", "test"), "q", "a", 2).held_out_size == 2
+    assert hub.task("org/set", "", "train[:4]", "test", "q", "a", 2).fingerprint != task.fingerprint
+    assert hub.task("org/set", "", "", "test", "q", "a", 2).held_out_size == 2
 
 
 def test_what_a_data_set_lacks_is_named(shelf, monkeypatch):
@@ -243,17 +239,17 @@ def test_what_a_data_set_lacks_is_named(shelf, monkeypatch):
         TaskError,
         match=r"config\.task\.dataset = 'org/no' .*'main'.*doesn't exist on the Hub.*jsonl",
     ):
-        hub.task("org/no", "main", ("train", ""), "q", "a", 0)
+        hub.task("org/no", "main", "train", "", "q", "a", 0)
     shelf["d", "main", "train"] = [{"q": "1?", "a": "1"}, {"q": "2?", "a": None}]
     with pytest.raises(TaskError, match=r"config\.task\.answer_column = 'answer': .*\['q', 'a'\]"):
-        hub.task("d", "main", ("train", ""), "q", "answer", 0)
+        hub.task("d", "main", "train", "", "q", "answer", 0)
     with pytest.raises(TaskError, match=r"d, train, row 1 \(from 0\): needs a, "):
-        hub.task("d", "main", ("train", ""), "q", "a", 0)
+        hub.task("d", "main", "train", "", "q", "a", 0)
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     with pytest.raises(
         TaskError, match=r"needs the package datasets.*pip install -r requirements-datasets\.txt"
     ):
-        hub.task("d", "main", ("train", ""), "q", "a", 0)
+        hub.task("d", "main", "train", "", "q", "a", 0)
 
 
 def test_the_real_package_reads_a_local_directory_without_a_network(tmp_path, monkeypatch):
@@ -265,10 +261,10 @@ def test_the_real_package_reads_a_local_directory_without_a_network(tmp_path, mo
     (tmp_path / "set" / "test.jsonl").write_text('{"problem": "3?", "answer": 3}\n')
     script = (
         "import sys; from spiral_jax.tasks import hub\n"
-        "task = hub.task(sys.argv[1], '', ('train', 'test'), 'problem', 'answer', 0)\n"
+        "task = hub.task(sys.argv[1], '', 'train', 'test', 'problem', 'answer', 0)\n"
         "print(sorted(task.train(i).text for i in range(2)), task.held_out(0).answer)\n"
         "for name, split in ((sys.argv[1], 'absent'), (sys.argv[1] + '-no', 'train'), ('org/no-such-set', 'train')):\n"
-        "    try: hub.task(name, '', (split, ''), 'problem', 'answer', 0)\n"
+        "    try: hub.task(name, '', split, '', 'problem', 'answer', 0)\n"
         "    except hub.TaskError as error: print(f'refused: {error}'.replace(chr(10), ' '))\n"
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
@@ -341,13 +337,17 @@ def test_duplicates_are_used_and_reported_when_a_run_starts(tmp_path):
         str(tmp_path / "train.jsonl"),
         str(tmp_path / "test.jsonl"),
     )
-    task = load_task(c)
+    task = load(c)
     assert sorted(task.train(i).text for i in range(3)) == ["A ?", "a?", "b?"]
     assert "1 training problems repeat an earlier one: train:2 = train:1" in task.report
     assert "1 held-out problems are also trained on: held_out:1 = train:3" in task.report
 
 
 # ---- from the configuration
+
+
+def load(c):
+    return load_task(c.task, c.seed, c.prompt.system)
 
 
 def test_load_task_hands_each_format_its_fields(tmp_path, shelf):
@@ -357,41 +357,14 @@ def test_load_task_hands_each_format_its_fields(tmp_path, shelf):
         tmp_path / "t.parquet", [row(f"{i}?", "1", i, system="Be brief.") for i in range(6)]
     )
     expected = verl_parquet.task(c.task.train_path, "", "Be brief.", 5)
-    assert [load_task(c).train(i) for i in range(6)] == [expected.train(i) for i in range(6)]
+    assert [load(c).train(i) for i in range(6)] == [expected.train(i) for i in range(6)]
     shelf["org/set", "main", "part"] = [{"q": f"{i}?", "r": i} for i in range(6)]
     shelf["org/set", "main", "rest"] = [{"q": "x?", "r": 1}]
     c.task.update({"name": "hf", "dataset": "org/set", "subset": "main", "split_train": "part", "split_eval": "rest",
                    "problem_column": "q", "answer_column": "r"})  # fmt: skip
-    expected = hub.task("org/set", "main", ("part", "rest"), "q", "r", 5)
-    assert [load_task(c).train(i) for i in range(6)] == [expected.train(i) for i in range(6)]
-    assert (
-        load_task(c).fingerprint == expected.fingerprint and load_task(c).held_out(0).text == "x?"
-    )
-
-
-@pytest.mark.parametrize(
-    ("fields", "missing"),
-    [
-        ({"name": "parquet"}, "train_path"),
-        ({"name": "parquet", "train_path": "t"}, "eval_path"),
-        ({"name": "hf"}, "dataset"),
-        ({"name": "hf", "dataset": "d", "split_train": ""}, "split_train"),
-        ({"name": "hf", "dataset": "d", "split_eval": ""}, "split_eval"),
-        ({"name": "hf", "dataset": "d", "answer_column": ""}, "answer_column"),
-    ],
-)
-def test_what_a_task_reads_must_be_named(fields, missing):
-    c = tiny.get_config()
-    c.task.update(fields)
-    with pytest.raises(ConfigError, match=f"config.task.{missing} = '': must be"):
-        config_checks.validate(c)
-    c.task.update({"train_path": "", "split_train": ""})  # an evaluation needs no training data
-    if missing in ("train_path", "split_train"):
-        c.task.eval_path = "e"
-        config_checks.validate_evaluation(c)
-    else:
-        with pytest.raises(ConfigError, match=f"config.task.{missing} = '': must be"):
-            config_checks.validate_evaluation(c)
+    expected = hub.task("org/set", "main", "part", "rest", "q", "r", 5)
+    assert [load(c).train(i) for i in range(6)] == [expected.train(i) for i in range(6)]
+    assert load(c).fingerprint == expected.fingerprint and load(c).held_out(0).text == "x?"
 
 
 # ---- launch/prepare_data.sh

@@ -10,6 +10,7 @@ from spiral_jax.core.config import ConfigError, for_evaluation, for_evaluation_i
 from spiral_jax.core.groups import GroupRequests, Purpose, Role, Stop
 from spiral_jax.evaluation.comparison import compare
 from spiral_jax.evaluation.results import make_results, read_results, write_results
+from spiral_jax.evaluation.settings import for_command
 from spiral_jax.evaluation.wave import cut_at, evaluate, evaluate_wave
 from spiral_jax.objective.subsets import independent_subsets
 
@@ -71,7 +72,7 @@ def test_an_evaluation_during_training_can_run_rounds_and_compares_with_the_comm
     records, counts, _ = evaluate_wave(
         dataclasses.replace(command, c=c), None, problems, np.arange(3)
     )
-    found = make_results(c, "weights", dict(enumerate(problems)), records, counts)
+    found = make_results(for_command(c), "weights", dict(enumerate(problems)), records, counts)
     assert again["measures"] == found["measures"] and again["records"] == found["records"]
     compare(again, found)
 
@@ -218,10 +219,12 @@ def test_another_policys_search_is_read_by_this_ones_aggregator_in_all_rounds():
 
     class Noting(ScriptedSampler):
         def stream(self, weights, feed):
-            before = len(self.calls)
-            found = super().stream(weights, feed)
-            drew.update((weights, Role(call.id_Ux6[0, 4])) for call in self.calls[before:])
-            return found
+            self.weights = weights
+            return super().stream(weights, feed)
+
+        def write(self, request):
+            drew.add((self.weights, Role(request.id_Ux6[0, 4])))
+            return super().write(request)
 
     actor = evaluation_actor(script, eval__rounds=2)
     actor = dataclasses.replace(actor, sampler=Noting(script))

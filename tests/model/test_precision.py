@@ -28,8 +28,8 @@ from small_steps import (
 from spiral_jax import sft
 from spiral_jax.core.groups import Role
 from spiral_jax.learner.step import make_train_step
-from spiral_jax.sampling.programs import Schedule, recipes
-from spiral_jax.sampling.slots import SlotClass
+from spiral_jax.sampling.programs import recipes
+from spiral_jax.sampling.settings import Schedule, SlotClass
 
 BFLOAT16 = {"param_dtype": jnp.bfloat16, "compute_dtype": jnp.bfloat16}
 
@@ -89,7 +89,7 @@ def test_fine_tuning_multiplies_in_float32(monkeypatch):
         {"optimizer": {"lr": 1e-3, "warmup_steps": 1, "steps": 2, "clip_norm": 1.0, "b2": 0.99}}
     )
     params, _ = random_trees("full")
-    sft.fit(c, MODELS["full"], params, iter([(some_groups(0), some_groups(1))]))
+    sft.fit(MODELS["full"], params, iter([(some_groups(0), some_groups(1))]), c.optimizer)
     (step,) = lowered
     assert len(products(step)) > 50 and set(products(step)) == {("HIGHEST", "HIGHEST")}
 
@@ -97,9 +97,8 @@ def test_fine_tuning_multiplies_in_float32(monkeypatch):
 def some_groups(seed):
     groups, _ = random_groups(seed, Role.SEARCH)
     arrays = {name: getattr(groups, name) for name in ("trace_UxCxG", "trace_len_UxC")}
-    return arrays | {
-        name: getattr(groups.requests, name) for name in ("prompt_UxP", "prompt_len_U")
-    }
+    arrays |= {name: getattr(groups.requests, name) for name in ("prompt_UxP", "prompt_len_U")}
+    return sft.Demonstrated(**arrays)
 
 
 def test_bfloat16_programs_ask_for_nothing_slower():

@@ -15,6 +15,9 @@ from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.prompts import prompts
+from spiral_jax.prompts.scaffold import make_scaffold
+from spiral_jax.prompts.settings import PromptSettings
+from spiral_jax.prompts.tokenizer import load_tokenizer, stop_ids
 
 DIRECTORY = pathlib.Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 pytestmark = [
@@ -42,9 +45,10 @@ def greedy():
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32).eval()
-    tokenizer = prompts.load_tokenizer(DIRECTORY)
+    tokenizer = load_tokenizer(DIRECTORY)
     c = smollm2_135m.get_config()
-    scaffold = prompts.make_scaffold(tokenizer, c.prompt, prompts.stop_ids(tokenizer, DIRECTORY))
+    settings = PromptSettings.from_config(c.prompt)
+    scaffold = make_scaffold(tokenizer, settings, stop_ids(tokenizer, DIRECTORY))
     rows = [prompts.search_prompt(scaffold, question) for question in QUESTIONS]
     tokens, logits = [], []
     with torch.no_grad():
@@ -82,7 +86,7 @@ def test_greedy_tokens_are_those_of_transformers(greedy, our_logits):
 def test_the_pad_token_is_the_stop_token_and_prompts_open_with_the_templates_system_turn(greedy):
     tokenizer, rows, _, _ = greedy
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
-    assert prompts.stop_ids(tokenizer, DIRECTORY) == (2,)
+    assert stop_ids(tokenizer, DIRECTORY) == (2,)
     text = tokenizer.decode(rows[0])
     assert text.startswith("<|im_start|>system\n") and text.endswith(
         "<|im_end|>\n<|im_start|>assistant\n"

@@ -8,8 +8,9 @@ from small_tokenizer import CHATML, chatml_tokenizer, decode, encode, scaffold_o
 
 from spiral_jax.core import config
 from spiral_jax.core.config import ConfigError
-from spiral_jax.core.groups import Purpose, Stop
+from spiral_jax.core.groups import Purpose, Role, Stop
 from spiral_jax.prompts import prompts
+from spiral_jax.prompts.scaffold import max_aggregation_prompt
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +75,16 @@ def test_special_strings_in_a_problem_stay_text(tokenizer):
     assert problem in decode(tokenizer, forged)  # nothing was lost either
 
 
-def test_a_tokenizer_that_cannot_keep_special_strings_as_text_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(prompts, "_plain_ids", prompts._ids)
-    with pytest.raises(ConfigError, match="forge a turn"):
+def test_a_tokenizer_that_cannot_keep_special_strings_as_text_is_refused():
+    class Stubborn(type(chatml_tokenizer())):
+        """As some slow tokenizers: it takes `split_special_tokens` and does not heed it."""
+
+        def __call__(self, *args, split_special_tokens=False, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    tokenizer = chatml_tokenizer()
+    tokenizer.__class__ = Stubborn
+    with pytest.raises(ConfigError, match="config.model.hf_path.*forge a turn"):
         scaffold_of(tokenizer)
 
 
@@ -135,8 +143,7 @@ def test_no_special_id_gets_from_a_candidate_into_the_prompt(tokenizer):
 
 
 def test_every_stop_id_is_special_also_one_that_the_tokenizer_does_not_know_as_such(tokenizer):
-    c = config.defaults()
-    scaffold = prompts.make_scaffold(tokenizer, c.prompt, [tokenizer.eos_token_id, 9])
+    scaffold = scaffold_of(tokenizer, more_stop_ids=[9])
     assert {0, 1, 2, 9} <= set(scaffold.special_ids.tolist())
     ids, removed = prompts.clean_candidate(scaffold, np.array([5, 9, 6, 9]), Stop.STOP)
     assert ids.tolist() == [5, 6] and removed == 1
@@ -159,29 +166,31 @@ def test_an_order_that_is_no_permutation_is_an_error(tokenizer, order):
         prompts.aggregation_prompt(scaffold_of(tokenizer), "x?", traces, np.array(order))
 
 
-def test_candidate_order_is_a_pure_function_of_every_number_and_uniform():
-    base = dict(seed=0, purpose=Purpose.TRAIN, step=3, cursor=17, round=0, set=1, size=12)
-    order = prompts.candidate_order(**base)
+def test_the_shuffled_order_is_a_pure_function_of_every_number_but_the_role_and_uniform():
+    id_6 = [Purpose.TRAIN, 3, 17, 0, Role.AGGREGATION, 1]
+    order = prompts.listed_order("shuffled", 0, id_6, 12)
     assert sorted(order) == list(range(12))
-    assert np.array_equal(order, prompts.candidate_order(**base))
-    changes = dict(seed=1, purpose=Purpose.EVALUATION, step=4, cursor=18, round=1, set=0)
-    for field, value in changes.items():
-        assert not np.array_equal(order, prompts.candidate_order(**{**base, field: value})), field
-    draws = [
-        tuple(prompts.candidate_order(**{**base, "cursor": i, "size": 3})) for i in range(1200)
-    ]
+    assert np.array_equal(order, prompts.listed_order("shuffled", 0, np.array(id_6), 12))
+    assert not np.array_equal(order, prompts.listed_order("shuffled", 1, id_6, 12))
+    for place, value in enumerate([Purpose.EVALUATION, 4, 18, 1, Role.SEARCH, 0]):
+        changed = [*id_6[:place], value, *id_6[place + 1 :]]
+        same = np.array_equal(order, prompts.listed_order("shuffled", 0, changed, 12))
+        assert same == (place == 4), place
+    draws = []
+    for cursor in range(1200):
+        draws.append(tuple(prompts.listed_order("shuffled", 0, [0, 3, cursor, 0, 1, 1], 3)))
     counts = np.array([draws.count(p) for p in sorted(set(draws))])
     assert len(counts) == 6
     assert ((counts - 200) ** 2 / 200).sum() < 20.5  # chi-squared, 5 degrees of freedom, p = 0.001
 
 
-def test_candidates_are_listed_shuffled_or_as_they_were_sampled():
-    c, place = config.defaults(), (Purpose.TRAIN, 3, 14, 1, 0, 6)
-    np.testing.assert_array_equal(
-        prompts.listed_order(c, *place), prompts.candidate_order(c.seed, *place)
-    )
-    c.aggregation.order = "sampled"
-    np.testing.assert_array_equal(prompts.listed_order(c, *place), np.arange(6))
+def test_the_shuffled_order_of_old_trace_logs_is_drawn_again():
+    id_6 = [Purpose.TRAIN, 3, 14, 1, Role.AGGREGATION, 0]
+    assert prompts.listed_order("shuffled", 0, id_6, 8).tolist() == [0, 7, 5, 3, 2, 1, 6, 4]
+
+
+def test_candidates_may_be_listed_as_they_were_sampled():
+    assert prompts.listed_order("sampled", 0, [0, 3, 14, 1, 1, 0], 6).tolist() == list(range(6))
 
 
 # ---- truncated, empty and thinking candidates
@@ -310,15 +319,10 @@ def test_no_prompt_exceeds_the_bound_and_the_bound_is_reached(tokenizer):
     rng, slack = np.random.default_rng(3), []
     for truncated in ("keep_tail", "drop", "mark"):
         for tail in (0, 3, 30, 100):
-            c = config.defaults()
-            c.prompt.truncated, c.prompt.keep_tail_tokens, c.prompt.max_problem_tokens = (
-                truncated,
-                tail,
-                180,
+            scaffold = scaffold_of(tokenizer, truncated=truncated, keep_tail_tokens=tail)
+            bound = max_aggregation_prompt(
+                scaffold, size=11, candidate_tokens=30, problem_tokens=180
             )
-            c.search.max_tokens, c.aggregation.subset_size = 30, 11
-            scaffold = prompts.make_scaffold(tokenizer, c.prompt, [tokenizer.eos_token_id])
-            bound = prompts.max_aggregation_prompt(scaffold, c)
             room = 180 - len(prompts.search_prompt(scaffold, ""))
             for full in (False, True):
                 problem = "q" * (room if full else rng.integers(room))
@@ -337,12 +341,10 @@ def test_no_prompt_exceeds_the_bound_and_the_bound_is_reached(tokenizer):
 
 def test_the_papers_settings_fit_their_longest_slots(tokenizer):
     c = config.defaults()
-    scaffold = prompts.make_scaffold(tokenizer, c.prompt, [tokenizer.eos_token_id])
-    assert (
-        4 * 4096
-        < prompts.max_aggregation_prompt(scaffold, c)
-        <= max(P for _, _, P, _ in c.sampling.classes)
+    bound = max_aggregation_prompt(
+        scaffold_of(tokenizer), size=4, candidate_tokens=4096, problem_tokens=1024
     )
+    assert 4 * 4096 < bound <= max(P for _, _, P, _ in c.sampling.classes)
 
 
 # ---- templates that cannot work

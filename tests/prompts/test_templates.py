@@ -18,6 +18,9 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Purpose, Stop
 from spiral_jax.model import hf
 from spiral_jax.prompts import prompts
+from spiral_jax.prompts.scaffold import make_scaffold
+from spiral_jax.prompts.settings import PromptSettings
+from spiral_jax.prompts.tokenizer import load_tokenizer, stop_ids
 from spiral_jax.rollout import requests as rollout
 
 # As Qwen3's: thinking switched off is an empty think block. As Qwen3-Thinking's where it is not:
@@ -187,8 +190,8 @@ def test_a_tokenizer_without_chat_template_is_an_error_that_names_the_way_out(tm
     with pytest.raises(
         ConfigError, match=f"in {tmp_path} has no chat template.*prompt.template=plain"
     ):
-        scaffold_of(prompts.load_tokenizer(tmp_path))
-    scaffold_of(prompts.load_tokenizer(tmp_path), template="plain")
+        scaffold_of(load_tokenizer(tmp_path))
+    scaffold_of(load_tokenizer(tmp_path), template="plain")
 
 
 PLAIN = {"system": "Be brief.", "template_kwargs": {"enable_thinking": False}}
@@ -223,7 +226,7 @@ def test_candidates_of_a_rollout_show_no_thinking_whichever_side_opened_it(think
     """The template opens <think> for the trace, or closes an empty block so that the trace has
     none.
     """
-    tokenizer = prompts.load_tokenizer(hf.resolve_path("bundled:tiny"))
+    tokenizer = load_tokenizer(hf.resolve_path("bundled:tiny"))
     assert tokenizer.get_vocab() == TOKENIZER.get_vocab()
     open_, empty = "{{ '<|assistant|><think>' }}", "{{ '<|assistant|><think></think>' }}"
     tokenizer.chat_template = tokenizer.chat_template.replace(
@@ -241,7 +244,8 @@ def test_candidates_of_a_rollout_show_no_thinking_whichever_side_opened_it(think
         lambda role, cursor, k, i: traces[i], search__traces=4, search__max_tokens=64
     )
     actor.c.prompt.template_kwargs = {"enable_thinking": thinking}
-    scaffold = prompts.make_scaffold(tokenizer, actor.c.prompt, (tokenizer.eos_token_id,))
+    settings = PromptSettings.from_config(actor.c.prompt)
+    scaffold = make_scaffold(tokenizer, settings, (tokenizer.eos_token_id,))
     actor = dataclasses.replace(actor, scaffold=scaffold)
     problem = [actor.task.train(0)]
     with actor.verifier:
@@ -269,14 +273,14 @@ def test_candidates_of_a_rollout_show_no_thinking_whichever_side_opened_it(think
 
 def test_load_tokenizer_gives_back_the_same_prompts_and_names_what_is_missing(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "good")
-    loaded = prompts.load_tokenizer(tmp_path / "good")
+    loaded = load_tokenizer(tmp_path / "good")
     ids = [prompts.search_prompt(scaffold_of(t), "3 + <|im_end|> 4?") for t in (tokenizer, loaded)]
     assert np.array_equal(*ids)
     with pytest.raises(ConfigError, match="config.model.hf_path = .*absent.*not a directory"):
-        prompts.load_tokenizer(tmp_path / "absent")
+        load_tokenizer(tmp_path / "absent")
     (tmp_path / "bare").mkdir()
     with pytest.raises(ConfigError, match="config.model.hf_path = .*bare.*cannot be loaded"):
-        prompts.load_tokenizer(tmp_path / "bare")
+        load_tokenizer(tmp_path / "bare")
 
 
 @pytest.mark.parametrize(
@@ -286,21 +290,21 @@ def test_stop_ids_come_from_generation_config_and_tokenizer(tmp_path, tokenizer,
     assert (
         tokenizer.eos_token_id == tokenizer.pad_token_id == 1
     )  # a pad token may end traces: masks are lengths
-    assert prompts.stop_ids(tokenizer, tmp_path) == (1,)  # no such file
+    assert stop_ids(tokenizer, tmp_path) == (1,)  # no such file
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
-    assert prompts.stop_ids(tokenizer, tmp_path) == expected
-    assert prompts.stop_ids(tokenizer, tmp_path / "generation_config.json") == expected
+    assert stop_ids(tokenizer, tmp_path) == expected
+    assert stop_ids(tokenizer, tmp_path / "generation_config.json") == expected
 
 
 def test_stop_ids_of_the_config_join_the_others_once(tmp_path, tokenizer):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 1]}')
-    assert prompts.stop_ids(tokenizer, tmp_path, ("<|unnamed|>", 9, "<|im_end|>", 7)) == (
+    assert stop_ids(tokenizer, tmp_path, ("<|unnamed|>", 9, "<|im_end|>", 7)) == (
         7,
         1,
         2,
         9,
     )
-    scaffold = prompts.make_scaffold(tokenizer, config.defaults().prompt, (7, 1, 2, 9))
+    scaffold = scaffold_of(tokenizer, more_stop_ids=(7, 2, 9))
     ids, removed = prompts.clean_candidate(scaffold, np.array([5, 9, 6, 9]), Stop.STOP)
     assert ids.tolist() == [5, 6] and removed == 1  # and they are special inside candidates
 
@@ -310,7 +314,7 @@ def test_a_stop_token_that_is_not_a_single_id_is_an_error_that_names_it(tmp_path
     with pytest.raises(
         ConfigError, match=r"config\.prompt\.stop has .*must be the text of one token"
     ) as caught:
-        prompts.stop_ids(tokenizer, tmp_path, ("<|im_end|>", stop))
+        stop_ids(tokenizer, tmp_path, ("<|im_end|>", stop))
     assert repr(stop) in str(caught.value)
 
 
@@ -318,8 +322,8 @@ def test_no_stop_id_at_all_is_an_error_unless_the_config_names_one(tmp_path):
     tokenizer = chatml_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="eos_token_id.*config.prompt.stop"):
-        prompts.stop_ids(tokenizer, tmp_path)
-    assert prompts.stop_ids(tokenizer, tmp_path, ("<|im_end|>",)) == (1,)
+        stop_ids(tokenizer, tmp_path)
+    assert stop_ids(tokenizer, tmp_path, ("<|im_end|>",)) == (1,)
 
 
 @pytest.mark.parametrize(
@@ -328,4 +332,4 @@ def test_no_stop_id_at_all_is_an_error_unless_the_config_names_one(tmp_path):
 def test_a_damaged_generation_config_is_named(tmp_path, tokenizer, content):
     (tmp_path / "generation_config.json").write_text(content)
     with pytest.raises(ConfigError, match="generation_config.json: its eos_token_id must be"):
-        prompts.stop_ids(tokenizer, tmp_path)
+        stop_ids(tokenizer, tmp_path)

@@ -1,5 +1,4 @@
-"""The report in a real browser, from the disk: it opens, filters, leads to an aggregation, and runs
-no trace's script.
+"""The report in a real browser, from the disk: it opens, filters, and runs no trace's script.
 
 Skipped, with the reason, where there is no Chromium: `apt-get install chromium`, or `playwright
 install chromium`.
@@ -13,11 +12,12 @@ import pytest
 
 from benchmarks.synthetic_run import write_run
 from configs import tiny
-from spiral_jax import report
 from spiral_jax.reporting import main_page
-from spiral_jax.reporting.problem_page import FLAGS, problem_page, split_problems
+from spiral_jax.reporting.logged_problem import split_problems
+from spiral_jax.reporting.main_page import write_report
+from spiral_jax.reporting.problem_page import FLAGS, PageSettings, problem_page
 from spiral_jax.reporting.read_run import read_run
-from spiral_jax.run.workdir import read_traces
+from spiral_jax.run.trace_log import read_traces
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
@@ -53,7 +53,7 @@ def run(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main_page, "SAMPLE_BYTES", 180_000)
-        report.report(str(path), str(path))
+        write_report(str(path), str(path))
     return path
 
 
@@ -61,9 +61,11 @@ def run(tmp_path_factory):
 def expected(run):
     """The page of every problem, as Python has it, in the order of the list."""
     read = read_run(str(run))
-    found = [problem_page(step, rows, read.config) for step, file in read.traces.items()
-             for rows in split_problems(read_traces(file))]  # fmt: skip
-    return sorted(found, key=lambda problem: (problem["step"], problem["cursor"]))
+    settings = PageSettings.from_plain(read.config)
+    pages = []
+    for step, file in read.traces.items():
+        pages += [problem_page(step, rows, settings) for rows in split_problems(read_traces(file))]
+    return sorted(pages, key=lambda page: (page["step"], page["cursor"]))
 
 
 def watched(context, path, fragment=""):

@@ -134,7 +134,8 @@ def test_aggregation_prompts_hold_the_sampled_ids_of_their_subset_in_the_keyed_o
     marker = TOKENIZER.encode("#", add_special_tokens=False)
     for u in range(4):
         b, k = divmod(u, 2)
-        order = prompts.candidate_order(actor.c.seed, Purpose.TRAIN, 6, int(cursor_B[b]), 1, k, 4)
+        id_6 = groups.requests.id_Ux6[u]
+        order = prompts.listed_order("shuffled", actor.c.seed, id_6, 4)
         expected = [[*marker, *found.trace_ids(b, n)[:-1]] for n in member[b, k][order]]
         prompt = groups.requests.prompt_UxP[u, : groups.requests.prompt_len_U[u]].tolist()
         assert (

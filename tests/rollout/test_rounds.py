@@ -13,7 +13,8 @@ from configs import tiny
 from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.core.groups import GroupRequests, Groups, Role
 from spiral_jax.objective import subsets
-from spiral_jax.reporting.problem_page import problem_page, split_problems
+from spiral_jax.reporting.logged_problem import split_problems
+from spiral_jax.reporting.problem_page import PageSettings, problem_page
 from spiral_jax.rollout.collect import NoSignal, collect_batch, find_advantages, weigh
 from spiral_jax.rollout.requests import Rollouts, Round
 from spiral_jax.run.setup import set_up
@@ -175,7 +176,7 @@ def test_the_page_of_a_problem_explains_every_logged_advantage_of_two_rounds(est
     batch = collect_batch(actor, None, step=0, cursor=0)
     seen, gated = 0, 0
     for rows in split_problems(trace_rows(actor.c, batch, TOKENIZER)):
-        page = problem_page(0, rows, to_plain(actor.c))
+        page = problem_page(0, rows, PageSettings.from_plain(to_plain(actor.c)))
         assert [one["name"] for one in page["sets"]] == ["A", "B", "C", "D", "A'", "B'", "C'", "D'"]
         traces = [*page["search"], *(trace for one in page["sets"] for trace in one["traces"])]
         assert [trace["advantage"] for trace in traces] == [row["advantage"] for row in rows]

@@ -13,8 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from spiral_jax.run.checkpoint import CheckpointError, Checkpoints, Damaged, Retention
-from spiral_jax.run.saving import Saver
+from spiral_jax.run.checkpoint import CheckpointError, Checkpoints, Damaged, Retention, Saver
 
 
 def make_state(seed=0):

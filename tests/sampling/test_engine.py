@@ -37,6 +37,7 @@ from spiral_jax.core.groups import Stop, pad_rows
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.sampling.draw import Draw
+from spiral_jax.sampling.engine import Decoding
 from spiral_jax.sampling.programs import check_room, describe
 from spiral_jax.sampling.protocol import sample
 
@@ -106,10 +107,14 @@ def recording(engine, weights):
     """(sample, metrics) with the metrics of the last stream."""
     kept = {}
 
+    class Counted(Decoding):
+        def __iter__(self):
+            yield from super().__iter__()
+            kept.update(self.metrics())
+
     class Recording:
         def stream(self, weights, feed):
-            kept.update(engine.stream(weights, feed))
-            return kept
+            return Counted(engine, weights, feed)
 
     return functools.partial(sample, Recording(), weights), kept
 

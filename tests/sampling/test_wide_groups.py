@@ -32,7 +32,7 @@ class Listed:
     def done(self, group, now):
         self.found.append(group)
 
-    def finished(self, now):
+    def finished(self):
         return len(self.found) == self.expected
 
 
@@ -92,7 +92,10 @@ def sampled(engine, variables, endless, widths):
             [requests_of([ROWS[u]], cursor=u, traces=width, limit_UxC=limit_1xC)] if width else []
         )
     feed = Listed(asked)
-    metrics = engine.stream(engine.prepare(variables), feed)
+    sampling = engine.stream(engine.prepare(variables), feed)
+    for _ in sampling:
+        pass
+    metrics = sampling.metrics()
     for group in feed.found:
         u, limit_C = group.requests.id_Ux6[0, 2], group.requests.limit_UxC[0]
         expected_CxG = np.where(

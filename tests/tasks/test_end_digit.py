@@ -1,6 +1,4 @@
-"""The second bundled task: its reward against enumeration, its splits, and the demonstrations that
-made its model.
-"""
+"""The second bundled task: its reward against enumeration, its splits, its demonstrations."""
 
 import itertools
 import re
@@ -13,10 +11,16 @@ import pytest
 from configs import end_digit as config
 from configs import end_digit_sft
 from spiral_jax import sft
-from spiral_jax.prompts.prompts import make_scaffold, max_aggregation_prompt, search_prompt
+from spiral_jax.prompts.prompts import search_prompt
+from spiral_jax.prompts.scaffold import make_scaffold, max_aggregation_prompt
+from spiral_jax.prompts.settings import PromptSettings
 from spiral_jax.tasks import end_digit
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.tasks.tiny_tokenizer import train_tokenizer
+
+TRY = re.compile(
+    r"(\d)\*(\d)\+(\d)=(\d+)\+(\d)=(\d+), (\d) for (\d): (yes|no), \\boxed\{(\d)\*(\d)\+(\d)\}"
+)
 
 
 def numbers(problem):
@@ -26,10 +30,14 @@ def numbers(problem):
     return digits, end
 
 
+def is_sound(problem, text):
+    """Whether a trace is a try without any error: digits, arithmetic, verdict and box."""
+    places = itertools.permutations(range(4), 3)
+    return any(text == end_digit.try_out(problem, chosen) for chosen in places)
+
+
 def right_ones(problem):
-    """Every expression as text that is an answer, by going through all ordered choices of three
-    places.
-    """
+    """Every expression that is an answer, by going through all ordered choices of three places."""
     digits, end = numbers(problem)
     chosen = itertools.permutations(digits, 3)
     return {f"{a}*{b}+{c}" for a, b, c in chosen if str(a * b + c)[-1] == str(end)}
@@ -40,18 +48,31 @@ def test_the_reward_is_that_of_enumeration_for_every_expression_of_any_digits():
         problem = end_digit.task(0).held_out(index)
         right, seen = right_ones(problem), 0
         for a, b, c in itertools.product(range(10), repeat=3):
-            found = end_digit.reward(f"so \\boxed{{{a}*{b}+{c}}}", problem)
-            assert found == (f"{a}*{b}+{c}" in right)
-            seen += found
+            right_one = end_digit.reward(f"so \\boxed{{{a}*{b}+{c}}}", problem)
+            assert right_one == (f"{a}*{b}+{c}" in right)
+            seen += right_one
         assert seen == len(right) and problem.answer in right
 
 
-@pytest.mark.parametrize("text, verdict", [
-    ("9*4+7", None), ("\\boxed{}", None), ("\\boxed{ }", None), ("\\boxed{43}", False), ("\\boxed{9*4+7=43}", False),
-    ("\\boxed{9*4+7}", True), ("\\boxed{ 4 * 9 + 7 }", True), ("\\boxed{9*4+7} or \\boxed{8*7+9}", False),
-    ("\\boxed{8*7+9} or \\boxed{9*4+7}", True), ("\\boxed{9*4+4+3}", False), ("\\boxed{__import__('os')}", False),
-    ("\\boxed{4*4+7}", False), ("\\boxed{-9*4+7}", False), ("\\boxed{٩*4+7}", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, verdict",
+    [
+        ("9*4+7", None),
+        ("\\boxed{}", None),
+        ("\\boxed{ }", None),
+        ("\\boxed{43}", False),
+        ("\\boxed{9*4+7=43}", False),
+        ("\\boxed{9*4+7}", True),
+        ("\\boxed{ 4 * 9 + 7 }", True),
+        ("\\boxed{9*4+7} or \\boxed{8*7+9}", False),
+        ("\\boxed{8*7+9} or \\boxed{9*4+7}", True),
+        ("\\boxed{9*4+4+3}", False),
+        ("\\boxed{__import__('os')}", False),
+        ("\\boxed{4*4+7}", False),
+        ("\\boxed{-9*4+7}", False),
+        ("\\boxed{٩*4+7}", False),
+    ],
+)
 def test_an_answer_is_a_box_with_one_expression(text, verdict):
     problem = Problem("p", "digits 4 7 8 9 end 3", "9*4+7", {"digits": [4, 7, 8, 9], "end": 3})
     assert end_digit.reward(text, problem) is verdict
@@ -75,8 +96,11 @@ def test_no_digits_with_an_end_digit_are_in_both_splits_in_any_order_whatever_th
 
 def hits(problems):
     """[B, 12]: whether an expression, in the order of the lean, hits a problem."""
-    return np.array([[end_digit.reward(end_digit.try_out(problem, places), problem) for places in end_digit.EXPRESSIONS]
-                     for problem in problems], float)  # fmt: skip
+    rows = []
+    for problem in problems:
+        tries = [end_digit.try_out(problem, places) for places in end_digit.EXPRESSIONS]
+        rows.append([end_digit.reward(text, problem) for text in tries])
+    return np.array(rows, float)
 
 
 def test_problems_lean_to_the_first_expressions_and_those_of_practice_to_none():
@@ -104,38 +128,22 @@ def test_problems_are_a_pure_function_of_seed_and_cursor():
     assert end_digit.task(3).fingerprint != end_digit.task(4).fingerprint
 
 
-def test_the_right_share_is_that_of_enumeration():
-    for index in range(50):
-        problem = end_digit.task(0).train(index)
-        digits, end = numbers(problem)
-        chosen = [
-            (digits[a], digits[b], digits[c])
-            for a, b, c in itertools.permutations(range(4), 3)
-            if a < b
-        ]
-        right = [int(str(a * b + c)[-1]) == end for a, b, c in chosen]
-        assert len(right) == 12 and end_digit.right_share(problem) == pytest.approx(np.mean(right))
-
-
-def test_a_demonstrated_try_is_sound_and_right_if_it_says_so_and_with_any_other_digit_it_is_not():
+def test_a_demonstrated_try_is_without_error_and_right_if_it_says_so():
     said = set()
     for index, places in enumerate(end_digit.EXPRESSIONS):
         problem = end_digit.task(0).train(index)
         text = end_digit.try_out(problem, places)
-        assert end_digit.is_sound(problem, text)
-        assert end_digit.reward(text, problem) == (": yes," in text) == (end_digit.strategy(text, problem) in {
-            f"{min(a, b)}*{max(a, b)}+{c}" for a, b, c in (re.findall(r"\d", one) for one in right_ones(problem))
-        })  # fmt: skip
-        said.add(": yes," in text)
-        for i in [i for i, char in enumerate(text) if char.isdigit()]:
-            assert not end_digit.is_sound(
-                problem, text[:i] + str((int(text[i]) + 1) % 10) + text[i + 1 :]
-            )
-        other = (
-            text.replace(": yes,", ": no,") if ": yes," in text else text.replace(": no,", ": yes,")
-        )
-        assert not end_digit.is_sound(problem, other)
-    assert said == {True, False}
+        match = TRY.fullmatch(text)
+        assert match, text
+        a, b, c, product, again, value, last, end, verdict, *box = match.groups()
+        digits, asked = numbers(problem)
+        assert not Counter(map(int, (a, b, c))) - Counter(digits) and box == [a, b, c]
+        assert int(product) == int(a) * int(b) and int(value) == int(product) + int(c)
+        assert (again, last, int(end)) == (c, value[-1], asked)
+        assert (verdict == "yes") == (last == end) == end_digit.reward(text, problem)
+        assert end_digit.strategy(text, problem) == f"{min(a, b)}*{max(a, b)}+{c}"
+        said.add(verdict)
+    assert said == {"yes", "no"}
 
 
 def test_search_leans_and_the_reader_copies_the_first_candidate_that_hits_or_tries_itself():
@@ -149,7 +157,7 @@ def test_search_leans_and_the_reader_copies_the_first_candidate_that_hits_or_tri
         problem = end_digit.task(0).train(cursor)
         shown, read = end_digit.demonstrate_set(problem, 4, 0.1, 0.8, rng)
         hits = [text for text in shown if end_digit.reward(text, problem)]
-        assert len(shown) == 4 and all(end_digit.is_sound(problem, text) for text in (*shown, read))
+        assert len(shown) == 4 and all(is_sound(problem, text) for text in (*shown, read))
         if hits:
             assert read == hits[0]
         copied += bool(hits)
@@ -158,9 +166,10 @@ def test_search_leans_and_the_reader_copies_the_first_candidate_that_hits_or_tri
 
 def test_a_trace_has_room_for_one_try_and_a_prompt_for_four_of_the_longest(tmp_path):
     c, made = config.get_config(), end_digit_sft.get_config()
-    texts = sft.tokenizer_texts(made.task, end_digit.practice(made.task_seed), made.seed)
+    texts = sft.tokenizer_texts(end_digit, made.task_seed, made.seed)
     tokenizer = train_tokenizer(texts, made.model.vocab_size, tmp_path)
-    scaffold = make_scaffold(tokenizer, c.prompt, (tokenizer.eos_token_id,))
+    settings = PromptSettings.from_config(c.prompt)
+    scaffold = make_scaffold(tokenizer, settings, (tokenizer.eos_token_id,))
     tokens = set()
     for cursor in range(200):
         problem = end_digit.task(0).train(cursor)
@@ -170,7 +179,13 @@ def test_a_trace_has_room_for_one_try_and_a_prompt_for_four_of_the_longest(tmp_p
     assert (
         max(tokens) <= c.search.max_tokens < 2 * min(tokens) - 10
     )  # the box and the end of a try are 10
-    assert max_aggregation_prompt(scaffold, c) <= c.batch.aggregation_lengths[-1][0]
+    longest = max_aggregation_prompt(
+        scaffold,
+        size=c.aggregation.subset_size,
+        candidate_tokens=c.search.max_tokens,
+        problem_tokens=c.prompt.max_problem_tokens,
+    )
+    assert longest <= c.batch.aggregation_lengths[-1][0]
 
 
 def test_a_model_of_a_task_without_demonstrations_is_refused(monkeypatch, tmp_path):
@@ -178,5 +193,5 @@ def test_a_model_of_a_task_without_demonstrations_is_refused(monkeypatch, tmp_pa
     with c.unlocked():
         c.task = "jsonl"
     monkeypatch.setattr(sft.flags, "FLAGS", SimpleNamespace(config=c, out=str(tmp_path)))
-    with pytest.raises(SystemExit, match="config.task='jsonl': only two_halves and end_digit"):
+    with pytest.raises(SystemExit, match="config.task = 'jsonl'.*two_halves and end_digit"):
         sft.main(["sft"])

@@ -1,6 +1,4 @@
-"""Tasks: problems are a pure function of the cursor, train and held-out never meet, bad data fail
-with their place.
-"""
+"""Tasks: problems are a function of the cursor, splits never meet, bad data are named by place."""
 
 import json
 import os
@@ -11,10 +9,11 @@ import sys
 
 import numpy as np
 import pytest
+import reasoning_gym
 
 from spiral_jax.core import config
 from spiral_jax.tasks import jsonl, reasoning_gym_task, two_halves
-from spiral_jax.tasks.load import load_task
+from spiral_jax.tasks.load import TASKS, TaskRow, check_task, load_task
 from spiral_jax.tasks.problem import Problem, TaskError
 
 
@@ -249,19 +248,22 @@ def test_reasoning_gym_reward_is_true_for_the_reference_and_false_for_another(ge
         )
 
 
+def gyms_own(problem):
+    """The package's data set of a problem with default settings, and its entry there."""
+    made = problem.metadata
+    dataset = reasoning_gym.create_dataset(made["generator"], seed=made["dataset_seed"], size=1024)
+    return dataset, dataset[made["index"]]
+
+
 def test_reasoning_gym_partial_credit_and_a_raising_scorer_are_wrong_and_no_box_is_none():
     problem = reasoning_gym_task.task("letter_jumble", 0).train(0)
-    entry = reasoning_gym_task._entry_of(problem)
-    dataset = reasoning_gym_task._dataset("letter_jumble", "{}", problem.metadata["dataset_seed"])
+    dataset, entry = gyms_own(problem)
     partly = problem.answer.split()[0] + " xx" * (len(problem.answer.split()) - 1)
     assert 0 < dataset.score_answer(partly, entry) < 1
     assert reasoning_gym_task.reward(f"\\boxed{{{partly}}}", problem) is False
 
     problem = reasoning_gym_task.task("prime_factorization", 0).train(0)
-    entry = reasoning_gym_task._entry_of(problem)
-    dataset = reasoning_gym_task._dataset(
-        "prime_factorization", "{}", problem.metadata["dataset_seed"]
-    )
+    dataset, entry = gyms_own(problem)
     with pytest.raises(ValueError):
         dataset.score_answer("The answer is 139", entry)
     assert reasoning_gym_task.reward("\\boxed{The answer is 139}", problem) is False
@@ -336,10 +338,8 @@ def test_settings_that_a_generator_does_not_take_are_named(args, message):
         reasoning_gym_task.task("countdown", 0, args)
 
 
-def test_a_generator_with_a_single_problem_says_so(monkeypatch):
-    entry = {"question": "the only one", "answer": "1", "metadata": {}}
-    monkeypatch.setattr(reasoning_gym_task, "_entry", lambda generator, settings, seed, item: entry)
-    task = reasoning_gym_task.task("gcd", 0)
+def test_a_generator_with_a_single_problem_says_so():
+    task = reasoning_gym_task.task("count_bits", 0, {"min_n": 5, "max_n": 5})
     made = []
     for problem_of in (task.train, task.held_out):
         try:
@@ -349,10 +349,17 @@ def test_a_generator_with_a_single_problem_says_so(monkeypatch):
     assert len(made) == 1  # it belongs to one split, whichever
 
 
+# ---- from the configuration
+
+
+def load(c):
+    return load_task(c.task, c.seed, c.prompt.system)
+
+
 def test_load_task_hands_each_task_its_fields(train_path, eval_path):
     c = config.defaults()
     c.seed, c.task.seed, c.task.train_path, c.task.eval_path = 8, 9, train_path, eval_path
-    c.task.generator = "lcm"
+    c.task.generator, c.task.generator_args = "lcm", {"max_numbers": 3}
 
     def same(task, expected):
         assert task.fingerprint == expected.fingerprint and task.reward == expected.reward
@@ -360,14 +367,82 @@ def test_load_task_hands_each_task_its_fields(train_path, eval_path):
         assert task.held_out(1) == expected.held_out(1)
 
     c.task.name = "jsonl"
-    same(load_task(c), jsonl.task(train_path, eval_path, 8))
+    same(load(c), jsonl.task(train_path, eval_path, 8))
     c.task.name = "two_halves"
-    same(load_task(c), two_halves.task(9))
+    same(load(c), two_halves.task(9))
     c.task.name = "reasoning_gym"
-    same(load_task(c), reasoning_gym_task.task("lcm", 9))
+    same(load(c), reasoning_gym_task.task("lcm", 9, {"max_numbers": 3}))
     c.task.seed = -1
     with pytest.raises(config.ConfigError, match="config.task.seed = -1"):
-        load_task(c)
+        load(c)
     c.task.seed, c.task.name = 0, "gsm8k"
     with pytest.raises(config.ConfigError, match="config.task.name = 'gsm8k'.*jsonl"):
-        load_task(c)
+        load(c)
+
+
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [
+        ({"name": "jsonl"}, "train_path"),
+        ({"name": "jsonl", "train_path": "t"}, "eval_path"),
+        ({"name": "parquet"}, "train_path"),
+        ({"name": "parquet", "train_path": "t"}, "eval_path"),
+        ({"name": "hf"}, "dataset"),
+        ({"name": "hf", "dataset": "d", "split_train": ""}, "split_train"),
+        ({"name": "hf", "dataset": "d", "split_eval": ""}, "split_eval"),
+        ({"name": "hf", "dataset": "d", "answer_column": ""}, "answer_column"),
+        ({"name": "reasoning_gym"}, "generator"),
+    ],
+)
+def test_what_a_task_reads_must_be_named(fields, missing):
+    task = config.defaults().task
+    task.update(fields)
+    refusal = f"config.task.{missing} = '': must be"
+    with pytest.raises(config.ConfigError, match=refusal):
+        check_task(task, training=True, evaluated=True)
+    of_training, of_evaluation = ("train_path", "split_train"), ("eval_path", "split_eval")
+    if missing in of_evaluation:  # training alone does without, and the message says so
+        with pytest.raises(config.ConfigError, match="eval.problems = 0"):
+            check_task(task, training=True, evaluated=True)
+        check_task(task, training=True, evaluated=False)
+    if missing in of_training:
+        task.update({"eval_path": "e"})
+        check_task(task, training=False, evaluated=True)
+    else:
+        task.update({"train_path": "", "split_train": ""})
+        with pytest.raises(config.ConfigError, match=refusal):
+            check_task(task, training=False, evaluated=True)
+
+
+@pytest.mark.parametrize("name", ["two_halves", "end_digit"])
+def test_a_task_that_is_made_needs_no_field(name):
+    task = config.defaults().task
+    task.name = name
+    check_task(task, training=True, evaluated=True)
+
+
+def test_an_unknown_task_is_an_error_that_lists_all():
+    task = config.defaults().task
+    task.name = "gsm8k"
+    with pytest.raises(config.ConfigError, match="config.task.name = 'gsm8k'") as error:
+        check_task(task, training=True, evaluated=True)
+    assert all(name in str(error.value) for name in TASKS)
+
+
+def test_a_new_task_is_a_file_and_a_row(tmp_path, monkeypatch):
+    (tmp_path / "countable.py").write_text(
+        "from spiral_jax.tasks.problem import Problem, Task\n"
+        "def task(seed, source):\n"
+        "    def problem_at(i): return Problem(f'train:{i}', f'{source} {seed + i}?', str(seed + i))\n"
+        "    return Task(problem_at, problem_at, 8, f'countable {seed}')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    row = TaskRow("countable", ("task.seed", "task.dataset"), needs={"dataset": "a word"})
+    monkeypatch.setitem(TASKS, "countable", row)
+    c = config.defaults()
+    c.task.name, c.task.seed = "countable", 30
+    with pytest.raises(config.ConfigError, match="config.task.dataset = '': must be a word"):
+        check_task(c.task, training=True, evaluated=True)
+    c.task.dataset = "What is"
+    check_task(c.task, training=True, evaluated=True)
+    assert load(c).train(3) == Problem("train:3", "What is 33?", "33")

@@ -66,7 +66,7 @@ def test_a_trace_has_room_for_one_half_and_an_aggregation_trace_for_none():
     """Token costs under the bundled tokenizer: the claim on which the task's closed form rests."""
     from configs import tiny
     from spiral_jax.model import hf
-    from spiral_jax.prompts.prompts import load_tokenizer
+    from spiral_jax.prompts.tokenizer import load_tokenizer
 
     c = tiny.get_config()
     tokenizer = load_tokenizer(hf.resolve_path(c.model.hf_path))

@@ -1,0 +1,225 @@
+"""The reason of an advantage, in words and numbers, from how many traces are right: no floats.
+
+A second way to the numbers of `of_sets` and `of_own_answers`, in exact fractions: what a page says
+can be checked against what was trained on. Each function says why one trace has its advantage
+before the length gate. No numpy, no jax: reports are read where neither is at hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+_NOT_VERIFIED = "It could not be verified, which is our failure: it is in no mean, 0."
+
+
+@dataclasses.dataclass(frozen=True)
+class Reason:
+    """An advantage before the length gate and why it is what it is; None: not known here."""
+
+    value: float | None
+    words: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Some traces: `right` of those `verified` are right."""
+
+    right: int
+    verified: int
+
+    @property
+    def share(self) -> Fraction | None:
+        """None where nothing was verified."""
+        return Fraction(self.right, self.verified) if self.verified else None
+
+    def __str__(self) -> str:
+        return f"{self.right}/{self.verified}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What is known of one trace that is read.
+
+    Attributes:
+      trace: its number among the candidates of the round that reads it.
+      reward: its own correctness, 0 or 1; None: our failure.
+      own: how many of all candidates are right by themselves.
+      set_size: S.
+      member_KxS: which candidates each set of that round holds.
+      scores: the aggregations of each set.
+      names: what the page calls each set.
+    """
+
+    trace: int
+    reward: float | None
+    own: Score
+    set_size: int
+    member_KxS: Sequence[Sequence[int]] = ()
+    scores: Sequence[Score] = ()
+    names: Sequence[str] = ()
+
+    @property
+    def own_words(self) -> str:
+        return f"{self.own.right} of {self.own.verified} traces are right"
+
+    def scored_sets(self) -> list[int]:
+        return [k for k, score in enumerate(self.scores) if score.verified]
+
+    def sets_with_it(self) -> list[int]:
+        return [k for k in self.scored_sets() if self.trace in self.member_KxS[k]]
+
+    def mean_score(self, sets: Sequence[int]) -> Fraction:
+        return sum((self.scores[k].share for k in sets), Fraction(0)) / len(sets)
+
+    def list_scores(self, sets: Sequence[int]) -> str:
+        return ", ".join(f"{self.names[k]} {self.scores[k]}" for k in sets)
+
+
+# --- being read, by the score of sets ---------------------------------------------------------------
+
+
+def no_words(evidence: Evidence) -> Reason:
+    """Of estimators that need more than the counts of right traces."""
+    del evidence
+    return Reason(None, "This estimator is not explained here; the number is the logged one.")
+
+
+def not_trained(evidence: Evidence) -> Reason:
+    """Of estimators under which traces earn nothing for being read."""
+    del evidence
+    return Reason(0.0, "This estimator trains no traces for being read: 0.")
+
+
+def against_all_sets(evidence: Evidence) -> Reason:
+    """`of_sets.marginal_mean`."""
+    return _against(evidence, evidence.scored_sets(), "all sets")
+
+
+def against_sets_without(evidence: Evidence) -> Reason:
+    """`of_sets.with_without`."""
+    with_it = evidence.sets_with_it()
+    without = [k for k in evidence.scored_sets() if k not in with_it]
+    if with_it and not without:
+        words = "It is in every set that was scored: there is nothing to compare them with, 0."
+        return Reason(0.0, words)
+    return _against(evidence, without, "sets without it")
+
+
+def _against(evidence: Evidence, others: list[int], others_name: str) -> Reason:
+    with_it = evidence.sets_with_it()
+    if not with_it:
+        return Reason(0.0, "It is in no set that was scored: nothing says what it is worth, 0.")
+    score, reference = evidence.mean_score(with_it), evidence.mean_score(others)
+    words = (
+        f"Mean score of sets with it {_decimal(score)} ({evidence.list_scores(with_it)}), of "
+        f"{others_name} {_decimal(reference)} ({evidence.list_scores(others)}): "
+        f"{_signed(score - reference)}."
+    )
+    return Reason(float(score - reference), words)
+
+
+# --- being read, by own correctness -----------------------------------------------------------------
+
+
+def against_mean(evidence: Evidence) -> Reason:
+    """`of_own_answers.centred`."""
+    return _without_signal(evidence) or _minus(evidence, evidence.own.share, evidence.own_words)
+
+
+def against_others(evidence: Evidence) -> Reason:
+    """`of_own_answers.leave_one_out`."""
+    if reason := _without_signal(evidence):
+        return reason
+    own = evidence.own
+    others = Fraction(own.right - int(evidence.reward), own.verified - 1)
+    return _minus(evidence, others, f"{evidence.own_words}, of the others")
+
+
+def against_mean_by_std(evidence: Evidence) -> Reason:
+    """`of_own_answers.grpo`."""
+    if reason := _without_signal(evidence):
+        return reason
+    mean, reward = evidence.own.share, evidence.reward
+    std = math.sqrt(mean * (1 - mean))  # of zeros and ones, over the population
+    value = float(Fraction(reward) - mean) / (std + 1e-6)
+    words = (
+        f"{evidence.own_words}: mean {_decimal(mean)}, standard deviation {std:.3f}. Its reward "
+        f"{reward:g}: ({reward:g} - {_decimal(mean)}) / {std:.3f} = {_signed(value)}."
+    )
+    return Reason(value, words)
+
+
+def pass_at_k(evidence: Evidence) -> Reason:
+    """`of_own_answers.pass_at_k`."""
+    if reason := _without_signal(evidence):
+        return reason
+    n, k = evidence.own.verified, evidence.set_size
+    wrong = n - evidence.own.right
+    if n <= k:
+        words = f"There is one set of {k} at most, which has nothing to be compared with: 0."
+        return Reason(0.0, words)
+    missed = Fraction(math.comb(wrong, k), math.comb(n, k))
+    missed_with_it = Fraction(0)
+    if not evidence.reward:
+        missed_with_it = Fraction(math.comb(wrong - 1, k - 1), math.comb(n - 1, k - 1))
+    words = (
+        f"{evidence.own_words}: of all sets of {k} a share of {_decimal(missed)} has no right one, "
+        f"of those with this trace {_decimal(missed_with_it)}: {_signed(missed - missed_with_it)}."
+    )
+    return Reason(float(missed - missed_with_it), words)
+
+
+def max_at_k(evidence: Evidence) -> Reason:
+    """`of_own_answers.max_at_k`."""
+    if reason := _without_signal(evidence):
+        return reason
+    n, k = evidence.own.verified, evidence.set_size
+    if n < k or not evidence.reward:
+        return Reason(0.0, f"{evidence.own_words}. No set of {k} is solved because of it: 0.")
+    value = Fraction(math.comb(n - evidence.own.right, k - 1), math.comb(n, k))
+    words = (
+        f"{evidence.own_words}: it is the only right one in a share of {_decimal(value)} of all "
+        f"sets of {k}: {_signed(value)}."
+    )
+    return Reason(float(value), words)
+
+
+def _without_signal(evidence: Evidence) -> Reason | None:
+    if evidence.reward is None:
+        return Reason(0.0, _NOT_VERIFIED)
+    if evidence.own.right in (0, evidence.own.verified):
+        return Reason(0.0, f"All verified traces have reward {evidence.reward:g}: 0.")
+    return None
+
+
+def _minus(evidence: Evidence, baseline: Fraction, words: str) -> Reason:
+    reward = evidence.reward
+    value = Fraction(reward) - baseline
+    words = f"{words}: mean {_decimal(baseline)}. Its reward {reward:g} - it = {_signed(value)}."
+    return Reason(float(value), words)
+
+
+# --- aggregating --------------------------------------------------------------------------------------
+
+
+def aggregation(reward: float | None, score: Score) -> Reason:
+    """`of_sets.aggregation_advantage`, the same under all estimators; `score` is the set's."""
+    if reward is None:
+        return Reason(0.0, _NOT_VERIFIED)
+    value = Fraction(reward) - score.share
+    words = (
+        f"{score.right} of the set's {score.verified} aggregations are right. Its reward "
+        f"{reward:g} - their mean {_decimal(score.share)} = {_signed(value)}."
+    )
+    return Reason(float(value), words)
+
+
+def _decimal(value: Fraction) -> str:
+    return f"{float(value):.3f}"
+
+
+def _signed(value: Fraction | float) -> str:
+    return f"{float(value):+.3f}" if value else "0"

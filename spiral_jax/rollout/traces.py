@@ -1,0 +1,124 @@
+"""Problems with all their traces, stage by stage: what a rollout has drawn and what it has earned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from spiral_jax.core.groups import Groups, concat_groups, take_groups
+from spiral_jax.objective.rewards import Rewards
+from spiral_jax.tasks.problem import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One round of aggregation of B problems.
+
+    Attributes:
+      member_BxKxS: which candidates each set holds: search traces in the first round, in a later
+        one the K * M traces of the round before, numbered set by set.
+      groups: U = B * K in (problem, set) order.
+    """
+
+    member_BxKxS: np.ndarray
+    groups: Groups
+
+    @property
+    def reward_BxKxM(self) -> np.ndarray:
+        return self.groups.reward_UxC.reshape(*self.member_BxKxS.shape[:2], -1)
+
+    def take(self, index: np.ndarray) -> Round:
+        """Of the problems at `index`."""
+        K = self.member_BxKxS.shape[1]
+        of_problems = (index[:, None] * K + np.arange(K)).reshape(-1)
+        return Round(self.member_BxKxS[index], take_groups(self.groups, of_problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """B problems with their traces: search, then every round of aggregation.
+
+    Attributes:
+      problems: B of them, in cursor order.
+      cursor_B: where each stands in the task's stream.
+      search: U = B groups. Their rewards are own correctness: a diagnostic for the estimators over
+        drawn sets.
+      rounds: those of aggregation; none without that stage.
+      strategy_BxN: numbers of the search traces' strategies in each problem, -1 = none; None unless
+        the estimator needs them.
+    """
+
+    problems: list[Problem]
+    cursor_B: np.ndarray
+    search: Groups
+    rounds: tuple[Round, ...] = ()
+    strategy_BxN: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @property
+    def stages(self) -> list[Groups]:
+        """Search, then every round: round r reads stage r - 1 and is stage r."""
+        return [self.search, *(round.groups for round in self.rounds)]
+
+    @property
+    def aggregation(self) -> Groups | None:
+        """U = R * B * K, round by round; None without that stage."""
+        return concat_groups([round.groups for round in self.rounds]) if self.rounds else None
+
+    def rewards(self) -> list[Rewards]:
+        """What the objective is made from: of each round, its candidates' rewards and its own.
+
+        Without aggregation it is one, of the search traces alone.
+        """
+        if not self.rounds:
+            return [Rewards(self.search.reward_UxC, strategy_BxN=self.strategy_BxN)]
+        rewards = []
+        for r, round in enumerate(self.rounds):
+            own_BxN = self.stages[r].reward_UxC.reshape(len(self), -1)
+            strategy_BxN = self.strategy_BxN if r == 0 else None
+            rewards.append(Rewards(own_BxN, round.reward_BxKxM, round.member_BxKxS, strategy_BxN))
+        return rewards
+
+    def take(self, index: np.ndarray) -> Rollouts:
+        """The problems at `index`, with their groups."""
+        return Rollouts(
+            problems=[self.problems[b] for b in index],
+            cursor_B=self.cursor_B[index],
+            search=take_groups(self.search, index),
+            rounds=tuple(round.take(index) for round in self.rounds),
+            strategy_BxN=None if self.strategy_BxN is None else self.strategy_BxN[index],
+        )
+
+    def with_advantages(self, advantages: Sequence[np.ndarray]) -> Rollouts:
+        """The same with advantages [U, C] of each of `stages`."""
+        stages = [
+            dataclasses.replace(groups, advantage_UxC=advantage_UxC)
+            for groups, advantage_UxC in zip(self.stages, advantages, strict=True)
+        ]
+        rounds = [
+            dataclasses.replace(round, groups=groups)
+            for round, groups in zip(self.rounds, stages[1:], strict=True)
+        ]
+        return dataclasses.replace(self, search=stages[0], rounds=tuple(rounds))
+
+
+def concat_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
+    """The problems of all parts, one after the other."""
+    rounds = []
+    for of_round in zip(*(part.rounds for part in parts), strict=True):
+        member_BxKxS = np.concatenate([round.member_BxKxS for round in of_round])
+        rounds.append(Round(member_BxKxS, concat_groups([round.groups for round in of_round])))
+    strategy_BxN = None
+    if parts[0].strategy_BxN is not None:
+        strategy_BxN = np.concatenate([part.strategy_BxN for part in parts])
+    return Rollouts(
+        problems=[problem for part in parts for problem in part.problems],
+        cursor_B=np.concatenate([part.cursor_B for part in parts]),
+        search=concat_groups([part.search for part in parts]),
+        rounds=tuple(rounds),
+        strategy_BxN=strategy_BxN,
+    )

@@ -1,0 +1,146 @@
+"""An evaluation by command, wave by wave: what is journalled, and who watches it."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from spiral_jax.core import distributed
+from spiral_jax.core.progress import Progress
+from spiral_jax.evaluation.answers import CORRECT
+from spiral_jax.evaluation.wave import Evaluator, Record, Wave
+from spiral_jax.rollout.requests import Asked
+from spiral_jax.run.setup import Setup
+from spiral_jax.run.trace_log import render_examples
+from spiral_jax.run.watchdog import Watchdog, deadline
+from spiral_jax.run.workdir import StepLog, WorkdirError
+from spiral_jax.verifier.verifier import Verifier
+
+
+class Evaluated(NamedTuple):
+    """Everything that an evaluation has found, over all its waves."""
+
+    asked: list[Asked]
+    records: list[Record]
+    counts: Counter
+
+
+def run_waves(setup: Setup, journal: StepLog, stamp: Mapping[str, str]) -> Evaluated:
+    """Evaluates the waves that `journal` does not hold yet, and appends them.
+
+    Args:
+      stamp: what the weights and the data are, by name; stands in each wave's line.
+
+    Raises:
+      WorkdirError: the journal was begun with other weights or data.
+    """
+    watchdog = Watchdog(setup.c.train.watchdog, setup.c.train.wait_s)
+    with Verifier(setup.reward, setup.verifier) as verifier, watchdog:
+        evaluator = _make_evaluator(setup, verifier, Progress(1, 0))
+        asked = evaluator.held_out()
+        size = setup.evaluation.wave
+        waves = [asked[i : i + size] for i in range(0, len(asked), size)]
+        journal.cut_back(len(waves))
+        done = _count_done(journal, stamp)
+        if done < len(waves):
+            with Progress(len(waves), done, unit="wave") as progress, jax.set_mesh(setup.mesh):
+                evaluator = _make_evaluator(setup, verifier, progress)
+                _evaluate_waves(setup, evaluator, waves, done, watchdog, journal, stamp)
+    rows = journal.read()
+    records = [record for row in rows for record in row["records"]]
+    counts = sum((Counter(row["counts"]) for row in rows), Counter())
+    return Evaluated(asked, records, counts)
+
+
+def _evaluate_waves(
+    setup: Setup,
+    evaluator: Evaluator,
+    waves: Sequence[Sequence[Asked]],
+    done: int,
+    watchdog: Watchdog,
+    journal: StepLog,
+    stamp: Mapping[str, str],
+) -> None:
+    progress, sampler = evaluator.progress, evaluator.sampler
+    with progress.phase("compiling"):
+        reports = setup.task.report, sampler.start_report()
+        print(*filter(None, reports), sep="\n", flush=True)
+    read = "the weights that config.model names to be read (config.train.wait_s)"
+    with progress.phase("loading weights"), deadline(read, setup.c.train.wait_s):
+        policy, search_policy = sampler.prepare(setup.start.load_policy()), None
+        if name := setup.evaluation.searcher:
+            search_policy = sampler.prepare(setup.start.searcher(name).load_policy())
+    for number in range(done, len(waves)):
+        start = time.monotonic()
+        watchdog.starts("wave", number)
+        wave = evaluator.wave(policy, waves[number], search_policy=search_policy)
+        watchdog.ends()
+        if number == 0:
+            print(render_examples(wave.rollouts, setup.tokenizer), flush=True)
+        row = {"step": number, **stamp, "records": wave.records, "counts": wave.counts}
+        journal.append(row)
+        _show_wave(progress, number, wave, time.monotonic() - start)
+
+
+def _show_wave(progress: Progress, number: int, wave: Wave, seconds: float) -> None:
+    tokens = sum(n for name, n in wave.counts.items() if name.endswith("sampled_tokens"))
+    answers = [answer for record in wave.records for answer in record["aggregation"]["answer"]]
+    right = float(np.mean([answer == CORRECT for answer in answers]))
+    progress.step_done(number + 1, right, tokens, seconds)
+
+
+def _make_evaluator(setup: Setup, verifier: Verifier, progress: Progress) -> Evaluator:
+    return Evaluator(
+        settings=setup.evaluation,
+        order=setup.c.aggregation.order,
+        task=setup.task,
+        scaffold=setup.scaffold,
+        sampler=setup.eval_sampler,
+        verifier=verifier,
+        max_error_rate=setup.verifier.max_error_rate,
+        strategy=setup.strategy,
+        progress=progress,
+        between_chunks=lambda: None,
+    )
+
+
+def _count_done(journal: StepLog, stamp: Mapping[str, str]) -> int:
+    """How many waves the journal holds. Raises `WorkdirError`: with another stamp than this."""
+
+    def read() -> list[dict]:
+        return [{name: row[name] for name in ("step", *stamp)} for row in journal.read()]
+
+    done = distributed.from_first(read)
+    for row in done:
+        for name, value in stamp.items():
+            if row[name] != value:
+                raise WorkdirError(
+                    f"{journal.path}: wave {row['step']} was evaluated with other {name} "
+                    f"({row[name][:12]} -> {value[:12]}; same path, new content). Give another "
+                    "--workdir, or put the old files back."
+                )
+    return len(done)
+
+
+def model_fingerprint(directories: Sequence[pathlib.Path]) -> str:
+    """SHA-256 over every weight file's name, size and 256 blocks of it.
+
+    Other weights in the same place show.
+    """
+    digest = hashlib.sha256()
+    files = [file for path in directories for file in sorted(path.glob("*.safetensors"))]
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for start in np.linspace(0, max(size - 4096, 0), 256, dtype=np.int64):
+                file.seek(int(start))
+                digest.update(file.read(4096))
+    return digest.hexdigest()

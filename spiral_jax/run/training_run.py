@@ -1,0 +1,293 @@
+"""A training run around its loop: where it stands, what it writes, who watches it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from spiral_jax.core import config, distributed, faults
+from spiral_jax.core.metrics import divide
+from spiral_jax.core.progress import Progress
+from spiral_jax.evaluation.wave import Evaluator
+from spiral_jax.learner.state import TrainState, abstract_state, init_state
+from spiral_jax.rollout.actor import Actor
+from spiral_jax.rollout.collect import Batch
+from spiral_jax.run.checkpoint import CheckpointError, Checkpoints, Saver
+from spiral_jax.run.guards import NumericsGuard, check_mismatch, watched
+from spiral_jax.run.log import RunLog
+from spiral_jax.run.preemption import Preemption
+from spiral_jax.run.retention import Retention
+from spiral_jax.run.saving import Saver
+from spiral_jax.run.setup import Setup
+from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
+from spiral_jax.run.trace_log import TraceRows
+from spiral_jax.run.watchdog import Watchdog, deadline
+from spiral_jax.run.workdir import WorkdirError, open_workdir
+from spiral_jax.verifier.verifier import Verifier
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands beside its weights; saved with them, and a resumed run goes on from it."""
+
+    step: int = 0
+    cursor: int = 0
+    sampled_tokens: int = 0
+
+
+@dataclasses.dataclass
+class TrainingRun:
+    """What surrounds the loop of training, all of it open.
+
+    Attributes:
+      at: where the run stands; `record` moves it on.
+    """
+
+    setup: Setup
+    at: Position
+    actor: Actor
+    evaluator: Evaluator
+    log: RunLog
+    saver: Saver
+    guard: NumericsGuard
+    preemption: Preemption
+    watchdog: Watchdog
+    profile: StepProfile
+    progress: Progress
+    trace_rows: TraceRows
+    _step_began: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or all tokens spent."""
+        t = self.setup.c.train
+        spent = t.max_sampled_tokens and self.at.sampled_tokens >= t.max_sampled_tokens
+        return self.at.step >= t.steps or bool(spent)
+
+    def steps(self) -> Iterator[int]:
+        """The steps to do, until the run is finished or a preemption notice has come."""
+        while not self.finished and not self.preemption.reached():
+            self.profile.at(self.at.step)
+            self.watchdog.starts("step", self.at.step)
+            self._step_began = time.monotonic()
+            yield self.at.step
+
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """The update of a step; the last save has ended before it, so a kill costs one step."""
+        self.saver.settle()
+        with self.progress.phase("updating"):
+            yield
+
+    def read(self, metrics: Any) -> Any:
+        """The train step's metrics on the host; waits for them."""
+        faults.passed("update")
+        return jax.device_get(metrics)
+
+    def record(self, batch: Batch, metrics: dict[str, Any], state: TrainState) -> None:
+        """Logs and saves a step.
+
+        Raises:
+          Mismatch, BadSteps: its numbers cannot be right.
+          CheckpointError: too many saves have failed.
+        """
+        c, step = self.setup.c, self.at.step
+        sampled = int(metrics["sampling/generated_tokens"])
+        self._log(step, batch, _divide(batch.metrics | metrics), sampled)
+        self.at = Position(step + 1, batch.next_cursor, self.at.sampled_tokens + sampled)
+        if self.finished or (c.checkpoint.every and self.at.step % c.checkpoint.every == 0):
+            with self.progress.phase("checkpoint"):
+                self.saver.save(self.at.step, state, self._checkpoint_record())
+        self.watchdog.ends()
+
+    def evaluate(self, policy: Any) -> None:
+        """Evaluates the policy where that is due, unless it was done before.
+
+        It is due at the start, every `eval.every` steps and at the end; a preemption notice ends it.
+        """
+        e, step = self.setup.c.eval, self.at.step
+        due = step == 0 or self.finished or bool(e.every and step % e.every == 0)
+        if not (e.problems and due) or self.log.is_evaluated(step):
+            return
+        evaluation = None
+        self.watchdog.starts("evaluation", step)
+        with self.progress.phase("evaluating"), self.preemption.interruptible():
+            evaluation = self.evaluator.evaluate(policy, step)
+        self.watchdog.ends()
+        if evaluation is not None:
+            self.log.evaluation(step, *evaluation)
+        self.progress.take_times()  # a step's times are its own
+
+    def finish(self, state: TrainState) -> None:
+        """Waits until the last checkpoint is on disk; after a notice it is saved first.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        if self.preemption.noticed and self.at.step:
+            self.saver.save_if_missing(self.at.step, state, self._checkpoint_record())
+        if not self.saver.settle():
+            raise CheckpointError(
+                f"{self.log.path}: the checkpoint of step {self.at.step} could not be written; see "
+                "above."
+            )
+
+    def _checkpoint_record(self) -> dict[str, Any]:
+        """What a checkpoint says beside its arrays."""
+        return {"at": dataclasses.asdict(self.at), "data": self.setup.task.fingerprint}
+
+    def _log(self, step: int, batch: Batch, metrics: dict[str, Any], sampled: int) -> None:
+        c, model = self.setup.c, self.setup.model
+        metrics |= self.guard.check(step, metrics)
+        check_mismatch(step, metrics, c.train.mismatch_limit)
+        seconds = time.monotonic() - self._step_began
+        metrics |= self.progress.take_times()
+        metrics |= {"time/step": seconds, "tokens_per_s": sampled / seconds}
+        metrics |= update_metrics(
+            model.arch, model.lora_rank, batch.rollouts.stages, metrics["time/updating"]
+        )
+        metrics |= memory_metrics()
+        metrics["checkpoint/failed_saves"] = float(self.saver.failures)
+        traces = None
+        if c.trace_log.every and step % c.trace_log.every == 0:
+            traces = self.trace_rows.of(batch)
+        self.log.step(step, metrics, traces)
+        self.guard.check_bad_steps(self.log.path, step, batch)
+        reward = metrics.get("reward/aggregated", metrics["reward/search"])
+        self.progress.step_done(step + 1, reward, sampled, seconds)
+
+
+def _divide(metrics: dict[str, Any]) -> dict[str, float | None]:
+    """Divides all (sum, count) pairs of a step, at last."""
+    divided = divide(metrics)
+    mean, square = divided.pop("mismatch/ratio"), divided.pop("mismatch/ratio_squared")
+    divided["mismatch/effective_share"] = mean**2 / square
+    return divided
+
+
+@contextlib.contextmanager
+def open_run(setup: Setup, workdir: str) -> Iterator[tuple[TrainingRun, Any, TrainState]]:
+    """Opens the run in `workdir`, from scratch or where it stopped: (run, frozen base, state)."""
+    c = setup.c
+    if not pathlib.Path(workdir, "checkpoints").exists():
+        setup.start.check()  # a resumed run no longer needs what it started from
+    path = open_workdir(workdir, config.to_plain(c), config.digest(c), c.resume.allow)
+    log = RunLog(path, c.trace_log.keep_steps, c.checkpoint.keep_best)
+    retention = Retention(c.checkpoint.keep, c.checkpoint.keep_every, log.scores)
+    checkpoints = Checkpoints(path / "checkpoints", retention)
+    distributed.check_equal(
+        config=config.digest(c),
+        data=setup.task.fingerprint,
+        checkpoint=f"step {checkpoints.latest()}",
+    )
+    with deadline("weights and checkpoint to be read (config.train.wait_s)", c.train.wait_s):
+        base, state, at = _start_or_resume(setup, checkpoints)
+    log.go_on(at.step)
+
+    with contextlib.ExitStack() as stack:
+        verifier = stack.enter_context(Verifier(setup.reward, setup.verifier))
+        progress = stack.enter_context(Progress(c.train.steps, at.step))
+        stack.enter_context(checkpoints)
+        stack.enter_context(jax.set_mesh(setup.mesh))
+        stack.enter_context(log)
+        preemption = stack.enter_context(Preemption(c.train.grace_s))
+        watchdog = stack.enter_context(Watchdog(c.train.watchdog, c.train.wait_s))
+        profile = stack.enter_context(StepProfile(c.profile.steps, path))
+        rows = distributed.from_first(lambda: watched(log.metrics()))
+        run = TrainingRun(
+            setup=setup,
+            at=at,
+            actor=_make_actor(setup, verifier, progress, preemption),
+            evaluator=_make_evaluator(setup, verifier, progress, preemption),
+            log=log,
+            saver=Saver(checkpoints, c.checkpoint.max_failures, c.train.wait_s),
+            guard=NumericsGuard(c.train.max_bad_steps, c.train.spike, rows),
+            preemption=preemption,
+            watchdog=watchdog,
+            profile=profile,
+            progress=progress,
+            trace_rows=_make_trace_rows(setup),
+        )
+        if not run.finished:
+            log.note_start(at.step, c.metrics.writers, config.to_plain(c))
+            reports = setup.task.report, setup.sampler.start_report()
+            print(*filter(None, reports), sep="\n", flush=True)
+            log.started()
+        yield run, base, state
+
+
+def _start_or_resume(setup: Setup, checkpoints: Checkpoints) -> tuple[Any, TrainState, Position]:
+    """(frozen base, state, position) from the newest whole checkpoint, or from config.model.
+
+    Raises:
+      WorkdirError: the data have changed since that checkpoint.
+    """
+    learner, model, mesh = setup.training.learner, setup.model, setup.mesh
+    new = checkpoints.latest() is None
+    reference = learner.kl_coef > 0 and not model.lora_rank  # KL is to what the run started from
+    params, lora = setup.start.load() if new or reference else (setup.start.load_base(), None)
+    base, state = init_state(learner, model, mesh, params, lora)
+    if new:
+        return base, state, Position()
+    state, record = checkpoints.restore_newest(abstract_state(learner, model, mesh))
+    there, here = record["data"], setup.task.fingerprint
+    if there != here:
+        raise WorkdirError(
+            f"the task's data have changed since the checkpoint ({there[:12]} -> {here[:12]}): "
+            "restore the files, or start in another --workdir."
+        )
+    return base, state, Position(**record["at"])
+
+
+def _make_actor(
+    setup: Setup, verifier: Verifier, progress: Progress, preemption: Preemption
+) -> Actor:
+    c, training = setup.c, setup.training
+    needs_strategies = training.objective.row.needs.strategies
+    return Actor(
+        stages=training.stages,
+        dynamic_sampling=training.dynamic_sampling,
+        order=c.aggregation.order,
+        max_problem_tokens=c.prompt.max_problem_tokens,
+        task=setup.task,
+        scaffold=setup.scaffold,
+        sampler=setup.sampler,
+        verifier=verifier,
+        strategy=setup.strategy if needs_strategies else None,
+        progress=progress,
+        between_chunks=preemption.look,
+    )
+
+
+def _make_evaluator(
+    setup: Setup, verifier: Verifier, progress: Progress, preemption: Preemption
+) -> Evaluator:
+    return Evaluator(
+        settings=setup.evaluation,
+        order=setup.c.aggregation.order,
+        task=setup.task,
+        scaffold=setup.scaffold,
+        sampler=setup.eval_sampler,
+        verifier=verifier,
+        max_error_rate=setup.verifier.max_error_rate,
+        strategy=setup.strategy,
+        progress=progress,
+        between_chunks=preemption.look,
+    )
+
+
+def _make_trace_rows(setup: Setup) -> TraceRows:
+    c = setup.c
+    return TraceRows(
+        tokenizer=setup.tokenizer,
+        fraction=c.trace_log.fraction,
+        order=c.aggregation.order,
+        seed=c.seed,
+        drops_truncated=c.prompt.truncated == "drop",
+    )
