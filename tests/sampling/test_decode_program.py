@@ -39,7 +39,7 @@ MOVES = (
 def compiled_decode(
     mesh, donate=True, weights=lambda weights: weights, decode=decode_chunk, classes=CLASSES
 ):
-    """The program, compiled from shapes alone; `weights(abstract weights)` replaces what it reads."""
+    """The program, compiled from shapes alone; `weights` changes what it reads."""
     settings = DecodeSettings(ModelConfig(ARCH), jnp.float32, Draw(), 0, (1,), 16, mesh)
     schedule = Schedule(classes, chunk=8, exit_groups=1, prefill_tokens=16)
     (rows,) = schedule.decode_rows(meshes.group_count_multiple(mesh))

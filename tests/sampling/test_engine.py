@@ -358,9 +358,7 @@ def test_narrowing_keeps_rows_busy(mesh, wide, shallow_weights):
     """One long trace a group: without narrower slots two thirds of the rows have nothing to do."""
     limit_UxC = np.tile(np.array([12, 1, 1], np.int32), (12, 1))
     requests = requests_of([[1, 2]] * 12, limit_UxC=limit_UxC)
-    narrowing = make_engine(
-        mesh, (), (*ONE_SIZE, (8, 1, 16, G)), exit_groups=1, config=ONE_LAYER
-    )
+    narrowing = make_engine(mesh, (), (*ONE_SIZE, (8, 1, 16, G)), exit_groups=1, config=ONE_LAYER)
 
     def occupancy(engine):
         mean = sample_with_metrics(engine, shallow_weights, requests)[1]["sampling/row_occupancy"]

@@ -1,4 +1,4 @@
-"""Groups wider than their class: cut into pieces, which all enter from one prefill of their prompt."""
+"""Groups wider than their class are cut into pieces, which all enter from one prefill."""
 
 import collections
 import dataclasses
@@ -96,7 +96,7 @@ def sample_widths(engine, variables, endless, widths):
 def test_a_wide_groups_prompt_is_prefilled_once_however_many_admissions_it_takes(
     engine, mesh, variables, endless, prefills
 ):
-    """Three groups of twice as many pieces as there are slots: most enter when another has ended."""
+    """Three groups of twice as many pieces as slots: most enter when another has ended."""
     shards = meshes.group_count_multiple(mesh)
     traces = 2 * 2 * (2 * shards) - 1
     metrics = sample_widths(engine, variables, endless, np.where(LENGTHS > 8, traces, 0))
