@@ -1,4 +1,4 @@
-"""The sampler's attention to its caches: `prefix_attention` in prefill, `decode_attention` after it.
+"""The sampler's attention to its caches: of a prompt in prefill, and of one token in decoding.
 
 Training has `group_attention`.
 """
