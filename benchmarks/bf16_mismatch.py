@@ -1,5 +1,4 @@
-"""How far sampler and trainer are apart in bfloat16: the first steps of the bundled model's run, in
-either dtype.
+"""How far sampler and trainer are apart in bfloat16: the bundled model's run, in either dtype.
 
     python -m benchmarks.bf16_mismatch [--steps=2] [--json=docs/bf16_mismatch.json]
 
@@ -32,12 +31,22 @@ def main() -> None:
     result = {"machine": machine(), "commit": commit(), "steps": asked.steps}
     for dtype in ("float32", "bfloat16"):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "spiral_jax.train", "--config=configs/tiny.py", "--config.eval.problems=0",
-                       f"--config.model.compute_dtype={dtype}", "--config.train.mismatch_limit=0",
-                       f"--config.train.steps={asked.steps}", f"--workdir={folder}/run"]  # fmt: skip
+            workdir = pathlib.Path(folder, "run")
+            command = [
+                sys.executable,
+                "-m",
+                "spiral_jax.train",
+                "--config=configs/tiny.py",
+                "--config.eval.problems=0",
+                f"--config.model.compute_dtype={dtype}",
+                "--config.train.mismatch_limit=0",
+                f"--config.train.steps={asked.steps}",
+                f"--workdir={workdir}",
+            ]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            lines = pathlib.Path(folder, "run", "metrics.jsonl").read_text().splitlines()
-        result[dtype] = [{key: json.loads(line)[key] for key in KEYS} for line in lines]
+            lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        result[dtype] = [{key: row[key] for key in KEYS} for row in rows]
     asked.json.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

@@ -1,6 +1,7 @@
-"""The run that the drills kill: a random model of a few thousand parameters, three problems, steps
-of well under a second, every kind of file that a real run writes. The tests and
-`benchmarks.kill_soak` share it.
+"""The run that the drills kill.
+
+A random model of a few thousand parameters, three problems, steps of well under a second, every
+kind of file that a real run writes. The tests and `benchmarks.kill_soak` share it.
 """
 
 from __future__ import annotations
@@ -31,20 +32,30 @@ PROBLEMS = 3  # an epoch ends every step or two
 CLOCK = ("time/", "memory/", "tokens_per_s")  # metrics that two equal runs need not share
 
 FLAGS = [
-    "--config=configs/tiny.py", "--config.task.name=jsonl", "--config.task.reward=benchmarks.drill:reward",
-    "--config.search.traces=4", "--config.aggregation.subsets=3", "--config.aggregation.subset_size=2",
-    "--config.aggregation.traces=2", "--config.sampling.classes=((2, 4, 16, 26), (6, 2, 124, 12))",
-    "--config.sampling.row_counts=()", "--config.batch.problems=2", "--config.batch.search_groups=2",
-    "--config.batch.aggregation_groups=6", "--config.verifier.workers=1", "--config.eval.problems=0",
-    "--config.checkpoint.every=1", "--config.trace_log.every=1", "--config.trace_log.keep_steps=1000",
-    "--config.optimizer.lr=1e-2", "--config.optimizer.warmup_steps=0",
-]  # fmt: skip
+    "--config=configs/tiny.py",
+    "--config.task.name=jsonl",
+    "--config.task.reward=benchmarks.drill:reward",
+    "--config.search.traces=4",
+    "--config.aggregation.subsets=3",
+    "--config.aggregation.subset_size=2",
+    "--config.aggregation.traces=2",
+    "--config.sampling.classes=((2, 4, 16, 26), (6, 2, 124, 12))",
+    "--config.sampling.row_counts=()",
+    "--config.batch.problems=2",
+    "--config.batch.search_groups=2",
+    "--config.batch.aggregation_groups=6",
+    "--config.verifier.workers=1",
+    "--config.eval.problems=0",
+    "--config.checkpoint.every=1",
+    "--config.trace_log.every=1",
+    "--config.trace_log.keep_steps=1000",
+    "--config.optimizer.lr=1e-2",
+    "--config.optimizer.warmup_steps=0",
+]
 
 
 def reward(text: str, problem: Problem) -> bool:
-    """A coin that falls the same way for the same text: a random model gets some of its traces
-    right.
-    """
+    """A coin that falls the same way for the same text: so a random model is right at times."""
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) % 2 == 0
 
 
@@ -52,40 +63,55 @@ def prepare(folder: pathlib.Path, seed: int = 0) -> None:
     """Writes `folder`/model and `folder`/train.jsonl, once."""
     if (folder / "train.jsonl").exists():
         return
-    model = folder / "model"
-    shutil.copytree(BUNDLED, model, dirs_exist_ok=True)
+    write_model(folder / "model", seed)
+    task = two_halves.task(0)
+    problems = [task.train(i) for i in range(PROBLEMS)]
+    rows = [{"problem": problem.text, "answer": problem.answer} for problem in problems]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_model(path: pathlib.Path, seed: int) -> None:
+    """A model of one layer with random weights, and the bundled model's tokenizer."""
+    shutil.copytree(BUNDLED, path, dirs_exist_ok=True)
     config = json.loads((BUNDLED / "config.json").read_text())
     D, F, H, J, E = 16, 32, 2, 1, 8
-    config |= {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": 1, "num_attention_heads": H,
-               "num_key_value_heads": J, "head_dim": E, "tie_word_embeddings": True}  # fmt: skip
+    config |= {
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_hidden_layers": 1,
+        "num_attention_heads": H,
+        "num_key_value_heads": J,
+        "head_dim": E,
+        "tie_word_embeddings": True,
+    }
     config.pop("layer_types", None)
-    (model / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps(config))
+
     rng = np.random.default_rng(seed)
-    layer = {
-        "self_attn.q_proj": (H * E, D), "self_attn.k_proj": (J * E, D), "self_attn.v_proj": (J * E, D),
-        "self_attn.o_proj": (D, H * E), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F),
-    }  # fmt: skip
+    kernels = {
+        "self_attn.q_proj": (H * E, D),
+        "self_attn.k_proj": (J * E, D),
+        "self_attn.v_proj": (J * E, D),
+        "self_attn.o_proj": (D, H * E),
+        "mlp.gate_proj": (F, D),
+        "mlp.up_proj": (F, D),
+        "mlp.down_proj": (D, F),
+    }
     norms = {
         "self_attn.q_norm": E,
         "self_attn.k_norm": E,
         "input_layernorm": D,
         "post_attention_layernorm": D,
     }
-    weights = {
-        f"model.layers.0.{name}.weight": rng.normal(0, 0.3, shape) for name, shape in layer.items()
-    }
-    weights |= {f"model.layers.0.{name}.weight": np.ones(size) for name, size in norms.items()}
+    weights = {}
+    for name, shape in kernels.items():
+        weights[f"model.layers.0.{name}.weight"] = rng.normal(0, 0.3, shape)
+    for name, size in norms.items():
+        weights[f"model.layers.0.{name}.weight"] = np.ones(size)
     weights["model.embed_tokens.weight"] = rng.normal(0, 0.3, (config["vocab_size"], D))
     weights["model.norm.weight"] = np.ones(D)
-    save_file(
-        {name: array.astype(np.float32) for name, array in weights.items()},
-        model / "model.safetensors",
-    )
-    task = two_halves.task(0)
-    rows = [
-        {"problem": task.train(i).text, "answer": task.train(i).answer} for i in range(PROBLEMS)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arrays = {name: array.astype(np.float32) for name, array in weights.items()}
+    save_file(arrays, path / "model.safetensors")
 
 
 class Runs:
@@ -98,9 +124,8 @@ class Runs:
     def __init__(self, folder: pathlib.Path):
         prepare(folder)
         self.folder = folder
-        self._environment = {
-            name: value for name, value in os.environ.items() if name != VARIABLE
-        } | {
+        without_fault = {name: value for name, value in os.environ.items() if name != VARIABLE}
+        self._environment = without_fault | {
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -117,9 +142,13 @@ class Runs:
     def run(
         self, workdir: pathlib.Path, steps: int, fault: str = "", fresh: bool = False
     ) -> CompletedProcess[str]:
-        paths = [f"--config.model.hf_path={self.folder / 'model'}", f"--workdir={workdir}",
-                 f"--config.task.train_path={self.folder / 'train.jsonl'}"]  # fmt: skip
-        flags = [*FLAGS, *paths, f"--config.train.steps={steps}"]
+        flags = [
+            *FLAGS,
+            f"--config.model.hf_path={self.folder / 'model'}",
+            f"--workdir={workdir}",
+            f"--config.task.train_path={self.folder / 'train.jsonl'}",
+            f"--config.train.steps={steps}",
+        ]
         if not fresh:
             return self._nursery.run(flags, fault)
         command = [sys.executable, "-m", "spiral_jax.train", *flags]
@@ -143,56 +172,61 @@ def saved_step(workdir: pathlib.Path) -> int:
 
 def half_written(workdir: pathlib.Path) -> int:
     """Directories of checkpoints whose writing was cut short."""
-    return len(
-        [
-            path
-            for path in (workdir / "checkpoints").glob("*")
-            if "orbax-checkpoint-tmp" in path.name
-        ]
-    )
+    return len(list((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*")))
 
 
 def seconds_to_start(output: str) -> float | None:
     """What the run printed of its start-up."""
-    found = re.search(r"start-up took ([0-9.]+) s", output)
-    return float(found[1]) if found else None
+    match = re.search(r"start-up took ([0-9.]+) s", output)
+    return float(match[1]) if match else None
 
 
 def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     """How two finished runs differ in final state (bits), metrics and traces; [] = in nothing."""
-    found = []
-    (step, arrays), (other_step, other_arrays) = _arrays(one), _arrays(other)
+    return [
+        *_state_differences(one, other),
+        *_metric_differences(one, other),
+        *_trace_differences(one, other),
+    ]
+
+
+def _state_differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
+    step, arrays = _arrays(one)
+    other_step, other_arrays = _arrays(other)
     if step != other_step or arrays.keys() != other_arrays.keys():
         return [f"the final checkpoints are of steps {step} and {other_step}, or hold other arrays"]
+    lines = []
     for name, array in arrays.items():
-        one_bytes, other_bytes = (
-            np.frombuffer(a.tobytes(), np.uint8) for a in (array, other_arrays[name])
-        )
-        if bits := int(np.unpackbits(one_bytes ^ other_bytes).sum()):
-            found.append(f"{name}: {bits} bits")
+        ours = np.frombuffer(array.tobytes(), np.uint8)
+        theirs = np.frombuffer(other_arrays[name].tobytes(), np.uint8)
+        if bits := int(np.unpackbits(ours ^ theirs).sum()):
+            lines.append(f"{name}: {bits} bits")
+    return lines
+
+
+def _metric_differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
+    lines = []
     for number, (row, other_row) in enumerate(zip(_metrics(one), _metrics(other), strict=True)):
-        found += [
-            f"row {number}, {key}"
-            for key in row.keys() | other_row.keys()
-            if row.get(key) != other_row.get(key)
-        ]
-    names = {path.name for folder in (one, other) for path in (folder / "traces").iterdir()}
-    for name in sorted(names):
-        files = [folder / "traces" / name for folder in (one, other)]
-        if (
-            not all(file.exists() for file in files)
-            or files[0].read_bytes() != files[1].read_bytes()
-        ):
-            found.append(f"traces/{name}")
-    return found
+        for key in row | other_row:
+            if row.get(key) != other_row.get(key):
+                lines.append(f"row {number}, {key}")
+    return lines
+
+
+def _trace_differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
+    def traces(workdir: pathlib.Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (workdir / "traces").iterdir()}
+
+    ours, theirs = traces(one), traces(other)
+    names = sorted(ours | theirs)
+    return [f"traces/{name}" for name in names if ours.get(name) != theirs.get(name)]
 
 
 def _arrays(workdir: pathlib.Path) -> tuple[int, dict[str, np.ndarray]]:
+    """The newest checkpoint: its step, and its arrays by path."""
     step = saved_step(workdir)
-    directory, reader = (
-        (workdir / "checkpoints" / str(step) / "state").absolute(),
-        ocp.PyTreeCheckpointer(),
-    )
+    directory = (workdir / "checkpoints" / str(step) / "state").absolute()
+    reader = ocp.PyTreeCheckpointer()
     on_host = ocp.RestoreArgs(restore_type=np.ndarray)  # whatever devices the run had
     where = jax.tree.map(lambda _: on_host, reader.metadata(directory).item_metadata.tree)
     tree = reader.restore(directory, restore_args=where)
@@ -201,5 +235,6 @@ def _arrays(workdir: pathlib.Path) -> tuple[int, dict[str, np.ndarray]]:
 
 
 def _metrics(workdir: pathlib.Path) -> list[dict]:
+    """The rows of metrics.jsonl without those of the clock."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith(CLOCK)} for row in rows]
+    return [{key: row[key] for key in row if not key.startswith(CLOCK)} for row in rows]

@@ -1,5 +1,4 @@
-"""What the model of the end digit can do before any RL: how its search leans, whether it knows a
-hit, how it reads.
+"""What the model of the end digit can do before any RL: search, knowing a hit, reading.
 
     python -m benchmarks.end_digit_model --out=docs/end_digit_model
 
@@ -28,6 +27,7 @@ from spiral_jax.rollout.requests import Actor, aggregate, search, verify
 from spiral_jax.run.setup import set_up
 from spiral_jax.tasks import end_digit
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -40,19 +40,23 @@ PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 def main(argv: list[str]) -> None:
     setup = set_up(CONFIG.value)
     c, base = setup.c, setup.load_base()
-    problems, index_B = (
-        [setup.task.held_out(index) for index in range(PROBLEMS.value)],
-        np.arange(PROBLEMS.value),
-    )
-    with Verifier(setup.reward, 1, c.verifier.timeout_s) as verifier, jax.set_mesh(setup.mesh):
+    index_B = np.arange(PROBLEMS.value)
+    problems = [setup.task.held_out(int(index)) for index in index_B]
+    settings = VerifierSettings(workers=1, timeout_s=c.verifier.timeout_s)
+    with Verifier(setup.reward, settings) as verifier, jax.set_mesh(setup.mesh):
         actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, Progress(1, 0))
         weights = setup.sampler.prepare(variables(setup.model, None, base))
         searched = search(actor, weights, problems, index_B, Purpose.EVALUATION, 0)
         searched, tried, _ = verify(actor, problems, searched)
         N, a = c.search.traces, c.aggregation
-        member_BxKxS = np.stack([
-            subsets.disjoint_subsets(c.seed, int(Purpose.EVALUATION), 0, b, 0, N, a.subset_size, 1) for b in index_B
-        ])  # fmt: skip
+        member_BxKxS = np.stack(
+            [
+                subsets.disjoint_subsets(
+                    c.seed, int(Purpose.EVALUATION), 0, b, 0, N, a.subset_size, 1
+                )
+                for b in index_B
+            ]
+        )
         read, _ = aggregate(actor, weights, problems, searched, member_BxKxS, a.traces)
         read, said, _ = verify(actor, problems, read)
     right_BxN, right_BxM = searched.reward_UxC, read.reward_UxC
@@ -62,14 +66,14 @@ def main(argv: list[str]) -> None:
         "problems": len(problems),
         "search traces": tries(problems, tried, right_BxN),
     }
-    report["search traces"]["try the first expression"] = float(np.mean([
-        end_digit.strategy(text, p) == end_digit.strategy(end_digit.try_out(p, end_digit.EXPRESSIONS[0]), p)
-        for p, text in zip(np.repeat(problems, N), tried, strict=True)
-    ]))  # fmt: skip
+    first = [
+        tries_the_first_expression(problem, text)
+        for problem, text in zip(np.repeat(problems, N), tried, strict=True)
+    ]
+    report["search traces"]["try the first expression"] = float(np.mean(first))
+    right_shares = [right_share(problem) for problem in problems]
     report |= {
-        "right share of all expressions": float(
-            np.mean([right_share(problem) for problem in problems])
-        ),
+        "right share of all expressions": float(np.mean(right_shares)),
         "aggregation traces": tries(problems, said, right_BxM),
         "sets with a hit": share(has_hit_B.astype(float)),
         "sets with a hit read right": share(right_BxM[has_hit_B].mean(axis=1)),
@@ -79,16 +83,21 @@ def main(argv: list[str]) -> None:
     print(json.dumps(report, indent=1))
 
 
-def tries(problems: list, texts: list[str], right_BxC: np.ndarray) -> dict[str, float]:
-    """Shares over all traces of a role; of those that are right, and that are not, how many say
-    that they hit.
+def tries_the_first_expression(problem: Problem, text: str) -> bool:
+    first = end_digit.try_out(problem, end_digit.EXPRESSIONS[0])
+    return end_digit.strategy(text, problem) == end_digit.strategy(first, problem)
+
+
+def tries(problems: list[Problem], texts: list[str], right_BxC: np.ndarray) -> dict[str, float]:
+    """Shares over all traces of a role.
+
+    Of those that are right, and of those that are not: how many say that they hit.
     """
-    of_text = np.repeat(problems, right_BxC.shape[1])
+    pairs = zip(np.repeat(problems, right_BxC.shape[1]), texts, strict=True)
+    sound = [is_sound(problem, text) for problem, text in pairs]
     says_yes, right = np.array([": yes," in text for text in texts]), right_BxC.reshape(-1) == 1
     return {
-        "are sound": float(
-            np.mean([is_sound(p, text) for p, text in zip(of_text, texts, strict=True)])
-        ),
+        "are sound": float(np.mean(sound)),
         "are right": float(right.mean()),
         "say yes if right": float(says_yes[right].mean()),
         "say yes if wrong": float(says_yes[~right].mean()),

@@ -1,7 +1,8 @@
-"""Trace lengths as reasoning has them: most are short, some are very long. Log-normal, clipped,
-from a seed.
+"""Trace lengths as reasoning has them: most are short, some are very long.
 
-python -m benchmarks.heavy_tail        # writes benchmarks/heavy_tail.json, which the benchmarks read
+    python -m benchmarks.heavy_tail
+
+Log-normal, clipped, from a seed. Writes benchmarks/heavy_tail.json, which the benchmarks read.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ def main() -> None:
     drawn = np.random.default_rng(SEED).lognormal(mu, SIGMA, (GROUPS, TRACES))
     limit_UxC = np.clip(np.rint(drawn), 1, MAX_TOKENS).astype(int)
     FILE.write_text(json.dumps(limit_UxC.tolist()) + "\n")
-    print(
-        f"{FILE}: {limit_UxC.size} traces, mean {limit_UxC.mean():.1f}, longest {limit_UxC.max()} tokens"
-    )
+    mean, longest = limit_UxC.mean(), limit_UxC.max()
+    print(f"{FILE}: {limit_UxC.size} traces, mean {mean:.1f}, longest {longest} tokens")
 
 
 def limits() -> np.ndarray:

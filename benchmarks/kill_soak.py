@@ -1,14 +1,12 @@
-"""Kills one run again and again, in every phase, and compares what comes out with a run that was
-left alone.
+"""Kills one run again and again, in every phase; what comes out must be as if it were left alone.
 
     python -m benchmarks.kill_soak [--folder=runs/soak] [--kills=100] [--seconds=2700]
-    [--json=docs/kill_soak.json]
+        [--json=docs/kill_soak.json]
 
 Each kill is SIGKILL at a counted point (spiral_jax/core/faults.py), at which the process has
-decoded a chunk at least; then
-the same command goes on. Beside the kills: SIGTERM while traces are decoded, and a newest
-checkpoint that is cut short on disk while nothing runs. A run that ends is compared bit for bit,
-and the next round begins. A stopped soak goes on with the same command.
+decoded a chunk at least; then the same command goes on. Beside the kills: SIGTERM while traces are
+decoded, and a newest checkpoint that is cut short on disk while nothing runs. A run that ends is
+compared bit for bit, and the next round begins. A stopped soak goes on with the same command.
 """
 
 from __future__ import annotations
@@ -19,7 +17,9 @@ import json
 import pathlib
 import random
 import re
+import signal
 import time
+from subprocess import CompletedProcess
 
 from benchmarks import drill
 from benchmarks.machine import commit, machine
@@ -27,18 +27,10 @@ from benchmarks.orphans import workers_left
 from spiral_jax.core.faults import POINTS
 
 STEPS = 12  # of the run
-MOST = {
-    "search": 6,
-    "aggregation": 4,
-    "verifier": 30,
-    "update": 2,
-    "checkpoint": 4,
-    "epoch": 2,
-}  # passes, at most
+# passes of a point before the kill, at most
+MOST = {"search": 6, "aggregation": 4, "verifier": 30, "update": 2, "checkpoint": 4, "epoch": 2}
 SIGTERM, TRUNCATED = "SIGTERM", "truncated"
-# one process in so many is started as a user does, the others are forks of one that has imported
-# all
-FRESH = 10
+FRESH = 10  # one process in so many is started as a user does, the others are forks
 CYCLE = [*POINTS, *POINTS, SIGTERM, *POINTS, TRUNCATED]
 
 
@@ -62,7 +54,7 @@ def main() -> None:
             check(runs.run(reference, STEPS, fresh=True))
         soak = Soak(runs, reference)
         while soak.kills < asked.kills and time.monotonic() < end:
-            soak.once()
+            soak.run_drill()
             write(asked.json, asked.kills, soak)
         soak.finish_round()
         write(asked.json, asked.kills, soak)
@@ -74,11 +66,9 @@ class Soak:
     def __init__(self, runs: drill.Runs, reference: pathlib.Path):
         self._runs, self._reference = runs, reference
         self._log = runs.folder / "drills.jsonl"
-        self.drills = (
-            [json.loads(line) for line in self._log.read_text().splitlines()]
-            if self._log.exists()
-            else []
-        )
+        self.drills = []
+        if self._log.exists():
+            self.drills = [json.loads(line) for line in self._log.read_text().splitlines()]
 
     @property
     def kills(self) -> int:
@@ -88,7 +78,7 @@ class Soak:
     def comparisons(self) -> list[dict]:
         return [row for row in self.drills if row["drill"] == "comparison"]
 
-    def once(self) -> None:
+    def run_drill(self) -> None:
         """One drill, or the end of a round if the run ended before its fault came."""
         number = sum(row["drill"] != "comparison" for row in self.drills)
         name, rng = CYCLE[number % len(CYCLE)], random.Random(number)
@@ -98,24 +88,30 @@ class Soak:
             applied = truncate_newest(workdir)
             self._note(drill=TRUNCATED, applied=applied, step=saved, lost=int(applied))
             return
+
         point = rng.choice(["search", "verifier"]) if name == SIGTERM else name
-        fault = f"{point}:{rng.randint(1, MOST[point])}" + (":TERM" if name == SIGTERM else "")
+        fault = f"{point}:{rng.randint(1, MOST[point])}"
+        if name == SIGTERM:
+            fault += ":TERM"
         done = self._runs.run(workdir, STEPS, fault, fresh=number % FRESH == 0)
         stopped = re.search(r"after (\d+) decode chunks", done.stderr)
         if not stopped:  # the run was over first
             check(done)
             self._compare(workdir)
             return
-        if done.returncode != (0 if name == SIGTERM else -9):
-            raise SystemExit(
-                f"{fault}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-            )
-        rows, saved = drill.finished_steps(workdir), drill.saved_step(workdir)
+        check(done, expected=0 if name == SIGTERM else -signal.SIGKILL, fault=fault)
+        finished, saved = drill.finished_steps(workdir), drill.saved_step(workdir)
         self._note(
-            drill=name, fault=fault, chunks=int(stopped[1]), finished=rows, saved=saved, lost=max(0, rows - saved),
-            half_written=drill.half_written(workdir), start_up=drill.seconds_to_start(done.stdout),
+            drill=name,
+            fault=fault,
+            chunks=int(stopped[1]),
+            finished=finished,
+            saved=saved,
+            lost=max(0, finished - saved),
+            half_written=drill.half_written(workdir),
+            start_up=drill.seconds_to_start(done.stdout),
             seconds=round(time.monotonic() - start, 2),
-        )  # fmt: skip
+        )
 
     def finish_round(self) -> None:
         """Lets the round's run come to its end, and compares."""
@@ -127,8 +123,12 @@ class Soak:
     def _compare(self, workdir: pathlib.Path) -> None:
         damaged = workdir / "checkpoints_damaged"
         aside = len(list(damaged.iterdir())) if damaged.exists() else 0
-        self._note(drill="comparison", workdir=workdir.name, set_aside=aside,
-                   differences=drill.differences(self._reference, workdir))  # fmt: skip
+        self._note(
+            drill="comparison",
+            workdir=workdir.name,
+            set_aside=aside,
+            differences=drill.differences(self._reference, workdir),
+        )
 
     def _workdir(self) -> pathlib.Path:
         return self._runs.folder / f"round_{len(self.comparisons):03d}"
@@ -142,8 +142,9 @@ class Soak:
 
 
 def truncate_newest(workdir: pathlib.Path) -> bool:
-    """Cuts the largest file of the newest checkpoint in half, if there is one before it; returns
-    whether.
+    """Cuts the largest file of the newest checkpoint in half, if there is one before it.
+
+    Returns whether there is.
     """
     saved = drill.saved_step(workdir)
     folders = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
@@ -156,12 +157,11 @@ def truncate_newest(workdir: pathlib.Path) -> bool:
     return True
 
 
-def check(done: object) -> None:
-    """Ends the soak if a run that should have ended well has not."""
-    if done.returncode:
-        raise SystemExit(
-            f"the run failed: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        )
+def check(done: CompletedProcess[str], expected: int = 0, fault: str = "no fault") -> None:
+    """Ends the soak if a run has ended in another way than it should."""
+    if done.returncode != expected:
+        output = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        raise SystemExit(f"{fault}: exit code {done.returncode}, not {expected}\n{output}")
 
 
 def write(path: pathlib.Path, asked: int, soak: Soak) -> None:
@@ -179,16 +179,7 @@ def write(path: pathlib.Path, asked: int, soak: Soak) -> None:
         "kills": soak.kills,
         "steps": STEPS,
         "drills": {
-            name: {
-                "tried": len([row for row in rows if row.get("applied", True)]),
-                "finished_steps_lost_most": max(row["lost"] for row in rows),
-                "least_chunks": min(
-                    (row["chunks"] for row in rows if "chunks" in row), default=None
-                ),
-                "half_written": sum(row.get("half_written", 0) > 0 for row in rows),
-            }
-            for name, rows in by_drill.items()
-            if name != "comparison"
+            name: summarise(rows) for name, rows in by_drill.items() if name != "comparison"
         },
         "comparisons": len(soak.comparisons),
         "orphans": workers_left(),
@@ -198,6 +189,17 @@ def write(path: pathlib.Path, asked: int, soak: Soak) -> None:
         "median_cycle_s": seconds[len(seconds) // 2] if seconds else None,
     }
     path.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def summarise(rows: list[dict]) -> dict[str, int | None]:
+    """What came of all drills of one name."""
+    chunks = [row["chunks"] for row in rows if "chunks" in row]
+    return {
+        "tried": sum(row.get("applied", True) for row in rows),
+        "finished_steps_lost_most": max(row["lost"] for row in rows),
+        "least_chunks": min(chunks, default=None),
+        "half_written": sum(row.get("half_written", 0) > 0 for row in rows),
+    }
 
 
 if __name__ == "__main__":

@@ -9,12 +9,15 @@ from spiral_jax.run import environment
 
 
 def machine() -> str:
-    return f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}, Python {platform.python_version()}"
+    """Number and kind of cores, system, Python's version."""
+    cores = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    return f"{cores}, {platform.system()}, Python {platform.python_version()}"
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, "+" behind it if files differ from it; "unknown"
-    outside a checkout.
+    """Short hash of the checked-out commit, with a "+" if files differ from it.
+
+    "unknown" outside a checkout.
     """
     head, modified = environment.commit()
     return f"{head[:7]}{'+' if modified else ''}" if head else "unknown"

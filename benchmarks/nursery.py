@@ -1,6 +1,7 @@
-"""Starts `python -m spiral_jax.train` many times at the price of one import: a process that has
-imported the program and nothing more forks one for each run, before JAX has opened a device. For
-drills, of which half the time is imports.
+"""Starts `python -m spiral_jax.train` many times at the price of one import.
+
+A process that has imported the program and nothing more forks one for each run, before JAX has
+opened a device. For drills, of which half the time is imports.
 
     with Nursery(environment) as nursery:
         done = nursery.run(["--config=configs/tiny.py", ...], fault="search:2")
@@ -27,9 +28,13 @@ class Nursery:
 
     def __init__(self, environment: Mapping[str, str]):
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.nursery"], cwd=ROOT, env=dict(environment), text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, "-m", "benchmarks.nursery"],
+            cwd=ROOT,
+            env=dict(environment),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def __enter__(self) -> Nursery:
         return self
@@ -39,11 +44,9 @@ class Nursery:
         self._process.wait()
 
     def run(self, flags: Sequence[str], fault: str = "") -> subprocess.CompletedProcess[str]:
-        """One run from its start to its end: exit code (-9: killed), standard output and standard
-        error.
-        """
+        """One run from its start to its end; its exit code is -9 if it was killed."""
         with tempfile.TemporaryDirectory() as folder:
-            out, err = (os.path.join(folder, name) for name in ("out", "err"))
+            out, err = os.path.join(folder, "out"), os.path.join(folder, "err")
             self._process.stdin.write(json.dumps([list(flags), fault, out, err]) + "\n")
             self._process.stdin.flush()
             answer = self._process.stdout.readline()

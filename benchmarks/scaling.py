@@ -1,5 +1,6 @@
-"""Plans of the paper's run for five machines, and what weak scaling costs on v5e: docs/scaling.md
-and docs/scaling/.
+"""Plans of the paper's run for five machines, and what weak scaling costs on v5e.
+
+Writes docs/scaling.md and docs/scaling/.
 
     pip install -r requirements-plan.txt
     python -m benchmarks.scaling [--only=v5e:8x8] [--table_only]
@@ -24,14 +25,15 @@ from benchmarks.scaling_table import table
 from configs import qwen3_4b
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Role
-from spiral_jax.core.mesh import AXES
 from spiral_jax.learner.blocks import abstract_block
-from spiral_jax.plan import plan
-from spiral_jax.planning.fit import as_flags, changed, make_mesh
-from spiral_jax.planning.inventory import Run
+from spiral_jax.plan import say
+from spiral_jax.planning.inventory import place_block, take_inventory
+from spiral_jax.planning.planned_program import train_program
 from spiral_jax.planning.profile import profile
+from spiral_jax.planning.settings import apply_overrides, as_flags, mesh_overrides
 from spiral_jax.planning.shipped_models import planned_model
-from spiral_jax.planning.topology import find_topology
+from spiral_jax.planning.text import plan
+from spiral_jax.planning.topology import find_topology, make_mesh
 from spiral_jax.planning.whole_step import Assumptions
 
 ONLY = flags.DEFINE_string("only", None, 'one machine, or "weak" for the table of weak scaling')
@@ -50,7 +52,7 @@ class Fit(NamedTuple):
       groups: of a micro-batch, one a shard.
       remat: the fastest that fits, and the one that keeps the least if several are.
       attention_block: on v5p scores lie in HBM, whatever their size, so that large blocks pass
-      through it less often.
+        through it less often.
     """
 
     mesh: tuple[int, int, int]
@@ -64,7 +66,7 @@ class Fit(NamedTuple):
             (self.slots, C, P, G) for _, C, P, G in qwen3_4b.get_config().sampling.classes
         )
         return {
-            **{f"mesh.{axis}": size for axis, size in zip(AXES, self.mesh, strict=True)},
+            **mesh_overrides(self.mesh),
             "sampling.classes": classes,
             "batch.search_groups": self.groups,
             "batch.aggregation_groups": self.groups,
@@ -99,9 +101,10 @@ def main(argv: list[str]) -> None:
 def compile_plans() -> None:
     for name, fit in MACHINES.items():
         if ONLY.value in (None, name):
-            c = changed(qwen3_4b.get_config(), fit.overrides())
-            report = plan(c, name, Assumptions(), FREE, most_tries=0)
-            write(name.replace(":", "_"), {"flags": as_flags(fit.overrides()), **report})
+            overrides = fit.overrides()
+            c = apply_overrides(qwen3_4b.get_config(), overrides)
+            report = plan(c, name, Assumptions(), free=FREE, most_tries=0, say=say)
+            write(name.replace(":", "_"), {"flags": as_flags(overrides), **report})
     if ONLY.value in (None, "weak"):
         write("weak", {"slices": [weak(name, data) for name, data in WEAK.items()]})
 
@@ -109,14 +112,16 @@ def compile_plans() -> None:
 def weak(name: str, data: int) -> dict[str, Any]:
     """The train step on search groups of 1,024 + 8 x 1,024 tokens, four for each 16 chips."""
     fit = Fit((data, 4, 4), 4 * data, 4 * data, remat="layer")
-    c, topology = changed(qwen3_4b.get_config(), fit.overrides()), find_topology(name)
-    run = Run(c, planned_model(c)[0], make_mesh(c, topology))
-    block = run.placed(abstract_block(Role.SEARCH, 16 * data, 4 * data, 8, 1024, 1024))
+    c, topology = apply_overrides(qwen3_4b.get_config(), fit.overrides()), find_topology(name)
+    model, _ = planned_model(c.model)
+    inventory = take_inventory(c, model, make_mesh(c.mesh, topology))
+    block = abstract_block(Role.SEARCH, 16 * data, 4 * data, 8, 1024, 1024)
+    program = train_program(inventory, place_block(block, inventory.mesh))
     print(f"{name}: {topology.chips} chips", flush=True)
     return {
         "topology": name,
         "chips": topology.chips,
-        **profile(run.train_program(block), topology, FREE).to_plain(),
+        **profile(program, topology, FREE).to_plain(),
     }
 
 

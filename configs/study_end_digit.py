@@ -1,8 +1,9 @@
-"""The study on a task where search is hard and checking is easy: every arm on the end digit
-(`tasks/end_digit.py`).
+r"""The study on a task where search is hard and checking is easy: every arm on the end digit.
 
-    python -m spiral_jax.study --config=configs/study_end_digit.py --workdir=runs/study_end_digit
-    --at_once=2
+    python -m spiral_jax.study --config=configs/study_end_digit.py \
+        --workdir=runs/study_end_digit --at_once=2
+
+The task is `spiral_jax/tasks/end_digit.py`.
 
 Own correctness has a direction here, unlike on two halves, and it is another one than that of sets:
 a single trace is right most often if it always tries the first expression, a set if its traces try
@@ -10,18 +11,17 @@ different ones. All arms have the same ceiling of output tokens a problem, 24 tr
 spends it on search alone. Traces of 2 L would not help it, as the model tries once.
 
 A run ends when its sampled tokens are spent, or at its limit of steps, which lies beyond (from
-pilots of seed 0); there
-is no other stopping rule, and no run is left out: one whose policy has collapsed until no problem
-gives a signal ends there, is listed as failed, and is evaluated at its last checkpoint. 36 runs and
-39 evaluations, of up to 5 and 2.5
-minutes on one core: two hours on two cores with --at_once=2. Stopped or killed at any time, it goes
-on with the same command; seeds come one after the other, so that what is there always has all arms.
+pilots of seed 0); there is no other stopping rule, and no run is left out: one whose policy has
+collapsed until no problem gives a signal ends there, is listed as failed, and is evaluated at its
+last checkpoint. 36 runs and 39 evaluations, of up to 5 and 2.5 minutes on one core: two hours on
+two cores with --at_once=2. Stopped or killed at any time, it goes on with the same command; seeds
+come one after the other, so that what is there always has all arms.
 """
 
 from ml_collections import ConfigDict
 
 from configs import end_digit
-from spiral_jax.studies import design as plan
+from spiral_jax.studies import design
 
 _TOKENS = 800_000  # sampled tokens that end a run of any arm
 # Rollouts of a problem, all of at most 28 tokens: N search traces, K sets of S = 4, M aggregation
@@ -49,21 +49,22 @@ _FIVE, _THREE = (0, 1, 2, 3, 4), (0, 1, 2)
 def get_config(name: str = "") -> ConfigDict:
     if not name:
         return _study()
-    return _evaluation() if name == plan.EVALUATION else _experiment(name)
+    return _evaluation() if name == design.EVALUATION else _experiment(name)
 
 
 def _study() -> ConfigDict:
-    s = plan.defaults()
+    s = design.defaults()
     s.title = "End digit: search is hard, checking is easy"
     s.question = (
-        "Where single traces can learn by themselves, does training on the success of the aggregator still cover more, "
-        "and does it aggregate better, than training search on its own correctness?"
+        "Where single traces can learn by themselves, does training on the success of the "
+        "aggregator still cover more, and does it aggregate better, than training search on its "
+        "own correctness?"
     )
     s.notes = (
-        "One model of 0.8 M parameters on one synthetic task: nothing here shows what happens at 4B. The task is made "
-        "so that single traces and sets gain from different things; it does not say how often real problems are like "
-        "that. A trace makes one try: the sequential part of the budget is not tested. `polychromic` is told which "
-        "expression a trace tries."
+        "One model of 0.8 M parameters on one synthetic task: nothing here shows what happens at "
+        "4B. The task is made so that single traces and sets gain from different things; it does "
+        "not say how often real problems are like that. A trace makes one try: the sequential part "
+        "of the budget is not tested. `polychromic` is told which expression a trace tries."
     )
     five = ("marginal_mean", "grpo", "paragator")
     s.arms = (("base", _THREE), *((arm, _FIVE if arm in five else _THREE) for arm in _ARMS))

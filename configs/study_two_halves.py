@@ -1,5 +1,4 @@
-"""The study on a task with a known optimum: every arm on two halves
-(`spiral_jax/tasks/two_halves.py`).
+"""The study on a task with a known optimum: every arm on two halves, `tasks/two_halves.py`.
 
     python -m spiral_jax.study --config=configs/study_two_halves.py --workdir=runs/study_two_halves
 
@@ -9,8 +8,8 @@ has more traces here, not longer ones: at 2 x 26 tokens one trace could hold the
 bundled model works on the left half nine times in ten.
 
 Of sets of S = 4 independent traces at most 1 - 2 * 2^-4 = 0.875 hold both halves. What the reader
-makes of sets that do
-and that do not is measured on `base`, before any training: together they say what is possible.
+makes of sets that do and that do not is measured on `base`, before any training: together they say
+what is possible.
 
 A run ends when its sampled tokens are spent, or at its limit of steps, which lies beyond (from
 pilots of seed 0); there is no other stopping rule, and no run is left out. 30 runs of 3 to 5
@@ -22,7 +21,7 @@ command; seeds come one after the other, so that what is there always has all ar
 from ml_collections import ConfigDict
 
 from configs import tiny
-from spiral_jax.studies import design as plan
+from spiral_jax.studies import design
 
 # sampled tokens that end a run of any arm: what 40 steps of marginal_mean take
 # (docs/quickstart.json)
@@ -53,22 +52,24 @@ _SEEDS = (0, 1, 2)
 def get_config(name: str = "") -> ConfigDict:
     if not name:
         return _study()
-    return _evaluation() if name == plan.EVALUATION else _experiment(name)
+    return _evaluation() if name == design.EVALUATION else _experiment(name)
 
 
 def _study() -> ConfigDict:
-    s = plan.defaults()
+    s = design.defaults()
     s.title = "Two halves: a task with a known optimum"
     s.question = (
-        "Does training on the success of the aggregator find the search that the aggregator needs, where no single "
-        "trace gains from it, and how close does it come to what is possible? Which controls do not?"
+        "Does training on the success of the aggregator find the search that the aggregator needs, "
+        "where no single trace gains from it, and how close does it come to what is possible? "
+        "Which controls do not?"
     )
     s.notes = (
-        "One model of 0.8 M parameters on one synthetic task: nothing here shows what happens at 4B. A set's members "
-        "gain nothing by themselves, so own correctness has no direction; that is what the task is for, and no "
-        "measure of how often real problems are like it. `polychromic` is told which half a trace works on."
+        "One model of 0.8 M parameters on one synthetic task: nothing here shows what happens at "
+        "4B. A set's members gain nothing by themselves, so own correctness has no direction; that "
+        "is what the task is for, and no measure of how often real problems are like it. "
+        "`polychromic` is told which half a trace works on."
     )
-    s.arms = tuple((arm, _SEEDS) for arm in (plan.BASE, *_ARMS))
+    s.arms = tuple((arm, _SEEDS) for arm in (design.BASE, *_ARMS))
     s.measures = (
         "aggregated",
         "mixed",

@@ -1,8 +1,7 @@
-"""How to spend a problem's tokens between search and aggregation: N, K and M at one ceiling, on two
-halves.
+r"""How to spend a problem's tokens, on two halves: N, K and M at one ceiling.
 
-    python -m spiral_jax.study --config=configs/study_two_halves_budget.py
-    --workdir=runs/study_budget --at_once=2
+    python -m spiral_jax.study --config=configs/study_two_halves_budget.py \
+        --workdir=runs/study_budget --at_once=2
 
 `marginal_mean` of `study_two_halves.py` throughout. The sequential part stays as it is: with fewer
 than 26 tokens a search trace holds no half and an answer, with more than 31 it holds both. The
@@ -16,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import study_two_halves
-from spiral_jax.studies import design as plan
+from spiral_jax.studies import design
 
 _CEILING = 416  # tokens a problem, as the arms without aggregation have
 # (N, K, M) with 400 <= N * 26 + K * M * 12 <= 416 tokens: from many aggregations of few traces to
@@ -43,7 +42,7 @@ def _name(N: int, K: int, M: int) -> str:
 def get_config(name: str = "") -> ConfigDict:
     if not name:
         return _study()
-    if name == plan.EVALUATION:
+    if name == design.EVALUATION:
         return study_two_halves.get_config(name)
     c = study_two_halves.get_config("marginal_mean")
     N, K, M = (int(number) for number in re.fullmatch(r"N(\d+)_K(\d+)_M(\d+)", name).groups())
@@ -58,8 +57,11 @@ def get_config(name: str = "") -> ConfigDict:
 def _study() -> ConfigDict:
     s = study_two_halves.get_config()
     s.title = "Two halves: the balance of search and aggregation"
-    s.question = "At one ceiling of tokens a problem: more search traces, more sets, or more aggregations of each set?"
-    s.arms = ((plan.BASE, (0, 1)), *((_name(*balance), (0, 1)) for balance in _LISTED))
+    s.question = (
+        "At one ceiling of tokens a problem: more search traces, more sets, or more aggregations "
+        "of each set?"
+    )
+    s.arms = ((design.BASE, (0, 1)), *((_name(*balance), (0, 1)) for balance in _LISTED))
     s.baseline = "N8_K4_M4"
     s.cross = ()
     s.claims = (

@@ -1,16 +1,16 @@
-"""The reduced study: `study_two_halves.py` with one seed and two arms, 6 min 20 s on two CPU cores
-that do nothing else (docs/study_reduced.md).
+r"""The reduced study: `study_two_halves.py` with one seed and two arms.
 
-    python -m spiral_jax.study --config=configs/study_two_halves_reduced.py
-    --workdir=runs/study_reduced
+    python -m spiral_jax.study --config=configs/study_two_halves_reduced.py \
+        --workdir=runs/study_reduced
 
+It takes 6 min 20 s on two CPU cores that do nothing else (docs/study_reduced.md).
 Ends with status 1 if the ordering does not hold.
 """
 
 from ml_collections import ConfigDict
 
 from configs import study_two_halves
-from spiral_jax.studies import design as plan
+from spiral_jax.studies import design
 
 
 def get_config(name: str = "") -> ConfigDict:
@@ -26,7 +26,7 @@ def get_config(name: str = "") -> ConfigDict:
             ("aggregated", "optimum", "grpo", 0.05),
             ("aggregated", "marginal_mean", "grpo", 0.0),
         )
-    elif name == plan.EVALUATION:
+    elif name == design.EVALUATION:
         c.eval.problems = 512
         c.eval.rounds = 1
     return c

@@ -1,6 +1,7 @@
 """Measures how a checkpoint does with one trace, with many, with an aggregator and with RSA.
 
-    python -m spiral_jax.evaluate --config=configs/qwen3_4b.py --config.model.hf_path=DIR --workdir=W
+    python -m spiral_jax.evaluate --config=configs/qwen3_4b.py --workdir=W
+                                  --config.model.hf_path=DIR
     python -m spiral_jax.evaluate --compare A/results.json B/results.json [--workdir=W]
 
 Held-out problems are evaluated in waves of `config.eval.wave`; each finished wave is a line of
@@ -120,8 +121,8 @@ def main(argv: list[str]) -> None:
             raise app.UsageError(
                 "--config and --workdir are required (or --compare A/results.json B/results.json)"
             )
-        with distributed.joined(given):
-            distributed.introduce(make_mesh(given.config.mesh))
+        with distributed.session(given):
+            distributed.announce(make_mesh(given.config.mesh))
             evaluate(given.config, given.workdir)
     except UserError as error:
         sys.exit(f"error: {error}")

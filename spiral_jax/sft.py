@@ -32,7 +32,7 @@ from spiral_jax.core.groups import Stop, pad_rows
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.transformer import ModelConfig, with_matmul_precision, init_variables
+from spiral_jax.model.transformer import ModelConfig, init_variables, with_matmul_precision
 from spiral_jax.prompts.prompts import aggregation_prompt, search_prompt
 from spiral_jax.prompts.scaffold import Scaffold, make_scaffold
 from spiral_jax.prompts.settings import PromptSettings

@@ -100,9 +100,9 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     finished = True
     try:
-        with distributed.joined(given):
+        with distributed.session(given):
             keep_compiled_programs()
-            distributed.introduce(make_mesh(given.config.mesh))
+            distributed.announce(make_mesh(given.config.mesh))
             setup = set_up_training(given.config)
             if given.dry_run:
                 check_shapes(setup)

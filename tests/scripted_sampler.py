@@ -17,6 +17,7 @@ from spiral_jax.prompts.settings import PromptSettings
 from spiral_jax.prompts.tokenizer import load_tokenizer
 from spiral_jax.rollout.requests import Actor
 from spiral_jax.tasks.problem import Problem, Task
+from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
 TOKENIZER = load_tokenizer(hf.resolve_path("bundled:tiny"))
@@ -112,7 +113,7 @@ def make_actor(script, task=None, at_once=6, **overrides) -> Actor:
         c[room][name] = value
     settings = PromptSettings.from_config(c.prompt)
     scaffold = make_scaffold(TOKENIZER, settings, (TOKENIZER.eos_token_id,))
-    verifier = Verifier("math", workers=1, timeout_s=5.0)
+    verifier = Verifier("math", VerifierSettings(workers=1, timeout_s=5.0))
     return Actor(
         c,
         task or number_task(),

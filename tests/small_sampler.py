@@ -15,8 +15,7 @@ from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.transformer import ModelConfig, init_variables
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
-from spiral_jax.sampling.programs import Schedule
-from spiral_jax.sampling.slots import DecodeSettings, SlotClass
+from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
 
 C, G, V = 3, 12, 97
 ARCH = Architecture(

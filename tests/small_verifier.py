@@ -1,10 +1,14 @@
-"""A reward function that does what the text says, problems for it, and how processes are watched."""
+"""A reward function that does what the text says, and how its processes are watched."""
 
 import os
 import pathlib
 import time
 
+import psutil
+
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.settings import VerifierSettings
+from spiral_jax.verifier.verifier import Verifier
 
 # A user's reward function that does what the text says. In the test's own process its import has no
 # side effects.
@@ -49,7 +53,8 @@ def reward(text, problem):
         pathlib.Path(argument).write_text(str(child.pid))
         return True
     if command == "modules":
-        return not {"jax", "flax", "numpy", "pytest"} & set(sys.modules)  # pytest: the program that started it
+        # pytest: the program that started it
+        return not {"jax", "flax", "numpy", "pytest"} & set(sys.modules)
     if command == "environment":
         return dict(os.environ).get(argument) == "seen"
     if command == "allocate":
@@ -61,6 +66,22 @@ def reward(text, problem):
 
 def problem(answer="42", name="p"):
     return Problem(name, "?", answer)
+
+
+def make_verifier(reward, workers=1, timeout_s=20.0, **settings):
+    return Verifier(reward, VerifierSettings(workers, timeout_s, **settings))
+
+
+def worker_pids(parent=None):
+    """Process ids of the verifier's child processes that a process, by default this one, has."""
+    pids = []
+    for child in psutil.Process(parent).children():
+        try:
+            if any("pool.serve()" in word for word in child.cmdline()):
+                pids.append(child.pid)
+        except psutil.Error:  # it has just ended
+            continue
+    return pids
 
 
 def statuses(verdicts):

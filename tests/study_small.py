@@ -3,12 +3,12 @@
 from ml_collections import ConfigDict
 
 from configs import tiny
-from spiral_jax.studies import design as plan
+from spiral_jax.studies import design
 
 
 def get_config(name: str = "") -> ConfigDict:
     if not name:
-        s = plan.defaults()
+        s = design.defaults()
         s.title, s.question = "A miniature", "Does the machinery work?"
         s.arms = (("base", (0,)), ("marginal_mean", (0, 1)), ("grpo", (0,)))
         s.measures = (
@@ -36,7 +36,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.eval.problems, c.eval.n, c.eval.rounds, c.eval.wave = 8, 8, 1, 4
     if name.startswith("N"):
         c.search.traces, c.eval.problems = int(name[1:]), 0
-    elif name != plan.EVALUATION:
+    elif name != design.EVALUATION:
         c.loss.estimator, c.eval.problems = name, 0
     return c
 

@@ -63,7 +63,8 @@ class SpiralStep:
         self.train_step = make_train_step(self.c, self.config)
         return {
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
-            "settings": f"remat {REMAT}, attention blocks of {ATTENTION_BLOCK}, {LOGPROB_CHUNK} positions a head chunk",
+            "settings": f"remat {REMAT}, attention blocks of {ATTENTION_BLOCK}, "
+            f"{LOGPROB_CHUNK} positions a head chunk",
             "loaded_bytes": resident_bytes(),
         }
 

@@ -1,18 +1,16 @@
-"""Search and aggregation on any OpenAI-style endpoint, by the scaffold that a model was trained
-with. Stand-alone.
+"""Search and aggregation on any OpenAI-style endpoint, as a model was trained to. Stand-alone.
 
-    python spiral_infer.py --base_url=http://localhost:8000/v1 --model=NAME "What is 6 * 7?"      ("-": from stdin)
+    python spiral_infer.py --base_url=http://localhost:8000/v1 --model=NAME "What is 6 * 7?"
 
-spiral_scaffold.json (beside this file) has prompts, rules and sizes: N search traces, K subsets of
-S of them, M aggregation traces for each, then a vote among the aggregated answers. Needs Python >=
-3.11 and nothing else; a key, if
-one is needed, comes from the environment: OPENAI_API_KEY.
+("-": the problem comes from stdin.) spiral_scaffold.json, beside this file, has prompts, rules and
+sizes: N search traces, K subsets of S of them, M aggregation traces for each, then a vote among the
+aggregated answers. Needs Python >= 3.11 and nothing else; a key, if one is needed, comes from the
+environment: OPENAI_API_KEY.
 
 In training candidates are spliced into prompts as token ids. An endpoint takes text, so the strings
-of special tokens
-are removed from problem and candidates here: otherwise they would become turns of the conversation.
-Two things are beyond OpenAI's fields and sent only where the scaffold needs them, as vLLM and
-SGLang read them: chat_template_kwargs and stop_token_ids.
+of special tokens are removed from problem and candidates here: otherwise they would become turns of
+the conversation. Two things are beyond OpenAI's fields and sent only where the scaffold needs them,
+as vLLM and SGLang read them: chat_template_kwargs and stop_token_ids.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -34,10 +31,20 @@ import urllib.error
 import urllib.request
 
 _KNOWN_PROMPT_FIELDS = {
-    "template", "system", "template_kwargs", "stop", "search", "aggregation", "candidate", "truncated",
-    "keep_tail_tokens", "thinking", "max_problem_tokens",
-}  # fmt: skip
+    "template",
+    "system",
+    "template_kwargs",
+    "stop",
+    "search",
+    "aggregation",
+    "candidate",
+    "truncated",
+    "keep_tail_tokens",
+    "thinking",
+    "max_problem_tokens",
+}
 _ATTEMPTS = 4
+_TRACES_PER_SEED = 10_000  # the traces of one --seed have seeds of their own below this
 _TIMEOUT_S = 1800.0
 
 
@@ -47,13 +54,34 @@ class EndpointError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """A sampled answer: its text, whether the token limit cut it off, and its last tokens if they
-    were asked for.
+    """A sampled answer.
+
+    Attributes:
+      text: all of it, thinking too.
+      truncated: whether the token limit cut it off.
+      tail: the last tokens of a truncated one, where the scaffold shows no more of it.
     """
 
     text: str
     truncated: bool
     tail: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What the endpoint has sampled.
+
+    Attributes:
+      text: without thinking that the server has cut out.
+      thought: that thinking; None: nothing was cut out.
+      truncated: whether the token limit cut it off.
+      tokens: the bytes of each token, empty if the endpoint does not give them.
+    """
+
+    text: str
+    thought: str | None
+    truncated: bool
+    tokens: list[bytes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,47 +92,62 @@ class Endpoint:
     model: str
 
     def complete(self, message: str, scaffold: dict, max_tokens: int, seed: int) -> Trace:
-        """One trace of at most `max_tokens` tokens for a message, prompted and sampled as in
-        training.
-        """
+        """One trace of at most `max_tokens` tokens, prompted and sampled as in training."""
         rule = scaffold["prompt"]
+        needs_tail = rule["truncated"] != "drop" and rule["keep_tail_tokens"] < max_tokens
         body = {"model": self.model, "seed": seed, "max_tokens": max_tokens, **scaffold["sampling"]}
         if rule["stop"]:  # the model's own stop ids are known to the server
             body["stop_token_ids"] = scaffold["stop_ids"]
-        needs_tail = rule["truncated"] != "drop" and rule["keep_tail_tokens"] < max_tokens
-        if rule["template"] == "plain":
-            body |= {"prompt": message} | ({"logprobs": 1} if needs_tail else {})
-            choice = self._post("completions", body)["choices"][0]
-            answer = {"content": choice["text"]}
-            tokens = [
-                {"token": token} for token in (choice.get("logprobs") or {}).get("tokens", [])
-            ]
-        else:
-            turns = [{"role": "system", "content": rule["system"]}] if rule["system"] else []
-            body["messages"] = [*turns, {"role": "user", "content": message}]
-            if rule["template_kwargs"]:
-                body["chat_template_kwargs"] = rule["template_kwargs"]
-            body |= {"logprobs": True} if needs_tail else {}
-            choice = self._post("chat/completions", body)["choices"][0]
-            answer = choice["message"]
-            tokens = (choice.get("logprobs") or {}).get("content")
-        text, thought = answer.get("content") or "", answer.get("reasoning_content")
-        if thought is not None:  # the server has cut it out of the text
-            text = (
-                ("" if scaffold["opens_thinking"] else "<think>")
-                + thought
-                + ("</think>" + text if text else "")
-            )
-        truncated, tail = choice["finish_reason"] == "length", None
-        if truncated and needs_tail:
-            if not tokens:
-                raise EndpointError("the scaffold keeps the last tokens of truncated candidates, but the endpoint does "
-                                    "not give tokens (logprobs). Serve the model with log-probs.")  # fmt: skip
-            last = tokens[-rule["keep_tail_tokens"] :]
-            tail = b"".join(bytes(t.get("bytes") or t["token"].encode()) for t in last).decode(
-                errors="ignore"
-            )
-        return Trace(text, truncated, tail)
+        ask = self._continue_text if rule["template"] == "plain" else self._answer_chat
+        completion = ask(message, rule, body, needs_tail)
+
+        text = completion.text
+        if completion.thought is not None:
+            opening = "" if scaffold["opens_thinking"] else "<think>"
+            closing = "</think>" if text else ""
+            text = opening + completion.thought + closing + text
+
+        tail = None
+        if completion.truncated and needs_tail:
+            if not completion.tokens:
+                raise EndpointError(
+                    "the scaffold keeps the last tokens of truncated candidates, but the endpoint "
+                    "does not give tokens (logprobs). Serve the model with log-probs."
+                )
+            last = completion.tokens[-rule["keep_tail_tokens"] :]
+            tail = b"".join(last).decode(errors="ignore")
+        return Trace(text, completion.truncated, tail)
+
+    def _continue_text(self, prompt: str, rule: dict, body: dict, with_tokens: bool) -> Completion:
+        body = body | {"prompt": prompt}
+        if with_tokens:
+            body["logprobs"] = 1
+        choice = self._post("completions", body)["choices"][0]
+        tokens = (choice.get("logprobs") or {}).get("tokens", [])
+        return Completion(
+            text=choice["text"],
+            thought=None,
+            truncated=choice["finish_reason"] == "length",
+            tokens=[token.encode() for token in tokens],
+        )
+
+    def _answer_chat(self, message: str, rule: dict, body: dict, with_tokens: bool) -> Completion:
+        turns = [{"role": "user", "content": message}]
+        if rule["system"]:
+            turns.insert(0, {"role": "system", "content": rule["system"]})
+        body = body | {"messages": turns}
+        if rule["template_kwargs"]:
+            body["chat_template_kwargs"] = rule["template_kwargs"]
+        if with_tokens:
+            body["logprobs"] = True
+        choice = self._post("chat/completions", body)["choices"][0]
+        tokens = (choice.get("logprobs") or {}).get("content") or []
+        return Completion(
+            text=choice["message"].get("content") or "",
+            thought=choice["message"].get("reasoning_content"),
+            truncated=choice["finish_reason"] == "length",
+            tokens=[bytes(token.get("bytes") or token["token"].encode()) for token in tokens],
+        )
 
     def _post(self, path: str, body: dict) -> dict:
         headers = {"Content-Type": "application/json"}
@@ -127,13 +170,13 @@ class Endpoint:
         raise EndpointError(f"{url}: {reason}")
 
 
-def plain(text: str, scaffold: dict) -> str:
-    """`text` without the strings of special tokens, until none is left (removing one may join
-    another).
+def remove_specials(text: str, scaffold: dict) -> str:
+    """`text` without the strings of special tokens.
+
+    Until none is left: removing one may join another.
     """
-    specials = "|".join(
-        re.escape(token) for token in sorted(scaffold["special_tokens"], key=len, reverse=True)
-    )
+    longest_first = sorted(scaffold["special_tokens"], key=len, reverse=True)
+    specials = "|".join(re.escape(token) for token in longest_first)
     while specials and re.search(specials, text):
         text = re.sub(specials, "", text)
     return text
@@ -151,36 +194,34 @@ def shown_candidate(trace: Trace, scaffold: dict) -> str | None:
         text = "" if unclosed else rest
     if trace.tail is not None and len(trace.tail) < len(text):
         text = trace.tail
-    text = plain(text, scaffold)
+    text = remove_specials(text, scaffold)
     if not text:
         return words["empty"]
     return words["cut_off"] + text if trace.truncated and rule["truncated"] == "mark" else text
 
 
 def search_message(problem: str, scaffold: dict) -> str:
-    return scaffold["prompt"]["search"].format(problem=plain(problem, scaffold))
+    return scaffold["prompt"]["search"].format(problem=remove_specials(problem, scaffold))
 
 
 def aggregation_message(problem: str, candidates: list[Trace], scaffold: dict) -> str:
     """The message that shows `candidates` in the given order."""
-    shown = [
-        text
-        for text in (shown_candidate(trace, scaffold) for trace in candidates)
-        if text is not None
-    ]
-    shown = shown or [scaffold["candidate_texts"]["empty"]]
-    one = scaffold["prompt"]["candidate"]
-    listed = "".join(one.format(index=i, candidate=text) for i, text in enumerate(shown, start=1))
+    texts = [shown_candidate(trace, scaffold) for trace in candidates]
+    shown = [text for text in texts if text is not None] or [scaffold["candidate_texts"]["empty"]]
+    template = scaffold["prompt"]["candidate"]
+    listed = [template.format(index=i, candidate=text) for i, text in enumerate(shown, start=1)]
     return scaffold["prompt"]["aggregation"].format(
-        problem=plain(problem, scaffold), count=len(shown), candidates=listed
+        problem=remove_specials(problem, scaffold), count=len(shown), candidates="".join(listed)
     )
 
 
 def draw_subsets(rng: random.Random, n: int, size: int, count: int) -> list[list[int]]:
     """`count` distinct subsets of `size` of n traces, each in random order."""
     if not 1 <= size <= n or not 1 <= count <= math.comb(n, size):
-        raise ValueError(f"{count} different subsets of {size} out of {n} traces do not exist: lower --subsets or "
-                         "--subset_size, or raise --traces.")  # fmt: skip
+        raise ValueError(
+            f"{count} different subsets of {size} out of {n} traces do not exist: "
+            "lower --subsets or --subset_size, or raise --traces."
+        )
     drawn: dict[tuple[int, ...], list[int]] = {}
     while len(drawn) < count:
         subset = rng.sample(range(n), size)
@@ -189,13 +230,15 @@ def draw_subsets(rng: random.Random, n: int, size: int, count: int) -> list[list
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What is inside the last \boxed{...} after thinking, without spaces; None if it is missing or
-    does not close.
+    r"""What is inside the last \boxed{...} after thinking, without spaces.
+
+    None if it is missing or does not close.
     """
-    boxes = list(re.finditer(r"\\boxed\s*\{", text.rpartition("</think>")[2]))
+    answer = text.rpartition("</think>")[2]
+    boxes = list(re.finditer(r"\\boxed\s*\{", answer))
     if not boxes:
         return None
-    rest, depth = text.rpartition("</think>")[2][boxes[-1].end() :], 1
+    rest, depth = answer[boxes[-1].end() :], 1
     for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
         if depth == 0:
@@ -203,84 +246,104 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def sample(
+    messages: list[str],
+    endpoint: Endpoint,
+    scaffold: dict,
+    max_tokens: int,
+    seed: int,
+    workers: int,
+) -> list[Trace]:
+    """A trace for each message, `workers` at once; their seeds count from `seed`."""
+
+    def complete(i: int) -> Trace:
+        return endpoint.complete(messages[i], scaffold, max_tokens, seed + i)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(complete, range(len(messages))))
+
+
 def run(problem: str, scaffold: dict, endpoint: Endpoint, seed: int, workers: int) -> dict:
     """Search, then aggregation, `workers` requests at once; answers, votes and all texts."""
-    s, a = scaffold["search"], scaffold["aggregation"]
-    subsets = draw_subsets(random.Random(seed), s["traces"], a["subset_size"], a["subsets"])
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        sample = lambda message, limit, i: endpoint.complete(
-            message, scaffold, limit, seed * 10_000 + i
-        )  # noqa: E731
-        message = search_message(problem, scaffold)
-        found = list(pool.map(lambda i: sample(message, s["max_tokens"], i), range(s["traces"])))
-        messages = [
-            aggregation_message(problem, [found[n] for n in subset], scaffold) for subset in subsets
-        ]
-        wanted = [message for message in messages for _ in range(a["traces"])]
-        numbers = itertools.count(s["traces"])
-        final = list(pool.map(lambda m, i: sample(m, a["max_tokens"], i), wanted, numbers))
-    votes = collections.Counter(
-        answer for trace in final if (answer := last_boxed(trace.text)) is not None
-    )
+    search, aggregation = scaffold["search"], scaffold["aggregation"]
+    N, S, K = search["traces"], aggregation["subset_size"], aggregation["subsets"]
+    subsets = draw_subsets(random.Random(seed), N, S, K)
+    first = seed * _TRACES_PER_SEED
+
+    messages = [search_message(problem, scaffold)] * N
+    traces = sample(messages, endpoint, scaffold, search["max_tokens"], first, workers)
+
+    messages = []
+    for subset in subsets:
+        message = aggregation_message(problem, [traces[n] for n in subset], scaffold)
+        messages += [message] * aggregation["traces"]
+    aggregated = sample(messages, endpoint, scaffold, aggregation["max_tokens"], first + N, workers)
+
+    answers = [last_boxed(trace.text) for trace in aggregated]
+    votes = collections.Counter(answer for answer in answers if answer is not None)
     return {
         "answer": votes.most_common(1)[0][0] if votes else None,
         "votes": dict(votes),
-        "without_answer": len(final) - votes.total(),
+        "without_answer": answers.count(None),
         "subsets": subsets,
-        "search": [dataclasses.asdict(trace) for trace in found],
-        "aggregation": [dataclasses.asdict(trace) for trace in final],
+        "search": [dataclasses.asdict(trace) for trace in traces],
+        "aggregation": [dataclasses.asdict(trace) for trace in aggregated],
     }
 
 
 def load_scaffold(path: pathlib.Path) -> dict:
-    """Reads the scaffold. Raises `ValueError` for one that this script does not understand in full."""
+    """Reads the scaffold.
+
+    Raises:
+      ValueError: this script does not understand all of it.
+    """
     scaffold = json.loads(path.read_text())
     unknown = sorted(scaffold["prompt"].keys() - _KNOWN_PROMPT_FIELDS)
     missing = sorted(_KNOWN_PROMPT_FIELDS - scaffold["prompt"].keys())
     if scaffold["format"] != 1 or unknown or missing:
-        raise ValueError(f"{path}: made by another version (format {scaffold['format']}, unknown: {unknown}, missing: "
-                         f"{missing}). Use the script that was exported with it.")  # fmt: skip
+        raise ValueError(
+            f"{path}: made by another version (format {scaffold['format']}, unknown: {unknown}, "
+            f"missing: {missing}). Use the script that was exported with it."
+        )
     return scaffold
 
 
-def main() -> None:
+def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    beside = pathlib.Path(__file__).parent / "spiral_scaffold.json"
     parser.add_argument("problem", help='its text, or "-" to read it from stdin')
-    parser.add_argument(
-        "--base_url", required=True, help="of the endpoint, such as http://localhost:8000/v1"
-    )
+    parser.add_argument("--base_url", required=True, help="such as http://localhost:8000/v1")
     parser.add_argument("--model", required=True, help="its name there")
-    parser.add_argument(
-        "--scaffold", default=str(pathlib.Path(__file__).parent / "spiral_scaffold.json")
-    )
+    parser.add_argument("--scaffold", default=str(beside))
     parser.add_argument("--traces", type=int, help="N search traces; default: as trained")
     parser.add_argument("--subsets", type=int, help="K; default: as trained")
     parser.add_argument("--subset_size", type=int, help="S; default: as trained")
-    parser.add_argument(
-        "--aggregation_traces", type=int, help="M for each subset; default: as trained"
-    )
+    parser.add_argument("--aggregation_traces", type=int, help="M of a subset; default: as trained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=16, help="requests at once")
     parser.add_argument("--out", help="JSON file that gets every trace")
-    flags = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    flags = parse_flags()
     try:
         scaffold = load_scaffold(pathlib.Path(flags.scaffold))
-        rooms = {"traces": "search", "subsets": "aggregation", "subset_size": "aggregation"}
-        for name, room in rooms.items():
-            scaffold[room][name] = getattr(flags, name) or scaffold[room][name]
-        scaffold["aggregation"]["traces"] = (
-            flags.aggregation_traces or scaffold["aggregation"]["traces"]
-        )
+        search, aggregation = scaffold["search"], scaffold["aggregation"]
+        search["traces"] = flags.traces or search["traces"]
+        aggregation["subsets"] = flags.subsets or aggregation["subsets"]
+        aggregation["subset_size"] = flags.subset_size or aggregation["subset_size"]
+        aggregation["traces"] = flags.aggregation_traces or aggregation["traces"]
         problem = sys.stdin.read() if flags.problem == "-" else flags.problem
-        result = run(
-            problem, scaffold, Endpoint(flags.base_url, flags.model), flags.seed, flags.workers
-        )
+        endpoint = Endpoint(flags.base_url, flags.model)
+        result = run(problem, scaffold, endpoint, flags.seed, flags.workers)
     except (EndpointError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if flags.out:
         pathlib.Path(flags.out).write_text(json.dumps(result, indent=2) + "\n")
     print(
-        f"answer: {result['answer']}   votes: {result['votes']}   without an answer: {result['without_answer']}"
+        f"answer: {result['answer']}   votes: {result['votes']}   "
+        f"without an answer: {result['without_answer']}"
     )
 
 

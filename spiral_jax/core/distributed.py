@@ -1,5 +1,4 @@
-"""Several processes that run as one: their start, what one host tells the others, and their common
-end.
+"""Several processes that run as one: their start, what they tell each other, their common end.
 
 Every process makes the same calls in the same order on the same values. What only one host knows
 (its verdicts, the files of the run) goes through `gather` or `from_first` before anything depends
@@ -24,36 +23,28 @@ from typing import Any, TypeVar
 
 import jax
 from absl import flags
-from jax._src.distributed import (
-    global_state,
-)  # the client of the coordination service has no public name
+from jax._src.distributed import global_state  # the coordination service has no public name
 from jax.sharding import Mesh
 
 from spiral_jax.core.errors import UserError
 
-EXCHANGE_TIMEOUT_S = (
-    1800  # the slowest host may be behind by this: compiling, or verifying hard answers
-)
+# the slowest host may be behind by this: compiling, or verifying hard answers
+EXCHANGE_TIMEOUT_S = 1800
 _POLL_S = 1.0  # between two looks at whether another process has failed
 _FAILURE = "spiral_jax/failure"  # key under which the first process that fails says why
 _TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # there is a TPU in this machine
-_numbers = (
-    itertools.count()
-)  # of exchanges: the same on all processes, since all make the same calls
+# of exchanges: the same on all processes, since all make the same calls in the same order
+_numbers = itertools.count()
 
 T = TypeVar("T")
 
 
 class DistributedError(UserError):
-    """Processes that do not find each other, or do not do the same; the message says who waited for
-    what.
-    """
+    """Processes do not find each other, or do not do the same; the message says who waited."""
 
 
 def define_flags() -> None:
-    """The flags of `joined`. Without them a cluster's environment says what they would (see
-    `environment`).
-    """
+    """The flags of `session`; without them a cluster's environment says what they would."""
     flags.DEFINE_string(
         "coordinator", None, "HOST:PORT where process 0 can be reached by all processes"
     )
@@ -65,12 +56,11 @@ def define_flags() -> None:
 
 
 @contextlib.contextmanager
-def joined(given: flags.FlagValues) -> Iterator[None]:
-    """All processes of a run as one, from the first call of jax until all have ended; does nothing
-    for a single one.
+def session(given: flags.FlagValues) -> Iterator[None]:
+    """All processes of a run as one, from the first call of jax until all have ended.
 
     An exception that leaves the block ends this process and then all others, each with the message
-    on stderr.
+    on stderr. For a single process nothing happens.
 
     Args:
       given: the flags of `define_flags`.
@@ -107,29 +97,34 @@ def start(
       whether jax was initialised for several processes.
 
     Raises:
-      DistributedError: flags that do not make a whole, an environment that jax cannot read.
-        Processes that do not come within `timeout_s` end this one with a message: jax's own timeout
-        would abort it with a stack trace of C++.
+      DistributedError: one of the flags lacks the others or has a value that cannot be, or jax
+        cannot read the environment. Processes that do not come within `timeout_s` end this one with
+        a message: jax's own timeout would abort it with a stack trace of C++.
     """
     named = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     if processes == 1 and process in (None, 0):
         return False
-    if all(value is None for value in named.values()):
-        where = environment()
-        if where is None:
-            return False
-        arguments: dict[str, Any] = {
-            "local_device_ids": _slurm_devices() if where.startswith("SLURM") else None
-        }
-        waited = f"the processes that the environment describes ({where})"
-    else:
+    arguments: dict[str, Any]
+    if any(value is not None for value in named.values()):
         _check_flags(named)
-        arguments = {"coordinator_address": coordinator, "num_processes": processes, "process_id": process,
-                     "cluster_detection_method": "deactivate"}  # fmt: skip
-        waited = f"{processes} processes at --coordinator={coordinator}, itself number {process}"
+        arguments = {
+            "coordinator_address": coordinator,
+            "num_processes": processes,
+            "process_id": process,
+            "cluster_detection_method": "deactivate",
+        }
+        others = f"{processes} processes at --coordinator={coordinator}, itself number {process}"
+    else:
+        cluster = detect_cluster()
+        if cluster is None:
+            return False
+        arguments = {"local_device_ids": _slurm_devices() if "SLURM" in cluster else None}
+        others = f"the processes that the environment describes ({cluster})"
+
     late = (
-        f"after --start_timeout={timeout_s} s this process still waited for {waited}. Do all of them run, with the "
-        "same --coordinator and --processes, each with its own --process? Can they reach that port?"
+        f"after --start_timeout={timeout_s} s this process still waited for {others}. Do all of "
+        "them run, with the same --coordinator and --processes, each with its own --process? Can "
+        "they reach that port?"
     )
     alarm = threading.Timer(timeout_s, _end, [late])
     alarm.daemon = True
@@ -143,53 +138,46 @@ def start(
         )
     except Exception as error:  # of the cluster's detection, of the metadata server
         raise DistributedError(
-            f"jax cannot join {waited}: {type(error).__name__}: {error}. Give --coordinator, --processes and "
-            "--process, or --processes=1 to run this process alone."
+            f"jax cannot join {others}: {type(error).__name__}: {error}. Give --coordinator, "
+            "--processes and --process, or --processes=1 to run this process alone."
         ) from error
     finally:
         alarm.cancel()
     return True
 
 
-def environment() -> str | None:
-    """Which cluster's environment describes several processes, with the variable that says so;
-    None: none does.
+def detect_cluster() -> str | None:
+    """The cluster whose environment describes several processes, with the variable that says so.
 
     jax itself then reads addresses and numbers from it. A TPU VM counts always: only its metadata
-    know the others.
+    know the others. None: there is no such environment.
     """
     e = os.environ
     if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"} <= e.keys():
-        return (
-            f"SLURM: SLURM_NTASKS={e['SLURM_NTASKS']}"
-            if int(e.get("SLURM_NTASKS", 1)) > 1
-            else None
-        )
+        tasks = int(e.get("SLURM_NTASKS", 1))
+        return f"SLURM: SLURM_NTASKS={tasks}" if tasks > 1 else None
     if "tpu" in e.get("JAX_PLATFORMS", "tpu") and find_spec("libtpu"):
         hosts, slices = e.get("TPU_WORKER_HOSTNAMES", ""), int(e.get("MEGASCALE_NUM_SLICES", 1))
         if "," in hosts or slices > 1:
             return f"GKE: TPU_WORKER_HOSTNAMES={hosts}, {slices} slices"
-        if (
-            not hosts
-            and "TPU_SKIP_MDS_QUERY" not in e
-            and any(map(Path.exists, map(Path, _TPU_DEVICES)))
-        ):
+        has_tpu = any(Path(device).exists() for device in _TPU_DEVICES)
+        if has_tpu and not hosts and "TPU_SKIP_MDS_QUERY" not in e:
             return "TPU VM: its metadata server"
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= e.keys():
         return f"Kubernetes: an indexed Job, JOB_COMPLETION_INDEX={e['JOB_COMPLETION_INDEX']}"
     return None
 
 
-def introduce(mesh: Mesh) -> None:
-    """Prints this process's first line. From then on only process 0 prints; errors of all go to
-    stderr.
+def announce(mesh: Mesh) -> None:
+    """Prints this process's first line, which is the last one of all processes but the first.
+
+    What each would print is the same; errors of all still go to stderr.
     """
-    local, shape = (
-        jax.local_devices(),
-        ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
-    )
+    local = jax.local_devices()
+    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     print(
-        f"process {jax.process_index()} of {jax.process_count()}: {len(local)} of {jax.device_count()} devices, "
+        f"process {jax.process_index()} of {jax.process_count()}: "
+        f"{len(local)} of {jax.device_count()} devices, "
         f"{local[0].platform} ({local[0].device_kind}), mesh {shape}",
         flush=True,
     )
@@ -203,8 +191,9 @@ def is_first() -> bool:
 
 
 def gather(value: Any, timeout_s: float = EXCHANGE_TIMEOUT_S) -> list[Any]:
-    """The values of all processes, in their order. All processes call it, in the same order, on
-    their main thread.
+    """The values of all processes, in their order.
+
+    A collective: all processes call it, in the same order, on their main thread.
 
     Args:
       value: JSON types.
@@ -220,21 +209,19 @@ def gather(value: Any, timeout_s: float = EXCHANGE_TIMEOUT_S) -> list[Any]:
         client.wait_at_barrier(f"spiral_jax/all_there/{number}", int(1000 * timeout_s))
     except Exception as error:  # of jaxlib; no name of its own
         raise DistributedError(
-            f"process {me} waited {timeout_s:g} s for all {jax.process_count()} processes at exchange {number}; some "
-            f"hang or have ended: {error}"
+            f"process {me} waited {timeout_s:g} s for all {jax.process_count()} processes at "
+            f"exchange {number}; some hang or have ended: {error}"
         ) from error
     if number:  # all have come this far, so all have read the exchange before
         client.key_value_delete(_key(number - 1, me))
-    found = {
-        int(key.rsplit("/", 1)[1]): text for key, text in client.key_value_dir_get(_key(number, ""))
-    }
-    return [json.loads(found[process]) for process in range(jax.process_count())]
+    texts = {}
+    for key, text in client.key_value_dir_get(_key(number, "")):
+        texts[int(key.rsplit("/", 1)[1])] = text
+    return [json.loads(texts[process]) for process in range(jax.process_count())]
 
 
 def from_first(read: Callable[[], T]) -> T:
-    """What `read` returns on process 0 (JSON types); the others do not call it. A collective, as
-    `gather`.
-    """
+    """What `read` returns on process 0, JSON types. A collective, as `gather`."""
     return gather(read() if is_first() else None)[0]
 
 
@@ -247,12 +234,11 @@ def check_equal(**values: str) -> None:
     everywhere = gather(values)
     for name in values:
         holders: dict[str, list[int]] = {}
-        for process, found in enumerate(everywhere):
-            holders.setdefault(found[name], []).append(process)
+        for process, theirs in enumerate(everywhere):
+            holders.setdefault(theirs[name], []).append(process)
         if len(holders) > 1:
-            stated = "; ".join(
-                f"{value[:12]} on {processes}" for value, processes in holders.items()
-            )
+            parts = [f"{value[:12]} on {processes}" for value, processes in holders.items()]
+            stated = "; ".join(parts)
             raise DistributedError(
                 f"the processes were not started with the same {name}: {stated}."
             )
@@ -264,7 +250,7 @@ def share(count: int) -> range:
 
 
 def unite(shares: Sequence[Sequence[T]]) -> list[T]:
-    """The items in order from what every process, in theirs, made of its `share`."""
+    """The items in order, from what each process made of its `share`."""
     items: list[T] = [None] * sum(map(len, shares))
     for process, part in enumerate(shares):
         items[process :: len(shares)] = part
@@ -280,8 +266,8 @@ def _check_flags(named: dict[str, Any]) -> None:
     stated = ", ".join(f"{name}={value}" for name, value in named.items() if value is not None)
     if missing:
         raise DistributedError(
-            f"{stated}: {', '.join(missing)} is missing. Give all three, or none where the environment (TPU VM, GKE, "
-            "SLURM, an indexed Kubernetes Job) says them."
+            f"{stated}: {', '.join(missing)} is missing. Give all three, or none where the "
+            "environment (TPU VM, GKE, SLURM, an indexed Kubernetes Job) says them."
         )
     host, _, port = named["--coordinator"].rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -293,9 +279,7 @@ def _check_flags(named: dict[str, Any]) -> None:
 
 
 def _slurm_devices() -> list[int] | None:
-    """All GPUs of a node for the only process on it; None: jax gives each of several processes one
-    of them.
-    """
+    """All GPUs of a node for the only process on it; None: jax gives each of several its own."""
     alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     return list(range(int(gpus))) if alone and gpus.isdecimal() else None
@@ -330,15 +314,14 @@ def _failure() -> str | None:
 
 
 def _end(message: str | None = None) -> None:
-    """Ends the process; process 0, which has the service, a little later: the others read there
-    why.
+    """Ends this process without clean-up.
 
-    Without clean-up: that of checkpoints and devices would wait for processes that are gone.
+    Checkpoints and devices would wait for processes that are gone.
     """
     if message is not None:
         _say(message)
     sys.stdout.flush()
-    if global_state.service is not None:
+    if global_state.service is not None:  # process 0 has it, and the others read there why
         time.sleep(3 * _POLL_S)
     os._exit(1)
 

@@ -1,11 +1,11 @@
-"""Where a drill kills the process: named points that a run passes again and again, counted, never
-timed.
+"""Faults of drills: a run kills itself at a named point, for tests of what survives.
 
-    SPIRAL_FAULT=update:3 python -m spiral_jax.train ...      # SIGKILL when "update" is passed for the third time
-    SPIRAL_FAULT=search:1:TERM python -m spiral_jax.train ... # SIGTERM: a preemption notice
+    SPIRAL_FAULT=update:3 python -m spiral_jax.train ...        # SIGKILL at the third "update"
+    SPIRAL_FAULT=search:1:TERM python -m spiral_jax.train ...   # SIGTERM: a preemption notice
 
-Without the variable a point is one comparison. With it, points count from the first decode chunk on
-that this process has finished, so that each kill costs work that has to be done again.
+A run passes the points again and again; passes are counted, never timed. Without the variable a
+point is one comparison. With it, points count from the first decode chunk on that this process has
+finished, so that each kill costs work that has to be done again.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import sys
 VARIABLE = "SPIRAL_FAULT"
 POINTS = {  # name: what a run is doing there
     "search": "search traces are being decoded",
-    "aggregation": "a search group has ended and its subsets are drawn; their aggregation groups have not started",
+    "aggregation": "a search group has ended and its subsets are drawn, their groups not started",
     "verifier": "a child process has been handed an answer",
     "update": "the train step has been started and its result has not been read",
-    "checkpoint": "a checkpoint is being written (odd passes), or is written but not committed (even passes)",
+    "checkpoint": "a checkpoint is being written (odd passes), or not yet committed (even passes)",
     "epoch": "the first problem of a new epoch of the data has been fetched",
 }
 
@@ -39,18 +39,22 @@ _fault: _Fault | None = None
 
 
 def arm(text: str) -> None:
-    """Asks for a fault as the variable does; "" = for none. Raises `ValueError` where `text` is no
-    fault.
+    """Asks for a fault as the variable does; "" = for none.
+
+    Raises:
+      ValueError: `text` is no fault.
     """
     global _fault
     parts = re.fullmatch(rf"({'|'.join(POINTS)}):([1-9][0-9]*)(:TERM)?", text)
     if text and not parts:
         raise ValueError(
-            f"{VARIABLE}={text!r}: must be POINT:COUNT or POINT:COUNT:TERM, POINT one of {list(POINTS)}."
+            f"{VARIABLE}={text!r}: must be POINT:COUNT or POINT:COUNT:TERM, "
+            f"POINT one of {list(POINTS)}."
         )
-    _fault = parts and _Fault(
-        parts[1], int(parts[2]), signal.SIGTERM if parts[3] else signal.SIGKILL
-    )
+    _fault = None
+    if parts:
+        number = signal.SIGTERM if parts[3] else signal.SIGKILL
+        _fault = _Fault(parts[1], int(parts[2]), number)
 
 
 arm(os.environ.get(VARIABLE, ""))
@@ -63,9 +67,7 @@ def chunk_decoded() -> None:
 
 
 def passed(point: str) -> None:
-    """Says that the run is at `point`, one of `POINTS`; kills the process if that is what was asked
-    for.
-    """
+    """Says that the run is at `point`, one of `POINTS`; kills the process if a fault is due."""
     if _fault is None or _fault.point != point or not _fault.chunks:
         return
     _fault.left -= 1

@@ -42,7 +42,7 @@ _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def host_mesh() -> Mesh:
-    """A mesh of one CPU device: for programs that only move weights, and leave accelerators alone."""
+    """A mesh of one CPU device, for programs that only move weights."""
     return jax.make_mesh(
         (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices("cpu")[:1]
     )
@@ -61,13 +61,13 @@ def make_mesh(sizes: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
 
 
 def mesh_shape(sizes: ConfigDict, count: int, kind: str) -> tuple[int, int, int]:
-    """`config.mesh` for `count` devices of this kind, -1 resolved. Raises `ConfigError` when the
-    sizes do not match.
+    """`config.mesh` for `count` devices of this kind, -1 resolved.
+
+    Raises:
+      ConfigError: the sizes do not match.
     """
     shape = [sizes[axis] for axis in AXES]
-    stated = "config.mesh = " + ", ".join(
-        f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True)
-    )
+    stated = "config.mesh = " + ", ".join(f"{axis}={sizes[axis]}" for axis in AXES)
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise ConfigError(
             f"{stated}: sizes must be >= 1, and at most one may be -1 = all the rest."
@@ -77,8 +77,8 @@ def mesh_shape(sizes: ConfigDict, count: int, kind: str) -> tuple[int, int, int]
         shape[shape.index(-1)] = count // known
     if math.prod(shape) != count:
         raise ConfigError(
-            f"{stated}: there are {count} {kind} devices; the product of the sizes must be that number (-1 in one of "
-            "them takes the rest)."
+            f"{stated}: there are {count} {kind} devices; the product of the sizes must be that "
+            "number (-1 in one of them takes the rest)."
         )
     return tuple(shape)
 
@@ -89,11 +89,11 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def weight_spec(name: str, shape: tuple[int, ...], mesh: Mesh, decode: bool = False) -> P:
-    """The spec of one array by its path; an axis that a mesh axis does not divide is not cut along
-    it.
+    """The spec of one array by its path.
 
-    With `decode` nothing lies along `fsdp`: decode weights are replicated over groups, so that no
-    weight is gathered inside the decode loop.
+    An axis that a mesh axis does not divide is not cut along it. With `decode` nothing lies along
+    `fsdp`: decode weights are replicated over groups, so that no weight is gathered inside the
+    decode loop.
 
     Raises:
       KeyError: a path that the table does not know.
@@ -102,21 +102,37 @@ def weight_spec(name: str, shape: tuple[int, ...], mesh: Mesh, decode: bool = Fa
     if trailing is None:
         raise KeyError(f"{name}: no entry of the sharding table matches this path")
     spec = (None,) * (len(shape) - len(trailing)) + trailing
-    kept = [
-        None if axis is None or (decode and axis == "fsdp") or size % mesh.shape[axis] else axis
-        for axis, size in zip(spec, shape, strict=True)
-    ]
-    return P(*kept)
+
+    def cuts(axis: str | None, size: int) -> bool:
+        if axis is None or (decode and axis == "fsdp"):
+            return False
+        return size % mesh.shape[axis] == 0
+
+    return P(*(axis if cuts(axis, n) else None for axis, n in zip(spec, shape, strict=True)))
 
 
 def weight_shardings(tree: Any, mesh: Mesh, decode: bool = False) -> Any:
     """The tree of `NamedSharding`s for a tree of arrays or shapes."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(
-            mesh, weight_spec(path_name(path), leaf.shape, mesh, decode)
-        ),
-        tree,
-    )
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, weight_spec(path_name(path), leaf.shape, mesh, decode))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """A tree of shapes, or arrays, as shapes that say where they lie.
+
+    For programs that are compiled, and checkpoints that are read, without any array.
+
+    Args:
+      shardings: a tree of one for each.
+    """
+
+    def placed(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, shapes, shardings)
 
 
 def group_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
@@ -130,32 +146,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def place(tree: Any, sharding: Any) -> Any:
-    """Host arrays, the same on every process, as device arrays; each process copies what its own
-    devices hold.
+    """Host arrays, the same on every process, as device arrays.
+
+    Each process copies what its own devices hold.
 
     Args:
       sharding: of all arrays, or a tree of one for each.
     """
-    leaves, structure = jax.tree.flatten(tree)
-    shardings = (
-        [sharding] * len(leaves) if isinstance(sharding, Sharding) else jax.tree.leaves(sharding)
-    )
-    placed = [
-        jax.make_array_from_callback(a.shape, s, lambda index: a[index])  # noqa: B023 - called at once
-        for a, s in zip(leaves, shardings, strict=True)
-    ]
-    return jax.tree.unflatten(structure, placed)
+
+    def put(array: np.ndarray, sharding: Sharding) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    if isinstance(sharding, Sharding):
+        return jax.tree.map(lambda array: put(array, sharding), tree)
+    return jax.tree.map(put, tree, sharding)
 
 
 def group_count_multiple(mesh: Mesh) -> int:
     """U of every batch must be a multiple of this."""
-    return int(np.prod([mesh.shape[axis] for axis in GROUP_AXES]))
+    return math.prod(mesh.shape[axis] for axis in GROUP_AXES)
 
 
 def constrain_groups(x: jax.Array) -> jax.Array:
-    """Keeps activations [U, ...] along the group axes of the mesh in context; does nothing outside
-    of one.
-    """
+    """Keeps activations [U, ...] along the group axes of the mesh in context, if there is one."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(GROUP_AXES))

@@ -12,9 +12,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spiral_jax.core.config import digest_of, eval_subset_size, to_plain, uses_aggregation
-from spiral_jax.core.config_checks import _require as require
+from spiral_jax.core.config import digest_of, require, to_plain
 from spiral_jax.evaluation.statistics import MOST_TRACES
+from spiral_jax.objective.estimators import ESTIMATORS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,9 @@ def for_training(c: ConfigDict) -> EvaluationSettings:
       ConfigError: a number that cannot be.
     """
     rounds = c.eval.rounds_in_training
-    settings = _read(c, c.search.traces, rounds, limits=(), aggregates=uses_aggregation(c))
+    settings = _read(
+        c, c.search.traces, rounds, limits=(), aggregates=ESTIMATORS[c.loss.estimator].aggregates
+    )
     if settings.problems and settings.aggregates:
         _check_for_training(settings, _subset_field(c))
     return settings
@@ -106,7 +108,7 @@ def _subset_field(c: ConfigDict) -> str:
 def _read(
     c: ConfigDict, n: int, rounds: int, limits: tuple[int, ...], aggregates: bool
 ) -> EvaluationSettings:
-    subset_size = eval_subset_size(c)
+    subset_size = c.eval.subset_size or c.aggregation.subset_size
     plain = to_plain(c)
     scaffold = dict(plain["prompt"])
     del scaffold["max_problem_tokens"]  # says what is left out, not how the rest is asked

@@ -197,9 +197,7 @@ class Evaluator:
         given: Feed | None = None,
     ) -> Feed:
         """All groups of the stages; `given` has the problems' search groups."""
-        writer = Writer(
-            self.scaffold, Purpose.EVALUATION, step, self.settings.seed, self.order
-        )
+        writer = Writer(self.scaffold, Purpose.EVALUATION, step, self.settings.seed, self.order)
         feed = Feed(stages, writer, _Listed(() if given else asked))
         for each in asked if given else ():
             feed.begin_with(each, given.courses[each.cursor].of_stage(stages[0]))

@@ -91,8 +91,9 @@ def optimizer_settings(optimizer: ConfigDict, steps: int) -> OptimizerSettings:
     """Checks config.optimizer. Raises `ConfigError`."""
     o = optimizer
     require(o.lr > 0, "optimizer.lr", o.lr, "> 0")
-    require(o.schedule in SCHEDULES, "optimizer.schedule", o.schedule,
-            f"one of {', '.join(SCHEDULES)}")
+    require(
+        o.schedule in SCHEDULES, "optimizer.schedule", o.schedule, f"one of {', '.join(SCHEDULES)}"
+    )
     for name in ("warmup_steps", "weight_decay", "clip_norm"):
         require(o[name] >= 0, f"optimizer.{name}", o[name], ">= 0")
     return OptimizerSettings(steps=steps, **o.to_dict())
@@ -102,13 +103,21 @@ def _role_shapes(c: ConfigDict, role: Role, groups: int) -> RoleShapes:
     micro_field, lengths_field = f"batch.{role.label}_groups", f"batch.{role.label}_lengths"
     micro = c.batch[f"{role.label}_groups"]
     require(micro >= 1, micro_field, micro, ">= 1")
-    require(groups % micro == 0, micro_field, micro,
-            f"a divisor of the {groups} {role.label} groups of a step")
+    require(
+        groups % micro == 0,
+        micro_field,
+        micro,
+        f"a divisor of the {groups} {role.label} groups of a step",
+    )
     lengths = tuple(tuple(pair) for pair in c.batch[f"{role.label}_lengths"])
     ascending = bool(lengths) and all(len(pair) == 2 for pair in lengths)
     ascending = ascending and list(lengths) == sorted(lengths)
     require(ascending, lengths_field, lengths, "ascending (prompt, response) lengths")
     limit = c[role.label].max_tokens
-    require(lengths[-1][1] >= limit, lengths_field, lengths,
-            f"wide enough in its last entry for {role.label}.max_tokens = {limit}")
+    require(
+        lengths[-1][1] >= limit,
+        lengths_field,
+        lengths,
+        f"wide enough in its last entry for {role.label}.max_tokens = {limit}",
+    )
     return RoleShapes(lengths, micro, groups, c[role.label].traces)

@@ -10,7 +10,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh
 
-from spiral_jax.core.mesh import path_name, shapes_with_shardings, weight_shardings
+from spiral_jax.core.mesh import path_name, weight_shardings, with_shardings
 from spiral_jax.learner.settings import LearnerSettings, OptimizerSettings
 from spiral_jax.model.transformer import ModelConfig, init_variables
 
@@ -32,7 +32,7 @@ class TrainState:
 
 
 def variables(config: ModelConfig, base: Any, trained: Any) -> dict[str, Any]:
-    """The model's collections from the frozen base (None in full fine-tuning) and what is trained."""
+    """The model's collections, from the frozen base (None without one) and what is trained."""
     return {"params": base, "lora": trained} if config.lora_rank else {"params": trained}
 
 
@@ -80,7 +80,7 @@ def abstract_state(settings: LearnerSettings, config: ModelConfig, mesh: Mesh) -
         return _fresh(settings.optimizer, tree["lora"] if config.lora_rank else tree["params"])
 
     shapes = jax.eval_shape(make)
-    return shapes_with_shardings(shapes, weight_shardings(shapes, mesh))
+    return with_shardings(shapes, weight_shardings(shapes, mesh))
 
 
 def make_optimizer(o: OptimizerSettings) -> optax.GradientTransformation:

@@ -145,9 +145,7 @@ def _sum_role(
             micro = jax.tree.map(meshes.constrain_groups, block.micro_batch(a))
             value_and_grad = jax.value_and_grad(loss, has_aux=True)
             (value, metrics), gradient = value_and_grad(trained, base, micro, tokens)
-            return Sums(
-                jax.tree.map(lambda g: g.astype(jnp.float32), gradient), value, metrics
-            )
+            return Sums(jax.tree.map(lambda g: g.astype(jnp.float32), gradient), value, metrics)
 
         with jax.named_scope(block_scope(block.role)):
             return _accumulate(sum_micro_batch, block)

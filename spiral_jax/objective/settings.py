@@ -34,8 +34,12 @@ def objective_settings(loss: ConfigDict) -> ObjectiveSettings:
     """
     names, normalizers = ", ".join(ESTIMATORS), ("unbiased", "sum")
     require(loss.estimator in ESTIMATORS, "loss.estimator", loss.estimator, f"one of {names}")
-    require(loss.normalizer in normalizers, "loss.normalizer", loss.normalizer,
-            f"one of {', '.join(normalizers)}")
+    require(
+        loss.normalizer in normalizers,
+        "loss.normalizer",
+        loss.normalizer,
+        f"one of {', '.join(normalizers)}",
+    )
     require(loss.length_gate >= 0, "loss.length_gate", loss.length_gate, ">= 0")
     return ObjectiveSettings(
         estimator=loss.estimator,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,15 +14,17 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
-from spiral_jax.learner.blocks import Block
-from spiral_jax.learner.step import TrainState, abstract_state, keeps_base, make_train_step
+from spiral_jax.learner.blocks import Block, abstract_blocks, check_micro_batches
+from spiral_jax.learner.state import TrainState, abstract_state, keeps_base
+from spiral_jax.learner.step import make_train_step
 from spiral_jax.model import hf
+from spiral_jax.model.architecture import check_mesh
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.planning.analytic import ShardedModel, bytes_a_chip
 from spiral_jax.planning.settings import PlanSettings
-from spiral_jax.run.setup import abstract_blocks, check_micro_batches, make_samplers
+from spiral_jax.run.setup import check_training
 from spiral_jax.sampling import programs as sampler_programs
-from spiral_jax.sampling.engine import Engine
+from spiral_jax.sampling.engine import Engine, make_samplers
 from spiral_jax.sampling.weights import abstract_weights
 
 _STOP_IDS = (0, 1)  # which ids end a trace changes no shape, and the tokenizer is not read
@@ -41,7 +44,6 @@ class Inventory:
       blocks: of one step.
       decode_weights: the decode copy.
       slots: the sampler's state, by class.
-      recipes: the sampler's programs; see `sampling.programs.recipes`.
     """
 
     settings: PlanSettings
@@ -54,7 +56,6 @@ class Inventory:
     engine: Engine
     decode_weights: Any
     slots: list[Any]
-    recipes: dict[tuple[Any, ...], sampler_programs.Recipe]
 
     @property
     def chips(self) -> int:
@@ -80,6 +81,11 @@ class Inventory:
         """Keys and values of prompts and of traces, by class."""
         return [[state.prompt, state.own] for state in self.slots]
 
+    @functools.cached_property
+    def recipes(self) -> dict[tuple[Any, ...], sampler_programs.Recipe]:
+        """The sampler's programs; made when the first is lowered, which plans for GPUs never do."""
+        return sampler_programs.recipes(self.engine.settings, self.engine.schedule)
+
     def state_memory(self) -> dict[str, int]:
         """Bytes a chip that always lie there: base and adapters (or all in float32), optimizer."""
         return {
@@ -104,44 +110,37 @@ def take_inventory(c: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh)
       ConfigError: heads, columns or groups that it does not divide.
     """
     check_mesh(model.arch, mesh)
-    check_micro_batches(c, mesh)
+    learner = check_training(c).training.learner
+    check_micro_batches(learner.shapes, mesh)
     try:
         engine, _ = make_samplers(c, model, mesh, _STOP_IDS)
     except ConfigError as error:
         raise SamplerMisfit(str(error)) from error
 
     base = None
-    if keeps_base(c, model):
+    if keeps_base(learner, model):
         shapes = hf.abstract_params(model)
-        base = _place_shapes(shapes, meshes.weight_shardings(shapes, mesh))
+        base = meshes.with_shardings(shapes, meshes.weight_shardings(shapes, mesh))
     return Inventory(
         settings=PlanSettings.from_config(c),
         model=model,
         mesh=mesh,
-        train_step=make_train_step(c, model),
+        train_step=make_train_step(learner, model),
         base=base,
-        state=abstract_state(c, model, mesh),
-        blocks=[place_block(block, mesh) for block in abstract_blocks(c)],
+        state=abstract_state(learner, model, mesh),
+        blocks=[place_block(block, mesh) for block in abstract_blocks(learner.shapes)],
         engine=engine,
         decode_weights=abstract_weights(model, mesh),
         slots=[
             sampler_programs.abstract_state(engine.settings, slots)
             for slots in engine.schedule.classes
         ],
-        recipes=sampler_programs.recipes(engine.settings, engine.schedule),
     )
 
 
 def place_block(block: Block, mesh: Mesh | AbstractMesh) -> Block:
     """Shapes of a block, with the shardings that training gives it."""
     groups, everywhere = meshes.group_sharding(mesh, leading=1), meshes.replicated(mesh)
-    return _place_shapes(
+    return meshes.with_shardings(
         block, jax.tree.map(lambda leaf: groups if leaf.ndim else everywhere, block)
     )
-
-
-def _place_shapes(tree: Any, shardings: Any) -> Any:
-    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(place, tree, shardings)

@@ -207,7 +207,7 @@ def decode_program(inventory: Inventory) -> PlannedProgram:
         unit="token of every row",
         groups=sum(slots.slots for slots in schedule.classes),
         tokens=rows * inventory.shards,
-        lower=inventory.recipes["decode", rows].lower,
+        lower=lambda: inventory.recipes["decode", rows].lower(),
         memory=inventory.sampler_memory(),
         arguments=bytes_a_chip([inventory.decode_weights, inventory.slots]),
         estimate=analytic.forward_cost(
@@ -226,8 +226,8 @@ def prefill_program(inventory: Inventory, prompt: int) -> PlannedProgram:
     schedule, settings = inventory.engine.schedule, inventory.engine.settings
     wide_enough = [i for i in schedule.entries() if prompt <= schedule.classes[i].P]
     i = min(wide_enough, key=lambda i: schedule.classes[i].P)
-    shards, W, P = sampler_programs.prompt_shapes(settings, schedule, i).prompt_ZxWxP.shape
-    recipe = inventory.recipes["prefill", i]
+    given = sampler_programs.prompt_shapes(settings, schedule, i)
+    shards, W, P = given.prompt_ZxWxP.shape
 
     chunk = settings.chunk_of(P)
     chunks = -(-prompt // chunk)
@@ -241,9 +241,9 @@ def prefill_program(inventory: Inventory, prompt: int) -> PlannedProgram:
         unit="call",
         groups=shards * W,
         tokens=shards * W * tokens,
-        lower=recipe.lower,
+        lower=lambda: inventory.recipes["prefill", i].lower(),
         memory=inventory.sampler_memory(),
-        arguments=bytes_a_chip([inventory.decode_weights, recipe.shapes[-1]]),
+        arguments=bytes_a_chip([inventory.decode_weights, given]),
         estimate=analytic.forward_cost(
             sharded, flops=flops, read=chunks * weights + caches, tokens=W * tokens
         ),

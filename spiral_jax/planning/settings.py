@@ -7,9 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spiral_jax.core.config import groups_of_step
 from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import AXES
+from spiral_jax.rollout.settings import training_stages
 
 Overrides = dict[str, Any]  # field of the configuration, such as "mesh.tensor" -> its new value
 
@@ -77,7 +77,7 @@ class PlanSettings:
 
     @classmethod
     def from_config(cls, c: ConfigDict) -> PlanSettings:
-        groups = groups_of_step(c)
+        groups = training_stages(c).groups(c.batch.problems)
         return cls(
             mesh=tuple(c.mesh[axis] for axis in AXES),
             remat=c.model.remat,
@@ -91,9 +91,7 @@ class PlanSettings:
             subsets=c.aggregation.subsets,
             subset_size=c.aggregation.subset_size,
             rounds=c.aggregation.rounds,
-            roles=tuple(
-                _role_settings(c, role, groups[role.label]) for role in Role if role.label in groups
-            ),
+            roles=tuple(_role_settings(c, role, count) for role, count in groups.items()),
         )
 
     def of_role(self, role: Role) -> RoleSettings:

@@ -8,7 +8,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spiral_jax.core.config_checks import validate
 from spiral_jax.model import hf
 from spiral_jax.planning.fit import Attempt, Planner
 from spiral_jax.planning.inventory import Inventory, take_inventory
@@ -17,6 +16,7 @@ from spiral_jax.planning.settings import Overrides, PlanSettings, apply_override
 from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.topology import find_topology, make_mesh
 from spiral_jax.planning.whole_step import Assumptions
+from spiral_jax.run.setup import check_training
 
 GIB = 2**30
 
@@ -40,7 +40,7 @@ def plan(
     Raises:
       ConfigError: a configuration, model or topology that cannot be planned.
     """
-    validate(c)
+    check_training(c)
     topology = find_topology(topology_name)
     model, file = planned_model(c.model)
     source = "compiled" if topology.devices else "by arithmetic, nothing is compiled"

@@ -8,15 +8,11 @@ from typing import Any
 import numpy as np
 
 from spiral_jax.core.groups import Stop
-from spiral_jax.objective.estimators import length_gate
+from spiral_jax.objective import explain
+from spiral_jax.objective.advantages import length_gate
+from spiral_jax.objective.estimators import ESTIMATORS
+from spiral_jax.objective.explain import Evidence, Reason
 from spiral_jax.reporting.logged_problem import LoggedProblem, Stage, Trace, TraceSet
-from spiral_jax.reporting.reasons import (
-    OWN_CORRECTNESS,
-    Reason,
-    explain_aggregation,
-    explain_own,
-    explain_search,
-)
 
 _ROUNDING = 1e-5  # logged advantages are float32, ours exact
 
@@ -87,25 +83,22 @@ def _reasons(
     settings: ObjectiveSettings,
 ) -> list[Reason]:
     """Why a trace has its advantage: by its own set, and by the sets that it is read in."""
-    reasons, reward = [], trace.row["reward"]
-    by_own_answers = settings.estimator in OWN_CORRECTNESS
+    estimator, reasons = ESTIMATORS[settings.estimator], []
     if stage.reads:
-        reasons.append(explain_aggregation(reward, of_set.score))
-    elif by_own_answers:
-        own = explain_own(settings.estimator, reward, of_set.score, settings.subset_size)
-        reasons.append(own)
+        reasons.append(explain.aggregation(trace.row["reward"], of_set.score))
     reader = problem.reader_of(stage)
-    is_read = reader is not None or not stage.reads  # search always may be
-    if is_read and not by_own_answers:
+    if reader is not None or not stage.reads:  # search may be read by sets that nobody drew
         sets = reader.sets if reader else []
-        reason = explain_search(
-            settings.estimator,
-            trace.place,
-            [other.members for other in sets],
-            [other.score for other in sets],
-            [other.name for other in sets],
+        evidence = Evidence(
+            trace=trace.place,
+            reward=trace.row["reward"],
+            own=of_set.score,
+            set_size=settings.subset_size,
+            member_KxS=[other.members for other in sets],
+            scores=[other.score for other in sets],
+            names=[other.name for other in sets],
         )
-        reasons.append(reason)
+        reasons.append(estimator.explain(evidence))
     return reasons
 
 

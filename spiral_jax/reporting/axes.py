@@ -1,4 +1,4 @@
-"""The parts that all PNG figures share: layout, axes, and curves with their intervals (matplotlib)."""
+"""What all PNG figures share: layout, axes, and curves with their intervals (matplotlib)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def set_note(figure: Figure, note: str) -> None:
 
 
 def count_axis(axes: Axes, label: str, most: int) -> None:
-    """The x axis of numbers of traces: logarithmic, with a tick at each power of two up to `most`."""
+    """The x axis of numbers of traces: logarithmic, a tick at each power of two up to `most`."""
     ticks = [1 << i for i in range(most.bit_length())]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])

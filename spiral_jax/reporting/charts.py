@@ -1,6 +1,6 @@
-"""A run's metrics and evaluations -> plotly figures as JSON: no scripts, and no colours of the page.
+"""A run's metrics and evaluations -> plotly figures as JSON, without scripts.
 
-The page's own colours follow dark and light; those of the curves are legible on both.
+They have no colours of the page, which follow dark and light; those of the curves fit both.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ _PASS_AT_K = (
 
 
 def _pass_at_k(rows: Sequence[dict], checkpoints: Mapping[int, dict]) -> list[go.Scatter]:
-    """By step: pass@1, 2, 4, ... where the evaluations have them, else what their short rows have."""
+    """By step: pass@1, 2, 4, ... where evaluations have them, else what their short rows have."""
     if not checkpoints:
         return [
             _points_by_step(rows, "single", "pass@1", PAGE_GREY, "x"),

@@ -1,4 +1,4 @@
-"""One evaluation, and the one that it is compared with -> plotly figures, and tables of measures."""
+"""One evaluation, and the one that it is compared with -> plotly figures, tables of measures."""
 
 from __future__ import annotations
 
@@ -276,6 +276,6 @@ def training_table(evaluations: Sequence[dict]) -> tuple[list[str], list[tuple[s
     rows = []
     for name, label in labels.items():
         cells = [percent(row[name]) if name in row else DASH for row in ends]
-        if set(cells) != {DASH}:
+        if set(cells) - {DASH}:
             rows.append((label, cells))
     return [f"step {row['step']}" for row in ends], rows

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import string
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from spiral_jax.evaluation.answers import CORRECT, ERROR
-from spiral_jax.reporting.reasons import Score, set_name
+from spiral_jax.objective.explain import Score
 from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.verifier.rewards import Status
 
@@ -159,3 +160,9 @@ def _answer(row: dict[str, Any], answer_numbers: dict[str, int]) -> int | None:
     box = last_boxed(row["text"])
     spelling = " ".join((row["text"] if box is None else box).split())
     return answer_numbers.setdefault(spelling, len(answer_numbers) + 1)
+
+
+def set_name(k: int, round: int = 1) -> str:
+    """What pages call set k: A ... Z, A1 ...; A' those of the second round, and so on."""
+    letter, again = string.ascii_uppercase[k % 26], k // 26
+    return f"{letter}{again or ''}" + "'" * (round - 1)

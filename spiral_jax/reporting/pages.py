@@ -1,4 +1,4 @@
-"""The trace log of a run -> page files with every problem, an index of all, and a sample of them."""
+"""A run's trace log -> page files with every problem, an index of all, and a sample of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from spiral_jax.reporting.problem_page import FLAGS, PageSettings, problem_page
 from spiral_jax.reporting.quotes import DEFINITION
 from spiral_jax.reporting.read_run import RecordedRun
 from spiral_jax.reporting.render import embed, render
-from spiral_jax.run.workdir import WorkdirError, read_traces
+from spiral_jax.run.trace_log import read_traces
+from spiral_jax.run.workdir import WorkdirError
 
 FOLDER = "report"
 PAGE_BYTES = 8 * 2**20  # of a page file's traces, about: a problem is never cut
@@ -114,9 +115,7 @@ def write_pages(
     return traces
 
 
-def _steps(
-    run: RecordedRun, folder: epath.Path, sample_bytes: int, page_bytes: int
-) -> list[_Step]:
+def _steps(run: RecordedRun, folder: epath.Path, sample_bytes: int, page_bytes: int) -> list[_Step]:
     settings = PageSettings.from_plain(run.config)
     links = [(f"step {step}", _file_name(step, 0)) for step in run.traces]
     steps = []

@@ -14,7 +14,8 @@ from etils import epath
 
 from spiral_jax.core import config
 from spiral_jax.evaluation.results import read_results
-from spiral_jax.run.workdir import WorkdirError, read_config, read_log, trace_files
+from spiral_jax.run.trace_log import trace_files
+from spiral_jax.run.workdir import WorkdirError, read_config, read_log
 
 _EVALUATIONS = "evaluations"
 

@@ -1,9 +1,8 @@
-"""Templates -> HTML that needs nothing else: styles, scripts and data inside, and a policy that
-allows only those.
+"""Templates -> HTML that needs nothing else: styles, scripts and data are inside.
 
 A trace is untrusted text. It travels as JSON in a script element of a type that no browser runs,
 `<` escaped, and the page's own script shows it as text nodes. A Content-Security-Policy allows
-scripts by their hash, and no address at all to load anything from.
+those scripts by their hash, and no address at all to load anything from.
 """
 
 from __future__ import annotations
@@ -25,9 +24,8 @@ _TEMPLATES = pathlib.Path(__file__).parent / "templates"
 def embed(value: Any) -> Markup:
     """JSON for a script element: nothing in it can end the element or open a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    return Markup(
-        text.replace("<", "\\u003c")
-    )  # `<` occurs only inside of strings, where it may be an escape
+    # `<` occurs only inside of strings, where it may be an escape
+    return Markup(text.replace("<", "\\u003c"))
 
 
 def render(template: str, scripts: list[str], **values: Any) -> str:
@@ -35,7 +33,7 @@ def render(template: str, scripts: list[str], **values: Any) -> str:
 
     Args:
       scripts: names of files beside the templates, or "plotly"; in this order at the end of the
-      page.
+        page.
       values: variables of the template; text is escaped, what `embed` returns is not.
     """
     sources = [_script(name) for name in scripts]
@@ -52,9 +50,12 @@ def render(template: str, scripts: list[str], **values: Any) -> str:
 @functools.cache
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Rows of a log -> series of numbers that a figure shows. NumPy, float64, NaN where there is none."""
+"""Rows of a log -> series of numbers that a figure shows: NumPy, float64, NaN for a gap."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from spiral_jax.reporting.axes import new_figure, save, tidy
 from spiral_jax.reporting.series import has_values, running_mean, series, smoothing_window
 from spiral_jax.reporting.style import AGGREGATION, GREY, SEARCH, VOTE
 
+
 @dataclasses.dataclass(frozen=True)
 class Panel:
     """One of the small figures: metrics over steps.
@@ -40,7 +41,10 @@ class Panel:
 
 
 def _by_role(prefix: str) -> dict[str, tuple[str, str]]:
-    return {"search": (f"{prefix}search", SEARCH), "aggregation": (f"{prefix}aggregation", AGGREGATION)}
+    return {
+        "search": (f"{prefix}search", SEARCH),
+        "aggregation": (f"{prefix}aggregation", AGGREGATION),
+    }
 
 
 _PANELS = (

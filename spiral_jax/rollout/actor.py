@@ -1,4 +1,4 @@
-"""Who draws rollouts: the policy's sampler, the problems' stages, and the judge of their answers."""
+"""Who draws rollouts: a sampler, the stages of a problem, and a judge of the answers."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ class Stream:
         with contextlib.ExitStack() as stack:
             stack.enter_context(actor.progress.phase("sampling"))
             judge = stack.enter_context(
-                Judge(
-                    actor.verifier, actor.scaffold.tokenizer, self._stages, delay, actor.strategy
-                )
+                Judge(actor.verifier, actor.scaffold.tokenizer, self._stages, delay, actor.strategy)
             )
             for now in self._sampling:
                 actor.between_chunks()

@@ -22,9 +22,7 @@ class Credit:
     weight_UxC: np.ndarray
 
     def __add__(self, other: Credit) -> Credit:
-        return Credit(
-            self.advantage_UxC + other.advantage_UxC, self.weight_UxC + other.weight_UxC
-        )
+        return Credit(self.advantage_UxC + other.advantage_UxC, self.weight_UxC + other.weight_UxC)
 
 
 def give_credit(
@@ -71,6 +69,4 @@ def _gate(groups: Groups, advantage: np.ndarray, objective: ObjectiveSettings) -
     """`length_gate` on advantages of any shape that lists the stage's traces in order."""
     length = groups.trace_len_UxC.reshape(advantage.shape)
     stop = groups.stop_UxC.reshape(advantage.shape)
-    return length_gate(
-        advantage, length, stop, groups.requests.max_tokens, objective.length_gate
-    )
+    return length_gate(advantage, length, stop, groups.requests.max_tokens, objective.length_gate)

@@ -1,6 +1,6 @@
 """Problems on their way through the stages: what a sampler is fed with, and what comes back.
 
-    problem -> search group -> sets -> aggregation groups -> (sets of them -> aggregation groups ...)
+    problem -> search group -> sets -> aggregation groups -> sets of them -> ...
 
 Nothing waits for another problem's stage: as soon as the last group of a stage has ended, the
 stages that read it are asked for. A trace's tokens depend on its key and its prompt alone, so they
@@ -129,7 +129,8 @@ class Feed:
         asked = course.asked
         member_KxS = stage.sets(self._writer.step, asked.cursor)
         course.member[stage.name] = member_KxS
-        candidates = course.of_stage(stage.reads).as_population().first(stage.candidates)
+        search = course.of_stage(self._search).requests
+        candidates = course.of_stage(stage.reads).as_population(search).first(stage.candidates)
         requests, cleaned = self._writer.aggregation(stage, asked, candidates, member_KxS)
         self._ready.extend(requests.take([u]) for u in range(len(requests)))
         self._open += len(requests)

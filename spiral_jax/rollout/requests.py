@@ -1,4 +1,4 @@
-"""A stage's groups as requests to the sampler: prompts of token ids, and the names of random keys."""
+"""A stage's groups as requests to the sampler: prompts of token ids, names of random keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 
 from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Stop, pad_rows
-from spiral_jax.prompts.prompts import aggregation_prompt, candidate_order
+from spiral_jax.prompts.prompts import aggregation_prompt, listed_order
 from spiral_jax.prompts.scaffold import Scaffold
 from spiral_jax.rollout.stages import Stage
 from spiral_jax.tasks.problem import Problem

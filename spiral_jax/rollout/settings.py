@@ -102,8 +102,13 @@ def training_stages(c: ConfigDict) -> TrainingStages:
       ConfigError: it has none.
     """
     estimator = ESTIMATORS[c.loss.estimator]
-    for field in ("search.traces", "search.max_tokens", "aggregation.max_tokens",
-                  "aggregation.subset_size", "aggregation.rounds"):
+    for field in (
+        "search.traces",
+        "search.max_tokens",
+        "aggregation.max_tokens",
+        "aggregation.subset_size",
+        "aggregation.rounds",
+    ):
         section, name = field.split(".")
         require(c[section][name] >= 1, field, c[section][name], ">= 1")
     _check_search(c, estimator)
@@ -143,8 +148,13 @@ def dynamic_sampling(c: ConfigDict) -> DynamicSampling:
 
 def _check_search(c: ConfigDict, estimator: Estimator) -> None:
     n, least = c.search.traces, estimator.needs.traces
-    require(n >= least, "search.traces", n, f">= {least} for {c.loss.estimator}",
-            "One trace has no baseline, so no signal.")
+    require(
+        n >= least,
+        "search.traces",
+        n,
+        f">= {least} for {c.loss.estimator}",
+        "One trace has no baseline, so no signal.",
+    )
 
 
 def _check_sets(c: ConfigDict, estimator: Estimator) -> None:
@@ -152,25 +162,58 @@ def _check_sets(c: ConfigDict, estimator: Estimator) -> None:
     a, needs, name = c.aggregation, estimator.needs, c.loss.estimator
     n, k, s, m = c.search.traces, a.subsets, a.subset_size, a.traces
     require(s <= n, "aggregation.subset_size", s, f"between 1 and search.traces = {n}")
-    require(s >= needs.set_size, "aggregation.subset_size", s, f">= {needs.set_size} for {name}",
-            "Of single traces it has no baseline, or no diversity.")
-    require(s < n or not needs.outsider, "aggregation.subset_size", s, f"below search.traces = {n}",
-            "A trace that is in every subset has no baseline.")
+    require(
+        s >= needs.set_size,
+        "aggregation.subset_size",
+        s,
+        f">= {needs.set_size} for {name}",
+        "Of single traces it has no baseline, or no diversity.",
+    )
+    require(
+        s < n or not needs.outsider,
+        "aggregation.subset_size",
+        s,
+        f"below search.traces = {n}",
+        "A trace that is in every subset has no baseline.",
+    )
     every = math.comb(n, s)
     if estimator.sets == "partition":
-        require(1 <= k <= n // s, "aggregation.subsets", k,
-                f"between 1 and search.traces // subset_size = {n // s}",
-                f"The subsets of {name} are disjoint.")
+        require(
+            1 <= k <= n // s,
+            "aggregation.subsets",
+            k,
+            f"between 1 and search.traces // subset_size = {n // s}",
+            f"The subsets of {name} are disjoint.",
+        )
     else:
-        require(1 <= k <= every, "aggregation.subsets", k,
-                f"between 1 and C(N={n}, S={s}) = {every}",
-                "Subsets are distinct: raise search.traces or lower aggregation.subsets.")
-    require(k >= needs.sets, "aggregation.subsets", k, f">= {needs.sets}",
-            "With one subset every set advantage is zero, so search gets no signal.")
-    require(every <= MOST_SCORED_SETS or not needs.scores_every_set, "aggregation.subset_size", s,
-            f"such that C(N={n}, S) = {every} is at most {MOST_SCORED_SETS}", "All sets are scored.")
-    require(m >= 2, "aggregation.traces", m, ">= 2",
-            "With one trace a subset every aggregation advantage is zero.")
+        require(
+            1 <= k <= every,
+            "aggregation.subsets",
+            k,
+            f"between 1 and C(N={n}, S={s}) = {every}",
+            "Subsets are distinct: raise search.traces or lower aggregation.subsets.",
+        )
+    require(
+        k >= needs.sets,
+        "aggregation.subsets",
+        k,
+        f">= {needs.sets}",
+        "With one subset every set advantage is zero, so search gets no signal.",
+    )
+    require(
+        every <= MOST_SCORED_SETS or not needs.scores_every_set,
+        "aggregation.subset_size",
+        s,
+        f"such that C(N={n}, S) = {every} is at most {MOST_SCORED_SETS}",
+        "All sets are scored.",
+    )
+    require(
+        m >= 2,
+        "aggregation.traces",
+        m,
+        ">= 2",
+        "With one trace a subset every aggregation advantage is zero.",
+    )
 
 
 def _check_rounds(c: ConfigDict, estimator: Estimator) -> None:
@@ -179,10 +222,20 @@ def _check_rounds(c: ConfigDict, estimator: Estimator) -> None:
     if a.rounds == 1:
         return
     several = ", ".join(name for name, row in ESTIMATORS.items() if row.rounds)
-    require(estimator.rounds, "aggregation.rounds", a.rounds, f"1 for {c.loss.estimator}",
-            f"More are defined for {several}.")
+    require(
+        estimator.rounds,
+        "aggregation.rounds",
+        a.rounds,
+        f"1 for {c.loss.estimator}",
+        f"More are defined for {several}.",
+    )
     n = a.subsets * a.traces
     enough = a.subset_size < n and a.subsets <= math.comb(n, a.subset_size)
-    require(enough, "aggregation.rounds", a.rounds, f"1 at {n} traces a round",
-            f"A later round needs {a.subsets} distinct sets of {a.subset_size} of them, with some "
-            "trace outside.")
+    require(
+        enough,
+        "aggregation.rounds",
+        a.rounds,
+        f"1 at {n} traces a round",
+        f"A later round needs {a.subsets} distinct sets of {a.subset_size} of them, with some "
+        "trace outside.",
+    )

@@ -108,7 +108,9 @@ def _check_values(
     positive: tuple[str, ...],
 ) -> None:
     for field, allowed in choices.items():
-        require(_value(c, field) in allowed, field, _value(c, field), f"one of {', '.join(allowed)}")
+        require(
+            _value(c, field) in allowed, field, _value(c, field), f"one of {', '.join(allowed)}"
+        )
     for field, number in least.items():
         require(_value(c, field) >= number, field, _value(c, field), f">= {number}")
     for field in positive:

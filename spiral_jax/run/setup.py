@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -108,39 +108,57 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
-def set_up_training(c: ConfigDict) -> Setup:
-    """Checks `c` for `spiral_jax.train`, and builds everything that it names.
+class Checked(NamedTuple):
+    """The settings of a training run's rooms, all of them checked."""
+
+    training: Training
+    evaluation: EvaluationSettings
+
+
+def check_training(c: ConfigDict) -> Checked:
+    """Checks everything that training needs and that needs neither data nor devices.
 
     Raises:
       ConfigError: a field that cannot be, or fields that do not go together.
-      TaskError: the problems cannot be had.
     """
     check_shared(c)
     check_run(c)
     check_task(c.task, training=True, evaluated=c.eval.problems > 0)
     check_sampling(c)
+    objective, tries, stages = objective_settings(c.loss), dynamic_sampling(c), training_stages(c)
+    learner = learner_settings(c, stages.groups(tries.problems))
+    return Checked(Training(stages, tries, objective, learner), evaluation.for_training(c))
+
+
+def check_evaluation(c: ConfigDict) -> EvaluationSettings:
+    """The same for `spiral_jax.evaluate`, which reads no training data and updates nothing."""
+    check_shared(c)
+    check_task(c.task, training=False, evaluated=True)
+    check_sampling(c)
+    return evaluation.for_command(c)
+
+
+def set_up_training(c: ConfigDict) -> Setup:
+    """Builds everything that `c` names for `spiral_jax.train`.
+
+    Raises:
+      ConfigError: see `check_training`; or what the data, the checkpoint or the mesh do not allow.
+      TaskError: the problems cannot be had.
+    """
+    training, evaluated = check_training(c)
     check_installed(c.metrics.writers)
-    tries, stages = dynamic_sampling(c), training_stages(c)
-    training = Training(
-        stages=stages,
-        dynamic_sampling=tries,
-        objective=objective_settings(c.loss),
-        learner=learner_settings(c, stages.groups(tries.problems)),
-    )
-    setup = _set_up(c, evaluation.for_training(c), training)
+    setup = _set_up(c, evaluated, training)
     check_micro_batches(training.learner.shapes, setup.mesh)
     _check_trained_prompts(setup, training)
     return setup
 
 
 def set_up_evaluation(c: ConfigDict) -> Setup:
-    """The same for `spiral_jax.evaluate`, which reads no training data and updates nothing."""
-    check_shared(c)
-    check_task(c.task, training=False, evaluated=True)
-    check_sampling(c)
+    """The same for `spiral_jax.evaluate`."""
+    evaluated = check_evaluation(c)
     c = c.copy_and_resolve_references()
     c.task.train_path = ""  # else it would be read
-    return _set_up(c, evaluation.for_command(c), None)
+    return _set_up(c, evaluated, None)
 
 
 def _set_up(c: ConfigDict, evaluated: EvaluationSettings, training: Training | None) -> Setup:
@@ -259,10 +277,10 @@ def _require_room(field: str, widest: int, stage: Stage, longest: int) -> None:
         )
 
 
-def check_shapes(setup: Setup, training: Training) -> None:
+def check_shapes(setup: Setup) -> None:
     """Traces the whole train step on shapes alone: what it would reject, it rejects here."""
     setup.start.check()
-    learner, model = training.learner, setup.model
+    learner, model = setup.training.learner, setup.model
     base = hf.abstract_params(model) if keeps_base(learner, model) else None
     state = abstract_state(learner, model, setup.mesh)
     with jax.set_mesh(setup.mesh):

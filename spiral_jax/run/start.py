@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spiral_jax.core.config import ConfigError, from_plain
-from spiral_jax.core.mesh import shapes_with_shardings, weight_shardings
+from spiral_jax.core.mesh import weight_shardings, with_shardings
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, check_adapter, load_adapter
 from spiral_jax.model.transformer import ModelConfig
@@ -37,7 +37,7 @@ class Trained:
         Raises:
           CheckpointError: damaged, or arrays of other shapes.
         """
-        target = shapes_with_shardings(shapes, weight_shardings(shapes, mesh))
+        target = with_shardings(shapes, weight_shardings(shapes, mesh))
         with Checkpoints(self.workdir / "checkpoints", keep=None) as checkpoints:
             return checkpoints.restore_part({"trained": target}, self.step)["trained"]
 

@@ -1,6 +1,6 @@
 """What a person reads of a rollout: the trace log, and the examples that the first step prints.
 
-    WORKDIR/traces/step_000123.jsonl.gz    one JSON object a trace
+WORKDIR/traces/step_000123.jsonl.gz    one JSON object a trace
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ class TraceLog:
         with (
             written(path),
             replacing(path) as file,
-            gzip.GzipFile(
-                filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0
-            ) as packed,
+            gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0) as packed,
         ):
             for row in rows:
                 packed.write(json_line(row))
@@ -169,9 +167,7 @@ class TraceRows:
                 "order": listed,
             }
 
-    def _of_group(
-        self, shared: dict[str, Any], groups: Groups, u: int
-    ) -> Iterator[dict[str, Any]]:
+    def _of_group(self, shared: dict[str, Any], groups: Groups, u: int) -> Iterator[dict[str, Any]]:
         for i in range(groups.trace_len_UxC.shape[1]):
             ids, length = groups.trace_ids(u, i), int(groups.trace_len_UxC[u, i])
             reward, verdict = float(groups.reward_UxC[u, i]), groups.verdict_UxC[u, i]

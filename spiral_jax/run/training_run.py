@@ -18,10 +18,11 @@ from spiral_jax.evaluation.wave import Evaluator
 from spiral_jax.learner.state import TrainState, abstract_state, init_state
 from spiral_jax.rollout.actor import Actor
 from spiral_jax.rollout.collect import Batch
-from spiral_jax.run.checkpoint import CheckpointError, Checkpoints, Retention, Saver
+from spiral_jax.run.checkpoint import CheckpointError, Checkpoints, Saver
 from spiral_jax.run.guards import NumericsGuard, check_mismatch, watched
 from spiral_jax.run.log import RunLog
 from spiral_jax.run.preemption import Preemption
+from spiral_jax.run.retention import Retention
 from spiral_jax.run.setup import Setup
 from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
 from spiral_jax.run.trace_log import TraceRows

@@ -18,7 +18,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -30,8 +32,7 @@ class Prompts:
 
 @struct.dataclass
 class Prefilled:
-    """Prompts that are computed: any number of groups, or pieces of one, may enter from each of
-    them.
+    """Computed prompts: any number of groups, or pieces of one, may enter from each of them.
 
     Attributes:
       prompt_len_ZxW: int32.
@@ -44,6 +45,13 @@ class Prefilled:
     prompt: tuple[Cache, ...]
 
 
+class _Progress(NamedTuple):
+    """What the loop over chunks carries: caches so far, and the last token's activations."""
+
+    caches: tuple[Cache, ...]
+    last_UxD: jax.Array
+
+
 def prefill(
     config: ModelConfig, cache_dtype: jnp.dtype, chunk: int, weights: DecodeWeights, new: Prompts
 ) -> Prefilled:
@@ -53,59 +61,45 @@ def prefill(
       chunk: prompt tokens whose activations exist at once; divides P.
     """
     Z, W, P = new.prompt_ZxWxP.shape
-    prompt_UxP, prompt_len_U = new.prompt_ZxWxP.reshape(Z * W, P), new.prompt_len_ZxW.reshape(Z * W)
-    caches, logits_UxV = _run_chunks(
-        config,
-        cache_dtype,
-        chunk,
-        weights,
-        constrain_groups(prompt_UxP),
-        constrain_groups(prompt_len_U),
-    )
-    caches, logits_ZxWxV = jax.tree.map(
-        lambda a: a.reshape(Z, W, *a.shape[1:]), (caches, logits_UxV)
-    )
-    return Prefilled(new.prompt_len_ZxW, logits_ZxWxV, caches)
-
-
-def _run_chunks(
-    config: ModelConfig,
-    cache_dtype: jnp.dtype,
-    chunk: int,
-    weights: DecodeWeights,
-    prompt_UxP: jax.Array,
-    prompt_len_U: jax.Array,
-) -> tuple[tuple[Cache, ...], jax.Array]:
-    """A cache [U, J, ...] of P tokens for each layer, and float32 logits [U, V] behind each
-    prompt's last token.
-    """
-    (U, P), arch = prompt_UxP.shape, config.arch
+    U, arch = Z * W, config.arch
+    prompt_UxP = constrain_groups(new.prompt_ZxWxP.reshape(U, P))
+    prompt_len_U = constrain_groups(new.prompt_len_ZxW.reshape(U))
     block = DecoderLayer(config)
 
-    def run(
-        i: jax.Array, carry: tuple[tuple[Cache, ...], jax.Array]
-    ) -> tuple[tuple[Cache, ...], jax.Array]:
-        (caches, last_UxD), start = carry, i * chunk
-        ids = jax.lax.dynamic_slice_in_dim(prompt_UxP, start, chunk, axis=1)
-        position = jnp.broadcast_to(start + jnp.arange(chunk), (U, chunk))
-        x, written = constrain_groups(weights.embed[ids]), []
-        for layer, cache in zip(weights.layers, caches, strict=True):
-            q, k, v = block.apply(layer, x, position, method="project")
+    def run_chunk(i: jax.Array, before: _Progress) -> _Progress:
+        start = i * chunk
+        ids_UxT = jax.lax.dynamic_slice_in_dim(prompt_UxP, start, chunk, axis=1)
+        position_UxT = jnp.broadcast_to(start + jnp.arange(chunk), (U, chunk))
+
+        x_UxTxD, caches = constrain_groups(weights.embed[ids_UxT]), []
+        for layer, cache in zip(weights.layers, before.caches, strict=True):
+            q, k, v = block.apply(layer, x_UxTxD, position_UxT, method="project")
             cache = write_entries(cache, cache_entries(k, v, cache_dtype), start)
-            out = prefix_attention(q, cache, start)
-            x = block.apply(layer, x, out, method="finish")
-            written.append(cache)
+            attended = prefix_attention(q, cache, start)
+            x_UxTxD = block.apply(layer, x_UxTxD, attended, method="finish")
+            caches.append(cache)
+
         at_U = prompt_len_U - 1 - start
-        here = jnp.take_along_axis(x, jnp.clip(at_U, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
-        return tuple(written), jnp.where(((at_U >= 0) & (at_U < chunk))[:, None], here, last_UxD)
+        is_here_U = (at_U >= 0) & (at_U < chunk)
+        nearest_Ux1x1 = jnp.clip(at_U, 0, chunk - 1)[:, None, None]
+        here_UxD = jnp.take_along_axis(x_UxTxD, nearest_Ux1x1, axis=1)[:, 0]
+        last_UxD = jnp.where(is_here_U[:, None], here_UxD, before.last_UxD)
+        return _Progress(tuple(caches), last_UxD)
 
     with jax.named_scope(PREFILL_SCOPE):
         empty = tuple(empty_cache((U, arch.J), arch.E, P, cache_dtype) for _ in range(arch.L))
-        empty = jax.tree.map(constrain_groups, empty)
-        last = constrain_groups(jnp.zeros((U, arch.D), config.compute_dtype))
+        nothing = jnp.zeros((U, arch.D), config.compute_dtype)
+        start = jax.tree.map(constrain_groups, _Progress(empty, nothing))
         chunks = (jnp.max(prompt_len_U) + chunk - 1) // chunk
-        caches, last_UxD = jax.lax.fori_loop(0, chunks, run, (empty, last))
-        last_UxD = rms_norm(last_UxD, weights.final_norm, arch.norm_eps)
-        return caches, jnp.einsum(
+        end = jax.lax.fori_loop(0, chunks, run_chunk, start)
+
+        last_UxD = rms_norm(end.last_UxD, weights.final_norm, arch.norm_eps)
+        logits_UxV = jnp.einsum(
             "ud,dv->uv", last_UxD, weights.head, preferred_element_type=jnp.float32
         )
+
+    def by_shard(a_Ux: jax.Array) -> jax.Array:
+        return a_Ux.reshape(Z, W, *a_Ux.shape[1:])
+
+    caches = jax.tree.map(by_shard, end.caches)
+    return Prefilled(new.prompt_len_ZxW, by_shard(logits_UxV), caches)

@@ -1,18 +1,27 @@
-"""Who sits where: the host's picture of the slots. NumPy and integers only; every choice is a
-function of token counts.
+"""Who sits where: the host's picture of the slots. NumPy and integers only.
 
 A `Job` is a requested group; it is cut into pieces as wide as its entry class, and each `Piece`
-sits in one slot. All pieces of a job enter a class from one prefill of its prompt.
+sits in one slot. All pieces of a job enter a class from one prefill of its prompt. Every choice is
+a function of token counts.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
 from spiral_jax.core.groups import GroupRequests, Groups, Stop
-from spiral_jax.sampling.slots import SlotClass
+from spiral_jax.sampling.settings import SlotClass
+
+
+class Place(NamedTuple):
+    """A slot: the index of its class, its shard, and its number within the shard."""
+
+    slot_class: int
+    shard: int
+    slot: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,7 +59,8 @@ class Job:
     def append(self, trace: int, token_n: np.ndarray, logprob_n: np.ndarray) -> None:
         """Adds drawn tokens to a trace."""
         start, end = self.length_C[trace], self.length_C[trace] + len(token_n)
-        self.trace_CxG[trace, start:end], self.logprob_CxG[trace, start:end] = token_n, logprob_n
+        self.trace_CxG[trace, start:end] = token_n
+        self.logprob_CxG[trace, start:end] = logprob_n
         self.length_C[trace] = end
         if len(token_n) and token_n[-1] in self.stop_ids:
             self.stop_C[trace] = Stop.STOP
@@ -60,22 +70,29 @@ class Job:
 
     def group(self) -> Groups:
         """The completed group (U = 1)."""
-        arrays = (self.trace_CxG, self.length_C, self.logprob_CxG, self.stop_C)
-        return Groups(self.request, *(array[None] for array in arrays))
+        return Groups(
+            self.request,
+            trace_UxCxG=self.trace_CxG[None],
+            trace_len_UxC=self.length_C[None],
+            logprob_UxCxG=self.logprob_CxG[None],
+            stop_UxC=self.stop_C[None],
+        )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Piece:
     """Some traces of a job, which sit in one slot.
 
     Attributes:
       traces: index of the job's trace in each row of the slot; -1 where a row holds none.
-      place: (class, shard, slot within the shard); None while it waits.
+      entries: classes that it may enter, in the order in which they are tried.
+      place: None while it waits.
     """
 
     job: Job
     traces: list[int]
-    place: tuple[int, int, int] | None = None
+    entries: list[int]
+    place: Place | None = None
 
     @property
     def running(self) -> list[int]:
@@ -87,6 +104,20 @@ class Piece:
         """Tokens that the longest of its traces has."""
         return max(int(self.job.length_C[trace]) for trace in self.traces if trace >= 0)
 
+    def sit(self, place: Place, rows: list[int], width: int) -> None:
+        """Takes a place with C = `width`; the traces of `rows` become those of its first rows."""
+        taken_along = [self.traces[row] for row in rows]
+        self.place = place
+        self.traces = taken_along + [-1] * (width - len(rows))
+
+    def append(self, token_NxC: np.ndarray, logprob_NxC: np.ndarray) -> None:
+        """Adds what its slot's rows have drawn in N steps: -1 from where on a row drew nothing."""
+        drawn_C = (token_NxC >= 0).sum(axis=0)
+        for row, trace in enumerate(self.traces):
+            if trace >= 0 and drawn_C[row]:
+                n = drawn_C[row]
+                self.job.append(trace, token_NxC[:n, row], logprob_NxC[:n, row])
+
 
 class Seats:
     """The free slots of all classes, by shard."""
@@ -97,25 +128,30 @@ class Seats:
             [list(range(slots.slots // shards)) for _ in range(shards)] for slots in classes
         ]
 
-    def take(self, i: int, shard: int | None = None) -> tuple[int, int, int] | None:
-        """The lowest free slot of class i, on the shard with the most free ones unless one is
-        named; None if full.
+    def take(self, i: int, shard: int | None = None) -> Place | None:
+        """The lowest free slot of class i; None if there is none.
+
+        Args:
+          shard: where; None: on the shard with the most free slots.
         """
         free = self._free[i]
         if shard is None:
             shard = max(range(len(free)), key=lambda z: (len(free[z]), -z))
-        return (i, shard, free[shard].pop(0)) if free[shard] else None
+        return Place(i, shard, free[shard].pop(0)) if free[shard] else None
 
-    def give_back(self, place: tuple[int, int, int]) -> None:
-        i, shard, slot = place
-        self._free[i][shard] = sorted([*self._free[i][shard], slot])
+    def give_back(self, place: Place) -> None:
+        free = self._free[place.slot_class][place.shard]
+        free.append(place.slot)
+        free.sort()
 
     def has_free(self, i: int) -> bool:
         return any(self._free[i])
 
     def better_class(self, piece: Piece, targets: list[int]) -> int | None:
-        """Where a piece should move: the narrowest class with room for its running traces, then the
-        shortest.
+        """Where a piece should move: the narrowest class with room for its running traces.
+
+        Of equally narrow ones the shortest. A piece whose slot is full may also move without
+        becoming narrower, to a longer slot.
 
         Args:
           targets: classes that its own may move to.
@@ -123,25 +159,30 @@ class Seats:
         Returns:
           None if it does best where it is, or no such slot is free on its shard.
         """
-        i, shard, _ = piece.place
-        here, running, step = self._classes[i], len(piece.running), piece.step
-        full = step >= here.G
-        fit = [
+        here, shard = self._classes[piece.place.slot_class], piece.place.shard
+        running, step = len(piece.running), piece.step
+        is_full = step >= here.G
+
+        def helps(there: SlotClass) -> bool:
+            return there.G > step if is_full else there.C < here.C
+
+        def narrowest_then_shortest(j: int) -> tuple[int, int]:
+            return self._classes[j].C, self._classes[j].G
+
+        better = [
             j
             for j in targets
-            if self._free[j][shard]
-            and running <= self._classes[j].C
-            and (step if full else 0) < self._classes[j].G
-            and (full or self._classes[j].C < here.C)
+            if self._free[j][shard] and running <= self._classes[j].C and helps(self._classes[j])
         ]
-        return min(fit, key=lambda j: (self._classes[j].C, self._classes[j].G), default=None)
+        return min(better, key=narrowest_then_shortest, default=None)
 
 
-def cut(job: Job, width: int) -> list[Piece]:
-    """The job's traces as pieces of at most `width`."""
+def cut(job: Job, width: int, entries: list[int]) -> list[Piece]:
+    """The job's traces as pieces of at most `width`, which may enter the classes `entries`."""
     traces = range(job.request.traces)
     pieces = [
-        Piece(job, list(traces[start : start + width])) for start in range(0, len(traces), width)
+        Piece(job, list(traces[start : start + width]), entries)
+        for start in range(0, len(traces), width)
     ]
     job.pieces = len(pieces)
     return pieces
@@ -150,13 +191,11 @@ def cut(job: Job, width: int) -> list[Piece]:
 def plan_prefills(
     pieces: list[Piece], waiting: set[Job], shards: int, W: int
 ) -> list[list[list[Job]]]:
-    """Which prompts are prefilled together, so that seated pieces of one class can enter: first
-    fit, in their order.
+    """Which prompts are prefilled together, so that seated pieces of one class can enter.
 
-    A job's prompt is computed on each shard on which its pieces sit, and on every shard if some of
-    its pieces still
-    wait, since they may be seated anywhere: in one call, whose rows on other shards would mostly be
-    padding.
+    First fit, in the order of the pieces. A job's prompt is computed on each shard on which its
+    pieces sit, and on every shard if some of its pieces still wait, since they may be seated
+    anywhere: in one call, whose rows on other shards would mostly be padding.
 
     Args:
       waiting: jobs with pieces that will enter the class later.
@@ -167,13 +206,15 @@ def plan_prefills(
     """
     shards_of: dict[Job, set[int]] = {}
     for piece in pieces:
-        sits_on = range(shards) if piece.job in waiting else [piece.place[1]]
-        shards_of.setdefault(piece.job, set()).update(sits_on)
+        needed = range(shards) if piece.job in waiting else [piece.place.shard]
+        shards_of.setdefault(piece.job, set()).update(needed)
+
     calls: list[list[list[Job]]] = []
     for job, needed in shards_of.items():
         call = next((call for call in calls if all(len(call[z]) < W for z in needed)), None)
         if call is None:
-            calls.append(call := [[] for _ in range(shards)])
+            call = [[] for _ in range(shards)]
+            calls.append(call)
         for z in needed:
             call[z].append(job)
     return calls

@@ -20,15 +20,16 @@ from spiral_jax.model.transformer import (
 
 @struct.dataclass
 class DecodeWeights:
-    """Replicated over groups and cut along `tensor` only, in the compute dtype; adapters stay apart
-    from the base.
+    """Weights in the compute dtype, replicated over groups and cut along `tensor` only.
+
+    Adapters stay apart from the base.
 
     Attributes:
       embed: [V, D].
       head: [D, V]; a transposed copy where they are tied, so that no step transposes it.
       final_norm: [D].
       layers: L trees of variables; stacked weights, sliced inside the decode loop, would be copied
-      whole.
+        whole.
     """
 
     embed: jax.Array
@@ -48,9 +49,8 @@ def lay_out(variables: dict[str, Any], config: ModelConfig, mesh: Mesh) -> Decod
         final_norm=params["final_norm"],
         layers=unstack_layers(variables, config.arch.L),
     )
-    return jax.lax.with_sharding_constraint(
-        weights, meshes.weight_shardings(weights, mesh, decode=True)
-    )
+    place = meshes.weight_shardings(weights, mesh, decode=True)
+    return jax.lax.with_sharding_constraint(weights, place)
 
 
 def abstract_weights(config: ModelConfig, mesh: Mesh) -> DecodeWeights:

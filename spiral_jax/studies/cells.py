@@ -1,21 +1,43 @@
-"""Evaluations of one arm over seeds -> estimates whose intervals are over seeds and problems."""
+"""Evaluations of one arm over seeds -> estimates whose intervals are over seeds and problems.
+
+Letters: Z seeds, B problems, R resamples, Q entries of a measure's curve.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from spiral_jax.evaluation.measures import STRATEGIES, Column
 from spiral_jax.evaluation.statistics import bootstrap_weights
 
-_COLUMNS = {
-    "single": ("single", 0), "aggregated": ("aggregated", 0),
-    "pass": ("pass_at_k", -1), "maj": ("majority_at_k", -1), "rsa": ("rsa/single", 0),
-    **{name: (name, 0) for name in STRATEGIES},
-}  # fmt: skip
+
+class Place(NamedTuple):
+    """Where a measure stands: a column of `measures.columns`, and the entry in its curve."""
+
+    column: str
+    q: int
+
+
+# kind of measure: its column, and the entry of number 0, that is of "pass@0" or "rsa@0"
+_PLACES = {
+    "single": Place("single", 0),
+    "aggregated": Place("aggregated", 0),
+    "pass": Place("pass_at_k", -1),
+    "maj": Place("majority_at_k", -1),
+    "rsa": Place("rsa/single", 0),
+    **{name: Place(name, 0) for name in STRATEGIES},
+}
+
+
+def place_of(measure: str) -> Place:
+    """Where a measure stands, such as "aggregated" or "pass@32"."""
+    kind, _, number = measure.partition("@")
+    column, first = _PLACES[kind]
+    return Place(column, first + int(number or 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,38 +47,44 @@ class Cells:
     seeds: list[int]
     columns: list[dict[str, Column]]
 
-    def curve(self, name: str, seeds: Sequence[int], weight_RxB: np.ndarray) -> np.ndarray:
-        """[1 + R, Q]: the measure over those seeds, of all problems and then of every resample."""
-        chosen = [self.columns[self.seeds.index(seed)][name] for seed in seeds]
-        total_ZxBxQ, count_ZxBxQ = (
-            np.stack([column[part] for column in chosen]) for part in (0, 1)
-        )
-        Z, B = total_ZxBxQ.shape[:2]
-        seed_RxZ = np.concatenate([np.ones((1, Z)), bootstrap_weights(1, Z, len(weight_RxB))])
-        problem_RxB = np.concatenate([np.ones((1, B)), weight_RxB])
-        sums = [np.einsum("rz,rb,zbq->rq", seed_RxZ, problem_RxB, part, optimize=True) for part in
-                (total_ZxBxQ, count_ZxBxQ)]  # fmt: skip
+    def curve(self, column: str, seeds: Sequence[int], weight_RxB: np.ndarray) -> np.ndarray:
+        """[1 + R, Q]: a column over those seeds, of all problems and then of every resample."""
+        chosen = [self.columns[self.seeds.index(seed)][column] for seed in seeds]
+        seed_RxZ = with_all(bootstrap_weights(1, len(seeds), len(weight_RxB)))
+        problem_RxB = with_all(weight_RxB)
+        total_RxQ = _weighted_sum(seed_RxZ, problem_RxB, [of.total_BxQ for of in chosen])
+        count_RxQ = _weighted_sum(seed_RxZ, problem_RxB, [of.count_BxQ for of in chosen])
         with np.errstate(invalid="ignore", divide="ignore"):
-            return sums[0] / sums[1]
+            return total_RxQ / count_RxQ
 
     def measure(self, name: str, seeds: Sequence[int], weight_RxB: np.ndarray) -> np.ndarray:
-        """[1 + R] of a measure as `plan.defaults` names it."""
-        column, q = column_of(name)
+        """[1 + R] of a measure as `design.defaults` names it."""
+        column, q = place_of(name)
         return self.curve(column, seeds, weight_RxB)[:, q]
 
+    def estimate(self, name: str, weight_RxB: np.ndarray) -> dict[str, Any]:
+        """A measure over all seeds that are there."""
+        return estimate(self.measure(name, self.seeds, weight_RxB), len(self.seeds))
 
-def column_of(measure: str) -> tuple[str, int]:
-    """(name of a column of `measures.columns`, index in it) of a measure such as "pass@32"."""
-    kind, _, number = measure.partition("@")
-    name, offset = _COLUMNS[kind]
-    return name, int(number or 0) + offset if number else offset
+
+def with_all(weight_RxB: np.ndarray) -> np.ndarray:
+    """[1 + R, B]: the resamples' weights behind those of everything once."""
+    return np.concatenate([np.ones((1, weight_RxB.shape[1])), weight_RxB])
+
+
+def _weighted_sum(
+    seed_RxZ: np.ndarray, problem_RxB: np.ndarray, part_of_seeds: Sequence[np.ndarray]
+) -> np.ndarray:
+    """[R, Q]: the sum over seeds and problems, each weighted; `part_of_seeds`: [B, Q] of each."""
+    part_ZxBxQ = np.stack(part_of_seeds)
+    return np.einsum("rz,rb,zbq->rq", seed_RxZ, problem_RxB, part_ZxBxQ, optimize=True)
 
 
 def value_of(columns: Mapping[str, Column], measure: str) -> float | None:
     """A measure of one evaluation; None if no set or trace is of its kind."""
-    column, q = column_of(measure)
-    total, count = columns[column]
-    return float(total[:, q].sum() / count[:, q].sum()) if count[:, q].any() else None
+    column, q = place_of(measure)
+    total_B, count_B = columns[column].total_BxQ[:, q], columns[column].count_BxQ[:, q]
+    return float(total_B.sum() / count_B.sum()) if count_B.any() else None
 
 
 def estimate(value_R: np.ndarray, seeds: int) -> dict[str, Any]:
@@ -68,13 +96,14 @@ def estimate(value_R: np.ndarray, seeds: int) -> dict[str, Any]:
 
 
 def gap(
-    done: Mapping[str, Cells], arm: str, other: str, measure: str, weight_RxB: np.ndarray
+    cells: Mapping[str, Cells], arm: str, other: str, measure: str, weight_RxB: np.ndarray
 ) -> dict[str, Any] | None:
     """arm - other over the seeds that both have; None if there are none."""
-    if arm not in done or other not in done:
+    if arm not in cells or other not in cells:
         return None
-    seeds = [seed for seed in done[arm].seeds if seed in done[other].seeds]
+    seeds = [seed for seed in cells[arm].seeds if seed in cells[other].seeds]
     if not seeds:
         return None
-    a, b = (done[side].measure(measure, seeds, weight_RxB) for side in (arm, other))
-    return estimate(a - b, len(seeds))
+    arm_R = cells[arm].measure(measure, seeds, weight_RxB)
+    other_R = cells[other].measure(measure, seeds, weight_RxB)
+    return estimate(arm_R - other_R, len(seeds))

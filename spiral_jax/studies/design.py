@@ -1,11 +1,10 @@
-"""A study's configuration: which arms, which seeds, what is measured and what is claimed, all
-stated before the runs.
+"""What a study runs, measures and claims, all stated before the runs.
 
 A study is a file of configs/ whose `get_config` takes a name:
 
     get_config("")              the study itself: `defaults()` with what differs
-    get_config("paragator")     the experiment of that arm, an ordinary configuration of `python -m spiral_jax.train`
-    get_config("evaluation")    how every arm is evaluated, an ordinary one of `python -m spiral_jax.evaluate`
+    get_config("paragator")     that arm: a configuration of `python -m spiral_jax.train`
+    get_config("evaluation")    how all arms are evaluated: one of `python -m spiral_jax.evaluate`
 
 so that any run of it can be repeated by hand with --config=configs/study_x.py:paragator. The arm
 `base` is the model before any training. For sweeps it has a `propose(trial)` that names further
@@ -21,23 +20,24 @@ import pathlib
 import re
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from spiral_jax.core.config import ConfigError, to_plain, uses_aggregation
-from spiral_jax.core.config_checks import validate, validate_evaluation
+from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.evaluation.measures import STRATEGIES
+from spiral_jax.evaluation.settings import for_command
+from spiral_jax.objective.estimators import ESTIMATORS
+from spiral_jax.run.setup import check_evaluation, check_training
 
-BASE, EVALUATION, OPTIMUM, EFFICIENCY, ENTROPY = (
-    "base",
-    "evaluation",
-    "optimum",
-    "efficiency",
-    "entropy",
-)
+# names that are no arms of a file: the untrained model, and sides and kinds of claims
+BASE = "base"
+EVALUATION = "evaluation"
+OPTIMUM = "optimum"
+EFFICIENCY = "efficiency"
+ENTROPY = "entropy"
+
 SWEEP_SEED = 0  # of the runs of a sweep
-_MAY_CHANGE = ("title", "question", "notes", "arms", "cross")
 _MEASURE = re.compile(rf"(single|aggregated|{'|'.join(STRATEGIES)}|(pass|maj|rsa)@[1-9][0-9]*)")
 
 
@@ -68,81 +68,168 @@ def defaults() -> ConfigDict:
     return s.lock()
 
 
+class Claim(NamedTuple):
+    """What is claimed of an arm; see `defaults`."""
+
+    measure: str
+    arm: str
+    other: str
+    difference: float
+
+
+class Pair(NamedTuple):
+    """An evaluation in which one arm aggregates what another has searched."""
+
+    searcher: str
+    reader: str
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The training of one arm.
+
+    Attributes:
+      plain: its configuration, as plain JSON types.
+      aggregates: whether it has aggregation traces.
+    """
+
+    plain: dict[str, Any]
+    aggregates: bool
+
+    def has_ended(self, step: int, sampled_tokens: float) -> bool:
+        """Whether nothing is left to train: all steps are done, or the tokens are spent."""
+        train = self.plain["train"]
+        return step >= train["steps"] or 0 < train["max_sampled_tokens"] <= sampled_tokens
+
+    def budget(self) -> dict[str, Any]:
+        """What it may spend: traces, sets, limits, and its ceiling of output tokens a problem."""
+        search, aggregation = self.plain["search"], self.plain["aggregation"]
+        row = {
+            "estimator": self.plain["loss"]["estimator"],
+            "N": search["traces"],
+            "L search": search["max_tokens"],
+        }
+        rollouts, ceiling = search["traces"], search["traces"] * search["max_tokens"]
+        if self.aggregates:
+            row |= {
+                "S": aggregation["subset_size"],
+                "K": aggregation["subsets"],
+                "M": aggregation["traces"],
+                "R": aggregation["rounds"],
+                "L aggregation": aggregation["max_tokens"],
+            }
+            aggregations = row["K"] * row["M"] * row["R"]
+            rollouts += aggregations
+            ceiling += aggregations * row["L aggregation"]
+        return row | {
+            "rollouts": rollouts,
+            "ceiling": ceiling,
+            "problems a step": self.plain["batch"]["problems"],
+            "steps": self.plain["train"]["steps"],
+            "token budget": self.plain["train"]["max_sampled_tokens"],
+            "lr": self.plain["optimizer"]["lr"],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyEvaluation:
+    """How every arm is evaluated; `plain` is config.eval, as plain JSON types."""
+
+    plain: dict[str, Any]
+    n: int
+    rounds: int
+    subset_size: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Study:
     """A study and the experiments that its file describes.
 
     Attributes:
       file: of configs/.
-      s: `defaults()` with what differs.
-      experiments: arm -> configuration, without `base`.
-      evaluation: configuration of all evaluations.
-      module: the file's; its `get_config` knows arms that are not listed too, its `propose` names
-      some.
+      title, question, notes, measures, baseline, strategies, cross: see `defaults`.
+      listed: (arm, seeds) of the file.
       proposed: arms of a sweep, beside those of the file.
+      experiments: by arm, without `base`.
+      module: the file's; its `get_config` knows arms that are not listed too, its `propose` names
+        some.
     """
 
     file: pathlib.Path
-    s: ConfigDict
-    experiments: dict[str, ConfigDict]
-    evaluation: ConfigDict
+    title: str
+    question: str
+    notes: str
+    listed: tuple[tuple[str, tuple[int, ...]], ...]
+    measures: tuple[str, ...]
+    baseline: str
+    strategies: int
+    cross: tuple[str, ...]
+    claims: tuple[Claim, ...]
+    evaluation: StudyEvaluation
     module: ModuleType
+    experiments: dict[str, Experiment] = dataclasses.field(default_factory=dict)
     proposed: tuple[str, ...] = ()
 
     @property
     def arms(self) -> dict[str, list[int]]:
         """Arm -> its seeds."""
-        return {arm: list(seeds) for arm, seeds in self.s.arms} | {
-            arm: [SWEEP_SEED] for arm in self.proposed
-        }
-
-    def with_proposed(self, arms: Iterable[str]) -> Study:
-        """The study with these arms of a sweep, as far as the file does not list them; checked."""
-        added = tuple(arm for arm in dict.fromkeys(arms) if arm not in dict(self.s.arms))
-        experiments = self.experiments | {arm: self.module.get_config(arm) for arm in added}
-        study = dataclasses.replace(self, proposed=added, experiments=experiments)
-        _check(study)
-        return study
+        arms = {arm: list(seeds) for arm, seeds in self.listed}
+        return arms | {arm: [SWEEP_SEED] for arm in self.proposed}
 
     @property
     def seeds(self) -> list[int]:
         """Of any arm, in order."""
-        return sorted({seed for of_arm in self.arms.values() for seed in of_arm})
+        return sorted({seed for seeds in self.arms.values() for seed in seeds})
 
     @property
     def runs(self) -> list[tuple[str, int]]:
         """(arm, seed) of all runs, seed by seed: a study that is stopped early has every arm."""
-        return [
-            (arm, seed)
-            for seed in self.seeds
-            for arm, of_arm in self.arms.items()
-            if seed in of_arm
-        ]
+        return [(arm, seed) for seed in self.seeds for arm in self.arms if seed in self.arms[arm]]
 
     @property
-    def pairs(self) -> list[tuple[tuple[str, str], int]]:
-        """((searcher, reader), seed) of all evaluations that pair two arms of `cross`, seed by
-        seed.
-        """
-        pairs = list(itertools.permutations(self.s.cross, 2))
-        return sorted(
-            [
-                (pair, seed)
-                for pair in pairs
-                for seed in self.arms[pair[0]]
-                if seed in self.arms[pair[1]]
-            ],
-            key=lambda item: item[1],
-        )
+    def pairs(self) -> list[Pair]:
+        """All evaluations that pair two arms of `cross`, seed by seed."""
+        arms = self.arms
+        pairs = []
+        for seed in self.seeds:
+            for searcher, reader in itertools.permutations(self.cross, 2):
+                if seed in arms[searcher] and seed in arms[reader]:
+                    pairs.append(Pair(searcher, reader, seed))
+        return pairs
+
+    def with_proposed(self, arms: Iterable[str]) -> Study:
+        """The study with these arms of a sweep, as far as the file does not list them; checked."""
+        listed = dict(self.listed)
+        added = tuple(arm for arm in dict.fromkeys(arms) if arm not in listed)
+        study = dataclasses.replace(self, proposed=added)
+        _check(study)
+        return study._with_experiments(added)
 
     def plain(self) -> dict[str, Any]:
-        """What the study's directory holds it to, as plain JSON types: what is measured and
-        claimed.
+        """What the study's directory holds it to: what is measured and claimed.
 
         Arms and seeds may be added later; runs and evaluations are held to their configurations one
         by one.
         """
-        return {name: value for name, value in to_plain(self.s).items() if name not in _MAY_CHANGE}
+        return {
+            "baseline": self.baseline,
+            "claims": [list(claim) for claim in self.claims],
+            "measures": list(self.measures),
+            "strategies": self.strategies,
+        }
+
+    def _with_experiments(self, arms: Iterable[str]) -> Study:
+        """The study with the checked experiments of these arms too."""
+        experiments = dict(self.experiments)
+        for arm in arms:
+            c = self.module.get_config(arm)
+            try:
+                check_training(c)
+            except ConfigError as error:
+                raise ConfigError(f"{self.file}, arm {arm}: {error}") from error
+            experiments[arm] = Experiment(to_plain(c), ESTIMATORS[c.loss.estimator].aggregates)
+        return dataclasses.replace(self, experiments=experiments)
 
 
 def load_study(path: str) -> Study:
@@ -162,100 +249,97 @@ def load_study(path: str) -> Study:
     s = module.get_config("")
     if not isinstance(s, ConfigDict) or set(s) != set(defaults()):
         raise ConfigError(
-            f"--config={path}: get_config('') must return plan.defaults() with what differs."
+            f"--config={path}: get_config('') must return design.defaults() with what differs."
         )
-    experiments = {arm: module.get_config(arm) for arm, _ in s.arms if arm != BASE}
-    study = Study(file, s, experiments, module.get_config(EVALUATION), module)
+    study = Study(
+        file=file,
+        title=s.title,
+        question=s.question,
+        notes=s.notes,
+        listed=tuple((arm, tuple(seeds)) for arm, seeds in s.arms),
+        measures=tuple(s.measures),
+        baseline=s.baseline,
+        strategies=s.strategies,
+        cross=tuple(s.cross),
+        claims=tuple(Claim(*claim) for claim in s.claims),
+        evaluation=_read_evaluation(file, module.get_config(EVALUATION)),
+        module=module,
+    )
     _check(study)
-    return study
+    return study._with_experiments(arm for arm in study.arms if arm != BASE)
+
+
+def _read_evaluation(file: pathlib.Path, c: ConfigDict) -> StudyEvaluation:
+    try:
+        check_evaluation(c)
+        settings = for_command(c)
+    except ConfigError as error:
+        raise ConfigError(f"{file}, evaluation: {error}") from error
+    plain = to_plain(c.eval)
+    return StudyEvaluation(plain, settings.n, settings.rounds, settings.subset_size)
 
 
 def _check(study: Study) -> None:
-    s, arms = study.s, study.arms
+    """Checks all but the experiments. Raises ConfigError."""
+    arms = study.arms
     for arm, seeds in arms.items():
-        ok = (
-            bool(seeds)
-            and all(type(seed) is int and seed >= 0 for seed in seeds)
-            and len(set(seeds)) == len(seeds)
-        )
-        if not ok or arm in (EVALUATION, OPTIMUM, "") or "+" in arm:
-            raise ConfigError(
-                f'arms.{arm} = {seeds!r}: must be different seeds >= 0, and the arm no reserved name and without "+".'
-            )
-    if len(arms) != len(s.arms) + len(study.proposed) or s.baseline not in arms:
+        _check_arm(arm, seeds)
+    if len(arms) != len(study.listed) + len(study.proposed) or study.baseline not in arms:
+        listed = [arm for arm, _ in study.listed]
         raise ConfigError(
-            f"baseline = {s.baseline!r}: must be one of the arms {[arm for arm, _ in s.arms]}, each once."
+            f"baseline = {study.baseline!r}: must be one of the arms {listed}, each once."
         )
-    for measure in s.measures:
+    for measure in study.measures:
         _check_measure(study, measure)
-    if not set(s.cross) <= set(arms) or len(set(s.cross)) != len(s.cross):
+    if not set(study.cross) <= set(arms) or len(set(study.cross)) != len(study.cross):
         raise ConfigError(
-            f"cross = {tuple(s.cross)!r}: must be of the arms {', '.join(arms)}, each at most once."
+            f"cross = {study.cross!r}: must be of the arms {', '.join(arms)}, each at most once."
         )
-    if s.strategies < 0 or s.strategies == 1 or (s.strategies and BASE not in arms):
+    if study.strategies and (study.strategies < 2 or BASE not in arms):
         raise ConfigError(
-            f"strategies = {s.strategies!r}: must be 0 or at least 2, and 0 without the arm {BASE}."
+            f"strategies = {study.strategies}: must be 0 or at least 2, and 0 without the arm "
+            f"{BASE}."
         )
-    for claim in s.claims:
+    for claim in study.claims:
         _check_claim(study, claim)
-    for name, c in study.experiments.items():
-        try:
-            validate(c)
-        except ConfigError as error:
-            raise ConfigError(f"{study.file}, arm {name}: {error}") from error
-    try:
-        validate_evaluation(study.evaluation)
-    except ConfigError as error:
-        raise ConfigError(f"{study.file}, evaluation: {error}") from error
 
 
-def _check_claim(study: Study, claim: tuple) -> None:
-    measure, arm, other, _ = claim
-    s = study.s
-    sides = [*study.arms, *([OPTIMUM] if s.strategies and measure == "aggregated" else [])]
-    known = measure in s.measures or (measure == EFFICIENCY and other == s.baseline)
-    if measure == ENTROPY:
-        known, sides = bool(other), list(study.experiments)
-    if not known or arm not in sides or other not in [*sides, ""]:
+def _check_arm(arm: str, seeds: list[int]) -> None:
+    are_seeds = all(type(seed) is int and seed >= 0 for seed in seeds)
+    differ = len(set(seeds)) == len(seeds) > 0
+    if not are_seeds or not differ or arm in (EVALUATION, OPTIMUM, "") or "+" in arm:
         raise ConfigError(
-            f"claims: {claim!r} must be (measure, arm, other, difference) of the measures {', '.join(s.measures)} "
-            f'and of {", ".join(sides)}, or "" as the other, or ({EFFICIENCY!r}, arm, {s.baseline!r}, times), or '
-            f"({ENTROPY!r}, arm, other, nat) of two that are trained."
+            f"arms.{arm} = {seeds!r}: must be different seeds >= 0, and the arm no reserved name "
+            'and without "+".'
         )
 
 
 def _check_measure(study: Study, measure: str) -> None:
     match = _MEASURE.fullmatch(measure)
     kind, _, number = measure.partition("@")
-    e = study.evaluation.eval
+    e = study.evaluation
     if not match or number and int(number) > (e.rounds if kind == "rsa" else e.n):
         raise ConfigError(
-            f"measures: {measure!r} must be single, aggregated, {', '.join(STRATEGIES)}, pass@k or maj@k with k up to "
-            f"eval.n = {e.n}, or rsa@t with t up to eval.rounds = {e.rounds}."
+            f"measures: {measure!r} must be single, aggregated, {', '.join(STRATEGIES)}, pass@k or "
+            f"maj@k with k up to eval.n = {e.n}, or rsa@t with t up to eval.rounds = {e.rounds}."
         )
 
 
-def arm_row(c: ConfigDict) -> dict[str, Any]:
-    """What an arm may spend: its traces, sets and limits, and its ceiling of output tokens a
-    problem.
-    """
-    row = {"estimator": c.loss.estimator, "N": c.search.traces, "L search": c.search.max_tokens}
-    rollouts, ceiling = c.search.traces, c.search.traces * c.search.max_tokens
-    if uses_aggregation(c):
-        a = c.aggregation
-        row |= {
-            "S": a.subset_size,
-            "K": a.subsets,
-            "M": a.traces,
-            "R": a.rounds,
-            "L aggregation": a.max_tokens,
-        }
-        aggregations = a.subsets * a.traces * a.rounds
-        rollouts += aggregations
-        ceiling += aggregations * a.max_tokens
-    stop = {
-        "problems a step": c.batch.problems,
-        "steps": c.train.steps,
-        "token budget": c.train.max_sampled_tokens,
-    }
-    return row | {"rollouts": rollouts, "ceiling": ceiling} | stop | {"lr": c.optimizer.lr}
+def _check_claim(study: Study, claim: Claim) -> None:
+    sides = list(study.arms)
+    if claim.measure == ENTROPY:
+        known = bool(claim.other)
+        sides = [arm for arm in sides if arm != BASE]
+    elif claim.measure == EFFICIENCY:
+        known = claim.other == study.baseline
+    else:
+        known = claim.measure in study.measures
+        if study.strategies and claim.measure == "aggregated":
+            sides.append(OPTIMUM)
+    if not known or claim.arm not in sides or claim.other not in [*sides, ""]:
+        raise ConfigError(
+            f"claims: {tuple(claim)!r} must be (measure, arm, other, difference) of the measures "
+            f'{", ".join(study.measures)} and of {", ".join(sides)}, or "" as the other, or '
+            f"({EFFICIENCY!r}, arm, {study.baseline!r}, times), or ({ENTROPY!r}, arm, other, nat) "
+            "of two that are trained."
+        )

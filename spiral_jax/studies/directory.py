@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
-from spiral_jax.run.workdir import StepLog
+from etils import epath
+
+from spiral_jax.run.workdir import StepLog, read_log
 
 
 def pair_name(searcher: str, reader: str) -> str:
-    """Of the evaluation in which `reader` aggregates the search traces of `searcher`; no arm has a
-    "+".
+    """Name of the evaluation in which `reader` aggregates what `searcher` has searched.
+
+    No arm has a "+".
     """
     return f"{searcher}+{reader}"
 
@@ -25,8 +27,9 @@ class StudyDirectory:
 
     @property
     def journal(self) -> StepLog:
-        """A row for each command that has ended: arm, seed, stage, returncode, seconds,
-        environment, error.
+        """A row for each command that has ended.
+
+        arm, seed, stage, returncode, seconds, at_once, environment; error where it failed.
         """
         return StepLog(self.path / "journal.jsonl")
 
@@ -38,35 +41,28 @@ class StudyDirectory:
     def run(self, arm: str, seed: int) -> pathlib.Path:
         return self.path / "runs" / arm / f"seed_{seed}"
 
+    def metrics(self, arm: str, seed: int) -> list[dict[str, Any]]:
+        """The steps of a run that may still be writing them; none if it has not begun."""
+        return read_log(epath.Path(self.run(arm, seed) / "metrics.jsonl"))
+
     def evaluation(self, arm: str, seed: int, step: int) -> pathlib.Path:
         return self.path / "evaluations" / arm / f"seed_{seed}" / f"step_{step:06d}"
 
     def evaluations(self, arm: str, seed: int) -> list[pathlib.Path]:
-        """The finished evaluations of a run, by step."""
-        return sorted(
-            (self.path / "evaluations" / arm / f"seed_{seed}").glob("step_*/results.json")
-        )
+        """The results.json of a run's finished evaluations, by step."""
+        of_run = self.path / "evaluations" / arm / f"seed_{seed}"
+        return sorted(of_run.glob("step_*/results.json"))
 
     def log(self, arm: str, seed: int, stage: str) -> pathlib.Path:
         return self.path / "logs" / f"{arm}_seed_{seed}_{stage}.log"
 
     def error(self, arm: str, seed: int) -> str:
         """What a stage of the run said if it failed when it was tried last; "" if none did."""
-        last = {
-            row["stage"]: row
-            for row in self.journal.read()
-            if (row["arm"], row["seed"]) == (arm, seed)
-        }
-        return next(
-            (f"{stage}: {row['error']}" for stage, row in last.items() if row["returncode"]), ""
-        )
-
-
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The steps of a run that may still be writing them; none if it has not begun."""
-    file = workdir / "metrics.jsonl"
-    return (
-        [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-        if file.exists()
-        else []
-    )
+        last = {}
+        for row in self.journal.read():
+            if row["arm"] == arm and row["seed"] == seed:
+                last[row["stage"]] = row
+        for stage, row in last.items():
+            if row["returncode"]:
+                return f"{stage}: {row['error']}"
+        return ""

@@ -1,11 +1,12 @@
-"""The directory of a study -> one dictionary of everything that its report says: the content of
-OUT.json.
+"""The directory of a study -> one dictionary of everything that its report says: OUT.json.
 
-arms      by arm: `plan.arm_row`, and estimates of every measure over its runs
-runs      every run, failed ones too: state, steps, tokens, seconds, what it said when it failed, its own measures
+arms      by arm: `Experiment.budget`, and estimates of every measure over its runs
+runs      every run, failed ones too: state, steps, tokens, seconds, what it said when it failed,
+          its own measures
 unnamed   runs in the directory that the configuration does not name any more
 gaps      by arm and measure: the arm - the baseline
-optimum   the best possible aggregated accuracy where the number of strategies is known, and what it is made of
+optimum   the best possible aggregated accuracy where the number of strategies is known, and what it
+          is made of
 cross     for each two arms of `cross`: what the one's aggregator makes of the other's search
 efficiency by arm: samples that the baseline needs for each one of the arm's at equal coverage
 claims    each claim with its gap and a verdict: holds, fails, or open (the interval holds both)
@@ -19,8 +20,8 @@ about seeds; with few it is too narrow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,9 +30,9 @@ from spiral_jax.evaluation.measures import columns
 from spiral_jax.evaluation.results import ResultsError, read_results
 from spiral_jax.evaluation.statistics import bootstrap_weights
 from spiral_jax.run.workdir import WorkdirError
-from spiral_jax.studies.cells import Cells, column_of, estimate, gap, value_of
-from spiral_jax.studies.claims import judged
-from spiral_jax.studies.design import BASE, Study, arm_row
+from spiral_jax.studies.cells import Cells, estimate, gap, place_of, value_of
+from spiral_jax.studies.claims import Evidence, judge_claim
+from spiral_jax.studies.design import BASE, Study
 from spiral_jax.studies.directory import StudyDirectory, pair_name
 from spiral_jax.studies.history import check_evaluation, run_row
 from spiral_jax.studies.optimum import optimum
@@ -44,104 +45,124 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
     """Everything that the report says, from whatever is finished.
 
     Raises:
-      ResultsError: evaluations that cannot be compared. WorkdirError: none is finished.
+      ResultsError: evaluations that cannot be compared.
+      WorkdirError: none is finished.
     """
     runs = [run_row(study, directory, arm, seed) for arm, seed in study.runs]
-    first, done = _evaluated(
-        study, directory, [*study.runs, *((pair_name(*pair), seed) for pair, seed in study.pairs)]
-    )
-    if first is None:
+    evaluated = _read_evaluations(study, directory)
+    if evaluated is None:
         said = [f"{run['arm']} seed {run['seed']}: {run['error'] or 'not run'}" for run in runs]
         raise WorkdirError(
             f"{directory.path}: no run has been evaluated yet.\n  " + "\n  ".join(said)
         )
+    first, arms = evaluated.first, evaluated.arms
     for run in runs:
-        cells = done.get(run["arm"])
+        cells = arms.get(run["arm"])
         if cells and run["seed"] in cells.seeds:
-            place = cells.seeds.index(run["seed"])
-            run["measures"] = {m: value_of(cells.columns[place], m) for m in study.s.measures}
+            own = cells.columns[cells.seeds.index(run["seed"])]
+            run["measures"] = {measure: value_of(own, measure) for measure in study.measures}
     weight_RxB = bootstrap_weights(0, len(first["records"]), DRAWS)
-    pairs = {pair_name(*pair) for pair, _ in study.pairs}
-    arms = {arm: cells for arm, cells in done.items() if arm not in pairs}
     journal = directory.journal.read()
     efficiency = _efficiency(study, arms, weight_RxB)
+    evidence = Evidence(study, arms, runs, efficiency, weight_RxB)
     return {
         "version": VERSION,
-        "title": study.s.title,
+        "title": study.title,
         "machines": sorted({_machine(row["environment"]) for row in journal}),
         "seconds": sum(row["seconds"] for row in journal),
         "at_once": max(row["at_once"] for row in journal),
         "commits": sorted({_commit(row["environment"]) for row in journal}),
         "problems": first["problems"],
         "settings": first["settings"],
-        "measures": list(study.s.measures),
-        "baseline": study.s.baseline,
+        "measures": list(study.measures),
+        "baseline": study.baseline,
         "optimum": optimum(study, arms, weight_RxB),
         "arms": {arm: _arm(study, arm, arms.get(arm), weight_RxB) for arm in study.arms},
-        "cross": _cross(study, directory, done, weight_RxB),
+        "cross": _cross(study, directory, evaluated, weight_RxB),
         "gaps": _gaps(study, arms, weight_RxB),
         "efficiency": efficiency,
-        "claims": [
-            judged(study, arms, runs, efficiency, claim, weight_RxB) for claim in study.s.claims
-        ],
+        "claims": [judge_claim(evidence, claim) for claim in study.claims],
         "curves": {arm: _curves(cells, weight_RxB) for arm, cells in arms.items()},
         "runs": runs,
         "unnamed": _unnamed(study, directory),
     }
 
 
-def _evaluated(
-    study: Study, directory: StudyDirectory, asked: Sequence[tuple[str, int]]
-) -> tuple[dict[str, Any] | None, dict[str, Cells]]:
-    """Content of the first finished evaluation, and all that are, by name of an arm or a pair.
+class _Evaluated(NamedTuple):
+    """The finished evaluations; `first` is the content of one of them."""
+
+    first: dict[str, Any]
+    arms: dict[str, Cells]
+    pairs: dict[str, Cells]  # by `pair_name`
+
+
+def _read_evaluations(study: Study, directory: StudyDirectory) -> _Evaluated | None:
+    """The finished evaluations of all runs and pairs; None: there is none.
 
     Raises:
       ResultsError: they cannot be compared, sampled something else than is asked, or have no such
-      measure.
+        measure.
     """
-    first, done = None, {}
-    for name, seed in asked:
+    first: dict[str, Any] = {}
+    arms: dict[str, Cells] = {}
+    pairs: dict[str, Cells] = {}
+
+    def read(into: dict[str, Cells], name: str, seed: int) -> None:
         files = directory.evaluations(name, seed)
         if not files:
-            continue
+            return
         results = read_results(files[-1])
-        first = first or results
+        if not first:
+            first.update(results)
         check_comparable(first, results)
         check_evaluation(study, files[-1], results)
-        found = columns(results["records"])
-        needed = [*study.s.measures, *(("right_if_mixed",) if study.s.strategies else ())]
-        if missing := [m for m in needed if column_of(m)[0] not in found]:
-            raise ResultsError(
-                f"{files[-1]}: has no {', '.join(missing)}: its task names no strategies."
-            )
-        cells = done.setdefault(name, Cells([], []))
+        cells = into.setdefault(name, Cells([], []))
         cells.seeds.append(seed)
-        cells.columns.append(found)
-    return first, done
+        cells.columns.append(_columns(study, results, str(files[-1])))
+
+    for arm, seed in study.runs:
+        read(arms, arm, seed)
+    for pair in study.pairs:
+        read(pairs, pair_name(pair.searcher, pair.reader), pair.seed)
+    return _Evaluated(first, arms, pairs) if first else None
+
+
+def _columns(study: Study, results: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """`measures.columns` of an evaluation. Raises ResultsError: it lacks one of the study's."""
+    by_name = columns(results["records"])
+    needed = [*study.measures, *(["right_if_mixed"] if study.strategies else [])]
+    missing = [measure for measure in needed if place_of(measure).column not in by_name]
+    if missing:
+        raise ResultsError(f"{file}: has no {', '.join(missing)}: its task names no strategies.")
+    return by_name
 
 
 def _cross(
-    study: Study, directory: StudyDirectory, done: dict[str, Cells], weight_RxB: np.ndarray
+    study: Study, directory: StudyDirectory, evaluated: _Evaluated, weight_RxB: np.ndarray
 ) -> list[dict[str, Any]]:
-    """For each two arms of `cross`: measures of the one's search read by the other, over the seeds
-    that are there.
-    """
+    """For each two arms of `cross`: measures of the one's search read by the other."""
     rows = []
-    for searcher in study.s.cross:
-        for reader in study.s.cross:
-            name = searcher if searcher == reader else pair_name(searcher, reader)
+    for searcher in study.cross:
+        for reader in study.cross:
             row = {"searcher": searcher, "reader": reader, "measures": {}}
-            if name in done:
-                of, seeds = done[name], done[name].seeds
-                row["measures"] = {
-                    m: estimate(of.measure(m, seeds, weight_RxB), len(seeds))
-                    for m in study.s.measures
-                }
-            if searcher != reader:
-                asked = [seed for pair, seed in study.pairs if pair == (searcher, reader)]
-                row["errors"] = [error for seed in asked if (error := directory.error(name, seed))]
+            name = pair_name(searcher, reader)
+            if searcher == reader:
+                cells = evaluated.arms.get(searcher)
+            else:
+                cells = evaluated.pairs.get(name)
+                row["errors"] = []
+            if cells:
+                row["measures"] = _estimates(study, cells, weight_RxB)
+            for pair in study.pairs:
+                if (pair.searcher, pair.reader) == (searcher, reader):
+                    error = directory.error(name, pair.seed)
+                    row["errors"] += [error] if error else []
             rows.append(row)
     return rows
+
+
+def _estimates(study: Study, cells: Cells, weight_RxB: np.ndarray) -> dict[str, Any]:
+    return {measure: cells.estimate(measure, weight_RxB) for measure in study.measures}
 
 
 def _machine(environment: Mapping[str, Any]) -> str:
@@ -161,50 +182,57 @@ def _commit(environment: Mapping[str, Any]) -> str:
 
 
 def _unnamed(study: Study, directory: StudyDirectory) -> list[str]:
-    """Runs in the directory that the configuration does not name any more: nothing that was run
-    goes unsaid.
-    """
+    """Runs that the configuration does not name any more: nothing that was run goes unsaid."""
+    runs = directory.path / "runs"
     named = {directory.run(arm, seed) for arm, seed in study.runs}
-    found = sorted(path for path in (directory.path / "runs").glob("*/seed_*") if path not in named)
-    return [str(path.relative_to(directory.path / "runs")) for path in found]
+    paths = sorted(path for path in runs.glob("*/seed_*") if path not in named)
+    return [str(path.relative_to(runs)) for path in paths]
 
 
 def _arm(study: Study, arm: str, cells: Cells | None, weight_RxB: np.ndarray) -> dict[str, Any]:
-    row = {"seeds": study.arms[arm]} | (arm_row(study.experiments[arm]) if arm != BASE else {})
-    of = lambda m: estimate(cells.measure(m, cells.seeds, weight_RxB), len(cells.seeds))  # noqa: E731
-    return row | {"measures": {m: of(m) for m in study.s.measures} if cells else {}}
+    budget = study.experiments[arm].budget() if arm != BASE else {}
+    measures = _estimates(study, cells, weight_RxB) if cells else {}
+    return {"seeds": study.arms[arm]} | budget | {"measures": measures}
 
 
-def _gaps(study: Study, done: dict[str, Cells], weight_RxB: np.ndarray) -> dict[str, Any]:
-    baseline = study.s.baseline
-    return {
-        arm: {m: gap(done, arm, baseline, m, weight_RxB) for m in study.s.measures}
-        for arm in done
-        if arm != baseline
-    }
+def _gaps(study: Study, arms: dict[str, Cells], weight_RxB: np.ndarray) -> dict[str, Any]:
+    """By arm and measure: the arm - the baseline."""
+    gaps = {}
+    for arm in arms:
+        if arm != study.baseline:
+            gaps[arm] = {
+                measure: gap(arms, arm, study.baseline, measure, weight_RxB)
+                for measure in study.measures
+            }
+    return gaps
 
 
-def _efficiency(study: Study, done: dict[str, Cells], weight_RxB: np.ndarray) -> dict[str, Any]:
-    """`comparison.scaling_efficiency` at the highest coverage that both reach, resampled over seeds
-    too.
+def _efficiency(study: Study, arms: dict[str, Cells], weight_RxB: np.ndarray) -> dict[str, Any]:
+    """`comparison.scaling_efficiency` at the highest coverage that both arms reach.
+
+    It is resampled over seeds too.
     """
-    found, baseline = {}, done.get(study.s.baseline)
-    for arm, cells in done.items():
-        seeds = [seed for seed in cells.seeds if baseline and seed in baseline.seeds]
-        if seeds and cells is not baseline:
-            curves = [side.curve("pass_at_k", seeds, weight_RxB) for side in (baseline, cells)]
-            found[arm] = scaling_efficiency(*curves)[-1] | {"seeds": len(seeds)}
-    return found
+    efficiency: dict[str, Any] = {}
+    baseline = arms.get(study.baseline)
+    if baseline is None:
+        return efficiency
+    for arm, cells in arms.items():
+        seeds = [seed for seed in cells.seeds if seed in baseline.seeds]
+        if not seeds or cells is baseline:
+            continue
+        baseline_curve = baseline.curve("pass_at_k", seeds, weight_RxB)
+        curve = cells.curve("pass_at_k", seeds, weight_RxB)
+        highest = scaling_efficiency(baseline_curve, curve)[-1]
+        efficiency[arm] = highest | {"seeds": len(seeds)}
+    return efficiency
 
 
 def _curves(cells: Cells, weight_RxB: np.ndarray) -> dict[str, list[dict]]:
     """By k: pass@k; by round: self-aggregation."""
 
-    def rows(name: str, key: str, first: int) -> list[dict]:
-        curve = cells.curve(name, cells.seeds, weight_RxB)
-        return [
-            {key: q + first} | estimate(curve[:, q], len(cells.seeds))
-            for q in range(curve.shape[1])
-        ]
+    def rows(column: str, x: str, first: int) -> list[dict]:
+        curve = cells.curve(column, cells.seeds, weight_RxB)
+        seeds = len(cells.seeds)
+        return [{x: first + q} | estimate(curve[:, q], seeds) for q in range(curve.shape[1])]
 
     return {"pass_at_k": rows("pass_at_k", "k", 1), "rsa": rows("rsa/single", "round", 0)}

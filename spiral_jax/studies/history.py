@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from spiral_jax.core.config import difference, from_plain, to_plain, uses_aggregation
+from spiral_jax.core.config import difference, from_plain, to_plain
 from spiral_jax.evaluation.results import ResultsError
+from spiral_jax.reporting.series import series
 from spiral_jax.run.workdir import WorkdirError, read_config
 from spiral_jax.studies.design import BASE, Study
-from spiral_jax.studies.directory import StudyDirectory, read_metrics
+from spiral_jax.studies.directory import StudyDirectory
 
 _CURVE_POINTS = 50  # of a run's training that are kept
 _LAST = 0.1  # share of a run's steps that "at the end" means
-_TRAINING = {  # curve: the metric that is drawn, over sampled tokens
-    "aggregated": "reward/aggregated", "own": "reward/search", "entropy": "entropy/search",
-}  # fmt: skip
+_CURVES = {  # curve: the metric that it shows, over sampled tokens
+    "aggregated": "reward/aggregated",
+    "own": "reward/search",
+    "entropy": "entropy/search",
+}
 
 
 def _check_run(study: Study, directory: StudyDirectory, arm: str, seed: int) -> None:
-    """A run that is there was made with the experiment that its arm has now. Raises WorkdirError:
-    it was not.
-    """
+    """Raises WorkdirError: a run is there that was made with another experiment than the arm's."""
     workdir = directory.run(arm, seed)
     if not (workdir / "config.json").exists():
         return
-    asked = to_plain(study.experiments[arm]) | {"seed": seed}
-    lines = difference(
-        to_plain(from_plain(read_config(workdir)[0])), asked
-    )  # fields may have been added since
+    asked = study.experiments[arm].plain | {"seed": seed}
+    held = to_plain(from_plain(read_config(workdir)[0]))  # fields may have been added since
+    lines = difference(held, asked)
     if lines:
         raise WorkdirError(
             f"{workdir}: was run with another config (there -> here):\n  "
@@ -41,10 +41,8 @@ def _check_run(study: Study, directory: StudyDirectory, arm: str, seed: int) -> 
 
 
 def check_evaluation(study: Study, file: pathlib.Path, results: Mapping[str, Any]) -> None:
-    """An evaluation that is there sampled what the study asks for now. Raises ResultsError: it did
-    not.
-    """
-    asked, held = to_plain(study.evaluation.eval), results["settings"]
+    """Raises ResultsError: an evaluation is there that sampled something else than is asked."""
+    asked, held = study.evaluation.plain, results["settings"]
     names = (held.keys() & asked.keys()) - {"subset_size"}  # 0 stands for that of training
     lines = difference(
         {name: held[name] for name in names}, {name: asked[name] for name in names}, "eval."
@@ -61,35 +59,48 @@ def run_row(study: Study, directory: StudyDirectory, arm: str, seed: int) -> dic
     """State of a run and what its training has cost."""
     if arm != BASE:
         _check_run(study, directory, arm, seed)
-    error, trained = directory.error(arm, seed), bool(directory.evaluations(arm, seed))
-    state = "done" if trained and not error else "failed" if error else "not finished"
+    error = directory.error(arm, seed)
+    finished = "done" if directory.evaluations(arm, seed) else "not finished"
+    state = "failed" if error else finished
     run = {"arm": arm, "seed": seed, "state": state, "error": error}
-    steps = read_metrics(directory.run(arm, seed))
+    steps = directory.metrics(arm, seed)
     if not steps:
         return run
-    last = steps[-max(1, round(_LAST * len(steps))) :]
+    aggregates = study.experiments[arm].aggregates
+    return run | _costs(steps, aggregates) | {"training": _training_curves(steps)}
 
-    def mean(rows: list[dict], name: str) -> float | None:
-        values = [row[name] for row in rows if row.get(name) is not None]
-        return float(np.mean(values)) if values else None
 
-    roles = ("search", *(("aggregation",) if uses_aggregation(study.experiments[arm]) else ()))
-    run |= {
+def _costs(steps: Sequence[Mapping[str, Any]], aggregates: bool) -> dict[str, Any]:
+    """What a training has cost, and its diagnostics."""
+    ends = max(1, round(_LAST * len(steps)))
+    row = {
         "steps": len(steps),
-        "sampled_tokens": round(sum(row["sampling/generated_tokens"] for row in steps)),
-        "prefilled_tokens": round(sum(row["sampling/prefilled_tokens"] for row in steps)),
-        "seconds": round(sum(row["time/step"] for row in steps), 1),
-        "entropy_start": mean(steps[: len(last)], "entropy/search"),
-        "entropy_end": mean(last, "entropy/search"),
+        "sampled_tokens": round(sum(step["sampling/generated_tokens"] for step in steps)),
+        "prefilled_tokens": round(sum(step["sampling/prefilled_tokens"] for step in steps)),
+        "seconds": round(sum(step["time/step"] for step in steps), 1),
+        "entropy_start": _mean(steps[:ends], "entropy/search"),
+        "entropy_end": _mean(steps[-ends:], "entropy/search"),
     }
-    for role in roles:
-        run[f"grad_norm_{role}"] = mean(steps, f"grad_norm/{role}")
-        run[f"lowest_parse_rate_{role}"] = min(row[f"verifier/parse_rate_{role}"] for row in steps)
+    for role in ("search", "aggregation") if aggregates else ("search",):
+        parse_rates = [step[f"verifier/parse_rate_{role}"] for step in steps]
+        row[f"grad_norm_{role}"] = _mean(steps, f"grad_norm/{role}")
+        row[f"lowest_parse_rate_{role}"] = min(parse_rates)
+    return row
+
+
+def _mean(steps: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The mean of a metric where it is there; None if it never is."""
+    values = series(steps, key)
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else None
+
+
+def _training_curves(steps: Sequence[Mapping[str, Any]]) -> dict[str, list]:
+    """A training's curves over sampled tokens, at evenly spread steps."""
     kept = np.unique(np.linspace(0, len(steps) - 1, _CURVE_POINTS).round().astype(int))
-    tokens = np.cumsum([row["sampling/generated_tokens"] for row in steps])
-    run["training"] = {"sampled_tokens": tokens[kept].tolist()} | {
-        curve: [steps[i].get(name) for i in kept]
-        for curve, name in _TRAINING.items()
-        if name in steps[0]
-    }
-    return run
+    tokens = np.cumsum([step["sampling/generated_tokens"] for step in steps])
+    curves = {"sampled_tokens": tokens[kept].tolist()}
+    for curve, key in _CURVES.items():
+        if key in steps[0]:
+            curves[curve] = [steps[i].get(key) for i in kept]
+    return curves

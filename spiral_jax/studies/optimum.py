@@ -7,46 +7,41 @@ from typing import Any
 
 import numpy as np
 
-from spiral_jax.core.config import eval_subset_size
 from spiral_jax.studies.cells import Cells, estimate
 from spiral_jax.studies.design import BASE, Study
 
 
 def optimum(
-    study: Study, done: Mapping[str, Cells], weight_RxB: np.ndarray
+    study: Study, cells: Mapping[str, Cells], weight_RxB: np.ndarray
 ) -> dict[str, Any] | None:
-    """What is possible, from how well the base reads (measured before any training); None: not
-    known (yet).
-    """
-    value_R = optimum_R(study, done, weight_RxB)
+    """What is possible, from how well the base reads before any training; None: not known (yet)."""
+    value_R = optimum_R(study, cells, weight_RxB)
     if value_R is None:
         return None
-    of = lambda m: estimate(
-        done[BASE].measure(m, done[BASE].seeds, weight_RxB), len(done[BASE].seeds)
-    )  # noqa: E731
-    parts = {m: of(m) for m in ("right_if_mixed", "right_if_alike")}
-    S = eval_subset_size(study.evaluation)
-    bound = {"strategies": study.s.strategies, "subset_size": S, "mixed": _most_mixed(study)}
-    return bound | {"aggregated": estimate(value_R, len(done[BASE].seeds))} | parts
+    base = cells[BASE]
+    return {
+        "strategies": study.strategies,
+        "subset_size": study.evaluation.subset_size,
+        "mixed": _most_mixed(study),
+        "aggregated": estimate(value_R, len(base.seeds)),
+        "right_if_mixed": base.estimate("right_if_mixed", weight_RxB),
+        "right_if_alike": base.estimate("right_if_alike", weight_RxB),
+    }
 
 
 def _most_mixed(study: Study) -> float:
-    """The best possible share of sets that are not all of one strategy: that of equally frequent
-    ones.
-    """
-    V, S = study.s.strategies, eval_subset_size(study.evaluation)
+    """The best possible share of sets that are not all of one strategy: all equally frequent."""
+    V, S = study.strategies, study.evaluation.subset_size
     return 1 - V * float(V) ** -S
 
 
-def optimum_R(study: Study, done: Mapping[str, Cells], weight_RxB: np.ndarray) -> np.ndarray | None:
-    """[1 + R] of the best possible aggregated accuracy, as `Cells.measure`: the most mixed sets,
-    read by the base.
-    """
-    if not study.s.strategies or BASE not in done:
+def optimum_R(
+    study: Study, cells: Mapping[str, Cells], weight_RxB: np.ndarray
+) -> np.ndarray | None:
+    """[1 + R] of the best aggregated accuracy: the most mixed sets, read as the base reads."""
+    if not study.strategies or BASE not in cells:
         return None
-    mixed = _most_mixed(study)
-    read_R, guessed_R = (
-        done[BASE].measure(name, done[BASE].seeds, weight_RxB)
-        for name in ("right_if_mixed", "right_if_alike")
-    )
-    return mixed * read_R + (1 - mixed) * guessed_R
+    base, mixed = cells[BASE], _most_mixed(study)
+    if_mixed_R = base.measure("right_if_mixed", base.seeds, weight_RxB)
+    if_alike_R = base.measure("right_if_alike", base.seeds, weight_RxB)
+    return mixed * if_mixed_R + (1 - mixed) * if_alike_R

@@ -1,6 +1,4 @@
-"""The commands of a study, one or several at once, and the end of all of them when the study is
-told to stop.
-"""
+"""The commands of a study, one or several at once, and how all of them are stopped."""
 
 from __future__ import annotations
 
@@ -16,9 +14,9 @@ from spiral_jax.core.config import ConfigError
 
 
 class Processes:
-    """Runs commands, `at_once` of them side by side, each on its share of the cores where the
-    system can pin it.
+    """Runs commands, `at_once` of them side by side.
 
+    Each runs on its share of the cores, where the system can pin it.
     A small model does not keep several cores busy: two runs with a core each are through sooner
     than one after the other with both.
 
@@ -28,12 +26,13 @@ class Processes:
 
     def __init__(self, at_once: int):
         self._pinned = hasattr(os, "sched_getaffinity")
-        self._cores = (
-            sorted(os.sched_getaffinity(0)) if self._pinned else list(range(os.cpu_count() or 1))
-        )
+        self._cores = list(range(os.cpu_count() or 1))
+        if self._pinned:
+            self._cores = sorted(os.sched_getaffinity(0))
         if not 1 <= at_once <= len(self._cores):
+            most = len(self._cores)
             raise ConfigError(
-                f"--at_once={at_once}: must be from 1 to {len(self._cores)}, the cores that there are."
+                f"--at_once={at_once}: must be from 1 to {most}, the cores that there are."
             )
         self.at_once = at_once
         self._guard = threading.Lock()
@@ -41,17 +40,20 @@ class Processes:
         self._stopped = False
 
     def each(self, jobs: Iterable[Callable[[], None]]) -> None:
-        """Calls every job, begun in their order, `at_once` at a time. If one raises, or the study is told to stop, the
-        commands that run are told to end, no other begins, and it raises once they have ended."""
+        """Calls every job, begun in their order, `at_once` at a time.
+
+        If one raises, or the study is told to stop, the commands that run are told to end, no other
+        begins, and it raises once they have ended.
+        """
         shares: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
         for i in range(self.at_once):
             shares.put(self._cores[i :: self.at_once])
 
-        def pin() -> None:  # the thread, from which its commands inherit it
+        def pin_thread() -> None:  # its commands inherit it
             if self._pinned:
                 os.sched_setaffinity(0, shares.get())
 
-        with concurrent.futures.ThreadPoolExecutor(self.at_once, initializer=pin) as pool:
+        with concurrent.futures.ThreadPoolExecutor(self.at_once, initializer=pin_thread) as pool:
             futures = [pool.submit(job) for job in jobs]
             try:
                 for future in concurrent.futures.as_completed(futures):
@@ -73,9 +75,13 @@ class Processes:
             if self._stopped:
                 raise concurrent.futures.CancelledError
             process = subprocess.Popen(
-                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
                 pass_fds=pass_fds,
-            )  # fmt: skip
+            )
             self._running.add(process)
         try:
             code = process.wait()

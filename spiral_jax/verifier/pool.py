@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -26,11 +27,16 @@ from spiral_jax.core.errors import UserError
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier import sandbox
 from spiral_jax.verifier.rewards import MATH, Status, Verdict, judge, load_reward
+from spiral_jax.verifier.settings import VerifierSettings
 
 Item = tuple[str, Problem]
 
 _TRIES = 2  # an item that kills its worker, or outlasts its time, gets one more, on a fresh worker
-_COMMAND = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from spiral_jax.verifier import pool; pool.serve()"
+_COMMAND = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from spiral_jax.verifier import pool; pool.serve()"
+)
+_OWN_TIMERS = (-signal.SIGALRM, -signal.SIGXCPU)  # exit codes of a worker that has ended itself
 
 
 class VerifierFailure(UserError):
@@ -52,61 +58,40 @@ class Pool:
 
     Args:
       reward: as config.task.reward; must have been loadable here.
-      workers: at most this many processes, >= 1.
-      timeout_s: seconds for one item, from when a ready worker is handed it.
+      settings: how many workers there are at most, and what each may take.
       start_timeout_s: seconds until a worker must be ready.
-      memory_gb: address space of a worker, 10^9 bytes.
-      environment: names of variables that a worker sees beside those that Python needs.
-
-    Attributes:
-      replaced: workers that were killed or had died at an item, and were replaced.
     """
 
-    def __init__(
-        self,
-        reward: str,
-        workers: int,
-        timeout_s: float,
-        start_timeout_s: float = 60.0,
-        memory_gb: float = 4.0,
-        environment: Sequence[str] = (),
-    ):
+    def __init__(self, reward: str, settings: VerifierSettings, start_timeout_s: float = 60.0):
         self._reward = reward
-        self._size = workers
-        self._timeout_s = timeout_s
+        self._settings = settings
         self._start_timeout_s = start_timeout_s
-        self._memory_bytes = int(memory_gb * 1e9)
-        self._environment = environment
         self._workers: list[_Worker] = []
-        self.replaced = 0
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the workers that there are now."""
-        return [worker.process.pid for worker in self._workers]
 
     def longest_s(self, items: int) -> float:
-        """Seconds that `run` takes at most for so many items, if all of them hang and every worker
-        starts slowly.
+        """Seconds that `run` takes at most for so many items.
+
+        It takes so long if all of them hang and every worker starts slowly.
         """
-        a_try = self._timeout_s + self._start_timeout_s
-        return self._start_timeout_s + _TRIES * a_try * -(-items // self._size)
+        a_try = self._settings.timeout_s + self._start_timeout_s
+        tries_in_turn = _TRIES * math.ceil(items / self._settings.workers)
+        return self._start_timeout_s + tries_in_turn * a_try
 
     def run(self, items: Sequence[Item]) -> list[Verdict]:
         """Verdicts of `items`, in their order.
 
         A worker that takes too long is killed and replaced, one that died is replaced, and the item
-        is tried once more
-        on a fresh worker: a second time-out is `Status.TIMEOUT`, a second death `Status.ERROR`.
+        is tried once more on a fresh worker: a second time-out is `Status.TIMEOUT`, a second death
+        `Status.ERROR`.
 
         Raises:
           VerifierFailure: a worker cannot start. All workers have ended then, as after any other
-          exception.
+            exception.
         """
         try:
             batch = _Batch(items)
             while batch.unfinished:
-                while len(self._workers) < min(self._size, batch.unfinished):
+                while len(self._workers) < min(self._settings.workers, batch.unfinished):
                     self._start()
                 for worker in self._workers:
                     if worker.ready and worker.item is None:
@@ -124,13 +109,18 @@ class Pool:
 
     def _start(self) -> None:
         ours, theirs = Pipe()
-        arguments = [json.dumps([os.path.abspath(entry) for entry in sys.path]), str(theirs.fileno()), self._reward,
-                     str(self._timeout_s), str(self._memory_bytes)]  # fmt: skip
+        arguments = [
+            json.dumps([os.path.abspath(entry) for entry in sys.path]),
+            str(theirs.fileno()),
+            self._reward,
+            str(self._settings.timeout_s),
+            str(int(self._settings.memory_gb * 1e9)),
+        ]
         try:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", _COMMAND, *arguments],
                 stdin=subprocess.DEVNULL,
-                env=sandbox.worker_environment(self._environment),
+                env=sandbox.worker_environment(self._settings.environment),
                 pass_fds=[theirs.fileno()],
                 # out of Ctrl-C's reach, and killable with all that it starts
                 start_new_session=True,
@@ -145,9 +135,8 @@ class Pool:
     def _kill(self, worker: _Worker) -> int:
         """Ends a worker for good; returns its exit code."""
         self._workers.remove(worker)
-        with contextlib.suppress(
-            ProcessLookupError, PermissionError
-        ):  # the group is gone (macOS: a zombie)
+        # the errors of a group that is gone; on macOS, of a zombie
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.process.pid, signal.SIGKILL)
         worker.connection.close()
         return worker.process.wait()
@@ -158,13 +147,12 @@ class Pool:
             return
         with contextlib.suppress(OSError):  # it died while idle: `_collect` will see that
             worker.connection.send(batch.items[item])
-        worker.item, worker.fresh, worker.deadline = item, False, time.monotonic() + self._timeout_s
+        worker.item, worker.fresh = item, False
+        worker.deadline = time.monotonic() + self._settings.timeout_s
         faults.passed("verifier")
 
     def _collect(self, batch: _Batch) -> None:
-        """Waits until a worker has something to say or has run out of time, and deals with all of
-        these.
-        """
+        """Waits until a worker has something to say or is out of time; deals with all of these."""
         active = [worker for worker in self._workers if not worker.ready or worker.item is not None]
         first = min(worker.deadline for worker in active)
         wait([worker.connection for worker in active], max(0.0, first - time.monotonic()))
@@ -198,20 +186,13 @@ class Pool:
             if status is Status.TIMEOUT:
                 reason = f"was not ready after {self._start_timeout_s:g} s"
             raise VerifierFailure(
-                f"config.task.reward = {self._reward!r}: a worker {reason} while it imported the reward function. "
-                "Import the module by hand in a new Python process to see why."
+                f"config.task.reward = {self._reward!r}: a worker {reason} while it imported the "
+                "reward function. Import the module by hand in a new Python process to see why."
             )
-        if exit_code in (
-            -signal.SIGALRM,
-            -signal.SIGXCPU,
-        ):  # its own timers, while this process was held up
+        if exit_code in _OWN_TIMERS:  # they come first where this process was held up
             status = Status.TIMEOUT
-        batch.fail(
-            worker.item,
-            status,
-            f"worker died with exit code {exit_code}" if status is Status.ERROR else "",
-        )
-        self.replaced += 1
+        died = f"worker died with exit code {exit_code}"
+        batch.fail(worker.item, status, died if status is Status.ERROR else "")
         self._start()  # for each item to be retried there is a worker that has not been handed one
 
 
@@ -246,12 +227,11 @@ class _Batch:
 
 
 def serve() -> None:
-    """A worker's whole life. sys.argv: import path (used already), socket's descriptor, reward,
-    timeout, memory.
-    """
-    connection, path, timeout_s = Connection(int(sys.argv[2])), sys.argv[3], float(sys.argv[4])
+    """A worker's whole life; its arguments are those of `Pool._start`."""
+    _, descriptor, path, timeout, memory_bytes = sys.argv[1:]
+    connection, timeout_s = Connection(int(descriptor)), float(timeout)
     os.set_inheritable(connection.fileno(), False)
-    sandbox.limit_memory(int(sys.argv[5]))
+    sandbox.limit_memory(int(memory_bytes))
     try:
         reward = load_reward(path)
         if path == MATH:
@@ -263,9 +243,8 @@ def serve() -> None:
         connection.send(("ready", ""))
         while True:
             text, problem = connection.recv()
-            signal.setitimer(
-                signal.ITIMER_REAL, 2 * timeout_s
-            )  # the kernel ends a worker that hangs without a parent
+            # the kernel ends a worker that hangs without a parent
+            signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s)
             if path == MATH:  # a user's own may use many cores at once
                 sandbox.limit_cpu(2 * timeout_s)
             verdict = judge(reward, text, problem)

@@ -1,6 +1,4 @@
-"""(text of a trace, problem) -> verdict: our mathematics reward, and how a user's own is loaded and
-called.
-"""
+"""(text of a trace, problem) -> verdict: our mathematics reward, or a user's own function."""
 
 from __future__ import annotations
 
@@ -24,19 +22,14 @@ MATH = "math"
 RewardFunction = Callable[[str, Problem], bool | int | None]
 
 _DETAIL_LENGTH = 500
-_LONGEST_BOX, _DEEPEST_BOX = (
-    10_000,
-    20,
-)  # characters, and brackets around one another, that are read as mathematics
+# characters, and brackets around one another, that are read as mathematics
+_LONGEST_BOX, _DEEPEST_BOX = 10_000, 20
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _GAP = r"(?:\s|~|\\[ ,;:!]|\\q?quad)+"
 _SPACED_NUMBERS = re.compile(rf"[-+]?[0-9]+(?:{_GAP}[0-9]+)+(?:\.[0-9]+)?")
 _UNIT = re.compile(r"\\text\{[^{}]*\}\Z")
-_ROUNDING, _SIGNIFICANT, _PRECISION = (
-    6,
-    4,
-    15,
-)  # decimals and digits that math-verify compares by default: 6 and 15
+_ROUNDING, _PRECISION = 6, 15  # decimals and digits that math-verify compares by default
+_SIGNIFICANT = 4  # digits of a small reference that are compared at least
 
 
 class Status(enum.StrEnum):
@@ -79,10 +72,9 @@ def exact_verdict(text: str, problem: Problem) -> Verdict | None:
     r"""The verdict of reward "math" where it needs no mathematics; None = undecided.
 
     Without a box, or with an empty one: unparsed. The box equals the reference up to surrounding
-    space: correct. Both
-    are plain integers of at most 18 digits: compared as integers. What is not the reference and has
-    more than 10,000 characters or brackets more than 20 deep, which a parser needs minutes for, is
-    no final answer: unparsed.
+    space: correct. Both are plain integers of at most 18 digits: compared as integers. What is not
+    the reference and has more than 10,000 characters or brackets more than 20 deep, which a parser
+    needs minutes for, is no final answer: unparsed.
     """
     box = (last_boxed(text) or "").strip()
     reference = problem.answer.strip()
@@ -92,11 +84,9 @@ def exact_verdict(text: str, problem: Problem) -> Verdict | None:
         return Verdict.of(Status.CORRECT)
     if _INTEGER.fullmatch(box) and _INTEGER.fullmatch(reference):
         return Verdict.of(Status.CORRECT if int(box) == int(reference) else Status.WRONG)
-    return (
-        Verdict.of(Status.UNPARSED)
-        if len(box) > _LONGEST_BOX or _depth(box) > _DEEPEST_BOX
-        else None
-    )
+    if len(box) > _LONGEST_BOX or _depth(box) > _DEEPEST_BOX:
+        return Verdict.of(Status.UNPARSED)
+    return None
 
 
 def _depth(box: str) -> int:
@@ -106,13 +96,12 @@ def _depth(box: str) -> int:
 
 
 def math_reward(text: str, problem: Problem) -> bool | None:
-    r"""Whether the last \boxed{} of `text` equals `problem.answer` as mathematics, by math-verify;
-    None = unparsed.
+    r"""Whether the last \boxed{} of `text` equals `problem.answer` as mathematics.
 
-    A list or set equals only one with the same elements; of a tuple the order counts. Decimals are
-    compared to 6 places, and to 4 significant digits of the reference where those lie beyond
-    (math-verify alone: 1e-7 = 2e-7). May take for ever (9^{9^{9^9}}): belongs in a killable
-    process. math-verify's own time limits are off.
+    By math-verify; None = unparsed. A list or set equals only one with the same elements; of a
+    tuple the order counts. Decimals are compared to 6 places, and to 4 significant digits of the
+    reference where those lie beyond (math-verify alone: 1e-7 = 2e-7). May take for ever
+    (9^{9^{9^9}}): belongs in a killable process. math-verify's own time limits are off.
 
     Raises:
       BrokenReference: `problem.answer` cannot be parsed.
@@ -126,34 +115,41 @@ def math_reward(text: str, problem: Problem) -> bool | None:
         reference, rounding, precision = _parse_reference(problem.answer)
     except Exception as error:
         raise BrokenReference(
-            f"problem {problem.id!r}: its reference answer {problem.answer!r} is not mathematics that math-verify can "
-            "parse. Correct the data, or set config.task.reward to a reward function of your own."
+            f"problem {problem.id!r}: its reference answer {problem.answer!r} is not mathematics "
+            "that math-verify can parse. Correct the data, or set config.task.reward to a reward "
+            "function of your own."
         ) from error
     try:
         answer = _parse(last_boxed(text))
         if not answer:
             return None
-        return bool(verify(reference, answer, float_rounding=rounding, numeric_precision=precision,
-                           timeout_seconds=None))  # fmt: skip
+        equal = verify(
+            reference,
+            answer,
+            float_rounding=rounding,
+            numeric_precision=precision,
+            timeout_seconds=None,
+        )
+        return bool(equal)
     except Exception:  # whatever the model's text does to sympy is the model's doing
         return False
 
 
 def load_reward(path: str) -> RewardFunction:
-    """The reward function that config.task.reward names: "math" or "package.module:function".
-    Imports all it needs.
+    """The reward function that config.task.reward names, with all its imports done.
+
+    Args:
+      path: "math" or "package.module:function".
 
     Raises:
       ConfigError: the path has another form, the module cannot be imported, or it has no such
-      function.
+        function.
     """
     if path == MATH:
-        logging.getLogger("math_verify").setLevel(
-            logging.ERROR
-        )  # it warns that its time limits are off
-        _parse(
-            "1"
-        )  # the imports and tables take seconds: now, so that they are no part of the first answer's time
+        # it warns that its time limits are off
+        logging.getLogger("math_verify").setLevel(logging.ERROR)
+        # imports and tables take seconds, which are to be no part of the first answer's time
+        _parse("1")
         return math_reward
     return load_function("task.reward", path, 'must be "math" or "package.module:function".')
 
@@ -173,7 +169,8 @@ def load_function(field: str, path: str, allowed: str) -> Callable[[str, Problem
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ConfigError(
-            f"{where}: module {module_name!r} cannot be imported ({_describe(error)}). Is its folder in PYTHONPATH?"
+            f"{where}: module {module_name!r} cannot be imported ({_describe(error)}). "
+            "Is its folder in PYTHONPATH?"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -182,8 +179,9 @@ def load_function(field: str, path: str, allowed: str) -> Callable[[str, Problem
 
 
 def judge(reward: RewardFunction, text: str, problem: Problem) -> Verdict:
-    """Calls a reward function. It may return True, False, 1, 0 or None (= unparsed); all else is an
-    error of ours.
+    """Calls a reward function.
+
+    It may return True, False, 1, 0 or None (= unparsed); all else is an error of ours.
     """
     try:
         value = reward(text, problem)
@@ -192,7 +190,10 @@ def judge(reward: RewardFunction, text: str, problem: Problem) -> Verdict:
         plain = value.item() if hasattr(value, "item") else value  # numpy's bool, a scalar array
         if isinstance(plain, bool | int | float) and plain in (0, 1):
             return Verdict.of(Status.CORRECT if plain else Status.WRONG)
-        detail = f"the reward function returned {value!r} for problem {problem.id!r}; allowed: True, False, 1, 0, None"
+        detail = (
+            f"the reward function returned {value!r} for problem {problem.id!r}; "
+            "allowed: True, False, 1, 0, None"
+        )
     except Exception as error:
         detail = _describe(error)
     return Verdict.of(Status.ERROR, detail[:_DETAIL_LENGTH])
@@ -200,17 +201,17 @@ def judge(reward: RewardFunction, text: str, problem: Problem) -> Verdict:
 
 def _describe(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{''.join(traceback.format_exception_only(error)).strip()} ({frame.filename}:{frame.lineno})"
+    message = "".join(traceback.format_exception_only(error)).strip()
+    return f"{message} ({frame.filename}:{frame.lineno})"
 
 
 def _parse(box: str) -> list[Any]:
     """math-verify's reading of what is inside a box; empty if it has none."""
     from math_verify import LatexExtractionConfig, parse
 
+    text = rf"\boxed{{{_tidy(box)}}}"
     extraction = [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
-    return parse(
-        rf"\boxed{{{_tidy(box)}}}", extraction, fallback_mode="no_fallback", parsing_timeout=None
-    )
+    return parse(text, extraction, fallback_mode="no_fallback", parsing_timeout=None)
 
 
 @functools.lru_cache(maxsize=4096)  # all traces of a problem have the same reference
@@ -221,13 +222,10 @@ def _parse_reference(answer: str) -> tuple[list[Any], int, int]:
         raise ValueError("nothing parsed")
     try:
         size = abs(float(reference[0].evalf(_PRECISION)))
-    except (
-        Exception
-    ):  # not a real number: a set, a matrix, an equation, something with a letter in it
+    except Exception:  # no real number: a set, a matrix, an equation, something with a letter in it
         size = 1.0
-    zeros = (
-        max(0, math.ceil(-math.log10(size)) - 1) if 0 < size < 1 else 0
-    )  # after the point: 3 for 0.00012
+    # zeros behind the point: 3 for 0.00012
+    zeros = max(0, math.ceil(-math.log10(size)) - 1) if 0 < size < 1 else 0
     return reference, max(_ROUNDING, zeros + _SIGNIFICANT), _PRECISION + zeros
 
 

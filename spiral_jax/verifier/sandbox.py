@@ -1,40 +1,53 @@
-"""What a worker may do: whatever a model's answer makes of the mathematics library, it reads,
-writes, starts and learns nothing.
+"""What a worker may do, whatever a model's answer makes of the mathematics library: very little.
 
-Two layers, since each has holes. The kernel limits memory, time, files and processes. For the
-reward "math" an audit hook in the interpreter also refuses to open files outside the installed
-packages, to start programs and to connect. A reward function of the user's own is trusted code:
-only its memory, wall time and environment are limited.
+It reads, writes, starts and learns nothing. There are two layers, since each has holes. The kernel
+limits memory, time, files and processes. For the reward "math" an audit hook in the interpreter
+also refuses to open files outside the installed packages, to start programs and to connect. A
+reward function of the user's own is trusted code: only its memory, wall time and environment are
+limited.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import resource
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 # All that a worker needs of the parent's environment; keys, tokens and passwords have other names.
-_PASSED_ON = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH",
-              "PYTHONHASHSEED", "SYSTEMROOT", "VIRTUAL_ENV")  # fmt: skip
-_REFUSED = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty",
-            "os.kill", "os.killpg", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink",
-            "os.chmod", "os.chown", "os.truncate", "os.putenv", "socket.__new__", "socket.connect", "socket.bind",
-            "ctypes.dlopen", "pty.spawn")  # fmt: skip
+_PASSED_ON = (
+    "PATH",
+    "HOME",
+    "TMPDIR",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "TZ",
+    "LD_LIBRARY_PATH",
+    "PYTHONPATH",
+    "PYTHONHASHSEED",
+    "SYSTEMROOT",
+    "VIRTUAL_ENV",
+)
+# audit events: https://docs.python.org/3/library/audit_events.html
+_REFUSED = re.compile(
+    r"subprocess\.Popen|pty\.spawn|ctypes\.dlopen|socket\.(__new__|connect|bind)"
+    r"|os\.(system|exec|posix_spawn|spawn|fork|forkpty|kill|killpg|putenv)"
+    r"|os\.(remove|rename|rmdir|mkdir|link|symlink|chmod|chown|truncate)"
+)
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _OTHER_FILES = 64  # descriptors
 
 
 def worker_environment(
     names: Sequence[str], environment: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """The environment of a worker: what Python needs, and the variables that
-    config.verifier.environment names.
-    """
+    """A worker's environment: what Python needs, and what config.verifier.environment names."""
     kept = {name: environment[name] for name in (*_PASSED_ON, *names) if name in environment}
-    return kept | {
-        "JAX_PLATFORMS": "cpu"
-    }  # a user's module that imports jax must not take the device
+    # a user's module that imports jax must not take the device
+    return kept | {"JAX_PLATFORMS": "cpu"}
 
 
 def limit_memory(memory_bytes: int) -> None:
@@ -46,39 +59,39 @@ def limit_memory(memory_bytes: int) -> None:
 def limit_cpu(seconds: float) -> None:
     """The kernel ends this process (SIGXCPU) after so many more seconds of processor time."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    soft, (_, hard) = (
-        int(usage.ru_utime + usage.ru_stime + seconds) + 1,
-        resource.getrlimit(resource.RLIMIT_CPU),
-    )
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard)
-    )
+    soft = int(usage.ru_utime + usage.ru_stime + seconds) + 1
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if hard != resource.RLIM_INFINITY:
+        soft = min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 def lock_down() -> None:
-    """From here on this process neither writes files nor starts programs, and reads installed
-    packages alone.
+    """Lets this process read installed packages from here on, and no more.
+
+    It neither writes files nor starts programs nor connects.
     """
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # without effect for root
     resource.setrlimit(resource.RLIMIT_NOFILE, (_OTHER_FILES, _OTHER_FILES))
-    packages = [
-        entry for entry in sys.path if entry.endswith("-packages")
-    ]  # not the user's project, which is there too
-    readable = tuple(
-        os.path.realpath(entry) + os.sep for entry in (*packages, sys.prefix, sys.base_prefix)
-    )
+    # not all of sys.path: the user's project is there too
+    packages = [entry for entry in sys.path if entry.endswith("-packages")]
+    folders = (*packages, sys.prefix, sys.base_prefix)
+    readable = tuple(os.path.realpath(folder) + os.sep for folder in folders)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in _REFUSED:
+        if _REFUSED.fullmatch(event):
             raise PermissionError(f"{event}: refused in a verifier's worker")
         if event == "open":
             path, mode, flags = arguments
-            writes = (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or set(mode or "") & set(
-                "wax+"
-            )
-            named = isinstance(path, str | bytes)
-            if writes or not named or not os.path.realpath(os.fsdecode(path)).startswith(readable):
+            writes = (flags or 0) & _WRITING or set(mode or "") & set("wax+")
+            if writes or not _is_in(path, readable):
                 raise PermissionError(f"open {path!r}: refused in a verifier's worker")
 
     sys.addaudithook(hook)
+
+
+def _is_in(path: Any, folders: tuple[str, ...]) -> bool:
+    """Whether a path, which may be a descriptor too, names a file in one of the folders."""
+    named = isinstance(path, str | bytes)
+    return named and os.path.realpath(os.fsdecode(path)).startswith(folders)

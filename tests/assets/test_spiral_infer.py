@@ -1,5 +1,6 @@
 """The stand-alone script: the prompts of training, on an endpoint of the tests' own."""
 
+import functools
 import http.server
 import json
 import pathlib
@@ -29,12 +30,16 @@ SPECIALS = ["<unk>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 def scaffold(**prompt):
     fields = defaults().prompt.to_dict() | prompt
     return {
-        "format": 1, "prompt": fields, "candidate_texts": {"empty": EMPTY, "cut_off": CUT_OFF},
-        "opens_thinking": False, "special_tokens": SPECIALS, "stop_ids": [1],
+        "format": 1,
+        "prompt": fields,
+        "candidate_texts": {"empty": EMPTY, "cut_off": CUT_OFF},
+        "opens_thinking": False,
+        "special_tokens": SPECIALS,
+        "stop_ids": [1],
         "search": {"traces": 4, "max_tokens": 40},
         "aggregation": {"subsets": 3, "subset_size": 2, "traces": 2, "max_tokens": 50},
         "sampling": {"temperature": 0.7, "top_p": 1.0},
-    }  # fmt: skip
+    }
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -57,7 +62,8 @@ def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.asked, server.url = [], f"http://127.0.0.1:{server.server_port}/v1/"
     server.reply = lambda body: (200, choice("so \\boxed{4 2}"))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    serve = functools.partial(server.serve_forever, poll_interval=0.01)  # how long a stop takes
+    threading.Thread(target=serve, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -83,28 +89,35 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(hf.BUNDLED["bundled:tiny"])
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_a_message_is_the_text_of_the_prompt_that_training_makes(name):
+def test_a_message_is_the_text_of_the_prompt_that_training_makes(name, tokenizer):
+    def rendered(message):
+        turns = [{"role": "user", "content": message}]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def decoded(ids):
+        return tokenizer.decode(ids, skip_special_tokens=False)
+
     fields, candidates = CASES[name]
-    tokenizer = load_tokenizer(hf.BUNDLED["bundled:tiny"])
     prompt = PromptSettings.from_config(ConfigDict(defaults().prompt.to_dict() | fields))
-    of_training = make_scaffold(tokenizer, prompt, (tokenizer.eos_token_id,))
+    in_training = make_scaffold(tokenizer, prompt, (tokenizer.eos_token_id,))
     ids = [
         (np.array(tokenizer.encode(text, add_special_tokens=False)), stop)
         for text, stop in candidates
     ]
-    expected = prompts.aggregation_prompt(of_training, "What is 12+30?", ids, np.arange(2)).ids
+    expected = prompts.aggregation_prompt(in_training, "What is 12+30?", ids, np.arange(2)).ids
     traces = [Trace(text, stop == Stop.LENGTH, None) for text, stop in candidates]
     message = spiral_infer.aggregation_message("What is 12+30?", traces, scaffold(**fields))
-    turns = [{"role": "user", "content": message}]
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert rendered == tokenizer.decode(expected, skip_special_tokens=False)
-    search = spiral_infer.search_message("What is 12+30?", scaffold(**fields))
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": search}], tokenize=False,
-                                             add_generation_prompt=True)  # fmt: skip
-    assert rendered == tokenizer.decode(
-        prompts.search_prompt(of_training, "What is 12+30?"), skip_special_tokens=False
-    )
+    assert rendered(message) == decoded(expected)
+
+    expected = prompts.search_prompt(in_training, "What is 12+30?")
+    message = spiral_infer.search_message("What is 12+30?", scaffold(**fields))
+    assert rendered(message) == decoded(expected)
 
 
 def test_the_script_searches_aggregates_and_votes(server, tmp_path):
@@ -114,47 +127,42 @@ def test_the_script_searches_aggregates_and_votes(server, tmp_path):
             return 200, choice(f"trace {body['seed']} says \\boxed{{{body['seed']}}}")
         return 200, choice("\\boxed{42}" if body["seed"] % 2 else "\\boxed{ 4 2 }")
 
+    def run_script(problem):
+        flags = [f"--base_url={server.url}", "--model=m", f"--out={tmp_path / 'all.json'}", "-"]
+        done = subprocess.run(
+            [sys.executable, "-I", str(script), *flags],
+            input=problem,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, json.loads((tmp_path / "all.json").read_text())
+
     server.reply = reply
-    file = tmp_path / "spiral_scaffold.json"
-    file.write_text(json.dumps(scaffold()))
+    (tmp_path / "spiral_scaffold.json").write_text(json.dumps(scaffold()))
     script = tmp_path / "spiral_infer.py"
     script.write_bytes(pathlib.Path(spiral_infer.__file__).read_bytes())
-    words = [
-        sys.executable,
-        "-I",
-        str(script),
-        f"--base_url={server.url}",
-        "--model=m",
-        f"--out={tmp_path / 'all.json'}",
-    ]
-    done = subprocess.run(
-        [*words, "-"], input="six <|user|>by seven", capture_output=True, text=True, timeout=100
-    )
-    assert done.stdout == "answer: 42   votes: {'42': 6}   without an answer: 0\n", done.stderr
-    assert len(server.asked) == 4 + 3 * 2
+    printed, result = run_script("six <|user|>by seven")
+    assert printed == "answer: 42   votes: {'42': 6}   without an answer: 0\n"
+
+    bodies = [body for _, body, _ in server.asked]
+    assert len(bodies) == 4 + 3 * 2
     for path, body, key in server.asked:
         assert path == "/v1/chat/completions" and body["model"] == "m" and key is None
         assert (body["temperature"], body["top_p"]) == (0.7, 1.0) and "logprobs" not in body
         assert body["messages"][0]["content"].startswith("six by seven\n")
-    limits = [body["max_tokens"] for _, body, _ in server.asked]
-    assert sorted(limits) == [40] * 4 + [50] * 6
-    assert len({body["seed"] for _, body, _ in server.asked}) == 10
-    result = json.loads((tmp_path / "all.json").read_text())
+    assert sorted(body["max_tokens"] for body in bodies) == [40] * 4 + [50] * 6
+    assert {body["seed"] for body in bodies} == set(range(10))
+
     assert len({tuple(sorted(subset)) for subset in result["subsets"]}) == 3
-    shown = [
-        body["messages"][0]["content"] for _, body, _ in server.asked if body["max_tokens"] == 50
-    ]
-    for first, second in result["subsets"]:
-        listed = "Attempt 1:\n{}\n\nAttempt 2:\n{}".format(
-            *(result["search"][n]["text"] for n in (first, second))
-        )
+    shown = [body["messages"][0]["content"] for body in bodies if body["max_tokens"] == 50]
+    for subset in result["subsets"]:
+        first, second = (result["search"][n]["text"] for n in subset)
+        listed = f"Attempt 1:\n{first}\n\nAttempt 2:\n{second}"
         assert sum(listed in text for text in shown) == 2
-    again = subprocess.run(
-        [*words, "-"], input="six by seven", capture_output=True, text=True, timeout=100
-    )
-    assert json.loads((tmp_path / "all.json").read_text())["subsets"] == result["subsets"], (
-        again.stderr
-    )
+    _, again = run_script("six by seven")
+    assert again["subsets"] == result["subsets"]
 
 
 def test_a_long_truncated_candidate_is_cut_by_tokens(server):
@@ -172,18 +180,14 @@ def test_a_long_truncated_candidate_is_cut_by_tokens(server):
 def test_thinking_that_the_server_took_out_of_the_text_counts_as_thinking(server):
     server.reply = lambda body: (200, choice("so 3", message={"reasoning_content": "hm"}))
     trace = Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
-    assert (
-        trace.text == "<think>hm</think>so 3"
-        and spiral_infer.shown_candidate(trace, scaffold()) == "so 3"
-    )
+    assert trace.text == "<think>hm</think>so 3"
+    assert spiral_infer.shown_candidate(trace, scaffold()) == "so 3"
     server.reply = lambda body: (200, choice(None, "length", message={"reasoning_content": "hm"}))
     trace = Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
     assert spiral_infer.shown_candidate(trace, scaffold()) == EMPTY
 
 
-def test_system_message_template_variables_and_stop_ids_are_sent_where_the_scaffold_has_them(
-    server,
-):
+def test_what_only_some_endpoints_know_is_sent_where_the_scaffold_has_it(server):
     fields = {
         "system": "Be brief.",
         "template_kwargs": {"enable_thinking": False},
@@ -191,41 +195,29 @@ def test_system_message_template_variables_and_stop_ids_are_sent_where_the_scaff
     }
     Endpoint(server.url, "m").complete("x", scaffold(**fields), 40, 0)
     Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
-    (_, given, _), (_, bare, _) = server.asked
-    assert given["messages"] == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "x"},
-    ]
-    assert given["chat_template_kwargs"] == {"enable_thinking": False} and given[
-        "stop_token_ids"
-    ] == [1]
-    assert bare["messages"] == [{"role": "user", "content": "x"}]
-    assert not bare.keys() & {
-        "chat_template_kwargs",
-        "stop_token_ids",
-    }  # endpoints that do not know them refuse them
+    (_, full, _), (_, bare, _) = server.asked
+    user = {"role": "user", "content": "x"}
+    assert full["messages"] == [{"role": "system", "content": "Be brief."}, user]
+    assert full["chat_template_kwargs"] == {"enable_thinking": False}
+    assert full["stop_token_ids"] == [1]
+    assert bare["messages"] == [user]
+    assert not bare.keys() & {"chat_template_kwargs", "stop_token_ids"}
 
 
 def test_a_plain_scaffold_completes_text(server):
+    def reply(text, finish, logprobs):
+        content = {"text": text, "finish_reason": finish, "logprobs": logprobs}
+        return lambda body: (200, {"choices": [content]})
+
     rules = scaffold(template="plain", keep_tail_tokens=2)
-    server.reply = lambda body: (
-        200,
-        {"choices": [{"text": "so 3", "finish_reason": "stop", "logprobs": None}]},
-    )
+    server.reply = reply("so 3", "stop", None)
     assert Endpoint(server.url, "m").complete("x", rules, 40, 0) == Trace("so 3", False, None)
     tokens = {"tokens": ["a", "b", "c"], "token_logprobs": [-1.0] * 3}
-    server.reply = lambda body: (
-        200,
-        {"choices": [{"text": "abc", "finish_reason": "length", "logprobs": tokens}]},
-    )
+    server.reply = reply("abc", "length", tokens)
     assert Endpoint(server.url, "m").complete("x", rules, 40, 0) == Trace("abc", True, "bc")
     for path, body, _ in server.asked:
-        assert (
-            path == "/v1/completions"
-            and body["prompt"] == "x"
-            and body["logprobs"] == 1
-            and "messages" not in body
-        )
+        assert path == "/v1/completions" and body["prompt"] == "x" and body["logprobs"] == 1
+        assert "messages" not in body
 
 
 def test_an_endpoint_that_refuses_is_an_error_in_its_own_words(server, monkeypatch):
@@ -256,6 +248,6 @@ TEXTS = ("", "4", r"\boxed{4}", r"\boxed {\frac{1}{2}} x", r"\boxed{1} \boxed{2"
 @pytest.mark.parametrize("text", [*TEXTS, r"<think>\boxed{1}</think>2"])
 def test_answers_are_those_that_training_rewards(text):
     expected = last_boxed(text)
-    assert spiral_infer.last_boxed(text) == (
-        None if expected is None else "".join(expected.split())
-    )
+    if expected is not None:
+        expected = "".join(expected.split())
+    assert spiral_infer.last_boxed(text) == expected

@@ -5,6 +5,7 @@ do.
 
 import pytest
 from ml_collections import ConfigDict
+from spiral_jax.core.config_checks import validate, validate_evaluation
 
 from configs import grpo_qwen3_4b, qwen3_4b, smollm2_135m, smollm2_chain_sum, tiny
 from spiral_jax.core.config import (
@@ -15,7 +16,6 @@ from spiral_jax.core.config import (
     for_evaluation,
     to_plain,
 )
-from spiral_jax.core.config_checks import validate, validate_evaluation
 
 CONFIGS = {
     "tiny": tiny,

@@ -1,26 +1,24 @@
-"""Processes that find each other, tell each other what one of them knows, and end together, with a
-message.
-"""
+"""Processes that find each other, tell each other what one knows, and end with one message."""
+
+import os
 
 import jax
 import pytest
 from small_pods import launch
 
 from spiral_jax.core import distributed
-from spiral_jax.core.distributed import DistributedError, environment, start
+from spiral_jax.core.distributed import DistributedError, detect_cluster, start
 
 WORKER = ["-m", "tests.pod_worker"]
 
 
 @pytest.fixture
 def clean(monkeypatch):
-    """No cluster's environment, and a `jax.distributed.initialize` that only writes down what it
-    was asked.
-    """
-    for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS",
-                 "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES", "KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX",
-                 "JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY"):  # fmt: skip
-        monkeypatch.delenv(name, raising=False)
+    """No cluster's environment; the list holds what `jax.distributed.initialize` is asked."""
+    prefixes = ("SLURM_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION_", "JAX_PLATFORMS")
+    for name in list(os.environ):
+        if name.startswith(prefixes):
+            monkeypatch.delenv(name)
     monkeypatch.setattr(distributed, "_TPU_DEVICES", ())
     asked = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: asked.append(arguments))
@@ -41,7 +39,7 @@ SLURM = {
 
 
 def test_without_flags_and_cluster_a_process_is_alone_and_asks_nobody(clean):
-    assert start(None, None, None, 5) is False and environment() is None and not clean
+    assert start(None, None, None, 5) is False and detect_cluster() is None and not clean
 
 
 def test_one_process_is_alone_whatever_the_environment_says(clean, monkeypatch):
@@ -52,10 +50,15 @@ def test_one_process_is_alone_whatever_the_environment_says(clean, monkeypatch):
 def test_flags_go_to_jax_as_they_are_and_nothing_is_detected(clean, monkeypatch):
     setenv(monkeypatch, **SLURM, SLURM_NTASKS="16")
     assert start("host-0:1234", 4, 3, 17)
-    assert clean == [
-        {"coordinator_address": "host-0:1234", "num_processes": 4, "process_id": 3, "initialization_timeout": 77,
-         "cluster_detection_method": "deactivate", "shutdown_timeout_seconds": distributed.EXCHANGE_TIMEOUT_S}
-    ]  # fmt: skip
+    (asked,) = clean
+    assert asked == {
+        "coordinator_address": "host-0:1234",
+        "num_processes": 4,
+        "process_id": 3,
+        "initialization_timeout": 77,
+        "cluster_detection_method": "deactivate",
+        "shutdown_timeout_seconds": distributed.EXCHANGE_TIMEOUT_S,
+    }
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,7 @@ def test_slurm_is_joined_by_several_tasks_alone(clean, monkeypatch):
     setenv(monkeypatch, **SLURM, SLURM_NTASKS="1")
     assert not start(None, None, None, 5)
     setenv(monkeypatch, SLURM_NTASKS="2", SLURM_STEP_TASKS_PER_NODE="8(x2)", SLURM_GPUS_ON_NODE="8")
-    assert environment() == "SLURM: SLURM_NTASKS=2" and start(None, None, None, 5)
+    assert detect_cluster() == "SLURM: SLURM_NTASKS=2" and start(None, None, None, 5)
     setenv(monkeypatch, SLURM_STEP_TASKS_PER_NODE="1(x2)")
     assert start(None, None, None, 5)
     # jax gives each of several tasks on a node one GPU; the only one has all
@@ -95,27 +98,27 @@ def test_tpus_are_joined_where_their_library_is(clean, monkeypatch):
     hosts = {"TPU_WORKER_HOSTNAMES": "a,b"}
     monkeypatch.setattr(distributed, "find_spec", lambda name: None)
     setenv(monkeypatch, **hosts)
-    assert environment() is None
+    assert detect_cluster() is None
     monkeypatch.setattr(distributed, "find_spec", lambda name: name == "libtpu")
-    assert environment() == "GKE: TPU_WORKER_HOSTNAMES=a,b, 1 slices"
+    assert detect_cluster() == "GKE: TPU_WORKER_HOSTNAMES=a,b, 1 slices"
     setenv(monkeypatch, TPU_WORKER_HOSTNAMES="a")
-    assert environment() is None  # one host
+    assert detect_cluster() is None  # one host
     setenv(monkeypatch, MEGASCALE_NUM_SLICES="2")
-    assert "2 slices" in environment()
+    assert "2 slices" in detect_cluster()
     monkeypatch.delenv("MEGASCALE_NUM_SLICES")
     monkeypatch.delenv("TPU_WORKER_HOSTNAMES")
-    assert environment() is None  # the library alone: a machine that plans
+    assert detect_cluster() is None  # the library alone: a machine that plans
     monkeypatch.setattr(distributed, "_TPU_DEVICES", ("/dev/null",))
-    assert environment() == "TPU VM: its metadata server"
+    assert detect_cluster() == "TPU VM: its metadata server"
     setenv(monkeypatch, JAX_PLATFORMS="cpu")
-    assert environment() is None
+    assert detect_cluster() is None
 
 
 def test_an_indexed_job_of_kubernetes_is_joined(clean, monkeypatch):
     setenv(monkeypatch, KUBERNETES_SERVICE_HOST="10.0.0.1")
-    assert environment() is None  # any pod
+    assert detect_cluster() is None  # any pod
     setenv(monkeypatch, JOB_COMPLETION_INDEX="3")
-    assert environment().startswith("Kubernetes")
+    assert detect_cluster().startswith("Kubernetes")
     assert start(None, None, None, 5) and clean[0]["local_device_ids"] is None
 
 
@@ -155,9 +158,7 @@ def test_a_process_that_nobody_joins_says_whom_it_waited_for():
 
 @pytest.mark.slow
 def test_processes_exchange_and_a_checkpoint_goes_from_mesh_to_mesh(tmp_path):
-    """2 x 4 devices -> 1 x 8 -> 2 x 4 cut along other axes; every process checks the values that it
-    holds.
-    """
+    """2 x 4 devices -> 1 x 8 -> 2 x 4 cut along other axes; each process checks what it holds."""
     at = f"--directory={tmp_path / 'checkpoints'}"
     first = launch([*WORKER, "exchange", "checkpoint", at, "--mesh=2,2,2"], 2, 4)
     assert [done.returncode for done in first] == [0, 0], first
@@ -166,10 +167,8 @@ def test_processes_exchange_and_a_checkpoint_goes_from_mesh_to_mesh(tmp_path):
             f"process {process} of 2: 4 of 8 devices, cpu (cpu), mesh data=2, fsdp=2, tensor=2\n"
             in done.stdout
         )
-    assert ['{"done": ["exchange", "checkpoint"]}' in done.stdout for done in first] == [
-        True,
-        False,
-    ]
+    printed = ['{"done": ["exchange", "checkpoint"]}' in done.stdout for done in first]
+    assert printed == [True, False]
     (single,) = launch([*WORKER, "checkpoint", at, "--mesh=1,8,1"], 1, 8)
     assert single.returncode == 0, single
     again = launch([*WORKER, "checkpoint", at, "--mesh=1,4,2"], 2, 4)

@@ -12,7 +12,6 @@ from spiral_jax.core.groups import (
     Stop,
     concat_groups,
     pad_rows,
-    take_groups,
 )
 
 C, G = 3, 5
@@ -108,10 +107,10 @@ def test_a_traces_ids_are_its_tokens_without_padding_even_where_they_are_zero():
 @pytest.mark.parametrize("verified", [True, False])
 def test_taking_groups_moves_every_array_alike(verified):
     groups = random_groups(5, 6, verified=verified)
-    taken = take_groups(groups, np.array([3, 0, 3]))
+    taken = groups.take(np.array([3, 0, 3]))
     assert len(taken) == 3 and taken.requests.traces == C and taken.requests.max_tokens == G
     for new, old in enumerate([3, 0, 3]):
-        assert_same(take_groups(taken, np.array([new])), take_groups(groups, np.array([old])))
+        assert_same(taken.take(np.array([new])), groups.take(np.array([old])))
         np.testing.assert_array_equal(taken.requests.id_Ux6[new], groups.requests.id_Ux6[old])
         np.testing.assert_array_equal(taken.trace_UxCxG[new], groups.trace_UxCxG[old])
     assert (taken.reward_UxC is None) == (not verified) and taken.advantage_UxC is None
@@ -119,13 +118,13 @@ def test_taking_groups_moves_every_array_alike(verified):
 
 def test_taking_all_groups_or_a_permutation_and_back_changes_nothing():
     groups = random_groups(7, 6)
-    assert_same(take_groups(groups, np.arange(7)), groups)
+    assert_same(groups.take(np.arange(7)), groups)
     order = np.random.default_rng(1).permutation(7)
-    assert_same(take_groups(take_groups(groups, order), np.argsort(order)), groups)
+    assert_same(groups.take(order).take(np.argsort(order)), groups)
 
 
 def test_taking_no_groups_leaves_empty_arrays_of_the_same_kind():
-    taken = take_groups(random_groups(3, 6), np.array([], np.int64))
+    taken = random_groups(3, 6).take(np.array([], np.int64))
     assert len(taken) == 0 and taken.sampled_tokens == 0
     assert taken.trace_UxCxG.shape == (0, C, G) and taken.reward_UxC.shape == (0, C)
 
@@ -133,7 +132,7 @@ def test_taking_no_groups_leaves_empty_arrays_of_the_same_kind():
 def test_joining_the_parts_of_a_cut_gives_the_whole():
     groups = random_groups(7, 6)
     for cuts in ([3], [1, 2, 6], [0, 7]):  # the last: with empty parts
-        parts = [take_groups(groups, index) for index in np.split(np.arange(7), cuts)]
+        parts = [groups.take(index) for index in np.split(np.arange(7), cuts)]
         assert_same(concat_groups(parts), groups)
     assert_same(concat_groups([groups]), groups)
 
@@ -149,7 +148,7 @@ def test_joined_groups_have_prompts_padded_to_the_widest():
         at = 0
         for part in parts:
             width = part.requests.prompt_UxP.shape[1]
-            again = take_groups(joined, np.arange(at, at + len(part)))
+            again = joined.take(np.arange(at, at + len(part)))
             assert not again.requests.prompt_UxP[:, width:].any()
             cut = dataclasses.replace(
                 again.requests, prompt_UxP=again.requests.prompt_UxP[:, :width]
@@ -163,6 +162,68 @@ def test_joining_groups_of_unequal_trace_shapes_is_an_error():
     fewer = dataclasses.replace(groups, trace_UxCxG=groups.trace_UxCxG[:, :, :-1])
     with pytest.raises(ValueError):
         concat_groups([groups, fewer])
+
+
+def with_limits(groups, seed=0):
+    limit_UxC = np.random.default_rng(seed).integers(1, G + 1, (len(groups), C)).astype(np.int32)
+    requests = dataclasses.replace(groups.requests, limit_UxC=limit_UxC)
+    return dataclasses.replace(groups, requests=requests)
+
+
+def test_limits_go_where_their_traces_go():
+    groups = with_limits(random_groups(4, 6))
+    limit_UxC = groups.requests.limit_UxC
+    np.testing.assert_array_equal(groups.take([2, 0]).requests.limit_UxC, limit_UxC[[2, 0]])
+    np.testing.assert_array_equal(groups.first(2).requests.limit_UxC, limit_UxC[:, :2])
+    np.testing.assert_array_equal(groups.cut_at(3).requests.limit_UxC, np.minimum(limit_UxC, 3))
+    population = groups.as_population(random_groups(2, 3, seed=5).requests)
+    np.testing.assert_array_equal(population.requests.limit_UxC, limit_UxC.reshape(2, 2 * C))
+    assert_same(concat_groups([groups.take([0]), groups.take([1, 2, 3])]), groups)
+
+
+@pytest.mark.parametrize("n", [1, 2, C])
+def test_the_first_traces_of_each_group_are_those_with_the_lowest_numbers(n):
+    groups = random_groups(4, 6)
+    first = groups.first(n)
+    assert len(first) == 4 and first.requests.traces == n and first.requests.max_tokens == G
+    for u, c in np.ndindex(4, n):
+        np.testing.assert_array_equal(first.trace_ids(u, c), groups.trace_ids(u, c))
+    np.testing.assert_array_equal(first.reward_UxC, groups.reward_UxC[:, :n])
+    np.testing.assert_array_equal(first.requests.prompt_UxP, groups.requests.prompt_UxP)
+    if n == C:
+        assert_same(first, groups)
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_a_population_is_all_traces_of_a_problem_set_by_set_behind_its_search_prompt(verified):
+    B, K = 2, 3
+    groups = random_groups(B * K, 6, verified=verified)
+    search = random_groups(B, 4, seed=1).requests
+    population = groups.as_population(search)
+    assert len(population) == B and population.requests.traces == K * C
+    assert population.requests.max_tokens == G
+    np.testing.assert_array_equal(population.requests.prompt_UxP, search.prompt_UxP)
+    np.testing.assert_array_equal(population.requests.id_Ux6, search.id_Ux6)
+    for b, k, c in np.ndindex(B, K, C):
+        u, n = b * K + k, k * C + c
+        np.testing.assert_array_equal(population.trace_ids(b, n), groups.trace_ids(u, c))
+        np.testing.assert_array_equal(population.logprob_UxCxG[b, n], groups.logprob_UxCxG[u, c])
+        assert population.stop_UxC[b, n] == groups.stop_UxC[u, c]
+    assert (population.reward_UxC is not None) == verified
+
+
+def test_a_cut_keeps_the_beginning_of_long_traces_and_the_stop_of_those_that_fit():
+    groups = random_groups(5, 6)
+    for limit in range(1, G + 1):
+        cut = groups.cut_at(limit)
+        assert cut.requests.max_tokens == limit and cut.reward_UxC is None
+        assert cut.trace_UxCxG.shape == cut.logprob_UxCxG.shape == (5, C, limit)
+        for u, c in np.ndindex(5, C):
+            whole, stop = groups.trace_ids(u, c), groups.stop_UxC[u, c]
+            np.testing.assert_array_equal(cut.trace_ids(u, c), whole[:limit])
+            assert cut.stop_UxC[u, c] == (Stop.LENGTH if len(whole) > limit else stop)
+    unverified = random_groups(5, 6, verified=False)
+    assert_same(unverified.cut_at(G), unverified)
 
 
 def test_values_that_are_part_of_random_keys_and_logs_are_fixed():

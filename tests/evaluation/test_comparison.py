@@ -9,41 +9,45 @@ import pytest
 from spiral_jax import evaluate
 from spiral_jax.evaluation import comparison
 from spiral_jax.evaluation.comparison import compare, samples_needed, scaling_efficiency
-from spiral_jax.evaluation.results import VERSION, ResultsError, write_results
+from spiral_jax.evaluation.results import VERSION, ResultsError, summarise, write_results
 from spiral_jax.evaluation.tables import comparison_tables
 
-SETTINGS = {"n": 4, "subsets": 1, "traces": 1, "population": 2, "set_size": 1, "rounds": 2, "limits": [], "seed": 0,
-            "temperature": 1.0, "subset_size": 2, "search_max_tokens": 8, "aggregation_max_tokens": 8}  # fmt: skip
+SETTINGS = {
+    "temperature": 1.0,
+    "subset_size": 2,
+    "population": 2,
+    "set_size": 1,
+    "rounds": 2,
+    "limits": [],
+}
 
 
 def results(correct_B, n, rsa_right_B=None, tokens=10, **settings):
-    """Results whose problem b has correct_B[b] of n right search traces; RSA is right on the
-    problems given.
+    """Results whose problem b has correct_B[b] of n right search traces.
+
+    RSA is right on the problems given, and so is plain aggregation.
     """
     records = []
     for b, correct in enumerate(correct_B):
         right = 0 if rsa_right_B is not None and rsa_right_B[b] else 1
+        search = {
+            "answer": [0] * correct + list(range(1, n - correct + 1)),
+            "length": [tokens] * n,
+            "cut_off": [0] * n,
+        }
+        plain = {"member": [[0, 1]], "answer": [right], "length": [tokens], "cut_off": [0]}
         population = {"answer": [right] * 2, "length": [tokens] * 2, "cut_off": [0, 0]}
-        records.append({
-            "index": b,
-            "id": f"held_out:{b}",
-            "search": {
-                "answer": [0] * correct + list(range(1, n - correct + 1)), "length": [tokens] * n, "cut_off": [0] * n
-            },
-            "limits": [],
-            "aggregation": {"member": [[0, 1]], "answer": [right], "length": [tokens], "cut_off": [0]},
-            "rsa": [population] * 2,
-        })  # fmt: skip
+        stages = {"search": search, "limits": [], "aggregation": plain, "rsa": [population] * 2}
+        records.append({"index": b, "id": f"held_out:{b}"} | stages)
+    count = len(records)
     return {
         "version": VERSION,
-        "model": {"hf_path": "m", "fingerprint": "f"},
-        "problems": {"task": "t", "reward": "", "asked": len(records), "too_long": 0, "count": len(records),
-                     "fingerprint": "same"},
+        "model": {"hf_path": "m"},
+        "problems": {"task": "t", "reward": "", "count": count, "fingerprint": "same"},
         "scaffold": {"search": "{problem}", "thinking": "full"},
         "settings": SETTINGS | {"n": n} | settings,
-        "counts": {},
         "records": records,
-    }  # fmt: skip
+    }
 
 
 def exact_curve(miss, n):
@@ -56,8 +60,8 @@ def repeated(curve, rows=3):
 
 
 def test_efficiency_is_exactly_four_where_a_trace_of_a_is_worth_four_of_b():
-    # 1 - (m^4)^k = 1 - m^(4k) for every problem: B needs 4 k samples for what A has with k, so A /
-    # B = 1/4.
+    # 1 - (m^4)^k = 1 - m^(4k) for every problem: B needs 4 k samples for what A has with k, so
+    # A / B = 1/4.
     miss = np.random.default_rng(0).uniform(0.6, 0.999, 40)
     strong, weak = repeated(exact_curve(miss**4, 32)), repeated(exact_curve(miss, 128))
     for row in scaling_efficiency(strong, weak):
@@ -68,9 +72,8 @@ def test_efficiency_is_exactly_four_where_a_trace_of_a_is_worth_four_of_b():
     assert [row["at"] for row in reversed_rows][-2:] == ["A at k=128", "both"]
     assert reversed_rows[-1]["ratio"] == pytest.approx(4)
     assert reversed_rows[0]["bound"] == "at least" and reversed_rows[0]["ratio"] == pytest.approx(1)
-    assert (
-        reversed_rows[2]["ratio"] == pytest.approx(4) and reversed_rows[2]["bound"] is None
-    )  # B reaches it at k = 1
+    # B reaches it at k = 1
+    assert reversed_rows[2]["ratio"] == pytest.approx(4) and reversed_rows[2]["bound"] is None
 
 
 def test_efficiency_of_sampled_counts_has_the_true_ratio_in_its_interval():
@@ -83,15 +86,28 @@ def test_efficiency_of_sampled_counts_has_the_true_ratio_in_its_interval():
     assert 3 < rows["A at k=16"]["low"] < 4 < rows["A at k=16"]["high"] < 5
 
 
-def test_interpolation_is_linear_in_log_k_and_takes_the_first_k_of_a_flat_stretch():
-    curve = np.array([[0.2, 0.4, 0.4, 0.8]])
-    needed = lambda level: samples_needed(curve, np.array([level]))  # noqa: E731
-    for level, k, bound in [(0.2, 1, 0), (0.3, 2**0.5, 0), (0.4, 2, 0), (0.6, (3 * 4) ** 0.5, 0), (0.8, 4, 0),
-                            (0.1, 1, -1), (0.9, 4, 1)]:  # fmt: skip
-        (k_found,), (bound_found,) = needed(level)
-        assert k_found == pytest.approx(k) and bound_found == bound, level
+@pytest.mark.parametrize(
+    ("level", "samples", "bound"),
+    [
+        (0.2, 1, 0),
+        (0.3, 2**0.5, 0),
+        (0.4, 2, 0),
+        (0.6, (3 * 4) ** 0.5, 0),
+        (0.8, 4, 0),
+        (0.1, 1, -1),
+        (0.9, 4, 1),
+    ],
+)
+def test_interpolation_is_linear_in_log_k_and_takes_the_first_k_of_a_flat_stretch(
+    level, samples, bound
+):
+    needed = samples_needed(np.array([[0.2, 0.4, 0.4, 0.8]]), np.array([level]))
+    assert needed.samples_R == pytest.approx(samples) and needed.bound_R == bound
+
+
+def test_a_curve_that_falls_stays_at_what_it_had_reached():
     fallen = np.array([[0.2, 0.5, 0.45, 0.8]])  # problems with fewer samples have left the mean
-    assert samples_needed(fallen, np.array([0.5]))[0][0] == 2
+    assert samples_needed(fallen, np.array([0.5])).samples_R == 2
 
 
 def test_gaps_are_paired_over_problems():
@@ -103,22 +119,13 @@ def test_gaps_are_paired_over_problems():
     gaps = {row["measure"]: row for row in found["gaps"]}
     single = gaps["single trace"]
     assert single["b"] - single["a"] == pytest.approx(1 / 8)
-    # each problem gains the same, so paired there is nothing uncertain, however much problems
-    # differ
+    # each problem gains the same: paired, nothing is uncertain, however much problems differ
     assert single["gap"]["low"] == single["gap"]["high"] == pytest.approx(1 / 8)
     assert gaps["RSA round 2"]["gap"]["mean"] == pytest.approx(1 - gaps["RSA round 2"]["a"])
-    assert list(gaps) == [
-        "single trace",
-        "pass@8",
-        "maj@8",
-        "aggregated pass@1, S=2",
-        "RSA round 1",
-        "RSA round 2",
-    ]
-    same = compare(a, copy.deepcopy(a))
-    assert all(
-        row["gap"]["mean"] == row["gap"]["low"] == row["gap"]["high"] == 0 for row in same["gaps"]
-    )
+    of_search = ["single trace", "pass@8", "maj@8"]
+    assert list(gaps) == [*of_search, "aggregated pass@1, S=2", "RSA round 1", "RSA round 2"]
+    for row in compare(a, copy.deepcopy(a))["gaps"]:
+        assert row["gap"]["mean"] == row["gap"]["low"] == row["gap"]["high"] == 0
 
 
 def test_gaps_at_equal_tokens_are_at_equal_tokens():
@@ -133,9 +140,7 @@ def test_gaps_at_equal_tokens_are_at_equal_tokens():
 
 def test_what_was_not_sampled_alike_is_left_out_and_named():
     found = compare(results([1, 2], 4), results([1, 2], 4, population=4, subset_size=1))
-    assert not any(
-        "RSA" in row["measure"] or "aggregated" in row["measure"] for row in found["gaps"]
-    )
+    assert [row["measure"] for row in found["gaps"]] == ["single trace", "pass@4", "maj@4"]
     assert found["left_out"] == [
         "aggregated pass@1 (subset_size: 2 -> 1)",
         "RSA by round (population: 2 -> 4)",
@@ -158,13 +163,25 @@ def other_problems():
 
 
 REFUSED = {
-    "scaffold": (changed(scaffold={"thinking": "answer_only"}), ["prompt.thinking: 'full' -> 'answer_only'"]),
-    "a field that one file has": (changed(scaffold={"system": "Be brief."}), ["prompt.system: '' -> 'Be brief.'"]),
+    "scaffold": (
+        changed(scaffold={"thinking": "answer_only"}),
+        ["prompt.thinking: 'full' -> 'answer_only'"],
+    ),
+    "a field that one file has": (
+        changed(scaffold={"system": "Be brief."}),
+        ["prompt.system: '' -> 'Be brief.'"],
+    ),
     "reward": (changed(problems={"reward": "a:b"}), ["task.reward: '' -> 'a:b'"]),
-    "texts": (changed(problems={"fingerprint": "other"}), ["the same ids, other texts, answers or order"]),
-    "problems": (other_problems(), ["problems: 3 of t -> 2 of t", "only in A: 2, first held_out:1",
-                                    "only in B: 1, first held_out:77"]),
-}  # fmt: skip
+    "texts": (changed(problems={"fingerprint": "other"}), ["same ids"]),
+    "problems": (
+        other_problems(),
+        [
+            "3 of t -> 2 of t",
+            "only in A: 2, first held_out:1",
+            "only in B: 1, first held_out:77",
+        ],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -184,21 +201,16 @@ def test_results_from_before_a_field_existed_count_as_its_default():
 def test_compare_writes_its_findings_and_pictures_beside_b(tmp_path, capsys):
     rng = np.random.default_rng(3)
     for name, low in (("grpo", 1), ("spiral", 3)):
-        (tmp_path / name).mkdir()
-        found = results(rng.integers(low, low + 4, 30), 8, rsa_right_B=rng.random(30) < low / 4)
-        found["measures"] = evaluate.results.summarise(found["records"], 0)
-        write_results(tmp_path / name / "results.json", found)
+        side = results(rng.integers(low, low + 4, 30), 8, rsa_right_B=rng.random(30) < low / 4)
+        side["measures"] = summarise(side["records"], 0)
+        write_results(tmp_path / name / "results.json", side)
     paths = [str(tmp_path / name / "results.json") for name in ("grpo", "spiral")]
     evaluate.compare(*paths, None)
     out = tmp_path / "spiral" / "compare"
-    assert {path.name for path in out.iterdir()} == {
-        "comparison.json", "pass_at_k.png", "rsa.png", "tokens.png", "voting.png"
-    }  # fmt: skip
+    pictures = {"pass_at_k.png", "rsa.png", "tokens.png", "voting.png"}
+    assert {path.name for path in out.iterdir()} == {"comparison.json"} | pictures
     found = json.loads((out / "comparison.json").read_text())
     assert found["version"] == comparison.VERSION and found["efficiency"][-1]["ratio"] > 1
     printed = capsys.readouterr().out
-    assert (
-        "samples for equal coverage" in printed
-        and "gaps at equal sampled tokens" in printed
-        and "nan" not in printed
-    )
+    assert "samples for equal coverage" in printed and "gaps at equal sampled tokens" in printed
+    assert "nan" not in printed

@@ -5,13 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from spiral_jax.evaluation.measures import (
-    accuracy,
-    any_correct,
-    columns,
-    set_votes,
-    vote,
-)
+from spiral_jax.evaluation.measures import accuracy, any_correct, columns, set_votes, vote
 from spiral_jax.evaluation.results import summarise
 
 
@@ -63,15 +57,13 @@ def test_a_set_is_mixed_if_its_candidates_have_two_strategies():
     search = stage([1] * 6) | {"strategy": ["left", "left", "right", None, "left", None]}
     sets = [[0, 1], [1, 2], [2, 3], [3, 5]]  # mixed: no, yes, no (none is no strategy), no
     aggregated = stage([0, 1, 0, 0, 1, -1, 0, 0])
-    other = record(
-        stage([1] * 6) | {"strategy": ["right"] * 2 + ["left"] * 4}, [[0, 5]], stage([0, 1])
-    )
+    others = stage([1] * 6) | {"strategy": ["right"] * 2 + ["left"] * 4}
+    other = record(others, [[0, 5]], stage([0, 1]))
     records = [record(search, sets, aggregated), other]
     assert mean(records, "mixed") == pytest.approx(2 / 5)
     assert mean(records, "right_if_mixed") == pytest.approx((2 + 1) / (2 + 2))
-    assert mean(records, "right_if_alike") == pytest.approx(
-        (1 + 0 + 2) / (2 + 1 + 2)
-    )  # an error of ours is none
+    # an error of ours is no aggregation trace
+    assert mean(records, "right_if_alike") == pytest.approx((1 + 0 + 2) / (2 + 1 + 2))
     assert mean(records, "commonest") == pytest.approx((3 + 4) / 12)
     assert summarise(records, 0)["strategies"]["mixed"]["mean"] == pytest.approx(2 / 5)
     assert "strategies" not in summarise([record(stage([1] * 6), sets, aggregated)], 0)
@@ -79,12 +71,8 @@ def test_a_set_is_mixed_if_its_candidates_have_two_strategies():
 
 def test_rescue_and_spoil_are_shares_among_the_sets_of_their_kind():
     search = stage([0, 0, 1, 1, 2, None])
-    sets = [
-        [0, 1],
-        [0, 2],
-        [2, 3],
-        [4, 5],
-    ]  # votes: right, tied, wrong, wrong; some right: yes, yes, no, no
+    # votes: right, tied, wrong, wrong; some right: yes, yes, no, no
+    sets = [[0, 1], [0, 2], [2, 3], [4, 5]]
     aggregated = stage([0, 1, 0, 0, 0, 1, 1, 1])  # right: 1/2, 1, 1/2, 0
     records = [record(search, sets, aggregated)]
     assert mean(records, "aggregated") == pytest.approx(0.5)
@@ -97,16 +85,13 @@ def test_rescue_and_spoil_are_shares_among_the_sets_of_their_kind():
 
 def test_rates_pool_sets_over_problems_and_are_none_where_no_set_is_of_their_kind():
     right = record(stage([0, 0]), [[0], [1]], stage([0, 1]))
-    wrong = record(
-        stage([1, 1]), [[0], [1]], stage([1, -1])
-    )  # the second set has no valid aggregation
+    wrong = record(stage([1, 1]), [[0], [1]], stage([1, -1]))  # set 1: no valid aggregation
     found = summarise([right, wrong], seed=0)
     assert found["spoil_some_right"]["mean"] == 0.5 and found["spoil_some_right"]["count"] == 1
     assert found["rescue_none_right"]["mean"] == 0.0
     only_right = summarise([right, right], seed=0)
-    assert only_right["rescue_none_right"] == {
-        "mean": None, "low": None, "high": None, "standard_error": None, "count": 0
-    }  # fmt: skip
+    undefined = {"mean": None, "low": None, "high": None, "standard_error": None, "count": 0}
+    assert only_right["rescue_none_right"] == undefined
 
 
 def test_tokens_add_up_and_the_critical_path_takes_the_longest_of_each_stage():
@@ -116,15 +101,11 @@ def test_tokens_add_up_and_the_critical_path_takes_the_longest_of_each_stage():
     assert [mean(records, "tokens_at_k", q) for q in range(4)] == [6, 12, 18, 24]
     assert mean(records, "critical_path_at_k", 1) == pytest.approx(np.mean([10, 10, 10, 4, 8, 8]))
     assert mean(records, "critical_path_at_k", 3) == 10
-    assert (
-        mean(records, "aggregated/tokens") == 12 + 3
-    )  # a set's candidates and one aggregation trace
+    # a set's candidates and one aggregation trace
+    assert mean(records, "aggregated/tokens") == 12 + 3
     assert mean(records, "aggregated/critical_path") == (10 + 8) / 2 + 3
-    assert [mean(records, "rsa/tokens", t) for t in range(3)] == [
-        12,
-        20,
-        23,
-    ]  # round 0: the first two traces
+    # round 0: the first two traces
+    assert [mean(records, "rsa/tokens", t) for t in range(3)] == [12, 20, 23]
     assert [mean(records, "rsa/critical_path", t) for t in range(3)] == [10, 15, 17]
     assert [mean(records, "rsa/cut_off", t) for t in range(3)] == [0.5, 0.5, 0]
     assert mean(records, "cut_off/search") == 0.25
@@ -138,9 +119,8 @@ def test_rounds_have_mean_pass_vote_and_entropy_of_their_population():
     assert [mean(records, "rsa/majority", t) for t in range(4)] == [0.25, 1, 1, 0]
     assert mean(records, "rsa/entropy", 0) == pytest.approx(math.log(4))
     assert mean(records, "rsa/entropy", 2) == 0
-    assert (
-        summarise(records, 0)["rsa"][3]["entropy"]["mean"] is None
-    )  # no parsed answer, no entropy
+    # no parsed answer, no entropy
+    assert summarise(records, 0)["rsa"][3]["entropy"]["mean"] is None
 
 
 def test_limits_have_their_own_answers_and_cut_offs_from_the_lengths():
@@ -151,20 +131,13 @@ def test_limits_have_their_own_answers_and_cut_offs_from_the_lengths():
     assert [row["limit"] for row in found] == [3, 5]
     assert [row["single"]["mean"] for row in found] == [0.25, 0.5]
     assert [row["majority"]["mean"] for row in found] == [1, 1]
-    assert [row["cut_off"]["mean"] for row in found] == [
-        0.75,
-        0.5,
-    ]  # at 5: the one that reached it, and the longer one
+    # at 5: the one that reached it, and the longer one
+    assert [row["cut_off"]["mean"] for row in found] == [0.75, 0.5]
     assert [row["tokens"] for row in found] == [3, 4.5]
 
 
 def test_one_problem_has_means_without_intervals():
     found = summarise([record(stage([0, 1]), [[0]], stage([0]))], 0)
-    assert found["single"] == {
-        "mean": 0.5,
-        "low": None,
-        "high": None,
-        "standard_error": None,
-        "count": 1,
-    }
+    lone = {"mean": 0.5, "low": None, "high": None, "standard_error": None, "count": 1}
+    assert found["single"] == lone
     assert found["pass_at_k"][1]["mean"] == 1.0

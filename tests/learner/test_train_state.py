@@ -35,9 +35,8 @@ from spiral_jax.learner.blocks import make_blocks
 from spiral_jax.learner.step import init_state, make_optimizer, make_train_step, variables
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
-from spiral_jax.sampling.programs import Schedule
 from spiral_jax.sampling.protocol import sample
-from spiral_jax.sampling.slots import DecodeSettings, SlotClass
+from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
 
 # ---- optimizer
 

@@ -9,21 +9,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
+from spiral_jax.core.config_checks import validate
 
 from configs import grpo_qwen3_4b, qwen3_4b
 from spiral_jax.core.config import difference, to_plain, uses_aggregation
-from spiral_jax.core.config_checks import validate
 from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import AXES, group_count_multiple, path_name, weight_spec
 from spiral_jax.learner.blocks import abstract_block
 from spiral_jax.learner.step import abstract_state, make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.run.setup import make_samplers
 from spiral_jax.sampling.decode import decode_step
-from spiral_jax.sampling.programs import abstract_prefilled, admission_shapes
-from spiral_jax.sampling.programs import abstract_state as abstract_state_of
-from spiral_jax.sampling.slots import SlotClass, enter
+from spiral_jax.sampling.engine import make_samplers
+from spiral_jax.sampling.rows import RowLayout
+from spiral_jax.sampling.settings import SlotClass
+from spiral_jax.sampling.shapes import abstract_prefilled, admission_shapes
+from spiral_jax.sampling.shapes import abstract_state as abstract_state_of
+from spiral_jax.sampling.slots import enter
 from spiral_jax.sampling.weights import abstract_weights
 
 # config.json of Qwen3-4B-Instruct-2507
@@ -158,11 +160,12 @@ def test_every_program_of_the_sampler_traces_at_its_full_shapes(c, mesh):
                 abstract_prefilled(settings, schedule, i),
                 admission_shapes(settings, schedule, i),
             )
-            state, token, logprob = jax.eval_shape(
+            _, token, logprob = jax.eval_shape(
                 functools.partial(enter, settings), states[i], ready, new
             )
             assert token.shape == logprob.shape == (*new.slot_ZxW.shape, classes[i].C)
-        step = functools.partial(decode_step, settings, classes, None)
+        layout = RowLayout(classes, group_count_multiple(mesh))
+        step = functools.partial(decode_step, settings, layout)
         after, token, logprob = jax.eval_shape(step, weights, tuple(states))
     assert schedule.moves()
     assert (

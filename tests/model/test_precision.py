@@ -28,8 +28,8 @@ from small_steps import (
 from spiral_jax import sft
 from spiral_jax.core.groups import Role
 from spiral_jax.learner.step import make_train_step
-from spiral_jax.sampling.programs import Schedule, recipes
-from spiral_jax.sampling.slots import SlotClass
+from spiral_jax.sampling.programs import recipes
+from spiral_jax.sampling.settings import Schedule, SlotClass
 
 BFLOAT16 = {"param_dtype": jnp.bfloat16, "compute_dtype": jnp.bfloat16}
 

@@ -6,9 +6,6 @@ import re
 
 import numpy as np
 import pytest
-
-from spiral_jax.objective import estimators as advantages
-from spiral_jax.objective import subsets
 from spiral_jax.reporting.reasons import (
     OWN_CORRECTNESS,
     Score,
@@ -17,6 +14,9 @@ from spiral_jax.reporting.reasons import (
     explain_search,
     set_name,
 )
+
+from spiral_jax.objective import estimators as advantages
+from spiral_jax.objective import subsets
 
 SETS = [[0, 1], [0, 2], [1, 2], [1, 3]]
 NAMES = "ABCDEF"

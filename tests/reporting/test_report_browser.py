@@ -1,5 +1,4 @@
-"""The report in a real browser, from the disk: it opens, filters, leads to an aggregation, and runs
-no trace's script.
+"""The report in a real browser, from the disk: it opens, filters, and runs no trace's script.
 
 Skipped, with the reason, where there is no Chromium: `apt-get install chromium`, or `playwright
 install chromium`.
@@ -13,21 +12,22 @@ import pytest
 
 from benchmarks.synthetic_run import write_run
 from configs import tiny
-from spiral_jax import report
 from spiral_jax.reporting import main_page
-from spiral_jax.reporting.problem_page import FLAGS, problem_page, split_problems
+from spiral_jax.reporting.logged_problem import split_problems
+from spiral_jax.reporting.main_page import write_report
+from spiral_jax.reporting.problem_page import FLAGS, PageSettings, problem_page
 from spiral_jax.reporting.read_run import read_run
-from spiral_jax.run.workdir import read_traces
+from spiral_jax.run.trace_log import read_traces
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
 WAIT_MS = 180_000  # a busy machine is no failure, but nothing waits for ever
 expect.set_options(timeout=WAIT_MS)
 
-HOSTILE = (
-    "needle{}x <script>hacked = 1</script></textarea></script><!-- <img src=x onerror=hacked=1> <b>&amp;</b> "
-    "\u202e\u2028 {{{{ 7 * 7 }}}} "
+MARKUP = (
+    "<script>hacked = 1</script></textarea></script><!-- <img src=x onerror=hacked=1> <b>&amp;</b>"
 )
+HOSTILE = f"needle{{}}x {MARKUP} \u202e\u2028 {{{{{{{{ 7 * 7 }}}}}}}} "
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def run(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main_page, "SAMPLE_BYTES", 180_000)
-        report.report(str(path), str(path))
+        write_report(str(path), str(path))
     return path
 
 
@@ -61,21 +61,25 @@ def run(tmp_path_factory):
 def expected(run):
     """The page of every problem, as Python has it, in the order of the list."""
     read = read_run(str(run))
-    found = [problem_page(step, rows, read.config) for step, file in read.traces.items()
-             for rows in split_problems(read_traces(file))]  # fmt: skip
-    return sorted(found, key=lambda problem: (problem["step"], problem["cursor"]))
+    settings = PageSettings.from_plain(read.config)
+    pages = []
+    for step, file in read.traces.items():
+        pages += [problem_page(step, rows, settings) for rows in split_problems(read_traces(file))]
+    return sorted(pages, key=lambda page: (page["step"], page["cursor"]))
 
 
-def watched(context, path, fragment=""):
-    """A page, and what there was to complain of: errors, and anything asked for but files of the
-    report.
-    """
+def open_watched(context, path, fragment=""):
+    """A page, and what there was to complain of: errors, and requests of more than report files."""
     page, complaints = context.new_page(), []
+
+    def on_request(request):
+        if not (request.url.startswith("file:///") and request.is_navigation_request()):
+            complaints.append(f"asked for {request.url[:200]}")
+
     page.set_default_timeout(WAIT_MS)
     page.on("console", lambda message: complaints.append(f"console {message.type}: {message.text}"))
     page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-    page.on("request", lambda asked: asked.url.startswith("file:///") and asked.is_navigation_request()
-            or complaints.append(f"asked for {asked.url[:200]}"))  # fmt: skip
+    page.on("request", on_request)
     page.goto(path.as_uri() + fragment)
     return page, complaints
 
@@ -87,7 +91,7 @@ def open_page(browser):
 
     def open_file(path, fragment=""):
         contexts.append(browser.new_context())
-        page, complaints = watched(contexts[-1], path, fragment)
+        page, complaints = open_watched(contexts[-1], path, fragment)
         all_complaints.append(complaints)
         return page
 
@@ -100,14 +104,12 @@ def open_page(browser):
 @pytest.fixture(scope="module")
 def loaded(browser, run):
     with browser.new_context() as context:
-        yield watched(context, run / "report.html")
+        yield open_watched(context, run / "report.html")
 
 
 @pytest.fixture
 def main(loaded):
-    """The main file without filters, at its first problem: one that several tests share, since it
-    takes a second.
-    """
+    """The main file without filters, at its first problem: one page for several tests."""
     page, complaints = loaded
     page.evaluate("""() => {
         const filters = document.getElementById("filters");
@@ -256,11 +258,7 @@ def test_a_hostile_trace_stays_text(run, expected, open_page, file):
     shown = page.locator("#problem pre").first.evaluate(
         "element => element.ownerDocument.body.innerText"
     )
-    assert (
-        "<script>hacked = 1</script></textarea></script><!-- <img src=x onerror=hacked=1> <b>&amp;</b>"
-        in shown
-    )
-    assert "{{ 7 * 7 }}" in shown
+    assert MARKUP in shown and "{{ 7 * 7 }}" in shown
     assert page.evaluate("typeof hacked") == "undefined"
     assert page.locator("#problem").locator("script, img, textarea, b:text('&')").count() == 0
 
@@ -273,7 +271,9 @@ def test_the_pages_policy_stops_a_script_that_is_not_its_own(run, browser):
         const script = document.createElement("script");
         script.textContent = "hacked = 1";
         document.body.append(script);
-        const image = document.createElement("img"); image.setAttribute("onerror", "hacked = 1"); image.src = "x";
+        const image = document.createElement("img");
+        image.setAttribute("onerror", "hacked = 1");
+        image.src = "x";
         document.body.append(image);
     }""")
     page.wait_for_timeout(200)
@@ -290,16 +290,15 @@ def test_it_fits_from_a_phone_to_a_wide_screen_and_follows_dark_and_light(run, o
     for scheme in ("light", "dark", "light"):
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(300)
-        paper, ink = (
-            int(
-                re.search(
-                    r"rgb\((\d+)",
-                    page.evaluate(f"getComputedStyle(document.querySelector('{of}')).{what}"),
-                )[1]
-            )
-            for of, what in (("body", "backgroundColor"), (".chart .xtitle", "fill"))
-        )
+        paper = red_of(page, "body", "backgroundColor")
+        ink = red_of(page, ".chart .xtitle", "fill")
         assert (paper > 200, ink > 200) == (scheme == "light", scheme == "dark")
+
+
+def red_of(page, element, style):
+    """The red part, 0 to 255, of a colour that an element has."""
+    color = page.evaluate(f"getComputedStyle(document.querySelector('{element}')).{style}")
+    return int(re.search(r"rgb\((\d+)", color)[1])
 
 
 def test_a_keyboard_alone_reaches_a_trace(run, expected, main):

@@ -4,7 +4,7 @@ import json
 
 from configs import tiny
 from spiral_jax.run.log import RunLog
-from spiral_jax.run.workdir import trace_files
+from spiral_jax.run.trace_log import trace_files
 
 
 def rows(path, name):

@@ -16,7 +16,8 @@ import pytest
 
 from spiral_jax.core import config
 from spiral_jax.run import workdir as workdirs
-from spiral_jax.run.workdir import StepLog, TraceLog, WorkdirError, open_workdir, read_config
+from spiral_jax.run.trace_log import TraceLog
+from spiral_jax.run.workdir import StepLog, WorkdirError, open_workdir, read_config
 
 
 def settings(**changes):

@@ -1,12 +1,10 @@
-"""What becomes of an answer: extraction, mathematics, reward functions, counts and classes of
-verdicts.
-"""
+"""What becomes of an answer: extraction, mathematics, reward functions, classes of verdicts."""
 
 import random
 
 import numpy as np
 import pytest
-from small_verifier import problem
+from small_verifier import make_verifier, problem
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks.answer import last_boxed
@@ -20,7 +18,6 @@ from spiral_jax.verifier.rewards import (
     math_reward,
 )
 from spiral_jax.verifier.verifier import (
-    Verifier,
     VerifierFailure,
     check_error_rate,
     count_verdicts,
@@ -232,12 +229,13 @@ def test_math_reward_of_a_broken_reference_names_the_problem(answer):
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (True, Status.CORRECT), (1, Status.CORRECT), (np.bool_(True), Status.CORRECT), (np.int64(1), Status.CORRECT),
-        (False, Status.WRONG), (0, Status.WRONG), (np.bool_(False), Status.WRONG), (None, Status.UNPARSED),
-        (0.5, Status.ERROR), ("yes", Status.ERROR), ("1", Status.ERROR), (2, Status.ERROR), (-1, Status.ERROR),
-        (float("nan"), Status.ERROR), ([1], Status.ERROR), (np.ones(2), Status.ERROR), ((), Status.ERROR),
+        *[(value, Status.CORRECT) for value in (True, 1, np.bool_(True), np.int64(1))],
+        *[(value, Status.WRONG) for value in (False, 0, np.bool_(False))],
+        (None, Status.UNPARSED),
+        *[(value, Status.ERROR) for value in (0.5, 2, -1, float("nan"), np.ones(2))],
+        *[(value, Status.ERROR) for value in ("yes", "1", [1], ())],
     ],
-)  # fmt: skip
+)
 def test_a_reward_is_true_false_1_0_or_none_and_all_else_an_error(value, expected):
     verdict = judge(lambda text, problem: value, "", problem())
     assert verdict.status is expected
@@ -262,7 +260,7 @@ def test_a_reward_that_cannot_be_loaded_is_a_config_error_before_any_worker(
     path, message, reward_path, tmp_path
 ):
     (tmp_path / "verifier_test_broken.py").write_text("1 / 0")
-    for load in (load_reward, lambda path: Verifier(path, workers=1, timeout_s=1.0)):
+    for load in (load_reward, make_verifier):
         with pytest.raises(ConfigError, match=r"config\.task\.reward") as error:
             load(path)
         assert message in str(error.value)

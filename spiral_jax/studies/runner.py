@@ -1,0 +1,266 @@
+"""Runs a study: every run and pair that is missing, in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import importlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from types import ModuleType
+from typing import IO, Any
+
+from spiral_jax.core.config import ConfigError
+from spiral_jax.evaluation.measures import columns
+from spiral_jax.evaluation.results import read_results
+from spiral_jax.run.checkpoint import CheckpointError
+from spiral_jax.run.start import find_trained
+from spiral_jax.run.workdir import WorkdirError
+from spiral_jax.studies.cells import value_of
+from spiral_jax.studies.design import BASE, EVALUATION, SWEEP_SEED, Pair, Study
+from spiral_jax.studies.directory import StudyDirectory, pair_name
+from spiral_jax.studies.processes import Processes
+
+_DESCRIBE = (
+    "import json; from spiral_jax.run import environment; print(json.dumps(environment.describe()))"
+)
+_MOST_SAID = 500  # characters of what a failed command said
+
+
+def run_study(
+    study: Study, directory: StudyDirectory, processes: Processes, proposals: int = 0
+) -> Study:
+    """Runs what is missing, and a sweep over `proposals` arms.
+
+    Returns:
+      The study with the arms of its sweep, when every run is done or has failed.
+
+    Raises:
+      ConfigError: several runs at once on an accelerator.
+    """
+    with (
+        _lock(directory) as lock,
+        tempfile.TemporaryDirectory(prefix="spiral_jax_programs_") as programs,
+        _exit_on_sigterm(),
+    ):
+        directory.journal.cut_back(sys.maxsize)  # repairs a torn last line
+        environment = _describe_environment()
+        if processes.at_once > 1 and "cpu" not in environment["devices"]:
+            raise ConfigError(
+                f"--at_once={processes.at_once}: must be 1 on {environment['devices']}; runs share "
+                "a CPU's cores only."
+            )
+        runner = Runner(study, directory, environment, lock, programs, processes)
+        for seed in study.seeds:
+            processes.each(runner.runs_of(seed))
+            processes.each(runner.pairs_of(seed))
+        if proposals:
+            study = sweep_module().sweep(study, directory, proposals, runner.value_of)
+    return study
+
+
+def sweep_module() -> ModuleType:
+    """`studies.sweep`, whose library is optional. Raises ConfigError: it is not installed."""
+    try:
+        return importlib.import_module("spiral_jax.studies.sweep")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"a sweep needs {error.name}: pip install -r requirements-sweep.txt"
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """Runs the commands of a study.
+
+    Attributes:
+      environment: `environment.describe` of the runs.
+      lock: the study's, which its processes hold too.
+      programs: directory where they find each other's compiled programs. It lives as long as the
+        study's command: what is compiled for one machine's CPUs may not run on another's.
+      processes: how many at once.
+      guard: of the journal.
+    """
+
+    study: Study
+    directory: StudyDirectory
+    environment: dict[str, Any]
+    lock: IO
+    programs: str
+    processes: Processes
+    guard: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def runs_of(self, seed: int) -> Iterator[functools.partial[None]]:
+        """`run_arm` of every arm that has the seed."""
+        runs = self.study.runs
+        for number, (arm, of_run) in enumerate(runs, start=1):
+            if of_run == seed:
+                yield functools.partial(self.run_arm, arm, seed, f"{number}/{len(runs)}")
+
+    def pairs_of(self, seed: int) -> Iterator[functools.partial[None]]:
+        """`run_pair` of every pair that has the seed."""
+        pairs = self.study.pairs
+        for number, pair in enumerate(pairs, start=1):
+            if pair.seed == seed:
+                yield functools.partial(self.run_pair, pair, f"pair {number}/{len(pairs)}")
+
+    def run_arm(self, arm: str, seed: int, number: str) -> None:
+        """Trains and evaluates one run, as far as that was not done before.
+
+        `number` is printed with it.
+        """
+        print(f"[{number}] {arm}, seed {seed}", flush=True)
+        if arm == BASE:
+            self._evaluate(arm, seed, 0)
+            return
+        workdir = self.directory.run(arm, seed)
+        step = _newest_step(workdir)
+        if not self._has_ended(arm, seed, step):
+            config = f"--config={self.study.file}:{arm}"
+            code = self._run_command(arm, seed, "train", config, f"--workdir={workdir}")
+            step = _newest_step(workdir)
+            told_to_stop = code == 0 and not self._has_ended(arm, seed, step)
+            if step is None or told_to_stop:
+                return  # or it failed before its first checkpoint
+        self._evaluate(arm, seed, step, f"--config.model.init_from={workdir}@{step}")
+
+    def run_pair(self, pair: Pair, number: str) -> None:
+        """Evaluates the search of one arm under the aggregator of another, once both have ended."""
+        searcher, reader, seed = pair
+        print(f"[{number}] search of {searcher}, read by {reader}, seed {seed}", flush=True)
+        steps = {BASE: 0}
+        for arm in (searcher, reader):
+            if arm != BASE:
+                steps[arm] = _newest_step(self.directory.run(arm, seed))
+                if not self._has_ended(arm, seed, steps[arm]):
+                    return
+        policies = [f"--config.eval.searcher={BASE}"]
+        if searcher != BASE:
+            trained = f"{self.directory.run(searcher, seed)}@{steps[searcher]}"
+            policies = [f"--config.eval.searcher={trained}"]
+        if reader != BASE:
+            trained = f"{self.directory.run(reader, seed)}@{steps[reader]}"
+            policies.append(f"--config.model.init_from={trained}")
+        self._evaluate(pair_name(searcher, reader), seed, steps[reader], *policies)
+
+    def value_of(self, study: Study, arm: str) -> float | None:
+        """The study's first measure of an arm that a sweep has proposed; None: the arm failed.
+
+        `study` is the one with that arm.
+        """
+        runner = dataclasses.replace(self, study=study)
+        runner.run_arm(arm, SWEEP_SEED, f"sweep, arm {len(study.proposed)}")
+        files = self.directory.evaluations(arm, SWEEP_SEED)
+        if not files:
+            return None
+        return value_of(columns(read_results(files[-1])["records"]), study.measures[0])
+
+    def _has_ended(self, arm: str, seed: int, step: int | None) -> bool:
+        """Whether the newest checkpoint is where the arm's experiment ends."""
+        if step is None:
+            return False
+        steps = self.directory.metrics(arm, seed)[:step]
+        tokens = sum(row["sampling/generated_tokens"] for row in steps)
+        return self.study.experiments[arm].has_ended(step, tokens)
+
+    def _evaluate(self, name: str, seed: int, step: int, *policies: str) -> None:
+        """Evaluates an arm or a pair, if that was not done; `policies` are flags that name them."""
+        evaluation = self.directory.evaluation(name, seed, step)
+        if not (evaluation / "results.json").exists():
+            config = f"--config={self.study.file}:{EVALUATION}"
+            workdir = f"--workdir={evaluation}"
+            self._run_command(name, seed, "evaluate", config, workdir, *policies)
+
+    def _run_command(self, name: str, seed: int, stage: str, *arguments: str) -> int:
+        """One command in a process of its own, noted in the journal; returns its exit status."""
+        log = self.directory.log(name, seed, stage)
+        log.parent.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", f"spiral_jax.{stage}", *arguments, f"--config.seed={seed}"]
+        environment = {"JAX_COMPILATION_CACHE_DIR": self.programs} | os.environ
+        start = time.monotonic()
+        with log.open("ab") as output:
+            code = self.processes.run(command, output, environment, pass_fds=(self.lock.fileno(),))
+        seconds = round(time.monotonic() - start, 1)
+        row = {
+            "arm": name,
+            "seed": seed,
+            "stage": stage,
+            "returncode": code,
+            "seconds": seconds,
+            "at_once": self.processes.at_once,
+            "environment": self.environment,
+        }
+        if code:
+            row["error"] = _last_words(log, code)
+        with self.guard:
+            self.directory.journal.append({"step": len(self.directory.journal.read())} | row)
+        failed = f", failed: {row['error']}" if code else ""
+        print(f"    {name}, seed {seed}, {stage}: {seconds:.0f} s{failed}", flush=True)
+        return code
+
+
+def _newest_step(workdir: pathlib.Path) -> int | None:
+    """The step of the run's newest checkpoint; None: there is none."""
+    try:
+        return find_trained(workdir, None).step
+    except (WorkdirError, CheckpointError):
+        return None
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends a study as Ctrl-C does."""
+
+    def stop(*_: object) -> None:
+        sys.exit("told to stop; the same command goes on")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _last_words(log: pathlib.Path, code: int) -> str:
+    """What a failed command said last: its `error:` line if it has one."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines[-50:] if line.startswith("error:")]
+    last = (errors or lines or ["(nothing)"])[-1][:_MOST_SAID]
+    return f"killed by signal {-code}; {last}" if code < 0 else last
+
+
+@contextlib.contextmanager
+def _lock(directory: StudyDirectory) -> Iterator[IO]:
+    """The study's lock.
+
+    Its processes hold it too, so one that outlives a killed study keeps the next one out.
+    """
+    with (directory.path / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WorkdirError(
+                f"--workdir={directory.path}: another study, or a run that a killed one has left, "
+                "is at work there. Wait for it, or end it."
+            ) from None
+        yield lock
+
+
+def _describe_environment() -> dict[str, Any]:
+    """`environment.describe` of the runs, asked in a process like theirs."""
+    done = subprocess.run(
+        [sys.executable, "-c", _DESCRIBE], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise WorkdirError(f"JAX does not start here: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,293 @@
+"""What `gather` found -> OUT.md, OUT.json and pictures."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from spiral_jax.evaluation.tables import DASH, percent
+from spiral_jax.studies.design import Study
+from spiral_jax.studies.figures import plot_study
+
+_BUDGET = {  # of an arm's row: key, head of its column
+    "estimator": "estimator",
+    "N": "N",
+    "S": "S",
+    "K": "K",
+    "M": "M",
+    "R": "R",
+    "L search": "L, search",
+    "L aggregation": "L, aggregation",
+    "rollouts": "rollouts",
+    "ceiling": "tokens a problem, at most",
+    "problems a step": "problems a step",
+    "steps": "steps, at most",
+    "token budget": "sampled tokens, at most",
+    "lr": "lr",
+}
+_HOW_TO_READ = (
+    "Percent with 95 % intervals by bootstrap over seeds and over problems: each resample draws "
+    "the seeds, and one set of problems for all of them. An arm with one seed has an interval over "
+    "problems alone; with three to five seeds the interval is narrower than the truth, so the "
+    "table of runs shows each. A claim holds if the whole interval of its gap is beyond what it "
+    "asks, fails if the whole interval is short of it, and is open otherwise. Sampled tokens are "
+    "output of all traces, abandoned ones too; prefilled tokens are the prompts that were read, "
+    "aggregation prompts above all: both together are what sampling computes. Seconds are those of "
+    "the training steps."
+)
+
+
+def write_study(study: Study, found: Mapping[str, Any], out: pathlib.Path) -> str:
+    """Writes the report, its numbers and its pictures; returns the report."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = plot_study(found, out)
+    out.with_suffix(".json").write_text(_json(found) + "\n")
+    text = markdown(study, found, [picture.name for picture in pictures])
+    out.with_suffix(".md").write_text(text)
+    return text
+
+
+def list_failures(found: Mapping[str, Any]) -> list[str]:
+    """A line for each claim that does not hold, and each run or pair that is not done."""
+    lines = [f"claim: {row['claim']}" for row in found["claims"] if row["verdict"] != "holds"]
+    for run in found["runs"]:
+        if run["state"] != "done":
+            lines.append(f"not done: {run['arm']} seed {run['seed']}")
+    for row in found["cross"]:
+        if not row["measures"] or row.get("errors"):
+            lines.append(f"not done: search of {row['searcher']}, read by {row['reader']}")
+    return lines
+
+
+def _json(found: Mapping[str, Any]) -> str:
+    """JSON with a line for each run, arm, gap and claim."""
+
+    def dump(value: Any) -> str:
+        return json.dumps(value, allow_nan=False)
+
+    parts = []
+    for name, value in found.items():
+        if name in ("runs", "claims", "cross"):
+            lines = ",\n  ".join(dump(row) for row in value)
+            parts.append(f"{dump(name)}: [\n  {lines}\n ]")
+        elif name in ("arms", "gaps", "efficiency", "curves"):
+            lines = ",\n  ".join(f"{dump(key)}: {dump(row)}" for key, row in value.items())
+            parts.append(f"{dump(name)}: {{\n  {lines}\n }}")
+        else:
+            parts.append(f"{dump(name)}: {dump(value)}")
+    return "{\n " + ",\n ".join(parts) + "\n}"
+
+
+def markdown(study: Study, found: Mapping[str, Any], pictures: Sequence[str]) -> str:
+    """The report; a part without content is left out."""
+    measure, baseline = found["measures"][0], found["baseline"]
+    parts = {
+        "What was claimed before the runs": _claims(found),
+        "What is possible": _optimum(found),
+        "Results": _results(found),
+        f"Search of one, read by another: {measure}": _cross(found),
+        f"Gaps to {baseline}, paired over seeds and problems (points)": _gaps(found),
+        f"Samples for equal coverage, against {baseline}": _efficiency(found),
+        "Arms": _arms(found),
+        "Training: means over an arm's runs": _training(found),
+        "Runs": _runs(found),
+        "Pictures": "\n".join(f"![{name}]({name})" for name in pictures),
+        "How to read this": _HOW_TO_READ,
+        "Notes": study.notes,
+    }
+    sections = [f"## {title}\n\n{text}" for title, text in parts.items() if text]
+    return "\n\n".join([*_head(study, found), *sections]) + "\n"
+
+
+def _head(study: Study, found: Mapping[str, Any]) -> list[str]:
+    """The paragraphs above the first section."""
+    settings, problems = found["settings"], found["problems"]
+    done = sum(run["state"] == "done" for run in found["runs"])
+    paragraphs = [
+        f"# {study.title}",
+        study.question,
+        f"{done} of {len(found['runs'])} runs are done, in {found['seconds'] / 3600:.1f} hours, "
+        f"added up over trainings and evaluations, of which {found['at_once']} ran at once. "
+        f"Machine: {'; '.join(found['machines'])}. Commit: {', '.join(found['commits'])}. Written "
+        f"by `python -m spiral_jax.study --config={study.file} --report`.",
+        f"Evaluation: {problems['count']} held-out problems of {problems['task']} at "
+        f"T = {settings['temperature']:g}: n = {settings['n']} traces each, {settings['subsets']} "
+        f"disjoint sets of {settings['subset_size']}, {settings['traces']} aggregations of each; "
+        f"RSA with a population of {settings['population']}, sets of {settings['set_size']}, "
+        f"{settings['rounds']} rounds.",
+    ]
+    if found["unnamed"]:
+        unnamed = ", ".join(found["unnamed"])
+        paragraphs.append(f"In the directory, but not in the configuration: {unnamed}.")
+    return [paragraph for paragraph in paragraphs if paragraph]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Markdown; empty without rows."""
+    if not rows:
+        return ""
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _claims(found: Mapping[str, Any]) -> str:
+    rows = []
+    for claim in found["claims"]:
+        seeds = claim["gap"]["seeds"] if claim["gap"] else 0
+        rows.append([claim["claim"], _measured(claim), seeds, f"**{claim['verdict']}**"])
+    return _table(["claim", "measured", "seeds", "verdict"], rows)
+
+
+def _measured(claim: Mapping[str, Any]) -> str:
+    """A claim's gap in its unit."""
+    gap, unit = claim["gap"], claim["unit"]
+    if gap is None:
+        return DASH
+    if unit == "times":
+        return f"{gap['mean']:.2f}x [{gap['low']:.2f}, {gap['high']:.2f}]"
+    if unit == "nat":
+        return f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}] nat"
+    return percent(gap, "+" if unit == "points" else "")
+
+
+def _results(found: Mapping[str, Any]) -> str:
+    rows = []
+    for arm, row in found["arms"].items():
+        measures = row["measures"]
+        seeds = next(iter(measures.values()))["seeds"] if measures else 0
+        cells = [percent(measures[m]) if measures else DASH for m in found["measures"]]
+        rows.append([arm, seeds, *cells])
+    if found["optimum"]:
+        best = found["optimum"]
+        known = {"aggregated": percent(best["aggregated"]), "mixed": f"{100 * best['mixed']:.1f}"}
+        rows.append(["best possible", "", *(known.get(m, "") for m in found["measures"])])
+    return _table(["arm", "seeds", *found["measures"]], rows)
+
+
+def _optimum(found: Mapping[str, Any]) -> str:
+    """The bound and what it is made of."""
+    best = found["optimum"]
+    if not best:
+        return ""
+    V, S = best["strategies"], best["subset_size"]
+    return (
+        f"Of sets of {S} independent traces of one policy at most 1 - {V} * {V}^-{S} = "
+        f"{100 * best['mixed']:.1f} % are mixed, that is, hold two strategies or more. The base, "
+        f"before any training, is right on {percent(best['right_if_mixed'])} % of its mixed sets "
+        f"and on {percent(best['right_if_alike'])} % of the others. Read like that, the best sets "
+        f"give **{percent(best['aggregated'])} %** aggregated accuracy."
+    )
+
+
+def _cross(found: Mapping[str, Any]) -> str:
+    measure = found["measures"][0]
+    arms = list(dict.fromkeys(row["searcher"] for row in found["cross"]))
+    cell = {(row["searcher"], row["reader"]): _cross_cell(row, measure) for row in found["cross"]}
+    rows = [[searcher, *(cell[searcher, reader] for reader in arms)] for searcher in arms]
+    return _table(["search \\ aggregation", *arms], rows)
+
+
+def _cross_cell(row: Mapping[str, Any], measure: str) -> str:
+    """Estimate and its number of seeds; and what failed."""
+    estimate = row["measures"].get(measure)
+    parts = [f"{percent(estimate)} ({estimate['seeds']})"] if estimate else []
+    return _escape("; ".join([*parts, *row.get("errors", [])])) or DASH
+
+
+def _escape(text: str) -> str:
+    """Text for a cell of a table."""
+    return text.replace("|", "\\|")
+
+
+def _gaps(found: Mapping[str, Any]) -> str:
+    rows = []
+    for arm, gaps in found["gaps"].items():
+        in_order = [gaps[measure] for measure in found["measures"]]
+        rows.append([arm, *(DASH if gap is None else percent(gap, "+") for gap in in_order)])
+    return _table(["arm", *found["measures"]], rows)
+
+
+def _efficiency(found: Mapping[str, Any]) -> str:
+    rows = []
+    for arm, row in found["efficiency"].items():
+        ratio = f"{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]"
+        ratio += f" ({row['bound']})" if row["bound"] else ""
+        coverage = f"{100 * row['coverage']:.1f}"
+        rows.append([arm, coverage, f"{row['samples_a']:.1f}", f"{row['samples_b']:.1f}", ratio])
+    heads = ["arm", "coverage (%)", f"samples, {found['baseline']}", "samples, arm", "times fewer"]
+    return _table(heads, rows)
+
+
+def _arms(found: Mapping[str, Any]) -> str:
+    rows = []
+    for arm, row in found["arms"].items():
+        if "estimator" in row:  # the base has no training
+            rows.append([arm, *(_count(row.get(key)) for key in _BUDGET), len(row["seeds"])])
+    return _table(["arm", *_BUDGET.values(), "seeds"], rows)
+
+
+def _training(found: Mapping[str, Any]) -> str:
+    heads = [
+        "arm",
+        "steps",
+        "sampled tokens",
+        "prefilled tokens",
+        "seconds",
+        "entropy of search, start",
+        "end (nat)",
+        "gradient norm, search",
+        "aggregation",
+        "lowest parse rate, search",
+        "aggregation (%)",
+    ]
+    rows = []
+    for arm in found["arms"]:
+        runs = [run for run in found["runs"] if run["arm"] == arm and "steps" in run]
+        if not runs:
+            continue
+        row = [
+            arm,
+            _mean(runs, "steps", 0),
+            _mean(runs, "sampled_tokens", 0),
+            _mean(runs, "prefilled_tokens", 0),
+            _mean(runs, "seconds", 0),
+            _mean(runs, "entropy_start", 3),
+            _mean(runs, "entropy_end", 3),
+            _mean(runs, "grad_norm_search", 3),
+            _mean(runs, "grad_norm_aggregation", 3),
+            _mean(runs, "lowest_parse_rate_search", 1, 100),
+            _mean(runs, "lowest_parse_rate_aggregation", 1, 100),
+        ]
+        rows.append(row)
+    return _table(heads, rows)
+
+
+def _mean(runs: Sequence[Mapping[str, Any]], key: str, decimals: int, scale: float = 1) -> str:
+    values = [run[key] for run in runs if run.get(key) is not None]
+    return f"{scale * np.mean(values):,.{decimals}f}" if values else DASH
+
+
+def _runs(found: Mapping[str, Any]) -> str:
+    rows = []
+    for run in found["runs"]:
+        row = [run["arm"], run["seed"], run["state"]]
+        row += [_count(run.get(key)) for key in ("steps", "sampled_tokens", "seconds")]
+        for measure in found["measures"]:
+            value = run.get("measures", {}).get(measure)
+            row.append(DASH if value is None else f"{100 * value:.1f}")
+        rows.append([*row, _escape(run["error"])])
+    costs = ["steps", "sampled tokens", "seconds"]
+    return _table(["arm", "seed", "state", *costs, *found["measures"], "error"], rows)
+
+
+def _count(value: Any) -> str:
+    """A number or a name; a dash for nothing or 0."""
+    if value is None or value == 0:
+        return DASH
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"

@@ -1,0 +1,38 @@
+"""config.verifier as one value."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifierSettings:
+    """How answers are judged.
+
+    Attributes:
+      workers: child processes, >= 1.
+      timeout_s: seconds for one answer, > 0, from when a ready worker is handed it: neither the
+        wait for a free worker nor its start counts.
+      memory_gb: address space of a child process, 10^9 bytes.
+      environment: names of variables that child processes see beside those that Python needs.
+      max_error_rate: share of our own failures above which a run stops, see `check_error_rate`.
+    """
+
+    workers: int
+    timeout_s: float
+    memory_gb: float = 4.0
+    environment: tuple[str, ...] = ()
+    max_error_rate: float = 0.05
+
+    @classmethod
+    def from_config(cls, verifier: ConfigDict) -> VerifierSettings:
+        """Of config.verifier."""
+        return cls(
+            workers=verifier.workers,
+            timeout_s=verifier.timeout_s,
+            memory_gb=verifier.memory_gb,
+            environment=tuple(verifier.environment),
+            max_error_rate=verifier.max_error_rate,
+        )
