@@ -23,9 +23,9 @@ from spiral_jax.planning import analytic
 from spiral_jax.planning.analytic import bytes_a_chip
 from spiral_jax.planning.costs import Cost
 from spiral_jax.planning.inventory import Inventory
-from spiral_jax.sampling import programs as sampler_programs
 from spiral_jax.sampling.decode import DECODE_SCOPE
 from spiral_jax.sampling.prefill import PREFILL_SCOPE
+from spiral_jax.sampling.shapes import prompt_shapes
 from spiral_jax.sampling.weights import lay_out
 
 
@@ -117,7 +117,7 @@ def train_program(inventory: Inventory, block: Block) -> PlannedProgram:
         "batch": bytes_a_chip(inventory.blocks),
         "gradients of other roles": other_roles * trained,
     }
-    logits = groups_a_shard * C * min(inventory.settings.logprob_chunk, G)
+    logits = groups_a_shard * C * min(inventory.settings.learner.logprob_chunk, G)
     all_flops = ideal_train_flops(model.arch, model.lora_rank, model.remat, U, C, P, G)
     flops = all_flops / inventory.chips
 
@@ -176,7 +176,7 @@ def _train_passes(inventory: Inventory, P: int, G: int) -> dict[str, float]:
         _loop_of(PROMPT_KEYS_SCOPE, within=TRACE_SCOPE): prompt_blocks,
         _loop_in(PROMPT_SCOPE): prompt_blocks,
         _loop_in(TRACE_SCOPE): trace_blocks,
-        _loop_of(LOGPROBS_SCOPE): -(-G // inventory.settings.logprob_chunk),
+        _loop_of(LOGPROBS_SCOPE): -(-G // inventory.settings.learner.logprob_chunk),
     }
 
 
@@ -226,7 +226,7 @@ def prefill_program(inventory: Inventory, prompt: int) -> PlannedProgram:
     schedule, settings = inventory.engine.schedule, inventory.engine.settings
     wide_enough = [i for i in schedule.entries() if prompt <= schedule.classes[i].P]
     i = min(wide_enough, key=lambda i: schedule.classes[i].P)
-    given = sampler_programs.prompt_shapes(settings, schedule, i)
+    given = prompt_shapes(settings, schedule, i)
     shards, W, P = given.prompt_ZxWxP.shape
 
     chunk = settings.chunk_of(P)
