@@ -32,7 +32,7 @@ from spiral_jax.studies.directory import StudyDirectory, pair_name
 from spiral_jax.studies.processes import Processes
 
 _DESCRIBE = (
-    "import json; from spiral_jax.run import environment; print(json.dumps(environment.describe()))"
+    "import json; from spiral_jax.run import provenance; print(json.dumps(provenance.describe()))"
 )
 _MOST_SAID = 500  # characters of what a failed command said
 
