@@ -80,10 +80,12 @@ def write_model(path: pathlib.Path) -> None:
     config = ModelConfig(ARCHITECTURE)
     params = init_variables(config, jax.random.key(MODEL_SEED))["params"]
 
-    def scale(array: jax.Array) -> jax.Array:
-        return KERNEL_SCALE * array if array.ndim == 3 else array
+    for room, kernel_axes in (("layers", 3), ("last_layer", 2)):
 
-    params["layers"] = jax.tree.map(scale, params["layers"])
+        def scale(array: jax.Array, kernel_axes: int = kernel_axes) -> jax.Array:
+            return KERNEL_SCALE * array if array.ndim == kernel_axes else array
+
+        params[room] = jax.tree.map(scale, params[room])
     hf.save_params(path, params, config, stop_ids=())
 
 

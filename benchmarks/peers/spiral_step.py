@@ -35,6 +35,28 @@ from spiral_jax.model.transformer import ModelConfig
 REMAT, ATTENTION_BLOCK, LOGPROB_CHUNK = "dots", 256, 32
 
 
+def split_layers(stacked: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The `lora` collection of adapters "layers/q/a" [L, ...] and so on."""
+    lora: dict[str, Any] = {"layers": {}, "last_layer": {}}
+    for name, array in stacked.items():
+        _, projection, part = name.split("/")
+        lora["layers"].setdefault(projection, {})[part] = jax.device_put(array[:-1])
+        lora["last_layer"].setdefault(projection, {})[part] = jax.device_put(array[-1])
+    return lora
+
+
+def stack_layers(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All layers of each parameter as "layers/..." [L, ...], as the peers name them."""
+    stacked = {}
+    for name, array in arrays.items():
+        room, _, rest = name.partition("/")
+        if room == "layers":
+            array = np.concatenate([array, arrays[f"last_layer/{rest}"][None]])
+        if room != "last_layer":
+            stacked[name] = array
+    return stacked
+
+
 class SpiralStep:
     def load(self, model: str, adapters: str | None) -> dict[str, Any]:
         path = pathlib.Path(model)
@@ -54,10 +76,7 @@ class SpiralStep:
         lora = None
         if adapters:
             with np.load(adapters) as arrays:
-                lora = {"layers": {}}
-                for name, array in arrays.items():
-                    _, layer, part = name.split("/")
-                    lora["layers"].setdefault(layer, {})[part] = jax.device_put(array)
+                lora = split_layers(dict(arrays))
         self.base, self.state = init_state(self.c, self.config, base, self.mesh, lora)
         jax.block_until_ready(self.state)
         self.train_step = make_train_step(self.c, self.config)
@@ -92,7 +111,8 @@ class SpiralStep:
         loss = self._step(StepWork.load(work), 1)
         moment = optax.tree_utils.tree_get(self.state.opt, "mu")
         leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(moment))
-        np.savez(out, **{meshes.path_name(path): leaf / (1 - B1) for path, leaf in leaves})
+        gradient = {meshes.path_name(path): leaf / (1 - B1) for path, leaf in leaves}
+        np.savez(out, **stack_layers(gradient))
         return float(loss)
 
     def step(self, work: str, micro_batch: float) -> dict[str, Any]:

@@ -157,12 +157,13 @@ def _backward(sizes: KeySizes, kept: Any, d_out: jax.Array) -> tuple:
             visible = _causal(i, sizes.own, R)
             d_rows, d_own = _cotangents_of(own, sizes.own, i + 1, visible, rows, d_rows, d_own)
         if prompt is not None:
+            rows = rows.of_all_traces()
+            d_rows = d_rows.reshape(rows.q.shape)
             with jax.named_scope(PROMPT_KEYS_SCOPE):
-                visible, rows = _in_prompt(prompt_len_U, sizes.prompt), rows.of_all_traces()
+                size, visible = sizes.prompt, _in_prompt(prompt_len_U, sizes.prompt)
                 d_rows, d_prompt = _cotangents_of(
-                    prompt, sizes.prompt, counts.prompt, visible, rows,
-                    d_rows.reshape(rows.q.shape), d_prompt,
-                )  # fmt: skip
+                    prompt, size, counts.prompt, visible, rows, d_rows, d_prompt
+                )
         return _write_block(d_q, d_rows.astype(q.dtype), i, sizes.own), d_own, d_prompt
 
     nothing = jnp.zeros_like(q), _no_cotangents(own), _no_cotangents(prompt)

@@ -211,6 +211,11 @@ CUTS = {  # the mesh axis of every dimension; embed's 97 rows are odd, so they s
     "step": (),
     "count": (),
 }
+CUTS |= {
+    name.replace("layers/", "last_layer/"): cut[1:]
+    for name, cut in CUTS.items()
+    if name.startswith("layers/")
+}
 
 
 @pytest.mark.devices8

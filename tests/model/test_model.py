@@ -256,7 +256,7 @@ def of_traces(hidden_UxTxD):
 
 @quickly_compiled
 def unrolled(config, variables, prompt, prompt_len, trace):
-    """What `forward` returns, from a loop over whole layers: no scan, no last layer for some rows."""
+    """What `forward` returns, from a loop over whole layers: no scan, all rows in all layers."""
     params = variables["params"]
     own = prompt_len[:, None, None] + np.arange(G) + np.zeros((U, C, 1), np.int32)
     position = jnp.concatenate([np.tile(np.arange(P), (U, 1)), own.reshape(U, -1)], axis=1)
