@@ -61,20 +61,28 @@ def load(directory, mesh, **options):
     return config, hf.load_params(directory, config, mesh)
 
 
-def by_hand(state, layers=3):
-    """transformers' state dict as our tree: stacked layers, kernels [in, out]."""
+def by_hand(state, L=3):
+    """transformers' state dict as our tree: L - 1 layers stacked, kernels [in, out]."""
     state = {name: tensor.detach().numpy() for name, tensor in state.items()}
-    stack = lambda name: np.stack(
-        [state[f"model.layers.{layer}.{name}.weight"] for layer in range(layers)]
-    )  # noqa: E731
-    tree = {"embed": state["model.embed_tokens.weight"], "final_norm": state["model.norm.weight"]}
-    ours = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    tree["layers"] = {name: stack(theirs) for name, theirs in ours.items()}
-    tree["layers"] |= {name: stack(f"self_attn.{name}") for name in ("q_norm", "k_norm")}
     rooms = dict.fromkeys("qkvo", "self_attn") | dict.fromkeys(("gate", "up", "down"), "mlp")
-    tree["layers"] |= {
-        n: {"kernel": stack(f"{room}.{n}_proj").transpose(0, 2, 1)} for n, room in rooms.items()
-    }
+
+    def layer(number):
+        at = f"model.layers.{number}"
+        return {
+            "attention_norm": state[f"{at}.input_layernorm.weight"],
+            "mlp_norm": state[f"{at}.post_attention_layernorm.weight"],
+            "q_norm": state[f"{at}.self_attn.q_norm.weight"],
+            "k_norm": state[f"{at}.self_attn.k_norm.weight"],
+        } | {
+            name: {"kernel": state[f"{at}.{room}.{name}_proj.weight"].T}
+            for name, room in rooms.items()
+        }
+
+    tree = {"embed": state["model.embed_tokens.weight"], "final_norm": state["model.norm.weight"]}
+    tree["last_layer"] = layer(L - 1)
+    if L > 1:
+        stack = [layer(number) for number in range(L - 1)]
+        tree["layers"] = jax.tree.map(lambda *arrays: np.stack(arrays), *stack)
     return tree
 
 
@@ -86,6 +94,17 @@ def test_every_value_is_loaded_where_it_belongs(checkpoint, mesh):
     if not config.arch.tied:
         expected["head"] = model.lm_head.weight.detach().numpy().T
     assert_equal(params, expected)
+
+
+def test_a_single_layer_is_the_last_one(qwen3_checkpoint, mesh, tmp_path):
+    directory, model = qwen3_checkpoint(num_hidden_layers=1, tie_word_embeddings=True)
+    config, params = load(directory, mesh)
+    assert_equal(params, by_hand(model.state_dict(), L=1))
+    hf.save_params(tmp_path, params, config, (5,))
+    saved, source = (load_file(d / "model.safetensors") for d in (tmp_path, directory))
+    assert saved.keys() == source.keys()
+    for name, array in source.items():
+        np.testing.assert_array_equal(saved[name], array, err_msg=name)
 
 
 class Transfer:
@@ -100,9 +119,7 @@ class Transfer:
 
 
 def test_one_parameter_at_a_time_is_on_its_way_to_the_devices(checkpoint, mesh, monkeypatch):
-    """On a busy machine copies lag behind reading: a run of all tests once held two parameters and
-    a third.
-    """
+    """On a busy machine copies lag behind reading: a run once held two parameters and a third."""
     started, make = [], jax.make_array_from_callback
 
     def start(shape, sharding, read):
@@ -117,13 +134,22 @@ def test_one_parameter_at_a_time_is_on_its_way_to_the_devices(checkpoint, mesh, 
 
 # What each device of a 2 x 2 x 2 mesh holds: fsdp and tensor each cut one axis of a matrix in half.
 # V = 97 is odd.
-SHARDS = {
-    "embed": (97, 24), "head": (24, 97), "final_norm": (48,),
-    "layers/attention_norm": (3, 48), "layers/mlp_norm": (3, 48), "layers/q_norm": (3, 16), "layers/k_norm": (3, 16),
-    "layers/q/kernel": (3, 24, 48), "layers/k/kernel": (3, 24, 16), "layers/v/kernel": (3, 24, 16),
-    "layers/o/kernel": (3, 48, 24), "layers/gate/kernel": (3, 24, 40), "layers/up/kernel": (3, 24, 40),
-    "layers/down/kernel": (3, 40, 24),
-}  # fmt: skip
+LAYER_SHARDS = {
+    "attention_norm": (48,),
+    "mlp_norm": (48,),
+    "q_norm": (16,),
+    "k_norm": (16,),
+    "q/kernel": (24, 48),
+    "k/kernel": (24, 16),
+    "v/kernel": (24, 16),
+    "o/kernel": (48, 24),
+    "gate/kernel": (24, 40),
+    "up/kernel": (24, 40),
+    "down/kernel": (40, 24),
+}
+SHARDS = {"embed": (97, 24), "head": (24, 97), "final_norm": (48,)}
+SHARDS |= {f"layers/{name}": (2, *shape) for name, shape in LAYER_SHARDS.items()}
+SHARDS |= {f"last_layer/{name}": shape for name, shape in LAYER_SHARDS.items()}
 
 
 @pytest.mark.devices8
@@ -132,12 +158,10 @@ def test_loading_on_eight_devices_equals_one_and_each_holds_its_share(qwen3_chec
     if jax.device_count() != 8:
         pytest.skip("needs 8 devices")
     directory, model = qwen3_checkpoint(num_key_value_heads=2, tie_word_embeddings=False)
-    _, params = load(
-        directory, make_mesh(ConfigDict(dict(zip(("data", "fsdp", "tensor"), shape, strict=True))))
-    )
-    assert_equal(
-        params, by_hand(model.state_dict()) | {"head": model.lm_head.weight.detach().numpy().T}
-    )
+    sizes = ConfigDict(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
+    _, params = load(directory, make_mesh(sizes))
+    head = {"head": model.lm_head.weight.detach().numpy().T}
+    assert_equal(params, by_hand(model.state_dict()) | head)
     if shape != (2, 2, 2):
         return
     assert leaves(params).keys() == SHARDS.keys()
@@ -164,15 +188,13 @@ def test_files_of_every_dtype_load_in_the_dtype_of_the_parameters(rewrite, mesh,
         ("head", "lm_head.weight", True),
         ("layers/down/kernel", "model.layers.{}.mlp.down_proj.weight", True),
         ("layers/q_norm", "model.layers.{}.self_attn.q_norm.weight", False),
+        ("last_layer/down/kernel", "model.layers.2.mlp.down_proj.weight", True),
     ):
-        arrays = (
-            [file[theirs.format(layer)] for layer in range(3)]
-            if "layers/" in name
-            else [file[theirs]]
-        )
+        stacked = name.startswith("layers/")
+        arrays = [file[theirs.format(layer)] for layer in range(2 if stacked else 1)]
+        assert {array.dtype for array in arrays} == {np.dtype(DTYPES[stored])}
         arrays = [(array.T if transposed else array).astype(DTYPES[wanted]) for array in arrays]
-        expected = np.stack(arrays) if "layers/" in name else arrays[0]
-        assert file[theirs.format(0)].dtype == DTYPES[stored]
+        expected = np.stack(arrays) if stacked else arrays[0]
         found = leaves(params)[name]
         assert found.dtype == wanted
         np.testing.assert_array_equal(np.asarray(found), expected)

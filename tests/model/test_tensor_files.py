@@ -155,14 +155,16 @@ def test_a_dtype_that_is_no_weight_is_an_error_that_names_the_tensor(tmp_path):
 MEMORY = """
 import pathlib, re, sys, threading, time
 import jax, numpy as np
-from spiral_jax.mesh import make_mesh
+from spiral_jax.core.mesh import make_mesh
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
-from spiral_jax.model.qwen3 import ModelConfig
+from spiral_jax.model.transformer import ModelConfig
 from ml_collections import ConfigDict
 
-def anonymous():  # pages of the files that are mapped do not count: the kernel drops them when it needs memory
-    return int(re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) << 10
+def anonymous():
+    # Pages of files that are mapped do not count: the kernel drops them when it needs memory.
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]) << 10
 
 def watch():
     while True:
