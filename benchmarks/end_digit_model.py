@@ -8,6 +8,7 @@ On held-out problems at T = 1. A try is sound if its digits, arithmetic, verdict
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -17,17 +18,13 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from benchmarks.held_out import HeldOut
 from benchmarks.machine import machine
-from spiral_jax.core.groups import Purpose
-from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.statistics import mean_and_interval
-from spiral_jax.learner.step import variables
-from spiral_jax.objective import subsets
-from spiral_jax.rollout.requests import Actor, aggregate, search, verify
-from spiral_jax.run.setup import set_up
+from spiral_jax.learner.state import variables
+from spiral_jax.run.setup import set_up_training
 from spiral_jax.tasks import end_digit
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -38,29 +35,16 @@ PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 
 
 def main(argv: list[str]) -> None:
-    setup = set_up(CONFIG.value)
-    c, base = setup.c, setup.load_base()
-    index_B = np.arange(PROBLEMS.value)
-    problems = [setup.task.held_out(int(index)) for index in index_B]
-    settings = VerifierSettings(workers=1, timeout_s=c.verifier.timeout_s)
+    setup = set_up_training(CONFIG.value)
+    settings = dataclasses.replace(setup.verifier, workers=1)
     with Verifier(setup.reward, settings) as verifier, jax.set_mesh(setup.mesh):
-        actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, Progress(1, 0))
-        weights = setup.sampler.prepare(variables(setup.model, None, base))
-        searched = search(actor, weights, problems, index_B, Purpose.EVALUATION, 0)
-        searched, tried, _ = verify(actor, problems, searched)
-        N, a = c.search.traces, c.aggregation
-        member_BxKxS = np.stack(
-            [
-                subsets.disjoint_subsets(
-                    c.seed, int(Purpose.EVALUATION), 0, b, 0, N, a.subset_size, 1
-                )
-                for b in index_B
-            ]
-        )
-        read, _ = aggregate(actor, weights, problems, searched, member_BxKxS, a.traces)
-        read, said, _ = verify(actor, problems, read)
-    right_BxN, right_BxM = searched.reward_UxC, read.reward_UxC
-    has_hit_B = np.take_along_axis(right_BxN, member_BxKxS[:, 0], axis=1).any(axis=1)
+        policy = setup.sampler.prepare(variables(setup.model, None, setup.start.load_base()))
+        held_out = HeldOut(setup, verifier, policy, PROBLEMS.value)
+        searched = held_out.search()
+        read = held_out.aggregate(searched.groups)
+    problems, tried, said = held_out.problems, searched.texts, read.texts
+    right_BxN, right_BxM = searched.groups.reward_UxC, read.groups.reward_UxC
+    has_hit_B = np.take_along_axis(right_BxN, held_out.member_BxS, axis=1).any(axis=1)
     report = {
         "machine": machine(),
         "problems": len(problems),
@@ -68,7 +52,7 @@ def main(argv: list[str]) -> None:
     }
     first = [
         tries_the_first_expression(problem, text)
-        for problem, text in zip(np.repeat(problems, N), tried, strict=True)
+        for problem, text in zip(np.repeat(problems, right_BxN.shape[1]), tried, strict=True)
     ]
     report["search traces"]["try the first expression"] = float(np.mean(first))
     right_shares = [right_share(problem) for problem in problems]

@@ -13,24 +13,25 @@ import dataclasses
 import json
 import pathlib
 import re
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from benchmarks.held_out import HeldOut
 from benchmarks.machine import machine
-from spiral_jax.core.groups import Groups, Purpose
-from spiral_jax.core.progress import Progress
+from spiral_jax.core.groups import Groups
 from spiral_jax.evaluation.statistics import mean_and_interval
-from spiral_jax.learner.step import variables
-from spiral_jax.objective import subsets
-from spiral_jax.rollout.requests import Actor, aggregate, search, verify
-from spiral_jax.run.setup import set_up
+from spiral_jax.learner.state import variables
+from spiral_jax.run.setup import set_up_training
 from spiral_jax.tasks import two_halves
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/tiny.py", "model and scaffold", lock_config=True
@@ -42,24 +43,19 @@ _SAID = re.compile(r"maybe (left|right):(\d)")
 
 
 def main(argv: list[str]) -> None:
-    setup = set_up(CONFIG.value)
-    c, base = setup.c, setup.load_base()
-    problems = [setup.task.held_out(index) for index in range(PROBLEMS.value)]
-    settings = VerifierSettings(workers=1, timeout_s=c.verifier.timeout_s)
-    with Verifier("math", settings) as verifier, jax.set_mesh(setup.mesh):
-        actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, Progress(1, 0))
-        weights = setup.sampler.prepare(variables(setup.model, None, base))
-        index_B = np.arange(len(problems))
-        searched, texts, verdicts = verify(
-            actor, problems, search(actor, weights, problems, index_B, Purpose.EVALUATION, 0)
-        )
-        report = {"machine": machine(), "problems": len(problems)} | search_report(
-            problems, texts, verdicts
-        )
-        fair = demonstrate(setup, problems, searched)
-        for name, (candidates, shown) in {"own": (searched, texts), "fair": fair}.items():
-            read = reader(actor, weights, problems, candidates, shown)
-            report |= {f"{name} candidates: {measure}": value for measure, value in read.items()}
+    setup = set_up_training(CONFIG.value)
+    settings = dataclasses.replace(setup.verifier, workers=1)
+    with Verifier(setup.reward, settings) as verifier, jax.set_mesh(setup.mesh):
+        policy = setup.sampler.prepare(variables(setup.model, None, setup.start.load_base()))
+        held_out = HeldOut(setup, verifier, policy, PROBLEMS.value)
+        problems, searched = held_out.problems, held_out.search()
+        report = {"machine": machine(), "problems": len(problems)}
+        report |= search_report(problems, searched.texts, searched.verdicts)
+        fair = demonstrate(setup.tokenizer, problems, searched.groups)
+        own = Candidates(searched.groups, searched.texts)
+        for name, candidates in {"own": own, "fair": fair}.items():
+            measures = reading_report(held_out, candidates)
+            report |= {f"{name} candidates: {key}": value for key, value in measures.items()}
     out = pathlib.Path(OUT.value)
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
@@ -82,7 +78,16 @@ def search_report(problems: list, texts: list[str], verdicts: list) -> dict[str,
     }
 
 
-def demonstrate(setup, problems: list, like: Groups) -> tuple[Groups, list[str]]:
+class Candidates(NamedTuple):
+    """What aggregation traces read: groups [B, N], and the texts of all B * N traces."""
+
+    groups: Groups
+    texts: list[str]
+
+
+def demonstrate(
+    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], like: Groups
+) -> Candidates:
     """Groups in place of `like` whose traces are demonstrations, of either half at random."""
     rng = np.random.default_rng(0)
     trace, length = np.zeros_like(like.trace_UxCxG), np.zeros_like(like.trace_len_UxC)
@@ -91,30 +96,23 @@ def demonstrate(setup, problems: list, like: Groups) -> tuple[Groups, list[str]]
         for n in range(trace.shape[1]):
             side = two_halves.SIDES[rng.integers(2)]
             text = two_halves.work_out(problem, side, int(rng.integers(10)))
-            ids = setup.tokenizer.encode(text, add_special_tokens=False)
-            ids = [*ids, setup.tokenizer.eos_token_id]
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            ids = [*ids, tokenizer.eos_token_id]
             trace[b, n, : len(ids)], length[b, n] = ids, len(ids)
             texts.append(text)
     stop = np.zeros_like(like.stop_UxC)
-    return Groups(like.requests, trace, length, like.logprob_UxCxG, stop), texts
+    groups = Groups(like.requests, trace, length, like.logprob_UxCxG, stop)
+    return Candidates(groups, texts)
 
 
-def reader(actor: Actor, weights, problems: list, candidates: Groups, texts: list[str]) -> dict:
+def reading_report(held_out: HeldOut, candidates: Candidates) -> dict[str, Any]:
     """How aggregation traces of one set a problem do, by whether the set is complete."""
-    c, N = actor.c, candidates.trace_len_UxC.shape[1]
-    S = c.aggregation.subset_size
-    member_BxKxS = np.stack(
-        [
-            subsets.disjoint_subsets(c.seed, int(Purpose.EVALUATION), 0, b, 0, N, S, 1)
-            for b in range(len(problems))
-        ]
-    )
-    groups, _ = aggregate(actor, weights, problems, candidates, member_BxKxS, c.aggregation.traces)
-    groups, said, verdicts = verify(actor, problems, groups)
-    M, counts = c.aggregation.traces, Acceptance()
-    complete = []
+    problems, member_BxS = held_out.problems, held_out.member_BxS
+    groups, said, verdicts = held_out.aggregate(candidates.groups)
+    N, M = candidates.groups.trace_len_UxC.shape[1], groups.trace_len_UxC.shape[1]
+    counts, complete = Acceptance(), []
     for b, problem in enumerate(problems):
-        shown = [texts[b * N + n] for n in member_BxKxS[b, 0]]
+        shown = [candidates.texts[b * N + n] for n in member_BxS[b]]
         worked = {two_halves.worked_half(problem, text) for text in shown} - {None}
         complete.append(len(worked) == 2)
         wrong = wrong_guesses(problem, shown, worked)

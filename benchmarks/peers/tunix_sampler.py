@@ -1,5 +1,4 @@
-"""tunix's vanilla sampler on its own Qwen3: fp32, a batch's prompts repeated for each trace, caches
-of exact length.
+"""tunix's vanilla sampler on its own Qwen3: fp32, prompts repeated, caches of exact length.
 
 Its forward pass always rotates with theta 1e6 whatever its config says, so the benchmark's model
 uses that.
