@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from spiral_jax.model import group_attention
-from spiral_jax.model.group_attention import Lengths
+from spiral_jax.model.attention.groups import Lengths
 
 # float32 against float64: scores reach about 20, each off by 20 * 6e-8 * a few roundings, and so is
 # the softmax.

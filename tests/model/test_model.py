@@ -30,8 +30,8 @@ from spiral_jax.core import mesh as meshes
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.cache import cache_entries, empty_cache, write_entries
-from spiral_jax.model.cache_attention import decode_attention, prefix_attention
-from spiral_jax.model.group_attention import Lengths
+from spiral_jax.model.attention.caches import decode_attention, prefix_attention
+from spiral_jax.model.attention.groups import Lengths
 from spiral_jax.model.transformer import (
     DecoderLayer,
     ModelConfig,

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from spiral_jax.model import layouts
-from spiral_jax.model.attention_parts import Part, attend, join, nothing_seen
+from spiral_jax.model.attention.part import Part, attend, join, nothing_seen
 from spiral_jax.model.cache import Cache, read_tokens
 
 KEPT = "attention"  # the name of output and log-sum-exp for policies of `jax.checkpoint`

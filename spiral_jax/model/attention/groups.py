@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.model.attention_parts import MASKED, split_heads
-from spiral_jax.model.blockwise import KeyCounts, KeySizes, attend_blockwise, even_block
+from spiral_jax.model.attention.part import MASKED, split_heads
+from spiral_jax.model.attention.xla import KeyCounts, KeySizes, attend_blockwise, even_block
 from spiral_jax.model.cache import cache_entries
 
 # Names of scopes: a plan finds the loops of a compiled program by them.
