@@ -263,7 +263,7 @@ def unrolled(config, variables, prompt, prompt_len, trace):
     x = params["embed"][jnp.concatenate([prompt, trace.reshape(U, -1)], axis=1)].astype(
         config.compute_dtype
     )
-    lengths = Lengths(prompt_len, jnp.int32(P), jnp.int32(G))
+    lengths = Lengths(prompt_len, jnp.full((len(prompt_len), C), G), jnp.int32(P), jnp.int32(G))
     for layer in unstack_layers(variables, config.arch.L):
         x, _ = DecoderLayer(config, P, C).apply(layer, x, position, lengths)
     x = jnp.concatenate([x[np.arange(U), prompt_len - 1][:, None], x[:, P:]], axis=1)

@@ -1,122 +1,145 @@
 """Attention of whole groups in training, made of parts under one softmax.
 
 A prompt's token attends to its past; a trace's token to the whole prompt and to its own past. The
-queries of all traces and of all heads that share a key are rows of one matrix product with the
-prompt's keys, which exist once a group.
+prompt's keys exist once a group. A backend computes the parts; this file has what all of them share:
+the derivative.
 
-The parts, and the backward pass, are loops over blocks (`blockwise`), which runs anywhere; kernels
-of a backend would take its place.
+Kept for the backward pass are the output and the log-sum-exp of each query's scores, over all keys
+that it sees. With d_out the output's cotangent,
+
+    weight = exp(score - lse)      d_score = weight * (d_out v - sum_e out d_out)
+    d_v = weight^T d_out           d_q = d_score k           d_k = d_score^T q
+
+hold for any part of the keys alone (FlashAttention-2, arXiv 2307.08691, section 3.1), so prompt and
+own keys need not lie in one array, and each part's backward pass takes the merged output and
+log-sum-exp. Scores, softmax and sums are float32; products take the inputs' dtype.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from spiral_jax.model.attention.part import MASKED, split_heads
-from spiral_jax.model.attention.xla import KeyCounts, KeySizes, attend_blockwise, even_block
-from spiral_jax.model.cache import cache_entries
+from spiral_jax.model.attention.part import MASKED, KeyValue, Lengths, split_heads
+
+KEPT = "attention"  # the name of output and log-sum-exp for policies of `jax.checkpoint`
 
 # Names of scopes: a plan finds the loops of a compiled program by them.
 PROMPT_SCOPE, TRACE_SCOPE = "prompt_attention", "trace_attention"
 
 
-class Lengths(NamedTuple):
-    """How long the groups of a micro-batch are; all int32.
+class Backend(Protocol):
+    """Computes a group's attention and its cotangents; hashable, as it is static in a program.
 
-    Attributes:
-      prompt_U: tokens of each prompt: what traces see of it.
-      prompt: scalar, the longest prompt. Hidden states behind it have no meaning.
-      trace: scalar, the longest trace. Hidden states behind it have no meaning.
+    The prompt's own tokens are a group of one trace, `prompt=None`, as long as `lengths.prompt_U`.
     """
 
-    prompt_U: jax.Array
-    prompt: jax.Array
-    trace: jax.Array
+    def arrange(self, q_UxCxQxHxE: jax.Array, own: KeyValue, prompt: KeyValue | None) -> Any:
+        """(queries, own, prompt) in the layout that the backend computes in; differentiable.
+
+        Args:
+          own: [U, C, Q, J, E], of each trace.
+          prompt: [U, P, J, E], shared by the C traces.
+        """
+
+    def forward(
+        self, q: jax.Array, own: Any, prompt: Any, lengths: Lengths
+    ) -> tuple[jax.Array, jax.Array]:
+        """(output like q, log-sum-exp of each query's scores), of what is arranged."""
+
+    def backward(
+        self,
+        q: jax.Array,
+        own: Any,
+        prompt: Any,
+        lengths: Lengths,
+        out: jax.Array,
+        lse: jax.Array,
+        d_out: jax.Array,
+    ) -> tuple[jax.Array, Any, Any]:
+        """Cotangents of queries, own and prompt."""
+
+    def restore(self, out: jax.Array, Q: int) -> jax.Array:
+        """[U, C, Q, H, E] from the output."""
 
 
 def prompt_attention(
-    q_UxPxHxE: jax.Array, k_UxPxJxE: jax.Array, v_UxPxJxE: jax.Array, lengths: Lengths, block: int
+    backend: Backend, q_UxPxHxE: jax.Array, prompt: KeyValue, lengths: Lengths
 ) -> jax.Array:
     """Causal self-attention of right-padded prompts; [U, P, H, E].
 
-    Causality hides the padding from every real query, and nobody reads the padded ones.
+    Args:
+      prompt: [U, P, J, E].
     """
     with jax.named_scope(PROMPT_SCOPE):
-        q, own_kv = q_UxPxHxE[:, None], (k_UxPxJxE[:, None], v_UxPxJxE[:, None])
-        return _attention(q, own_kv, None, lengths.prompt, lengths, block)[:, 0]
+        own = KeyValue(prompt.k[:, None], prompt.v[:, None])
+        return _attend(backend, q_UxPxHxE[:, None], own, None, lengths)[:, 0]
 
 
 def trace_attention(
-    q_UxCxGxHxE: jax.Array,
-    prompt_kv: tuple[jax.Array, jax.Array],
-    own_kv: tuple[jax.Array, jax.Array],
-    lengths: Lengths,
-    block: int,
+    backend: Backend, q_UxCxGxHxE: jax.Array, prompt: KeyValue, own: KeyValue, lengths: Lengths
 ) -> jax.Array:
     """Attention of trace tokens to the group's prompt and the trace's own past; [U, C, G, H, E].
 
     Args:
-      prompt_kv: keys and values [U, P, J, E], shared by the C traces.
-      own_kv: keys and values [U, C, G, J, E].
-      block: queries, and keys, whose scores exist at once.
+      prompt: [U, P, J, E], shared by the C traces.
+      own: [U, C, G, J, E].
     """
     with jax.named_scope(TRACE_SCOPE):
-        return _attention(q_UxCxGxHxE, own_kv, prompt_kv, lengths.trace, lengths, block)
+        return _attend(backend, q_UxCxGxHxE, own, prompt, lengths)
 
 
 def last_token_attention(
-    q_UxHxE: jax.Array, k_UxPxJxE: jax.Array, v_UxPxJxE: jax.Array, prompt_len_U: jax.Array
+    q_UxHxE: jax.Array, prompt: KeyValue, prompt_len_U: jax.Array
 ) -> jax.Array:
-    """Attention of each prompt's last token to its prompt; [U, H, E].
+    """Attention of each prompt's last token to its prompt [U, P, J, E]; [U, H, E].
 
     It is one query a group, so its scores exist at once.
     """
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     with jax.named_scope("last_token_attention"):
-        q_UxJxRxE = split_heads(q_UxHxE, k_UxPxJxE.shape[-2])
-        visible = jnp.arange(k_UxPxJxE.shape[1]) < prompt_len_U[:, None, None, None]
-        score = jnp.where(visible, dot("ujre,upje->ujrp", q_UxJxRxE, k_UxPxJxE), MASKED)
+        q_UxJxRxE = split_heads(q_UxHxE, prompt.k.shape[-2])
+        visible = jnp.arange(prompt.k.shape[1]) < prompt_len_U[:, None, None, None]
+        score = jnp.where(visible, dot("ujre,upje->ujrp", q_UxJxRxE, prompt.k), MASKED)
         weight = jax.nn.softmax(score).astype(q_UxHxE.dtype)
-        out = dot("ujrp,upje->ujre", weight, v_UxPxJxE)
+        out = dot("ujrp,upje->ujre", weight, prompt.v)
         return out.reshape(q_UxHxE.shape).astype(q_UxHxE.dtype)
 
 
-def _attention(
+def _attend(
+    backend: Backend,
     q_UxCxQxHxE: jax.Array,
-    own_kv: tuple[jax.Array, jax.Array],
-    prompt_kv: tuple[jax.Array, jax.Array] | None,
-    longest: jax.Array,
+    own: KeyValue,
+    prompt: KeyValue | None,
     lengths: Lengths,
-    block: int,
 ) -> jax.Array:
-    """Brings heads to the front and every length to whole blocks; `longest`: queries that count."""
-    U, C, Q, H, E = q_UxCxQxHxE.shape
-    J = own_kv[0].shape[-2]
-    sizes = KeySizes(even_block(Q, block), 1)
-
-    q = split_heads(_pad_to_blocks(q_UxCxQxHxE, sizes.own, axis=2), J)
-    q_UxJxCxRxQxE = jnp.moveaxis(q, (3, 4), (1, 3))
-    k, v = (_pad_to_blocks(a, sizes.own, axis=2) for a in own_kv)
-    own = cache_entries(k, v, q.dtype)
-    own = {name: jnp.swapaxes(a, 1, 2) for name, a in own.items()}  # u j c . .
-
-    prompt = None
-    if prompt_kv is not None:
-        sizes = sizes._replace(prompt=even_block(prompt_kv[0].shape[1], block))
-        k, v = (_pad_to_blocks(a, sizes.prompt, axis=1) for a in prompt_kv)
-        prompt = cache_entries(k, v, q.dtype)  # u j . .
-
-    counts = KeyCounts(-(-longest // sizes.own), -(-lengths.prompt // sizes.prompt))
-    out = attend_blockwise(sizes, q_UxJxCxRxQxE, own, prompt, lengths.prompt_U, counts)
-    return jnp.moveaxis(out, (1, 3), (3, 4)).reshape(U, C, -1, H, E)[:, :, :Q]
+    arranged = backend.arrange(q_UxCxQxHxE, own, prompt)
+    return backend.restore(_attend_arranged(backend, *arranged, lengths), q_UxCxQxHxE.shape[2])
 
 
-def _pad_to_blocks(a: jax.Array, size: int, axis: int) -> jax.Array:
-    """Padded with zeros along `axis` to a multiple of `size`."""
-    padding = [(0, 0)] * a.ndim
-    padding[axis] = (0, -a.shape[axis] % size)
-    return jnp.pad(a, padding)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_arranged(
+    backend: Backend, q: jax.Array, own: Any, prompt: Any, lengths: Lengths
+) -> jax.Array:
+    return backend.forward(q, own, prompt, lengths)[0]
+
+
+def _forward(
+    backend: Backend, q: jax.Array, own: Any, prompt: Any, lengths: Lengths
+) -> tuple[jax.Array, Any]:
+    out, lse = backend.forward(q, own, prompt, lengths)
+    out, lse = checkpoint_name(out, KEPT), checkpoint_name(lse, KEPT)
+    return out, (q, own, prompt, lengths, out, lse)
+
+
+def _backward(backend: Backend, kept: Any, d_out: jax.Array) -> tuple[jax.Array, Any, Any, None]:
+    q, own, prompt, lengths, out, lse = kept
+    d_q, d_own, d_prompt = backend.backward(q, own, prompt, lengths, out, lse, d_out)
+    return d_q, d_own, d_prompt, None
+
+
+_attend_arranged.defvjp(_forward, _backward)
