@@ -1,5 +1,4 @@
-"""What the model of the end digit can do before any RL: how its search leans, whether it knows a
-hit, how it reads.
+"""What the model of the end digit can do before any RL: search, knowing a hit, reading.
 
     python -m benchmarks.end_digit_model --out=docs/end_digit_model
 
@@ -9,6 +8,7 @@ On held-out problems at T = 1. A try is sound if its digits, arithmetic, verdict
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -18,17 +18,13 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from benchmarks.held_out import HeldOut
 from benchmarks.machine import machine
-from spiral_jax.core.groups import Purpose
-from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.statistics import mean_and_interval
-from spiral_jax.learner.step import variables
-from spiral_jax.objective import subsets
-from spiral_jax.rollout.requests import Actor, aggregate, search, verify
-from spiral_jax.run.setup import set_up
+from spiral_jax.learner.state import variables
+from spiral_jax.run.setup import set_up_training
 from spiral_jax.tasks import end_digit
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -39,39 +35,29 @@ PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 
 
 def main(argv: list[str]) -> None:
-    setup = set_up(CONFIG.value)
-    c, base = setup.c, setup.load_base()
-    problems, index_B = (
-        [setup.task.held_out(index) for index in range(PROBLEMS.value)],
-        np.arange(PROBLEMS.value),
-    )
-    settings = VerifierSettings(workers=1, timeout_s=c.verifier.timeout_s)
+    setup = set_up_training(CONFIG.value)
+    settings = dataclasses.replace(setup.verifier, workers=1)
     with Verifier(setup.reward, settings) as verifier, jax.set_mesh(setup.mesh):
-        actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, Progress(1, 0))
-        weights = setup.sampler.prepare(variables(setup.model, None, base))
-        searched = search(actor, weights, problems, index_B, Purpose.EVALUATION, 0)
-        searched, tried, _ = verify(actor, problems, searched)
-        N, a = c.search.traces, c.aggregation
-        member_BxKxS = np.stack([
-            subsets.disjoint_subsets(c.seed, int(Purpose.EVALUATION), 0, b, 0, N, a.subset_size, 1) for b in index_B
-        ])  # fmt: skip
-        read, _ = aggregate(actor, weights, problems, searched, member_BxKxS, a.traces)
-        read, said, _ = verify(actor, problems, read)
-    right_BxN, right_BxM = searched.reward_UxC, read.reward_UxC
-    has_hit_B = np.take_along_axis(right_BxN, member_BxKxS[:, 0], axis=1).any(axis=1)
+        policy = setup.sampler.prepare(variables(setup.model, None, setup.start.load_base()))
+        held_out = HeldOut(setup, verifier, policy, PROBLEMS.value)
+        searched = held_out.search()
+        read = held_out.aggregate(searched.groups)
+    problems, tried, said = held_out.problems, searched.texts, read.texts
+    right_BxN, right_BxM = searched.groups.reward_UxC, read.groups.reward_UxC
+    has_hit_B = np.take_along_axis(right_BxN, held_out.member_BxS, axis=1).any(axis=1)
     report = {
         "machine": machine(),
         "problems": len(problems),
         "search traces": tries(problems, tried, right_BxN),
     }
-    report["search traces"]["try the first expression"] = float(np.mean([
-        end_digit.strategy(text, p) == end_digit.strategy(end_digit.try_out(p, end_digit.EXPRESSIONS[0]), p)
-        for p, text in zip(np.repeat(problems, N), tried, strict=True)
-    ]))  # fmt: skip
+    first = [
+        tries_the_first_expression(problem, text)
+        for problem, text in zip(np.repeat(problems, right_BxN.shape[1]), tried, strict=True)
+    ]
+    report["search traces"]["try the first expression"] = float(np.mean(first))
+    right_shares = [right_share(problem) for problem in problems]
     report |= {
-        "right share of all expressions": float(
-            np.mean([right_share(problem) for problem in problems])
-        ),
+        "right share of all expressions": float(np.mean(right_shares)),
         "aggregation traces": tries(problems, said, right_BxM),
         "sets with a hit": share(has_hit_B.astype(float)),
         "sets with a hit read right": share(right_BxM[has_hit_B].mean(axis=1)),
@@ -81,16 +67,21 @@ def main(argv: list[str]) -> None:
     print(json.dumps(report, indent=1))
 
 
-def tries(problems: list, texts: list[str], right_BxC: np.ndarray) -> dict[str, float]:
-    """Shares over all traces of a role; of those that are right, and that are not, how many say
-    that they hit.
+def tries_the_first_expression(problem: Problem, text: str) -> bool:
+    first = end_digit.try_out(problem, end_digit.EXPRESSIONS[0])
+    return end_digit.strategy(text, problem) == end_digit.strategy(first, problem)
+
+
+def tries(problems: list[Problem], texts: list[str], right_BxC: np.ndarray) -> dict[str, float]:
+    """Shares over all traces of a role.
+
+    Of those that are right, and of those that are not: how many say that they hit.
     """
-    of_text = np.repeat(problems, right_BxC.shape[1])
+    pairs = zip(np.repeat(problems, right_BxC.shape[1]), texts, strict=True)
+    sound = [is_sound(problem, text) for problem, text in pairs]
     says_yes, right = np.array([": yes," in text for text in texts]), right_BxC.reshape(-1) == 1
     return {
-        "are sound": float(
-            np.mean([is_sound(p, text) for p, text in zip(of_text, texts, strict=True)])
-        ),
+        "are sound": float(np.mean(sound)),
         "are right": float(right.mean()),
         "say yes if right": float(says_yes[right].mean()),
         "say yes if wrong": float(says_yes[~right].mean()),

@@ -87,9 +87,7 @@ class Chunks:
 
 
 def preempt():
-    """All leave the same chunk of the same step, in which one of them got a SIGTERM, and begin
-    nothing new.
-    """
+    """All leave the chunk in which one of them got a SIGTERM, and begin nothing new."""
     from spiral_jax.run.preemption import Preemption
 
     with Preemption(grace_s=60.0) as preemption:
@@ -116,24 +114,19 @@ def checkpoint():
     from spiral_jax.run.checkpoint import Checkpoints
 
     def arrays(step):
-        make = lambda path, shape: (  # noqa: E731
-            step
-            + np.random.default_rng([*mesh.path_name(path).encode()])
-            .normal(size=shape)
-            .astype(np.float32)
-        )
+        def array(path, shape):
+            rng = np.random.default_rng([*mesh.path_name(path).encode()])
+            return step + rng.normal(size=shape).astype(np.float32)
+
         return jax.tree_util.tree_map_with_path(
-            make, SHAPES, is_leaf=lambda a: isinstance(a, tuple)
+            array, SHAPES, is_leaf=lambda shape: isinstance(shape, tuple)
         )
 
     with Checkpoints(pathlib.Path(flags.FLAGS.directory), keep=5) as checkpoints:
         step = checkpoints.latest() or 0
         expected, here = arrays(step), mesh.weight_shardings(arrays(step), this_mesh())
         if step:
-            like = jax.tree.map(
-                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), expected, here
-            )
-            state, record = checkpoints.restore(like)
+            state, record = checkpoints.restore(mesh.with_shardings(expected, here))
             assert record == {"cursor": 7 * step}
             for found, all_of_it in zip(
                 jax.tree.leaves(state), jax.tree.leaves(expected), strict=True

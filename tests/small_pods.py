@@ -1,4 +1,4 @@
-"""Pods on one machine: several processes with fake CPU devices of their own, and how to start them."""
+"""Pods on one machine: several processes, each with fake CPU devices of its own."""
 
 import os
 import pathlib
@@ -18,11 +18,10 @@ def free_port():
 
 
 def launch(command, processes, devices, timeout=300, only=None, env=None):
-    """Runs `command` in all `processes` (or those of `only`) at once, each with `devices` fake
-    devices.
+    """Runs `command` in all `processes` (or those of `only`) at once.
 
-    `env` may be a function of the process's number. Returns the `CompletedProcess`es in order; on a
-    time-out all are killed and it raises.
+    Each has `devices` fake devices. `env` may be a function of the process's number. Returns the
+    `CompletedProcess`es in order; on a time-out all are killed and it raises.
     """
     join = (
         [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]

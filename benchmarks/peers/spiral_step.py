@@ -27,12 +27,36 @@ from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import GroupRequests, Groups, Role
 from spiral_jax.learner.blocks import make_blocks
-from spiral_jax.learner.step import init_state, make_train_step
+from spiral_jax.learner.settings import RoleShapes, learner_settings
+from spiral_jax.learner.state import init_state
+from spiral_jax.learner.step import make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.transformer import ModelConfig
 
 REMAT, ATTENTION_BLOCK, LOGPROB_CHUNK = "dots", 256, 32
+
+
+def split_layers(stacked: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The `lora` collection of adapters "layers/q/a" [L, ...] and so on."""
+    lora: dict[str, Any] = {"layers": {}, "last_layer": {}}
+    for name, array in stacked.items():
+        _, projection, part = name.split("/")
+        lora["layers"].setdefault(projection, {})[part] = jax.device_put(array[:-1])
+        lora["last_layer"].setdefault(projection, {})[part] = jax.device_put(array[-1])
+    return lora
+
+
+def stack_layers(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All layers of each parameter as "layers/..." [L, ...], as the peers name them."""
+    stacked = {}
+    for name, array in arrays.items():
+        room, _, rest = name.partition("/")
+        if room == "layers":
+            array = np.concatenate([array, arrays[f"last_layer/{rest}"][None]])
+        if room != "last_layer":
+            stacked[name] = array
+    return stacked
 
 
 class SpiralStep:
@@ -46,24 +70,23 @@ class SpiralStep:
             attention_block=ATTENTION_BLOCK,
             remat=REMAT,
         )
-        self.c = defaults()
-        self.c.loss.logprob_chunk = LOGPROB_CHUNK
-        self.c.optimizer.update({"lr": LEARNING_RATE, "b1": B1, "b2": B2, "eps": EPS})
+        c = defaults()
+        c.loss.logprob_chunk = LOGPROB_CHUNK
+        c.optimizer.update({"lr": LEARNING_RATE, "b1": B1, "b2": B2, "eps": EPS})
+        settings = learner_settings(c, {})
         self.mesh = jax.make_mesh((1, 1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 3)
         base = hf.load_params(path, self.config, self.mesh)
         lora = None
         if adapters:
             with np.load(adapters) as arrays:
-                lora = {"layers": {}}
-                for name, array in arrays.items():
-                    _, layer, part = name.split("/")
-                    lora["layers"].setdefault(layer, {})[part] = jax.device_put(array)
-        self.base, self.state = init_state(self.c, self.config, base, self.mesh, lora)
+                lora = split_layers(dict(arrays))
+        self.base, self.state = init_state(settings, self.config, self.mesh, base, lora)
         jax.block_until_ready(self.state)
-        self.train_step = make_train_step(self.c, self.config)
+        self.train_step = make_train_step(settings, self.config)
         return {
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
-            "settings": f"remat {REMAT}, attention blocks of {ATTENTION_BLOCK}, {LOGPROB_CHUNK} positions a head chunk",
+            "settings": f"remat {REMAT}, attention blocks of {ATTENTION_BLOCK}, "
+            f"{LOGPROB_CHUNK} positions a head chunk",
             "loaded_bytes": resident_bytes(),
         }
 
@@ -80,7 +103,8 @@ class SpiralStep:
             work.recorded_UxCxG,
             np.zeros((U, C), np.int32),
         )
-        blocks = make_blocks(Role.SEARCH, groups, work.weight_UxC, [(P, G)], micro_groups, U)
+        shapes = RoleShapes(((P, G),), micro_groups, most_groups=U, traces=C)
+        blocks = make_blocks({Role.SEARCH: (groups, work.weight_UxC)}, {Role.SEARCH: shapes})
         with jax.set_mesh(self.mesh):
             self.state, metrics = self.train_step(self.state, self.base, blocks)
         jax.block_until_ready(self.state)
@@ -91,7 +115,8 @@ class SpiralStep:
         loss = self._step(StepWork.load(work), 1)
         moment = optax.tree_utils.tree_get(self.state.opt, "mu")
         leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(moment))
-        np.savez(out, **{meshes.path_name(path): leaf / (1 - B1) for path, leaf in leaves})
+        gradient = {meshes.path_name(path): leaf / (1 - B1) for path, leaf in leaves}
+        np.savez(out, **stack_layers(gradient))
         return float(loss)
 
     def step(self, work: str, micro_batch: float) -> dict[str, Any]:

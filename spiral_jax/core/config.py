@@ -1,9 +1,9 @@
 """The configuration: every field with its unit and its default.
 
 Fields marked (paper) have the value of arXiv 2606.23595, Table 1 and section 3.2; where the paper
-is silent the value is ours. A file in `configs/` starts from `defaults()` and sets what differs; the
-result is locked, so a misspelt field is an error that names the nearest one. What values a field may
-have is checked by the room that reads it, and in `run/checks.py`.
+is silent the value is ours. A file in `configs/` starts from `defaults()` and sets what differs;
+the result is locked, so a misspelt field is an error that names the nearest one. What values a
+field may have is checked by the room that reads it, and in `run/checks.py`.
 """
 
 from __future__ import annotations
@@ -110,9 +110,10 @@ def defaults() -> ConfigDict:
     # asks for an aggregation trace; {candidates} are those below one after the other, {count} their
     # number
     c.prompt.aggregation = (
-        "{problem}\n\nBelow are {count} independent attempts at this problem. Any number of them may be wrong.\n\n"
-        "{candidates}\n\nFirst audit every attempt: name its errors. Then verify which parts can be used. Finally "
-        "synthesise one complete and consistent solution, and put its final answer within \\boxed{{}}."
+        "{problem}\n\nBelow are {count} independent attempts at this problem. Any number of them "
+        "may be wrong.\n\n{candidates}\n\nFirst audit every attempt: name its errors. Then verify "
+        "which parts can be used. Finally synthesise one complete and consistent solution, and put "
+        "its final answer within \\boxed{{}}."
     )
     # repeated for each candidate, in aggregation.order
     c.prompt.candidate = "Attempt {index}:\n{candidate}\n\n"

@@ -25,8 +25,8 @@ from jax.ad_checkpoint import checkpoint_name
 from spiral_jax.core.mesh import constrain_groups
 from spiral_jax.model import layouts
 from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.blockwise import KEPT
 from spiral_jax.model.group_attention import (
-    KEPT,
     Lengths,
     last_token_attention,
     prompt_attention,

@@ -45,7 +45,8 @@ def leave_one_out(own_BxN: np.ndarray) -> np.ndarray:
 def pass_at_k(own_BxN: np.ndarray, k: int) -> np.ndarray:
     """The pass@k advantage that ParaGator (arXiv 2603.18886) gives its search traces.
 
-    It is that of arXiv 2508.10751 without std. With mu = 1 - C(n-c, k) / C(n, k), pass@k of the n traces:
+    It is that of arXiv 2508.10751 without std. With mu = 1 - C(n-c, k) / C(n, k), pass@k of the n
+    traces:
 
         right: 1 - mu        wrong: 1 - mu - C(n-c-1, k-1) / C(n-1, k-1)
 

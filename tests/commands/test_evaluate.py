@@ -108,7 +108,7 @@ def assert_equal(found, golden, where):
 def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_results(
     torn, scripted, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(evaluate.scaling_plots, "draw", lambda results, directory: [])
+    monkeypatch.setattr(evaluate, "plot_evaluation", lambda results, directory: [])
     evaluate.evaluate(small_config(), str(tmp_path / "whole"))
     asked, real = [], evaluate.evaluate_wave
 

@@ -1,6 +1,4 @@
-"""Attention over groups against explicit loops in float64, with any blocks, and blind to what is
-padding.
-"""
+"""Attention over groups against loops in float64, with any blocks, and blind to padding."""
 
 import functools
 import re
@@ -206,9 +204,8 @@ def test_blocks_behind_the_longest_prompt_and_trace_are_not_computed():
     q, prompt_kv, own_kv = trace_arrays(4, 2)
     short = lengths(np.array([2, 1, 2], np.int32), longest_prompt=2, longest_trace=3)
     out = np.asarray(trace_attention(q, prompt_kv, own_kv, short, 2))
-    np.testing.assert_allclose(
-        out[:, :, :3], trace_oracle(q, prompt_kv, own_kv, [2, 1, 2])[:, :, :3], **FLOAT32
-    )  # fmt: skip
+    expected = trace_oracle(q, prompt_kv, own_kv, [2, 1, 2])[:, :, :3]
+    np.testing.assert_allclose(out[:, :, :3], expected, **FLOAT32)
     assert (out[:, :, 4:] == 0).all() and (out[:, :, :4] != 0).all()
     of_prompt = np.asarray(prompt_attention(*prompt_arrays(4, 2), short, 2))
     assert (of_prompt[:, 2:] == 0).all() and (of_prompt[:, :2] != 0).all()
@@ -219,7 +216,10 @@ def test_blocks_behind_the_longest_prompt_and_trace_are_not_computed():
 
 def compiled_gradient(length, block, C=2, G=64):
     """Of both attentions over one group with a prompt of `length`: two heads of eight."""
-    floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+
+    def floats(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
     prompt, own = floats(1, length, 2, E), floats(1, C, G, 2, E)
     of = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), lengths(np.array([1], np.int32))
@@ -227,9 +227,8 @@ def compiled_gradient(length, block, C=2, G=64):
 
     def total(q, k, v, own_q, own_k, own_v, of):
         out = group_attention.trace_attention(own_q, (k, v), (own_k, own_v), of, block)
-        return jnp.sum(jnp.sin(group_attention.prompt_attention(q, k, v, of, block))) + jnp.sum(
-            jnp.sin(out)
-        )
+        of_prompt = group_attention.prompt_attention(q, k, v, of, block)
+        return jnp.sum(jnp.sin(of_prompt)) + jnp.sum(jnp.sin(out))
 
     gradient = jax.jit(jax.grad(total, argnums=tuple(range(6))), compiler_options=QUICK)
     return gradient.lower(prompt, prompt, prompt, own, own, own, of).compile()
@@ -243,12 +242,10 @@ def largest_array(program):
 def test_no_array_holds_the_scores_of_all_queries_to_all_keys():
     P, G, C, block = 512, 64, 2, 32
     program = compiled_gradient(P, block, C, G)
-    assert (
-        largest_array(program) <= P * 2 * E < min(P * P, C * G * P)
-    )  # as large as the queries of all heads
-    assert largest_array(compiled_gradient(P, P, C, G)) >= P * P, (
-        "the same count sees scores where there are some"
-    )
+    queries = P * 2 * E  # of all heads
+    assert largest_array(program) <= queries < min(P * P, C * G * P)
+    # The same count sees scores where there are some.
+    assert largest_array(compiled_gradient(P, P, C, G)) >= P * P
 
 
 def test_memory_of_a_17_thousand_token_prompt_is_that_of_its_arrays():

@@ -27,12 +27,13 @@ from spiral_jax.rollout import requests as rollout
 # the answer opens it.
 HYBRID = CHATML.replace(
     "<|im_start|>assistant\n",
-    "<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
-    "{% else %}<think>\n{% endif %}",
+    "<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}",
 )
 NO_SYSTEM = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    + CHATML
+    "{% if messages[0].role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}"
+    "{% endif %}" + CHATML
 )
 DROPS_SYSTEM = CHATML.replace(
     "{% for m in messages %}", "{% for m in messages if m.role != 'system' %}"
@@ -56,10 +57,8 @@ def test_the_system_message_comes_before_the_users_turn_in_both_prompts(template
     )
     turn = decode(tokenizer, prompts.search_prompt(scaffold, "x?"))
     said = "Be {brief}." if template == TRIMS else " Be {brief}.\n"
-    assert (
-        turn
-        == f"<|im_start|>system\n{said}<|im_end|>\n<|im_start|>user\nx?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    start = f"<|im_start|>system\n{said}<|im_end|>\n<|im_start|>user\n"
+    assert turn == f"{start}x?<|im_end|>\n<|im_start|>assistant\n"
     both = prompts.aggregation_prompt(
         scaffold, "x?", [(encode(tokenizer, "a"), Stop.STOP)], np.arange(1)
     ).ids
@@ -101,12 +100,15 @@ def test_template_kwargs_are_overridden_on_the_command_line_and_survive_the_runs
 ):
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
-    more = ["--config.prompt.template_kwargs={'enable_thinking': False, 'tools_in': {'a': [1]}}",
-            "--config.prompt.stop=('<|end|>', 3)", "--config.prompt.system=Be brief."]  # fmt: skip
-    monkeypatch.setattr(
-        sys, "argv", ["train", "--config=configs/tiny.py", *more]
-    )  # config_flags looks here for overrides
-    values(sys.argv)
+    words = [
+        "train",
+        "--config=configs/tiny.py",
+        "--config.prompt.template_kwargs={'enable_thinking': False, 'tools_in': {'a': [1]}}",
+        "--config.prompt.stop=('<|end|>', 3)",
+        "--config.prompt.system=Be brief.",
+    ]
+    monkeypatch.setattr(sys, "argv", words)  # config_flags looks here for overrides
+    values(words)
     c = values.config
     assert c.prompt.template_kwargs.to_dict() == {"enable_thinking": False, "tools_in": {"a": [1]}}
     assert c.prompt.stop == ("<|end|>", 3) and c.prompt.system == "Be brief."
@@ -179,8 +181,8 @@ def test_a_plain_prompt_may_open_thinking_itself_in_both_prompts_or_in_neither()
         "aggregation": "{candidates}{problem}<think>",
     }
     assert scaffold_of(tokenizer, **fields).opens_thinking
-    assert not scaffold_of(tokenizer, **fields | {"search": "<think>{problem}", "aggregation": "{candidates}{problem}"}
-                           ).opens_thinking  # fmt: skip
+    neither = {"search": "<think>{problem}", "aggregation": "{candidates}{problem}"}
+    assert not scaffold_of(tokenizer, **fields | neither).opens_thinking
     with pytest.raises(ConfigError, match="one ends inside <think>"):
         scaffold_of(tokenizer, **fields | {"search": "{problem}"})
 
@@ -223,9 +225,7 @@ def test_a_bad_value_is_refused(field, value):
 
 @pytest.mark.parametrize("thinking", [True, False])
 def test_candidates_of_a_rollout_show_no_thinking_whichever_side_opened_it(thinking):
-    """The template opens <think> for the trace, or closes an empty block so that the trace has
-    none.
-    """
+    """The template opens <think> for the trace, or closes an empty block so that it has none."""
     tokenizer = load_tokenizer(hf.resolve_path("bundled:tiny"))
     assert tokenizer.get_vocab() == TOKENIZER.get_vocab()
     open_, empty = "{{ '<|assistant|><think>' }}", "{{ '<|assistant|><think></think>' }}"
