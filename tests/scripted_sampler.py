@@ -48,6 +48,9 @@ class ScriptedSampler:
     at_once: int = 6
     calls: list[GroupRequests] = dataclasses.field(default_factory=list)
 
+    def start_report(self):
+        return "scripted: nothing to compile"
+
     def prepare(self, variables):
         return variables
 

@@ -5,15 +5,13 @@ the program knows estimators or tasks by their names.
 """
 
 import json
-import shutil
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
+from benchmarks import drill
 from configs import tiny
-from spiral_jax.model import hf
 from spiral_jax.objective import explain, of_sets
 from spiral_jax.objective.estimators import ESTIMATORS, Estimator, Needs
 from spiral_jax.run.setup import set_up_training
@@ -78,19 +76,6 @@ def added(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def one_layer(tmp_path):
-    """The bundled model without its other layers."""
-    path, bundled = tmp_path / "one_layer", hf.resolve_path("bundled:tiny")
-    shutil.copytree(bundled, path)
-    config = json.loads((bundled / "config.json").read_text()) | {"num_hidden_layers": 1}
-    (path / "config.json").write_text(json.dumps(config))
-    weights = load_file(bundled / "model.safetensors")
-    of_first = {name: w for name, w in weights.items() if ".layers." not in name or ".0." in name}
-    save_file(of_first, path / "model.safetensors")
-    return path
-
-
-@pytest.fixture
 def quickly_compiled():
     """Programs that run once: compiled without optimisations."""
     jax.config.update("jax_disable_most_optimizations", True)
@@ -103,7 +88,7 @@ def smallest_config(model):
     c.model.hf_path = str(model)
     c.search.traces, c.aggregation.subsets, c.aggregation.subset_size = 3, 2, 2
     c.aggregation.traces = 2
-    c.sampling.classes = ((4, 3, 16, 26), (8, 2, 124, 12))
+    c.sampling.classes = ((8, 3, 124, 26),)
     c.sampling.row_counts = ()
     c.batch.problems, c.batch.search_groups, c.batch.aggregation_groups = 2, 2, 4
     c.train.steps = 1
@@ -114,9 +99,10 @@ def smallest_config(model):
 
 
 def test_a_step_trains_with_an_estimator_and_a_task_that_only_their_tables_know(
-    added, one_layer, quickly_compiled, tmp_path
+    added, quickly_compiled, tmp_path
 ):
-    c = smallest_config(one_layer)
+    drill.write_model(tmp_path / "model", seed=0)
+    c = smallest_config(tmp_path / "model")
     c.loss.estimator, c.task.name = "best_set", "sums_of_a_digit"
     setup = set_up_training(c)
     assert setup.training.objective.row is BEST_SET and setup.reward == "sums_of_a_digit:coin"
