@@ -1,5 +1,4 @@
-"""What the model of the end digit can do before any RL: how its search leans, whether it knows a
-hit, how it reads.
+"""What the model of the end digit can do before any RL: how it searches, knows a hit, and reads.
 
     python -m benchmarks.end_digit_model --out=docs/end_digit_model
 
@@ -13,23 +12,16 @@ import itertools
 import json
 import pathlib
 
-import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from benchmarks.held_out import open_evaluator, set_up
 from benchmarks.machine import machine
-from spiral_jax.core.groups import Purpose
-from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.statistics import mean_and_interval
-from spiral_jax.learner.step import variables
-from spiral_jax.objective import subsets
-from spiral_jax.rollout.requests import Actor, aggregate, search, verify
-from spiral_jax.run.setup import set_up
+from spiral_jax.rollout.judge import trace_texts
 from spiral_jax.tasks import end_digit
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.settings import VerifierSettings
-from spiral_jax.verifier.verifier import Verifier
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/end_digit.py", "model and scaffold", lock_config=True
@@ -39,36 +31,22 @@ PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 
 
 def main(argv: list[str]) -> None:
-    setup = set_up(CONFIG.value)
-    c, base = setup.c, setup.load_base()
-    problems, index_B = (
-        [setup.task.held_out(index) for index in range(PROBLEMS.value)],
-        np.arange(PROBLEMS.value),
-    )
-    settings = VerifierSettings(workers=1, timeout_s=c.verifier.timeout_s)
-    with Verifier(setup.reward, settings) as verifier, jax.set_mesh(setup.mesh):
-        actor = Actor(c, setup.task, setup.scaffold, setup.sampler, verifier, Progress(1, 0))
-        weights = setup.sampler.prepare(variables(setup.model, None, base))
-        searched = search(actor, weights, problems, index_B, Purpose.EVALUATION, 0)
-        searched, tried, _ = verify(actor, problems, searched)
-        N, a = c.search.traces, c.aggregation
-        member_BxKxS = np.stack([
-            subsets.disjoint_subsets(c.seed, int(Purpose.EVALUATION), 0, b, 0, N, a.subset_size, 1) for b in index_B
-        ])  # fmt: skip
-        read, _ = aggregate(actor, weights, problems, searched, member_BxKxS, a.traces)
-        read, said, _ = verify(actor, problems, read)
-    right_BxN, right_BxM = searched.reward_UxC, read.reward_UxC
-    has_hit_B = np.take_along_axis(right_BxN, member_BxKxS[:, 0], axis=1).any(axis=1)
+    setup = set_up(CONFIG.value, PROBLEMS.value)
+    with open_evaluator(setup) as evaluator:
+        policy = setup.sampler.prepare(setup.start.load_policy())
+        rollouts = evaluator.wave(policy, evaluator.held_out()).rollouts
+    (of_set,) = rollouts.rounds
+    problems = rollouts.problems
+    tried = trace_texts(setup.tokenizer, rollouts.search)
+    said = trace_texts(setup.tokenizer, of_set.groups)
+    right_BxN, right_BxM = rollouts.search.reward_UxC, of_set.groups.reward_UxC
+
+    right_BxS = np.take_along_axis(right_BxN, of_set.member_BxKxS[:, 0], axis=1)
+    has_hit_B = right_BxS.any(axis=1)
     report = {
         "machine": machine(),
         "problems": len(problems),
         "search traces": tries(problems, tried, right_BxN),
-    }
-    report["search traces"]["try the first expression"] = float(np.mean([
-        end_digit.strategy(text, p) == end_digit.strategy(end_digit.try_out(p, end_digit.EXPRESSIONS[0]), p)
-        for p, text in zip(np.repeat(problems, N), tried, strict=True)
-    ]))  # fmt: skip
-    report |= {
         "right share of all expressions": float(
             np.mean([right_share(problem) for problem in problems])
         ),
@@ -77,14 +55,23 @@ def main(argv: list[str]) -> None:
         "sets with a hit read right": share(right_BxM[has_hit_B].mean(axis=1)),
         "other sets answered right": share(right_BxM[~has_hit_B].mean(axis=1)),
     }
+    report["search traces"]["try the first expression"] = first_share(problems, tried)
     pathlib.Path(OUT.value).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 
 
+def first_share(problems: list[Problem], texts: list[str]) -> float:
+    """Share of search traces that try the first of all expressions."""
+    of_text = np.repeat(problems, len(texts) // len(problems))
+    first = []
+    for problem, text in zip(of_text, texts, strict=True):
+        as_first = end_digit.try_out(problem, end_digit.EXPRESSIONS[0])
+        first.append(end_digit.strategy(text, problem) == end_digit.strategy(as_first, problem))
+    return float(np.mean(first))
+
+
 def tries(problems: list, texts: list[str], right_BxC: np.ndarray) -> dict[str, float]:
-    """Shares over all traces of a role; of those that are right, and that are not, how many say
-    that they hit.
-    """
+    """Shares over all traces of a role; and of right and of other ones, how many say "yes"."""
     of_text = np.repeat(problems, right_BxC.shape[1])
     says_yes, right = np.array([": yes," in text for text in texts]), right_BxC.reshape(-1) == 1
     return {

@@ -35,7 +35,8 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role, take_groups
 from spiral_jax.core.metrics import divide
 from spiral_jax.learner.blocks import Block, abstract_block, make_blocks
-from spiral_jax.learner.step import init_state, variables
+from spiral_jax.learner.settings import LearnerSettings, RoleShapes
+from spiral_jax.learner.state import init_state, variables
 from spiral_jax.model.flops import ideal_train_flops
 from spiral_jax.model.transformer import init_variables
 from spiral_jax.planning.inventory import Inventory, place_block, take_inventory
@@ -49,6 +50,7 @@ from spiral_jax.planning.roofline import roofline
 from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.topology import Topology, find_topology
 from spiral_jax.run import telemetry
+from spiral_jax.run.setup import check_training
 from spiral_jax.sampling.engine import Engine, make_samplers
 from spiral_jax.sampling.protocol import sample
 
@@ -99,10 +101,21 @@ class RoleCase:
     groups: Groups | None = None
 
     @property
+    def micro_batches(self) -> RoleShapes:
+        """Of what a step trains on."""
+        _, C, P, G = self.shape
+        return RoleShapes(lengths=((P, G),), micro_groups=1, most_groups=TRAINED, traces=C)
+
+    @property
     def block(self) -> Block:
         """Shapes of what a step trains on."""
-        _, C, P, G = self.shape
-        return place_block(abstract_block(self.role, TRAINED, 1, C, P, G), self.inventory.mesh)
+        _, _, P, G = self.shape
+        block = abstract_block(self.role, self.micro_batches, P, G)
+        return place_block(block, self.inventory.mesh)
+
+    @property
+    def learner(self) -> LearnerSettings:
+        return check_training(self.c).training.learner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +163,7 @@ def main(argv: list[str]) -> None:
 
     shardings = meshes.weight_shardings(jax.eval_shape(make_base), mesh)
     base = jax.jit(make_base, out_shardings=shardings)()
-    _, state = init_state(cases[0].c, model, base, mesh)
+    _, state = init_state(cases[0].learner, model, mesh, base)
     weights = cases[0].engine.prepare(variables(model, base, state.trained))
     for case in cases:
         report["sampling"][case.role.label] = measure_sampling(case, weights, topology)
@@ -254,10 +267,11 @@ def measure_training(compiled: CompiledStep, base: Any, topology: Topology) -> d
     model, chip = case.inventory.model, topology.chip
     weight_UxC = np.random.default_rng(1).normal(size=(TRAINED, C)).astype(np.float32)
     groups = take_groups(case.groups, np.arange(TRAINED))
-    (block,) = make_blocks(case.role, groups, weight_UxC, [(P, G)], 1, TRAINED)
+    roles, shapes = {case.role: (groups, weight_UxC)}, {case.role: case.micro_batches}
+    (block,) = make_blocks(roles, shapes)
     block = jax.device_put(block, jax.tree.map(lambda leaf: leaf.sharding, case.block))
 
-    _, state = init_state(case.c, model, base, case.inventory.mesh)
+    _, state = init_state(case.learner, model, case.inventory.mesh, base)
     state, metrics = jax.block_until_ready(step(state, base, [block]))
     all_seconds, _ = timed(lambda: jax.block_until_ready(step(state, base, [block])))
     seconds = all_seconds / TRAINED

@@ -26,6 +26,7 @@ from configs import qwen3_4b
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Role
 from spiral_jax.learner.blocks import abstract_block
+from spiral_jax.learner.settings import RoleShapes
 from spiral_jax.plan import say
 from spiral_jax.planning.inventory import place_block, take_inventory
 from spiral_jax.planning.planned_program import train_program
@@ -115,7 +116,10 @@ def weak(name: str, data: int) -> dict[str, Any]:
     c, topology = apply_overrides(qwen3_4b.get_config(), fit.overrides()), find_topology(name)
     model, _ = planned_model(c.model)
     inventory = take_inventory(c, model, make_mesh(c.mesh, topology))
-    block = abstract_block(Role.SEARCH, 16 * data, 4 * data, 8, 1024, 1024)
+    shapes = RoleShapes(
+        lengths=((1024, 1024),), micro_groups=4 * data, most_groups=16 * data, traces=8
+    )
+    block = abstract_block(Role.SEARCH, shapes, 1024, 1024)
     program = train_program(inventory, place_block(block, inventory.mesh))
     print(f"{name}: {topology.chips} chips", flush=True)
     return {

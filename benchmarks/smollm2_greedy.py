@@ -22,9 +22,9 @@ from ml_collections import ConfigDict
 from benchmarks.machine import machine
 from configs import smollm2_135m
 from spiral_jax.core.groups import GroupRequests, Role, pad_rows
-from spiral_jax.learner.step import variables
+from spiral_jax.learner.state import variables
 from spiral_jax.prompts import prompts
-from spiral_jax.run.setup import Setup, set_up
+from spiral_jax.run.setup import Setup, set_up_training
 from spiral_jax.sampling.protocol import sample
 
 HF_PATH = flags.DEFINE_string("hf_path", "models/SmolLM2-135M-Instruct", "model directory")
@@ -37,7 +37,7 @@ TIE = 1e-4
 
 
 def main(argv: list[str]) -> None:
-    setup = set_up(configuration())
+    setup = set_up_training(configuration())
     problems = [setup.task.held_out(i) for i in range(COUNT.value)]
     rows = [prompts.search_prompt(setup.scaffold, problem.text) for problem in problems]
     start = time.monotonic()
@@ -73,7 +73,7 @@ def configuration() -> ConfigDict:
 
 def decode_here(setup: Setup, rows: list[np.ndarray]) -> list[list[int]]:
     """Greedy ids of each prompt, the stop id included."""
-    weights = setup.eval_sampler.prepare(variables(setup.model, None, setup.load_base()))
+    weights = setup.eval_sampler.prepare(variables(setup.model, None, setup.start.load_base()))
     prompt_UxP, prompt_len_U = pad_rows(rows)
     id_Ux6 = np.array([[0, 0, u, 0, Role.SEARCH, 0] for u in range(len(rows))], np.int32)
     requests = GroupRequests(prompt_UxP, prompt_len_U, id_Ux6, 1, MAX_TOKENS.value)

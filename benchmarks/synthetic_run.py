@@ -15,8 +15,10 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.config import digest, to_plain
 from spiral_jax.core.groups import Purpose, Stop
-from spiral_jax.objective import estimators as advantages
-from spiral_jax.objective import subsets
+from spiral_jax.objective.advantages import compute_advantages, length_gate
+from spiral_jax.objective.estimators import ESTIMATORS
+from spiral_jax.objective.rewards import Rewards
+from spiral_jax.objective.subsets import Key, draw_subsets
 from spiral_jax.run.trace_log import TraceLog
 from spiral_jax.run.workdir import StepLog, open_workdir
 
@@ -105,20 +107,18 @@ def _problem(
     search = [_trace(c, "search", rng, 0.2 + 0.3 * skill, words, failing) for _ in range(N)]
     own_1xN = np.array([[_REWARD[row["verdict"]] for row in search]])
     if not ESTIMATORS[c.loss.estimator].aggregates:
-        found = advantages.compute(c.loss.estimator, advantages.Rewards(own_1xN))
-        yield from _gated(c, shared | _place("search"), search, found.search_BxN[0])
+        (of_round,) = compute_advantages(c.loss.estimator, [Rewards(own_1xN)]).rounds
+        yield from _gated(c, shared | _place("search"), search, of_round.candidate_BxN[0])
         return
     a = c.aggregation
-    member_KxS = subsets.draw_subsets(
-        c.seed, int(Purpose.TRAIN), step, cursor, 0, N, a.subset_size, a.subsets
-    )
+    key = Key(c.seed, int(Purpose.TRAIN), step, cursor, 0)
+    member_KxS = draw_subsets(key, N, a.subset_size, a.subsets)
     read = [[_trace(c, "aggregation", rng, 0.2 + 0.6 * skill, words, failing) for _ in range(a.traces)]
             for _ in range(a.subsets)]  # fmt: skip
     reward_1xKxM = np.array([[[_REWARD[row["verdict"]] for row in of_set] for of_set in read]])
-    found = advantages.compute(
-        c.loss.estimator, advantages.Rewards(own_1xN, reward_1xKxM, member_KxS[None])
-    )
-    yield from _gated(c, shared | _place("search"), search, found.search_BxN[0])
+    rewards = Rewards(own_1xN, reward_1xKxM, member_KxS[None])
+    (of_round,) = compute_advantages(c.loss.estimator, [rewards]).rounds
+    yield from _gated(c, shared | _place("search"), search, of_round.candidate_BxN[0])
     for k, of_set in enumerate(read):
         for row in of_set:  # some of it is read off a candidate
             candidate = search[rng.choice(member_KxS[k])]["text"].split()
@@ -126,7 +126,7 @@ def _problem(
         place = _place(
             "aggregation", k, member_KxS[k].tolist(), rng.permutation(member_KxS[k]).tolist()
         )
-        yield from _gated(c, shared | place, of_set, found.aggregation_BxKxM[0, k])
+        yield from _gated(c, shared | place, of_set, of_round.aggregation_BxKxM[0, k])
 
 
 def _place(
@@ -171,7 +171,7 @@ def _gated(
         np.array([row["length"] for row in rows]),
         np.array([Stop[row["stop"].upper()] for row in rows]),
     )
-    gated_C = advantages.length_gate(
+    gated_C = length_gate(
         advantage_C, length, stop, c[shared["role"]].max_tokens, c.loss.length_gate
     )
     for i, row in enumerate(rows):

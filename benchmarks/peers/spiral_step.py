@@ -27,12 +27,29 @@ from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import GroupRequests, Groups, Role
 from spiral_jax.learner.blocks import make_blocks
-from spiral_jax.learner.step import init_state, make_train_step
+from spiral_jax.learner.settings import LearnerSettings, RoleShapes, optimizer_settings
+from spiral_jax.learner.state import init_state
+from spiral_jax.learner.step import make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.transformer import ModelConfig
 
 REMAT, ATTENTION_BLOCK, LOGPROB_CHUNK = "dots", 256, 32
+
+
+def learner_settings() -> LearnerSettings:
+    """The defaults, but for what all contestants share; blocks have the work's shapes."""
+    c = defaults()
+    c.optimizer.update({"lr": LEARNING_RATE, "b1": B1, "b2": B2, "eps": EPS})
+    return LearnerSettings(
+        seed=c.seed,
+        shapes={},
+        optimizer=optimizer_settings(c.optimizer, c.train.steps),
+        temperature=c.sampling.temperature,
+        tis_cap=c.loss.tis_cap,
+        kl_coef=c.loss.kl_coef,
+        logprob_chunk=LOGPROB_CHUNK,
+    )
 
 
 class SpiralStep:
@@ -46,9 +63,7 @@ class SpiralStep:
             attention_block=ATTENTION_BLOCK,
             remat=REMAT,
         )
-        self.c = defaults()
-        self.c.loss.logprob_chunk = LOGPROB_CHUNK
-        self.c.optimizer.update({"lr": LEARNING_RATE, "b1": B1, "b2": B2, "eps": EPS})
+        settings = learner_settings()
         self.mesh = jax.make_mesh((1, 1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 3)
         base = hf.load_params(path, self.config, self.mesh)
         lora = None
@@ -58,9 +73,9 @@ class SpiralStep:
                 for name, array in arrays.items():
                     _, layer, part = name.split("/")
                     lora["layers"].setdefault(layer, {})[part] = jax.device_put(array)
-        self.base, self.state = init_state(self.c, self.config, base, self.mesh, lora)
+        self.base, self.state = init_state(settings, self.config, self.mesh, base, lora)
         jax.block_until_ready(self.state)
-        self.train_step = make_train_step(self.c, self.config)
+        self.train_step = make_train_step(settings, self.config)
         return {
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
             "settings": f"remat {REMAT}, attention blocks of {ATTENTION_BLOCK}, {LOGPROB_CHUNK} positions a head chunk",
@@ -80,7 +95,8 @@ class SpiralStep:
             work.recorded_UxCxG,
             np.zeros((U, C), np.int32),
         )
-        blocks = make_blocks(Role.SEARCH, groups, work.weight_UxC, [(P, G)], micro_groups, U)
+        shapes = RoleShapes(((P, G),), micro_groups, most_groups=U, traces=C)
+        blocks = make_blocks({Role.SEARCH: (groups, work.weight_UxC)}, {Role.SEARCH: shapes})
         with jax.set_mesh(self.mesh):
             self.state, metrics = self.train_step(self.state, self.base, blocks)
         jax.block_until_ready(self.state)
