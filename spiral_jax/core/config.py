@@ -164,7 +164,8 @@ def defaults() -> ConfigDict:
     c.sampling.exit_groups = 4
     # prompt tokens, padding included, prefilled at once on each shard
     c.sampling.prefill_tokens = 16384
-    # of them in each prompt, as many as run, and attend to each other, at once
+    # of them in each prompt, as many as run, and attend to each other, at once; where attention
+    # is computed by kernels, 2,048 at least
     c.sampling.prefill_chunk = 256
     # Rows of a device shard, ascending, for which decode programs are compiled beside the one for
     # all rows of all classes. Pays where rows cost: on CPUs; accelerators need none.

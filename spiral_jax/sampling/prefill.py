@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from spiral_jax.core.mesh import constrain_groups
-from spiral_jax.model.attention.caches import prefix_attention
-from spiral_jax.model.cache import Cache, cache_entries, empty_cache, write_entries
+from spiral_jax.model.attention.backends import make_prompt_backend
+from spiral_jax.model.attention.part import KeyValue
+from spiral_jax.model.cache import Cache
 from spiral_jax.model.transformer import DecoderLayer, ModelConfig, rms_norm
 from spiral_jax.sampling.weights import DecodeWeights
 
@@ -46,9 +47,14 @@ class Prefilled:
 
 
 class _Progress(NamedTuple):
-    """What the loop over chunks carries: caches so far, and the last token's activations."""
+    """What the loop over chunks carries.
 
-    caches: tuple[Cache, ...]
+    Attributes:
+      stores: keys and values of each layer so far, as the backend stores them.
+      last_UxD: activations of each prompt's last token, once it was there.
+    """
+
+    stores: tuple[Any, ...]
     last_UxD: jax.Array
 
 
@@ -64,30 +70,31 @@ def prefill(
     U, arch = Z * W, config.arch
     prompt_UxP = constrain_groups(new.prompt_ZxWxP.reshape(U, P))
     prompt_len_U = constrain_groups(new.prompt_len_ZxW.reshape(U))
-    block = DecoderLayer(config)
+    block, backend = DecoderLayer(config), make_prompt_backend(config.attention, cache_dtype)
 
     def run_chunk(i: jax.Array, before: _Progress) -> _Progress:
         start = i * chunk
         ids_UxT = jax.lax.dynamic_slice_in_dim(prompt_UxP, start, chunk, axis=1)
         position_UxT = jnp.broadcast_to(start + jnp.arange(chunk), (U, chunk))
 
-        x_UxTxD, caches = constrain_groups(weights.embed[ids_UxT]), []
-        for layer, cache in zip(weights.layers, before.caches, strict=True):
+        x_UxTxD, stores = constrain_groups(weights.embed[ids_UxT]), []
+        for layer, store in zip(weights.layers, before.stores, strict=True):
             q, k, v = block.apply(layer, x_UxTxD, position_UxT, method="project")
-            cache = write_entries(cache, cache_entries(k, v, cache_dtype), start)
-            attended = prefix_attention(q, cache, start)
+            attended, store = backend.attend(store, q, KeyValue(k, v), start, prompt_len_U)
             x_UxTxD = block.apply(layer, x_UxTxD, attended, method="finish")
-            caches.append(cache)
+            stores.append(store)
 
         at_U = prompt_len_U - 1 - start
         is_here_U = (at_U >= 0) & (at_U < chunk)
         nearest_Ux1x1 = jnp.clip(at_U, 0, chunk - 1)[:, None, None]
         here_UxD = jnp.take_along_axis(x_UxTxD, nearest_Ux1x1, axis=1)[:, 0]
         last_UxD = jnp.where(is_here_U[:, None], here_UxD, before.last_UxD)
-        return _Progress(tuple(caches), last_UxD)
+        return _Progress(tuple(stores), last_UxD)
 
     with jax.named_scope(PREFILL_SCOPE):
-        empty = tuple(empty_cache((U, arch.J), arch.E, P, cache_dtype) for _ in range(arch.L))
+        empty = tuple(
+            backend.empty(U, P, arch.J, arch.E, config.compute_dtype) for _ in range(arch.L)
+        )
         nothing = jnp.zeros((U, arch.D), config.compute_dtype)
         start = jax.tree.map(constrain_groups, _Progress(empty, nothing))
         chunks = (jnp.max(prompt_len_U) + chunk - 1) // chunk
@@ -101,5 +108,5 @@ def prefill(
     def by_shard(a_Ux: jax.Array) -> jax.Array:
         return a_Ux.reshape(Z, W, *a_Ux.shape[1:])
 
-    caches = jax.tree.map(by_shard, end.caches)
+    caches = jax.tree.map(by_shard, tuple(backend.cache(store) for store in end.stores))
     return Prefilled(new.prompt_len_ZxW, by_shard(logits_UxV), caches)

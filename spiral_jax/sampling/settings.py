@@ -11,8 +11,11 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.config import require
 from spiral_jax.core.groups import GroupRequests
+from spiral_jax.model.attention.backends import XLA
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.sampling.draw import Draw
+
+KERNEL_CHUNK = 2048  # prompt tokens at once, at least, where attention is computed by kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +158,14 @@ class DecodeSettings:
     mesh: Mesh
 
     def chunk_of(self, prompt: int) -> int:
-        """Tokens of a prefill chunk for prompts of up to `prompt` tokens."""
-        return min(self.prefill_chunk, prompt)
+        """Tokens of a prefill chunk for prompts of up to `prompt` tokens.
+
+        Kernels that attend want large ones: they hold no scores.
+        """
+        chunk = self.prefill_chunk
+        if self.config.attention != XLA:
+            chunk = max(chunk, KERNEL_CHUNK)
+        return min(chunk, prompt)
 
     def cached_prompt(self, prompt: int) -> int:
         """Tokens of a prompt cache for prompts of up to `prompt` tokens: whole chunks."""

@@ -11,6 +11,7 @@ import pytest
 from spiral_jax.model.attention import groups
 from spiral_jax.model.attention.kernels import Kernels
 from spiral_jax.model.attention.part import Attended, Cotangents, KeyValue, Lengths
+from spiral_jax.model.attention.prompts import KernelPrompts, XlaPrompts
 from spiral_jax.model.attention.xla import Xla
 
 # float32 against float64: scores reach about 20, each off by 20 * 6e-8 * a few roundings, and so is
@@ -277,6 +278,31 @@ def test_blocks_behind_the_longest_prompt_and_trace_are_not_computed():
     assert (out[:, :, 4:] == 0).all() and (out[:, :, :4] != 0).all()
     of_prompt = np.asarray(prompt_attention(*prompt_arrays(4, 2), short, 2))
     assert (of_prompt[:, 2:] == 0).all() and (of_prompt[:, :2] != 0).all()
+
+
+# ---- prefill
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 8])
+def test_prompts_in_chunks_attend_as_whole_ones_by_kernels_too(chunk):
+    P, H, J = 8, 4, 2
+    rng = np.random.default_rng(chunk)
+    q, k, v = random(rng, U, P, H, E), random(rng, U, P, J, E), random(rng, U, P, J, E)
+    prompt_len = np.array([8, 1, 5], np.int32)
+    for backend in (XlaPrompts(jnp.float32), KernelPrompts(DENSE, jnp.float32)):
+        store = backend.empty(U, P, J, E, jnp.float32)
+        for start in range(0, P, chunk):
+            here = slice(start, start + chunk)
+            new = KeyValue(k[:, here], v[:, here])
+            out, store = backend.attend(store, q[:, here], new, jnp.int32(start), prompt_len)
+            for u, p in np.ndindex(U, chunk):
+                if start + p < prompt_len[u]:
+                    seen = slice(0, start + p + 1)
+                    expected = attend(q[u, start + p], k[u, seen], v[u, seen])
+                    np.testing.assert_allclose(out[u, p], expected, **FLOAT32)
+        cache = backend.cache(store)
+        np.testing.assert_array_equal(cache["k"], np.moveaxis(k, 1, -1))
+        np.testing.assert_array_equal(cache["v"], np.moveaxis(v, 1, -2))
 
 
 # ---- memory

@@ -11,6 +11,7 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.model.attention import gpu, tpu
 from spiral_jax.model.attention.groups import Backend
 from spiral_jax.model.attention.kernels import Kernels
+from spiral_jax.model.attention.prompts import KernelPrompts, PromptBackend, XlaPrompts
 from spiral_jax.model.attention.xla import Xla
 
 XLA, GPU, TPU = "xla", "gpu", "tpu"
@@ -24,6 +25,13 @@ def make_backend(name: str, block: int) -> Backend:
         return Xla(block)
     kernels = {GPU: gpu, TPU: tpu}[name]
     return Kernels(kernels.forward, kernels.backward)
+
+
+def make_prompt_backend(name: str, cache_dtype: jnp.dtype) -> PromptBackend:
+    """What prefill attends with; see `prompts`."""
+    if name == XLA:
+        return XlaPrompts(cache_dtype)
+    return KernelPrompts(make_backend(name, block=0), cache_dtype)
 
 
 def choose_backend(asked: str, device: jax.Device, dtype: jnp.dtype, E: int) -> str:

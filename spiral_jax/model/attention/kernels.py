@@ -69,6 +69,39 @@ class Kernels:
         outputs = (_QUERIES, _QUERIES, _PROMPT)
         return _on_shards(self._backward, inputs, outputs)(q, own, prompt, lengths, out, lse, d_out)
 
+    def attend_chunk(
+        self,
+        q_UxTxHxE: jax.Array,
+        own: KeyValue,
+        before: KeyValue,
+        start: jax.Array,
+        prompt_len_U: jax.Array,
+    ) -> jax.Array:
+        """Attention [U, T, H, E] of a chunk of prompts to itself and to what comes before it.
+
+        Args:
+          own: [U, T, J, E], the chunk's.
+          before: [U, P, J, E], of which the first `start` tokens are there.
+        """
+        groups = P(GROUP_AXES)
+        return _on_shards(self._attend_chunk, (_PROMPT, _PROMPT, _PROMPT, P(), groups), _PROMPT)(
+            q_UxTxHxE, own, before, start, prompt_len_U
+        )
+
+    def _attend_chunk(
+        self,
+        q: jax.Array,
+        own: KeyValue,
+        before: KeyValue,
+        start: jax.Array,
+        prompt_len_U: jax.Array,
+    ) -> jax.Array:
+        length_U = jnp.clip(prompt_len_U - start, 0, q.shape[1])
+        before_U = jnp.minimum(prompt_len_U, start)
+        of_own = self.part_forward(q, own.k, own.v, length_U, length_U, causal=True)
+        of_before = self.part_forward(q, before.k, before.v, length_U, before_U, causal=False)
+        return merge(of_own, of_before).out_BxTxHxE
+
     def _forward(
         self, q: jax.Array, own: KeyValue, prompt: KeyValue | None, lengths: Lengths
     ) -> tuple[jax.Array, jax.Array]:
