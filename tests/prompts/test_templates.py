@@ -8,20 +8,29 @@ import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
-from scripted_sampler import TOKENIZER, make_actor
+from scripted_sampler import (
+    TOKENIZER,
+    ScriptedSampler,
+    math_verifier,
+    number_task,
+    scripted_config,
+    scripted_writer,
+)
 from small_tokenizer import CHATML, chatml_tokenizer, decode, encode, scaffold_of
 from tokenizers import processors
 
 from configs import tiny
 from spiral_jax.core import config, config_checks
 from spiral_jax.core.config import ConfigError
-from spiral_jax.core.groups import Purpose, Stop
+from spiral_jax.core.groups import Stop
 from spiral_jax.model import hf
 from spiral_jax.prompts import prompts
 from spiral_jax.prompts.scaffold import make_scaffold
 from spiral_jax.prompts.settings import PromptSettings
 from spiral_jax.prompts.tokenizer import load_tokenizer, stop_ids
-from spiral_jax.rollout import requests as rollout
+from spiral_jax.rollout.judge import trace_texts
+from spiral_jax.rollout.requests import Asked
+from spiral_jax.rollout.settings import training_stages
 
 # As Qwen3's: thinking switched off is an empty think block. As Qwen3-Thinking's where it is not:
 # the answer opens it.
@@ -240,29 +249,31 @@ def test_candidates_of_a_rollout_show_no_thinking_whichever_side_opened_it(think
         "left:1\\boxed{7}...",
         f"{lead}right:5",
     ]
-    actor = make_actor(
-        lambda role, cursor, k, i: traces[i], search__traces=4, search__max_tokens=64
-    )
-    actor.c.prompt.template_kwargs = {"enable_thinking": thinking}
-    settings = PromptSettings.from_config(actor.c.prompt)
+    c = scripted_config(search__traces=4, search__max_tokens=64)
+    c.prompt.template_kwargs = {"enable_thinking": thinking}
+    settings = PromptSettings.from_config(c.prompt)
     scaffold = make_scaffold(tokenizer, settings, (tokenizer.eos_token_id,))
-    actor = dataclasses.replace(actor, scaffold=scaffold)
-    problem = [actor.task.train(0)]
-    with actor.verifier:
-        found = rollout.search(actor, None, problem, np.array([0]), Purpose.TRAIN, 0)
-        graded, _, _ = rollout.verify(actor, problem, found)
-    assert graded.reward_UxC[0, :2].tolist() == [1, 0]  # the box behind the thinking counts
-    prompt = decode(tokenizer, found.requests.prompt_UxP[0, : found.requests.prompt_len_U[0]])
+    writer = dataclasses.replace(scripted_writer(c), scaffold=scaffold)
+    stages = training_stages(c).stages()
+    problem = number_task().train(0)
+    asked = Asked(0, problem, prompts.search_prompt(scaffold, problem.text))
+
+    request = writer.search(stages[0], asked)
+    group = ScriptedSampler(lambda role, cursor, k, i: traces[i]).write(request)
+    with math_verifier() as verifier:
+        items = [(text, problem) for text in trace_texts(tokenizer, group)]
+        verdicts = verifier.verify(items)
+    # the box behind the thinking counts
+    assert [verdict.reward for verdict in verdicts[:2]] == [1, 0]
+    prompt = decode(tokenizer, request.prompt_UxP[0, : request.prompt_len_U[0]])
     assert prompt.endswith("<think>" if thinking else "<think></think>")
-    requests, cleaned = rollout.aggregation_requests(
-        actor, problem, found, np.array([[[0, 1, 2, 3]]]), 2
-    )
+
+    requests, cleaned = writer.aggregation(stages[1], asked, group, np.array([[0, 1, 2, 3]]))
     shown = decode(tokenizer, requests.prompt_UxP[0, : requests.prompt_len_U[0]])
     body = shown.removesuffix(prompt[prompt.index("<|assistant|>") :])
     assert body != shown and "think>" not in body
-    third = (
-        "(empty)" if thinking else "left:1\\boxed{7}..."
-    )  # cut off while thinking: nothing of it is an answer
+    # cut off while thinking: nothing of it is an answer
+    third = "(empty)" if thinking else "left:1\\boxed{7}..."
     listed = ["right:2\\boxed{7}", "right:3\\boxed{4}", third, "right:5"]
     assert sorted(body.removesuffix("<|end|>").split("#")[1:]) == sorted(listed)
     assert cleaned["empty"] == int(thinking) and cleaned["removed_special"] == 0
