@@ -8,12 +8,14 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from spiral_jax.core.config import MEASURES, METRIC_WRITERS, REMAT, require
+from spiral_jax.model.attention.backends import BACKENDS
 
 # Of training and evaluation both; those `_OF_RUN` of training alone.
 _CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.remat": REMAT,
+    "model.attention": ("auto", *BACKENDS),
     "aggregation.order": ("shuffled", "sampled"),
     "prompt.template": ("chat", "plain"),
     "prompt.truncated": ("keep_tail", "drop", "mark"),

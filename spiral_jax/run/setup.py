@@ -28,6 +28,7 @@ from spiral_jax.learner.state import abstract_state, keeps_base
 from spiral_jax.learner.step import make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import check_mesh, read_architecture
+from spiral_jax.model.attention.backends import choose_backend
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.objective.settings import ObjectiveSettings, objective_settings
 from spiral_jax.prompts.scaffold import Scaffold, make_scaffold, max_aggregation_prompt
@@ -220,6 +221,9 @@ def _load_task(c: ConfigDict, held_out: int) -> Task:
 def _start(c: ConfigDict, mesh: Mesh, training: bool) -> Start:
     path = hf.resolve_path(c.model.hf_path)
     model = hf.model_config(read_architecture(path), c.model)
+    platform = mesh.devices.flat[0].platform
+    attention = choose_backend(c.model.attention, platform, model.compute_dtype, model.arch.E)
+    model = dataclasses.replace(model, attention=attention)
     has_adapters = c.model.adapter_path or c.model.init_from or c.eval.searcher not in ("", "base")
     if not training and not has_adapters:
         # The checkpoint as it is: a base without adapters keeps its dtype.

@@ -3,6 +3,8 @@
     WORKDIR/config.json                    the configuration and `config_digest`
     WORKDIR/starts.jsonl                   one JSON object each time the run starts or resumes
     WORKDIR/metrics.jsonl                  one JSON object a step
+    WORKDIR/evaluations.jsonl              one JSON object an evaluation
+    WORKDIR/evaluations/                   a results.json of each
     WORKDIR/traces/                        see `trace_log`
     WORKDIR/checkpoints/                   see `checkpoint`
 
@@ -25,7 +27,7 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from spiral_jax.core.config import compared, difference, digest_of, without_retired
+from spiral_jax.core.config import as_current, compared, difference, digest_of
 from spiral_jax.core.distributed import is_first
 from spiral_jax.core.errors import UserError
 
@@ -159,7 +161,7 @@ def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:
             f"{path}: damaged, not the JSON object that a run writes ({type(error).__name__}: "
             f"{error}). Put it back from a copy, or give another --workdir."
         ) from error
-    current = without_retired(content)
+    current = as_current(content)
     return current, digest if current == content else digest_of(current)
 
 

@@ -3,19 +3,15 @@
 import collections
 
 import jax
-import pytest
+from small_training import small_training
 
-from configs import tiny
 from spiral_jax import train as program
 from spiral_jax.run.setup import set_up_training
 
 
-@pytest.mark.slow
 def test_during_an_update_neither_decode_weights_nor_caches_take_memory(tmp_path, monkeypatch):
-    c = tiny.get_config()
-    c.train.steps, c.eval.problems, c.batch.problems = 2, 0, 4
-    c.batch.search_groups, c.batch.aggregation_groups = 4, 8
-    c.sampling.classes = ((32, 8, 124, 26),)
+    c = small_training(tmp_path, steps=2)
+    c.checkpoint.every = 0  # a save copies the state, on CPUs to where the state lies
     make_train_step, before, left_by_step = program.make_train_step, jax.live_arrays(), []
     small = "key<", "int32[]", "uint32[]"
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spiral_jax.model.attention.caches import decode_attention, prefix_attention
 from spiral_jax.model.cache import cache_entries, empty_cache, read_tokens, write_entries
-from spiral_jax.model.cache_attention import decode_attention, prefix_attention
 
 ROUNDING = 1e-5  # float32 sums of outputs of order 1 in another order
 

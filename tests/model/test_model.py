@@ -29,9 +29,9 @@ from small_model import (
 from spiral_jax.core import mesh as meshes
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.attention.caches import decode_attention, prefix_attention
+from spiral_jax.model.attention.groups import Lengths
 from spiral_jax.model.cache import cache_entries, empty_cache, write_entries
-from spiral_jax.model.cache_attention import decode_attention, prefix_attention
-from spiral_jax.model.group_attention import Lengths
 from spiral_jax.model.transformer import (
     DecoderLayer,
     ModelConfig,
@@ -263,7 +263,7 @@ def unrolled(config, variables, prompt, prompt_len, trace):
     x = params["embed"][jnp.concatenate([prompt, trace.reshape(U, -1)], axis=1)].astype(
         config.compute_dtype
     )
-    lengths = Lengths(prompt_len, jnp.int32(P), jnp.int32(G))
+    lengths = Lengths(prompt_len, jnp.full((len(prompt_len), C), G), jnp.int32(P), jnp.int32(G))
     for layer in unstack_layers(variables, config.arch.L):
         x, _ = DecoderLayer(config, P, C).apply(layer, x, position, lengths)
     x = jnp.concatenate([x[np.arange(U), prompt_len - 1][:, None], x[:, P:]], axis=1)

@@ -1,5 +1,9 @@
-"""The trace log's rows, from scripted rollouts: what the report explains is what happened."""
+"""The trace log: files that a kill leaves whole, and rows that say what happened."""
 
+import gzip
+import hashlib
+import json
+import math
 import re
 
 import numpy as np
@@ -7,7 +11,80 @@ import pytest
 from scripted_sampler import TOKENIZER, scripted_training
 
 from spiral_jax.core.groups import Role
-from spiral_jax.run.trace_log import TraceRows, render_examples
+from spiral_jax.run.trace_log import TraceLog, TraceRows, read_traces, render_examples, trace_files
+from spiral_jax.run.workdir import WorkdirError
+
+# --- files ----------------------------------------------------------------------------------------
+
+ROW = {"problem": 3, "text": "√2 \u2028", "ids": np.arange(5, dtype=np.int32), "logprob": math.nan}
+ROWS = [ROW]
+
+
+def digest_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_same_rows_give_the_same_bytes_and_read_back(tmp_path, monkeypatch):
+    first = TraceLog(tmp_path / "one", 3).write(7, ROWS)
+    monkeypatch.setattr("time.time", lambda: 2e9)  # gzip stores a time unless told not to
+    second = TraceLog(tmp_path / "two", 3).write(7, iter(ROWS))
+    other_step = TraceLog(tmp_path / "two", 3).write(8, ROWS)
+    assert first.name == "step_000007.jsonl.gz"
+    assert digest_of(first) == digest_of(second) == digest_of(other_step)
+    assert digest_of(TraceLog(tmp_path / "two", 3).write(9, ROWS * 2)) != digest_of(first)
+    with gzip.open(first, "rt", encoding="utf-8", newline="\n") as file:
+        assert [json.loads(line) for line in file] == [
+            ROW | {"ids": [0, 1, 2, 3, 4], "logprob": None}
+        ]
+
+
+def test_only_the_newest_trace_files_are_kept_and_others_are_left_alone(tmp_path):
+    log = TraceLog(tmp_path / "traces", 2)
+    log.write(999_999, ROWS)
+    (tmp_path / "traces" / "notes.txt").write_text("")
+    for step in (1_000_000, 2_000_000):  # one digit more: name order is not step order
+        log.write(step, ROWS)
+    names = sorted(path.name for path in log.directory.iterdir())
+    assert names == ["notes.txt", "step_1000000.jsonl.gz", "step_2000000.jsonl.gz"]
+
+
+def test_cutting_back_deletes_the_trace_files_from_the_step_on(tmp_path):
+    log = TraceLog(tmp_path / "traces", 10)
+    for step in (0, 10, 20, 30):
+        log.write(step, ROWS)
+    assert log.cut_back(20) == 2
+    assert sorted(path.name for path in log.directory.iterdir()) == [
+        "step_000000.jsonl.gz",
+        "step_000010.jsonl.gz",
+    ]
+
+
+def test_a_trace_file_whose_writing_fails_does_not_appear_or_replace_one(tmp_path):
+    log = TraceLog(tmp_path / "traces", 10)
+    before = digest_of(log.write(4, ROWS))
+
+    def rows():
+        yield ROWS[0]
+        raise RuntimeError("killed")
+
+    for step in (4, 5):
+        with pytest.raises(RuntimeError):
+            log.write(step, rows())
+    assert [path.name for path in log.directory.iterdir()] == ["step_000004.jsonl.gz"]
+    assert digest_of(log.directory / "step_000004.jsonl.gz") == before
+
+
+def test_a_file_reads_back_and_a_damaged_one_is_an_error_that_names_it(tmp_path):
+    path = TraceLog(tmp_path, 3).write(7, ROWS)
+    assert trace_files(tmp_path) == {7: path}
+    assert list(read_traces(path)) == [ROW | {"ids": [0, 1, 2, 3, 4], "logprob": None}]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(WorkdirError, match=f"{path}: damaged"):
+        list(read_traces(path))
+    assert trace_files(tmp_path / "nowhere") == {}
+
+
+# --- rows, from scripted rollouts -----------------------------------------------------------------
 
 
 def script(role, cursor, k, i):
