@@ -13,7 +13,7 @@ import pytest
 
 from spiral_jax.core.metrics import Max, divide
 from spiral_jax.learner.logprobs import length_mask
-from spiral_jax.learner.loss import policy_loss
+from spiral_jax.learner.loss import policy_loss, reference_kl
 
 SHAPE = U, C, G = 3, 4, 6
 LENGTH_UxC = np.array([[6, 1, 0, 3], [2, 5, 6, 1], [0, 0, 0, 0]])
@@ -124,3 +124,35 @@ def test_without_tokens_the_loss_is_zero_and_there_is_nothing_to_average():
         "mismatch/ratio_squared": None,
         "mismatch/max_abs_log_ratio": 0.0,
     }
+
+
+@pytest.mark.parametrize("ratio, weight, tis_cap, expected", [
+    (1.5, 2.0, 0.0, -3.0),
+    (4.0, 2.0, 3.0, -6.0),  # bounded, and still learnt from
+    (0.5, 2.0, 3.0, -1.0),
+])  # fmt: skip
+def test_a_tokens_loss_and_slope_are_those_worked_out_by_hand(ratio, weight, tis_cap, expected):
+    nothing, mask = np.zeros((1, 1, 1), np.float32), np.ones((1, 1, 1), bool)
+    weight_UxC = np.full((1, 1), weight, np.float32)
+
+    def loss(logprob):
+        logprob_UxCxG = jnp.reshape(logprob, (1, 1, 1))
+        return policy_loss(logprob_UxCxG, nothing, nothing, weight_UxC, mask, tis_cap)[0]
+
+    value, slope = jax.value_and_grad(loss)(jnp.log(jnp.float32(ratio)))
+    assert (float(value), float(slope)) == pytest.approx((expected, expected), rel=1e-6)
+
+
+def test_reference_kl_is_k3_over_tokens_and_unbiased():
+    rng = np.random.default_rng(0)
+    p, q = (rng.dirichlet(np.ones(5)).astype(np.float32) for _ in range(2))
+    logprob, reference = (np.log(a).reshape(1, 1, 5) for a in (p, q))
+    each = []
+    for i in range(5):
+        of_token = reference_kl(logprob, reference, np.arange(5).reshape(1, 1, 5) == i)
+        each.append(float(of_token.total))
+    assert min(each) >= 0
+    assert np.dot(p, each) == pytest.approx(np.sum(p * np.log(p / q)), rel=1e-5)
+
+    kl = reference_kl(logprob, reference, np.ones((1, 1, 5), bool))
+    assert float(kl.total) == pytest.approx(sum(each), rel=1e-6) and int(kl.count) == 5

@@ -16,9 +16,7 @@ from spiral_jax.objective.subsets import Key, disjoint_subsets, draw_subsets
 NAMES = "ABCDEF"
 MEMBERS = [[0, 1], [0, 2], [1, 2], [1, 3]]
 SCORES = [Score(3, 4), Score(3, 4), Score(0, 4), Score(2, 4)]
-BY_OWN_ANSWERS = (
-    "online_multitask", "paragator", "pkpo", "grpo", "grpo_nostd", "rloo",
-)  # fmt: skip
+BY_OWN_ANSWERS = ("online_multitask", "paragator", "pkpo", "grpo", "grpo_nostd", "rloo")
 
 
 def score_of(reward):

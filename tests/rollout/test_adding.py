@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import drill
 from configs import tiny
+from spiral_jax.core.config import ConfigError
 from spiral_jax.objective import explain, of_sets
 from spiral_jax.objective.estimators import ESTIMATORS, Estimator, Needs
 from spiral_jax.run.setup import set_up_training
@@ -112,3 +113,13 @@ def test_a_step_trains_with_an_estimator_and_a_task_that_only_their_tables_know(
     (row,) = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     assert row["step"] == 0 and row["grad_norm"] > 0 and row["sampling/kept"] >= 1
     assert 0 < row["reward/search"] < 1
+
+
+def test_a_task_without_strategies_cannot_train_an_estimator_that_needs_them(added, tmp_path):
+    drill.write_model(tmp_path / "model", seed=0)
+    c = smallest_config(tmp_path / "model")
+    c.loss.estimator, c.task.name = "polychromic", "sums_of_a_digit"
+    with pytest.raises(ConfigError) as refused:
+        set_up_training(c)
+    for part in ("task.strategy", "polychromic", "sums_of_a_digit", "package.module:function"):
+        assert part in str(refused.value)

@@ -59,8 +59,8 @@ def at_random(seed):
 def rows_of(training, batch):
     """The rows of the trace log."""
     c = training.c
-    writer = TraceRows(TOKENIZER, 1.0, c.aggregation.order, c.seed, drops_truncated=False)
-    return list(writer.of(batch))
+    rows = TraceRows(TOKENIZER, 1.0, c.aggregation.order, c.seed, drops_truncated=False)
+    return list(rows.make(batch))
 
 
 def shown_names(requests, u):
