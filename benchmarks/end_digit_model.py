@@ -1,4 +1,4 @@
-"""What the model of the end digit can do before any RL: how it searches, knows a hit, and reads.
+"""What the model of the end digit can do before any RL: search, knowing a hit, reading.
 
     python -m benchmarks.end_digit_model --out=docs/end_digit_model
 
@@ -8,20 +8,24 @@ On held-out problems at T = 1. A try is sound if its digits, arithmetic, verdict
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pathlib
 
+import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from benchmarks.held_out import open_evaluator, set_up
+from benchmarks.held_out import HeldOut
 from benchmarks.machine import machine
 from spiral_jax.evaluation.statistics import mean_and_interval
-from spiral_jax.rollout.judge import trace_texts
+from spiral_jax.learner.state import variables
+from spiral_jax.run.setup import set_up_training
 from spiral_jax.tasks import end_digit
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.verifier import Verifier
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/end_digit.py", "model and scaffold", lock_config=True
@@ -31,53 +35,53 @@ PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 
 
 def main(argv: list[str]) -> None:
-    setup = set_up(CONFIG.value, PROBLEMS.value)
-    with open_evaluator(setup) as evaluator:
-        policy = setup.sampler.prepare(setup.start.load_policy())
-        rollouts = evaluator.wave(policy, evaluator.held_out()).rollouts
-    (of_set,) = rollouts.rounds
-    problems = rollouts.problems
-    tried = trace_texts(setup.tokenizer, rollouts.search)
-    said = trace_texts(setup.tokenizer, of_set.groups)
-    right_BxN, right_BxM = rollouts.search.reward_UxC, of_set.groups.reward_UxC
-
-    right_BxS = np.take_along_axis(right_BxN, of_set.member_BxKxS[:, 0], axis=1)
-    has_hit_B = right_BxS.any(axis=1)
+    setup = set_up_training(CONFIG.value)
+    settings = dataclasses.replace(setup.verifier, workers=1)
+    with Verifier(setup.reward, settings) as verifier, jax.set_mesh(setup.mesh):
+        policy = setup.sampler.prepare(variables(setup.model, None, setup.start.load_base()))
+        held_out = HeldOut(setup, verifier, policy, PROBLEMS.value)
+        searched = held_out.search()
+        read = held_out.aggregate(searched.groups)
+    problems, tried, said = held_out.problems, searched.texts, read.texts
+    right_BxN, right_BxM = searched.groups.reward_UxC, read.groups.reward_UxC
+    has_hit_B = np.take_along_axis(right_BxN, held_out.member_BxS, axis=1).any(axis=1)
     report = {
         "machine": machine(),
         "problems": len(problems),
         "search traces": tries(problems, tried, right_BxN),
-        "right share of all expressions": float(
-            np.mean([right_share(problem) for problem in problems])
-        ),
+    }
+    first = [
+        tries_the_first_expression(problem, text)
+        for problem, text in zip(np.repeat(problems, right_BxN.shape[1]), tried, strict=True)
+    ]
+    report["search traces"]["try the first expression"] = float(np.mean(first))
+    right_shares = [right_share(problem) for problem in problems]
+    report |= {
+        "right share of all expressions": float(np.mean(right_shares)),
         "aggregation traces": tries(problems, said, right_BxM),
         "sets with a hit": share(has_hit_B.astype(float)),
         "sets with a hit read right": share(right_BxM[has_hit_B].mean(axis=1)),
         "other sets answered right": share(right_BxM[~has_hit_B].mean(axis=1)),
     }
-    report["search traces"]["try the first expression"] = first_share(problems, tried)
     pathlib.Path(OUT.value).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 
 
-def first_share(problems: list[Problem], texts: list[str]) -> float:
-    """Share of search traces that try the first of all expressions."""
-    of_text = np.repeat(problems, len(texts) // len(problems))
-    first = []
-    for problem, text in zip(of_text, texts, strict=True):
-        as_first = end_digit.try_out(problem, end_digit.EXPRESSIONS[0])
-        first.append(end_digit.strategy(text, problem) == end_digit.strategy(as_first, problem))
-    return float(np.mean(first))
+def tries_the_first_expression(problem: Problem, text: str) -> bool:
+    first = end_digit.try_out(problem, end_digit.EXPRESSIONS[0])
+    return end_digit.strategy(text, problem) == end_digit.strategy(first, problem)
 
 
-def tries(problems: list, texts: list[str], right_BxC: np.ndarray) -> dict[str, float]:
-    """Shares over all traces of a role; and of right and of other ones, how many say "yes"."""
-    of_text = np.repeat(problems, right_BxC.shape[1])
+def tries(problems: list[Problem], texts: list[str], right_BxC: np.ndarray) -> dict[str, float]:
+    """Shares over all traces of a role.
+
+    Of those that are right, and of those that are not: how many say that they hit.
+    """
+    pairs = zip(np.repeat(problems, right_BxC.shape[1]), texts, strict=True)
+    sound = [is_sound(problem, text) for problem, text in pairs]
     says_yes, right = np.array([": yes," in text for text in texts]), right_BxC.reshape(-1) == 1
     return {
-        "are sound": float(
-            np.mean([is_sound(p, text) for p, text in zip(of_text, texts, strict=True)])
-        ),
+        "are sound": float(np.mean(sound)),
         "are right": float(right.mean()),
         "say yes if right": float(says_yes[right].mean()),
         "say yes if wrong": float(says_yes[~right].mean()),

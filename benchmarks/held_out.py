@@ -1,45 +1,106 @@
-"""What a model does on held-out problems before any RL, in the sizes of its training.
-
-Each problem is searched, and one set of its traces is aggregated.
-"""
+"""Traces of held-out problems: search, and one set of each problem's candidates that is read."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import dataclasses
+from typing import Any, NamedTuple
 
-import jax
-from ml_collections import ConfigDict
+import numpy as np
 
-from spiral_jax.core.progress import Progress
-from spiral_jax.evaluation.wave import Evaluator
-from spiral_jax.run.setup import Setup, set_up_training
-from spiral_jax.verifier.settings import VerifierSettings
+from spiral_jax.core.groups import Groups, Purpose, concat_groups
+from spiral_jax.objective.subsets import Key, disjoint_subsets
+from spiral_jax.prompts.prompts import search_prompt
+from spiral_jax.rollout.feed import Feed
+from spiral_jax.rollout.judge import reward, trace_texts
+from spiral_jax.rollout.requests import Asked, Writer
+from spiral_jax.rollout.stages import Stage
+from spiral_jax.run.setup import Setup
+from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.rewards import Verdict
 from spiral_jax.verifier.verifier import Verifier
 
 
-def set_up(c: ConfigDict, problems: int) -> Setup:
-    """The setup of a training run whose evaluations read one set, of the size of training's."""
-    c.eval.problems = problems
-    c.eval.subsets, c.eval.subset_size = 1, c.aggregation.subset_size
-    c.eval.traces, c.eval.rounds_in_training = c.aggregation.traces, 0
-    return set_up_training(c)
+class JudgedTraces(NamedTuple):
+    """Traces of all problems, [B, C]; texts and verdicts are those of all B * C of them."""
+
+    groups: Groups
+    texts: list[str]
+    verdicts: list[Verdict]
 
 
-@contextlib.contextmanager
-def open_evaluator(setup: Setup) -> Iterator[Evaluator]:
-    """An evaluator that draws tokens as training does."""
-    settings = VerifierSettings(workers=1, timeout_s=setup.c.verifier.timeout_s)
-    with Verifier(setup.reward, settings) as verifier, jax.set_mesh(setup.mesh):
-        yield Evaluator(
-            settings=setup.evaluation,
-            order=setup.c.aggregation.order,
-            task=setup.task,
-            scaffold=setup.scaffold,
-            sampler=setup.sampler,
-            verifier=verifier,
-            max_error_rate=setup.verifier.max_error_rate,
-            strategy=None,
-            progress=Progress(1, 0),
-            between_chunks=lambda: None,
+@dataclasses.dataclass
+class Listed:
+    """`feed.Problems` that are all there from the start."""
+
+    waiting: list[Asked]
+
+    def next(self) -> Asked | None:
+        return self.waiting.pop(0) if self.waiting else None
+
+    @property
+    def exhausted(self) -> bool:
+        return not self.waiting
+
+
+class HeldOut:
+    """The first held-out problems of a task, and a policy that works on them as in training."""
+
+    def __init__(self, setup: Setup, verifier: Verifier, policy: Any, problems: int):
+        self._setup, self._verifier, self._policy = setup, verifier, policy
+        self._asked = []
+        for index in range(problems):
+            problem = setup.task.held_out(index)
+            self._asked.append(Asked(index, problem, search_prompt(setup.scaffold, problem.text)))
+        stages = setup.training.stages
+        self._search = Stage("search", 0, stages.search_traces, stages.search_tokens)
+        self._aggregation = Stage(
+            name="aggregation/1",
+            round=1,
+            traces=stages.aggregation_traces,
+            max_tokens=stages.aggregation_tokens,
+            reads=self._search,
+            candidates=stages.search_traces,
+            set_size=stages.subset_size,
+            sets=self._one_set,
         )
+
+    @property
+    def problems(self) -> list[Problem]:
+        return [asked.problem for asked in self._asked]
+
+    @property
+    def member_BxS(self) -> np.ndarray:
+        """The candidates that are read."""
+        return np.concatenate([self._one_set(0, asked.cursor) for asked in self._asked])
+
+    def search(self) -> JudgedTraces:
+        return self._draw([self._search], self._feed([self._search], self._asked))
+
+    def aggregate(self, candidates: Groups) -> JudgedTraces:
+        """Aggregation traces that read a set of each problem's candidates."""
+        stages = [self._search, self._aggregation]
+        feed = self._feed(stages, [])
+        for b, asked in enumerate(self._asked):
+            feed.begin_with(asked, candidates.take([b]))
+        return self._draw(stages, feed)
+
+    def _one_set(self, step: int, cursor: int) -> np.ndarray:
+        stages = self._setup.training.stages
+        key = Key(stages.seed, int(Purpose.EVALUATION), step, cursor, 0)
+        return disjoint_subsets(key, stages.search_traces, stages.subset_size, 1)
+
+    def _feed(self, stages: list[Stage], asked: list[Asked]) -> Feed:
+        c, scaffold = self._setup.c, self._setup.scaffold
+        writer = Writer(scaffold, Purpose.EVALUATION, 0, c.seed, c.aggregation.order)
+        return Feed(stages, writer, Listed(list(asked)))
+
+    def _draw(self, stages: list[Stage], feed: Feed) -> JudgedTraces:
+        """The judged traces of the last stage."""
+        for _ in self._setup.sampler.stream(self._policy, feed):
+            pass
+        courses = [feed.courses[asked.cursor] for asked in self._asked]
+        groups = concat_groups([course.of_stage(stages[-1]) for course in courses])
+        texts = trace_texts(self._setup.tokenizer, groups)
+        problems = np.repeat(self.problems, groups.trace_len_UxC.shape[1])
+        verdicts = self._verifier.verify(list(zip(texts, problems, strict=True)))
+        return JudgedTraces(reward(groups, verdicts), texts, verdicts)

@@ -32,10 +32,10 @@ from benchmarks.machine import commit, machine
 from configs import qwen3_4b
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
-from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role, take_groups
+from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role
 from spiral_jax.core.metrics import divide
 from spiral_jax.learner.blocks import Block, abstract_block, make_blocks
-from spiral_jax.learner.settings import LearnerSettings, RoleShapes
+from spiral_jax.learner.settings import RoleShapes
 from spiral_jax.learner.state import init_state, variables
 from spiral_jax.model.flops import ideal_train_flops
 from spiral_jax.model.transformer import init_variables
@@ -50,7 +50,6 @@ from spiral_jax.planning.roofline import roofline
 from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.topology import Topology, find_topology
 from spiral_jax.run import telemetry
-from spiral_jax.run.setup import check_training
 from spiral_jax.sampling.engine import Engine, make_samplers
 from spiral_jax.sampling.protocol import sample
 
@@ -101,21 +100,15 @@ class RoleCase:
     groups: Groups | None = None
 
     @property
-    def micro_batches(self) -> RoleShapes:
-        """Of what a step trains on."""
-        _, C, P, G = self.shape
-        return RoleShapes(lengths=((P, G),), micro_groups=1, most_groups=TRAINED, traces=C)
-
-    @property
     def block(self) -> Block:
         """Shapes of what a step trains on."""
         _, _, P, G = self.shape
-        block = abstract_block(self.role, self.micro_batches, P, G)
-        return place_block(block, self.inventory.mesh)
+        return place_block(abstract_block(self.role, self.trained, P, G), self.inventory.mesh)
 
     @property
-    def learner(self) -> LearnerSettings:
-        return check_training(self.c).training.learner
+    def trained(self) -> RoleShapes:
+        _, C, P, G = self.shape
+        return RoleShapes(((P, G),), micro_groups=1, most_groups=TRAINED, traces=C)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +156,7 @@ def main(argv: list[str]) -> None:
 
     shardings = meshes.weight_shardings(jax.eval_shape(make_base), mesh)
     base = jax.jit(make_base, out_shardings=shardings)()
-    _, state = init_state(cases[0].learner, model, mesh, base)
+    _, state = init_state(cases[0].inventory.settings.learner, model, mesh, base)
     weights = cases[0].engine.prepare(variables(model, base, state.trained))
     for case in cases:
         report["sampling"][case.role.label] = measure_sampling(case, weights, topology)
@@ -266,12 +259,12 @@ def measure_training(compiled: CompiledStep, base: Any, topology: Topology) -> d
     _, C, P, G = case.shape
     model, chip = case.inventory.model, topology.chip
     weight_UxC = np.random.default_rng(1).normal(size=(TRAINED, C)).astype(np.float32)
-    groups = take_groups(case.groups, np.arange(TRAINED))
-    roles, shapes = {case.role: (groups, weight_UxC)}, {case.role: case.micro_batches}
-    (block,) = make_blocks(roles, shapes)
+    groups = case.groups.take(np.arange(TRAINED))
+    (block,) = make_blocks({case.role: (groups, weight_UxC)}, {case.role: case.trained})
     block = jax.device_put(block, jax.tree.map(lambda leaf: leaf.sharding, case.block))
 
-    _, state = init_state(case.learner, model, case.inventory.mesh, base)
+    learner = case.inventory.settings.learner
+    _, state = init_state(learner, model, case.inventory.mesh, base)
     state, metrics = jax.block_until_ready(step(state, base, [block]))
     all_seconds, _ = timed(lambda: jax.block_until_ready(step(state, base, [block])))
     seconds = all_seconds / TRAINED

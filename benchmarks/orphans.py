@@ -10,8 +10,9 @@ _ROOT = pathlib.Path(__file__).parent.parent
 
 
 def workers_left(wait_s: float = 10.0) -> int:
-    """Verifier's child processes that outlive the runs of this tree, which have all ended; Linux
-    alone, else 0.
+    """Verifier's child processes that outlive the runs of this tree, which have all ended.
+
+    On Linux alone, else 0.
     """
     for _ in range(int(wait_s / 0.2)):
         commands = []

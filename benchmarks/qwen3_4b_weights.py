@@ -1,17 +1,18 @@
-"""Does a checkpoint of Qwen3-4B's true size load on a small host, and does bfloat16 cost us more
-than transformers?
+"""Does a checkpoint of Qwen3-4B's size load on a small host, and what does bfloat16 cost?
 
     python -m benchmarks.qwen3_4b_weights --dir=/tmp/qwen3_4b --json=docs/qwen3_4b_weights.json
 
 1. Random weights in bfloat16 are streamed into three shards (8 GB of disk) and loaded: seconds and
-peak memory.
+   peak memory.
 2. The same weights cut to four layers: KL of our bfloat16 logits to those of transformers, beside
-the KL of its own
-   bfloat16 to its float32. Each program runs in a process of its own, one after the other.
+   the KL of its own bfloat16 to its float32.
+
+Each program runs in a process of its own, one after the other.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import re
@@ -40,10 +41,20 @@ PART = flags.DEFINE_enum(
 )
 
 FIELDS = {
-    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
-    "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "rms_norm_eps": 1e-6, "rope_theta": 5e6, "tie_word_embeddings": True,
-}  # fmt: skip
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5e6,
+    "tie_word_embeddings": True,
+}
+# of the random weights, by the end of their names
+SCALE = {"q_norm": 3.0, "k_norm": 3.0, "norm": 1.0, "layernorm": 1.0, "embed_tokens": 0.06}
 SHARD_BYTES = 3 * 10**9
 CUT = 4  # layers of the second checkpoint
 ROWS, TOKENS = 2, 64
@@ -73,71 +84,76 @@ def measure(whole: pathlib.Path, cut: pathlib.Path) -> dict:
     loading = json.loads(run("load"))
     run("ours")
     run("theirs")
-    ours, theirs, exact = (
-        np.load(root / f"{name}.npy") for name in ("ours", "theirs_bfloat16", "theirs_float32")
-    )
+    ours = np.load(root / "ours.npy")
+    theirs = np.load(root / "theirs_bfloat16.npy")
+    exact = np.load(root / "theirs_float32.npy")
     return {
-        "shards": len(shards), "stored_gb": sum(shard.stat().st_size for shard in shards) / 1e9, **loading,
-        "kl_ours_to_transformers_bfloat16": kl(theirs, ours), "kl_transformers_bfloat16_to_float32": kl(exact, theirs),
-        "kl_ours_to_transformers_float32": kl(exact, ours), "layers": CUT, "positions": ROWS * TOKENS,
-    }  # fmt: skip
+        "shards": len(shards),
+        "stored_gb": sum(shard.stat().st_size for shard in shards) / 1e9,
+        **loading,
+        "kl_ours_to_transformers_bfloat16": kl(theirs, ours),
+        "kl_transformers_bfloat16_to_float32": kl(exact, theirs),
+        "kl_ours_to_transformers_float32": kl(exact, ours),
+        "layers": CUT,
+        "positions": ROWS * TOKENS,
+    }
 
 
 def run(part: str) -> str:
-    words = [
-        sys.executable,
-        "-m",
-        "benchmarks.qwen3_4b_weights",
-        f"--dir={DIR.value}",
-        f"--part={part}",
-    ]
-    return subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
+    """One part in a process of its own; what it prints."""
+    module = [sys.executable, "-m", "benchmarks.qwen3_4b_weights"]
+    command = [*module, f"--dir={DIR.value}", f"--part={part}"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def make(path: pathlib.Path, fields: dict) -> list[pathlib.Path]:
-    """Random weights by name, so that fewer layers are the first of many; peaked attention, logits
-    of order three.
+    """Random weights, with peaked attention and logits of order three.
+
+    They follow from their names, so that fewer layers are the first of many.
     """
     path.mkdir(parents=True, exist_ok=True)
     arch = parse_architecture(fields, str(path))
     written = hf_fields(arch, (151645,)) | {"torch_dtype": "bfloat16"}
     (path / "config.json").write_text(json.dumps(written, indent=1))
-    scale = {"q_norm": 3.0, "k_norm": 3.0, "norm": 1.0, "layernorm": 1.0, "embed_tokens": 0.06}
-
-    def array(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        rng = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
-        kind = next((kind for kind in scale if name.endswith(f"{kind}.weight")), None)
-        if len(shape) == 1:
-            return (scale[kind or "layernorm"] * rng.uniform(0.5, 1.5, shape)).astype(jnp.bfloat16)
-        return (scale.get(kind, 0.03) * rng.standard_normal(shape, np.float32)).astype(jnp.bfloat16)
-
     shapes = hf.abstract_params(ModelConfig(arch, jnp.bfloat16))
     outputs = [
-        Output(o.name, o.shape, o.dtype, lambda o=o: array(o.name, o.shape)) for o in hf.outputs_of(shapes)
-    ]  # fmt: skip
+        Output(
+            output.name,
+            output.shape,
+            output.dtype,
+            functools.partial(array, output.name, output.shape),
+        )
+        for output in hf.outputs_of(shapes, arch.L)
+    ]
     return write_tensors(path, hf.STEM, outputs, SHARD_BYTES)
+
+
+def array(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The random weights of that name, in bfloat16."""
+    rng = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
+    kind = next((kind for kind in SCALE if name.endswith(f"{kind}.weight")), None)
+    if len(shape) == 1:
+        values = SCALE[kind or "layernorm"] * rng.uniform(0.5, 1.5, shape)
+    else:
+        values = SCALE.get(kind, 0.03) * rng.standard_normal(shape, np.float32)
+    return values.astype(jnp.bfloat16)
 
 
 def memory(field: str) -> float:
     """GB of `field` of this process."""
-    return (
-        int(re.search(rf"{field}:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
-        * 1024
-        / 1e9
-    )
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024 / 1e9
 
 
 def load(path: pathlib.Path) -> dict:
     """Seconds, GB of the arrays, and the peak of all other memory that is not the mapped files."""
-    config, peak, done = (
-        ModelConfig(read_architecture(path), jnp.bfloat16),
-        [0.0],
-        threading.Event(),
-    )
+    config = ModelConfig(read_architecture(path), jnp.bfloat16)
+    peak, done = 0.0, threading.Event()
 
     def watch() -> None:
+        nonlocal peak
         while not done.wait(0.005):
-            peak[0] = max(peak[0], memory("RssAnon"))
+            peak = max(peak, memory("RssAnon"))
 
     jax.block_until_ready(jnp.zeros(4))
     before, start = memory("RssAnon"), time.monotonic()
@@ -146,9 +162,12 @@ def load(path: pathlib.Path) -> dict:
     done.set()
     sizes = [leaf.nbytes / 1e9 for leaf in jax.tree.leaves(params)]
     return {
-        "load_seconds": time.monotonic() - start, "arrays_gb": sum(sizes), "largest_array_gb": max(sizes),
-        "peak_beside_arrays_gb": peak[0] - before - sum(sizes), "peak_with_mapped_files_gb": memory("VmHWM"),
-    }  # fmt: skip
+        "load_seconds": time.monotonic() - start,
+        "arrays_gb": sum(sizes),
+        "largest_array_gb": max(sizes),
+        "peak_beside_arrays_gb": peak - before - sum(sizes),
+        "peak_with_mapped_files_gb": memory("VmHWM"),
+    }
 
 
 def token_ids() -> np.ndarray:
@@ -183,14 +202,16 @@ def their_logits(path: pathlib.Path, dtype: str) -> np.ndarray:
 
 def kl(p: np.ndarray, q: np.ndarray) -> float:
     """Mean over positions of KL(p | q), both logits, in nats."""
-    total = 0.0
-    for row_p, row_q in zip(p.reshape(-1, p.shape[-1]), q.reshape(-1, q.shape[-1]), strict=True):
-        a, b = (
-            row.astype(np.float64) - np.logaddexp.reduce(row.astype(np.float64))
-            for row in (row_p, row_q)
-        )
+    V, total = p.shape[-1], 0.0
+    for row_p, row_q in zip(p.reshape(-1, V), q.reshape(-1, V), strict=True):
+        a, b = log_softmax(row_p), log_softmax(row_q)
         total += float(np.sum(np.exp(a) * (a - b)))
-    return total / (p.size // p.shape[-1])
+    return total / (p.size // V)
+
+
+def log_softmax(logits_V: np.ndarray) -> np.ndarray:
+    wide = logits_V.astype(np.float64)
+    return wide - np.logaddexp.reduce(wide)
 
 
 if __name__ == "__main__":

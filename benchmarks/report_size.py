@@ -1,17 +1,16 @@
-"""How long the report of a run of 500 steps x 256 problems takes to open: synthetic, from the disk,
-headless Chromium.
+"""How long the report of a run of 500 steps x 256 problems takes to open.
 
     python -m benchmarks.report_size [--json=docs/report.json] [--steps=500] [--problems=256]
-    [--written=5]
+        [--written=5]
 
-To take minutes it writes traces and page files of `--written` steps alone, and lists their problems
-under other ids for
-the other steps: what is opened has an entry for each of the 128,000 problems, metrics of all steps,
-and a sample of the full 12 MiB. Each time by a new browser, from the beginning of the navigation:
-`listed_s` until the problems are listed and the first is shown, `first_charts_s` until the first
-chart is drawn; `filtered_s` from a click on a filter to its result. `first_charts_cpu_s` is what
-the page's process computed until then, whatever else ran on the machine; `load` is the number of
-programs that wanted a core.
+Synthetic, from the disk, in a headless Chromium. To take minutes it writes traces and page files of
+`--written` steps alone, and lists their problems under other ids for the other steps: what is
+opened has an entry for each of the 128,000 problems, metrics of all steps, and a sample of the full
+12 MiB. Each time by a new browser, from the beginning of the navigation: `listed_s` until the
+problems are listed and the first is shown, `first_charts_s` until the first chart is drawn;
+`filtered_s` from a click on a filter to its result. `first_charts_cpu_s` is what the page's process
+computed until then, whatever else ran on the machine; `load` is the number of programs that wanted
+a core.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import collections
 import json
 import os
 import pathlib
-import shutil
 import statistics
 import tempfile
 import time
@@ -28,15 +26,16 @@ from typing import Any
 
 from absl import app, flags
 from etils import epath
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
 
 from benchmarks.machine import machine
+from benchmarks.report_screenshots import find_chromium
 from benchmarks.synthetic_run import write_run
 from configs import tiny
 from spiral_jax.reporting import main_page
 from spiral_jax.reporting.pages import write_pages
 from spiral_jax.reporting.read_run import read_run
-from spiral_jax.run import environment
+from spiral_jax.run import provenance
 from spiral_jax.run.workdir import StepLog
 
 JSON = flags.DEFINE_string("json", "docs/report.json", "file that the numbers are written to")
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> None:
         numbers = {
             "machine": machine(),
             "load": round(os.getloadavg()[0], 1),
-            "commit": environment.commit()[0],
+            "commit": provenance.commit()[0],
             "steps": STEPS.value,
             "problems": STEPS.value * PROBLEMS.value,
             "written_steps": WRITTEN.value,
@@ -73,8 +72,9 @@ def main(argv: list[str]) -> None:
 
 
 def write_large_run(path: pathlib.Path) -> None:
-    """Traces of the first steps, in the paper's shape (24 a problem, about 30 words each), and
-    metrics of all.
+    """Traces of the first steps, in the paper's shape, and metrics of all.
+
+    24 traces a problem, of about 30 words each.
     """
     c = tiny.get_config()
     c.batch.problems, c.train.steps = PROBLEMS.value, STEPS.value
@@ -88,49 +88,62 @@ def write_large_run(path: pathlib.Path) -> None:
 
 def repeat(index: list[dict[str, Any]], times: int) -> list[dict[str, Any]]:
     """The entries of the written steps once more under later steps, cursors and ids."""
-    found = []
-    for round in range(times):
-        by = round * WRITTEN.value
+    pages = []
+    for time_around in range(times):
+        steps_later = time_around * WRITTEN.value
         for page in index:
-            cursors = [cursor + by * PROBLEMS.value for cursor in page["cursor"]]
-            step = page["step"] + by
-            moved = {"step": step, "href": f"report/step_{step:06d}.html", "cursor": cursors}
-            found.append(page | moved | {"id": [f"train:{cursor}" for cursor in cursors]})
-    return found
+            cursors = [cursor + steps_later * PROBLEMS.value for cursor in page["cursor"]]
+            step = page["step"] + steps_later
+            moved = {
+                "step": step,
+                "href": f"report/step_{step:06d}.html",
+                "cursor": cursors,
+                "id": [f"train:{cursor}" for cursor in cursors],
+            }
+            pages.append(page | moved)
+    return pages
 
 
 def measure(file: pathlib.Path, repeats: int) -> dict[str, Any]:
     """Seconds to open `file`, median and worst, each time in a new browser."""
-    path = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    found: dict[str, list[float]] = collections.defaultdict(list)
+    seconds: dict[str, list[float]] = collections.defaultdict(list)
     with sync_playwright() as playwright:
         for _ in range(repeats):
-            with playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]) as browser:
-                page = browser.new_page(viewport={"width": 1400, "height": 900})
-                computed = page.context.new_cdp_session(page)
-                computed.send("Performance.enable")
-
-                page.goto(file.as_uri(), wait_until="commit")
-                page.wait_for_selector(".chart .main-svg", state="attached")
-                found["first_charts_s"].append(page.evaluate("performance.now()") / 1000)
-                found["listed_s"].append(
-                    page.evaluate("performance.getEntriesByName('listed')[0].startTime") / 1000
-                )
-                metrics = {
-                    m["name"]: m["value"]
-                    for m in computed.send("Performance.getMetrics")["metrics"]
-                }
-                found["first_charts_cpu_s"].append(metrics["ProcessTime"])
-                start = time.monotonic()
-                page.check("[name=flag] >> nth=0")
-                page.inner_text("#matches")
-                found["filtered_s"].append(time.monotonic() - start)
+            with playwright.chromium.launch(
+                executable_path=find_chromium(), args=["--no-sandbox"]
+            ) as browser:
+                for name, value in open_once(browser, file).items():
+                    seconds[name].append(value)
                 version = browser.version
-    times = {name: {"median": round(statistics.median(values), 2), "worst": round(max(values), 2)}
-             for name, values in found.items()}  # fmt: skip
+    times = {
+        name: {"median": round(statistics.median(values), 2), "worst": round(max(values), 2)}
+        for name, values in seconds.items()
+    }
     return {"browser": f"Chromium {version}", "opened": repeats} | times
+
+
+def open_once(browser: Browser, file: pathlib.Path) -> dict[str, float]:
+    """Seconds of one opening, by name."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable")
+
+    page.goto(file.as_uri(), wait_until="commit")
+    page.wait_for_selector(".chart .main-svg", state="attached")
+    charts = page.evaluate("performance.now()") / 1000
+    listed = page.evaluate("performance.getEntriesByName('listed')[0].startTime") / 1000
+    metrics = session.send("Performance.getMetrics")["metrics"]
+    (computed,) = [metric["value"] for metric in metrics if metric["name"] == "ProcessTime"]
+
+    start = time.monotonic()
+    page.check("[name=flag] >> nth=0")
+    page.inner_text("#matches")
+    return {
+        "first_charts_s": charts,
+        "listed_s": listed,
+        "first_charts_cpu_s": computed,
+        "filtered_s": time.monotonic() - start,
+    }
 
 
 if __name__ == "__main__":

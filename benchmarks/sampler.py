@@ -1,15 +1,14 @@
-"""How fast is the sampler? Ours, transformers' `generate` and tunix's sampler on the same weights
-and the same work.
+"""How fast is the sampler? Ours against transformers' `generate` and tunix's, on the same work.
 
     bash benchmarks/peers/venvs.sh                            # once: an interpreter for each peer
     python -m benchmarks.sampler --json=docs/sampler.json     # also writes docs/sampler.md
 
 Each contestant is a process of its own that stays; one works at a time and may use every core. They
-take turns, run by run, so that all see the same machine. Everything is compiled in the warm-up
-runs. The files are written after every round; cases that are not run this time keep what the JSON
-has of them. A case that the same commit has measured in
-part, on the same machine, goes on until it has its repeats: (c) takes hours, which need not be one
-sitting. `--against=` measures ours alone.
+take turns, run by run, so that all see the same machine. All have the same weights, and everything
+is compiled in the warm-up runs. The files are written after every round; cases that are not run
+this time keep what the JSON has of them. A case that the same commit has measured in part, on the
+same machine, goes on until it has its repeats: (c) takes hours, which need not be one sitting.
+`--against=` measures ours alone.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from absl import app, flags
 
 from benchmarks import sampler_cases, sampler_table
 from benchmarks.machine import commit, machine
-from benchmarks.peers.contestant import Work
 from benchmarks.peers.process import OURS, PEERS, ContestantProcess
 from benchmarks.sampler_cases import Case
 
@@ -68,26 +66,39 @@ def main(argv: list[str]) -> None:
             if name == "memory":
                 report["memory"] = where | measure_memory(contestants[OURS])
                 write(report, out)
-                continue
-            if name == "draw":
+            elif name == "draw":
                 report["draw"] = where | measure_draw(contestants[OURS])
                 write(report, out)
-                continue
-            case = sampler_cases.make_case(name, GROUPS_C.value)
-            repeats, warmups = (REPEATS_C, WARMUPS_C) if name == "c" else (REPEATS, WARMUPS)
-            entry = stopped(report["cases"].get(name), case, where, contestants)
-            entry = report["cases"][name] = entry or where | start_case(case, contestants)
-            done = len(entry["contestants"][OURS]["runs"])
-            for round_ in range(warmups.value):
-                run_round(case, case.work, entry, contestants, round_, "warmups")
-            for round_ in range(done, repeats.value):
-                run_round(case, case.work, entry, contestants, round_, "runs")
-                write(report, out)
+            else:
+                measure_case(name, report, where, contestants, out)
+
+
+def measure_case(
+    name: str,
+    report: dict[str, Any],
+    where: dict[str, Any],
+    contestants: Contestants,
+    out: pathlib.Path,
+) -> None:
+    """Rounds of a case until it has its repeats, those of earlier sittings included."""
+    case = sampler_cases.make_case(name, GROUPS_C.value)
+    repeats, warmups = (REPEATS_C, WARMUPS_C) if name == "c" else (REPEATS, WARMUPS)
+    entry = earlier_entry(report["cases"].get(name), case, where, contestants)
+    if entry is None:
+        entry = where | start_case(case, contestants)
+    report["cases"][name] = entry
+    done = len(entry["contestants"][OURS]["runs"])
+    for round_ in range(warmups.value):
+        run_round(case, entry, contestants, round_, "warmups")
+    for round_ in range(done, repeats.value):
+        run_round(case, entry, contestants, round_, "runs")
+        write(report, out)
 
 
 def load(contestants: Contestants, model: pathlib.Path) -> dict[str, Any]:
-    """Loads the model everywhere and makes sure that all compute the same function; their versions
-    and settings.
+    """Loads the model everywhere, and makes sure that all compute the same function.
+
+    Returns their versions and settings.
     """
     loaded = {
         name: contestant.call("load", model=str(model))["returned"]
@@ -106,7 +117,7 @@ def load(contestants: Contestants, model: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def stopped(
+def earlier_entry(
     entry: dict[str, Any] | None, case: Case, where: dict[str, Any], contestants: Contestants
 ) -> dict[str, Any] | None:
     """The entry if it is of this very measurement, with whole rounds alone; else None."""
@@ -136,8 +147,9 @@ def start_case(case: Case, contestants: Contestants) -> dict[str, Any]:
 
 
 def try_batch_sizes(case: Case, contestant: ContestantProcess) -> dict[str, float]:
-    """Useful tokens/s of the case's first groups by groups per batch (keys as JSON has them),
-    compilation excluded.
+    """Useful tokens/s of the case's first groups, compilation excluded.
+
+    By groups per batch, as the keys of JSON.
     """
     work, tried = case.work.first(case.trial_groups), {}
     for groups in case.groups_per_batch:
@@ -150,9 +162,10 @@ def try_batch_sizes(case: Case, contestant: ContestantProcess) -> dict[str, floa
 
 
 def run_round(
-    case: Case, work: Work, entry: dict[str, Any], contestants: Contestants, round_: int, kind: str
+    case: Case, entry: dict[str, Any], contestants: Contestants, round_: int, kind: str
 ) -> None:
-    """One run of each contestant over `work`, appended to its `kind` of runs."""
+    """One run of each contestant, appended to its `kind` of runs."""
+    work = case.work
     for name, contestant in contestants.items():
         row = entry["contestants"][name]
         answer = contestant.call(
@@ -167,20 +180,17 @@ def run_round(
 
 
 def measure_memory(ours: ContestantProcess) -> dict[str, Any]:
-    """Peak bytes of (b) by traces, and what each added trace costs beside its own keys and values
-    in arithmetic.
-    """
+    """Peak bytes of (b) by traces, and what an added trace costs, measured and by arithmetic."""
     peak = {}
     for traces in MEMORY_TRACES:
         work = sampler_cases.memory_work(traces)
-        peak[str(traces)] = ours.call(
-            "peak_bytes", work=work.to_json(), groups_per_batch=len(work.prompt_UxP)
-        )["returned"]
-    added = (MEMORY_TRACES[-1] - MEMORY_TRACES[0]) * len(work.prompt_UxP)
+        answer = ours.call("peak_bytes", work=work.to_json(), groups_per_batch=len(work.prompt_UxP))
+        peak[str(traces)] = answer["returned"]
+    fewest, most = MEMORY_TRACES[0], MEMORY_TRACES[-1]
+    added = (most - fewest) * len(work.prompt_UxP)
     return {
         "peak_bytes_by_traces": peak,
-        "bytes_per_added_trace": (peak[str(MEMORY_TRACES[-1])] - peak[str(MEMORY_TRACES[0])])
-        / added,
+        "bytes_per_added_trace": (peak[str(most)] - peak[str(fewest)]) / added,
         "arithmetic_bytes_per_trace": sampler_cases.bytes_per_trace(work.longest),
     }
 
@@ -191,8 +201,12 @@ def measure_draw(ours: ContestantProcess) -> dict[str, Any]:
     for round_ in range(WARMUPS.value + REPEATS.value):
         for temperature, runs in seconds.items():
             answer = ours.call(
-                "sample", work=work, groups_per_batch=1, seed=round_, temperature=float(temperature)
-            )  # fmt: skip
+                "sample",
+                work=work,
+                groups_per_batch=1,
+                seed=round_,
+                temperature=float(temperature),
+            )
             if round_ >= WARMUPS.value:
                 runs.append(answer["seconds"])
     medians = {temperature: statistics.median(runs) for temperature, runs in seconds.items()}
@@ -203,9 +217,7 @@ def measure_draw(ours: ContestantProcess) -> dict[str, Any]:
 
 
 def summarise(entry: dict[str, Any]) -> None:
-    """Adds to a case's entry what follows from its measured runs; nothing before the first one is
-    complete.
-    """
+    """Adds to a case's entry what follows from its measured runs, once the first is complete."""
     for row in entry["contestants"].values():
         if not row["runs"]:
             return

@@ -1,6 +1,4 @@
-"""What the sampler benchmark measures: one model; (a) search, (b) aggregation, (c) a heavy tail of
-lengths.
-"""
+"""What the sampler benchmark measures: (a) search, (b) aggregation, (c) a heavy tail of lengths."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from spiral_jax.model.transformer import ModelConfig, init_variables
 # theta is the one value with which tunix's Qwen3 computes the same function as the other two
 ARCHITECTURE = Architecture(
     V=32_000, D=512, F=1536, L=8, H=8, J=4, E=64, norm_eps=1e-6, rope_theta=1_000_000.0, tied=True
-)  # fmt: skip
+)
 MODEL_SEED, PROMPT_SEED = 0, 1
 # with layers at init's 0.02 a tied model repeats its last token, and equal greedy tokens show
 # nothing
@@ -34,7 +32,7 @@ class Case:
       title: for the table.
       work: prompts and forced lengths.
       groups_per_batch: static batch sizes that each peer tries; its fastest one is what it is
-      measured at.
+        measured at.
       trial_groups: how many groups a try samples.
     """
 
@@ -47,21 +45,18 @@ class Case:
 def make_case(name: str, groups_c: int) -> Case:
     """Case "a", "b" or "c"; (c) with its first `groups_c` groups."""
     if name == "a":
-        return Case(
-            "search: 4 prompts x 8 traces, 128 + 256 tokens", _even(4, 8, 128, 256), (1, 2, 4), 4
-        )
+        title = "search: 4 prompts x 8 traces, 128 + 256 tokens"
+        return Case(title, _even(4, 8, 128, 256), (1, 2, 4), trial_groups=4)
     if name == "b":
-        return Case(
-            "aggregation: 4 contexts x 4 traces, 1,024 + 128 tokens",
-            _even(4, 4, 1024, 128),
-            (1, 2, 4),
-            4,
-        )
+        title = "aggregation: 4 contexts x 4 traces, 1,024 + 128 tokens"
+        return Case(title, _even(4, 4, 1024, 128), (1, 2, 4), trial_groups=4)
     limit_UxC = heavy_tail.limits()[:groups_c]
-    title = f"heavy tail: {len(limit_UxC)} groups x {limit_UxC.shape[1]} traces, 128 + {limit_UxC.mean():.0f} tokens"
-    title += f" (longest {limit_UxC.max()})"
-    sizes = tuple(groups for groups in (1, 2, 4, 8) if groups <= len(limit_UxC))
-    return Case(title, Work(_prompts(len(limit_UxC), 128), limit_UxC), sizes, trial_groups=8)
+    groups, traces = limit_UxC.shape
+    mean, longest = limit_UxC.mean(), limit_UxC.max()
+    title = f"heavy tail: {groups} groups x {traces} traces, 128 + {mean:.0f} tokens"
+    title += f" (longest {longest})"
+    sizes = tuple(size for size in (1, 2, 4, 8) if size <= groups)
+    return Case(title, Work(_prompts(groups, 128), limit_UxC), sizes, trial_groups=8)
 
 
 def memory_work(traces: int) -> Work:
@@ -79,16 +74,18 @@ def greedy_prompt() -> list[int]:
 
 
 def write_model(path: pathlib.Path) -> None:
-    """Random weights from a seed as a Hugging Face directory without stop ids; nothing if it is
-    there.
-    """
+    """Random weights from a seed as a Hugging Face directory without stop ids, once."""
     if (path / "config.json").exists():  # the last file but one that save_params writes
         return
     config = ModelConfig(ARCHITECTURE)
     params = init_variables(config, jax.random.key(MODEL_SEED))["params"]
-    params["layers"] = jax.tree.map(
-        lambda a: KERNEL_SCALE * a if a.ndim == 3 else a, params["layers"]
-    )
+
+    for room, kernel_axes in (("layers", 3), ("last_layer", 2)):
+
+        def scale(array: jax.Array, kernel_axes: int = kernel_axes) -> jax.Array:
+            return KERNEL_SCALE * array if array.ndim == kernel_axes else array
+
+        params[room] = jax.tree.map(scale, params[room])
     hf.save_params(path, params, config, stop_ids=())
 
 

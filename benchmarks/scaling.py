@@ -116,9 +116,7 @@ def weak(name: str, data: int) -> dict[str, Any]:
     c, topology = apply_overrides(qwen3_4b.get_config(), fit.overrides()), find_topology(name)
     model, _ = planned_model(c.model)
     inventory = take_inventory(c, model, make_mesh(c.mesh, topology))
-    shapes = RoleShapes(
-        lengths=((1024, 1024),), micro_groups=4 * data, most_groups=16 * data, traces=8
-    )
+    shapes = RoleShapes(((1024, 1024),), micro_groups=4 * data, most_groups=16 * data, traces=8)
     block = abstract_block(Role.SEARCH, shapes, 1024, 1024)
     program = train_program(inventory, place_block(block, inventory.mesh))
     print(f"{name}: {topology.chips} chips", flush=True)

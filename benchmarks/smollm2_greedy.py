@@ -1,8 +1,7 @@
-"""Does our sampler decode a real model as transformers does? Greedy tokens of SmolLM2 on GSM8K
-questions, one by one.
+"""Does our sampler decode a real model as transformers does? SmolLM2 on GSM8K questions, greedy.
 
     python -m benchmarks.smollm2_greedy --hf_path=models/SmolLM2-135M-Instruct
-    --questions=test.jsonl --json=FILE
+        --questions=test.jsonl --json=FILE
 
 Both in float32 on the CPU, transformers after us, each question alone there and all as one batch
 here. A difference is reported with the gap between the two best logits of transformers at the first
@@ -14,6 +13,7 @@ from __future__ import annotations
 import json
 import pathlib
 import time
+from typing import NamedTuple
 
 import numpy as np
 from absl import app, flags
@@ -43,19 +43,26 @@ def main(argv: list[str]) -> None:
     start = time.monotonic()
     ours = decode_here(setup, rows)
     middle = time.monotonic()
-    compared = [
-        compare(mine, *theirs)
-        for mine, theirs in zip(ours, decode_in_transformers(rows), strict=True)
-    ]
+    theirs = decode_in_transformers(rows)
+    end = time.monotonic()
+    answers = [compare(*pair) for pair in zip(ours, theirs, strict=True)]
     report = {
-        "machine": machine(), "questions": len(rows), "max_tokens": MAX_TOKENS.value,
-        "equal": sum(row["equal"] for row in compared), "ties": sum(row["tie"] for row in compared),
-        "tokens": sum(row["tokens"] for row in compared), "seconds": middle - start,
-        "transformers_seconds": time.monotonic() - middle, "rows": compared,
-    }  # fmt: skip
-    print(f"{report['equal']} of {len(rows)} equal, {report['ties']} part at a tie, {report['tokens']} tokens; "
-          f"{report['seconds']:.0f} s here with compilation, {report['transformers_seconds']:.0f} s in transformers",
-          flush=True)  # fmt: skip
+        "machine": machine(),
+        "questions": len(rows),
+        "max_tokens": MAX_TOKENS.value,
+        "equal": sum(answer["equal"] for answer in answers),
+        "ties": sum(answer["tie"] for answer in answers),
+        "tokens": sum(answer["tokens"] for answer in answers),
+        "seconds": middle - start,
+        "transformers_seconds": end - middle,
+        "rows": answers,
+    }
+    print(
+        f"{report['equal']} of {len(rows)} equal, {report['ties']} part at a tie, "
+        f"{report['tokens']} tokens; {report['seconds']:.0f} s here with compilation, "
+        f"{report['transformers_seconds']:.0f} s in transformers",
+        flush=True,
+    )
     if JSON.value:
         pathlib.Path(JSON.value).write_text(json.dumps(report, indent=1) + "\n")
 
@@ -66,8 +73,8 @@ def configuration() -> ConfigDict:
     c.task.train_path = c.task.eval_path = QUESTIONS.value
     c.eval.temperature = 0
     longest = max(P for _, _, P, _ in c.sampling.classes)
-    of_all = (COUNT.value, 1, c.prompt.max_problem_tokens, MAX_TOKENS.value)  # questions at once
-    c.sampling.classes = (of_all, (1, 1, longest, c.aggregation.max_tokens))
+    all_questions = (COUNT.value, 1, c.prompt.max_problem_tokens, MAX_TOKENS.value)
+    c.sampling.classes = (all_questions, (1, 1, longest, c.aggregation.max_tokens))
     return c
 
 
@@ -81,41 +88,48 @@ def decode_here(setup: Setup, rows: list[np.ndarray]) -> list[list[int]]:
     return [groups.trace_ids(u, 0).tolist() for u in range(len(rows))]
 
 
-def decode_in_transformers(rows: list[np.ndarray]) -> list[tuple[list[int], list[float]]]:
-    """Greedy ids of each prompt, and the gap between the two best logits at each of them."""
+class Reference(NamedTuple):
+    """What transformers answers.
+
+    Attributes:
+      ids: greedy, the stop id included.
+      gaps: between the two best logits at each of them.
+    """
+
+    ids: list[int]
+    gaps: list[float]
+
+
+def decode_in_transformers(rows: list[np.ndarray]) -> list[Reference]:
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(HF_PATH.value, dtype=torch.float32).eval()
-    found = []
+    references = []
     for row in rows:
         out = model.generate(
-            torch.tensor(row, dtype=torch.long)[None], do_sample=False, max_new_tokens=MAX_TOKENS.value,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            torch.tensor(row, dtype=torch.long)[None],
+            do_sample=False,
+            max_new_tokens=MAX_TOKENS.value,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         best = [logits[0].topk(2).values for logits in out.logits]
-        found.append((out.sequences[0, len(row) :].tolist(), [float(a - b) for a, b in best]))
-    return found
+        gaps = [float(first - second) for first, second in best]
+        references.append(Reference(out.sequences[0, len(row) :].tolist(), gaps))
+    return references
 
 
-def compare(ours: list[int], theirs: list[int], gaps: list[float]) -> dict:
-    """Where two answers part: `at` is the place of the first other token, `gap` is between
-    transformers' two best.
-    """
-    at = next(
-        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-        min(len(ours), len(theirs)),
-    )
-    if ours == theirs:
-        return {"equal": True, "tie": False, "tokens": len(theirs), "smallest_gap": min(gaps)}
-    gap = gaps[at] if at < len(gaps) else None
-    return {
-        "equal": False,
-        "tie": gap is not None and gap <= TIE,
-        "tokens": len(theirs),
-        "at": at,
-        "gap": gap,
-    }
+def compare(ours: list[int], theirs: Reference) -> dict:
+    """Where two answers part: `at` is the place of the first other token, with its `gap`."""
+    tokens = len(theirs.ids)
+    if ours == theirs.ids:
+        return {"equal": True, "tie": False, "tokens": tokens, "smallest_gap": min(theirs.gaps)}
+    different = (i for i, (a, b) in enumerate(zip(ours, theirs.ids, strict=False)) if a != b)
+    at = next(different, min(len(ours), tokens))
+    gap = theirs.gaps[at] if at < len(theirs.gaps) else None
+    is_tie = gap is not None and gap <= TIE
+    return {"equal": False, "tie": is_tie, "tokens": tokens, "at": at, "gap": gap}
 
 
 if __name__ == "__main__":

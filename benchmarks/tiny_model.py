@@ -1,4 +1,4 @@
-"""What the bundled model can do before any RL: how it searches, works out a half, and reads.
+"""What the bundled model can do before any RL: search, working out a half, reading.
 
     python -m benchmarks.tiny_model --out=docs/tiny_model
 
@@ -13,23 +13,25 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from benchmarks.held_out import open_evaluator, set_up
+from benchmarks.held_out import HeldOut
 from benchmarks.machine import machine
-from spiral_jax.core.groups import GroupRequests, Groups
+from spiral_jax.core.groups import Groups
 from spiral_jax.evaluation.statistics import mean_and_interval
-from spiral_jax.rollout.judge import trace_texts
-from spiral_jax.rollout.traces import Rollouts
-from spiral_jax.run.setup import Setup
-from spiral_jax.sampling.protocol import Feed
+from spiral_jax.learner.state import variables
+from spiral_jax.run.setup import set_up_training
 from spiral_jax.tasks import two_halves
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.verifier import Verifier
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/tiny.py", "model and scaffold", lock_config=True
@@ -37,119 +39,123 @@ CONFIG = config_flags.DEFINE_config_file(
 OUT = flags.DEFINE_string("out", "docs/tiny_model", "the report, without its ending")
 PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 
-DEMONSTRATIONS = "demonstrations"  # a policy of `Demonstrating`
 _SAID = re.compile(r"maybe (left|right):(\d)")
 
 
 def main(argv: list[str]) -> None:
-    setup = set_up(CONFIG.value, PROBLEMS.value)
-    with open_evaluator(setup) as evaluator:
-        evaluator = dataclasses.replace(evaluator, sampler=Demonstrating(setup))
-        policy = setup.sampler.prepare(setup.start.load_policy())
-        asked = evaluator.held_out()
-        own = evaluator.wave(policy, asked).rollouts
-        fair = evaluator.wave(policy, asked, search_policy=DEMONSTRATIONS).rollouts
-    report = {"machine": machine(), "problems": len(asked)} | search_report(setup, own)
-    for name, rollouts in {"own": own, "fair": fair}.items():
-        for measure, value in reading_report(setup, rollouts).items():
-            report[f"{name} candidates: {measure}"] = value
-    pathlib.Path(OUT.value).with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    setup = set_up_training(CONFIG.value)
+    settings = dataclasses.replace(setup.verifier, workers=1)
+    with Verifier(setup.reward, settings) as verifier, jax.set_mesh(setup.mesh):
+        policy = setup.sampler.prepare(variables(setup.model, None, setup.start.load_base()))
+        held_out = HeldOut(setup, verifier, policy, PROBLEMS.value)
+        problems, searched = held_out.problems, held_out.search()
+        report = {"machine": machine(), "problems": len(problems)}
+        report |= search_report(problems, searched.texts, searched.verdicts)
+        fair = demonstrate(setup.tokenizer, problems, searched.groups)
+        own = Candidates(searched.groups, searched.texts)
+        for name, candidates in {"own": own, "fair": fair}.items():
+            measures = reading_report(held_out, candidates)
+            report |= {f"{name} candidates: {key}": value for key, value in measures.items()}
+    out = pathlib.Path(OUT.value)
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 
 
-class Demonstrating:
-    """The setup's sampler; but `DEMONSTRATIONS` writes search traces, left or right evenly."""
-
-    def __init__(self, setup: Setup):
-        self._setup, self._rng = setup, np.random.default_rng(0)
-
-    def stream(self, policy: Any, feed: Feed) -> Iterator[int]:
-        if policy is DEMONSTRATIONS:
-            return self._write(feed)
-        return iter(self._setup.sampler.stream(policy, feed))
-
-    def _write(self, feed: Feed) -> Iterator[int]:
-        yield 0
-        while (request := feed.next(0)) is not None:
-            feed.done(self._demonstrate(request), 0)
-
-    def _demonstrate(self, request: GroupRequests) -> Groups:
-        tokenizer = self._setup.tokenizer
-        problem = self._setup.task.held_out(int(request.id_Ux6[0, 2]))
-        shape = (1, request.traces)
-        trace_1xCxG = np.zeros((*shape, request.max_tokens), np.int32)
-        trace_len_1xC = np.zeros(shape, np.int32)
-        for n in range(request.traces):
-            side, guess = two_halves.SIDES[self._rng.integers(2)], int(self._rng.integers(10))
-            text = two_halves.work_out(problem, side, guess)
-            ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-            trace_1xCxG[0, n, : len(ids)], trace_len_1xC[0, n] = ids, len(ids)
-        logprob_1xCxG = np.zeros(trace_1xCxG.shape, np.float32)
-        return Groups(request, trace_1xCxG, trace_len_1xC, logprob_1xCxG, np.zeros(shape, np.int32))
-
-
-def search_report(setup: Setup, rollouts: Rollouts) -> dict[str, float]:
+def search_report(problems: list, texts: list[str], verdicts: list) -> dict[str, float]:
     """Shares over all search traces."""
-    texts = trace_texts(setup.tokenizer, rollouts.search)
-    problems = np.repeat(rollouts.problems, len(texts) // len(rollouts))
+    N = len(texts) // len(problems)
+    parse = [verdict.status.value in ("correct", "wrong") for verdict in verdicts]
+    right = [verdict.reward for verdict in verdicts]
     worked = [
-        two_halves.worked_half(problem, text) for problem, text in zip(problems, texts, strict=True)
+        two_halves.worked_half(problems[i // N], text) is not None for i, text in enumerate(texts)
     ]
+    left = [text.startswith("left") for text in texts]
     return {
-        "search traces that parse": parse_rate(rollouts.search),
-        "search traces that are right": float(rollouts.search.reward_UxC.mean()),
-        "search traces that work out a half without an error": float(
-            np.mean([side is not None for side in worked])
-        ),
-        "search traces that start with the left half": float(
-            np.mean([text.startswith("left") for text in texts])
-        ),
+        "search traces that parse": float(np.mean(parse)),
+        "search traces that are right": float(np.mean(right)),
+        "search traces that work out a half without an error": float(np.mean(worked)),
+        "search traces that start with the left half": float(np.mean(left)),
     }
 
 
-def reading_report(setup: Setup, rollouts: Rollouts) -> dict[str, Any]:
+class Candidates(NamedTuple):
+    """What aggregation traces read: groups [B, N], and the texts of all B * N traces."""
+
+    groups: Groups
+    texts: list[str]
+
+
+def demonstrate(
+    tokenizer: PreTrainedTokenizerBase, problems: list[Problem], like: Groups
+) -> Candidates:
+    """Groups in place of `like` whose traces are demonstrations, of either half at random."""
+    rng = np.random.default_rng(0)
+    trace, length = np.zeros_like(like.trace_UxCxG), np.zeros_like(like.trace_len_UxC)
+    texts = []
+    for b, problem in enumerate(problems):
+        for n in range(trace.shape[1]):
+            side = two_halves.SIDES[rng.integers(2)]
+            text = two_halves.work_out(problem, side, int(rng.integers(10)))
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            ids = [*ids, tokenizer.eos_token_id]
+            trace[b, n, : len(ids)], length[b, n] = ids, len(ids)
+            texts.append(text)
+    stop = np.zeros_like(like.stop_UxC)
+    groups = Groups(like.requests, trace, length, like.logprob_UxCxG, stop)
+    return Candidates(groups, texts)
+
+
+def reading_report(held_out: HeldOut, candidates: Candidates) -> dict[str, Any]:
     """How aggregation traces of one set a problem do, by whether the set is complete."""
-    (of_set,) = rollouts.rounds
-    N, M = rollouts.search.requests.traces, of_set.groups.requests.traces
-    texts = trace_texts(setup.tokenizer, rollouts.search)
-    said = trace_texts(setup.tokenizer, of_set.groups)
-    complete, exposed, accepted = [], 0, 0
-    for b, problem in enumerate(rollouts.problems):
-        shown = [texts[b * N + n] for n in of_set.member_BxKxS[b, 0]]
+    problems, member_BxS = held_out.problems, held_out.member_BxS
+    groups, said, verdicts = held_out.aggregate(candidates.groups)
+    N, M = candidates.groups.trace_len_UxC.shape[1], groups.trace_len_UxC.shape[1]
+    counts, complete = Acceptance(), []
+    for b, problem in enumerate(problems):
+        shown = [candidates.texts[b * N + n] for n in member_BxS[b]]
         worked = {two_halves.worked_half(problem, text) for text in shown} - {None}
         complete.append(len(worked) == 2)
-        wrong = wrong_digits(problem, worked, shown)
+        wrong = wrong_guesses(problem, shown, worked)
         for text in said[b * M : (b + 1) * M]:
-            answer = text[text.rfind("{") + 1 : text.rfind("}")]
-            for i, digits in wrong.items():
-                if len(answer) == 2:
-                    exposed += 1
-                    accepted += answer[i] in digits
+            counts.add(text, wrong)
     complete = np.array(complete)
-    right_B = of_set.groups.reward_UxC.mean(axis=1)
+    right_B = groups.reward_UxC.mean(axis=1)
+    parse = [verdict.status.value in ("correct", "wrong") for verdict in verdicts]
     return {
-        "aggregation traces that parse": parse_rate(of_set.groups),
+        "aggregation traces that parse": float(np.mean(parse)),
         "complete sets": share(complete.astype(float)),
         "complete sets read right": share(right_B[complete]),
         "other sets answered right": share(right_B[~complete]),
-        "wrong candidate's digit accepted": accepted / exposed,
+        "wrong candidate's digit accepted": counts.accepted / counts.exposed,
     }
 
 
-def wrong_digits(problem: Problem, worked: set[str], shown: Sequence[str]) -> dict[int, set[str]]:
-    """Of the halves (0, 1) that a candidate worked out: the other digits that some guessed."""
-    wrong = {}
-    for i, side in enumerate(two_halves.SIDES):
-        guesses = {match[2] for text in shown if (match := _SAID.search(text)) and match[1] == side}
-        digits = guesses - {problem.answer[i]}
-        if side in worked and digits:
-            wrong[i] = digits
+def wrong_guesses(problem: Problem, shown: list[str], worked: set[str]) -> list[set[str]]:
+    """Wrong digits that candidates guessed for each half which another worked out, else none."""
+    guesses = [(match[1], match[2]) for text in shown if (match := _SAID.search(text))]
+    wrong = []
+    for right, side in zip(problem.answer, two_halves.SIDES, strict=True):
+        digits = {digit for guessed, digit in guesses if guessed == side and digit != right}
+        wrong.append(digits if side in worked else set())
     return wrong
 
 
-def parse_rate(groups: Groups) -> float:
-    statuses = [verdict.status.value for verdict in groups.verdict_UxC.reshape(-1)]
-    return float(np.mean([status in ("correct", "wrong") for status in statuses]))
+@dataclasses.dataclass
+class Acceptance:
+    """Halves for which a wrong digit was shown, and how many were answered by one."""
+
+    exposed: int = 0
+    accepted: int = 0
+
+    def add(self, text: str, wrong: list[set[str]]) -> None:
+        """Counts an aggregation trace; `wrong`: see `wrong_guesses`."""
+        answer = text[text.rfind("{") + 1 : text.rfind("}")]
+        if len(answer) != 2:
+            return
+        for digit, digits in zip(answer, wrong, strict=True):
+            if digits:
+                self.exposed += 1
+                self.accepted += digit in digits
 
 
 def share(values: np.ndarray) -> dict[str, float]:

@@ -1,9 +1,9 @@
-"""How fast is the train step? Ours, a plain step on transformers and torch, and tunix's GRPO step,
-on the same groups.
+"""How fast is the train step? Ours against a plain one on transformers and against tunix's.
 
-    bash benchmarks/peers/venvs.sh                                  # once: an interpreter for each peer
-    python -m benchmarks.train_step --json=docs/train_step.json     # also writes docs/train_step.md
+    bash benchmarks/peers/venvs.sh                               # once: an interpreter a peer
+    python -m benchmarks.train_step --json=docs/train_step.json  # also writes docs/train_step.md
 
+All on the same groups; the plain step is torch's, tunix's is its GRPO step.
 Each contestant is a process of its own that stays; they take turns, step by step. First all of them
 must find the same gradient on a small batch. Each tries micro-batches of several sizes and is
 measured at its fastest. Memory is the most that a process held during a measured step over what it
@@ -72,20 +72,19 @@ def main(argv: list[str]) -> None:
 
 
 def load(contestants: Contestants, workdir: pathlib.Path, mode: str) -> dict[str, Any]:
-    """Loads model and adapters everywhere and compares all gradients with ours; what each
-    contestant says of itself.
+    """Loads model and adapters everywhere, and compares all gradients with ours.
+
+    Returns what each contestant says of itself.
     """
     adapters = str(workdir / "adapters.npz") if mode == "lora" else None
     loaded, small = {}, workdir / "small.npz"
     SMALL.work().save(small)
     for name, contestant in contestants.items():
-        loaded[name] = contestant.call("load", model=str(workdir / "model"), adapters=adapters)[
-            "returned"
-        ]
+        answer = contestant.call("load", model=str(workdir / "model"), adapters=adapters)
+        loaded[name] = answer["returned"]
         gradient = workdir / f"{name}_{mode}.npz"
-        loaded[name]["small_loss"] = contestant.call(
-            "gradient", work=str(small), out=str(gradient)
-        )["returned"]
+        answer = contestant.call("gradient", work=str(small), out=str(gradient))
+        loaded[name]["small_loss"] = answer["returned"]
         loaded[name]["gradient_distance"] = distance(gradient, workdir / f"{OURS}_{mode}.npz")
         print(f"{mode}; {name}: {loaded[name]}", flush=True)
         if loaded[name]["gradient_distance"] > SAME_GRADIENT:
@@ -94,26 +93,22 @@ def load(contestants: Contestants, workdir: pathlib.Path, mode: str) -> dict[str
 
 
 def distance(path: pathlib.Path, reference: pathlib.Path) -> float:
-    """Relative L2 over the arrays that both have: projections or adapters, and the embedding if it
-    is trained.
+    """Relative L2 over the arrays that both have.
+
+    Those are projections or adapters, and the embedding if it is trained.
     """
-    with np.load(path) as found, np.load(reference) as ours:
-        shared = set(found) & set(ours)
-        if (
-            not {name for name in ours if name.startswith("layers/") and "norm" not in name}
-            <= shared
-        ):
-            raise RuntimeError(f"{path}: gradients of {sorted(found)} alone")
-        pairs = [
-            (found[name].reshape(ours[name].shape).astype(np.float64), ours[name])
-            for name in shared
-        ]
-    return float(
-        np.sqrt(
-            sum(np.sum((a - b) ** 2) for a, b in pairs)
-            / sum(np.sum(np.square(b)) for _, b in pairs)
-        )
-    )
+    with np.load(path) as theirs, np.load(reference) as ours:
+        shared = set(theirs) & set(ours)
+        needed = {name for name in ours if name.startswith("layers/") and "norm" not in name}
+        if not needed <= shared:
+            raise RuntimeError(f"{path}: gradients of {sorted(theirs)} alone")
+        apart = total = 0.0
+        for name in shared:
+            expected = ours[name]
+            actual = theirs[name].reshape(expected.shape).astype(np.float64)
+            apart += np.sum((actual - expected) ** 2)
+            total += np.sum(np.square(expected))
+    return float(np.sqrt(apart / total))
 
 
 def measure(
@@ -122,25 +117,27 @@ def measure(
     """Tries micro-batch sizes, then measures in turns."""
     work, path = shape.work(), pathlib.Path(WORKDIR.value) / "work.npz"
     work.save(path)
+
+    def step(name: str, size: float) -> dict[str, float]:
+        answer = contestants[name].call("step", work=str(path), micro_batch=size)
+        return run_of(answer["returned"], loaded[name])
+
     rows = {}
-    for name, contestant in contestants.items():
-        step = lambda size, c=contestant: c.call("step", work=str(path), micro_batch=size)  # noqa: E731
+    for name in contestants:
         tried = {}
         for size in MICRO_BATCHES[name]:
-            step(size)  # compiles, or touches new memory
-            tried[size] = run_of(step(size)["returned"], loaded[name])
+            step(name, size)  # compiles, or touches new memory
+            tried[size] = step(name, size)
             print(f"{shape.title}; {name}: tried {size} groups: {tried[size]}", flush=True)
-        best = min(tried, key=lambda size: tried[size]["seconds"])
         rows[name] = loaded[name] | {
-            "micro_batch": best,
-            "tried": {str(k): run for k, run in tried.items()},
+            "micro_batch": min(tried, key=lambda size: tried[size]["seconds"]),
+            "tried": {str(size): run for size, run in tried.items()},
             "runs": [],
         }
     for _ in range(REPEATS.value):
-        for name, contestant in contestants.items():
-            answer = contestant.call("step", work=str(path), micro_batch=rows[name]["micro_batch"])
-            rows[name]["runs"].append(run_of(answer["returned"], loaded[name]))
-            print(f"{shape.title}; {name}: {rows[name]['runs'][-1]}", flush=True)
+        for name, row in rows.items():
+            row["runs"].append(step(name, row["micro_batch"]))
+            print(f"{shape.title}; {name}: {row['runs'][-1]}", flush=True)
     flops = shape.flops(adapters=mode == "lora")
     return {
         "title": shape.title,
@@ -172,11 +169,10 @@ def summarise(entry: dict[str, Any]) -> None:
         row["peak_bytes"] = max(run["bytes_over_loaded"] for run in row["runs"])
     peers = [name for name in rows if name != OURS]
     if peers:
-        best = max(peers, key=lambda name: rows[name]["tokens_per_s"]["median"])
+        speed = {name: row["tokens_per_s"]["median"] for name, row in rows.items()}
+        best = max(peers, key=speed.get)
         entry["better_peer"] = best
-        entry["speed_over_better_peer"] = (
-            rows[OURS]["tokens_per_s"]["median"] / rows[best]["tokens_per_s"]["median"]
-        )
+        entry["speed_over_better_peer"] = speed[OURS] / speed[best]
         entry["memory_over_better_peer"] = rows[OURS]["peak_bytes"] / rows[best]["peak_bytes"]
 
 

@@ -1,8 +1,7 @@
-"""Ten thousand answers made to break the verifier: what became of them, how long it took, what it
-held.
+"""Ten thousand answers made to break the verifier: what became of them, and what it cost.
 
     python -m benchmarks.verifier_soak [--answers=10000] [--seconds=1800]
-    [--json=docs/verifier_soak.json]
+        [--json=docs/verifier_soak.json]
 
 A stopped soak goes on with the same command: batches that are done are in --log.
 """
@@ -46,7 +45,7 @@ class Outcome:
       replaced: workers that were killed or died.
       seconds: wall clock, the workers' start included.
       peak_worker_bytes: largest resident memory of a worker, or of another child that the process
-      has had before.
+        has had before.
       canary: whether some answer created the file that it named.
       commits: of the code that verified them.
     """
@@ -86,30 +85,27 @@ def soak(count: int, seed: int, workers: int, timeout_s: float, memory_gb: float
         cases = answers(count, seed, canary)
         settings = VerifierSettings(workers, timeout_s, memory_gb)
         with counted_processes() as started, Verifier("math", settings) as verifier:
-            verdicts = verifier.verify([(text, problem) for _, text, problem, _ in cases])
-        for (kind, _, problem, allowed), verdict in zip(cases, verdicts, strict=True):
-            counts[kind][verdict.status] += 1
-            if verdict.status not in allowed:
-                not_allowed.append(f"{problem.id}: {verdict.status}")
+            verdicts = verifier.verify([(case.text, case.problem) for case in cases])
+        for case, verdict in zip(cases, verdicts, strict=True):
+            counts[case.kind][verdict.status] += 1
+            if verdict.status not in case.allowed:
+                not_allowed.append(f"{case.problem.id}: {verdict.status}")
             if verdict.status is Status.ERROR:
                 errors[verdict.detail.partition(" at problem")[0][:100]] += 1
-        found = os.path.exists(canary)
-    plain = {
-        kind: {status.value: of_kind[status] for status in Status}
-        for kind, of_kind in counts.items()
-    }
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    seconds = time.monotonic() - start
+        canary_exists = os.path.exists(canary)
     return Outcome(
-        count,
-        plain,
-        not_allowed,
-        dict(errors),
-        len(started) - workers,
-        seconds,
-        peak,
-        found,
-        [commit()],
+        answers=count,
+        counts={
+            kind: {status.value: by_status[status] for status in Status}
+            for kind, by_status in counts.items()
+        },
+        not_allowed=not_allowed,
+        errors=dict(errors),
+        replaced=len(started) - workers,
+        seconds=time.monotonic() - start,
+        peak_worker_bytes=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        canary=canary_exists,
+        commits=[commit()],
     )
 
 
@@ -159,9 +155,15 @@ def main() -> None:
         print(f"{done} answers, the last {BATCH} in {batches[-1].seconds:.0f} s", flush=True)
     for batch in batches:
         total.add(batch)
-    settings = {"machine": machine(), "commit": ", ".join(total.commits), "asked": asked.answers,
-                "workers": asked.workers, "timeout_s": asked.timeout_s, "memory_gb": asked.memory_gb,
-                "orphans": workers_left()}  # fmt: skip
+    settings = {
+        "machine": machine(),
+        "commit": ", ".join(total.commits),
+        "asked": asked.answers,
+        "workers": asked.workers,
+        "timeout_s": asked.timeout_s,
+        "memory_gb": asked.memory_gb,
+        "orphans": workers_left(),
+    }
     asked.json.write_text(json.dumps(settings | dataclasses.asdict(total), indent=1) + "\n")
 
 

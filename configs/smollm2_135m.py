@@ -17,7 +17,8 @@ from spiral_jax.core.config import defaults
 # hundred has one.
 SEARCH = (
     "Question: Ann has 3 bags with 4 apples each. She eats 2 apples. How many apples are left?\n"
-    "Answer: 3 bags of 4 apples are 3 * 4 = 12 apples. After 2 are eaten, 12 - 2 = 10 are left. The answer is "
+    "Answer: 3 bags of 4 apples are 3 * 4 = 12 apples. After 2 are eaten, 12 - 2 = 10 are left. "
+    "The answer is "
     "\\boxed{{10}}.\n\n"
     "Question: {problem}\nAnswer:"
 )
@@ -25,7 +26,8 @@ AGGREGATION = (
     "Question: Ann has 3 bags with 4 apples each. She eats 2 apples. How many apples are left?\n"
     "Attempt: 3 + 4 = 7 and 7 - 2 = 5. The answer is \\boxed{{5}}.\n"
     "Attempt: 3 * 4 = 12 and 12 - 2 = 10. The answer is \\boxed{{10}}.\n"
-    "Answer: The bags hold 3 * 4 = 12 apples, so the first attempt is wrong. 12 - 2 = 10. The answer is "
+    "Answer: The bags hold 3 * 4 = 12 apples, so the first attempt is wrong. 12 - 2 = 10. "
+    "The answer is "
     "\\boxed{{10}}.\n\n"
     "Question: {problem}\n{candidates}Answer:"
 )

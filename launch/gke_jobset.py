@@ -1,8 +1,9 @@
 """Fills in launch/gke_jobset.yaml and applies it with kubectl; `--dry_run` prints it instead.
-Python's library alone.
 
-python launch/gke_jobset.py [--dry_run] --name=N --slice=v5e:8x8 --image=I --claim=C [--restarts=20]
--- TRAIN_FLAGS...
+    python launch/gke_jobset.py [--dry_run] --name=N --slice=v5e:8x8 --image=I --claim=C
+        [--restarts=20] -- TRAIN_FLAGS...
+
+Needs Python's library alone.
 """
 
 from __future__ import annotations
@@ -39,16 +40,14 @@ def render(name: str, slice: str, image: str, claim: str, restarts: int, args: l
     """
     kind, _, topology = slice.partition(":")
     sizes = [int(size) for size in topology.split("x") if size.isdecimal()]
-    if (
-        kind not in ACCELERATORS
-        or "x".join(map(str, sizes)) != topology
-        or len(sizes) != DIMENSIONS[kind]
-    ):
+    is_known = kind in ACCELERATORS and len(sizes) == DIMENSIONS[kind]
+    if not is_known or "x".join(map(str, sizes)) != topology:
         known = ", ".join(f"{kind}:{'x'.join('NNN'[:n])}" for kind, n in DIMENSIONS.items())
         raise ValueError(f"--slice={slice}: must be one of {known}, with a number for each N.")
-    if math.prod(sizes) % CHIPS_PER_HOST or math.prod(sizes) <= CHIPS_PER_HOST:
+    chips = math.prod(sizes)
+    if chips % CHIPS_PER_HOST or chips <= CHIPS_PER_HOST:
         raise ValueError(
-            f"--slice={slice}: {math.prod(sizes)} chips are no whole hosts of {CHIPS_PER_HOST}, two or more."
+            f"--slice={slice}: {chips} chips are no whole hosts of {CHIPS_PER_HOST}, two or more."
         )
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
         raise ValueError(
@@ -57,7 +56,7 @@ def render(name: str, slice: str, image: str, claim: str, restarts: int, args: l
     return string.Template(TEMPLATE.read_text()).substitute(
         name=name,
         restarts=restarts,
-        hosts=math.prod(sizes) // CHIPS_PER_HOST,
+        hosts=chips // CHIPS_PER_HOST,
         accelerator=ACCELERATORS[kind],
         topology=topology,
         image=json.dumps(image),
@@ -76,10 +75,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--restarts", type=int, default=20)
     parser.add_argument("args", nargs="*", metavar="TRAIN_FLAG")
-    given = vars(parser.parse_args())
-    dry_run = given.pop("dry_run")
+    asked = vars(parser.parse_args())
+    dry_run = asked.pop("dry_run")
     try:
-        text = render(**given)
+        text = render(**asked)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if dry_run:

@@ -1,6 +1,7 @@
 """Measures how a checkpoint does with one trace, with many, with an aggregator and with RSA.
 
-    python -m spiral_jax.evaluate --config=configs/qwen3_4b.py --config.model.hf_path=DIR --workdir=W
+    python -m spiral_jax.evaluate --config=configs/qwen3_4b.py --workdir=W
+                                  --config.model.hf_path=DIR
     python -m spiral_jax.evaluate --compare A/results.json B/results.json [--workdir=W]
 
 Held-out problems are evaluated in waves of `config.eval.wave`; each finished wave is a line of

@@ -1,8 +1,7 @@
-"""The paper's sets of problems as JSONL files: fetched from the Hugging Face Hub, or converted from
-downloads.
+"""The paper's sets of problems as JSONL files, from the Hugging Face Hub or from downloads.
 
-    python -m spiral_jax.prepare_data --out=data                              # all that SETS lists
-    python -m spiral_jax.prepare_data --out=data polaris_53k aime_2025=DIR    # one fetched, one from a local directory
+    python -m spiral_jax.prepare_data --out=data                  # fetches all that SETS lists
+    python -m spiral_jax.prepare_data --out=data polaris_53k aime_2025=DIR      # one, from DIR
 
 Data set -> checked problems -> OUT/NAME.jsonl, lines of {"id", "problem", "answer"} for task.name =
 "jsonl". A file that is there already is kept and read. OUT/report.json and the terminal say how
@@ -57,85 +56,76 @@ def main() -> None:
 
 
 def prepare(wanted: dict[str, str], out: pathlib.Path) -> bool:
-    """Writes the files and the report; what cannot be had is said and left out. Returns whether
-    everything is there.
+    """Writes the files and the report; what cannot be had is said and left out.
 
     Args:
       wanted: names in `SETS` -> a local directory instead of the Hub, or "".
+
+    Returns:
+      whether everything is there.
     """
     out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, list[Problem]] = {}
-    files = {}
+    problems: dict[str, list[Problem]] = {}
+    entries = {}
     for name, directory in wanted.items():
+        file = out / f"{name}.jsonl"
         try:
-            found[name], files[name] = fetch(
-                name, directory or SETS[name].dataset, out / f"{name}.jsonl"
-            )
+            origin = write(name, directory or SETS[name].dataset, file)
+            content = file.read_bytes()
+            problems[name] = jsonl.parse(content, str(file), name)
         except UserError as error:
             print(f"{name}: error: {error}", flush=True)
             continue
-        entry = files[name]
-        print(
-            f"{name}: {entry['problems']:,} problems, {entry['from']}, sha256 {entry['sha256'][:16]}",
-            flush=True,
-        )
-    overlaps = compare(found)
-    for against, overlap in overlaps.items():
-        print(f"{against}: {describe(overlap)}", flush=True)
-    report = {
-        "files": files,
-        "overlaps": {name: dataclasses.asdict(overlap) for name, overlap in overlaps.items()},
-    }
+        sha256, count = hashlib.sha256(content).hexdigest(), len(problems[name])
+        entries[name] = {"file": file.name, "from": origin, "problems": count, "sha256": sha256}
+        print(f"{name}: {count:,} problems, {origin}, sha256 {sha256[:16]}", flush=True)
+
+    overlaps = find_overlaps(problems)
+    for name, overlap in overlaps.items():
+        print(f"{name}: {describe(overlap)}", flush=True)
+    plain = {name: dataclasses.asdict(overlap) for name, overlap in overlaps.items()}
+    report = {"files": entries, "overlaps": plain}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return len(found) == len(wanted)
+    return len(problems) == len(wanted)
 
 
-def fetch(name: str, dataset: str, file: pathlib.Path) -> tuple[list[Problem], dict]:
-    """The problems of a set, with `file` written if it was not there, and what report.json says of
-    the file.
+def write(name: str, dataset: str, file: pathlib.Path) -> str:
+    """Writes the file of a set unless it is there; returns where its content is from.
 
     Raises:
       TaskError: the set cannot be had, or a row is malformed.
     """
-    source = "kept as it was"
-    if not file.exists():
-        source = f"{dataset}, {SETS[name].split}"
-        rows = hub.problems(dataset, "", SETS[name].split, "problem", "answer", name)
-        lines = [
-            {
-                "id": problem.id.removeprefix(f"{name}:"),
-                "problem": problem.text,
-                "answer": problem.answer,
-            }
-            for problem in unique_problems(rows, source)
-        ]
-        unfinished = file.with_suffix(".tmp")
-        unfinished.write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8"
-        )
-        unfinished.replace(file)
-    content = file.read_bytes()
-    problems = jsonl.parse(content, str(file), name)
-    sha256 = hashlib.sha256(content).hexdigest()
-    return problems, {
-        "file": file.name,
-        "from": source,
-        "problems": len(problems),
-        "sha256": sha256,
-    }
+    if file.exists():
+        return "kept as it was"
+    split = SETS[name].split
+    origin = f"{dataset}, {split}"
+    rows = hub.problems(dataset, "", split, "problem", "answer", name)
+    lines = []
+    for problem in unique_problems(rows, origin):
+        id = problem.id.removeprefix(f"{name}:")
+        line = {"id": id, "problem": problem.text, "answer": problem.answer}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text("".join(lines), "utf-8")
+    unfinished.replace(file)
+    return origin
 
 
-def compare(found: dict[str, list[Problem]]) -> dict[str, Overlap]:
-    """Each evaluation set against all training sets together; training sets alone where nothing is
-    evaluated.
+def find_overlaps(problems: dict[str, list[Problem]]) -> dict[str, Overlap]:
+    """By name of an evaluation set, which of its problems are trained on.
+
+    Where nothing is evaluated, the repeats in "training" alone.
     """
-    train = [
-        problem for name, problems in found.items() if SETS[name].training for problem in problems
-    ]
-    held_out = {name: problems for name, problems in found.items() if not SETS[name].training}
+    train = []
+    held_out = {}
+    for name, of_set in problems.items():
+        if SETS[name].training:
+            train += of_set
+        else:
+            held_out[name] = of_set
     if train and not held_out:
         return {"training": find_overlap(train, [])}
-    return {name: find_overlap(train, problems) for name, problems in held_out.items()}
+    return {name: find_overlap(train, of_set) for name, of_set in held_out.items()}
 
 
 if __name__ == "__main__":

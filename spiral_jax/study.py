@@ -69,12 +69,12 @@ def main(argv: list[str]) -> None:
             study = study.with_proposed(sweep_module().proposed(directory))
         if not values.report:
             study = run_study(study, directory, Processes(values.at_once), values.sweep)
-        found = gather(study, directory)
+        gathered = gather(study, directory)
         out = pathlib.Path(values.out) if values.out else path / "report"
-        print(write_study(study, found, out), flush=True)
+        print(write_study(study, gathered, out), flush=True)
     except UserError as error:
         sys.exit(f"error: {error}")
-    if failures := list_failures(found):
+    if failures := list_failures(gathered):
         sys.exit("\n".join(failures))
 
 

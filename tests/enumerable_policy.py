@@ -9,6 +9,7 @@ POLICY = np.exp(THETA) / np.exp(THETA).sum()
 
 
 def tuples_and_probability(count):
+    """Every tuple of so many outcomes [.., count], and its probability."""
     tuples = np.array(list(itertools.product(range(3), repeat=count)))
     return tuples, POLICY[tuples].prod(axis=1)
 
@@ -16,10 +17,14 @@ def tuples_and_probability(count):
 def arbitrary_set_function(s, seed):
     """A random number for each multiset of S outcomes: symmetric, with no order among outcomes."""
     rng = np.random.default_rng(seed)
-    table = {key: rng.random() for key in itertools.combinations_with_replacement(range(3), s)}
-    return lambda rows: np.array(
-        [table[tuple(sorted(row))] for row in rows.reshape(-1, s)]
-    ).reshape(rows.shape[:-1])
+    multisets = itertools.combinations_with_replacement(range(3), s)
+    table = {multiset: rng.random() for multiset in multisets}
+
+    def value(rows):
+        values = np.array([table[tuple(sorted(row))] for row in rows.reshape(-1, s)])
+        return values.reshape(rows.shape[:-1])
+
+    return value
 
 
 def score_gradient(outcome):

@@ -1,5 +1,6 @@
-"""Sampling as it is defined: the whole group through the training forward pass for every token. No
-cache, no slots.
+"""Sampling as it is defined: the training forward pass of the whole group for every token.
+
+No cache, no slots.
 """
 
 import functools
@@ -20,12 +21,9 @@ from spiral_jax.sampling.keys import trace_keys, uniforms
 def next_tokens(config, draw, variables, prompt, prompt_len, trace, key, g):
     hidden = response_hidden(config, variables, prompt, prompt_len, trace)
     at = jax.lax.dynamic_index_in_dim(hidden, g, axis=2, keepdims=False)
-    logits = jnp.einsum(
-        "ucd,dv->ucv", at, head_kernel(config, variables["params"]).astype(at.dtype)
-    )
-    return draw_token(
-        draw, logits.astype(jnp.float32), uniforms(key, jnp.broadcast_to(g, key.shape[:2]))
-    )
+    head = head_kernel(config, variables["params"]).astype(at.dtype)
+    logits = jnp.einsum("ucd,dv->ucv", at, head).astype(jnp.float32)
+    return draw_token(draw, logits, uniforms(key, jnp.broadcast_to(g, key.shape[:2])))
 
 
 def plain_sample(settings, variables, requests):
@@ -33,15 +31,16 @@ def plain_sample(settings, variables, requests):
     U, C, G = len(requests), requests.traces, requests.max_tokens
     limit = np.full((U, C), G) if requests.limit_UxC is None else requests.limit_UxC
     rows = np.arange(-(-U // 4) * 4) % U  # a multiple of the mesh's groups
-    along = meshes.group_sharding(settings.mesh)
-    place = lambda a: jax.device_put(a[rows], along)  # noqa: E731
-    id_UxCx6 = np.broadcast_to(requests.id_Ux6[:, None], (U, C, 6))
+
+    def place(array):
+        return jax.device_put(array[rows], meshes.group_sharding(settings.mesh))
+
     trace, logprob = np.zeros((U, C, G), np.int32), np.zeros((U, C, G), np.float32)
     length, stop = np.zeros((U, C), np.int32), np.full((U, C), int(Stop.LENGTH), np.int32)
+    id_UxCx6 = np.broadcast_to(requests.id_Ux6[:, None], (U, C, 6))
+    index_UxC = np.broadcast_to(np.arange(C), (U, C))
     with jax.set_mesh(settings.mesh):
-        key = place(
-            np.asarray(trace_keys(settings.seed, id_UxCx6, np.broadcast_to(np.arange(C), (U, C))))
-        )
+        key = place(np.asarray(trace_keys(settings.seed, id_UxCx6, index_UxC)))
         prompt, prompt_len = place(requests.prompt_UxP), place(requests.prompt_len_U)
         for g in range(G):
             drawn = next_tokens(

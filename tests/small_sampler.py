@@ -1,6 +1,4 @@
-"""What the sampler's tests share: a small random model far from uniform, requests of many kinds,
-comparisons.
-"""
+"""What the sampler's tests share: a small random model far from uniform, requests, comparisons."""
 
 import dataclasses
 
@@ -15,6 +13,7 @@ from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.transformer import ModelConfig, init_variables
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
+from spiral_jax.sampling.protocol import sample
 from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
 
 C, G, V = 3, 12, 97
@@ -22,6 +21,7 @@ ARCH = Architecture(
     V=V, D=32, F=48, L=2, H=4, J=2, E=8, norm_eps=1e-3, rope_theta=777.0, tied=False
 )
 MODEL = ModelConfig(ARCH, lora_rank=4)
+ONE_LAYER = ModelConfig(dataclasses.replace(ARCH, L=1))  # compiles in half the time
 DRAW = Draw(temperature=0.7)
 OTHER_PROGRAM = 1e-5  # nat; float32 sums in another order, log-probs down to about -10
 ONE_SIZE = ((4, C, 16, G),)  # (slots, C, P, G): no group ever moves
@@ -29,8 +29,9 @@ MANY_SIZES = ((4, 3, 8, 4), (4, 3, 8, 12), (4, 1, 8, 12), (4, 2, 16, 12))
 
 
 def random_variables(config, mesh):
-    """Parameters and adapters far from their initial values: entropy of the next token about 3 of
-    log(97) = 4.6 nat.
+    """Parameters and adapters far from their initial values.
+
+    The entropy of the next token is about 3 of log(97) = 4.6 nat.
     """
 
     def make(path, leaf):
@@ -90,30 +91,76 @@ def mixed_requests(**which):
     return requests_of(rows, **which)
 
 
-def assert_bit_equal(found, expected):
+class ListFeed:
+    """A feed of groups of any widths, all there from the start.
+
+    Attributes:
+      groups: the completed ones, in the order in which they ended.
+    """
+
+    def __init__(self, requests):
+        self.waiting, self.asked, self.groups = list(requests), len(requests), []
+
+    def next(self, now):
+        return self.waiting.pop(0) if self.waiting else None
+
+    def done(self, group, now):
+        self.groups.append(group)
+
+    def finished(self):
+        return len(self.groups) == self.asked
+
+
+def run_to_end(sampling):
+    """Its metrics, once the feed is finished."""
+    for _ in sampling:
+        pass
+    return sampling.metrics()
+
+
+class Recorded:
+    """A sampler that keeps its last stream, for the metrics."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def stream(self, weights, feed):
+        self.sampling = self.sampler.stream(weights, feed)
+        return self.sampling
+
+
+def sample_with_metrics(sampler, weights, requests):
+    """(groups, metrics) of `sample`."""
+    recorded = Recorded(sampler)
+    return sample(recorded, weights, requests), recorded.sampling.metrics()
+
+
+def assert_bit_equal(groups, expected):
     for name in ("trace_UxCxG", "trace_len_UxC", "logprob_UxCxG", "stop_UxC"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+        np.testing.assert_array_equal(getattr(groups, name), getattr(expected, name), err_msg=name)
 
 
-def assert_same_up_to_rounding(found, expected):
+def assert_same_up_to_rounding(groups, expected):
     for name in ("trace_UxCxG", "trace_len_UxC", "stop_UxC"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
+        np.testing.assert_array_equal(getattr(groups, name), getattr(expected, name), err_msg=name)
     np.testing.assert_allclose(
-        found.logprob_UxCxG, expected.logprob_UxCxG, rtol=0, atol=OTHER_PROGRAM
+        groups.logprob_UxCxG, expected.logprob_UxCxG, rtol=0, atol=OTHER_PROGRAM
     )
 
 
 def compilations(run):
     """How many programs `run()` compiles."""
     compiled = []
-    listener = lambda event, *_, **__: (
-        compiled.append(event) if "backend_compile" in event else None
-    )  # noqa: E731
-    jax.monitoring.register_event_duration_secs_listener(listener)
+
+    def listen(event, *_, **__):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         run()
     finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
+        jax.monitoring.unregister_event_duration_listener(listen)
     return len(compiled)
 
 

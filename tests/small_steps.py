@@ -74,7 +74,7 @@ def random_trees(kind):
         name = meshes.path_name(path)
         if name.endswith("norm"):
             return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        return rng.normal(0, 0.15 if "layers" in name else 0.06, leaf.shape).astype(np.float32)
+        return rng.normal(0, 0.15 if "layer" in name else 0.06, leaf.shape).astype(np.float32)
 
     shapes = jax.eval_shape(lambda: init_variables(MODELS[kind], jax.random.key(0)))
     trees = jax.tree_util.tree_map_with_path(fill, shapes)

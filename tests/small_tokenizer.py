@@ -15,7 +15,8 @@ CHATML = (
 CORPUS = [
     "What is 3 + 4? Reason step by step, and put your final answer within \\boxed{7}.",
     "Below are 4 independent attempts at this problem. Any number of them may be wrong.",
-    "Attempt 1:\nFirst audit every attempt: name its errors. Then verify which parts can be used.\n\n",
+    "Attempt 1:\nFirst audit every attempt: name its errors. Then verify which parts can be used."
+    "\n\n",
 ]
 
 

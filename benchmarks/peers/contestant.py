@@ -1,5 +1,4 @@
-"""The contestant's end of the sampler benchmark: a process that answers JSON lines, and the work it
-is asked to do.
+"""The contestant's end of the benchmarks: a process that answers JSON lines, and its work.
 
 A request {"do": METHOD, ...arguments} on stdin is one call of a method; the answer on stdout is one
 line with what it returned, its wall and CPU seconds and the process's peak memory. What libraries
@@ -63,16 +62,18 @@ class Contestant(Protocol):
     """What each file of this directory implements."""
 
     def load(self, model: str) -> dict[str, Any]:
-        """Reads the Hugging Face directory; returns {"versions": {package: version}, "settings":
-        what was chosen}.
+        """Reads the Hugging Face directory.
+
+        Returns {"versions": {package: version}, "settings": what was chosen}.
         """
 
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
         """Greedy continuation: shows that all contestants compute the same function."""
 
     def sample(self, work: dict[str, Any], groups_per_batch: int, seed: int) -> int:
-        """Samples all traces at T = 1; returns trace rows x steps really computed. A trace cut
-        short is an error.
+        """Samples all traces at T = 1; a trace cut short is an error.
+
+        Returns trace rows x steps really computed.
         """
 
 
@@ -85,11 +86,11 @@ def serve(contestant: Contestant) -> None:
         method = getattr(contestant, request.pop("do"))
         started, cpu_started = time.perf_counter(), time.process_time()
         returned = method(**request)
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # as Linux counts
         answer = {
             "returned": returned,
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - cpu_started,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            * 1024,  # Linux counts KiB
+            "peak_rss_bytes": peak_kib * 1024,
         }
         print(json.dumps(answer), file=answers, flush=True)

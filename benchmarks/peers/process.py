@@ -1,6 +1,4 @@
-"""The driver's end: a contestant in an interpreter of its own, started once and kept, idle while
-another one works.
-"""
+"""The driver's end: a contestant in an interpreter of its own, idle while another one works."""
 
 from __future__ import annotations
 
@@ -26,11 +24,9 @@ class ContestantProcess:
     """Runs benchmarks/peers/NAME.py; what it prints goes to LOGS/NAME.log."""
 
     def __init__(self, name: str, logs: pathlib.Path) -> None:
-        python = (
-            VENVS / VENV_OF[name] / "bin" / "python"
-            if name in VENV_OF
-            else pathlib.Path(sys.executable)
-        )
+        python = pathlib.Path(sys.executable)
+        if name in VENV_OF:
+            python = VENVS / VENV_OF[name] / "bin" / "python"
         if not python.exists():
             raise FileNotFoundError(f"{python}: no such file. Run: bash benchmarks/peers/venvs.sh")
         self.log = logs / f"{name}.log"
@@ -44,16 +40,16 @@ class ContestantProcess:
         )
 
     def call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        """Returns {"returned", "seconds", "cpu_seconds", "peak_rss_bytes"} of one call of the
-        contestant's method.
+        """Calls a method of the contestant.
+
+        Returns {"returned", "seconds", "cpu_seconds", "peak_rss_bytes"}.
         """
         self._process.stdin.write(json.dumps({"do": method, **arguments}) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(
-                f"the contestant ended with code {self._process.wait()} in {method}: see {self.log}"
-            )
+            code = self._process.wait()
+            raise RuntimeError(f"the contestant ended with code {code} in {method}: see {self.log}")
         return json.loads(line)
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
-"""spiral_jax's own engine: fp32, prompt keys and values once a group. It also records log-probs, as
-training needs.
+"""spiral_jax's own engine: fp32, prompt keys and values once a group.
+
+It also records log-probs, as training needs.
 """
 
 from __future__ import annotations
@@ -26,29 +27,44 @@ from spiral_jax.sampling.protocol import Feed, Sampling, sample
 from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
 from spiral_jax.sampling.shapes import abstract_state
 
-# (slots, C, P, G) for work of one prompt length, by (groups, traces): what a user would write into
-# a config.
-EQUAL_LENGTHS = lambda U, C, P, G: ((U, C, P, G // 2), (U, C, P, G)) if G > 128 else ((U, C, P, G),)  # noqa: E731
-HEAVY_TAIL = lambda P, G: ((4, 8, P, G), (4, 4, P, G), (4, 2, P, G), (8, 1, P, G))  # noqa: E731
 HEAVY_TAIL_ROWS = tuple(range(4, 64, 4))
 
 
+def equal_length_classes(U: int, C: int, P: int, G: int) -> tuple[SlotClass, ...]:
+    """What a user would configure for U groups of one length: slots for all of them."""
+    if G <= 128:
+        return (SlotClass(U, C, P, G),)
+    return SlotClass(U, C, P, G // 2), SlotClass(U, C, P, G)
+
+
+def heavy_tail_classes(P: int, G: int) -> tuple[SlotClass, ...]:
+    """What a user would configure for groups of 8 traces of very different lengths."""
+    return (
+        SlotClass(4, 8, P, G),
+        SlotClass(4, 4, P, G),
+        SlotClass(4, 2, P, G),
+        SlotClass(8, 1, P, G),
+    )
+
+
 def make_schedule(work: Work) -> Schedule:
-    """Slots for all groups at once where traces are of one length, else narrowing classes for a
-    few.
-    """
+    """Slots for all groups where traces are of one length, else narrowing classes for a few."""
     (U, P), C, G = work.prompt_UxP.shape, work.limit_UxC.shape[1], work.longest
     if work.limit_UxC.min() == G:
-        rows = [SlotClass(*row) for row in EQUAL_LENGTHS(U, C, P, G)]
         return Schedule(
-            tuple(rows),
+            equal_length_classes(U, C, P, G),
             chunk=max(1, G // 2),
             exit_groups=1,
             prefill_tokens=U * P,
             row_counts=(U * C,),
         )
-    classes = tuple(SlotClass(*row) for row in HEAVY_TAIL(P, G))
-    return Schedule(classes, chunk=64, exit_groups=1, prefill_tokens=P, row_counts=HEAVY_TAIL_ROWS)
+    return Schedule(
+        heavy_tail_classes(P, G),
+        chunk=64,
+        exit_groups=1,
+        prefill_tokens=P,
+        row_counts=HEAVY_TAIL_ROWS,
+    )
 
 
 def make_requests(work: Work, seed: int) -> GroupRequests:
@@ -80,7 +96,8 @@ class Spiral:
         self.engines: dict[tuple[Schedule, float], Engine] = {}
         return {
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
-            "settings": "engine; equal lengths: all groups at once; heavy tail: slots of 8, 4, 2 and 1 traces",
+            "settings": "engine; equal lengths: all groups at once; heavy tail: slots of 8, 4, 2 "
+            "and 1 traces",
         }
 
     def _engine(self, work: Work, temperature: float) -> Engine:
@@ -97,7 +114,8 @@ class Spiral:
         self, work: Work, seed: int, temperature: float
     ) -> tuple[Groups, dict[str, Mean | float]]:
         counting = Counting(self._engine(work, temperature))
-        return sample(counting, self.weights, make_requests(work, seed)), counting.sampling.metrics()
+        groups = sample(counting, self.weights, make_requests(work, seed))
+        return groups, counting.sampling.metrics()
 
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
         work = Work(np.array([prompt], np.int32), np.array([[tokens]], np.int32))
@@ -122,14 +140,10 @@ class Spiral:
         needed = []
         for (kind, *_), program in engine.programs.items():
             memory = program.run.memory_analysis()
-            in_and_out = (
-                memory.argument_size_in_bytes
-                + memory.output_size_in_bytes
-                - memory.alias_size_in_bytes
-            )
-            needed.append(
-                in_and_out + memory.temp_size_in_bytes + (slots if kind == "prefill" else 0)
-            )
+            arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
+            in_and_out = arguments + results - memory.alias_size_in_bytes
+            beside = slots if kind == "prefill" else 0
+            needed.append(in_and_out + memory.temp_size_in_bytes + beside)
         return max(needed)
 
 

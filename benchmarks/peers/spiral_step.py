@@ -27,7 +27,7 @@ from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import GroupRequests, Groups, Role
 from spiral_jax.learner.blocks import make_blocks
-from spiral_jax.learner.settings import LearnerSettings, RoleShapes, optimizer_settings
+from spiral_jax.learner.settings import RoleShapes, learner_settings
 from spiral_jax.learner.state import init_state
 from spiral_jax.learner.step import make_train_step
 from spiral_jax.model import hf
@@ -37,19 +37,26 @@ from spiral_jax.model.transformer import ModelConfig
 REMAT, ATTENTION_BLOCK, LOGPROB_CHUNK = "dots", 256, 32
 
 
-def learner_settings() -> LearnerSettings:
-    """The defaults, but for what all contestants share; blocks have the work's shapes."""
-    c = defaults()
-    c.optimizer.update({"lr": LEARNING_RATE, "b1": B1, "b2": B2, "eps": EPS})
-    return LearnerSettings(
-        seed=c.seed,
-        shapes={},
-        optimizer=optimizer_settings(c.optimizer, c.train.steps),
-        temperature=c.sampling.temperature,
-        tis_cap=c.loss.tis_cap,
-        kl_coef=c.loss.kl_coef,
-        logprob_chunk=LOGPROB_CHUNK,
-    )
+def split_layers(stacked: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The `lora` collection of adapters "layers/q/a" [L, ...] and so on."""
+    lora: dict[str, Any] = {"layers": {}, "last_layer": {}}
+    for name, array in stacked.items():
+        _, projection, part = name.split("/")
+        lora["layers"].setdefault(projection, {})[part] = jax.device_put(array[:-1])
+        lora["last_layer"].setdefault(projection, {})[part] = jax.device_put(array[-1])
+    return lora
+
+
+def stack_layers(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All layers of each parameter as "layers/..." [L, ...], as the peers name them."""
+    stacked = {}
+    for name, array in arrays.items():
+        room, _, rest = name.partition("/")
+        if room == "layers":
+            array = np.concatenate([array, arrays[f"last_layer/{rest}"][None]])
+        if room != "last_layer":
+            stacked[name] = array
+    return stacked
 
 
 class SpiralStep:
@@ -63,22 +70,23 @@ class SpiralStep:
             attention_block=ATTENTION_BLOCK,
             remat=REMAT,
         )
-        settings = learner_settings()
+        c = defaults()
+        c.loss.logprob_chunk = LOGPROB_CHUNK
+        c.optimizer.update({"lr": LEARNING_RATE, "b1": B1, "b2": B2, "eps": EPS})
+        settings = learner_settings(c, {})
         self.mesh = jax.make_mesh((1, 1, 1), meshes.AXES, axis_types=(AxisType.Auto,) * 3)
         base = hf.load_params(path, self.config, self.mesh)
         lora = None
         if adapters:
             with np.load(adapters) as arrays:
-                lora = {"layers": {}}
-                for name, array in arrays.items():
-                    _, layer, part = name.split("/")
-                    lora["layers"].setdefault(layer, {})[part] = jax.device_put(array)
+                lora = split_layers(dict(arrays))
         self.base, self.state = init_state(settings, self.config, self.mesh, base, lora)
         jax.block_until_ready(self.state)
         self.train_step = make_train_step(settings, self.config)
         return {
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
-            "settings": f"remat {REMAT}, attention blocks of {ATTENTION_BLOCK}, {LOGPROB_CHUNK} positions a head chunk",
+            "settings": f"remat {REMAT}, attention blocks of {ATTENTION_BLOCK}, "
+            f"{LOGPROB_CHUNK} positions a head chunk",
             "loaded_bytes": resident_bytes(),
         }
 
@@ -107,7 +115,8 @@ class SpiralStep:
         loss = self._step(StepWork.load(work), 1)
         moment = optax.tree_utils.tree_get(self.state.opt, "mu")
         leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(moment))
-        np.savez(out, **{meshes.path_name(path): leaf / (1 - B1) for path, leaf in leaves})
+        gradient = {meshes.path_name(path): leaf / (1 - B1) for path, leaf in leaves}
+        np.savez(out, **stack_layers(gradient))
         return float(loss)
 
     def step(self, work: str, micro_batch: float) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""The training benchmark's work as JSON, and a process's memory. Needs nothing but numpy: every
-peer imports it.
+"""The training benchmark's work, and a process's memory.
+
+Needs nothing but numpy: every peer imports it.
 """
 
 from __future__ import annotations
@@ -36,9 +37,7 @@ class StepWork:
         return self.trace_UxCxG.size
 
     def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(prompt [R, P], trace, recorded [R, G], weight [R]): what a trainer without groups sees,
-        R = U C.
-        """
+        """(prompt [R, P], trace, recorded [R, G], weight [R]): R = U C rows, without groups."""
         C, G = self.trace_UxCxG.shape[1:]
         prompt = np.repeat(self.prompt_UxP, C, axis=0)
         return (
@@ -60,11 +59,8 @@ class StepWork:
 def resident_bytes(peak: bool = False) -> int:
     """What the process holds, or the most that it held since `forget_peak`."""
     name = "VmHWM:" if peak else "VmRSS:"
-    line = next(
-        line
-        for line in pathlib.Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(name)
-    )
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(name))
     return int(line.split()[1]) * 1024
 
 

@@ -35,7 +35,8 @@ class TransformersGenerate:
         ).eval()
         return {
             "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
-            "settings": f"sdpa, static cache, {torch.get_num_threads()} threads, num_return_sequences = C",
+            "settings": f"sdpa, static cache, {torch.get_num_threads()} threads, "
+            "num_return_sequences = C",
         }
 
     @torch.inference_mode()
@@ -56,15 +57,19 @@ class TransformersGenerate:
         )
 
     def _sample_batch(self, batch: Work) -> int:
-        ids, limit_R = (
-            torch.from_numpy(batch.prompt_UxP).long(),
-            torch.from_numpy(batch.limit_UxC).reshape(-1),
-        )
+        ids = torch.from_numpy(batch.prompt_UxP).long()
+        limit_R = torch.from_numpy(batch.limit_UxC).reshape(-1)
         chosen = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=batch.longest,
-            num_return_sequences=batch.limit_UxC.shape[1], cache_implementation="static",
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=batch.longest,
+            num_return_sequences=batch.limit_UxC.shape[1],
+            cache_implementation="static",
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         limits = StoppingCriteriaList([RowLimits(ids.shape[1], limit_R)])
         out = self.model.generate(
             ids,

@@ -1,6 +1,4 @@
-"""The same step with the logits of all positions, as a training loop that calls the model plainly
-computes them.
-"""
+"""The same step with the logits of all positions, as a plain call of the model computes them."""
 
 from __future__ import annotations
 

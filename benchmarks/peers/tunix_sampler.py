@@ -1,5 +1,4 @@
-"""tunix's vanilla sampler on its own Qwen3: fp32, a batch's prompts repeated for each trace, caches
-of exact length.
+"""tunix's vanilla sampler on its own Qwen3: fp32, prompts repeated, caches of exact length.
 
 Its forward pass always rotates with theta 1e6 whatever its config says, so the benchmark's model
 uses that.
@@ -51,13 +50,12 @@ class TunixSampler:
             "versions": {
                 name: importlib.metadata.version(name) for name in ("google-tunix", "jax", "flax")
             },
-            "settings": "vanilla sampler, top_p 1 without top-k (no sort), cache = prompt + longest trace of the batch",
+            "settings": "vanilla sampler, top_p 1 without top-k (no sort), cache = prompt + "
+            "longest trace of the batch",
         }
 
     def _sampler(self, cache_tokens: int) -> Sampler:
-        """One for each cache length: prefill and every step attend over the whole cache, so a
-        longer one is slower.
-        """
+        """One for each cache length: every step attends over all of it, so a longer is slower."""
         if cache_tokens not in self.samplers:
             config = self.config
             cache = CacheConfig(

@@ -1,6 +1,6 @@
-"""tunix's GRPO step: its Trainer's own train step on its own Qwen3 with `grpo_loss_fn`: fp32, the
-prompt repeated.
+"""tunix's GRPO step: its Trainer's own train step on its own Qwen3 with `grpo_loss_fn`.
 
+fp32, the prompt repeated for each trace.
 `grpo_loss_fn` averages over tokens, so advantages are our weights times the micro-batch's tokens;
 KL is off, and the clip range is too wide to clip. Adapters are qwix's, as in tunix's own command.
 Gradients come from Adam's first moment.
@@ -68,7 +68,8 @@ class TunixStep:
                 name: importlib.metadata.version(name)
                 for name in ("google-tunix", "qwix", "jax", "flax")
             },
-            "settings": "Trainer's train step, grpo_loss_fn, no remat (its default), gradients accumulated by optax",
+            "settings": "Trainer's train step, grpo_loss_fn, no remat (its default), gradients "
+            "accumulated by optax",
             "loaded_bytes": resident_bytes(),
         }
 
@@ -87,7 +88,10 @@ class TunixStep:
         config = TrainingConfig(eval_every_n_steps=10**9, gradient_accumulation_steps=micro_batches)
         optimizer = optax.adam(LEARNING_RATE, B1, B2, EPS)
         self.trainer = Trainer(self.model, optimizer, config, lambda: {})
-        loss = lambda model, example: grpo_loss_fn(model, example, ALGORITHM, NO_TOKEN, NO_TOKEN)  # noqa: E731
+
+        def loss(model: nnx.Module, example: TrainExample) -> Any:
+            return grpo_loss_fn(model, example, ALGORITHM, NO_TOKEN, NO_TOKEN)
+
         self.trainer = self.trainer.with_loss_fn(loss, has_aux=True)
         self.trainer = self.trainer.with_gen_model_input_fn(lambda example: {"example": example})
         self.train_step, _ = self.trainer.jit_train_and_eval_step()
@@ -116,24 +120,28 @@ class TunixStep:
 
     def gradient(self, work: str, out: str) -> float:
         loss = self._step(StepWork.load(work), 1)
-        found: dict[str, dict[int, np.ndarray]] = {}
-        moments = optax.tree_utils.tree_get(
-            nnx.to_pure_dict(nnx.state(self.trainer.optimizer)), "mu"
-        )
+        optimizer = nnx.to_pure_dict(nnx.state(self.trainer.optimizer))
+        moments = optax.tree_utils.tree_get(optimizer, "mu")
+        by_name: dict[str, dict[int, np.ndarray]] = {}  # name of the stack -> layer -> moment
         for path, moment in jax.tree_util.tree_leaves_with_path(moments):
-            names = [getattr(entry, "key", getattr(entry, "name", None)) for entry in path]
+            names = [str(getattr(entry, "key", getattr(entry, "name", None))) for entry in path]
             if "input_embedding" in names:
-                found["embed"] = {0: np.asarray(moment)}
-            projection = next((str(name) for name in names if str(name).endswith("_proj")), None)
+                by_name["embed"] = {0: np.asarray(moment)}
+            projection = next((name for name in names if name.endswith("_proj")), None)
             if projection:
-                kind = next(str(name) for name in names if str(name).startswith(("w", "kernel")))
+                kind = next(name for name in names if name.startswith(("w", "kernel")))
                 part = kind[-1] if "lora" in kind else "kernel"
-                layer = next(int(name) for name in names if str(name).isdigit())
-                found.setdefault(f"layers/{projection.removesuffix('_proj')}/{part}", {})[layer] = (
-                    np.asarray(moment)
-                )
-        stack = lambda of: np.stack([of[i] for i in sorted(of)]) if len(of) > 1 else of[0]  # noqa: E731
-        np.savez(out, **{name: stack(of) / (1 - B1) for name, of in found.items()})
+                layer = next(int(name) for name in names if name.isdigit())
+                stack = f"layers/{projection.removesuffix('_proj')}/{part}"
+                by_name.setdefault(stack, {})[layer] = np.asarray(moment)
+
+        arrays = {}
+        for name, layers in by_name.items():
+            moment = layers[0]
+            if len(layers) > 1:
+                moment = np.stack([layers[layer] for layer in sorted(layers)])
+            arrays[name] = moment / (1 - B1)
+        np.savez(out, **arrays)
         return loss
 
     def step(self, work: str, micro_batch: float) -> dict[str, Any]:

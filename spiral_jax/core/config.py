@@ -1,9 +1,9 @@
 """The configuration: every field with its unit and its default.
 
 Fields marked (paper) have the value of arXiv 2606.23595, Table 1 and section 3.2; where the paper
-is silent the value is ours. A file in `configs/` starts from `defaults()` and sets what differs; the
-result is locked, so a misspelt field is an error that names the nearest one. What values a field may
-have is checked by the room that reads it, and in `run/checks.py`.
+is silent the value is ours. A file in `configs/` starts from `defaults()` and sets what differs;
+the result is locked, so a misspelt field is an error that names the nearest one. What values a
+field may have is checked by the room that reads it, and in `run/checks.py`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def defaults() -> ConfigDict:
     # "attention": and the result of attention; "dots": and those of all products with weights;
     # "none": everything is kept
     c.model.remat = "layer"
-    # queries, and keys, a block: scores in memory are [.., block, block]
+    # what computes attention in training and prefill: "xla", loops over blocks; "gpu", cuDNN;
+    # "tpu", Pallas kernels; "auto", what the devices and the dtype allow
+    c.model.attention = "auto"
+    # xla: queries, and keys, a block: scores in memory are [.., block, block]
     c.model.attention_block = 256
 
     c.mesh = ConfigDict()  # devices along each axis; one of them may be -1 = all the rest
@@ -110,9 +113,10 @@ def defaults() -> ConfigDict:
     # asks for an aggregation trace; {candidates} are those below one after the other, {count} their
     # number
     c.prompt.aggregation = (
-        "{problem}\n\nBelow are {count} independent attempts at this problem. Any number of them may be wrong.\n\n"
-        "{candidates}\n\nFirst audit every attempt: name its errors. Then verify which parts can be used. Finally "
-        "synthesise one complete and consistent solution, and put its final answer within \\boxed{{}}."
+        "{problem}\n\nBelow are {count} independent attempts at this problem. Any number of them "
+        "may be wrong.\n\n{candidates}\n\nFirst audit every attempt: name its errors. Then verify "
+        "which parts can be used. Finally synthesise one complete and consistent solution, and put "
+        "its final answer within \\boxed{{}}."
     )
     # repeated for each candidate, in aggregation.order
     c.prompt.candidate = "Attempt {index}:\n{candidate}\n\n"
@@ -343,22 +347,27 @@ _RETIRED = {
 }
 
 
-def without_retired(plain: dict) -> dict:
+def as_current(plain: dict) -> dict:
     """A plain configuration that an earlier version may have written, as this one would write it.
+
+    Fields that it did not have get their defaults, which mean what it did.
 
     Raises:
       ConfigError: a field that no longer exists has a value that meant something.
     """
-    plain = {name: dict(of) if isinstance(of, dict) else of for name, of in plain.items()}
+    current = {name: dict(of) if isinstance(of, dict) else of for name, of in plain.items()}
     for field, inert in _RETIRED.items():
         section, name = field.split(".")
-        value = plain.get(section, {}).pop(name, inert)
+        value = current.get(section, {}).pop(name, inert)
         if value != inert:
             raise ConfigError(
                 f"config.{field} = {value!r}: this field no longer exists, and the run was made "
                 f"with another value than {inert!r}. Use the version of spiral_jax that made it."
             )
-    return plain
+    for section, fields in to_plain(defaults()).items():
+        if isinstance(fields, dict) and isinstance(current.get(section), dict):
+            current[section] = fields | current[section]
+    return current
 
 
 def from_plain(plain: dict) -> ConfigDict:

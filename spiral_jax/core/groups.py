@@ -143,7 +143,10 @@ class Groups:
         """
         B = len(search)
         requests = dataclasses.replace(
-            search, traces=self.trace_len_UxC.size // B, max_tokens=self.requests.max_tokens
+            search,
+            traces=self.trace_len_UxC.size // B,
+            max_tokens=self.requests.max_tokens,
+            limit_UxC=None,  # those of its own traces are not these
         )
         return self._reshaped(requests, lambda array: array.reshape(B, -1, *array.shape[2:]))
 
@@ -171,7 +174,7 @@ class Groups:
     def _reshaped(
         self, requests: GroupRequests, change: Callable[[np.ndarray], np.ndarray]
     ) -> Groups:
-        """With `change` made to every array [U, C, ..], those of `requests` included."""
+        """These traces under `requests`, with `change` made to every array [U, C, ..]."""
         limit_UxC = self.requests.limit_UxC
         if limit_UxC is not None:
             requests = dataclasses.replace(requests, limit_UxC=change(limit_UxC))
@@ -211,9 +214,11 @@ def concat_groups(parts: Sequence[Groups]) -> Groups:
         raise ValueError(
             f"groups of several kinds (traces, max_tokens, limits, arrays): {sorted(kinds)}"
         )
-    arrays = [part._arrays() for part in parts]
-    joined = {name: np.concatenate([each[name] for each in arrays]) for name in arrays[0]}
-    return Groups(_concat_requests([part.requests for part in parts]), **joined)
+    requests = _concat_requests([part.requests for part in parts])
+    arrays = {}
+    for name in parts[0]._arrays():
+        arrays[name] = np.concatenate([getattr(part, name) for part in parts])
+    return Groups(requests, **arrays)
 
 
 def take_groups(groups: Groups, index: np.ndarray) -> Groups:

@@ -20,9 +20,7 @@ Scalar = jax.Array | np.ndarray | np.generic | float
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """A mean in the making: the sum of some values and how many (or how much weight) they are. Both
-    scalars.
-    """
+    """A mean in the making: the sum of some values, and how many (or how much weight) they are."""
 
     total: Scalar
     count: Scalar
@@ -47,8 +45,9 @@ Metric = TypeVar("Metric", Mean, Max)
 
 
 def merge(a: dict[str, Metric], b: dict[str, Metric]) -> dict[str, Metric]:
-    """The metrics of both parts together; a name that only one part has is kept as it is. Works
-    inside jit.
+    """The metrics of both parts together; a name that only one part has is kept as it is.
+
+    Works inside jit.
 
     Raises:
       TypeError: a name is a `Mean` in one part and a `Max` in the other.
@@ -61,11 +60,11 @@ def merge(a: dict[str, Metric], b: dict[str, Metric]) -> dict[str, Metric]:
 
 
 def empty(like: dict[str, Metric]) -> dict[str, Metric]:
-    """What `merge` leaves unchanged, with the structure, shapes and dtypes of `like`: a loop's
-    first carry.
+    """What `merge` leaves unchanged: a loop's first carry.
 
     Args:
-      like: metrics of jax arrays, or of shapes as `jax.eval_shape` returns them.
+      like: metrics of jax arrays, or of shapes as `jax.eval_shape` returns them, whose structure,
+        shapes and dtypes the result has.
     """
 
     def fill(metric: Metric) -> Metric:
@@ -76,11 +75,10 @@ def empty(like: dict[str, Metric]) -> dict[str, Metric]:
 
 
 def divide(metrics: dict[str, Mean | Max | float]) -> dict[str, float | None]:
-    """Plain numbers for the log, on the host (after `jax.device_get`); numbers pass through as
-    floats.
+    """Plain numbers for the log, on the host (after `jax.device_get`).
 
-    None where there was nothing to average or to compare. A NaN total stays NaN: it is a finding,
-    not a gap.
+    Numbers pass through as floats. None where there was nothing to average or to compare. A NaN
+    total stays NaN: it is a finding, not a gap.
     """
 
     def number(metric: Mean | Max | float) -> float | None:

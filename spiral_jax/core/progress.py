@@ -1,6 +1,4 @@
-"""The terminal display of a run and its stopwatch: phases and finished steps -> a live bar or plain
-lines, seconds.
-"""
+"""The terminal display of a run, and its stopwatch."""
 
 from __future__ import annotations
 
@@ -19,11 +17,10 @@ WINDOW = 10  # steps in the moving reward and in the estimate of the time left
 
 
 class Progress:
-    """Shows phase, step, speed, reward and time left: a live bar on a terminal, else one plain line
-    a step.
+    """Shows phase, step, speed, reward and time left.
 
-    Phases are timed either way. Use as a context manager, so that the terminal is restored when the
-    run fails.
+    On a terminal it is a live bar, else one plain line a step. Phases are timed either way. Use as
+    a context manager, so that the terminal is restored when the run fails.
 
         with Progress(total_steps=60, first_step=0) as progress:
             with progress.phase("sampling search"):
@@ -35,7 +32,7 @@ class Progress:
       total_steps: steps of the whole run, those before a resume included.
       first_step: steps that are done already: 0, or the checkpoint's step.
       console: where to print; default: standard output. `Console(quiet=True)` on all processes but
-      the first.
+        the first.
       unit: what a step is called.
     """
 
@@ -51,15 +48,17 @@ class Progress:
         self._times: dict[str, float] = {}
         self._rewards: collections.deque[float] = collections.deque(maxlen=WINDOW)
         self._seconds: collections.deque[float] = collections.deque(maxlen=WINDOW)
-        whole = rich.table.Column(no_wrap=True)
+        unwrapped = rich.table.Column(no_wrap=True)
         self._bar = rich.progress.Progress(
             rich.progress.BarColumn(bar_width=12),
             rich.progress.TextColumn(
-                unit + " {task.completed:.0f}/{task.total:.0f}", markup=False, table_column=whole
+                unit + " {task.completed:.0f}/{task.total:.0f}",
+                markup=False,
+                table_column=unwrapped,
             ),
-            rich.progress.TextColumn("{task.fields[status]}", markup=False, table_column=whole),
+            rich.progress.TextColumn("{task.fields[status]}", markup=False, table_column=unwrapped),
             rich.progress.TextColumn(
-                "{task.fields[phase]}", style="bold", markup=False, table_column=whole
+                "{task.fields[phase]}", style="bold", markup=False, table_column=unwrapped
             ),
             console=self._console,
             disable=not self._console.is_interactive,
@@ -93,9 +92,7 @@ class Progress:
             self._bar.update(self._task, phase=outer)
 
     def take_times(self) -> dict[str, float]:
-        """Seconds of each phase since the last call, as metrics: `time/<phase>`, spaces as
-        underscores.
-        """
+        """Seconds of each phase since the last call, as metrics `time/the_phase`."""
         times, self._times = self._times, {}
         return times
 

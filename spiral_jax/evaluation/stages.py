@@ -50,6 +50,6 @@ def _disjoint(s: EvaluationSettings, step: int, index: int) -> np.ndarray:
 
 
 def _population(s: EvaluationSettings, round: int, step: int, index: int) -> np.ndarray:
-    """What each member of the next population reads (arXiv 2509.26626); the first are search traces."""
+    """What each member of the next population reads (arXiv 2509.26626)."""
     key = Key(s.seed, int(Purpose.EVALUATION), step, index, round)
     return independent_subsets(key, s.population, s.set_size, s.population)

@@ -104,6 +104,26 @@ class _Listed:
         return not self._waiting
 
 
+def held_out_problems(settings: EvaluationSettings, task: Task, scaffold: Scaffold) -> list[Asked]:
+    """The first `eval.problems` held-out problems, without those that are too long to ask.
+
+    Raises:
+      ConfigError: none is left.
+    """
+    asked = []
+    for index in range(settings.problems):
+        problem = task.held_out(index)
+        prompt_P = search_prompt(scaffold, problem.text)
+        if len(prompt_P) <= settings.max_problem_tokens:
+            asked.append(Asked(index, problem, prompt_P))
+    if not asked:
+        raise ConfigError(
+            f"none of the {settings.problems} held-out problems has a search prompt of at most "
+            f"config.prompt.max_problem_tokens = {settings.max_problem_tokens} tokens: raise it."
+        )
+    return asked
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
     """What turns held-out problems into records; policies are arguments.
@@ -127,23 +147,8 @@ class Evaluator:
     between_chunks: Callable[[], None]
 
     def held_out(self) -> list[Asked]:
-        """The first `eval.problems` held-out problems, without those that are too long to ask.
-
-        Raises:
-          ConfigError: none is left.
-        """
-        s, asked = self.settings, []
-        for index in range(s.problems):
-            problem = self.task.held_out(index)
-            prompt_P = search_prompt(self.scaffold, problem.text)
-            if len(prompt_P) <= s.max_problem_tokens:
-                asked.append(Asked(index, problem, prompt_P))
-        if not asked:
-            raise ConfigError(
-                f"none of the {s.problems} held-out problems has a search prompt of at most "
-                f"config.prompt.max_problem_tokens = {s.max_problem_tokens} tokens: raise it."
-            )
-        return asked
+        """See `held_out_problems`."""
+        return held_out_problems(self.settings, self.task, self.scaffold)
 
     def evaluate(self, policy: Any, step: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Evaluates all held-out problems, after `step` steps of training.

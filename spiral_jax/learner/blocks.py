@@ -76,7 +76,7 @@ class Block:
 
 
 def padding(blocks: Sequence[Block]) -> dict[str, Mean]:
-    """`padding/<role>`: the share of a step's computed token rows that hold no token. On the host."""
+    """`padding/<role>`: the share of a step's computed token rows that hold no token (host)."""
     shares: dict[str, Mean] = {}
     for block in blocks:
         used = int(block.count)

@@ -32,7 +32,7 @@ class TrainState:
 
 
 def variables(config: ModelConfig, base: Any, trained: Any) -> dict[str, Any]:
-    """The model's collections from the frozen base (None in full fine-tuning) and what is trained."""
+    """The model's collections, from the frozen base (None without one) and what is trained."""
     return {"params": base, "lora": trained} if config.lora_rank else {"params": trained}
 
 

@@ -1,5 +1,6 @@
-"""LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors <-> the `lora`
-collection.
+"""LoRA adapters in PEFT's format <-> the `lora` collection.
+
+PEFT's files are adapter_config.json and adapter_model.safetensors.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ _CONFIG = "adapter_config.json"
 _TARGETS = sorted(theirs.split(".")[1] for theirs in PROJECTIONS.values())
 # Fields of adapter_config.json that do not change what a trained adapter computes. Any other must
 # be empty.
-_INERT = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "target_modules", "lora_dropout", "init_lora_weights", "megatron_core", "qalora_group_size",
-}  # fmt: skip
+_INERT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"}
+_INERT |= {"revision", "inference_mode", "r", "lora_alpha", "target_modules", "lora_dropout"}
+_INERT |= {"init_lora_weights", "megatron_core", "qalora_group_size"}
 
 
 def abstract_lora(config: ModelConfig) -> Any:
@@ -41,39 +41,49 @@ def check_adapter(path: pathlib.Path, config: ModelConfig) -> None:
         a field asks for what a plain LoRA adapter does not do.
     """
     file = path / _CONFIG
-    try:
-        fields = json.loads(file.read_bytes())
-        kind = fields.get("peft_type")
-    except OSError as error:
-        raise ConfigError(f"config.model.adapter_path = {str(path)!r}: no {_CONFIG} there. Give a directory that "
-                          "PEFT's save_pretrained or spiral_jax.export --adapter wrote.") from error  # fmt: skip
-    except (ValueError, AttributeError) as error:
+    fields = _read_fields(path)
+
+    def refuse(name: str, must: str) -> None:
         raise ConfigError(
-            f"{file}: not valid JSON of an adapter ({error}). Fetch the adapter again."
-        ) from error
-    if kind != "LORA":
-        raise ConfigError(f"{file}: peft_type = {kind!r} is not supported; must be 'LORA'.")
-    for name, theirs, ours in (
-        ("r", "lora_rank", config.lora_rank),
-        ("lora_alpha", "lora_alpha", config.lora_alpha),
-    ):
-        if fields.get(name) != ours:
+            f"{file}: {name} = {fields.get(name)!r} is not supported; must be {must}."
+        )
+
+    if fields.get("peft_type") != "LORA":
+        refuse("peft_type", "'LORA'")
+    for name, ours in (("r", "lora_rank"), ("lora_alpha", "lora_alpha")):
+        if fields.get(name) != getattr(config, ours):
             raise ConfigError(
-                f"{file}: {name} = {fields.get(name)!r}, but config.model.{theirs} = {ours!r}: they must be equal."
+                f"{file}: {name} = {fields.get(name)!r}, but config.model.{ours} = "
+                f"{getattr(config, ours)!r}: they must be equal."
             )
     targets = fields.get("target_modules")
     if not isinstance(targets, list) or sorted(targets) != _TARGETS:
-        raise ConfigError(
-            f"{file}: target_modules = {targets!r}: must be the list of all of {', '.join(_TARGETS)}."
-        )
-    init = fields.get("init_lora_weights")
-    if init not in (True, False, None, "gaussian"):  # the others change the base weights
-        raise ConfigError(
-            f"{file}: init_lora_weights = {init!r} is not supported; must be true, false or 'gaussian'."
-        )
+        refuse("target_modules", f"the list of all of {', '.join(_TARGETS)}")
+    if fields.get("init_lora_weights") not in (True, False, None, "gaussian"):
+        refuse("init_lora_weights", "true, false or 'gaussian'")  # others change the base weights
     for name, value in fields.items():
         if name not in _INERT and value and value != "none":
-            raise ConfigError(f"{file}: {name} = {value!r} is not supported; must be empty.")
+            refuse(name, "empty")
+
+
+def _read_fields(path: pathlib.Path) -> dict[str, Any]:
+    file = path / _CONFIG
+    try:
+        fields = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"config.model.adapter_path = {str(path)!r}: no {_CONFIG} there. Give a directory that "
+            "PEFT's save_pretrained or spiral_jax.export --adapter wrote."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{file}: not valid JSON of an adapter ({error}). Fetch the adapter again."
+        ) from error
+    if not isinstance(fields, dict):
+        raise ConfigError(
+            f"{file}: not valid JSON of an adapter (no object at the top). Fetch the adapter again."
+        )
+    return fields
 
 
 def load_adapter(path: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Any:
@@ -90,8 +100,10 @@ def load_adapter(path: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Any:
 
 
 def save_adapter(path: pathlib.Path, lora: Any, config: ModelConfig, base: str) -> None:
-    """Writes `lora` in float32 into the directory `path`; `base` is where PEFT finds the base
-    model.
+    """Writes `lora` in float32 into the directory `path`.
+
+    Args:
+      base: where PEFT finds the base model.
     """
     alpha = config.lora_alpha
     fields = {

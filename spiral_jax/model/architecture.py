@@ -1,6 +1,4 @@
-"""A checkpoint's architecture, read from its `config.json`: sizes and constants, or an error that
-names the field.
-"""
+"""A checkpoint's architecture: sizes and constants, read from its `config.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from spiral_jax.core.config import ConfigError
 
-# model_type -> whether queries and keys of each head are normalised; the families differ in nothing
+# model_type -> whether queries and keys of each head are normalised. The families differ in nothing
 # else that runs.
 _QK_NORM = {"qwen3": True, "llama": False}
 # Fields that change the computation, each with the values under which it does not.
@@ -34,10 +32,12 @@ _NEUTRAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Sizes by their axis letter (see `spiral_jax.core.groups`) and the constants of a dense Qwen3
-    or Llama decoder.
+    """Sizes and constants of a dense Qwen3 or Llama decoder.
 
-    `qk_norm`: queries and keys are normalised per head (Qwen3) or not (Llama).
+    Attributes:
+      V, D, F, L, H, J, E: sizes by their axis letter (see `spiral_jax.core.groups`).
+      tied: the head is the embedding.
+      qk_norm: queries and keys are normalised per head (Qwen3) or not (Llama).
     """
 
     V: int
@@ -61,13 +61,16 @@ class Architecture:
 
 
 def read_architecture(path: pathlib.Path) -> Architecture:
-    """Reads `path/config.json`. Raises `ConfigError` for a missing or corrupt file and for what is
-    not supported.
+    """Reads `path/config.json`.
+
+    Raises:
+      ConfigError: a missing or corrupt file, or what is not supported.
     """
     file = path / "config.json"
     if not file.is_file():
         raise ConfigError(
-            f"config.model.hf_path = {str(path)!r}: no config.json there. Give a Hugging Face directory."
+            f"config.model.hf_path = {str(path)!r}: no config.json there. Give a Hugging Face "
+            "directory."
         )
     try:
         fields = json.loads(file.read_text())
@@ -77,17 +80,20 @@ def read_architecture(path: pathlib.Path) -> Architecture:
         ) from error
     if not isinstance(fields, dict):
         raise ConfigError(
-            f"{file}: not valid JSON of a config (no object at the top). Fetch the checkpoint again."
+            f"{file}: not valid JSON of a config (no object at the top). Fetch the checkpoint "
+            "again."
         )
     return parse_architecture(fields, str(file))
 
 
 def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
-    """`fields` of a config.json -> Architecture; rope is understood in both spellings of
-    transformers 4 and 5.
+    """`fields` of a config.json -> Architecture.
 
-    Fields that older Llama files leave out have the values that their authors' code gave them: see
-    `_complete_llama`. Raises `ConfigError`, which begins with `where` and names the field.
+    Rope is understood in the spellings of transformers 4 and 5. Fields that older Llama files leave
+    out have the values that their authors' code gave them: see `_complete_llama`.
+
+    Raises:
+      ConfigError: begins with `where` and names the field.
     """
     kind = fields.get("model_type")
     if kind not in _QK_NORM:
@@ -97,7 +103,8 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
     for name, neutral in _NEUTRAL.items():
         if name in fields and fields[name] not in neutral:
             raise ConfigError(
-                f"{where}: {name} = {fields[name]!r} is not supported; must be {neutral[0]!r} or absent."
+                f"{where}: {name} = {fields[name]!r} is not supported; must be {neutral[0]!r} or "
+                "absent."
             )
     windowed = [kind for kind in fields.get("layer_types") or [] if kind != "full_attention"]
     if windowed:
@@ -151,13 +158,13 @@ def check_mesh(arch: Architecture, mesh: Mesh | AbstractMesh) -> None:
 
 
 def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
-    """The config.json that `parse_architecture` reads back as `arch`, in the spelling of the 2507
-    checkpoints.
+    """The config.json that `parse_architecture` reads back as `arch`.
+
+    It is in the spelling of the 2507 checkpoints.
     """
-    family = "qwen3" if arch.qk_norm else "llama"
     return {
-        "architectures": [{"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[family]],
-        "model_type": family,
+        "architectures": ["Qwen3ForCausalLM" if arch.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if arch.qk_norm else "llama",
         "vocab_size": arch.V,
         "hidden_size": arch.D,
         "intermediate_size": arch.F,
@@ -177,24 +184,25 @@ def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
 
 
 def _complete_llama(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    """Files from before grouped queries and tying say nothing of them."""
-    heads, width = (
-        _positive(fields, name, where) for name in ("num_attention_heads", "hidden_size")
-    )
-    missing = {
-        name
-        for name in ("head_dim", "num_key_value_heads", "tie_word_embeddings")
-        if fields.get(name) is None
-    }
-    if "head_dim" in missing and width % heads:
-        raise ConfigError(f"{where}: head_dim is missing, and num_attention_heads = {heads} does not divide "
-                          f"hidden_size = {width}.")  # fmt: skip
+    """`fields` with those of which files from before grouped queries and tying say nothing."""
+    heads = _positive(fields, "num_attention_heads", where)
+    width = _positive(fields, "hidden_size", where)
     implied = {
         "head_dim": width // heads,
         "num_key_value_heads": heads,
         "tie_word_embeddings": False,
     }
-    return fields | {name: implied[name] for name in missing}
+    missing = {name: value for name, value in implied.items() if fields.get(name) is None}
+    if "head_dim" in missing and width % heads:
+        raise ConfigError(
+            f"{where}: head_dim is missing, and num_attention_heads = {heads} does not divide "
+            f"hidden_size = {width}."
+        )
+    return fields | missing
+
+
+# Fields of a rope type that does not scale, beside rope_theta.
+_PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
 
 
 def _rope_theta(fields: dict[str, Any], where: str, unstated: float | None) -> float:
@@ -205,24 +213,22 @@ def _rope_theta(fields: dict[str, Any], where: str, unstated: float | None) -> f
         if not isinstance(rope, dict):
             raise ConfigError(f"{where}: {name} = {rope!r}: must be an object or absent.")
         for key, value in rope.items():
-            neutral = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}.get(
-                key
-            )
-            if key != "rope_theta" and (neutral is None or value != neutral):
-                need = f"must be {neutral!r}" if neutral else "only unscaled rope is"
+            plain = _PLAIN_ROPE.get(key)
+            if key != "rope_theta" and (plain is None or value != plain):
+                need = f"must be {plain!r}" if plain else "only unscaled rope is"
                 raise ConfigError(f"{where}: {name}.{key} = {value!r} is not supported; {need}.")
         sources.append(rope)
-    stated = {
-        _number(source, "rope_theta", where)
-        for source in sources
-        if source.get("rope_theta") is not None
-    }
+
+    stated = set()
+    for source in sources:
+        if source.get("rope_theta") is not None:
+            stated.add(_number(source, "rope_theta", where))
     if not stated and unstated is not None:
         return unstated
     if len(stated) != 1:
-        found = f"contradicts itself: {sorted(stated)}" if stated else "is missing"
+        what = f"contradicts itself: {sorted(stated)}" if stated else "is missing"
         raise ConfigError(
-            f"{where}: rope_theta {found}. It must be given once, at the top or in rope_parameters."
+            f"{where}: rope_theta {what}. It must be given once, at the top or in rope_parameters."
         )
     return stated.pop()
 

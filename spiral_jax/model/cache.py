@@ -1,9 +1,13 @@
 """Keys and values of one layer, as decoding reads them: heads first, keys with their tokens last.
 
 A cache is a dict: `k` [..., J, E, T] and `v` [..., J, T, E]; stored as int8 also `k_scale` [..., J,
-1, T] and `v_scale` [..., J, T, 1], float32, one scale for each (token, head). Tokens last in `k`
-makes scores a matrix product that reads the cache where it lies (with E last, XLA's CPU backend
-transposes the whole cache at every token).
+1, T] and `v_scale` [..., J, T, 1], float32, one scale for each (token, head).
+
+Keys with their tokens last are a layout for XLA's CPU backend, found on two cores and unmeasured on
+accelerators: scores are a matrix product that reads the cache where it lies, while with E last the
+backend transposes the whole cache at every token. To remove it: the axes of `k` and `k_scale` here,
+and "et" -> "te" of keys in `attention_parts.attend` and `blockwise._cotangents_of`, whose sum of
+keys' cotangents then lies as that of values.
 """
 
 from __future__ import annotations

@@ -1,22 +1,25 @@
-"""How many floating-point operations a train step needs: the one count behind MFU, the plan and the
-benchmark's bounds.
+"""How many floating-point operations a train step needs: for MFU, the plan and the benchmarks.
 
 Matrix products alone, two operations a multiply-add. Per token and layer, with W base weights and A
 adapter weights:
 
-    linear, forward           2 (W + A)
-    linear, backward          2 (W + A) for activations, and for weights 2 W in full fine-tuning, 2 A with adapters
-    attention, forward        4 H E a (query, key) pair that the mask shows;    backward 8 H E
-    head, a trace token       forward 2 D V, backward 2 D V, and 2 D V for its weights in full fine-tuning
+    linear, forward      2 (W + A)
+    linear, backward     2 (W + A) for activations; for weights 2 W in full fine-tuning, 2 A with
+                         adapters
+    attention, forward   4 H E a (query, key) pair that the mask shows
+    attention, backward  8 H E a pair
+    head, forward        2 D V a trace token
+    head, backward       2 D V, and 2 D V for its weights in full fine-tuning
 
 A group's prompt counts once, whatever number of traces continues it, and in the last layer with its
 keys, its values and its last token alone, since nothing else of it is read there. With the name of
 a remat policy (`model.remat`) the count has what this program computes twice under it on purpose:
 
-    any      scores of the attention's backward pass, 2 H E a pair; in full fine-tuning the logits, 2 D V a trace token
-    dots     the first product of each adapter
-    attention    each layer but for attention, and for its last product, whose result nothing needs
-    layer    the same with attention
+    any        scores of the attention's backward pass, 2 H E a pair; in full fine-tuning the
+               logits, 2 D V a trace token
+    dots       the first product of each adapter
+    attention  each layer but for attention, and for its last product, whose result nothing needs
+    layer      the same with attention
 """
 
 from __future__ import annotations
@@ -58,13 +61,11 @@ def adapter_weights(arch: Architecture, lora_rank: int) -> int:
 def _projections(arch: Architecture) -> dict[str, tuple[int, int]]:
     """(width of what it reads, features that it writes) of each projection of a layer."""
     heads, kv = arch.H * arch.E, arch.J * arch.E
-    of_attention = {
+    return {
         "q": (arch.D, heads),
         "k": (arch.D, kv),
         "v": (arch.D, kv),
         "o": (heads, arch.D),
-    }
-    return of_attention | {
         "gate": (arch.D, arch.F),
         "up": (arch.D, arch.F),
         "down": (arch.F, arch.D),
@@ -72,8 +73,9 @@ def _projections(arch: Architecture) -> dict[str, tuple[int, int]]:
 
 
 def attention_pairs(prompt_len_U: np.ndarray, trace_len_UxC: np.ndarray) -> int:
-    """(query, key) pairs of one head: causal in the prompt; a trace sees the whole prompt and
-    itself causally.
+    """(query, key) pairs of one head.
+
+    They are causal in the prompt; a trace sees the whole prompt, and itself causally.
     """
     P, G = np.asarray(prompt_len_U, np.int64), np.asarray(trace_len_UxC, np.int64)
     return int(np.sum(P * (P + 1) // 2) + np.sum(G * P[:, None] + G * (G + 1) // 2))
@@ -91,7 +93,7 @@ def train_flops(
     Args:
       lora_rank: 0 = full fine-tuning.
       remat: policy whose second computations count too, one of `REMAT`; None: nothing twice, the
-      count for MFU.
+        count for MFU.
       prompt_len_U, trace_len_UxC: tokens, int: of the groups as they are, or padded ones.
 
     Raises:
@@ -99,26 +101,29 @@ def train_flops(
     """
     if remat is not None and remat not in REMAT:
         raise ValueError(f"remat = {remat!r}: must be None or one of {', '.join(REMAT)}")
-    responses, U = int(np.sum(trace_len_UxC, dtype=np.int64)), len(prompt_len_U)
-    tokens, pairs = (
-        int(np.sum(prompt_len_U, dtype=np.int64)) + responses,
-        attention_pairs(prompt_len_U, trace_len_UxC),
-    )
-    of_last = pairs - attention_pairs(np.asarray(prompt_len_U) - 1, np.zeros((U, 0), int))
+    U = len(prompt_len_U)
+    responses = int(np.sum(trace_len_UxC, dtype=np.int64))
+    tokens = int(np.sum(prompt_len_U, dtype=np.int64)) + responses
+    pairs = attention_pairs(prompt_len_U, trace_len_UxC)
+    pairs_before_last_token = attention_pairs(np.asarray(prompt_len_U) - 1, np.zeros((U, 0), int))
+
     linear = {
         name: _linear_flops(name, size, lora_rank, remat)
         for name, size in _projections(arch).items()
     }
     keys_values = linear["k"] + linear["v"]
     rest = sum(linear.values()) - keys_values
-    scores = 2 * arch.H * arch.E
-    attention = (6 if remat is None else 9 if remat == "layer" else 7) * scores
+    products = {None: 6, "layer": 9}.get(remat, 7)  # of queries or scores with keys or values
+    attention = products * 2 * arch.H * arch.E
     head = (4 if lora_rank else 6) * arch.D * arch.V
     if remat is not None and not lora_rank:
         head += 2 * arch.D * arch.V
+
     layer = tokens * (keys_values + rest) + pairs * attention
-    last = tokens * keys_values + (U + responses) * rest + of_last * attention
-    return float((arch.L - 1) * layer + last + responses * head)
+    predicting = U + responses  # rows of the last layer
+    last_layer = tokens * keys_values + predicting * rest
+    last_layer += (pairs - pairs_before_last_token) * attention
+    return float((arch.L - 1) * layer + last_layer + responses * head)
 
 
 def _linear_flops(name: str, size: tuple[int, int], lora_rank: int, remat: str | None) -> int:
@@ -141,22 +146,24 @@ def ideal_train_flops(
 
 
 def prefill_flops(arch: Architecture, lora_rank: int, prompt_len_U: np.ndarray) -> float:
-    """Operations of running prompts forward once, with the head behind each prompt's last token
-    alone.
-    """
-    tokens, U = int(np.sum(prompt_len_U, dtype=np.int64)), len(prompt_len_U)
+    """Operations of running prompts forward once, the head behind each one's last token alone."""
+    U, tokens = len(prompt_len_U), int(np.sum(prompt_len_U, dtype=np.int64))
     pairs = attention_pairs(prompt_len_U, np.zeros((U, 0), int))
-    linear = 2 * (linear_weights(arch) + adapter_weights(arch, lora_rank))
-    return float(arch.L * (tokens * linear + pairs * 4 * arch.H * arch.E) + U * 2 * arch.D * arch.V)
+    return _forward_flops(arch, lora_rank, tokens, pairs, logits=U)
 
 
 def decode_flops(arch: Architecture, lora_rank: int, keys_N: np.ndarray) -> float:
-    """Operations of one more token for N traces, each of which attends to that many keys, itself
-    included.
+    """Operations of one more token for N traces.
+
+    Each attends to that many keys, itself included.
     """
+    N, pairs = len(keys_N), int(np.sum(keys_N, dtype=np.int64))
+    return _forward_flops(arch, lora_rank, N, pairs, logits=N)
+
+
+def _forward_flops(
+    arch: Architecture, lora_rank: int, tokens: int, pairs: int, logits: int
+) -> float:
     linear = 2 * (linear_weights(arch) + adapter_weights(arch, lora_rank))
-    pairs = int(np.sum(keys_N, dtype=np.int64))
-    return float(
-        arch.L * (len(keys_N) * linear + pairs * 4 * arch.H * arch.E)
-        + len(keys_N) * 2 * arch.D * arch.V
-    )
+    layer = tokens * linear + pairs * 4 * arch.H * arch.E
+    return float(arch.L * layer + logits * 2 * arch.D * arch.V)

@@ -1,5 +1,4 @@
-"""The safetensors files of a directory, one or several with an index: tensors by name, read lazily,
-streamed out.
+"""The safetensors files of a directory, one or several with an index: tensors by name.
 
 Reading touches only the slice that is asked for, writing holds one tensor at a time; torch is not
 involved.
@@ -27,9 +26,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class WeightsError(UserError):
-    """Weights that are not what the configuration promises; the message names the file and the
-    tensor.
-    """
+    """Weights that are not what the configuration promises; names the file and the tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +51,10 @@ class TensorFiles:
         """float32, float16 or bfloat16. Raises `WeightsError` for any other."""
         stored = self._slices[name].get_dtype()
         if stored not in _DTYPES:
-            raise WeightsError(f"{self.where}: tensor {name} has dtype {stored}; supported: {', '.join(_DTYPES)}. "
-                               "Quantised checkpoints must be dequantised first.")  # fmt: skip
+            raise WeightsError(
+                f"{self.where}: tensor {name} has dtype {stored}; supported: {', '.join(_DTYPES)}. "
+                "Quantised checkpoints must be dequantised first."
+            )
         return _DTYPES[stored]
 
     def read(self, name: str, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
@@ -77,16 +76,17 @@ def open_tensors(path: pathlib.Path, stem: str) -> Iterator[TensorFiles]:
             f"{path}: has both {single.name} and {index.name}. Delete the one that is out of date."
         )
     if not single.is_file() and not index.is_file():
-        raise WeightsError(f"{single}: no such file, and no {index.name}. Weights are read from safetensors alone: "
-                           "convert others with transformers' save_pretrained.")  # fmt: skip
+        raise WeightsError(
+            f"{single}: no such file, and no {index.name}. Weights are read from safetensors "
+            "alone: convert others with transformers' save_pretrained."
+        )
     shard_of = _read_index(index) if index.is_file() else None
     with contextlib.ExitStack() as stack:
         slices: dict[str, Any] = {}
-        for file in (
-            [single]
-            if shard_of is None
-            else [path / shard for shard in sorted(set(shard_of.values()))]
-        ):
+        files = [single]
+        if shard_of is not None:
+            files = [path / shard for shard in sorted(set(shard_of.values()))]
+        for file in files:
             tensors = stack.enter_context(_open(file))
             for name in tensors.keys():  # noqa: SIM118  (not a dict)
                 if shard_of is not None and shard_of.get(name) != file.name:
@@ -94,8 +94,10 @@ def open_tensors(path: pathlib.Path, stem: str) -> Iterator[TensorFiles]:
                     raise WeightsError(f"{file}: holds tensor {name}, but {index.name} {listed}.")
                 slices[name] = tensors.get_slice(name)
         if lacking := sorted((shard_of or {}).keys() - slices.keys()):
-            raise WeightsError(f"{path / shard_of[lacking[0]]}: lacks tensor {lacking[0]}, which {index.name} puts "
-                               f"there ({len(lacking)} such tensors).")  # fmt: skip
+            raise WeightsError(
+                f"{path / shard_of[lacking[0]]}: lacks tensor {lacking[0]}, which {index.name} "
+                f"puts there ({len(lacking)} such tensors)."
+            )
         yield TensorFiles(single if shard_of is None else index, slices)
 
 
@@ -119,7 +121,8 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
         if pathlib.PurePath(shard).name != shard or not (index.parent / shard).is_file():
             named = next(name for name, file in shard_of.items() if file == shard)
             raise WeightsError(
-                f"{index}: puts {named} into {shard!r}, which is not there. Fetch the missing shard."
+                f"{index}: puts {named} into {shard!r}, which is not there. Fetch the missing "
+                "shard."
             )
     return shard_of
 
@@ -141,8 +144,9 @@ class Output:
 def write_tensors(
     path: pathlib.Path, stem: str, outputs: list[Output], max_bytes: int
 ) -> list[pathlib.Path]:
-    """Writes STEM.safetensors, or shards of at most `max_bytes` of data with an index; one tensor
-    is held at a time.
+    """Writes STEM.safetensors, or shards of at most `max_bytes` of data with an index.
+
+    One tensor is held at a time.
 
     Returns:
       the weight files. A tensor larger than `max_bytes` gets a shard of its own.
@@ -152,29 +156,31 @@ def write_tensors(
         if shards[-1] and sum(held.nbytes for held in shards[-1]) + output.nbytes > max_bytes:
             shards.append([])
         shards[-1].append(output)
-    if len(shards) == 1:
-        files = [path / f"{stem}.safetensors"]
-    else:
-        files = [
-            path / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-            for i in range(1, len(shards) + 1)
-        ]
-        weight_map = {
-            o.name: file.name for shard, file in zip(shards, files, strict=True) for o in shard
-        }
-        content = {
-            "metadata": {"total_size": sum(output.nbytes for output in outputs)},
-            "weight_map": weight_map,
-        }
-        (path / f"{stem}.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+    files = [path / f"{stem}.safetensors"]
+    if len(shards) > 1:
+        numbers = range(1, len(shards) + 1)
+        files = [path / f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in numbers]
+        _write_index(path / f"{stem}.safetensors.index.json", files, shards)
     for shard, name in zip(shards, files, strict=True):
         with open(name, "wb") as file:
             _write_file(file, shard)
     return files
 
 
+def _write_index(path: pathlib.Path, files: list[pathlib.Path], shards: list[list[Output]]) -> None:
+    total, weight_map = 0, {}
+    for file, shard in zip(files, shards, strict=True):
+        for output in shard:
+            total += output.nbytes
+            weight_map[output.name] = file.name
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
 def _write_file(file: BinaryIO, outputs: list[Output]) -> None:
-    """Length of the header (u64), header (JSON, padded to 8 bytes), then the tensors in C order,
+    """One file in safetensors' format.
+
+    Length of the header (u64), header (JSON, padded to 8 bytes), then the tensors in C order,
     little endian.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0

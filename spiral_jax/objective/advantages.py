@@ -1,4 +1,4 @@
-"""Rewards of some problems, round by round -> their advantages, and which problems have a signal."""
+"""Rewards of some problems, round by round -> advantages, and which problems have a signal."""
 
 from __future__ import annotations
 

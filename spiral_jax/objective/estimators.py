@@ -95,7 +95,7 @@ def _no_set_with_two_samples(r: Rewards) -> np.ndarray:
 
 
 def _of_draw(factor: Callable[[int, int, int], float]) -> Callable[[Rewards], np.ndarray]:
-    """The bias factor of K distinct sets drawn uniformly, at each problem's number of valid sets."""
+    """The factor of K distinct sets drawn uniformly, at each problem's number of valid sets."""
 
     def factor_B(r: Rewards) -> np.ndarray:
         N, S = r.own_BxN.shape[1], r.subset_size
@@ -164,7 +164,7 @@ ESTIMATORS = {
         explain=explain.no_words,
         needs=Needs(set_size=2, outsider=True, scores_every_set=True, strategies=True),
     ),
-    # Own correctness beside aggregation: pass@1; then pass@S, for the sets that the aggregator reads.
+    # Own correctness beside aggregation: pass@1, then pass@S of the sets that are read.
     "online_multitask": Estimator(
         sets="drawn",
         advantage=lambda r: of_own_answers.centred(r.own_BxN),

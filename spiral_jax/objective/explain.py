@@ -78,7 +78,7 @@ class Evidence:
         return ", ".join(f"{self.names[k]} {self.scores[k]}" for k in sets)
 
 
-# --- being read, by the score of sets ---------------------------------------------------------------
+# --- being read, by the score of sets -------------------------------------------------------------
 
 
 def no_words(evidence: Evidence) -> Reason:
@@ -121,7 +121,7 @@ def _against(evidence: Evidence, others: list[int], others_name: str) -> Reason:
     return Reason(float(score - reference), words)
 
 
-# --- being read, by own correctness -----------------------------------------------------------------
+# --- being read, by own correctness ---------------------------------------------------------------
 
 
 def against_mean(evidence: Evidence) -> Reason:
@@ -202,7 +202,7 @@ def _minus(evidence: Evidence, baseline: Fraction, words: str) -> Reason:
     return Reason(float(value), words)
 
 
-# --- aggregating --------------------------------------------------------------------------------------
+# --- aggregating ----------------------------------------------------------------------------------
 
 
 def aggregation(reward: float | None, score: Score) -> Reason:

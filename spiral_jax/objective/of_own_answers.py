@@ -45,7 +45,8 @@ def leave_one_out(own_BxN: np.ndarray) -> np.ndarray:
 def pass_at_k(own_BxN: np.ndarray, k: int) -> np.ndarray:
     """The pass@k advantage that ParaGator (arXiv 2603.18886) gives its search traces.
 
-    It is that of arXiv 2508.10751 without std. With mu = 1 - C(n-c, k) / C(n, k), pass@k of the n traces:
+    It is that of arXiv 2508.10751 without std. With mu = 1 - C(n-c, k) / C(n, k), pass@k of the n
+    traces:
 
         right: 1 - mu        wrong: 1 - mu - C(n-c-1, k-1) / C(n-1, k-1)
 
@@ -116,9 +117,9 @@ def _by_count(
     """float32 [B, N] from `advantages(n, c, k)` of each problem; 0 at NaN."""
     n_B, c_B = counts(own_BxN)
     by_reward_B = [advantages(int(n), int(c), k) for n, c in zip(n_B, c_B, strict=True)]
-    right_Bx1 = np.array([[each.right] for each in by_reward_B], np.float64)
-    wrong_Bx1 = np.array([[each.wrong] for each in by_reward_B], np.float64)
-    advantage_BxN = np.where(own_BxN == 1, right_Bx1, wrong_Bx1)
+    right_B = np.array([each.right for each in by_reward_B], np.float64)
+    wrong_B = np.array([each.wrong for each in by_reward_B], np.float64)
+    advantage_BxN = np.where(own_BxN == 1, right_B[:, None], wrong_B[:, None])
     return np.where(np.isnan(own_BxN), 0.0, advantage_BxN).astype(np.float32)
 
 

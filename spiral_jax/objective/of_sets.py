@@ -114,8 +114,9 @@ def polychromic_score(
 ) -> np.ndarray:
     """S^2 f_poly of T sets: right traces times different strategies; whole numbers [B, T].
 
-    0 where all traces are of one strategy. f_poly = (mean own reward) * (strategies / S), Polychromic Objectives (arXiv 2509.25424) in the
-    form of Poly-EPO (arXiv 2604.17654), which lets a language model name the strategies.
+    0 where all traces are of one strategy. f_poly = (mean own reward) * (strategies / S) is that of
+    Polychromic Objectives (arXiv 2509.25424) in the form of Poly-EPO (arXiv 2604.17654), which lets
+    a language model name the strategies.
 
     Args:
       own_BxN: own correctness, 0 or 1; NaN = our own failure: sets with such a trace are NaN.

@@ -132,7 +132,8 @@ def chances(n: int, s: int, k: int) -> Chances:
     _require_sizes(n, s, k)
     if k < 2:
         raise ValueError(
-            f"{k} subset: must be >= 2, since one subset alone has advantage zero. Drop the problem."
+            f"{k} subset: must be >= 2, since one subset alone has advantage zero. Drop the "
+            "problem."
         )
     total, containing = math.comb(n, s), math.comb(n - 1, s - 1)
     draws = math.comb(total, k)

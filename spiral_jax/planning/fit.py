@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
+from spiral_jax.learner.settings import RoleShapes
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.planning.inventory import Inventory, SamplerMisfit
 from spiral_jax.planning.planned_program import plan_programs
 from spiral_jax.planning.profile import Profile, profile
-from spiral_jax.planning.settings import Overrides, PlanSettings, RoleSettings, mesh_overrides
+from spiral_jax.planning.settings import Overrides, PlanSettings, mesh_overrides, micro_field
 from spiral_jax.planning.topology import Topology
 from spiral_jax.planning.whole_step import Assumptions, predict, work_of_step
 
@@ -157,22 +158,22 @@ def train_options(settings: PlanSettings, shards: int) -> list[Overrides]:
     """
     options = []
     for halvings in range(8):
-        sizes = {role: _halve(role, halvings, shards) for role in settings.roles}
-        if any(role.groups % size for role, size in sizes.items()):
-            continue
-        option = {
-            role.micro_field: size for role, size in sizes.items() if size != role.micro_groups
-        }
-        if option not in options:
+        option, divides = {}, True
+        for role, shapes in settings.learner.shapes.items():
+            size = _halve(shapes, halvings, shards)
+            divides = divides and shapes.most_groups % size == 0
+            if size != shapes.micro_groups:
+                option[micro_field(role)] = size
+        if divides and option not in options:
             options.append(option)
     if settings.remat == "layer":
         return options
     return options + [option | {"model.remat": "layer"} for option in options]
 
 
-def _halve(role: RoleSettings, halvings: int, multiple: int) -> int:
-    """The role's micro-batch halved so often, as a multiple, at least once."""
-    return max(multiple, role.micro_groups // 2**halvings // multiple * multiple)
+def _halve(shapes: RoleShapes, halvings: int, multiple: int) -> int:
+    """Groups of the role's micro-batch, halved so often: a multiple, at least that itself."""
+    return max(multiple, shapes.micro_groups // 2**halvings // multiple * multiple)
 
 
 def sampler_options(settings: PlanSettings, shards: int) -> list[Overrides]:

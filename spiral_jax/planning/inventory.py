@@ -22,9 +22,9 @@ from spiral_jax.model.architecture import check_mesh
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.planning.analytic import ShardedModel, bytes_a_chip
 from spiral_jax.planning.settings import PlanSettings
-from spiral_jax.run.setup import check_training
-from spiral_jax.sampling import programs as sampler_programs
+from spiral_jax.sampling import shapes
 from spiral_jax.sampling.engine import Engine, make_samplers
+from spiral_jax.sampling.programs import Name, Recipe, recipes
 from spiral_jax.sampling.weights import abstract_weights
 
 _STOP_IDS = (0, 1)  # which ids end a trace changes no shape, and the tokenizer is not read
@@ -82,9 +82,9 @@ class Inventory:
         return [[state.prompt, state.own] for state in self.slots]
 
     @functools.cached_property
-    def recipes(self) -> dict[tuple[Any, ...], sampler_programs.Recipe]:
+    def recipes(self) -> dict[Name, Recipe]:
         """The sampler's programs; made when the first is lowered, which plans for GPUs never do."""
-        return sampler_programs.recipes(self.engine.settings, self.engine.schedule)
+        return recipes(self.engine.settings, self.engine.schedule)
 
     def state_memory(self) -> dict[str, int]:
         """Bytes a chip that always lie there: base and adapters (or all in float32), optimizer."""
@@ -109,8 +109,9 @@ def take_inventory(c: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh)
       SamplerMisfit: slots that the mesh does not divide.
       ConfigError: heads, columns or groups that it does not divide.
     """
+    settings = PlanSettings.from_config(c)
+    learner = settings.learner
     check_mesh(model.arch, mesh)
-    learner = check_training(c).training.learner
     check_micro_batches(learner.shapes, mesh)
     try:
         engine, _ = make_samplers(c, model, mesh, _STOP_IDS)
@@ -119,10 +120,10 @@ def take_inventory(c: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh)
 
     base = None
     if keeps_base(learner, model):
-        shapes = hf.abstract_params(model)
-        base = meshes.with_shardings(shapes, meshes.weight_shardings(shapes, mesh))
+        base = hf.abstract_params(model)
+        base = meshes.with_shardings(base, meshes.weight_shardings(base, mesh))
     return Inventory(
-        settings=PlanSettings.from_config(c),
+        settings=settings,
         model=model,
         mesh=mesh,
         train_step=make_train_step(learner, model),
@@ -131,10 +132,7 @@ def take_inventory(c: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh)
         blocks=[place_block(block, mesh) for block in abstract_blocks(learner.shapes)],
         engine=engine,
         decode_weights=abstract_weights(model, mesh),
-        slots=[
-            sampler_programs.abstract_state(engine.settings, slots)
-            for slots in engine.schedule.classes
-        ],
+        slots=[shapes.abstract_state(engine.settings, slots) for slots in engine.schedule.classes],
     )
 
 

@@ -15,22 +15,17 @@ from spiral_jax.core.groups import Role
 from spiral_jax.learner.blocks import Block
 from spiral_jax.learner.logprobs import LOGPROBS_SCOPE
 from spiral_jax.learner.step import block_scope, variables
-from spiral_jax.model.cache_attention import PREFIX_SCOPE
+from spiral_jax.model.attention.caches import PREFIX_SCOPE
+from spiral_jax.model.attention.groups import PROMPT_SCOPE, TRACE_SCOPE
+from spiral_jax.model.attention.xla import OWN_KEYS_SCOPE, PROMPT_KEYS_SCOPE, even_block
 from spiral_jax.model.flops import decode_flops, ideal_train_flops, prefill_flops
-from spiral_jax.model.group_attention import (
-    OWN_KEYS_SCOPE,
-    PROMPT_KEYS_SCOPE,
-    PROMPT_SCOPE,
-    TRACE_SCOPE,
-    even_block,
-)
 from spiral_jax.planning import analytic
 from spiral_jax.planning.analytic import bytes_a_chip
 from spiral_jax.planning.costs import Cost
 from spiral_jax.planning.inventory import Inventory
-from spiral_jax.sampling import programs as sampler_programs
 from spiral_jax.sampling.decode import DECODE_SCOPE
 from spiral_jax.sampling.prefill import PREFILL_SCOPE
+from spiral_jax.sampling.shapes import prompt_shapes
 from spiral_jax.sampling.weights import lay_out
 
 
@@ -122,7 +117,7 @@ def train_program(inventory: Inventory, block: Block) -> PlannedProgram:
         "batch": bytes_a_chip(inventory.blocks),
         "gradients of other roles": other_roles * trained,
     }
-    logits = groups_a_shard * C * min(inventory.settings.logprob_chunk, G)
+    logits = groups_a_shard * C * min(inventory.settings.learner.logprob_chunk, G)
     all_flops = ideal_train_flops(model.arch, model.lora_rank, model.remat, U, C, P, G)
     flops = all_flops / inventory.chips
 
@@ -181,7 +176,7 @@ def _train_passes(inventory: Inventory, P: int, G: int) -> dict[str, float]:
         _loop_of(PROMPT_KEYS_SCOPE, within=TRACE_SCOPE): prompt_blocks,
         _loop_in(PROMPT_SCOPE): prompt_blocks,
         _loop_in(TRACE_SCOPE): trace_blocks,
-        _loop_of(LOGPROBS_SCOPE): -(-G // inventory.settings.logprob_chunk),
+        _loop_of(LOGPROBS_SCOPE): -(-G // inventory.settings.learner.logprob_chunk),
     }
 
 
@@ -231,7 +226,7 @@ def prefill_program(inventory: Inventory, prompt: int) -> PlannedProgram:
     schedule, settings = inventory.engine.schedule, inventory.engine.settings
     wide_enough = [i for i in schedule.entries() if prompt <= schedule.classes[i].P]
     i = min(wide_enough, key=lambda i: schedule.classes[i].P)
-    given = sampler_programs.prompt_shapes(settings, schedule, i)
+    given = prompt_shapes(settings, schedule, i)
     shards, W, P = given.prompt_ZxWxP.shape
 
     chunk = settings.chunk_of(P)

@@ -9,38 +9,11 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import AXES
-from spiral_jax.rollout.settings import training_stages
+from spiral_jax.learner.settings import LearnerSettings
+from spiral_jax.rollout.settings import DynamicSampling, TrainingStages
+from spiral_jax.run.setup import check_training
 
 Overrides = dict[str, Any]  # field of the configuration, such as "mesh.tensor" -> its new value
-
-
-@dataclasses.dataclass(frozen=True)
-class RoleSettings:
-    """The groups of one role.
-
-    Attributes:
-      traces: C of a group.
-      max_tokens: limit of a trace.
-      groups: that a step trains on, at most.
-      micro_groups: groups of a micro-batch.
-      lengths: (P, G) of each bucket, ascending.
-    """
-
-    role: Role
-    traces: int
-    max_tokens: int
-    groups: int
-    micro_groups: int
-    lengths: tuple[tuple[int, int], ...]
-
-    @property
-    def micro_field(self) -> str:
-        """The field of the configuration that sets `micro_groups`."""
-        return f"batch.{self.role.label}_groups"
-
-    def bucket(self, prompt: int, response: int) -> int:
-        """Index of the first bucket that holds a prompt and traces of so many tokens."""
-        return next(i for i, (P, G) in enumerate(self.lengths) if prompt <= P and response <= G)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,52 +23,34 @@ class PlanSettings:
     Attributes:
       mesh: sizes of the axes data, fsdp and tensor; -1 = all the rest.
       remat: what the forward pass of training keeps.
-      logprob_chunk: positions of a trace whose logits exist at once.
       classes: (slots, C, P, G) of each class of the sampler.
       cache_dtype: of the sampler's keys and values.
-      keep_rate: share of the sampled problems that dynamic sampling is expected to keep.
-      max_ratio: problems that are sampled at most, as a multiple of `problems`.
-      problems: B, that a step trains on.
       max_problem_tokens: limit of a search prompt.
-      subsets, subset_size, rounds: K, S and R of the aggregation.
-      roles: search, and aggregation if the estimator has it.
     """
 
     mesh: tuple[int, int, int]
     remat: str
-    logprob_chunk: int
     classes: tuple[tuple[int, int, int, int], ...]
     cache_dtype: str
-    keep_rate: float
-    max_ratio: float
-    problems: int
     max_problem_tokens: int
-    subsets: int
-    subset_size: int
-    rounds: int
-    roles: tuple[RoleSettings, ...]
+    stages: TrainingStages
+    dynamic_sampling: DynamicSampling
+    learner: LearnerSettings
 
     @classmethod
     def from_config(cls, c: ConfigDict) -> PlanSettings:
-        groups = training_stages(c).groups(c.batch.problems)
+        """Checks the whole configuration. Raises `ConfigError`."""
+        training = check_training(c).training
         return cls(
             mesh=tuple(c.mesh[axis] for axis in AXES),
             remat=c.model.remat,
-            logprob_chunk=c.loss.logprob_chunk,
             classes=tuple(tuple(row) for row in c.sampling.classes),
             cache_dtype=c.sampling.cache_dtype,
-            keep_rate=c.sampling.keep_rate,
-            max_ratio=c.sampling.max_ratio,
-            problems=c.batch.problems,
             max_problem_tokens=c.prompt.max_problem_tokens,
-            subsets=c.aggregation.subsets,
-            subset_size=c.aggregation.subset_size,
-            rounds=c.aggregation.rounds,
-            roles=tuple(_role_settings(c, role, count) for role, count in groups.items()),
+            stages=training.stages,
+            dynamic_sampling=training.dynamic_sampling,
+            learner=training.learner,
         )
-
-    def of_role(self, role: Role) -> RoleSettings:
-        return next(settings for settings in self.roles if settings.role is role)
 
     def is_changed_by(self, overrides: Overrides) -> bool:
         """Whether the overrides give a field another value than it has."""
@@ -103,21 +58,15 @@ class PlanSettings:
             "model.remat": self.remat,
             "sampling.classes": self.classes,
             "sampling.cache_dtype": self.cache_dtype,
-            **{role.micro_field: role.micro_groups for role in self.roles},
         }
+        for role, shapes in self.learner.shapes.items():
+            values[micro_field(role)] = shapes.micro_groups
         return any(values[field] != value for field, value in overrides.items())
 
 
-def _role_settings(c: ConfigDict, role: Role, groups: int) -> RoleSettings:
-    label = role.label
-    return RoleSettings(
-        role=role,
-        traces=c[label].traces,
-        max_tokens=c[label].max_tokens,
-        groups=groups,
-        micro_groups=c.batch[f"{label}_groups"],
-        lengths=tuple(tuple(lengths) for lengths in c.batch[f"{label}_lengths"]),
-    )
+def micro_field(role: Role) -> str:
+    """The field of the configuration that says how many groups a micro-batch of a role has."""
+    return f"batch.{role.label}_groups"
 
 
 def mesh_overrides(shape: tuple[int, int, int]) -> Overrides:

@@ -16,7 +16,6 @@ from spiral_jax.planning.settings import Overrides, PlanSettings, apply_override
 from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.topology import find_topology, make_mesh
 from spiral_jax.planning.whole_step import Assumptions
-from spiral_jax.run.setup import check_training
 
 GIB = 2**30
 
@@ -40,7 +39,7 @@ def plan(
     Raises:
       ConfigError: a configuration, model or topology that cannot be planned.
     """
-    check_training(c)
+    settings = PlanSettings.from_config(c)
     topology = find_topology(topology_name)
     model, file = planned_model(c.model)
     source = "compiled" if topology.devices else "by arithmetic, nothing is compiled"
@@ -54,9 +53,7 @@ def plan(
     def say_program(name: str) -> None:
         say(f"  {name}")
 
-    planner = Planner(
-        PlanSettings.from_config(c), take, model.arch, topology, assumed, free, say_program
-    )
+    planner = Planner(settings, take, model.arch, topology, assumed, free, say_program)
     attempts = []
     for attempt in planner.attempts(most_tries):
         attempts.append(attempt)

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from spiral_jax.core.groups import Role
+from spiral_jax.learner.settings import RoleShapes
 from spiral_jax.planning.profile import Profile
 from spiral_jax.planning.roofline import roofline
 from spiral_jax.planning.settings import PlanSettings
@@ -59,26 +60,42 @@ def work_of_step(settings: PlanSettings, assumed: Assumptions) -> list[Work]:
 
     Problems are sampled until config.batch.problems are kept, of config.sampling.keep_rate of them.
     """
-    tried = math.ceil(settings.problems * min(1 / settings.keep_rate, settings.max_ratio))
+    stages, sampling = settings.stages, settings.dynamic_sampling
+    tried = math.ceil(sampling.problems * min(1 / sampling.keep_rate, sampling.max_ratio))
     problem = max(1, round(assumed.problem_share * settings.max_problem_tokens))
-    response = {
-        of_role.role: max(1, round(assumed.response_share * of_role.max_tokens))
-        for of_role in settings.roles
-    }
-    sampled = {Role.SEARCH: tried, Role.AGGREGATION: tried * settings.subsets * settings.rounds}
-    candidates = settings.subset_size * response[Role.SEARCH]
-    prompt = {Role.SEARCH: problem, Role.AGGREGATION: problem + candidates}
-    return [
+    candidate = max(1, round(assumed.response_share * stages.search_tokens))
+    shapes = settings.learner.shapes
+    search = shapes[Role.SEARCH]
+    works = [
         Work(
-            role=role,
-            sampled=sampled[role],
-            trained=settings.of_role(role).groups,
-            traces=settings.of_role(role).traces,
-            prompt=prompt[role],
-            response=response[role],
+            role=Role.SEARCH,
+            sampled=tried,
+            trained=search.most_groups,
+            traces=search.traces,
+            prompt=problem,
+            response=candidate,
         )
-        for role in response
     ]
+    if aggregation := shapes.get(Role.AGGREGATION):
+        works.append(
+            Work(
+                role=Role.AGGREGATION,
+                sampled=tried * stages.subsets * stages.rounds,
+                trained=aggregation.most_groups,
+                traces=aggregation.traces,
+                prompt=problem + stages.subset_size * candidate,
+                response=max(1, round(assumed.response_share * stages.aggregation_tokens)),
+            )
+        )
+    return works
+
+
+def bucket_of(work: Work, shapes: RoleShapes) -> int:
+    """Index of the first bucket that holds a group of mean size."""
+    for i, (P, G) in enumerate(shapes.lengths):
+        if work.prompt <= P and work.response <= G:
+            return i
+    raise ValueError(f"{shapes.lengths} hold no {work.prompt} + {work.response} tokens")
 
 
 def predict(
@@ -102,14 +119,13 @@ def predict(
     }
     flops, micro_batches = 0.0, 0
     for work in works:
-        role = settings.of_role(work.role)
+        shapes = settings.learner.shapes[work.role]
         prefill = profiles[f"prefill/{work.role.label}"]
         calls = math.ceil(work.sampled / prefill.program.groups)
         seconds["prefill"] += calls * prefill.roofline.seconds
 
-        bucket = role.bucket(work.prompt, work.response)
-        train = profiles[f"train/{work.role.label}/{bucket}"]
-        count = math.ceil(work.trained / role.micro_groups)
+        train = profiles[f"train/{work.role.label}/{bucket_of(work, shapes)}"]
+        count = math.ceil(work.trained / shapes.micro_groups)
         seconds["train"] += count * train.roofline.seconds
         flops += count * train.unit.flops
         micro_batches += count
@@ -123,7 +139,8 @@ def predict(
     seconds["decode"] = steps * decode.roofline.seconds
     total = sum(seconds.values())
     return {
-        "assumptions": dataclasses.asdict(assumed) | {"keep_rate": settings.keep_rate},
+        "assumptions": dataclasses.asdict(assumed)
+        | {"keep_rate": settings.dynamic_sampling.keep_rate},
         "mean_tokens": {
             work.role.label: {"prompt": work.prompt, "response": work.response} for work in works
         },

@@ -18,7 +18,7 @@ _ROUNDING = 1e-5  # logged advantages are float32, ours exact
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveSettings:
+class AdvantageSettings:
     """What of a run's configuration its advantages follow from.
 
     Attributes:
@@ -32,7 +32,7 @@ class ObjectiveSettings:
     max_tokens: dict[str, int]
 
     @classmethod
-    def from_plain(cls, config: dict[str, Any]) -> ObjectiveSettings:
+    def from_plain(cls, config: dict[str, Any]) -> AdvantageSettings:
         """Of a run's plain configuration."""
         return cls(
             estimator=config["loss"]["estimator"],
@@ -47,7 +47,7 @@ def explain_advantage(
     stage: Stage,
     of_set: TraceSet,
     trace: Trace,
-    settings: ObjectiveSettings,
+    settings: AdvantageSettings,
 ) -> str:
     """The reasons of a trace's advantage; and if they do not add up to what was logged, that."""
     reasons = _reasons(problem, stage, of_set, trace, settings)
@@ -80,7 +80,7 @@ def _reasons(
     stage: Stage,
     of_set: TraceSet,
     trace: Trace,
-    settings: ObjectiveSettings,
+    settings: AdvantageSettings,
 ) -> list[Reason]:
     """Why a trace has its advantage: by its own set, and by the sets that it is read in."""
     estimator, reasons = ESTIMATORS[settings.estimator], []
@@ -102,7 +102,7 @@ def _reasons(
     return reasons
 
 
-def _is_gated(trace: Trace, advantage: float, settings: ObjectiveSettings) -> bool:
+def _is_gated(trace: Trace, advantage: float, settings: AdvantageSettings) -> bool:
     """Whether the length gate makes this advantage 0."""
     if advantage <= 0:
         return False
@@ -117,7 +117,7 @@ def _is_gated(trace: Trace, advantage: float, settings: ObjectiveSettings) -> bo
     return bool(gated == 0)
 
 
-def _too_long(trace: Trace, settings: ObjectiveSettings) -> str:
+def _too_long(trace: Trace, settings: AdvantageSettings) -> str:
     gate = settings.length_gate
     if gate == 0:
         return "cut off at its limit"

@@ -308,7 +308,7 @@ def _pass_at_k(rows: Sequence[dict], checkpoints: Mapping[int, dict]) -> list[go
             _points_by_step(rows, "single", "pass@1", PAGE_GREY, "x"),
             _points_by_step(rows, "pass_at_n", "pass@N", SKY, "diamond"),
         ]
-    curves = {step: found["measures"]["pass_at_k"] for step, found in checkpoints.items()}
+    curves = {step: evaluation["measures"]["pass_at_k"] for step, evaluation in checkpoints.items()}
     most = min(len(curve) for curve in curves.values())
     points = []
     for k, look in zip(powers_of_two(most)[-len(_PASS_AT_K) :], _PASS_AT_K, strict=False):

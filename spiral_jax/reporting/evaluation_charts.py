@@ -64,10 +64,10 @@ def evaluation_charts(results: Mapping[str, dict]) -> list[Chart]:
     first = next(iter(results.values()))
     settings = first["settings"]
     rsa, pass_at_k, by_tokens = [], [], []
-    for look, (name, found) in zip(_LOOKS, results.items(), strict=False):
-        rsa += _rsa(name, found, look)
-        pass_at_k += _pass_at_k(name, found, look)
-        by_tokens += _by_tokens(name, found, look)
+    for look, (name, evaluation) in zip(_LOOKS, results.items(), strict=False):
+        rsa += _rsa(name, evaluation, look)
+        pass_at_k += _pass_at_k(name, evaluation, look)
+        by_tokens += _by_tokens(name, evaluation, look)
     charts = []
     if settings["rounds"]:
         charts += make_chart(
@@ -169,8 +169,8 @@ def _line(
     return go.Scatter(x=list(x), y=means, mode="lines", name=name, **look)
 
 
-def _rsa(name: str, found: dict, look: _Look) -> list[go.Scatter]:
-    rows = found["measures"]["rsa"]
+def _rsa(name: str, evaluation: dict, look: _Look) -> list[go.Scatter]:
+    rows = evaluation["measures"]["rsa"]
     rounds = [row["round"] for row in rows]
     any_right = {"color": look.any_right, "dash": "dot"}
     return [
@@ -185,8 +185,8 @@ def _rsa(name: str, found: dict, look: _Look) -> list[go.Scatter]:
     ]
 
 
-def _pass_at_k(name: str, found: dict, look: _Look) -> list[go.Scatter]:
-    measures, size = found["measures"], found["settings"]["subset_size"]
+def _pass_at_k(name: str, evaluation: dict, look: _Look) -> list[go.Scatter]:
+    measures, size = evaluation["measures"], evaluation["settings"]["subset_size"]
     rows, votes = measures["pass_at_k"], measures["majority_at_k"]
     k = [row["k"] for row in rows]
     return [
@@ -222,8 +222,8 @@ def _band(name: str, rows: Sequence[Mapping[str, Any]], look: _Look) -> list[go.
     return [outline]
 
 
-def _by_tokens(name: str, found: dict, look: _Look) -> list[go.Scatter]:
-    measures = found["measures"]
+def _by_tokens(name: str, evaluation: dict, look: _Look) -> list[go.Scatter]:
+    measures = evaluation["measures"]
     votes, rsa, once = measures["majority_at_k"], measures["rsa"], measures["aggregated"]
     curves = [
         _line(
@@ -242,14 +242,14 @@ def _by_tokens(name: str, found: dict, look: _Look) -> list[go.Scatter]:
 
 def measure_table(results: Mapping[str, dict]) -> list[tuple[str, list[str]]]:
     """(measure, percent with 95 % interval in each of `results`); a dash where one has none."""
-    columns = [_measures(found) for found in results.values()]
+    columns = [_measures(evaluation) for evaluation in results.values()]
     names = dict.fromkeys(name for column in columns for name in column)
     return [(name, [column.get(name, DASH) for column in columns]) for name in names]
 
 
-def _measures(found: dict) -> dict[str, str]:
+def _measures(evaluation: dict) -> dict[str, str]:
     """The text of every measure by its label, in reading order."""
-    measures, settings = found["measures"], found["settings"]
+    measures, settings = evaluation["measures"], evaluation["settings"]
     sizes = powers_of_two(settings["n"])
     once = f"aggregated pass@1, sets of {settings['subset_size']}"
     estimates = {f"pass@{k}": measures["pass_at_k"][k - 1] for k in sizes}

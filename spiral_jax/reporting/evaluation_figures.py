@@ -98,11 +98,11 @@ class _Side:
 
 def _sides(results: Mapping[str, dict]) -> Iterator[_Side]:
     if len(results) == 1:
-        (found,) = results.values()
-        yield _Side(found["measures"], found["settings"], None, "")
+        (evaluation,) = results.values()
+        yield _Side(evaluation["measures"], evaluation["settings"], None, "")
         return
-    for color, (name, found) in zip(_SIDES, results.items(), strict=True):
-        yield _Side(found["measures"], found["settings"], color, f"{name}: ")
+    for color, (name, evaluation) in zip(_SIDES, results.items(), strict=True):
+        yield _Side(evaluation["measures"], evaluation["settings"], color, f"{name}: ")
 
 
 def plot_evaluation(
@@ -141,7 +141,7 @@ def _pass_at_k(results: Mapping[str, dict], efficiency: Mapping[str, Any] | None
         side.plot(axes, "pass@k", [row["k"] for row in rows], rows)
     if efficiency:
         _mark_efficiency(axes, list(results), efficiency)
-    most = max(found["settings"]["n"] for found in results.values())
+    most = max(evaluation["settings"]["n"] for evaluation in results.values())
     count_axis(axes, "k, traces sampled for a problem", most)
     return _finish(figure, axes, results)
 
@@ -177,7 +177,7 @@ def _rsa(results: Mapping[str, dict]) -> Figure:
     round_axis(accuracy)
     round_axis(entropy)
     entropy.set_ylim(bottom=0)
-    settings = [found["settings"] for found in results.values()]
+    settings = [evaluation["settings"] for evaluation in results.values()]
     shapes = dict.fromkeys(f"population N={s['population']}, set {s['set_size']}" for s in settings)
     return _finish(figure, accuracy, results, "; ".join(shapes))
 
@@ -236,7 +236,7 @@ def _finish(figure: Figure, axes: Axes, results: Mapping[str, dict], shape: str 
     axes.legend(loc="best", fontsize="small", framealpha=0.9)
     axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
     first = next(iter(results.values()))
-    counts = dict.fromkeys(str(found["problems"]["count"]) for found in results.values())
+    counts = dict.fromkeys(str(evaluation["problems"]["count"]) for evaluation in results.values())
     problems = f"{', '.join(counts)} problems of {first['problems']['task']}"
     parts = [problems, shape, f"T={first['settings']['temperature']:g}", _INTERVALS]
     set_note(figure, "; ".join(part for part in parts if part))

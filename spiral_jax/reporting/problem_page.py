@@ -16,7 +16,7 @@ from typing import Any
 from spiral_jax.core.groups import Stop
 from spiral_jax.evaluation.answers import ERROR
 from spiral_jax.evaluation.measures import vote
-from spiral_jax.reporting.advantage_words import ObjectiveSettings, explain_advantage
+from spiral_jax.reporting.advantage_words import AdvantageSettings, explain_advantage
 from spiral_jax.reporting.logged_problem import (
     LoggedProblem,
     Stage,
@@ -49,14 +49,14 @@ class PageSettings:
       full_candidates: whether aggregations were shown what their candidates thought.
     """
 
-    objective: ObjectiveSettings
+    objective: AdvantageSettings
     full_candidates: bool
 
     @classmethod
     def from_plain(cls, config: dict[str, Any]) -> PageSettings:
         """Of a run's plain configuration."""
         full = config["prompt"]["thinking"] == "full"
-        return cls(ObjectiveSettings.from_plain(config), full)
+        return cls(AdvantageSettings.from_plain(config), full)
 
 
 def problem_page(

@@ -1,4 +1,4 @@
-"""Who draws rollouts: the policy's sampler, the problems' stages, and the judge of their answers."""
+"""Who draws rollouts: a sampler, the stages of a problem, and a judge of the answers."""
 
 from __future__ import annotations
 

@@ -216,8 +216,8 @@ def _no_signal_message(rollouts: Rollouts, kept: int, starved: int, B: int) -> s
     return (
         f"only {kept} of {len(rollouts)} problems have a non-zero advantage (batch.problems = {B}, "
         f"at least a quarter is needed; {starved} were lost to verifier failures). Right answers a "
-        f"problem, of {reward[0].size}: {histogram}. The task is too easy, too hard, or its answers "
-        "are not understood: look at the traces, or change the task."
+        f"problem, of {reward[0].size}: {histogram}. The task is too easy, too hard, or its "
+        "answers are not understood: look at the traces, or change the task."
     )
 
 

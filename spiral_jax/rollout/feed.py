@@ -1,6 +1,6 @@
 """Problems on their way through the stages: what a sampler is fed with, and what comes back.
 
-    problem -> search group -> sets -> aggregation groups -> (sets of them -> aggregation groups ...)
+    problem -> search group -> sets -> aggregation groups -> sets of them -> ...
 
 Nothing waits for another problem's stage: as soon as the last group of a stage has ended, the
 stages that read it are asked for. A trace's tokens depend on its key and its prompt alone, so they

@@ -71,11 +71,12 @@ class Judge:
         self._pool.shutdown(cancel_futures=True)
 
     def submit(self, completed: Completed) -> None:
-        """Begins to judge a stage. Texts are decoded here: a tokenizer does not serve two threads."""
+        """Begins to judge a stage."""
         course, stage, now = completed
         trial = self._trials.setdefault(course.asked.cursor, _Trial(course, {}))
         groups = course.of_stage(stage)
         share = distributed.share(groups.trace_len_UxC.size)
+        # Texts are decoded here and not in the thread: a tokenizer does not serve two.
         texts = trace_texts(self._tokenizer, groups, share)
         items = [(text, course.asked.problem) for text in texts]
         self._longest_s += self._verifier.longest_s(len(items))

@@ -1,4 +1,4 @@
-"""A stage's groups as requests to the sampler: prompts of token ids, and the names of random keys."""
+"""A stage's groups as requests to the sampler: prompts of token ids, names of random keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problems with all their traces, stage by stage: what a rollout has drawn and what it has earned."""
+"""Problems with all their traces, stage by stage: what was drawn and what it has earned."""
 
 from __future__ import annotations
 

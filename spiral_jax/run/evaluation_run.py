@@ -6,7 +6,7 @@ import hashlib
 import pathlib
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,9 +15,9 @@ import numpy as np
 from spiral_jax.core import distributed
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.answers import CORRECT
-from spiral_jax.evaluation.wave import Evaluator, Record, Wave
+from spiral_jax.evaluation.wave import Evaluator, Record, Wave, held_out_problems
 from spiral_jax.rollout.requests import Asked
-from spiral_jax.run.setup import Setup
+from spiral_jax.run.setup import Setup, make_evaluator
 from spiral_jax.run.trace_log import render_examples
 from spiral_jax.run.watchdog import Watchdog, deadline
 from spiral_jax.run.workdir import StepLog, WorkdirError
@@ -41,74 +41,60 @@ def run_waves(setup: Setup, journal: StepLog, stamp: Mapping[str, str]) -> Evalu
     Raises:
       WorkdirError: the journal was begun with other weights or data.
     """
-    watchdog = Watchdog(setup.c.train.watchdog, setup.c.train.wait_s)
-    with Verifier(setup.reward, setup.verifier) as verifier, watchdog:
-        evaluator = _make_evaluator(setup, verifier, Progress(1, 0))
-        asked = evaluator.held_out()
-        size = setup.evaluation.wave
-        waves = [asked[i : i + size] for i in range(0, len(asked), size)]
-        journal.cut_back(len(waves))
-        done = _count_done(journal, stamp)
-        if done < len(waves):
-            with Progress(len(waves), done, unit="wave") as progress, jax.set_mesh(setup.mesh):
-                evaluator = _make_evaluator(setup, verifier, progress)
-                _evaluate_waves(setup, evaluator, waves, done, watchdog, journal, stamp)
+    asked = held_out_problems(setup.evaluation, setup.task, setup.scaffold)
+    size = setup.evaluation.wave
+    waves = [asked[i : i + size] for i in range(0, len(asked), size)]
+    journal.cut_back(len(waves))
+    done = _count_done(journal, stamp)
+    if done < len(waves):
+        with (
+            Verifier(setup.reward, setup.verifier) as verifier,
+            Progress(len(waves), done, unit="wave") as progress,
+            jax.set_mesh(setup.mesh),
+        ):
+            evaluator = make_evaluator(setup, verifier, progress, between_chunks=lambda: None)
+            for number, wave in _evaluate(setup, evaluator, waves, done):
+                row = {"step": number, **stamp, "records": wave.records, "counts": wave.counts}
+                journal.append(row)
+
     rows = journal.read()
     records = [record for row in rows for record in row["records"]]
     counts = sum((Counter(row["counts"]) for row in rows), Counter())
     return Evaluated(asked, records, counts)
 
 
-def _evaluate_waves(
-    setup: Setup,
-    evaluator: Evaluator,
-    waves: Sequence[Sequence[Asked]],
-    done: int,
-    watchdog: Watchdog,
-    journal: StepLog,
-    stamp: Mapping[str, str],
-) -> None:
-    progress, sampler = evaluator.progress, evaluator.sampler
+def _evaluate(
+    setup: Setup, evaluator: Evaluator, waves: Sequence[Sequence[Asked]], done: int
+) -> Iterator[tuple[int, Wave]]:
+    """The waves from number `done` on, with their numbers."""
+    progress, sampler, limits = evaluator.progress, evaluator.sampler, setup.c.train
     with progress.phase("compiling"):
         reports = setup.task.report, sampler.start_report()
         print(*filter(None, reports), sep="\n", flush=True)
     read = "the weights that config.model names to be read (config.train.wait_s)"
-    with progress.phase("loading weights"), deadline(read, setup.c.train.wait_s):
+    with progress.phase("loading weights"), deadline(read, limits.wait_s):
         policy, search_policy = sampler.prepare(setup.start.load_policy()), None
         if name := setup.evaluation.searcher:
             search_policy = sampler.prepare(setup.start.searcher(name).load_policy())
-    for number in range(done, len(waves)):
-        start = time.monotonic()
-        watchdog.starts("wave", number)
-        wave = evaluator.wave(policy, waves[number], search_policy=search_policy)
-        watchdog.ends()
-        if number == 0:
-            print(render_examples(wave.rollouts, setup.tokenizer), flush=True)
-        row = {"step": number, **stamp, "records": wave.records, "counts": wave.counts}
-        journal.append(row)
-        _show_wave(progress, number, wave, time.monotonic() - start)
+
+    with Watchdog(limits.watchdog, limits.wait_s) as watchdog:
+        for number in range(done, len(waves)):
+            began = time.monotonic()
+            watchdog.begin("wave", number)
+            wave = evaluator.wave(policy, waves[number], search_policy=search_policy)
+            watchdog.end()
+            if number == 0:
+                print(render_examples(wave.rollouts, setup.tokenizer), flush=True)
+            yield number, wave
+            _show_wave(progress, number, wave, time.monotonic() - began)
 
 
 def _show_wave(progress: Progress, number: int, wave: Wave, seconds: float) -> None:
+    """One line: the share of right aggregation traces, and the speed."""
     tokens = sum(n for name, n in wave.counts.items() if name.endswith("sampled_tokens"))
     answers = [answer for record in wave.records for answer in record["aggregation"]["answer"]]
     right = float(np.mean([answer == CORRECT for answer in answers]))
     progress.step_done(number + 1, right, tokens, seconds)
-
-
-def _make_evaluator(setup: Setup, verifier: Verifier, progress: Progress) -> Evaluator:
-    return Evaluator(
-        settings=setup.evaluation,
-        order=setup.c.aggregation.order,
-        task=setup.task,
-        scaffold=setup.scaffold,
-        sampler=setup.eval_sampler,
-        verifier=verifier,
-        max_error_rate=setup.verifier.max_error_rate,
-        strategy=setup.strategy,
-        progress=progress,
-        between_chunks=lambda: None,
-    )
 
 
 def _count_done(journal: StepLog, stamp: Mapping[str, str]) -> int:
@@ -132,7 +118,7 @@ def _count_done(journal: StepLog, stamp: Mapping[str, str]) -> int:
 def model_fingerprint(directories: Sequence[pathlib.Path]) -> str:
     """SHA-256 over every weight file's name, size and 256 blocks of it.
 
-    Other weights in the same place show.
+    It tells other weights in the same place, without reading all of them.
     """
     digest = hashlib.sha256()
     files = [file for path in directories for file in sorted(path.glob("*.safetensors"))]

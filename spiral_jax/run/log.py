@@ -16,14 +16,14 @@ from typing import Any
 from spiral_jax import STARTED
 from spiral_jax.core import distributed
 from spiral_jax.evaluation.results import write_results
-from spiral_jax.run import environment
+from spiral_jax.run import provenance
 from spiral_jax.run.metric_writers import MetricWriters
 from spiral_jax.run.trace_log import TraceLog
 from spiral_jax.run.workdir import StepLog
 
 
 class RunLog:
-    """The logs of the run in `path`; a context manager, entered after `go_on`.
+    """The logs of the run in `path`; a context manager, entered after `cut_back`.
 
     Args:
       keep_trace_files: config.trace_log.keep_steps.
@@ -45,7 +45,7 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         self._writers.__exit__(*error)
 
-    def go_on(self, step: int) -> None:
+    def cut_back(self, step: int) -> None:
         """Cuts all logs back to what the checkpoint of `step` has seen."""
         self._metrics.cut_back(step)
         self._traces.cut_back(step)
@@ -62,29 +62,27 @@ class RunLog:
             return
         starts = StepLog(self.path / "starts.jsonl")
         starts.cut_back(step + 1)
-        starts.append({"step": step} | environment.describe())
+        starts.append({"step": step} | provenance.describe())
         first = re.sub(r"\W", "", starts.read()[0]["time"].removesuffix("+00:00"))
         name = f"{self.path.name}-{first}"
         self._writers = MetricWriters(writers, self.path, name, config_plain, step)
 
-    def started(self) -> None:
-        """Says, and notes in the next row of the metrics, how long this process took until it could
-        work.
-        """
+    def note_start_up_time(self) -> None:
+        """Prints how long this process took until it could work; the next row has it too."""
         self._start_up = {"time/start_up": time.monotonic() - STARTED}
         print(f"start-up took {self._start_up['time/start_up']:.1f} s", flush=True)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; where several processes run, only the first one's are
-        complete.
-        """
+        """The rows of metrics.jsonl; of several processes the first alone can count on them."""
         return self._metrics.read()
 
-    def step(
+    def add_step(
         self, step: int, metrics: dict[str, float | None], traces: Iterable[dict] | None
     ) -> None:
-        """Adds a finished step; `traces`: rows of the trace log, None where this step's are not
-        kept.
+        """Adds a finished step.
+
+        Args:
+          traces: rows of the trace log; None where this step has none.
         """
         if traces is not None:
             self._traces.write(step, traces)
@@ -94,15 +92,18 @@ class RunLog:
         self._writers.write(row)
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether the policy after `step` steps has been evaluated before; the same on all
-        processes.
-        """
-        return step in distributed.from_first(
-            lambda: [row["step"] for row in self._evaluations.read()]
-        )
+        """Whether the policy after `step` steps was evaluated before; the same on all processes."""
 
-    def evaluation(self, step: int, row: dict[str, Any], results: dict[str, Any] | None) -> None:
-        """Adds an evaluation. Its row says that it is done, so it comes after the file of results."""
+        def read() -> list[int]:
+            return [row["step"] for row in self._evaluations.read()]
+
+        return step in distributed.from_first(read)
+
+    def add_evaluation(
+        self, step: int, row: dict[str, Any], results: dict[str, Any] | None
+    ) -> None:
+        """Adds an evaluation; `results`: content of its results.json, None where it has none."""
+        # The row says that the evaluation is done, so it comes after the file of results.
         if results is not None and distributed.is_first():
             write_results(self.path / "evaluations" / f"step_{step:06d}" / "results.json", results)
         self._evaluations.append(row)

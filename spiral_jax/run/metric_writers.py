@@ -1,5 +1,4 @@
-"""The numbers of metrics.jsonl and evaluations.jsonl once more, where `config.metrics.writers`
-wants them.
+"""The numbers of a run's logs once more, in TensorBoard, Weights & Biases or trackio.
 
 metrics.jsonl stays what a run resumes from and is reported from; a writer only shows. TensorBoard's
 files lie in WORKDIR/tensorboard; Weights & Biases and trackio, optional packages, read their own
@@ -25,8 +24,8 @@ def check_installed(writers: Sequence[str]) -> None:
     for name in writers:
         if importlib.util.find_spec(_PACKAGE[name]) is None:
             raise ConfigError(
-                f"config.metrics.writers has {name!r}, which needs the package {_PACKAGE[name]}: pip install -r "
-                "requirements-writers.txt, or leave it out."
+                f"config.metrics.writers has {name!r}, which needs the package {_PACKAGE[name]}: "
+                "pip install -r requirements-writers.txt, or leave it out."
             )
 
 
@@ -38,8 +37,8 @@ class MetricWriters:
       workdir: the run's directory.
       run: names the run where writers keep several; a resumed run has the same name.
       config_plain: `config.to_plain(c)`.
-      step: where this start goes on: what a killed process has shown of later steps is replaced
-      where that is possible.
+      step: where this start goes on; what a killed process has shown of later steps is replaced
+        where that is possible.
     """
 
     def __init__(
@@ -56,24 +55,22 @@ class MetricWriters:
             writer.close()
 
     def write(self, row: dict[str, Any], prefix: str = "") -> None:
-        """Shows the numbers of a row at its `step`: of an estimate its mean, low and high; null is
-        left out.
-        """
+        """Shows the finite numbers of a row at its step: of an estimate its mean, low, high."""
         numbers = _numbers(row, prefix)
         for writer in self._writers:
             writer.write(row["step"], numbers)
 
 
 def _numbers(row: dict[str, Any], prefix: str) -> dict[str, float]:
-    found = {}
+    """The finite numbers of a row by name; `prefix` stands before each."""
+    numbers = {}
     for name, value in row.items():
         if isinstance(value, dict):
-            found |= _numbers(
-                {end: value.get(end) for end in ("mean", "low", "high")}, f"{prefix}{name}/"
-            )
+            estimate = {part: value.get(part) for part in ("mean", "low", "high")}
+            numbers |= _numbers(estimate, f"{prefix}{name}/")
         elif name != "step" and isinstance(value, int | float) and math.isfinite(value):
-            found[prefix + name] = value
-    return found
+            numbers[prefix + name] = value
+    return numbers
 
 
 class _TensorBoard:
@@ -94,16 +91,22 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """One W&B run, resumed under its id. Its own steps may not fall, so ours is a metric that
-    charts are drawn over.
+    """One W&B run, resumed under its id.
+
+    W&B's own steps may not fall, so ours is a metric that charts are drawn over.
     """
 
     def __init__(self, workdir: pathlib.Path, run: str, config_plain: dict, step: int):
         import wandb
 
         self._run = wandb.init(
-            project=_PROJECT, id=run, name=run, dir=str(workdir), config=config_plain, resume="allow"
-        )  # fmt: skip
+            project=_PROJECT,
+            id=run,
+            name=run,
+            dir=str(workdir),
+            config=config_plain,
+            resume="allow",
+        )
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, numbers: dict[str, float]) -> None:

@@ -74,9 +74,7 @@ class Preemption:
             raise _Interrupted
 
     def reached(self) -> bool:
-        """Whether to save and end now, between two steps; with several processes all of them are
-        told the same.
-        """
+        """Whether to save and end now, between two steps; several processes are told the same."""
         if jax.process_count() > 1 and not self.noticed:
             self._looks += 1
             if multihost_utils.reached_preemption_sync_point(self._looks):

@@ -37,7 +37,7 @@ class Retention:
 
 
 def manager_options(keep: int | Retention | None) -> ocp.CheckpointManagerOptions:
-    """Orbax's options, for writing or (None) for reading only; a number: so many newest ones stay."""
+    """Orbax's options: for writing, or with None for reading only; a number as `Retention.keep`."""
     if keep is None:
         return ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
     return ocp.CheckpointManagerOptions(

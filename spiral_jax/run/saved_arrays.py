@@ -31,7 +31,7 @@ def describe(state: Any) -> dict[str, dict]:
 
 
 def differences(saved: dict[str, dict], target: dict[str, jax.ShapeDtypeStruct]) -> list[str]:
-    """How the saved arrays differ from those of `target` in path, dtype or shape; [] = not at all."""
+    """How the saved arrays differ from `target`'s in path, dtype or shape; [] = not at all."""
     stated = []
     lacking, unplaced = sorted(target.keys() - saved.keys()), sorted(saved.keys() - target.keys())
     if lacking:

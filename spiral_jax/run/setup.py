@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
-from spiral_jax.evaluation import settings as evaluation
+from spiral_jax.core.mesh import make_mesh
+from spiral_jax.core.progress import Progress
+from spiral_jax.evaluation import settings as evaluation_settings
 from spiral_jax.evaluation.settings import EvaluationSettings
 from spiral_jax.evaluation.stages import evaluation_stages
+from spiral_jax.evaluation.wave import Evaluator
 from spiral_jax.learner.blocks import abstract_blocks, check_micro_batches
 from spiral_jax.learner.settings import LearnerSettings, learner_settings
 from spiral_jax.learner.state import abstract_state, keeps_base
 from spiral_jax.learner.step import make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import check_mesh, read_architecture
+from spiral_jax.model.attention.backends import choose_backend
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.objective.settings import ObjectiveSettings, objective_settings
 from spiral_jax.prompts.scaffold import Scaffold, make_scaffold, max_aggregation_prompt
@@ -48,6 +52,7 @@ from spiral_jax.tasks.load import check_task, load_task
 from spiral_jax.tasks.problem import Task
 from spiral_jax.verifier.rewards import MATH, load_function, load_reward
 from spiral_jax.verifier.settings import VerifierSettings
+from spiral_jax.verifier.verifier import Verifier
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +73,7 @@ class Setup:
     """What a run is made of, before any weight is loaded.
 
     Attributes:
-      c: the configuration; all of it has been checked.
+      c: the configuration; all of it has been settings.
       reward: that of config.task.reward, or the task's own.
       strategy: the function that names a trace's strategy; None where neither the config nor the
         task has one.
@@ -108,14 +113,19 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
-class Checked(NamedTuple):
-    """The settings of a training run's rooms, all of them checked."""
+class RunSettings(NamedTuple):
+    """The settings of the rooms that a run needs, all of them settings.
 
-    training: Training
+    Attributes:
+      training: None for `spiral_jax.evaluate`.
+    """
+
+    verifier: VerifierSettings
     evaluation: EvaluationSettings
+    training: Training | None
 
 
-def check_training(c: ConfigDict) -> Checked:
+def check_training(c: ConfigDict) -> RunSettings:
     """Checks everything that training needs and that needs neither data nor devices.
 
     Raises:
@@ -125,17 +135,20 @@ def check_training(c: ConfigDict) -> Checked:
     check_run(c)
     check_task(c.task, training=True, evaluated=c.eval.problems > 0)
     check_sampling(c)
-    objective, tries, stages = objective_settings(c.loss), dynamic_sampling(c), training_stages(c)
-    learner = learner_settings(c, stages.groups(tries.problems))
-    return Checked(Training(stages, tries, objective, learner), evaluation.for_training(c))
+    verifier = VerifierSettings.from_config(c.verifier)
+    objective, dynamic, stages = objective_settings(c.loss), dynamic_sampling(c), training_stages(c)
+    learner = learner_settings(c, stages.groups(dynamic.problems))
+    training = Training(stages, dynamic, objective, learner)
+    return RunSettings(verifier, evaluation_settings.for_training(c), training)
 
 
-def check_evaluation(c: ConfigDict) -> EvaluationSettings:
+def check_evaluation(c: ConfigDict) -> RunSettings:
     """The same for `spiral_jax.evaluate`, which reads no training data and updates nothing."""
     check_shared(c)
     check_task(c.task, training=False, evaluated=True)
     check_sampling(c)
-    return evaluation.for_command(c)
+    verifier = VerifierSettings.from_config(c.verifier)
+    return RunSettings(verifier, evaluation_settings.for_command(c), training=None)
 
 
 def set_up_training(c: ConfigDict) -> Setup:
@@ -145,32 +158,27 @@ def set_up_training(c: ConfigDict) -> Setup:
       ConfigError: see `check_training`; or what the data, the checkpoint or the mesh do not allow.
       TaskError: the problems cannot be had.
     """
-    training, evaluated = check_training(c)
+    settings = check_training(c)
     check_installed(c.metrics.writers)
-    setup = _set_up(c, evaluated, training)
-    check_micro_batches(training.learner.shapes, setup.mesh)
-    _check_trained_prompts(setup, training)
+    setup = _set_up(c, settings)
+    check_micro_batches(settings.training.learner.shapes, setup.mesh)
+    _check_trained_prompts(setup, settings.training)
     return setup
 
 
 def set_up_evaluation(c: ConfigDict) -> Setup:
     """The same for `spiral_jax.evaluate`."""
-    evaluated = check_evaluation(c)
+    settings = check_evaluation(c)
     c = c.copy_and_resolve_references()
     c.task.train_path = ""  # else it would be read
-    return _set_up(c, evaluated, None)
+    return _set_up(c, settings)
 
 
-def _set_up(c: ConfigDict, evaluated: EvaluationSettings, training: Training | None) -> Setup:
-    mesh = meshes.make_mesh(c.mesh)
-    with deadline("the problems that config.task names to be read", c.train.wait_s):
-        task = load_task(c.task, c.seed, c.prompt.system)
-    if evaluated.problems > task.held_out_size:
-        raise ConfigError(
-            f"config.eval.problems = {evaluated.problems}: the task has {task.held_out_size} "
-            "held-out problems."
-        )
-    start = _start(c, mesh, training is not None)
+def _set_up(c: ConfigDict, settings: RunSettings) -> Setup:
+    mesh = make_mesh(c.mesh)
+    task = _load_task(c, settings.evaluation.problems)
+    start = _start(c, mesh, settings.training is not None)
+    check_mesh(start.model.arch, mesh)
     tokenizer = load_tokenizer(start.path)
     if len(tokenizer) > start.model.arch.V:
         raise ConfigError(
@@ -178,8 +186,6 @@ def _set_up(c: ConfigDict, evaluated: EvaluationSettings, training: Training | N
             f"{start.model.arch.V}."
         )
     stops = stop_ids(tokenizer, start.path, c.prompt.stop)
-    scaffold = make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stops)
-    check_mesh(start.model.arch, mesh)
     sampler, eval_sampler = make_samplers(c, start.model, mesh, stops)
     setup = Setup(
         c=c,
@@ -187,22 +193,37 @@ def _set_up(c: ConfigDict, evaluated: EvaluationSettings, training: Training | N
         start=start,
         task=task,
         reward=_load_reward(c, task),
-        strategy=_load_strategy(c, task, training),
+        strategy=_load_strategy(c, task, settings.training),
         tokenizer=tokenizer,
-        scaffold=scaffold,
-        verifier=VerifierSettings.from_config(c.verifier),
-        evaluation=evaluated,
+        scaffold=make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stops),
+        verifier=settings.verifier,
+        evaluation=settings.evaluation,
         sampler=sampler,
         eval_sampler=eval_sampler,
-        training=training,
+        training=settings.training,
     )
     _check_sampled_prompts(setup)
     return setup
 
 
+def _load_task(c: ConfigDict, held_out: int) -> Task:
+    """The task, which has so many held-out problems. Raises: see `load_task`; `ConfigError`."""
+    with deadline("the problems that config.task names to be read", c.train.wait_s):
+        task = load_task(c.task, c.seed, c.prompt.system)
+    if held_out > task.held_out_size:
+        raise ConfigError(
+            f"config.eval.problems = {held_out}: the task has {task.held_out_size} held-out "
+            "problems."
+        )
+    return task
+
+
 def _start(c: ConfigDict, mesh: Mesh, training: bool) -> Start:
     path = hf.resolve_path(c.model.hf_path)
     model = hf.model_config(read_architecture(path), c.model)
+    device, arch = mesh.devices.flat[0], model.arch
+    attention = choose_backend(c.model.attention, device, model.compute_dtype, arch.E)
+    model = dataclasses.replace(model, attention=attention)
     has_adapters = c.model.adapter_path or c.model.init_from or c.eval.searcher not in ("", "base")
     if not training and not has_adapters:
         # The checkpoint as it is: a base without adapters keeps its dtype.
@@ -250,7 +271,7 @@ def _longest_prompt(setup: Setup, stage: Stage) -> int:
 
 
 def _check_sampled_prompts(setup: Setup) -> None:
-    """The sampler has room for the longest prompt of every stage that training or evaluation has."""
+    """The sampler has room for the longest prompt of every stage of training and evaluation."""
     stages = evaluation_stages(setup.evaluation) if setup.evaluation.problems else []
     if setup.training:
         stages += setup.training.stages.stages()
@@ -275,6 +296,24 @@ def _require_room(field: str, widest: int, stage: Stage, longest: int) -> None:
             f"{widest}, but {stage.role.label} prompts may have up to {longest} ({stage.name}). "
             "Widen it, or lower prompt.max_problem_tokens or prompt.keep_tail_tokens."
         )
+
+
+def make_evaluator(
+    setup: Setup, verifier: Verifier, progress: Progress, between_chunks: Callable[[], None]
+) -> Evaluator:
+    """What evaluates the setup's held-out problems, in training or by command."""
+    return Evaluator(
+        settings=setup.evaluation,
+        order=setup.c.aggregation.order,
+        task=setup.task,
+        scaffold=setup.scaffold,
+        sampler=setup.eval_sampler,
+        verifier=verifier,
+        max_error_rate=setup.verifier.max_error_rate,
+        strategy=setup.strategy,
+        progress=progress,
+        between_chunks=between_chunks,
+    )
 
 
 def check_shapes(setup: Setup) -> None:

@@ -106,7 +106,7 @@ class Start:
         return base, None
 
     def load_policy(self) -> dict[str, Any]:
-        """The model's collections; adapters that change nothing where it has some without values."""
+        """The model's collections; adapters without values change nothing."""
         params, lora = self.load()
         if not self.model.lora_rank:
             return {"params": params}

@@ -1,12 +1,9 @@
-"""How well a step used its devices: tokens a second, model FLOPs utilisation, memory; profiles of
-chosen steps.
-"""
+"""How well a step used its devices: speed, FLOPs utilisation, memory; profiles of chosen steps."""
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from types import TracebackType
 
 import jax
 
@@ -19,30 +16,35 @@ from spiral_jax.model.flops import PEAK_FLOPS_PER_S, train_flops
 def update_metrics(
     arch: Architecture, lora_rank: int, trained: list[Groups], seconds: float
 ) -> dict[str, float]:
-    """Speed of one update; no entry where a device's peak is unknown.
-
-    `mfu`: operations that the trained groups need, nothing counted twice (`flops.train_flops`
-    without a remat policy), over seconds x devices x peak. `tokens_per_s/update`, and
-    `tokens_per_s/update_device` for each device: trained tokens, those of traces.
+    """Speed of one update.
 
     Args:
-      trained: the groups of the update. seconds: from its start until the next step's weights are
-      there.
+      trained: the groups of the update.
+      seconds: from its start until the next step's weights are there.
+
+    Returns:
+      `tokens_per_s/update`, and `tokens_per_s/update_device` for each device: trained tokens, those
+      of traces. `mfu`: operations that the trained groups need, nothing counted twice
+      (`flops.train_flops` without a remat policy), over seconds x devices x peak; no entry where a
+      device's peak is unknown.
     """
     devices = jax.devices()
     speed = sum(groups.sampled_tokens for groups in trained) / seconds
     metrics = {"tokens_per_s/update": speed, "tokens_per_s/update_device": speed / len(devices)}
     peak = PEAK_FLOPS_PER_S.get(devices[0].device_kind)
     if peak:
-        lengths = [(groups.requests.prompt_len_U, groups.trace_len_UxC) for groups in trained]
-        needed = sum(train_flops(arch, lora_rank, None, *pair) for pair in lengths)
+        needed = sum(
+            train_flops(arch, lora_rank, None, groups.requests.prompt_len_U, groups.trace_len_UxC)
+            for groups in trained
+        )
         metrics["mfu"] = needed / (seconds * len(devices) * peak)
     return metrics
 
 
 def memory_metrics() -> dict[str, float]:
-    """`memory/device_peak`: bytes, the most that a local device has held so far; nothing where none
-    reports it.
+    """`memory/device_peak`: bytes, the most that a local device has held so far.
+
+    Nothing where none reports it.
     """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
@@ -52,9 +54,7 @@ def memory_metrics() -> dict[str, float]:
 class StepProfile:
     """Traces chosen steps with JAX's profiler into WORKDIR/profile, for xprof or Perfetto.
 
-    Of several processes, those of the first.
-
-    A context manager; `at(step)` is called at the beginning of every step.
+    Of several processes, those of the first. A context manager.
 
     Args:
       steps: config.profile.steps: () or (first, end).
@@ -66,7 +66,8 @@ class StepProfile:
         self._path = path / "profile"
         self._running = False
 
-    def at(self, step: int) -> None:
+    def begin(self, step: int) -> None:
+        """Called at the beginning of every step: starts or ends the profile where it is due."""
         if self._running and step >= self._end:
             self._stop()
         elif not self._running and self._first <= step < self._end and distributed.is_first():
@@ -80,11 +81,6 @@ class StepProfile:
     def __enter__(self) -> StepProfile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._running:
             self._stop()

@@ -23,7 +23,7 @@ from spiral_jax.core.groups import Groups, Role, Stop
 from spiral_jax.prompts.prompts import listed_order
 from spiral_jax.rollout.collect import Batch
 from spiral_jax.rollout.traces import Rollouts, Round
-from spiral_jax.run.workdir import WorkdirError, json_line, replacing, written
+from spiral_jax.run.workdir import WorkdirError, json_line, replacing, writing
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -44,19 +44,21 @@ class TraceLog:
         self.keep_steps = keep_steps
 
     def write(self, step: int, rows: Iterable[dict]) -> Path:
-        """Writes the file of `step`, which appears only when it is complete.
+        """Writes the file of `step`, then deletes the oldest files beyond the limit.
 
-        Then deletes the oldest files beyond the limit. Values of `rows` are those that
-        `StepLog.append` takes.
+        It appears only when it is complete.
+
+        Args:
+          rows: as `StepLog.append` takes them, but for the step.
         """
         path = self.directory / f"step_{step:06d}.jsonl.gz"
         if not is_first():
             return path
-        with written(self.directory):
+        with writing(self.directory):
             self.directory.mkdir(exist_ok=True)
         # Level 1: ids and log-probs hardly compress; on them 6 was 6 times slower and 13 % smaller.
         with (
-            written(path),
+            writing(path),
             replacing(path) as file,
             gzip.GzipFile(filename="", mode="wb", compresslevel=1, fileobj=file, mtime=0) as packed,
         ):
@@ -123,51 +125,47 @@ class TraceRows:
     seed: int
     drops_truncated: bool
 
-    def of(self, batch: Batch) -> Iterator[dict[str, Any]]:
-        """One JSON object a trace: of kept problems, then of those that were discarded."""
-        yield from self._of_rollouts(batch.rollouts, kept=True)
-        yield from self._of_rollouts(batch.discarded, kept=False)
+    def make(self, batch: Batch) -> Iterator[dict[str, Any]]:
+        """One JSON object a trace: those of kept problems, then of those that were discarded."""
+        kept, discarded = len(batch.rollouts), len(batch.discarded)
+        for b in range(max(1, round(self.fraction * kept))):
+            yield from self._problem_rows(batch.rollouts, b, kept=True)
+        for b in range(round(self.fraction * discarded)):
+            yield from self._problem_rows(batch.discarded, b, kept=False)
 
-    def _of_rollouts(self, rollouts: Rollouts, kept: bool) -> Iterator[dict[str, Any]]:
-        least = 1 if kept else 0
-        for b in range(max(least, round(self.fraction * len(rollouts)))):
-            problem = rollouts.problems[b]
-            shared = {
-                "problem": problem.id,
-                "cursor": int(rollouts.cursor_B[b]),
-                "kept": kept,
-                "problem_text": problem.text,
-                "reference_answer": problem.answer,
-            }
-            nothing = dict.fromkeys(("round", "set", "subset", "order"))
-            place = {"role": Role.SEARCH.label} | nothing
-            yield from self._of_group(shared | place, rollouts.search, b)
-            for r, of_round in enumerate(rollouts.rounds, start=1):
-                candidates = rollouts.stages[r - 1].stop_UxC.reshape(len(rollouts), -1)
-                for place in self._places(of_round, r, b, candidates[b]):
-                    u = b * of_round.member_BxKxS.shape[1] + place["set"]
-                    yield from self._of_group(shared | place, of_round.groups, u)
+    def _problem_rows(self, rollouts: Rollouts, b: int, kept: bool) -> Iterator[dict[str, Any]]:
+        problem = rollouts.problems[b]
+        shared = {
+            "problem": problem.id,
+            "cursor": int(rollouts.cursor_B[b]),
+            "kept": kept,
+            "problem_text": problem.text,
+            "reference_answer": problem.answer,
+        }
+        no_set = dict.fromkeys(("round", "set", "subset", "order"))
+        search = shared | {"role": Role.SEARCH.label} | no_set
+        yield from self._group_rows(search, rollouts.search, b)
+        for r, round in enumerate(rollouts.rounds, start=1):
+            stop_BxN = rollouts.stages[r - 1].stop_UxC.reshape(len(rollouts), -1)
+            K = round.member_BxKxS.shape[1]
+            for k in range(K):
+                place = {"role": Role.AGGREGATION.label, "round": r, "set": k}
+                place |= self._candidates(round, b, k, stop_BxN[b])
+                yield from self._group_rows(shared | place, round.groups, b * K + k)
 
-    def _places(
-        self, of_round: Round, number: int, b: int, stop_N: np.ndarray
+    def _candidates(self, round: Round, b: int, k: int, stop_N: np.ndarray) -> dict[str, Any]:
+        """`subset` and `order` of a set; `stop_N` says why each candidate ended."""
+        member_S = round.member_BxKxS[b, k]
+        id_6 = round.groups.requests.id_Ux6[b * round.member_BxKxS.shape[1] + k]
+        order_S = listed_order(self.order, self.seed, id_6, len(member_S))
+        listed = member_S[order_S].tolist()
+        if self.drops_truncated:
+            listed = [n for n in listed if stop_N[n] != Stop.LENGTH]
+        return {"subset": member_S.tolist(), "order": listed}
+
+    def _group_rows(
+        self, shared: dict[str, Any], groups: Groups, u: int
     ) -> Iterator[dict[str, Any]]:
-        """Where each set of a problem stands; `stop_N`: why each candidate ended."""
-        K = of_round.member_BxKxS.shape[1]
-        for k, member_S in enumerate(of_round.member_BxKxS[b]):
-            id_6 = of_round.groups.requests.id_Ux6[b * K + k]
-            order_S = listed_order(self.order, self.seed, id_6, len(member_S))
-            listed = [int(n) for n in member_S[order_S]]
-            if self.drops_truncated:
-                listed = [n for n in listed if stop_N[n] != Stop.LENGTH]
-            yield {
-                "role": Role.AGGREGATION.label,
-                "round": number,
-                "set": k,
-                "subset": member_S.tolist(),
-                "order": listed,
-            }
-
-    def _of_group(self, shared: dict[str, Any], groups: Groups, u: int) -> Iterator[dict[str, Any]]:
         for i in range(groups.trace_len_UxC.shape[1]):
             ids, length = groups.trace_ids(u, i), int(groups.trace_len_UxC[u, i])
             reward, verdict = float(groups.reward_UxC[u, i]), groups.verdict_UxC[u, i]

@@ -19,11 +19,11 @@ from spiral_jax.learner.state import TrainState, abstract_state, init_state
 from spiral_jax.rollout.actor import Actor
 from spiral_jax.rollout.collect import Batch
 from spiral_jax.run.checkpoint import CheckpointError, Checkpoints, Saver
-from spiral_jax.run.guards import NumericsGuard, check_mismatch, watched
+from spiral_jax.run.guards import NumericsGuard, check_mismatch, watched_metrics
 from spiral_jax.run.log import RunLog
 from spiral_jax.run.preemption import Preemption
 from spiral_jax.run.retention import Retention
-from spiral_jax.run.setup import Setup
+from spiral_jax.run.setup import Setup, make_evaluator
 from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
 from spiral_jax.run.trace_log import TraceRows
 from spiral_jax.run.watchdog import Watchdog, deadline
@@ -72,8 +72,8 @@ class TrainingRun:
     def steps(self) -> Iterator[int]:
         """The steps to do, until the run is finished or a preemption notice has come."""
         while not self.finished and not self.preemption.reached():
-            self.profile.at(self.at.step)
-            self.watchdog.starts("step", self.at.step)
+            self.profile.begin(self.at.step)
+            self.watchdog.begin("step", self.at.step)
             self._step_began = time.monotonic()
             yield self.at.step
 
@@ -103,24 +103,26 @@ class TrainingRun:
         if self.finished or (c.checkpoint.every and self.at.step % c.checkpoint.every == 0):
             with self.progress.phase("checkpoint"):
                 self.saver.save(self.at.step, state, self._checkpoint_record())
-        self.watchdog.ends()
+        self.watchdog.end()
 
     def evaluate(self, policy: Any) -> None:
         """Evaluates the policy where that is due, unless it was done before.
 
-        It is due at the start, every `eval.every` steps and at the end; a preemption notice ends it.
+        It is due at the start, every `eval.every` steps and at the end. A preemption notice ends
+        it.
         """
         e, step = self.setup.c.eval, self.at.step
         due = step == 0 or self.finished or bool(e.every and step % e.every == 0)
         if not (e.problems and due) or self.log.is_evaluated(step):
             return
         evaluation = None
-        self.watchdog.starts("evaluation", step)
+        self.watchdog.begin("evaluation", step)
         with self.progress.phase("evaluating"), self.preemption.interruptible():
             evaluation = self.evaluator.evaluate(policy, step)
-        self.watchdog.ends()
+        self.watchdog.end()
         if evaluation is not None:
-            self.log.evaluation(step, *evaluation)
+            row, results = evaluation
+            self.log.add_evaluation(step, row, results)
         self.progress.take_times()  # a step's times are its own
 
     def finish(self, state: TrainState) -> None:
@@ -155,8 +157,8 @@ class TrainingRun:
         metrics["checkpoint/failed_saves"] = float(self.saver.failures)
         traces = None
         if c.trace_log.every and step % c.trace_log.every == 0:
-            traces = self.trace_rows.of(batch)
-        self.log.step(step, metrics, traces)
+            traces = self.trace_rows.make(batch)
+        self.log.add_step(step, metrics, traces)
         self.guard.check_bad_steps(self.log.path, step, batch)
         reward = metrics.get("reward/aggregated", metrics["reward/search"])
         self.progress.step_done(step + 1, reward, sampled, seconds)
@@ -187,7 +189,7 @@ def open_run(setup: Setup, workdir: str) -> Iterator[tuple[TrainingRun, Any, Tra
     )
     with deadline("weights and checkpoint to be read (config.train.wait_s)", c.train.wait_s):
         base, state, at = _start_or_resume(setup, checkpoints)
-    log.go_on(at.step)
+    log.cut_back(at.step)
 
     with contextlib.ExitStack() as stack:
         verifier = stack.enter_context(Verifier(setup.reward, setup.verifier))
@@ -198,12 +200,12 @@ def open_run(setup: Setup, workdir: str) -> Iterator[tuple[TrainingRun, Any, Tra
         preemption = stack.enter_context(Preemption(c.train.grace_s))
         watchdog = stack.enter_context(Watchdog(c.train.watchdog, c.train.wait_s))
         profile = stack.enter_context(StepProfile(c.profile.steps, path))
-        rows = distributed.from_first(lambda: watched(log.metrics()))
+        rows = distributed.from_first(lambda: watched_metrics(log.metrics()))
         run = TrainingRun(
             setup=setup,
             at=at,
             actor=_make_actor(setup, verifier, progress, preemption),
-            evaluator=_make_evaluator(setup, verifier, progress, preemption),
+            evaluator=make_evaluator(setup, verifier, progress, preemption.look),
             log=log,
             saver=Saver(checkpoints, c.checkpoint.max_failures, c.train.wait_s),
             guard=NumericsGuard(c.train.max_bad_steps, c.train.spike, rows),
@@ -217,7 +219,7 @@ def open_run(setup: Setup, workdir: str) -> Iterator[tuple[TrainingRun, Any, Tra
             log.note_start(at.step, c.metrics.writers, config.to_plain(c))
             reports = setup.task.report, setup.sampler.start_report()
             print(*filter(None, reports), sep="\n", flush=True)
-            log.started()
+            log.note_start_up_time()
         yield run, base, state
 
 
@@ -230,7 +232,10 @@ def _start_or_resume(setup: Setup, checkpoints: Checkpoints) -> tuple[Any, Train
     learner, model, mesh = setup.training.learner, setup.model, setup.mesh
     new = checkpoints.latest() is None
     reference = learner.kl_coef > 0 and not model.lora_rank  # KL is to what the run started from
-    params, lora = setup.start.load() if new or reference else (setup.start.load_base(), None)
+    if new or reference:
+        params, lora = setup.start.load()
+    else:
+        params, lora = setup.start.load_base(), None
     base, state = init_state(learner, model, mesh, params, lora)
     if new:
         return base, state, Position()
@@ -259,23 +264,6 @@ def _make_actor(
         sampler=setup.sampler,
         verifier=verifier,
         strategy=setup.strategy if needs_strategies else None,
-        progress=progress,
-        between_chunks=preemption.look,
-    )
-
-
-def _make_evaluator(
-    setup: Setup, verifier: Verifier, progress: Progress, preemption: Preemption
-) -> Evaluator:
-    return Evaluator(
-        settings=setup.evaluation,
-        order=setup.c.aggregation.order,
-        task=setup.task,
-        scaffold=setup.scaffold,
-        sampler=setup.eval_sampler,
-        verifier=verifier,
-        max_error_rate=setup.verifier.max_error_rate,
-        strategy=setup.strategy,
         progress=progress,
         between_chunks=preemption.look,
     )

@@ -3,6 +3,8 @@
     WORKDIR/config.json                    the configuration and `config_digest`
     WORKDIR/starts.jsonl                   one JSON object each time the run starts or resumes
     WORKDIR/metrics.jsonl                  one JSON object a step
+    WORKDIR/evaluations.jsonl              one JSON object an evaluation
+    WORKDIR/evaluations/                   a results.json of each
     WORKDIR/traces/                        see `trace_log`
     WORKDIR/checkpoints/                   see `checkpoint`
 
@@ -25,20 +27,17 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from spiral_jax.core.config import compared, difference, digest_of, without_retired
+from spiral_jax.core.config import as_current, compared, difference, digest_of
 from spiral_jax.core.distributed import is_first
 from spiral_jax.core.errors import UserError
 
 _CONFIG = "config.json"
-_SHARED_WITHIN_S = (
-    90.0  # network file systems remember for up to a minute that a file was not there
-)
+# Network file systems remember for up to a minute that a file was not there.
+_SHARED_WITHIN_S = 90.0
 
 
 class WorkdirError(UserError):
-    """A directory or a log in it that this run cannot use; the message names the path and what to
-    do.
-    """
+    """A directory or a log in it that this run cannot use; names the path and what to do."""
 
 
 def open_workdir(
@@ -50,8 +49,8 @@ def open_workdir(
       path: a directory that is missing, empty, or that of a run with the same configuration.
       config_plain: `config.to_plain(c)`.
       digest: `config.digest(c)`.
-      allow: fields (`room.name`) and rooms that may differ from the run's; they are printed, and
-        config.json becomes the new one.
+      allow: fields (`section.name`) and sections that may differ from the run's; they are printed,
+        and config.json becomes the new one.
 
     Raises:
       WorkdirError: `path` holds a run with another configuration (the message lists every field
@@ -60,8 +59,8 @@ def open_workdir(
     """
     if "://" in os.fspath(path):
         raise WorkdirError(
-            f"--workdir={os.fspath(path)}: logs are appended to and replaced in place, which object stores cannot do. "
-            f"Give a path of a mounted file system."
+            f"--workdir={os.fspath(path)}: logs are appended to and replaced in place, which "
+            "object stores cannot do. Give a path of a mounted file system."
         )
     workdir = Path(path).absolute()
     if not is_first():
@@ -69,52 +68,50 @@ def open_workdir(
         return workdir
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        entries = sorted(
-            entry.name
-            for entry in workdir.iterdir()
-            if entry.name != _temporary(workdir / _CONFIG).name
-        )
+        entries = {entry.name for entry in workdir.iterdir()}
+        entries.discard(_temporary(workdir / _CONFIG).name)  # of a start that was killed
         if not entries:
             _write_config(workdir, config_plain, digest)
             return workdir
     except OSError as error:
         raise WorkdirError(
-            f"--workdir={workdir}: not a directory that can be written ({error}). Give another --workdir."
+            f"--workdir={workdir}: not a directory that can be written ({error}). Give another "
+            "--workdir."
         ) from error
     if _CONFIG not in entries:
-        shown = ", ".join(entries[:5]) + (
-            f" and {len(entries) - 5} more" if len(entries) > 5 else ""
-        )
+        names = sorted(entries)
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise WorkdirError(
-            f"--workdir={workdir}: holds no run (no {_CONFIG}) but is not empty: {shown}. Give a new or an empty one."
+            f"--workdir={workdir}: holds no run (no {_CONFIG}) but is not empty: "
+            f"{', '.join(names[:5])}{more}. Give a new or an empty one."
         )
-    held_config, held_digest = read_config(workdir)
-    changed = difference(compared(held_config), compared(config_plain))
-    lines = [line for line in changed if not _allowed(line.partition(": ")[0], allow)]
-    if (
-        not changed and held_digest != digest
-    ):  # such as 1 and 1.0, equal in Python but not in a digest
-        lines = [f"config_digest: {held_digest!r} -> {digest!r}"]
-    if lines:
-        raise WorkdirError(
-            f"--workdir={workdir}: holds a run with another config (there -> here):\n  "
-            + "\n  ".join(lines)
-            + "\nGive another --workdir, or the values that the run was started with, or name the fields that may "
-            "change in --config.resume.allow."
-        )
-    if changed:
-        print(
-            f"--workdir={workdir}: resumed with another config (there -> here):",
-            *changed,
-            sep="\n  ",
-            flush=True,
-        )
-        with written(workdir):
-            _write_config(workdir, config_plain, digest)
+    _return_to_run(workdir, config_plain, digest, allow)
     return workdir
 
 
-def _allowed(field: str, allow: Sequence[str]) -> bool:
+def _return_to_run(workdir: Path, config_plain: dict, digest: str, allow: Sequence[str]) -> None:
+    """Compares the configuration with the run's, and writes it where it may differ and does."""
+    held_config, held_digest = read_config(workdir)
+    changed = difference(compared(held_config), compared(config_plain))
+    refused = [line for line in changed if not _may_change(line.partition(": ")[0], allow)]
+    if not changed and held_digest != digest:
+        # Such as 1 and 1.0, equal in Python but not in a digest.
+        refused = [f"config_digest: {held_digest!r} -> {digest!r}"]
+    if refused:
+        raise WorkdirError(
+            f"--workdir={workdir}: holds a run with another config (there -> here):\n  "
+            + "\n  ".join(refused)
+            + "\nGive another --workdir, or the values that the run was started with, or name the "
+            "fields that may change in --config.resume.allow."
+        )
+    if changed:
+        announced = f"--workdir={workdir}: resumed with another config (there -> here):"
+        print(announced, *changed, sep="\n  ", flush=True)
+        with writing(workdir):
+            _write_config(workdir, config_plain, digest)
+
+
+def _may_change(field: str, allow: Sequence[str]) -> bool:
     return any(field == name or field.startswith(f"{name}.") for name in allow)
 
 
@@ -125,15 +122,17 @@ def _write_config(workdir: Path, config_plain: dict, digest: str) -> None:
 
 
 def _wait_for_first(workdir: Path) -> None:
-    """Returns when this process sees what process 0 has made; a shared directory may show it
-    seconds later.
+    """Returns when this process sees what process 0 has made.
+
+    A shared directory may show it seconds later.
     """
     end = time.monotonic() + _SHARED_WITHIN_S
     while not (workdir / _CONFIG).exists():
         if time.monotonic() > end:
             raise WorkdirError(
-                f"--workdir={workdir}: process 0 has made it, this host does not see it after {_SHARED_WITHIN_S:g} s. "
-                "All hosts write their part of the checkpoints: give a directory of a file system that they share."
+                f"--workdir={workdir}: process 0 has made it, this host does not see it after "
+                f"{_SHARED_WITHIN_S:g} s. All hosts write their part of the checkpoints: give a "
+                "directory of a file system that they share."
             )
         time.sleep(0.2)
 
@@ -141,12 +140,15 @@ def _wait_for_first(workdir: Path) -> None:
 def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:
     """(plain configuration, its digest) of the run in `workdir`.
 
-    `workdir` may be an address that etils' epath knows (gs://, s3://), as for the other functions
-    that only read. What an earlier version wrote is given as this one would have written it.
+    What an earlier version wrote is returned as this one would have written it.
+
+    Args:
+      workdir: may be an address that etils' epath knows (gs://, s3://), as for the other functions
+        that only read.
 
     Raises:
       WorkdirError: there is none, or it is damaged.
-      ConfigError: a run of an earlier version, of which this one cannot do what it did.
+      ConfigError: a run of an earlier version with a setting that this one no longer has.
     """
     path = epath.Path(workdir) / _CONFIG
     try:
@@ -159,21 +161,22 @@ def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:
             f"{path}: damaged, not the JSON object that a run writes ({type(error).__name__}: "
             f"{error}). Put it back from a copy, or give another --workdir."
         ) from error
-    current = without_retired(content)
+    current = as_current(content)
     return current, digest if current == content else digest_of(current)
 
 
 def read_log(path: epath.Path) -> list[dict]:
-    """All rows of a log that a run may be writing right now: none if it is not there, a torn last
-    line left out.
+    """All rows of a log that a run may be writing right now, without a torn last line.
+
+    None if it is not there.
 
     Raises:
       WorkdirError: a line before the last one is not a row.
     """
-    return [json.loads(line) for line in _whole_lines(path)] if path.exists() else []
+    return [json.loads(line) for line in _complete_lines(path)] if path.exists() else []
 
 
-def _whole_lines(path: epath.Path) -> list[bytes]:
+def _complete_lines(path: epath.Path) -> list[bytes]:
     """The lines that are rows. Raises `WorkdirError`: one before the last is not."""
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
@@ -183,7 +186,8 @@ def _whole_lines(path: epath.Path) -> list[bytes]:
             if number == len(lines):
                 return lines[:-1]
             raise WorkdirError(
-                f"{path}, line {number}: damaged ({error}). Repair or delete this line, then resume."
+                f"{path}, line {number}: damaged ({error}). Repair or delete this line, then "
+                "resume."
             ) from error
     return lines
 
@@ -198,23 +202,21 @@ class StepLog:
         self.path = Path(path)
 
     def append(self, row: dict) -> None:
-        """Writes one line; `row["step"]` is an int. Values: JSON types and numpy or jax scalars and
-        arrays.
+        """Writes one line.
+
+        Args:
+          row: JSON types and numpy or jax scalars and arrays; `row["step"]` is an int.
         """
         _step_of(row)
         if is_first():
-            with written(self.path), open(self.path, "ab") as file:
+            with writing(self.path), open(self.path, "ab") as file:
                 file.write(json_line(row))
 
     def read(self) -> list[dict]:
-        """All rows; none if nothing was written yet. Call `cut_back` first, which repairs a torn
-        last line.
-        """
-        return (
-            [json.loads(line) for line in self.path.read_bytes().splitlines()]
-            if self.path.exists()
-            else []
-        )
+        """All rows, none before the first. Call `cut_back` first, which mends a torn line."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_bytes().splitlines()]
 
     def cut_back(self, step: int) -> int:
         """Keeps only the rows below `step`; returns how many lines were dropped.
@@ -226,16 +228,16 @@ class StepLog:
         """
         if not is_first() or not self.path.exists():
             return 0
-        kept = [
-            line + b"\n" for line in _whole_lines(self.path) if _step_of(json.loads(line)) < step
-        ]
+        rows = _complete_lines(self.path)
+        kept = [line + b"\n" for line in rows if _step_of(json.loads(line)) < step]
         dropped = len(self.path.read_bytes().splitlines()) - len(kept)
-        with written(self.path), replacing(self.path) as file:
+        with writing(self.path), replacing(self.path) as file:
             file.writelines(kept)
         return dropped
 
 
 def _step_of(row: Any) -> int:
+    """Raises `ValueError`: this is no row."""
     step = row.get("step") if isinstance(row, dict) else None
     if not isinstance(step, int):
         raise ValueError(f'{row!r}: a row is an object with an integer "step"')
@@ -243,34 +245,33 @@ def _step_of(row: Any) -> int:
 
 
 def json_line(row: dict) -> bytes:
+    """A row as a line of strict JSON."""
     # ASCII: some readers of lines split at U+2028 too, and a lone surrogate in a decoded text has
     # no UTF-8 form.
     return (json.dumps(_plain(row), allow_nan=False) + "\n").encode("ascii")
 
 
 def _plain(value: Any) -> Any:
+    """The same in JSON types."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):
+    if hasattr(value, "tolist"):  # numpy, jax
         return _plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Says of an `OSError` inside what could not be written and what to look at."""
     try:
         yield
     except OSError as error:
         raise WorkdirError(
-            f"{path}: cannot be written ({error.strerror}). Is the disk full or read only, was the directory removed "
-            "or unmounted? Nothing is lost up to the last checkpoint: mend it, and give the same command again."
+            f"{path}: cannot be written ({error.strerror}). Is the disk full or read only, was the "
+            "directory removed or unmounted? Nothing is lost up to the last checkpoint: mend it, "
+            "and give the same command again."
         ) from error
 
 
@@ -287,3 +288,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")

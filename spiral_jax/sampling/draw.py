@@ -1,5 +1,6 @@
-"""Logits and one uniform number a row -> a token, and its log-prob under the distribution really
-drawn from.
+"""Logits and one uniform number a row -> a token, and its log-prob.
+
+The log-prob is that of the distribution really drawn from: after temperature and cuts.
 """
 
 from __future__ import annotations
@@ -35,8 +36,11 @@ class Draw:
 
 
 def draw_token(draw: Draw, logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int32 token and float32 log-prob, both [...], from logits [..., V] float32 and uniform [...]
-    in [0, 1).
+    """int32 token and float32 log-prob, both [...].
+
+    Args:
+      logits: [..., V] float32.
+      uniform: [...] in [0, 1).
     """
     with jax.named_scope("draw"):
         if draw.temperature == 0:
@@ -48,20 +52,24 @@ def draw_token(draw: Draw, logits: jax.Array, uniform: jax.Array) -> tuple[jax.A
 
 def _cut(draw: Draw, x: jax.Array) -> jax.Array:
     """Logits with what `draw` rules out at -inf; the most likely token always stays."""
-    least = jnp.full(x.shape[:-1], -jnp.inf)
+    least = jnp.full(x.shape[:-1], -jnp.inf)  # the smallest logit that stays
     if draw.top_k:
-        least = jax.lax.top_k(x, min(draw.top_k, x.shape[-1]))[0][..., -1]
+        highest, _ = jax.lax.top_k(x, min(draw.top_k, x.shape[-1]))
+        least = highest[..., -1]
+
     if draw.top_p < 1:
         x = jnp.where(x >= least[..., None], x, -jnp.inf)
         ranked = jnp.sort(x, axis=-1, descending=True)
         mass = jax.nn.softmax(ranked, axis=-1)
-        needed = (
-            jnp.cumsum(mass, axis=-1) - mass < draw.top_p
-        )  # what is more likely does not hold top_p yet
-        needed = needed.at[..., 0].set(True)
-        least = jnp.maximum(least, jnp.min(jnp.where(needed, ranked, jnp.inf), axis=-1))
+        more_likely = jnp.cumsum(mass, axis=-1) - mass
+        # a token is needed while what is more likely does not hold top_p yet
+        needed = (more_likely < draw.top_p).at[..., 0].set(True)
+        least_needed = jnp.min(jnp.where(needed, ranked, jnp.inf), axis=-1)
+        least = jnp.maximum(least, least_needed)
+
     if draw.min_p > 0:
         least = jnp.maximum(least, jnp.max(x, axis=-1) + jnp.log(draw.min_p))
+
     return jnp.where(x >= least[..., None], x, -jnp.inf)
 
 
@@ -81,34 +89,36 @@ def inverse_cdf(logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.A
     V = logits.shape[-1]
     block = min(_BLOCK, V)
     top = jnp.max(logits, axis=-1, keepdims=True)
-    mass = jnp.pad(jnp.exp(logits - top), [(0, 0)] * (logits.ndim - 1) + [(0, -V % block)])
+    to_whole_blocks = [(0, 0)] * (logits.ndim - 1) + [(0, -V % block)]
+    mass = jnp.pad(jnp.exp(logits - top), to_whole_blocks)
     mass = mass.reshape(*logits.shape[:-1], -1, block)
-    coarse = jnp.cumsum(mass.sum(-1), axis=-1)
-    target = (uniform * coarse[..., -1])[..., None]
-    at_block = _first_above(coarse, mass.sum(-1), target)
-    before = jnp.where(
-        at_block > 0, jnp.take_along_axis(coarse, jnp.maximum(at_block - 1, 0), axis=-1), 0.0
-    )
+
+    # the block in which the cumulative sum passes the target
+    of_block = mass.sum(-1)
+    upto_block = jnp.cumsum(of_block, axis=-1)
+    total = upto_block[..., -1]
+    target = (uniform * total)[..., None]
+    at_block = _first_above(upto_block, of_block, target)
+
+    # the token inside it
+    upto_last_block = jnp.take_along_axis(upto_block, jnp.maximum(at_block - 1, 0), axis=-1)
+    before = jnp.where(at_block > 0, upto_last_block, 0.0)
     inside = jnp.take_along_axis(mass, at_block[..., None], axis=-2)[..., 0, :]
-    token = (at_block * block + _first_above(before + jnp.cumsum(inside, axis=-1), inside, target))[
-        ..., 0
-    ]
-    logprob = jnp.take_along_axis(logits - top, token[..., None], axis=-1)[..., 0] - jnp.log(
-        coarse[..., -1]
-    )
-    return token.astype(jnp.int32), logprob
+    at_token = _first_above(before + jnp.cumsum(inside, axis=-1), inside, target)
+    token = at_block * block + at_token
+
+    logprob = jnp.take_along_axis(logits - top, token, axis=-1)[..., 0] - jnp.log(total)
+    return token[..., 0].astype(jnp.int32), logprob
 
 
 def _first_above(cumulative: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
-    """Index [..., 1] of the first entry with mass above target; rounding may leave none, then of
-    the last with mass.
+    """Index [..., 1] of the first entry with mass whose cumulative sum is above the target.
 
-    A parallel cumulative sum adds in another order at each entry, so it may step, even up, where
-    the mass is zero.
+    Rounding may leave none: then of the last entry with mass. A parallel cumulative sum adds in
+    another order at each entry, so it may step, even up, where the mass is zero.
     """
     has_mass = mass > 0
     above = has_mass & (cumulative > target)
     last_with_mass = mass.shape[-1] - 1 - jnp.argmax(has_mass[..., ::-1], axis=-1, keepdims=True)
-    return jnp.where(
-        above.any(-1, keepdims=True), jnp.argmax(above, axis=-1, keepdims=True), last_with_mass
-    )
+    first_above = jnp.argmax(above, axis=-1, keepdims=True)
+    return jnp.where(above.any(-1, keepdims=True), first_above, last_with_mass)

@@ -60,7 +60,7 @@ class Sampler(Protocol):
         """Begins to sample what `feed` gives; whoever iterates over the result drives it."""
 
 
-class _Listed:
+class _RequestsFeed:
     """A feed of requests that are all there from the start."""
 
     def __init__(self, requests: GroupRequests):
@@ -83,16 +83,17 @@ def sample(sampler: Sampler, weights: Any, requests: GroupRequests) -> Groups:
 
     Raises:
       ValueError: there are none, or two have the same id, so that they would get the same random
-      numbers.
+        numbers.
     """
     if len(requests) == 0:
         raise ValueError("requests: none; at least one group must be asked for.")
     ids = [tuple(group_id) for group_id in requests.id_Ux6.tolist()]
     if len(set(ids)) != len(ids):
         raise ValueError(
-            "requests.id_Ux6: two groups have the same id, so they would get the same random numbers."
+            "requests.id_Ux6: two groups have the same id, "
+            "so they would get the same random numbers."
         )
-    feed = _Listed(requests)
+    feed = _RequestsFeed(requests)
     for _ in sampler.stream(weights, feed):
         pass
     return concat_groups([feed.groups[group_id] for group_id in ids])

@@ -164,7 +164,7 @@ class Seats:
         is_full = step >= here.G
 
         def helps(there: SlotClass) -> bool:
-            return there.G > step if is_full else there.C < here.C
+            return step < there.G if is_full else there.C < here.C
 
         def narrowest_then_shortest(j: int) -> tuple[int, int]:
             return self._classes[j].C, self._classes[j].G

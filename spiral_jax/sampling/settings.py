@@ -1,4 +1,4 @@
-"""What the sampler is told, frozen: the model, how tokens are drawn, the slots and their schedule."""
+"""What the sampler is told, frozen: model, draws, slots, schedule; and the checks of all that."""
 
 from __future__ import annotations
 

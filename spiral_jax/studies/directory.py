@@ -50,8 +50,8 @@ class StudyDirectory:
 
     def evaluations(self, arm: str, seed: int) -> list[pathlib.Path]:
         """The results.json of a run's finished evaluations, by step."""
-        of_run = self.path / "evaluations" / arm / f"seed_{seed}"
-        return sorted(of_run.glob("step_*/results.json"))
+        folder = self.path / "evaluations" / arm / f"seed_{seed}"
+        return sorted(folder.glob("step_*/results.json"))
 
     def log(self, arm: str, seed: int, stage: str) -> pathlib.Path:
         return self.path / "logs" / f"{arm}_seed_{seed}_{stage}.log"

@@ -36,14 +36,14 @@ _SMOOTHED = 3  # points before and after each one of a training curve that its m
 _MOST_BANDS = 4  # arms whose intervals are shown: more would hide each other; the tables have them
 
 
-def plot_study(found: Mapping[str, Any], out: pathlib.Path) -> list[pathlib.Path]:
-    """Writes the pictures of what `gather` found beside `out`; returns their paths."""
+def plot_study(gathered: Mapping[str, Any], out: pathlib.Path) -> list[pathlib.Path]:
+    """Writes the pictures of what `gather` returns beside `out`; returns their paths."""
     figures = {
-        "arms": _arms(found),
-        "mixed": _mixed(found),
-        "pass_at_k": _pass_at_k(found),
-        "rsa": _rsa(found),
-        "training": _training(found),
+        "arms": _arms(gathered),
+        "mixed": _mixed(gathered),
+        "pass_at_k": _pass_at_k(gathered),
+        "rsa": _rsa(gathered),
+        "training": _training(gathered),
     }
     paths = []
     for name, figure in figures.items():
@@ -53,38 +53,38 @@ def plot_study(found: Mapping[str, Any], out: pathlib.Path) -> list[pathlib.Path
     return paths
 
 
-def _look(found: Mapping[str, Any], arm: str) -> dict[str, Any]:
+def _look(gathered: Mapping[str, Any], arm: str) -> dict[str, Any]:
     """One colour and dash for each arm in all pictures; the base is grey."""
     if arm == BASE:
         return {"color": GREY, "linestyle": "-."}
-    place = [name for name in found["arms"] if name != BASE].index(arm)
+    place = [name for name in gathered["arms"] if name != BASE].index(arm)
     dash = place // len(DISTINCT) % len(_DASHES)
     return {"color": DISTINCT[place % len(DISTINCT)], "linestyle": _DASHES[dash]}
 
 
-def _measures_of_runs(found: Mapping[str, Any], arm: str) -> list[dict[str, float]]:
+def _measures_measured(gathered: Mapping[str, Any], arm: str) -> list[dict[str, float]]:
     """What each evaluated run of an arm has measured."""
-    runs = [run for run in found["runs"] if run["arm"] == arm]
+    runs = [run for run in gathered["runs"] if run["arm"] == arm]
     return [run["measures"] for run in runs if "measures" in run]
 
 
-def _arms(found: Mapping[str, Any]) -> Figure:
+def _arms(gathered: Mapping[str, Any]) -> Figure:
     """The first measure of every arm: mean and interval, a dot for each seed."""
-    measure = found["measures"][0]
+    measure = gathered["measures"][0]
     values = {
-        arm: row["measures"][measure] for arm, row in found["arms"].items() if row["measures"]
+        arm: row["measures"][measure] for arm, row in gathered["arms"].items() if row["measures"]
     }
     arms = sorted(values, key=lambda arm: values[arm]["mean"])
     figure = new_figure(7.6, 1.4 + 0.42 * len(arms))
     axes = figure.subplots()
     for y, arm in enumerate(arms):
-        value, color = values[arm], _look(found, arm)["color"]
+        value, color = values[arm], _look(gathered, arm)["color"]
         axes.hlines(y, 100 * value["low"], 100 * value["high"], color=color, linewidth=2)
         axes.plot(100 * value["mean"], y, "D", color=color, markersize=6, zorder=3)
-        seeds = [100 * measures[measure] for measures in _measures_of_runs(found, arm)]
+        seeds = [100 * measures[measure] for measures in _measures_measured(gathered, arm)]
         axes.plot(seeds, [y + 0.22] * len(seeds), "o", color=color, markersize=3, alpha=0.6)
-    if found["optimum"] and measure == "aggregated":
-        best = 100 * found["optimum"]["aggregated"]["mean"]
+    if gathered["optimum"] and measure == "aggregated":
+        best = 100 * gathered["optimum"]["aggregated"]["mean"]
         axes.axvline(best, color=GREY, linestyle="--", linewidth=1)
         _annotate_line(axes, "best possible", best, -0.55)
     axes.set_yticks(range(len(arms)), arms)
@@ -110,14 +110,14 @@ def _annotate_line(axes: Axes, text: str, x: float, y: float, rotation: int = 0)
     )
 
 
-def _mixed(found: Mapping[str, Any]) -> Figure | None:
+def _mixed(gathered: Mapping[str, Any]) -> Figure | None:
     """Of every run, how many sets are mixed and how often the aggregated answer is right.
 
     The line is how the base reads mixed and other sets: what is above or below it is due to
     reading, and what is along it to search.
     """
-    best = found["optimum"]
-    if not best or not {"mixed", "aggregated"} <= set(found["measures"]):
+    best = gathered["optimum"]
+    if not best or not {"mixed", "aggregated"} <= set(gathered["measures"]):
         return None
     figure = new_figure(7.6, 5.0)
     axes = figure.subplots()
@@ -126,16 +126,16 @@ def _mixed(found: Mapping[str, Any]) -> Figure | None:
     axes.axvline(100 * best["mixed"], color=GREY, linestyle="--", linewidth=1)
     most = "most that independent traces allow"
     _annotate_line(axes, most, 100 * best["mixed"], ends[0], rotation=90)
-    for place, arm in enumerate(found["arms"]):
-        of_runs = _measures_of_runs(found, arm)
-        if not of_runs:
+    for place, arm in enumerate(gathered["arms"]):
+        measured = _measures_measured(gathered, arm)
+        if not measured:
             continue
         axes.plot(
-            [100 * measures["mixed"] for measures in of_runs],
-            [100 * measures["aggregated"] for measures in of_runs],
+            [100 * measures["mixed"] for measures in measured],
+            [100 * measures["aggregated"] for measures in measured],
             _MARKERS[place % len(_MARKERS)],
             fillstyle="full" if place < len(_MARKERS) else "none",
-            color=_look(found, arm)["color"],
+            color=_look(gathered, arm)["color"],
             markersize=6,
             alpha=0.8,
             label=arm,
@@ -150,41 +150,43 @@ def _mixed(found: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def _pass_at_k(found: Mapping[str, Any]) -> Figure:
+def _pass_at_k(gathered: Mapping[str, Any]) -> Figure:
     title = "Coverage: is any of k independent traces right?"
-    figure, axes = _curves(found, "pass_at_k", "k", title)
-    most = max(row["k"] for curves in found["curves"].values() for row in curves["pass_at_k"])
+    figure, axes = _curves(gathered, "pass_at_k", "k", title)
+    most = max(row["k"] for curves in gathered["curves"].values() for row in curves["pass_at_k"])
     count_axis(axes, "k, traces sampled for a problem", most)
     axes.set_ylabel("pass@k (% of problems)")
     return figure
 
 
-def _rsa(found: Mapping[str, Any]) -> Figure:
-    figure, axes = _curves(found, "rsa", "round", "Recursive self-aggregation, by round")
+def _rsa(gathered: Mapping[str, Any]) -> Figure:
+    figure, axes = _curves(gathered, "rsa", "round", "Recursive self-aggregation, by round")
     round_axis(axes)
     axes.set_ylabel("right answers (%)")
     return figure
 
 
-def _curves(found: Mapping[str, Any], name: str, x: str, title: str) -> tuple[Figure, Axes]:
+def _curves(gathered: Mapping[str, Any], name: str, x: str, title: str) -> tuple[Figure, Axes]:
     """A curve of each arm; `x` is the field of its rows that the figure goes along."""
     figure = new_figure(9.0, 5.0)
     axes = figure.subplots()
-    band = len(found["curves"]) <= _MOST_BANDS
-    for arm, curves in found["curves"].items():
+    band = len(gathered["curves"]) <= _MOST_BANDS
+    for arm, curves in gathered["curves"].items():
         at = [row[x] for row in curves[name]]
-        plot_curve(axes, at, curves[name], label=arm, band=band, **_look(found, arm))
+        plot_curve(axes, at, curves[name], label=arm, band=band, **_look(gathered, arm))
     figure.legend(loc="outside right upper", fontsize="small")
     set_title(axes, title)
     tidy(axes)
     return figure, axes
 
 
-def _training(found: Mapping[str, Any]) -> Figure | None:
+def _training(gathered: Mapping[str, Any]) -> Figure | None:
     """Rewards, and entropy of search traces, over sampled tokens: an arm's mean over its runs."""
     runs = {
-        arm: [run["training"] for run in found["runs"] if run["arm"] == arm and "training" in run]
-        for arm in found["arms"]
+        arm: [
+            run["training"] for run in gathered["runs"] if run["arm"] == arm and "training" in run
+        ]
+        for arm in gathered["arms"]
     }
     if not any(runs.values()):
         return None
@@ -193,11 +195,11 @@ def _training(found: Mapping[str, Any]) -> Figure | None:
     lines: dict[str, Any] = {}
 
     def plot_panel(axes: Axes, curve: str, title: str, ylabel: str, scale: float) -> None:
-        for arm, of_arm in runs.items():
-            having = [run for run in of_arm if curve in run]
-            if having:
-                tokens, value = mean_over_runs(having, curve)
-                look = _look(found, arm)
+        for arm, arm_runs in runs.items():
+            with_curve = [run for run in arm_runs if curve in run]
+            if with_curve:
+                tokens, value = mean_over_runs(with_curve, curve)
+                look = _look(gathered, arm)
                 (lines[arm],) = axes.plot(tokens, scale * value, linewidth=1.5, label=arm, **look)
         axes.set_xlabel("sampled tokens")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))

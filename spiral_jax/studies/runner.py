@@ -32,7 +32,7 @@ from spiral_jax.studies.directory import StudyDirectory, pair_name
 from spiral_jax.studies.processes import Processes
 
 _DESCRIBE = (
-    "import json; from spiral_jax.run import environment; print(json.dumps(environment.describe()))"
+    "import json; from spiral_jax.run import provenance; print(json.dumps(provenance.describe()))"
 )
 _MOST_SAID = 500  # characters of what a failed command said
 
@@ -84,7 +84,7 @@ class Runner:
     """Runs the commands of a study.
 
     Attributes:
-      environment: `environment.describe` of the runs.
+      environment: `provenance.describe` of the runs.
       lock: the study's, which its processes hold too.
       programs: directory where they find each other's compiled programs. It lives as long as the
         study's command: what is compiled for one machine's CPUs may not run on another's.
@@ -103,8 +103,8 @@ class Runner:
     def runs_of(self, seed: int) -> Iterator[functools.partial[None]]:
         """`run_arm` of every arm that has the seed."""
         runs = self.study.runs
-        for number, (arm, of_run) in enumerate(runs, start=1):
-            if of_run == seed:
+        for number, (arm, run_seed) in enumerate(runs, start=1):
+            if run_seed == seed:
                 yield functools.partial(self.run_arm, arm, seed, f"{number}/{len(runs)}")
 
     def pairs_of(self, seed: int) -> Iterator[functools.partial[None]]:
@@ -257,7 +257,7 @@ def _lock(directory: StudyDirectory) -> Iterator[IO]:
 
 
 def _describe_environment() -> dict[str, Any]:
-    """`environment.describe` of the runs, asked in a process like theirs."""
+    """`provenance.describe` of the runs, asked in a process like theirs."""
     done = subprocess.run(
         [sys.executable, "-c", _DESCRIBE], capture_output=True, text=True, check=False
     )

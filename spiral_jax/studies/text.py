@@ -1,4 +1,4 @@
-"""What `gather` found -> OUT.md, OUT.json and pictures."""
+"""What `gather` returns -> OUT.md, OUT.json and pictures."""
 
 from __future__ import annotations
 
@@ -41,36 +41,36 @@ _HOW_TO_READ = (
 )
 
 
-def write_study(study: Study, found: Mapping[str, Any], out: pathlib.Path) -> str:
+def write_study(study: Study, gathered: Mapping[str, Any], out: pathlib.Path) -> str:
     """Writes the report, its numbers and its pictures; returns the report."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = plot_study(found, out)
-    out.with_suffix(".json").write_text(_json(found) + "\n")
-    text = markdown(study, found, [picture.name for picture in pictures])
+    pictures = plot_study(gathered, out)
+    out.with_suffix(".json").write_text(_json(gathered) + "\n")
+    text = markdown(study, gathered, [picture.name for picture in pictures])
     out.with_suffix(".md").write_text(text)
     return text
 
 
-def list_failures(found: Mapping[str, Any]) -> list[str]:
+def list_failures(gathered: Mapping[str, Any]) -> list[str]:
     """A line for each claim that does not hold, and each run or pair that is not done."""
-    lines = [f"claim: {row['claim']}" for row in found["claims"] if row["verdict"] != "holds"]
-    for run in found["runs"]:
+    lines = [f"claim: {row['claim']}" for row in gathered["claims"] if row["verdict"] != "holds"]
+    for run in gathered["runs"]:
         if run["state"] != "done":
             lines.append(f"not done: {run['arm']} seed {run['seed']}")
-    for row in found["cross"]:
+    for row in gathered["cross"]:
         if not row["measures"] or row.get("errors"):
             lines.append(f"not done: search of {row['searcher']}, read by {row['reader']}")
     return lines
 
 
-def _json(found: Mapping[str, Any]) -> str:
+def _json(gathered: Mapping[str, Any]) -> str:
     """JSON with a line for each run, arm, gap and claim."""
 
     def dump(value: Any) -> str:
         return json.dumps(value, allow_nan=False)
 
     parts = []
-    for name, value in found.items():
+    for name, value in gathered.items():
         if name in ("runs", "claims", "cross"):
             lines = ",\n  ".join(dump(row) for row in value)
             parts.append(f"{dump(name)}: [\n  {lines}\n ]")
@@ -82,46 +82,46 @@ def _json(found: Mapping[str, Any]) -> str:
     return "{\n " + ",\n ".join(parts) + "\n}"
 
 
-def markdown(study: Study, found: Mapping[str, Any], pictures: Sequence[str]) -> str:
+def markdown(study: Study, gathered: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """The report; a part without content is left out."""
-    measure, baseline = found["measures"][0], found["baseline"]
+    measure, baseline = gathered["measures"][0], gathered["baseline"]
     parts = {
-        "What was claimed before the runs": _claims(found),
-        "What is possible": _optimum(found),
-        "Results": _results(found),
-        f"Search of one, read by another: {measure}": _cross(found),
-        f"Gaps to {baseline}, paired over seeds and problems (points)": _gaps(found),
-        f"Samples for equal coverage, against {baseline}": _efficiency(found),
-        "Arms": _arms(found),
-        "Training: means over an arm's runs": _training(found),
-        "Runs": _runs(found),
+        "What was claimed before the runs": _claims(gathered),
+        "What is possible": _optimum(gathered),
+        "Results": _results(gathered),
+        f"Search of one, read by another: {measure}": _cross(gathered),
+        f"Gaps to {baseline}, paired over seeds and problems (points)": _gaps(gathered),
+        f"Samples for equal coverage, against {baseline}": _efficiency(gathered),
+        "Arms": _arms(gathered),
+        "Training: means over an arm's runs": _training(gathered),
+        "Runs": _runs(gathered),
         "Pictures": "\n".join(f"![{name}]({name})" for name in pictures),
         "How to read this": _HOW_TO_READ,
         "Notes": study.notes,
     }
     sections = [f"## {title}\n\n{text}" for title, text in parts.items() if text]
-    return "\n\n".join([*_head(study, found), *sections]) + "\n"
+    return "\n\n".join([*_head(study, gathered), *sections]) + "\n"
 
 
-def _head(study: Study, found: Mapping[str, Any]) -> list[str]:
+def _head(study: Study, gathered: Mapping[str, Any]) -> list[str]:
     """The paragraphs above the first section."""
-    settings, problems = found["settings"], found["problems"]
-    done = sum(run["state"] == "done" for run in found["runs"])
+    settings, problems, runs = gathered["settings"], gathered["problems"], gathered["runs"]
+    done = sum(run["state"] == "done" for run in runs)
     paragraphs = [
         f"# {study.title}",
         study.question,
-        f"{done} of {len(found['runs'])} runs are done, in {found['seconds'] / 3600:.1f} hours, "
-        f"added up over trainings and evaluations, of which {found['at_once']} ran at once. "
-        f"Machine: {'; '.join(found['machines'])}. Commit: {', '.join(found['commits'])}. Written "
-        f"by `python -m spiral_jax.study --config={study.file} --report`.",
+        f"{done} of {len(runs)} runs are done, in {gathered['seconds'] / 3600:.1f} hours, added up "
+        f"over trainings and evaluations, of which {gathered['at_once']} ran at once. Machine: "
+        f"{'; '.join(gathered['machines'])}. Commit: {', '.join(gathered['commits'])}. Written by "
+        f"`python -m spiral_jax.study --config={study.file} --report`.",
         f"Evaluation: {problems['count']} held-out problems of {problems['task']} at "
         f"T = {settings['temperature']:g}: n = {settings['n']} traces each, {settings['subsets']} "
         f"disjoint sets of {settings['subset_size']}, {settings['traces']} aggregations of each; "
         f"RSA with a population of {settings['population']}, sets of {settings['set_size']}, "
         f"{settings['rounds']} rounds.",
     ]
-    if found["unnamed"]:
-        unnamed = ", ".join(found["unnamed"])
+    if gathered["unnamed"]:
+        unnamed = ", ".join(gathered["unnamed"])
         paragraphs.append(f"In the directory, but not in the configuration: {unnamed}.")
     return [paragraph for paragraph in paragraphs if paragraph]
 
@@ -134,9 +134,9 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def _claims(found: Mapping[str, Any]) -> str:
+def _claims(gathered: Mapping[str, Any]) -> str:
     rows = []
-    for claim in found["claims"]:
+    for claim in gathered["claims"]:
         seeds = claim["gap"]["seeds"] if claim["gap"] else 0
         rows.append([claim["claim"], _measured(claim), seeds, f"**{claim['verdict']}**"])
     return _table(["claim", "measured", "seeds", "verdict"], rows)
@@ -154,23 +154,23 @@ def _measured(claim: Mapping[str, Any]) -> str:
     return percent(gap, "+" if unit == "points" else "")
 
 
-def _results(found: Mapping[str, Any]) -> str:
+def _results(gathered: Mapping[str, Any]) -> str:
     rows = []
-    for arm, row in found["arms"].items():
+    for arm, row in gathered["arms"].items():
         measures = row["measures"]
         seeds = next(iter(measures.values()))["seeds"] if measures else 0
-        cells = [percent(measures[m]) if measures else DASH for m in found["measures"]]
+        cells = [percent(measures[m]) if measures else DASH for m in gathered["measures"]]
         rows.append([arm, seeds, *cells])
-    if found["optimum"]:
-        best = found["optimum"]
+    if gathered["optimum"]:
+        best = gathered["optimum"]
         known = {"aggregated": percent(best["aggregated"]), "mixed": f"{100 * best['mixed']:.1f}"}
-        rows.append(["best possible", "", *(known.get(m, "") for m in found["measures"])])
-    return _table(["arm", "seeds", *found["measures"]], rows)
+        rows.append(["best possible", "", *(known.get(m, "") for m in gathered["measures"])])
+    return _table(["arm", "seeds", *gathered["measures"]], rows)
 
 
-def _optimum(found: Mapping[str, Any]) -> str:
+def _optimum(gathered: Mapping[str, Any]) -> str:
     """The bound and what it is made of."""
-    best = found["optimum"]
+    best = gathered["optimum"]
     if not best:
         return ""
     V, S = best["strategies"], best["subset_size"]
@@ -183,10 +183,12 @@ def _optimum(found: Mapping[str, Any]) -> str:
     )
 
 
-def _cross(found: Mapping[str, Any]) -> str:
-    measure = found["measures"][0]
-    arms = list(dict.fromkeys(row["searcher"] for row in found["cross"]))
-    cell = {(row["searcher"], row["reader"]): _cross_cell(row, measure) for row in found["cross"]}
+def _cross(gathered: Mapping[str, Any]) -> str:
+    measure = gathered["measures"][0]
+    arms = list(dict.fromkeys(row["searcher"] for row in gathered["cross"]))
+    cell = {
+        (row["searcher"], row["reader"]): _cross_cell(row, measure) for row in gathered["cross"]
+    }
     rows = [[searcher, *(cell[searcher, reader] for reader in arms)] for searcher in arms]
     return _table(["search \\ aggregation", *arms], rows)
 
@@ -203,34 +205,40 @@ def _escape(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _gaps(found: Mapping[str, Any]) -> str:
+def _gaps(gathered: Mapping[str, Any]) -> str:
     rows = []
-    for arm, gaps in found["gaps"].items():
-        in_order = [gaps[measure] for measure in found["measures"]]
+    for arm, gaps in gathered["gaps"].items():
+        in_order = [gaps[measure] for measure in gathered["measures"]]
         rows.append([arm, *(DASH if gap is None else percent(gap, "+") for gap in in_order)])
-    return _table(["arm", *found["measures"]], rows)
+    return _table(["arm", *gathered["measures"]], rows)
 
 
-def _efficiency(found: Mapping[str, Any]) -> str:
+def _efficiency(gathered: Mapping[str, Any]) -> str:
     rows = []
-    for arm, row in found["efficiency"].items():
+    for arm, row in gathered["efficiency"].items():
         ratio = f"{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}]"
         ratio += f" ({row['bound']})" if row["bound"] else ""
         coverage = f"{100 * row['coverage']:.1f}"
         rows.append([arm, coverage, f"{row['samples_a']:.1f}", f"{row['samples_b']:.1f}", ratio])
-    heads = ["arm", "coverage (%)", f"samples, {found['baseline']}", "samples, arm", "times fewer"]
+    heads = [
+        "arm",
+        "coverage (%)",
+        f"samples, {gathered['baseline']}",
+        "samples, arm",
+        "times fewer",
+    ]
     return _table(heads, rows)
 
 
-def _arms(found: Mapping[str, Any]) -> str:
+def _arms(gathered: Mapping[str, Any]) -> str:
     rows = []
-    for arm, row in found["arms"].items():
+    for arm, row in gathered["arms"].items():
         if "estimator" in row:  # the base has no training
             rows.append([arm, *(_count(row.get(key)) for key in _BUDGET), len(row["seeds"])])
     return _table(["arm", *_BUDGET.values(), "seeds"], rows)
 
 
-def _training(found: Mapping[str, Any]) -> str:
+def _training(gathered: Mapping[str, Any]) -> str:
     heads = [
         "arm",
         "steps",
@@ -245,8 +253,8 @@ def _training(found: Mapping[str, Any]) -> str:
         "aggregation (%)",
     ]
     rows = []
-    for arm in found["arms"]:
-        runs = [run for run in found["runs"] if run["arm"] == arm and "steps" in run]
+    for arm in gathered["arms"]:
+        runs = [run for run in gathered["runs"] if run["arm"] == arm and "steps" in run]
         if not runs:
             continue
         row = [
@@ -271,17 +279,17 @@ def _mean(runs: Sequence[Mapping[str, Any]], key: str, decimals: int, scale: flo
     return f"{scale * np.mean(values):,.{decimals}f}" if values else DASH
 
 
-def _runs(found: Mapping[str, Any]) -> str:
+def _runs(gathered: Mapping[str, Any]) -> str:
     rows = []
-    for run in found["runs"]:
+    for run in gathered["runs"]:
         row = [run["arm"], run["seed"], run["state"]]
         row += [_count(run.get(key)) for key in ("steps", "sampled_tokens", "seconds")]
-        for measure in found["measures"]:
+        for measure in gathered["measures"]:
             value = run.get("measures", {}).get(measure)
             row.append(DASH if value is None else f"{100 * value:.1f}")
         rows.append([*row, _escape(run["error"])])
     costs = ["steps", "sampled tokens", "seconds"]
-    return _table(["arm", "seed", "state", *costs, *found["measures"], "error"], rows)
+    return _table(["arm", "seed", "state", *costs, *gathered["measures"], "error"], rows)
 
 
 def _count(value: Any) -> str:

@@ -6,6 +6,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from spiral_jax.core.config import require
+
 
 @dataclasses.dataclass(frozen=True)
 class VerifierSettings:
@@ -28,11 +30,17 @@ class VerifierSettings:
 
     @classmethod
     def from_config(cls, verifier: ConfigDict) -> VerifierSettings:
-        """Of config.verifier."""
+        """Checks config.verifier. Raises `ConfigError`."""
+        v, names = verifier, list(verifier.environment)
+        require(v.workers >= 1, "verifier.workers", v.workers, ">= 1")
+        for field in ("timeout_s", "memory_gb"):
+            require(v[field] > 0, f"verifier.{field}", v[field], "> 0")
+        are_names = all(isinstance(name, str) and name for name in names)
+        require(are_names, "verifier.environment", names, "a tuple of names of variables")
         return cls(
-            workers=verifier.workers,
-            timeout_s=verifier.timeout_s,
-            memory_gb=verifier.memory_gb,
-            environment=tuple(verifier.environment),
-            max_error_rate=verifier.max_error_rate,
+            workers=v.workers,
+            timeout_s=v.timeout_s,
+            memory_gb=v.memory_gb,
+            environment=tuple(names),
+            max_error_rate=v.max_error_rate,
         )

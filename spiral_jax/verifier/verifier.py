@@ -22,8 +22,9 @@ from spiral_jax.verifier.settings import VerifierSettings
 
 
 class Verifier:
-    """Verifies answers with one reward function, in child processes that `close` ends; a context
-    manager.
+    """Verifies answers with one reward function, in child processes that `close` ends.
+
+    A context manager, which closes.
 
     Args:
       reward: "math" or "package.module:function", a function (text of a trace, problem) -> True,

@@ -1,6 +1,4 @@
-"""Problems from parquet files and data sets, what is there twice, and the tool that makes the
-paper's files.
-"""
+"""Problems from parquet files and data sets, what is there twice, and the paper's files."""
 
 import hashlib
 import json
@@ -31,9 +29,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 def row(text="What is 1?", answer="1", index=None, source="gsm8k", system=None):
     messages = [{"role": "system", "content": system}] if system is not None else []
     return {
-        "data_source": source, "prompt": [*messages, {"role": "user", "content": text}], "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": answer}, "extra_info": {"split": "train", "index": index},
-    }  # fmt: skip
+        "data_source": source,
+        "prompt": [*messages, {"role": "user", "content": text}],
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": answer},
+        "extra_info": {"split": "train", "index": index},
+    }
 
 
 def write(path, rows, **options) -> str:
@@ -263,13 +264,14 @@ def test_the_real_package_reads_a_local_directory_without_a_network(tmp_path, mo
         "import sys; from spiral_jax.tasks import hub\n"
         "task = hub.task(sys.argv[1], '', 'train', 'test', 'problem', 'answer', 0)\n"
         "print(sorted(task.train(i).text for i in range(2)), task.held_out(0).answer)\n"
-        "for name, split in ((sys.argv[1], 'absent'), (sys.argv[1] + '-no', 'train'), ('org/no-such-set', 'train')):\n"
+        "absent = (sys.argv[1] + '-no', 'train'), ('org/no-such-set', 'train')\n"
+        "for name, split in ((sys.argv[1], 'absent'), *absent):\n"
         "    try: hub.task(name, '', split, '', 'problem', 'answer', 0)\n"
         "    except hub.TaskError as error: print(f'refused: {error}'.replace(chr(10), ' '))\n"
     )
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "set")], cwd=ROOT, env=env, text=True,
-                          capture_output=True, timeout=300)  # fmt: skip
+    command = [sys.executable, "-c", script, str(tmp_path / "set")]
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300)
     lines = done.stdout.splitlines()
     assert lines[0] == "['1?', '2?'] 3", done.stderr[-3000:]
     assert len(lines) == 4 and all(
@@ -288,9 +290,12 @@ def test_what_makes_another_problem_stays_and_what_does_not_goes():
 
 def test_repeats_and_overlap_are_those_of_a_comparison_of_all_pairs():
     rng = np.random.default_rng(0)
+
+    def random_text():
+        return f"{' ' * rng.integers(3)}{'Pp'[rng.integers(2)]}{rng.integers(12)}"
+
     for _ in range(30):
-        texts = [[f"{' ' * rng.integers(3)}{'Pp'[rng.integers(2)]}{rng.integers(12)}" for _ in range(rng.integers(12))]
-                 for _ in range(2)]  # fmt: skip
+        texts = [[random_text() for _ in range(rng.integers(12))] for _ in range(2)]
         train, held_out = (
             [Problem(f"{split}:{i}", text, str(rng.integers(2))) for i, text in enumerate(part)]
             for split, part in zip(("train", "held_out"), texts, strict=True)
@@ -316,15 +321,12 @@ def test_the_report_counts_all_and_shows_some():
     held_out = [Problem("held_out:0", "X ", "False"), Problem("held_out:1", "new", "1")]
     lines = describe(find_overlap(train, held_out)).splitlines()
     assert lines[0] == "data: 1,006 training problems, 2 held-out ones"
-    assert (
-        lines[1]
-        == "  5 training problems repeat an earlier one: train:1 = train:0, train:2 = train:0, train:3 = train:0, ..."
-    )
-    assert lines[2] == "  1 held-out problems are also trained on: held_out:0 = train:0"
-    assert (
-        lines[3] == "  1 of these have another reference answer than their twin: train:3 = train:0"
-    )
-    assert "as they are" in lines[4] and len(lines) == 5
+    repeats, trained_on, contradictions, advice = lines[1:]
+    assert repeats.startswith("  5 training problems repeat")
+    assert repeats.endswith(": train:1 = train:0, train:2 = train:0, train:3 = train:0, ...")
+    assert "1 held-out problems are also trained on: held_out:0 = train:0" in trained_on
+    assert "1 of these have another reference answer" in contradictions
+    assert contradictions.endswith(": train:3 = train:0") and "as they are" in advice
 
 
 def test_duplicates_are_used_and_reported_when_a_run_starts(tmp_path):
@@ -360,8 +362,17 @@ def test_load_task_hands_each_format_its_fields(tmp_path, shelf):
     assert [load(c).train(i) for i in range(6)] == [expected.train(i) for i in range(6)]
     shelf["org/set", "main", "part"] = [{"q": f"{i}?", "r": i} for i in range(6)]
     shelf["org/set", "main", "rest"] = [{"q": "x?", "r": 1}]
-    c.task.update({"name": "hf", "dataset": "org/set", "subset": "main", "split_train": "part", "split_eval": "rest",
-                   "problem_column": "q", "answer_column": "r"})  # fmt: skip
+    c.task.update(
+        {
+            "name": "hf",
+            "dataset": "org/set",
+            "subset": "main",
+            "split_train": "part",
+            "split_eval": "rest",
+            "problem_column": "q",
+            "answer_column": "r",
+        }
+    )
     expected = hub.task("org/set", "main", "part", "rest", "q", "r", 5)
     assert [load(c).train(i) for i in range(6)] == [expected.train(i) for i in range(6)]
     assert load(c).fingerprint == expected.fingerprint and load(c).held_out(0).text == "x?"

@@ -1,6 +1,4 @@
-"""Launch scripts: clean in shellcheck, dry runs that need none of the clusters' tools, manifests
-that fit a schema.
-"""
+"""Launch scripts: shellcheck, dry runs without the clusters' tools, manifests that fit a schema."""
 
 import json
 import os
@@ -31,9 +29,8 @@ JOBSET = ["launch/gke_jobset.py", "--name=spiral", "--image=registry/spiral_jax:
 
 
 def bash(*arguments, **env):
-    settings = {
-        key: value for key, value in os.environ.items() if not key.startswith("SLURM_")
-    } | env
+    outside_slurm = {key: os.environ[key] for key in os.environ if not key.startswith("SLURM_")}
+    settings = outside_slurm | env
     return subprocess.run(
         ["bash", *arguments], cwd=ROOT, capture_output=True, text=True, env=settings, timeout=60
     )
@@ -56,8 +53,8 @@ def commands(output):
 
 def test_shellcheck_finds_nothing():
     shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
-    found = subprocess.run([shellcheck, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
-    assert len(SCRIPTS) > 5 and found.returncode == 0, found.stdout + found.stderr
+    done = subprocess.run([shellcheck, "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert len(SCRIPTS) > 5 and done.returncode == 0, done.stdout + done.stderr
 
 
 # TPU VMs
@@ -68,11 +65,9 @@ TPU = ["launch/tpu_pod.sh", "spiral", "v5litepod-64", "us-west4-b", "/mnt/spiral
 
 def trains(words):
     """The words that a worker's shell makes of a command for all workers; None if it is another."""
-    of_workers = [
-        word.removeprefix("--command=") for word in words if word.startswith("--command=")
-    ]
+    command = next((word for word in words if word.startswith("--command=")), "")
     return (
-        shlex.split(of_workers[0]) if of_workers and "spiral_jax.train" in of_workers[0] else None
+        shlex.split(command.removeprefix("--command=")) if "spiral_jax.train" in command else None
     )
 
 
@@ -80,14 +75,12 @@ def test_a_dry_run_of_a_tpu_pod_prints_every_command_and_keeps_the_flags(without
     done = bash(TPU[0], "--dry_run", *TPU[1:], SHARE="10.0.0.2:/share", PATH=without_tools)
     assert done.returncode == 0, done.stderr
     create, archive, copy, install, train, delete = commands(done.stdout)
-    assert (
-        create[:5] == ["gcloud", "compute", "tpus", "queued-resources", "create"]
-        and "--spot" in create
-    )
-    assert (
-        "--accelerator-type=v5litepod-64" in create
-        and "--runtime-version=v2-alpha-tpuv5-lite" in create
-    )
+    assert create[:5] == ["gcloud", "compute", "tpus", "queued-resources", "create"]
+    assert {
+        "--spot",
+        "--accelerator-type=v5litepod-64",
+        "--runtime-version=v2-alpha-tpuv5-lite",
+    } <= set(create)
     assert archive[:2] == ["git", "archive"] and copy[4] == "scp" and "--worker=all" in copy
     assert "10.0.0.2:/share /mnt/spiral" in str(install) and "requirements-tpu.txt" in str(install)
     expected = [
@@ -209,18 +202,19 @@ def test_slurm_without_a_job_or_a_workdir_is_an_error():
 
 def test_every_sbatch_option_is_one_of_sbatch():
     """With those of https://slurm.schedmd.com/sbatch.html that the script may use."""
-    known = {"job-name", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "exclusive", "requeue",
-             "open-mode", "output"}  # fmt: skip
+    known = (
+        "job-name nodes ntasks-per-node gpus-per-node cpus-per-task exclusive requeue open-mode "
+        "output"
+    )
     lines = (ROOT / "launch" / "slurm_gpu.sbatch").read_text().splitlines()
     options = [
         line.removeprefix("#SBATCH --").split("=")[0]
         for line in lines
         if line.startswith("#SBATCH")
     ]
-    assert set(options) <= known and len(options) == len(set(options))
-    assert lines[0].startswith("#!") and all(
-        line.startswith("#SBATCH") for line in lines[1 : len(options) + 1]
-    )
+    assert set(options) <= set(known.split()) and len(options) == len(set(options))
+    assert lines[0].startswith("#!")
+    assert all(line.startswith("#SBATCH") for line in lines[1 : len(options) + 1])
 
 
 # Kubernetes
@@ -253,14 +247,11 @@ def test_a_jobset_fits_the_schema_and_its_slice(slice, accelerator, hosts, witho
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == accelerator
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == slice.split(":")[1]
     (train,) = pod["containers"]
-    assert train["command"][-2:] == [
-        "spiral_jax.train",
-        "--preempted_exit_code=143",
-    ]  # ends as a failure: all again
+    # ends as a failure, so that all start again
+    assert train["command"][-2:] == ["spiral_jax.train", "--preempted_exit_code=143"]
     assert train["args"] == ["--workdir=/mnt/spiral/r", *FLAGS]
-    assert {volume["name"] for volume in pod["volumes"]} == {
-        mount["name"] for mount in train["volumeMounts"]
-    }
+    mounted = {mount["name"] for mount in train["volumeMounts"]}
+    assert {volume["name"] for volume in pod["volumes"]} == mounted
 
 
 @pytest.mark.parametrize(

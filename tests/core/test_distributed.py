@@ -158,9 +158,7 @@ def test_a_process_that_nobody_joins_says_whom_it_waited_for():
 
 @pytest.mark.slow
 def test_processes_exchange_and_a_checkpoint_goes_from_mesh_to_mesh(tmp_path):
-    """2 x 4 devices -> 1 x 8 -> 2 x 4 cut along other axes; every process checks the values that it
-    holds.
-    """
+    """2 x 4 devices -> 1 x 8 -> 2 x 4 cut along other axes; each process checks what it holds."""
     at = f"--directory={tmp_path / 'checkpoints'}"
     first = launch([*WORKER, "exchange", "checkpoint", at, "--mesh=2,2,2"], 2, 4)
     assert [done.returncode for done in first] == [0, 0], first

@@ -176,7 +176,9 @@ def test_limits_go_where_their_traces_go():
     np.testing.assert_array_equal(groups.take([2, 0]).requests.limit_UxC, limit_UxC[[2, 0]])
     np.testing.assert_array_equal(groups.first(2).requests.limit_UxC, limit_UxC[:, :2])
     np.testing.assert_array_equal(groups.cut_at(3).requests.limit_UxC, np.minimum(limit_UxC, 3))
-    population = groups.as_population(random_groups(2, 3, seed=5).requests)
+    search = with_limits(random_groups(2, 3, seed=5)).requests
+    assert random_groups(4, 6).as_population(search).requests.limit_UxC is None
+    population = groups.as_population(search)
     np.testing.assert_array_equal(population.requests.limit_UxC, limit_UxC.reshape(2, 2 * C))
     assert_same(concat_groups([groups.take([0]), groups.take([1, 2, 3])]), groups)
 

@@ -31,8 +31,11 @@ def test_any_cut_into_micro_batches_in_a_jitted_loop_gives_the_mean_and_maximum_
     @jax.jit
     def run(values_PxT, mask_PxT):
         start = empty(jax.eval_shape(measure, values_PxT[0], mask_PxT[0]))
-        body = lambda p, carry: merge(carry, measure(values_PxT[p], mask_PxT[p]))  # noqa: E731
-        return jax.lax.fori_loop(0, parts, body, start)
+
+        def add_part(p, carry):
+            return merge(carry, measure(values_PxT[p], mask_PxT[p]))
+
+        return jax.lax.fori_loop(0, parts, add_part, start)
 
     result = divide(jax.device_get(run(values.reshape(parts, -1), mask.reshape(parts, -1))))
     kept = values[mask > 0].astype(np.float64)

@@ -202,6 +202,11 @@ CUTS = {
     "step": (),
     "count": (),
 }
+CUTS |= {
+    name.replace("layers/", "last_layer/"): cut[1:]
+    for name, cut in CUTS.items()
+    if name.startswith("layers/")
+}
 
 
 @pytest.mark.devices8

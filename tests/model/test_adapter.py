@@ -1,6 +1,4 @@
-"""LoRA adapters in PEFT's format: what PEFT wrote we run, what we write PEFT runs, and what differs
-is an error.
-"""
+"""LoRA adapters in PEFT's format: what PEFT wrote we run, and what we write PEFT runs."""
 
 import dataclasses
 import json
@@ -8,7 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 from small_model import forward, on_mesh, random_ids, rows_of
 
@@ -32,11 +29,12 @@ def base(request, qwen3_checkpoint, llama_checkpoint):
 
 def random_lora(config, mesh):
     """A and B both random, large enough to be seen in the logits."""
-    make = lambda path, leaf: np.random.default_rng([*path_name(path).encode()]).normal(
-        0, 0.1, leaf.shape
-    )  # noqa: E731
+
+    def make(path, leaf):
+        rng = np.random.default_rng([*path_name(path).encode()])
+        return rng.normal(0, 0.1, leaf.shape).astype(np.float32)
+
     tree = jax.tree_util.tree_map_with_path(make, abstract_lora(config))
-    tree = jax.tree.map(lambda a: a.astype(np.float32), tree)
     return jax.device_put(tree, weight_shardings(tree, mesh))
 
 
@@ -170,6 +168,7 @@ def test_a_missing_or_damaged_adapter_is_an_error_with_its_path(saved, mesh, tmp
 def test_adapters_are_placed_as_the_table_says(saved, mesh):
     directory, config = saved
     lora = load_adapter(directory, config, mesh)
-    assert ConfigDict(lora).layers.q.a.shape == (3, 48, 4)
+    assert lora["layers"]["q"]["a"].shape == (2, 48, 4)
+    assert lora["last_layer"]["q"]["a"].shape == (48, 4)
     expected = weight_shardings(abstract_lora(config), mesh)
     assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding == s, lora, expected))

@@ -38,12 +38,16 @@ def c(request):
     return CONFIGS[request.param]()
 
 
-def learner(c):
-    """Its settings; every other one is checked on the way."""
+def learner_of(c):
     return check_training(c).training.learner
 
 
+def stages_of(c):
+    return check_training(c).training.stages.stages()
+
+
 def longest_prompt(stage):
+    """Up to 1,024 tokens of the problem, and all candidates."""
     return 1024 + (stage.set_size * stage.reads.max_tokens if stage.reads else 0)
 
 
@@ -51,34 +55,29 @@ def classes_of(c):
     return tuple(SlotClass(*row) for row in c.sampling.classes)
 
 
-def shapes(tree):
-    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
-
-
 def count(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def test_config_is_valid_and_every_longest_group_has_a_bucket(c):
-    training = check_training(c).training
-    for stage in training.stages.stages():
-        P, G = longest_prompt(stage), stage.max_tokens
-        widest_P, widest_G = training.learner.shapes[stage.role].lengths[-1]
-        assert widest_P >= P and widest_G >= G
-        assert any(slots.P >= P and slots.G >= G for slots in classes_of(c))
+    shapes = learner_of(c).shapes
+    for stage in stages_of(c):
+        longest = longest_prompt(stage), stage.max_tokens
+        P, G = shapes[stage.role].lengths[-1]
+        assert longest[0] <= P and longest[1] <= G
+        assert any(longest[0] <= slots.P and longest[1] <= slots.G for slots in classes_of(c))
 
 
 def test_both_runs_may_sample_98304_tokens_a_problem(c):
-    tokens = 0
-    for stage in check_training(c).training.stages.stages():
-        sets = len(stage.sets(0, 0)) if stage.sets else 1
-        tokens += sets * stage.traces * stage.max_tokens
-    assert tokens == 98_304
+    groups = check_training(c).training.stages.groups(problems=1)
+    sampled = [groups[stage.role] * stage.traces * stage.max_tokens for stage in stages_of(c)]
+    assert sum(sampled) == 98_304
 
 
 def test_grpo_differs_from_spiral_in_its_rollout_and_in_nothing_else():
-    plain = [to_plain(make()) for make in CONFIGS.values()]
-    assert {line.split(":")[0] for line in difference(*plain)} == {
+    spiral, grpo = (to_plain(make()) for make in CONFIGS.values())
+    changed = {line.split(":")[0] for line in difference(spiral, grpo)}
+    assert changed == {
         "loss.estimator",
         "search.traces",
         "search.max_tokens",
@@ -88,9 +87,13 @@ def test_grpo_differs_from_spiral_in_its_rollout_and_in_nothing_else():
     }
 
 
+def shapes_and_dtypes(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
 def test_parameters_are_4022_million_with_66_million_in_adapters(c, mesh):
     model = hf.model_config(ARCH, c.model)
-    base, state = hf.abstract_params(model), abstract_state(learner(c), model, mesh)
+    base, state = hf.abstract_params(model), abstract_state(learner_of(c), model, mesh)
     assert count(base) == ARCH.parameters == 4_022_468_096
     assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {jnp.dtype("bfloat16")}
     assert count(state.trained) == 66_060_288
@@ -107,16 +110,16 @@ def test_one_host_of_eight_devices_holds_an_eighth_of_the_base_and_a_small_state
         total = 0
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             spec = weight_spec(path_name(path), leaf.shape, planned)
-            devices = math.prod(planned.shape[axis] for axis in spec if axis)
-            total += math.prod(leaf.shape) * leaf.dtype.itemsize // devices
+            cuts = math.prod(planned.shape[axis] for axis in spec if axis)
+            total += math.prod(leaf.shape) * leaf.dtype.itemsize // cuts
         return total
 
     norms = ARCH.L * (2 * ARCH.D + 2 * ARCH.E) + ARCH.D  # alone whole on every device
     assert bytes_a_device(hf.abstract_params(model)) == 2 * ((ARCH.parameters - norms) // 8 + norms)
-    # of an adapter, [in, rank] or [rank, out] is cut along D: b of o and down, a of the others
+    # an adapter's [in, rank] or [rank, out] is cut along D alone; of o, down: b, of the others: a
     whole = ARCH.L * 32 * (ARCH.H * ARCH.E + ARCH.F + (ARCH.H + 2 * ARCH.J) * ARCH.E + 2 * ARCH.F)
     adapters = whole + (66_060_288 - whole) // 8
-    state = abstract_state(learner(c), model, mesh)
+    state = abstract_state(learner_of(c), model, mesh)
     assert bytes_a_device(state) == 4 * (3 * adapters + 3)  # weights, two moments; counts
     multiple = group_count_multiple(planned)
     assert c.batch.search_groups % multiple == c.batch.aggregation_groups % multiple == 0
@@ -124,15 +127,14 @@ def test_one_host_of_eight_devices_holds_an_eighth_of_the_base_and_a_small_state
 
 
 def test_train_step_returns_the_state_in_its_shapes_and_dtypes(c, mesh):
-    model = hf.model_config(ARCH, c.model)
-    state = abstract_state(learner(c), model, mesh)
-    step, base = make_train_step(learner(c), model), hf.abstract_params(model)
+    model, learner = hf.model_config(ARCH, c.model), learner_of(c)
+    state, blocks = abstract_state(learner, model, mesh), abstract_blocks(learner.shapes)
     with jax.set_mesh(mesh):
-        after, metrics = jax.eval_shape(step, state, base, abstract_blocks(learner(c).shapes))
-    assert shapes(after) == shapes(state)
-    for role in learner(c).shapes:
-        for name in ("loss", "grad_norm", "entropy"):
-            assert f"{name}/{role.label}" in metrics
+        step = make_train_step(learner, model)
+        after, metrics = jax.eval_shape(step, state, hf.abstract_params(model), blocks)
+    assert shapes_and_dtypes(after) == shapes_and_dtypes(state)
+    for role in learner.shapes:
+        assert {f"{name}/{role.label}" for name in ("loss", "grad_norm", "entropy")} < set(metrics)
     assert all(leaf.shape == () and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(metrics))
 
 
@@ -147,13 +149,13 @@ def test_every_program_of_the_sampler_traces_at_its_full_shapes(c, mesh):
         for i in schedule.entries():
             ready = abstract_prefilled(settings, schedule, i)
             new = admission_shapes(settings, schedule, i)
-            program = functools.partial(enter, settings)
-            _, token, logprob = jax.eval_shape(program, states[i], ready, new)
-            assert token.shape == logprob.shape == (*new.slot_ZxW.shape, classes[i].C)
+            entered = jax.eval_shape(functools.partial(enter, settings), states[i], ready, new)
+            shape = (*new.slot_ZxW.shape, classes[i].C)
+            assert entered.token_ZxWxC.shape == entered.logprob_ZxWxC.shape == shape
         layout = RowLayout(classes, group_count_multiple(mesh))
         step = functools.partial(decode_step, settings, layout)
         after, token, logprob = jax.eval_shape(step, weights, tuple(states))
     assert schedule.moves()
     assert math.prod(token.shape) == sum(slots.rows for slots in classes)
     assert logprob.dtype == jnp.float32
-    assert shapes(after) == shapes(tuple(states))
+    assert shapes_and_dtypes(after) == shapes_and_dtypes(tuple(states))

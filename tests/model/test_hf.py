@@ -1,6 +1,4 @@
-"""Weights from and to Hugging Face directories: exact, placed as the table says, and never silently
-incomplete.
-"""
+"""Weights from and to Hugging Face directories: exact, placed by the table, never incomplete."""
 
 import json
 
@@ -41,9 +39,7 @@ def checkpoint(request, qwen3_checkpoint):
 
 @pytest.fixture
 def rewrite(qwen3_checkpoint, tmp_path):
-    """(change, tied) -> a checkpoint with the same config.json whose tensors went through
-    `change(dict)`.
-    """
+    """(change, tied) -> a checkpoint whose tensors went through `change(dict)`."""
 
     def write(change, tied=False):
         source, _ = qwen3_checkpoint(num_key_value_heads=2, tie_word_embeddings=tied)
@@ -61,20 +57,28 @@ def load(directory, mesh, **options):
     return config, hf.load_params(directory, config, mesh)
 
 
-def by_hand(state, layers=3):
-    """transformers' state dict as our tree: stacked layers, kernels [in, out]."""
+def by_hand(state, L=3):
+    """transformers' state dict as our tree: L - 1 layers stacked, kernels [in, out]."""
     state = {name: tensor.detach().numpy() for name, tensor in state.items()}
-    stack = lambda name: np.stack(
-        [state[f"model.layers.{layer}.{name}.weight"] for layer in range(layers)]
-    )  # noqa: E731
-    tree = {"embed": state["model.embed_tokens.weight"], "final_norm": state["model.norm.weight"]}
-    ours = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    tree["layers"] = {name: stack(theirs) for name, theirs in ours.items()}
-    tree["layers"] |= {name: stack(f"self_attn.{name}") for name in ("q_norm", "k_norm")}
     rooms = dict.fromkeys("qkvo", "self_attn") | dict.fromkeys(("gate", "up", "down"), "mlp")
-    tree["layers"] |= {
-        n: {"kernel": stack(f"{room}.{n}_proj").transpose(0, 2, 1)} for n, room in rooms.items()
-    }
+
+    def layer(number):
+        at = f"model.layers.{number}"
+        return {
+            "attention_norm": state[f"{at}.input_layernorm.weight"],
+            "mlp_norm": state[f"{at}.post_attention_layernorm.weight"],
+            "q_norm": state[f"{at}.self_attn.q_norm.weight"],
+            "k_norm": state[f"{at}.self_attn.k_norm.weight"],
+        } | {
+            name: {"kernel": state[f"{at}.{room}.{name}_proj.weight"].T}
+            for name, room in rooms.items()
+        }
+
+    tree = {"embed": state["model.embed_tokens.weight"], "final_norm": state["model.norm.weight"]}
+    tree["last_layer"] = layer(L - 1)
+    if L > 1:
+        stack = [layer(number) for number in range(L - 1)]
+        tree["layers"] = jax.tree.map(lambda *arrays: np.stack(arrays), *stack)
     return tree
 
 
@@ -88,8 +92,19 @@ def test_every_value_is_loaded_where_it_belongs(checkpoint, mesh):
     assert_equal(params, expected)
 
 
+def test_a_single_layer_is_the_last_one(qwen3_checkpoint, mesh, tmp_path):
+    directory, model = qwen3_checkpoint(num_hidden_layers=1, tie_word_embeddings=True)
+    config, params = load(directory, mesh)
+    assert_equal(params, by_hand(model.state_dict(), L=1))
+    hf.save_params(tmp_path, params, config, (5,))
+    saved, source = (load_file(d / "model.safetensors") for d in (tmp_path, directory))
+    assert saved.keys() == source.keys()
+    for name, array in source.items():
+        np.testing.assert_array_equal(saved[name], array, err_msg=name)
+
+
 class Transfer:
-    """An array on its way to the devices, whose host memory is in use until someone waits for it."""
+    """An array on its way to the devices; its host memory is in use until someone waits for it."""
 
     def __init__(self, array):
         self.array, self.arrived = array, False
@@ -100,9 +115,7 @@ class Transfer:
 
 
 def test_one_parameter_at_a_time_is_on_its_way_to_the_devices(checkpoint, mesh, monkeypatch):
-    """On a busy machine copies lag behind reading: a run of all tests once held two parameters and
-    a third.
-    """
+    """On a busy machine copies lag behind reading: a run once held two parameters and more."""
     started, make = [], jax.make_array_from_callback
 
     def start(shape, sharding, read):
@@ -117,13 +130,22 @@ def test_one_parameter_at_a_time_is_on_its_way_to_the_devices(checkpoint, mesh, 
 
 # What each device of a 2 x 2 x 2 mesh holds: fsdp and tensor each cut one axis of a matrix in half.
 # V = 97 is odd.
-SHARDS = {
-    "embed": (97, 24), "head": (24, 97), "final_norm": (48,),
-    "layers/attention_norm": (3, 48), "layers/mlp_norm": (3, 48), "layers/q_norm": (3, 16), "layers/k_norm": (3, 16),
-    "layers/q/kernel": (3, 24, 48), "layers/k/kernel": (3, 24, 16), "layers/v/kernel": (3, 24, 16),
-    "layers/o/kernel": (3, 48, 24), "layers/gate/kernel": (3, 24, 40), "layers/up/kernel": (3, 24, 40),
-    "layers/down/kernel": (3, 40, 24),
-}  # fmt: skip
+LAYER_SHARDS = {
+    "attention_norm": (48,),
+    "mlp_norm": (48,),
+    "q_norm": (16,),
+    "k_norm": (16,),
+    "q/kernel": (24, 48),
+    "k/kernel": (24, 16),
+    "v/kernel": (24, 16),
+    "o/kernel": (48, 24),
+    "gate/kernel": (24, 40),
+    "up/kernel": (24, 40),
+    "down/kernel": (40, 24),
+}
+SHARDS = {"embed": (97, 24), "head": (24, 97), "final_norm": (48,)}
+SHARDS |= {f"layers/{name}": (2, *shape) for name, shape in LAYER_SHARDS.items()}
+SHARDS |= {f"last_layer/{name}": shape for name, shape in LAYER_SHARDS.items()}
 
 
 @pytest.mark.devices8
@@ -132,12 +154,10 @@ def test_loading_on_eight_devices_equals_one_and_each_holds_its_share(qwen3_chec
     if jax.device_count() != 8:
         pytest.skip("needs 8 devices")
     directory, model = qwen3_checkpoint(num_key_value_heads=2, tie_word_embeddings=False)
-    _, params = load(
-        directory, make_mesh(ConfigDict(dict(zip(("data", "fsdp", "tensor"), shape, strict=True))))
-    )
-    assert_equal(
-        params, by_hand(model.state_dict()) | {"head": model.lm_head.weight.detach().numpy().T}
-    )
+    sizes = ConfigDict(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
+    _, params = load(directory, make_mesh(sizes))
+    head = {"head": model.lm_head.weight.detach().numpy().T}
+    assert_equal(params, by_hand(model.state_dict()) | head)
     if shape != (2, 2, 2):
         return
     assert leaves(params).keys() == SHARDS.keys()
@@ -164,15 +184,13 @@ def test_files_of_every_dtype_load_in_the_dtype_of_the_parameters(rewrite, mesh,
         ("head", "lm_head.weight", True),
         ("layers/down/kernel", "model.layers.{}.mlp.down_proj.weight", True),
         ("layers/q_norm", "model.layers.{}.self_attn.q_norm.weight", False),
+        ("last_layer/down/kernel", "model.layers.2.mlp.down_proj.weight", True),
     ):
-        arrays = (
-            [file[theirs.format(layer)] for layer in range(3)]
-            if "layers/" in name
-            else [file[theirs]]
-        )
+        stacked = name.startswith("layers/")
+        arrays = [file[theirs.format(layer)] for layer in range(2 if stacked else 1)]
+        assert {array.dtype for array in arrays} == {np.dtype(DTYPES[stored])}
         arrays = [(array.T if transposed else array).astype(DTYPES[wanted]) for array in arrays]
-        expected = np.stack(arrays) if "layers/" in name else arrays[0]
-        assert file[theirs.format(0)].dtype == DTYPES[stored]
+        expected = np.stack(arrays) if stacked else arrays[0]
         found = leaves(params)[name]
         assert found.dtype == wanted
         np.testing.assert_array_equal(np.asarray(found), expected)
@@ -188,7 +206,7 @@ def test_a_missing_tensor_is_an_error_that_names_it_and_its_shape(rewrite, mesh)
         ("lm_head.weight", "97, 48"),
     ):
         directory = rewrite(lambda tensors, name=name: tensors.pop(name))
-        with pytest.raises(hf.WeightsError, match=rf"{name} is missing \(shape \[{shape}\]"):
+        with pytest.raises(hf.WeightsError, match=rf"{name} is missing.*\[{shape}\]"):
             load(directory, mesh)
 
 
@@ -197,9 +215,7 @@ def test_a_missing_tensor_is_an_error_that_names_it_and_its_shape(rewrite, mesh)
 )
 def test_a_tensor_that_we_would_ignore_is_an_error_that_names_it(rewrite, mesh, name):
     directory = rewrite(lambda tensors: tensors.update({name: np.zeros((80, 48), np.float32)}))
-    with pytest.raises(
-        hf.WeightsError, match=f"1 tensors are not part of this architecture, first {name}"
-    ):
+    with pytest.raises(hf.WeightsError, match=f"not part of this architecture.* {name}"):
         load(directory, mesh)
 
 
@@ -211,10 +227,8 @@ def test_the_rope_constants_that_old_files_store_are_no_weights(rewrite, mesh):
 @pytest.mark.parametrize(
     "name, change",
     [
-        (
-            "model.layers.2.self_attn.q_proj.weight",
-            lambda a: a.T,
-        ),  # [in, out] where theirs is [out, in]
+        # [in, out] where theirs is [out, in]
+        ("model.layers.2.self_attn.q_proj.weight", lambda a: a.T),
         ("model.layers.0.self_attn.k_norm.weight", lambda a: a[:8]),
         ("model.embed_tokens.weight", lambda a: a[:96]),
         ("model.norm.weight", lambda a: a[None]),
@@ -231,10 +245,8 @@ def test_a_tensor_of_another_shape_is_an_error_with_both_shapes(rewrite, mesh, n
     directory = rewrite(misshape)
     with pytest.raises(hf.WeightsError) as error:
         load(directory, mesh)
-    assert all(
-        part in str(error.value)
-        for part in (name, f"config.json says {shapes[0]}", f"shape {shapes[1]}")
-    )
+    for part in (name, f"config.json says {shapes[0]}", f"shape {shapes[1]}"):
+        assert part in str(error.value)
 
 
 def test_a_corrupt_file_is_an_error_with_its_path(rewrite, mesh):
@@ -242,14 +254,8 @@ def test_a_corrupt_file_is_an_error_with_its_path(rewrite, mesh):
     file = directory / "model.safetensors"
     whole = file.read_bytes()
     header = int.from_bytes(whole[:8], "little")
-    for content in (
-        whole[:-1],
-        whole[: 8 + header + 100],
-        whole[: 8 + header // 2],
-        whole[:5],
-        b"",
-        b"\xff" * 100,
-    ):
+    cuts = [len(whole) - 1, 8 + header + 100, 8 + header // 2, 5, 0]
+    for content in (*(whole[:cut] for cut in cuts), b"\xff" * 100):
         file.write_bytes(content)
         with pytest.raises(hf.WeightsError, match=f"{file}: corrupt"):
             load(directory, mesh)
@@ -276,14 +282,11 @@ def test_a_stored_head_beside_tied_embeddings_must_be_the_embedding(rewrite, mes
     ):
         load(rewrite(contradict, tied=True), mesh)
 
+    def misshape(tensors):
+        tensors["lm_head.weight"] = np.zeros((4, 4), np.float32)
+
     with pytest.raises(hf.WeightsError, match="lm_head.weight differs"):
-        load(
-            rewrite(
-                lambda tensors: tensors.update({"lm_head.weight": np.zeros((4, 4), np.float32)}),
-                tied=True,
-            ),
-            mesh,
-        )
+        load(rewrite(misshape, tied=True), mesh)
 
 
 def test_a_directory_that_is_not_there_is_an_error_that_names_the_field(tmp_path):
@@ -321,10 +324,7 @@ def test_what_the_hub_does_not_give_is_an_error_with_its_reason(monkeypatch):
         raise OSError("no route to host\nand much more")
 
     monkeypatch.setattr(hf, "snapshot_download", download)
-    with pytest.raises(
-        ConfigError,
-        match=r"'org/model': no such directory, and the Hub did not .*\(no route to host\)",
-    ):
+    with pytest.raises(ConfigError, match=r"hf_path = 'org/model'.*Hub.*no route to host\)"):
         hf.resolve_path("org/model")
 
 
@@ -354,10 +354,8 @@ def test_what_we_save_gives_the_same_logits_in_transformers(checkpoint, mesh, tm
     assert not any(info[kind] for kind in info), info  # nothing missing, unexpected or mismatched
     assert loaded.config.tie_word_embeddings == config.arch.tied and loaded.dtype == torch.float32
     ids = torch.tensor(np.random.default_rng(0).integers(0, 97, (2, 12)))
-    with torch.no_grad():
-        assert torch.equal(
-            loaded.eval()(ids).logits, model(ids).logits
-        )  # the same numbers in the same program
+    with torch.no_grad():  # the same numbers in the same program
+        assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
     assert loaded.generation_config.eos_token_id == [5, 6]
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [5, 6]}
 
@@ -365,17 +363,12 @@ def test_what_we_save_gives_the_same_logits_in_transformers(checkpoint, mesh, tm
 def test_saved_parameters_of_an_unusual_layout_are_written_in_full(
     qwen3_checkpoint, mesh, tmp_path
 ):
-    """Transposed and sliced arrays are views; a writer that copies their buffers would scramble
-    them.
-    """
+    """Such arrays are views; a writer that copies their buffers would scramble them."""
     directory, _ = qwen3_checkpoint(num_key_value_heads=2, tie_word_embeddings=False)
     config, params = load(directory, mesh)
     views = jax.tree.map(lambda a: np.asfortranarray(np.asarray(a)), params)
     hf.save_params(tmp_path, views, config, (5,))
-    source, saved = (
-        load_file(directory / "model.safetensors"),
-        load_file(tmp_path / "model.safetensors"),
-    )
+    source, saved = (load_file(d / "model.safetensors") for d in (directory, tmp_path))
     assert saved.keys() == source.keys()
     for name, array in source.items():
         np.testing.assert_array_equal(saved[name], array, err_msg=name)
@@ -391,8 +384,5 @@ def test_what_is_trained_is_float32_and_a_frozen_base_has_the_configured_dtype(q
     )
     c.lora_rank = 0
     full = hf.model_config(arch, c)
-    assert (
-        full.param_dtype == jnp.float32
-        and full.compute_dtype == jnp.bfloat16
-        and full.lora_rank == 0
-    )
+    assert (full.param_dtype, full.compute_dtype) == (jnp.float32, jnp.bfloat16)
+    assert full.lora_rank == 0

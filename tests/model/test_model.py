@@ -1,8 +1,10 @@
-"""The model against itself along every way to run it: padding, adapters, scan, decoding, narrow
-numbers.
+"""The model against itself along every way to run it.
+
+Padding, adapters, scan, a single layer, decoding, narrow numbers.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -27,10 +29,16 @@ from small_model import (
 from spiral_jax.core import mesh as meshes
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.attention.caches import decode_attention, prefix_attention
+from spiral_jax.model.attention.groups import Lengths
 from spiral_jax.model.cache import cache_entries, empty_cache, write_entries
-from spiral_jax.model.cache_attention import decode_attention, prefix_attention
-from spiral_jax.model.group_attention import Lengths
-from spiral_jax.model.transformer import Block, ModelConfig, init_variables, rms_norm
+from spiral_jax.model.transformer import (
+    DecoderLayer,
+    ModelConfig,
+    init_variables,
+    rms_norm,
+    unstack_layers,
+)
 
 pytestmark = pytest.mark.devices8
 
@@ -43,7 +51,7 @@ LORA = ModelConfig(ARCH, lora_rank=4, lora_alpha=6.0)
 
 @quickly_compiled
 def loss_and_gradient(config, variables, prompt, prompt_len, trace, weight):
-    """(weighted sum of trace log-probs, those), and its gradient with respect to every collection."""
+    """(weighted sum of trace log-probs, those), and its gradient by every collection."""
 
     def loss(variables):
         logprob, _ = group_logprobs(config, variables, prompt, prompt_len, trace, 1.0, 512)
@@ -74,7 +82,9 @@ def random_variables(config, mesh):
 
 
 def relative_l2(tree, expected):
-    flat = lambda t: np.concatenate([np.ravel(a) for a in jax.tree.leaves(t)], dtype=np.float64)  # noqa: E731
+    def flat(tree):
+        return np.concatenate([np.ravel(a) for a in jax.tree.leaves(tree)], dtype=np.float64)
+
     return np.linalg.norm(flat(tree) - flat(expected)) / np.linalg.norm(flat(expected))
 
 
@@ -132,15 +142,19 @@ def test_padding_changes_neither_logprobs_nor_gradient(mesh):
 
 
 def fresh_adapter(mesh):
-    make = lambda: init_variables(LORA, jax.random.key(1))["lora"]  # noqa: E731
+    def make():
+        return init_variables(LORA, jax.random.key(1))["lora"]
+
     return jax.jit(make, out_shardings=meshes.weight_shardings(jax.eval_shape(make), mesh))()
 
 
 def test_a_fresh_adapter_changes_nothing(mesh):
     params, fresh = random_variables(LORA, mesh)["params"], fresh_adapter(mesh)
     for name in PROJECTIONS:
-        a, b = np.asarray(fresh["layers"][name]["a"]), np.asarray(fresh["layers"][name]["b"])
-        assert not b.any() and len(set(a[:, 0, 0])) == 3
+        layers = [layer["lora"][name] for layer in unstack_layers({"lora": fresh}, 3)]
+        assert not any(np.asarray(layer["b"]).any() for layer in layers)
+        a = np.stack([layer["a"] for layer in layers])
+        assert len(set(a[:, 0, 0])) == 3
         np.testing.assert_allclose(a.std(), a.shape[1] ** -0.5, rtol=0.2)
     expected = on_mesh(forward, mesh, BASE, {"params": params}, random_ids())
     found = on_mesh(forward, mesh, LORA, {"params": params, "lora": fresh}, random_ids())
@@ -151,13 +165,13 @@ def test_a_fresh_adapter_changes_nothing(mesh):
 def test_an_adapter_equals_weights_merged_by_hand(mesh):
     variables, ids = random_variables(LORA, mesh), random_ids()
     merged = jax.tree.map(np.array, variables["params"])
-    for name in PROJECTIONS:
-        a, b = (np.asarray(variables["lora"]["layers"][name][part], np.float64) for part in "ab")
-        update = np.stack([6.0 / 4 * a[layer] @ b[layer] for layer in range(3)])
+    for room, name in itertools.product(("layers", "last_layer"), PROJECTIONS):
+        adapter = variables["lora"][room][name]
+        a, b = (np.asarray(adapter[part], np.float64) for part in "ab")
+        update = 6.0 / 4 * a @ b  # of each layer, where they are stacked
         assert np.abs(update).max() > 0.01
-        merged["layers"][name]["kernel"] = (merged["layers"][name]["kernel"] + update).astype(
-            np.float32
-        )
+        kernel = merged[room][name]["kernel"]
+        merged[room][name]["kernel"] = (kernel + update).astype(np.float32)
     merged = jax.device_put(merged, meshes.weight_shardings(merged, mesh))
     expected = on_mesh(forward, mesh, BASE, {"params": merged}, ids)
     found = on_mesh(forward, mesh, LORA, variables, ids)
@@ -175,13 +189,13 @@ def test_every_adapter_matrix_of_every_layer_gets_a_gradient(mesh, fresh):
     weight = np.random.default_rng(1).normal(size=(U, C, G)).astype(np.float32)
     _, gradient = on_mesh(loss_and_gradient, mesh, LORA, variables, random_ids(), weight)
     leaves = jax.tree_util.tree_leaves_with_path(gradient["lora"])
-    assert len(leaves) == 14
+    assert len(leaves) == 2 * 14
     for path, leaf in leaves:
-        norm_L = np.linalg.norm(np.asarray(leaf).reshape(3, -1), axis=1)
-        expected_zero = fresh and meshes.path_name(path).endswith("/a")
-        assert (
-            np.isfinite(leaf).all() and ((norm_L == 0) if expected_zero else (norm_L > 1e-4)).all()
-        ), (path, norm_L)
+        name = meshes.path_name(path)
+        layers = 2 if name.startswith("layers/") else 1
+        norm_L = np.linalg.norm(np.asarray(leaf).reshape(layers, -1), axis=1)
+        as_expected = norm_L == 0 if fresh and name.endswith("/a") else norm_L > 1e-4
+        assert np.isfinite(leaf).all() and as_expected.all(), (name, norm_L)
 
 
 def test_the_4b_model_has_the_papers_number_of_parameters():
@@ -209,78 +223,66 @@ def test_the_4b_model_has_the_papers_number_of_parameters():
 def test_rematerialisation_changes_neither_loss_nor_gradient(mesh, remat):
     variables, ids = random_variables(LORA, mesh), random_ids()
     weight = np.random.default_rng(1).normal(size=(U, C, G)).astype(np.float32)
-    kept = on_mesh(
-        loss_and_gradient, mesh, dataclasses.replace(LORA, remat="none"), variables, ids, weight
-    )
-    assert (
-        relative_l2(
-            on_mesh(
-                loss_and_gradient,
-                mesh,
-                dataclasses.replace(LORA, remat=remat),
-                variables,
-                ids,
-                weight,
-            ),
-            kept,
-        )
-        <= 2e-6
-    )
+
+    def under(remat):
+        config = dataclasses.replace(LORA, remat=remat)
+        return on_mesh(loss_and_gradient, mesh, config, variables, ids, weight)
+
+    assert relative_l2(under(remat), under("none")) <= 2e-6
 
 
 @pytest.mark.parametrize(
     ("config", "trained"), [(BASE, "params"), (LORA, "lora")], ids=["full", "lora"]
 )
-def test_no_weights_are_copied_because_the_scan_ends_before_the_last_layer(config, trained):
+def test_a_gradient_copies_no_stacked_weights(config, trained):
     shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
-    loss = lambda part, rest: group_logprobs(config, rest | {trained: part}, *random_ids(), 1.0, 2)[
-        0
-    ].sum()  # noqa: E731
+
+    def loss(part, rest):
+        tree = rest | {trained: part}
+        return group_logprobs(config, tree, *random_ids(), 1.0, 2)[0].sum()
+
     text = jax.jit(jax.grad(loss)).lower(shapes.pop(trained), shapes).compile().as_text()
-    assert re.search(r"= f32\[1,48,80\]\S* slice\(", text)  # the last layer's gate
-    assert not re.findall(r"= f32\[2,\d+,\d+\]\S* slice\(.*", text)
+    of_stacks = re.findall(r"= f32\[2,(\d+),(\d+)\]\S* ([\w-]+)\(", text)
+    assert ("48", "80", "parameter") in of_stacks  # two layers' gates
+    moves = {"slice", "concatenate", "transpose"}
+    assert not [found for found in of_stacks if found[-1] in moves]
+    if trained == "lora":  # in full fine-tuning the stacks of gradients begin as copied zeros
+        assert not [found for found in of_stacks if found[-1] == "copy" and "4" not in found[:2]]
 
 
 def of_traces(hidden_UxTxD):
     return np.asarray(hidden_UxTxD, np.float32)[:, 1:].reshape(U, C, G, -1)
 
 
-def layer_of(variables, layer):
-    return {
-        name: jax.tree.map(lambda a: a[layer], tree["layers"]) for name, tree in variables.items()
-    }
-
-
 @quickly_compiled
 def unrolled(config, variables, prompt, prompt_len, trace):
-    """One `Block.apply` a layer for all rows, instead of a scan and a last layer for some; the rows
-    of `forward`.
-    """
+    """What `forward` returns, from a loop over whole layers: no scan, all rows in all layers."""
     params = variables["params"]
     own = prompt_len[:, None, None] + np.arange(G) + np.zeros((U, C, 1), np.int32)
     position = jnp.concatenate([np.tile(np.arange(P), (U, 1)), own.reshape(U, -1)], axis=1)
     x = params["embed"][jnp.concatenate([prompt, trace.reshape(U, -1)], axis=1)].astype(
         config.compute_dtype
     )
-    lengths = Lengths(prompt_len, jnp.int32(P), jnp.int32(G))
-    for layer in range(config.arch.L):
-        x, _ = Block(config, P, C).apply(layer_of(variables, layer), x, position, lengths)
+    lengths = Lengths(prompt_len, jnp.full((len(prompt_len), C), G), jnp.int32(P), jnp.int32(G))
+    for layer in unstack_layers(variables, config.arch.L):
+        x, _ = DecoderLayer(config, P, C).apply(layer, x, position, lengths)
     x = jnp.concatenate([x[np.arange(U), prompt_len - 1][:, None], x[:, P:]], axis=1)
     return rms_norm(x, params["final_norm"], config.arch.norm_eps)
 
 
 @quickly_compiled
 def teacher_forced(config, variables, prompt, prompt_len, trace, late_U):
-    """Hidden states [U, C, G, D] of decoding the given tokens; group u starts `late_U[u]` rounds
-    after the first.
+    """Hidden states [U, C, G, D] of decoding the given tokens.
+
+    Group u starts `late_U[u]` rounds after the first.
     """
-    arch, params, block = config.arch, variables["params"], Block(config)
-    layers = [layer_of(variables, layer) for layer in range(arch.L)]
+    arch, params, decoder = config.arch, variables["params"], DecoderLayer(config)
+    layers = unstack_layers(variables, arch.L)
     x, prompts = params["embed"][prompt].astype(config.compute_dtype), []
     for layer in layers:
-        q, k, v = block.apply(layer, x, jnp.broadcast_to(np.arange(P), (U, P)), method="project")
+        q, k, v = decoder.apply(layer, x, jnp.broadcast_to(np.arange(P), (U, P)), method="project")
         prompts.append(cache_entries(k, v, config.compute_dtype))
-        x = block.apply(layer, x, prefix_attention(q, prompts[-1], jnp.int32(0)), method="finish")
+        x = decoder.apply(layer, x, prefix_attention(q, prompts[-1], jnp.int32(0)), method="finish")
 
     def one_round(now, state):
         caches, hidden = state
@@ -288,29 +290,30 @@ def teacher_forced(config, variables, prompt, prompt_len, trace, late_U):
         x = params["embed"][trace[np.arange(U), :, step_U]].astype(config.compute_dtype)
         position = jnp.broadcast_to((prompt_len + step_U)[:, None], (U, C))
         for i, layer in enumerate(layers):
-            q, k, v = block.apply(layer, x, position, method="project")
+            q, k, v = decoder.apply(layer, x, position, method="project")
             new = cache_entries(k[:, :, None], v[:, :, None], config.compute_dtype)
             caches[i] = jax.vmap(write_entries)(caches[i], new, step_U)
             out = decode_attention(q, prompts[i], prompt_len, caches[i], step_U)
-            x = block.apply(layer, x, out, method="finish")
+            x = decoder.apply(layer, x, out, method="finish")
         return caches, hidden.at[np.arange(U), :, step_U].set(
             rms_norm(x, params["final_norm"], arch.norm_eps)
         )
 
     empty = empty_cache((U, C, arch.J), arch.E, G, config.compute_dtype)
-    unwritten = jax.tree.map(
-        lambda a: jnp.full_like(a, 1e4), empty
-    )  # what an earlier group left there
+    # What an earlier group left there.
+    unwritten = jax.tree.map(lambda a: jnp.full_like(a, 1e4), empty)
     hidden = jnp.zeros((U, C, G, arch.D), config.compute_dtype)
     return jax.lax.fori_loop(0, 2 * G, one_round, ([unwritten] * arch.L, hidden))[1]
 
 
-def test_scan_and_last_layer_are_a_loop_over_whole_layers(mesh):
-    variables, ids = random_variables(LORA, mesh), random_ids()
-    hidden = on_mesh(unrolled, mesh, LORA, variables, ids)
-    np.testing.assert_allclose(
-        on_mesh(forward, mesh, LORA, variables, ids)[0], hidden, rtol=0, atol=SAME
-    )
+@pytest.mark.parametrize("L", [3, 1])
+def test_scan_and_last_layer_are_a_loop_over_whole_layers(mesh, L):
+    config = dataclasses.replace(LORA, arch=dataclasses.replace(ARCH, L=L))
+    variables, ids = random_variables(config, mesh), random_ids()
+    assert ("layers" in variables["params"]) == ("layers" in variables["lora"]) == (L > 1)
+    hidden = on_mesh(unrolled, mesh, config, variables, ids)
+    found = on_mesh(forward, mesh, config, variables, ids)[0]
+    np.testing.assert_allclose(found, hidden, rtol=0, atol=SAME)
 
 
 @pytest.mark.parametrize("late", [(0, 0, 0, 0), (0, 2, 1, 3)])
@@ -330,7 +333,6 @@ def test_bfloat16_runs_both_ways_and_stays_near_float32(mesh):
     assert hidden.dtype == decoded.dtype == jnp.bfloat16
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), variables)
     expected = of_traces(on_mesh(forward, mesh, LORA, wide, ids)[0])
-    # 8 bits of mantissa through three layers: a few per cent of hidden states of order 1, on
-    # average
+    # 8 bits of mantissa through three layers: on average a few per cent of states of order 1
     for found in (of_traces(hidden), np.asarray(decoded, np.float32)):
         assert np.abs(found - expected).mean() < 0.05

@@ -36,8 +36,9 @@ def load(directory, mesh, **options):
 
 @functools.cache
 def their_logits(model):
-    """(u, c) -> logits [1 + G, V] from the prompt's last token on, of the concatenated row, run
-    alone, unpadded.
+    """(u, c) -> logits [1 + G, V] from the prompt's last token on.
+
+    Each row, a prompt and a trace, runs alone and unpadded.
     """
     import torch
 
@@ -45,9 +46,8 @@ def their_logits(model):
     for u, c in np.ndindex(U, C):
         row = np.concatenate([ids.prompt[u, : ids.prompt_len[u]], ids.trace[u, c]])
         with torch.no_grad():
-            logits[u, c] = (
-                model(torch.tensor(row, dtype=torch.long)[None]).logits[0, -1 - G :].numpy()
-            )
+            out = model(torch.tensor(row, dtype=torch.long)[None])
+        logits[u, c] = out.logits[0, -1 - G :].numpy()
     return logits
 
 
@@ -89,41 +89,52 @@ def test_logits_and_logprobs_are_those_of_transformers(
     assert len(list(directory.glob("model-*.safetensors"))) > 5
     config, params = load(directory, mesh, attention_block=block)
     qk_norm = model.config.model_type == "qwen3"
-    assert (
-        config.arch == dataclasses.replace(ARCH, J=kv_heads, tied=tied, qk_norm=qk_norm)
-        and 16 != 48 / 6
-    )
+    assert config.arch == dataclasses.replace(ARCH, J=kv_heads, tied=tied, qk_norm=qk_norm)
+    assert config.arch.E != config.arch.D / config.arch.H
     assert gap_to_transformers(model, mesh, config, params) <= PARITY
     assert logprob_gap_to_transformers(model, mesh, config, params) <= PARITY
 
 
-def of_layers(name, change):
-    return lambda params: (
-        params | {"layers": params["layers"] | {name: change(params["layers"][name])}}
-    )
+def of_layers(change):
+    """A change of the parameters of all layers: the stacked ones [L - 1, ...] and the last."""
+
+    def change_both(params):
+        return params | {room: change(params[room]) for room in ("layers", "last_layer")}
+
+    return change_both
 
 
-def interleaved_heads(params):
+def of_leaf(name, change):
+    return of_layers(lambda layer: layer | {name: change(layer[name])})
+
+
+@of_layers
+def interleaved_heads(layer):
     """Key/value heads in an order that gives query head h another one than h // (H / J)."""
-    layers = dict(params["layers"])
-    for name in ("k", "v"):
-        kernel = layers[name]["kernel"]
-        layers[name] = {
-            "kernel": kernel.reshape(3, 48, 3, 16)[:, :, [1, 2, 0]].reshape(kernel.shape)
-        }
-    return params | {"layers": layers}
+
+    def turn(projection):
+        kernel = projection["kernel"]
+        by_head = kernel.reshape(*kernel.shape[:-1], 3, 16)
+        return {"kernel": by_head[..., np.array([1, 2, 0]), :].reshape(kernel.shape)}
+
+    return layer | {name: turn(layer[name]) for name in ("k", "v")}
 
 
-def eight_wide_heads(params):
-    """Norm scales for heads of half the width, so that twice as many of them fit the same kernels."""
-    halve = lambda scale: scale[:, :8]  # noqa: E731
-    return of_layers("q_norm", halve)(of_layers("k_norm", halve)(params))
+@of_layers
+def eight_wide_heads(layer):
+    """Norm scales for heads of half the width: twice as many of them fit the same kernels."""
+    return layer | {name: layer[name][..., :8] for name in ("q_norm", "k_norm")}
 
 
-def norms_of_ones(params):
+@of_layers
+def norms_of_ones(layer):
     """What a norm of queries and keys has before training."""
-    ones = jnp.ones((3, 16))
-    return params | {"layers": params["layers"] | {"q_norm": ones, "k_norm": ones}}
+    ones = jnp.ones((*layer["mlp_norm"].shape[:-1], 16))
+    return layer | {"q_norm": ones, "k_norm": ones}
+
+
+def final_norm_of_ones(params):
+    return params | {"final_norm": jnp.ones_like(params["final_norm"])}
 
 
 # name -> (other fields of the architecture, change of the parameters); the first apply to both
@@ -133,17 +144,14 @@ MUTATIONS = {
     "rope_theta": ({"rope_theta": 1e4}, None),
     "tied": ({"tied": True}, None),
     "which heads share a key": ({}, interleaved_heads),
-    "no attention_norm": ({}, of_layers("attention_norm", jnp.ones_like)),
-    "no mlp_norm": ({}, of_layers("mlp_norm", jnp.ones_like)),
-    "no final_norm": (
-        {},
-        lambda params: params | {"final_norm": jnp.ones_like(params["final_norm"])},
-    ),
+    "no attention_norm": ({}, of_leaf("attention_norm", jnp.ones_like)),
+    "no mlp_norm": ({}, of_leaf("mlp_norm", jnp.ones_like)),
+    "no final_norm": ({}, final_norm_of_ones),
 }
 QWEN3_MUTATIONS = MUTATIONS | {
     "H, J and E with the same products": ({"H": 12, "J": 6, "E": 8}, eight_wide_heads),
-    "no q_norm": ({}, of_layers("q_norm", jnp.ones_like)),
-    "no k_norm": ({}, of_layers("k_norm", jnp.ones_like)),
+    "no q_norm": ({}, of_leaf("q_norm", jnp.ones_like)),
+    "no k_norm": ({}, of_leaf("k_norm", jnp.ones_like)),
     "qk_norm": ({"qk_norm": False}, None),  # Linen ignores the norms' parameters then
 }
 LLAMA_MUTATIONS = MUTATIONS | {
@@ -157,11 +165,9 @@ def assert_parity_fails(maker, mesh, mutation):
     config, params = load(directory, mesh, attention_block=4)
     fields, change = mutation
     mutated = dataclasses.replace(config, arch=dataclasses.replace(config.arch, **fields))
+    changed = change(params) if change else params
     program = quickly_compiled(forward.__wrapped__)
-    assert (
-        gap_to_transformers(model, mesh, mutated, change(params) if change else params, program)
-        > MUTATED
-    )
+    assert gap_to_transformers(model, mesh, mutated, changed, program) > MUTATED
 
 
 @pytest.mark.parametrize("mutation", QWEN3_MUTATIONS)

@@ -1,125 +1,125 @@
-"""What a page says of an advantage, against the objective's own number: for random rewards and by
-hand.
-"""
+"""What a page says of an advantage, against the objective's own number: at random and by hand."""
 
+import math
 import re
 
 import numpy as np
 import pytest
-from spiral_jax.reporting.reasons import (
-    OWN_CORRECTNESS,
-    Score,
-    explain_aggregation,
-    explain_own,
-    explain_search,
-    set_name,
-)
 
-from spiral_jax.objective import estimators as advantages
-from spiral_jax.objective import subsets
+from spiral_jax.objective import explain
+from spiral_jax.objective.advantages import compute_advantages
+from spiral_jax.objective.estimators import ESTIMATORS
+from spiral_jax.objective.explain import Evidence, Score
+from spiral_jax.objective.rewards import Rewards
+from spiral_jax.objective.subsets import Key, disjoint_subsets, draw_subsets
 
-SETS = [[0, 1], [0, 2], [1, 2], [1, 3]]
 NAMES = "ABCDEF"
+MEMBERS = [[0, 1], [0, 2], [1, 2], [1, 3]]
 SCORES = [Score(3, 4), Score(3, 4), Score(0, 4), Score(2, 4)]
+BY_OWN_ANSWERS = (
+    "online_multitask", "paragator", "pkpo", "grpo", "grpo_nostd", "rloo",
+)  # fmt: skip
 
 
-def scores_of(reward_KxM):
-    return [Score(int(np.nansum(row)), int((~np.isnan(row)).sum())) for row in reward_KxM]
+def score_of(reward):
+    return Score(int(np.nansum(reward)), int((~np.isnan(reward)).sum()))
 
 
 def plain(reward):
-    return None if np.isnan(reward) else float(reward)
+    return None if math.isnan(reward) else float(reward)
+
+
+def evidence(trace, reward=1.0, own=None, set_size=2, members=MEMBERS, scores=SCORES):
+    own = own or Score(0, 0)
+    return Evidence(trace, reward, own, set_size, members, scores, NAMES)
+
+
+def number_at_the_end(words):
+    """What a reason's words come to, to three decimals; 0 where they say none."""
+    said = re.search(r"([+-][\d.]+|\b0)\.$", words)
+    return float(said[1]) if said else 0.0
+
+
+def check(reason, advantage):
+    """The reason has the objective's number, and its words end in it."""
+    assert reason.value == pytest.approx(advantage, abs=1e-6)  # float32
+    assert reason.value == pytest.approx(number_at_the_end(reason.words), abs=5.01e-4)
+
+
+def test_every_estimator_but_the_one_that_needs_more_than_counts_is_tested_here():
+    over_sets = {"marginal_mean", "with_without", "disjoint_sets", "aggregator_only"}
+    assert {*over_sets, *BY_OWN_ANSWERS, "polychromic"} == set(ESTIMATORS)
 
 
 @pytest.mark.parametrize(
-    "estimator", ["marginal_mean", "with_without", "aggregator_only", "disjoint_sets"]
+    "estimator", ["marginal_mean", "with_without", "disjoint_sets", "aggregator_only"]
 )
 @pytest.mark.parametrize("failing", [0.0, 0.4])
 def test_the_reason_of_every_set_advantage_ends_in_the_objectives_number(estimator, failing):
-    rng = np.random.default_rng(0)
-    for case in range(60):
-        N, S, K, M = ((8, 4, 4, 4), (4, 2, 6, 3), (5, 1, 5, 2))[case % 3]
-        draw = subsets.draw_subsets
-        if estimator == "disjoint_sets":
-            draw, (N, S, K, M) = (
-                subsets.disjoint_subsets,
-                ((8, 4, 2, 4), (4, 2, 2, 3), (5, 1, 5, 2))[case % 3],
-            )
-        member_KxS = draw(case, 0, 0, 0, 0, N, S, K)
+    row, rng = ESTIMATORS[estimator], np.random.default_rng(0)
+    draw, sizes = draw_subsets, ((8, 4, 4, 4), (4, 2, 6, 3), (5, 1, 5, 2))
+    if row.sets == "partition":
+        draw, sizes = disjoint_subsets, ((8, 4, 2, 4), (4, 2, 2, 3), (5, 1, 5, 2))
+    for case in range(30):
+        N, S, K, M = sizes[case % 3]
+        member_KxS = draw(Key(case, 0, 0, 0, 0), N, S, K)
         reward_KxM = np.where(rng.random((K, M)) < failing, np.nan, rng.integers(2, size=(K, M)))
-        rewards = advantages.Rewards(np.zeros((1, N)), reward_KxM[None], member_KxS[None])
-        found = advantages.compute(estimator, rewards)
-        scores = scores_of(reward_KxM)
+        rewards = Rewards(np.zeros((1, N)), reward_KxM[None], member_KxS[None])
+        advantages = compute_advantages(estimator, [rewards]).rounds[0]
+        scores = [score_of(reward_M) for reward_M in reward_KxM]
         for i in range(N):
-            reason = explain_search(estimator, i, member_KxS.tolist(), scores, NAMES)
-            assert reason.value == pytest.approx(found.search_BxN[0, i], abs=1e-6)  # float32
-            said = re.search(r": ([+-][\d.]+|0)\.$", reason.words)
-            assert reason.value == pytest.approx(
-                float(said[1]) if said else 0.0, abs=5.01e-4
-            )  # three decimals
-        for k in range(K):
-            for m in range(M):
-                reason = explain_aggregation(plain(reward_KxM[k, m]), scores[k])
-                assert reason.value == pytest.approx(found.aggregation_BxKxM[0, k, m], abs=1e-6)
+            of_trace = evidence(i, set_size=S, members=member_KxS.tolist(), scores=scores)
+            check(row.explain(of_trace), advantages.candidate_BxN[0, i])
+        for k, m in np.ndindex(K, M):
+            reason = explain.aggregation(plain(reward_KxM[k, m]), scores[k])
+            check(reason, advantages.aggregation_BxKxM[0, k, m])
 
 
-@pytest.mark.parametrize("estimator", OWN_CORRECTNESS)
+@pytest.mark.parametrize("estimator", BY_OWN_ANSWERS)
 @pytest.mark.parametrize("failing", [0.0, 0.3, 0.7])
-def test_the_reason_of_every_advantage_of_own_correctness_ends_in_the_objectives_number(
+def test_the_reason_of_every_advantage_of_own_answers_ends_in_the_objectives_number(
     estimator, failing
 ):
-    rng = np.random.default_rng(1)
+    row, rng = ESTIMATORS[estimator], np.random.default_rng(1)
+    sets = (np.zeros((1, 2, 2)), np.array([[[0, 1, 2], [3, 4, 5]]])) if row.aggregates else ()
     for _ in range(60):
         own_N = np.where(rng.random(8) < failing, np.nan, rng.integers(2, size=8))
-        of_sets = np.zeros((1, 2, 2)), np.array([[[0, 1, 2], [3, 4, 5]]])
-        found = advantages.compute(estimator, advantages.Rewards(own_N[None], *of_sets))
+        advantages = compute_advantages(estimator, [Rewards(own_N[None], *sets)])
         for i in range(8):
-            reason = explain_own(estimator, plain(own_N[i]), scores_of(own_N[None])[0], 3)
-            assert reason.value == pytest.approx(found.search_BxN[0, i], abs=1e-6)
-            said = re.search(r"([+-][\d.]+|0)\.$", reason.words)
-            assert reason.value == pytest.approx(float(said[1]) if said else 0.0, abs=5.01e-4)
+            of_trace = evidence(i, plain(own_N[i]), score_of(own_N), 3)
+            check(row.explain(of_trace), advantages.rounds[0].candidate_BxN[0, i])
 
 
-def test_the_words_name_the_sets_with_their_counts():
-    reason = explain_search("with_without", 0, SETS, SCORES, NAMES)
-    assert reason.value == 0.5
-    assert reason.words == ("Mean score of sets with it 0.750 (A 3/4, B 3/4), of sets without it 0.250 (C 0/4, D 2/4): "
-                            "+0.500.")  # fmt: skip
-    reason = explain_search("marginal_mean", 0, SETS, SCORES, NAMES)
-    assert reason.words.endswith("of all sets 0.500 (A 3/4, B 3/4, C 0/4, D 2/4): +0.250.")
-    assert explain_aggregation(1.0, SCORES[0]).words == (
-        "3 of the set's 4 aggregations are right. Its reward 1 - their mean 0.750 = +0.250."
-    )
-    assert (
-        "5 of 8 traces are right: mean 0.625, standard deviation 0.484"
-        in explain_own("grpo", 1.0, Score(5, 8), 4).words
-    )
-    assert explain_own("paragator", 0.0, Score(2, 8), 4).words == (
-        "2 of 8 traces are right: of all sets of 4 a share of 0.214 has no right one, of those with this trace 0.286: "
-        "-0.071."
-    )
+@pytest.mark.parametrize("explanation, value, parts", [
+    (explain.against_sets_without(evidence(0)), 0.5,
+     ("0.750", "A 3/4, B 3/4", "0.250", "C 0/4, D 2/4", "+0.500")),
+    (explain.against_all_sets(evidence(0)), 0.25,
+     ("0.750", "A 3/4, B 3/4", "0.500", "A 3/4, B 3/4, C 0/4, D 2/4", "+0.250")),
+    (explain.aggregation(1.0, SCORES[0]), 0.25,
+     ("3 of the set's 4", "reward 1", "0.750", "+0.250")),
+    (explain.against_mean_by_std(evidence(0, own=Score(5, 8))), 0.774595,
+     ("5 of 8", "0.625", "0.484", "+0.775")),
+    (explain.pass_at_k(evidence(0, reward=0.0, own=Score(2, 8), set_size=4)), -1 / 14,
+     ("2 of 8", "sets of 4", "0.214", "0.286", "-0.071")),
+])  # fmt: skip
+def test_the_words_have_the_counts_that_the_number_follows_from(explanation, value, parts):
+    assert explanation.value == pytest.approx(value, abs=1e-5)
+    assert [part for part in parts if part not in explanation.words] == []
 
 
-def test_traces_without_a_comparison_say_so():
-    assert "in no set" in explain_search("marginal_mean", 9, SETS, SCORES, NAMES).words
-    assert "in every set" in explain_search("with_without", 0, SETS[:2], SCORES[:2], NAMES).words
-    assert (
-        "in no set"
-        in explain_search("with_without", 3, SETS, [*SCORES[:3], Score(0, 0)], NAMES).words
-    )
-    assert "our failure" in explain_aggregation(None, Score(0, 0)).words
-    assert "our failure" in explain_own("grpo", None, Score(2, 4), 4).words
-    assert (
-        "no traces for being read"
-        in explain_search("aggregator_only", 0, SETS, SCORES, NAMES).words
-    )
+@pytest.mark.parametrize("reason, words", [
+    (explain.against_all_sets(evidence(9)), "in no set"),
+    (explain.against_all_sets(evidence(3, scores=[*SCORES[:3], Score(0, 0)])), "in no set"),
+    (explain.against_sets_without(evidence(3, scores=[*SCORES[:3], Score(0, 0)])), "in no set"),
+    (explain.against_sets_without(evidence(0, members=MEMBERS[:2], scores=SCORES[:2])),
+     "in every set"),
+    (explain.aggregation(None, Score(0, 0)), "our failure"),
+    (explain.against_mean_by_std(evidence(0, reward=None, own=Score(2, 4))), "our failure"),
+    (explain.not_trained(evidence(0)), "trains no traces"),
+])  # fmt: skip
+def test_traces_without_a_comparison_say_so_and_have_none(reason, words):
+    assert reason.value == 0 and words in reason.words
 
 
 def test_an_estimator_that_is_not_explained_claims_no_number():
-    reason = explain_search("polychromic", 0, SETS, SCORES, NAMES)
-    assert reason.value is None and "loss.estimator = polychromic" in reason.words
-
-
-def test_sets_have_letters_and_then_numbers_too():
-    assert [set_name(k) for k in (0, 25, 26, 52)] == ["A", "Z", "A1", "A2"]
-    assert [set_name(k, round=3) for k in (1, 26)] == ["B''", "A1''"]
+    assert ESTIMATORS["polychromic"].explain(evidence(0)).value is None

@@ -29,7 +29,7 @@ from spiral_jax.planning.profile import forbidden_arrays, profile
 from spiral_jax.planning.settings import PlanSettings, apply_overrides, as_flags
 from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.topology import CHIPS, Topology, find_topology, make_mesh
-from spiral_jax.planning.whole_step import Assumptions, work_of_step
+from spiral_jax.planning.whole_step import Assumptions, bucket_of, work_of_step
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 NEEDS_LIBTPU = pytest.mark.skipif(
@@ -189,9 +189,8 @@ def test_a_step_samples_and_trains_the_groups_of_its_configuration():
     assert (search.prompt, search.response) == (512, 1024)
     assert (aggregation.sampled, aggregation.trained) == (2048, 1024)
     assert aggregation.prompt == 512 + 4 * 1024
-    assert settings.of_role(Role.SEARCH).bucket(search.prompt, search.response) == 0
-    of_aggregation = settings.of_role(Role.AGGREGATION)
-    assert of_aggregation.bucket(aggregation.prompt, aggregation.response) == 1
+    assert bucket_of(search, settings.learner.shapes[Role.SEARCH]) == 0
+    assert bucket_of(aggregation, settings.learner.shapes[Role.AGGREGATION]) == 1
 
     step = planner(c, arch, gpus()).attempt({}).step
     assert step["sampled_tokens"] == 512 * 8 * 2048 + 2048 * 4 * 2048

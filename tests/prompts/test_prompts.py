@@ -1,6 +1,4 @@
-"""Prompts: sampled ids arrive verbatim, nothing a model or a problem writes can forge a turn, every
-rule is counted.
-"""
+"""Prompts: sampled ids arrive verbatim, nothing can forge a turn, and every rule is counted."""
 
 import numpy as np
 import pytest

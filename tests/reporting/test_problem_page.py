@@ -11,7 +11,7 @@ from spiral_jax.core.config import to_plain
 from spiral_jax.reporting.logged_problem import read_problem, split_problems
 from spiral_jax.reporting.problem_page import FLAGS, PageSettings, problem_page
 from spiral_jax.reporting.quotes import Quoting
-from spiral_jax.run.workdir import read_traces, trace_files
+from spiral_jax.run.trace_log import read_traces, trace_files
 
 REWARD = {"correct": 1.0, "wrong": 0.0, "unparsed": 0.0, "timeout": 0.0, "error": None}
 

@@ -372,5 +372,3 @@ def test_the_command_writes_where_it_is_told_and_ends_with_a_message_where_it_ca
     failed = run(f"--workdir={tmp_path / 'none'}")
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
-
-

@@ -24,10 +24,10 @@ expect = sync_api.expect
 WAIT_MS = 180_000  # a busy machine is no failure, but nothing waits for ever
 expect.set_options(timeout=WAIT_MS)
 
-HOSTILE = (
-    "needle{}x <script>hacked = 1</script></textarea></script><!-- <img src=x onerror=hacked=1> <b>&amp;</b> "
-    "\u202e\u2028 {{{{ 7 * 7 }}}} "
+MARKUP = (
+    "<script>hacked = 1</script></textarea></script><!-- <img src=x onerror=hacked=1> <b>&amp;</b>"
 )
+HOSTILE = f"needle{{}}x {MARKUP} \u202e\u2028 {{{{{{{{ 7 * 7 }}}}}}}} "
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +68,18 @@ def expected(run):
     return sorted(pages, key=lambda page: (page["step"], page["cursor"]))
 
 
-def watched(context, path, fragment=""):
-    """A page, and what there was to complain of: errors, and anything asked for but files of the
-    report.
-    """
+def open_watched(context, path, fragment=""):
+    """A page, and what there was to complain of: errors, and requests of more than report files."""
     page, complaints = context.new_page(), []
+
+    def on_request(request):
+        if not (request.url.startswith("file:///") and request.is_navigation_request()):
+            complaints.append(f"asked for {request.url[:200]}")
+
     page.set_default_timeout(WAIT_MS)
     page.on("console", lambda message: complaints.append(f"console {message.type}: {message.text}"))
     page.on("pageerror", lambda error: complaints.append(f"error: {error}"))
-    page.on("request", lambda asked: asked.url.startswith("file:///") and asked.is_navigation_request()
-            or complaints.append(f"asked for {asked.url[:200]}"))  # fmt: skip
+    page.on("request", on_request)
     page.goto(path.as_uri() + fragment)
     return page, complaints
 
@@ -89,7 +91,7 @@ def open_page(browser):
 
     def open_file(path, fragment=""):
         contexts.append(browser.new_context())
-        page, complaints = watched(contexts[-1], path, fragment)
+        page, complaints = open_watched(contexts[-1], path, fragment)
         all_complaints.append(complaints)
         return page
 
@@ -102,14 +104,12 @@ def open_page(browser):
 @pytest.fixture(scope="module")
 def loaded(browser, run):
     with browser.new_context() as context:
-        yield watched(context, run / "report.html")
+        yield open_watched(context, run / "report.html")
 
 
 @pytest.fixture
 def main(loaded):
-    """The main file without filters, at its first problem: one that several tests share, since it
-    takes a second.
-    """
+    """The main file without filters, at its first problem: one page for several tests."""
     page, complaints = loaded
     page.evaluate("""() => {
         const filters = document.getElementById("filters");
@@ -258,11 +258,7 @@ def test_a_hostile_trace_stays_text(run, expected, open_page, file):
     shown = page.locator("#problem pre").first.evaluate(
         "element => element.ownerDocument.body.innerText"
     )
-    assert (
-        "<script>hacked = 1</script></textarea></script><!-- <img src=x onerror=hacked=1> <b>&amp;</b>"
-        in shown
-    )
-    assert "{{ 7 * 7 }}" in shown
+    assert MARKUP in shown and "{{ 7 * 7 }}" in shown
     assert page.evaluate("typeof hacked") == "undefined"
     assert page.locator("#problem").locator("script, img, textarea, b:text('&')").count() == 0
 
@@ -275,7 +271,9 @@ def test_the_pages_policy_stops_a_script_that_is_not_its_own(run, browser):
         const script = document.createElement("script");
         script.textContent = "hacked = 1";
         document.body.append(script);
-        const image = document.createElement("img"); image.setAttribute("onerror", "hacked = 1"); image.src = "x";
+        const image = document.createElement("img");
+        image.setAttribute("onerror", "hacked = 1");
+        image.src = "x";
         document.body.append(image);
     }""")
     page.wait_for_timeout(200)
@@ -292,16 +290,15 @@ def test_it_fits_from_a_phone_to_a_wide_screen_and_follows_dark_and_light(run, o
     for scheme in ("light", "dark", "light"):
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(300)
-        paper, ink = (
-            int(
-                re.search(
-                    r"rgb\((\d+)",
-                    page.evaluate(f"getComputedStyle(document.querySelector('{of}')).{what}"),
-                )[1]
-            )
-            for of, what in (("body", "backgroundColor"), (".chart .xtitle", "fill"))
-        )
+        paper = red_of(page, "body", "backgroundColor")
+        ink = red_of(page, ".chart .xtitle", "fill")
         assert (paper > 200, ink > 200) == (scheme == "light", scheme == "dark")
+
+
+def red_of(page, element, style):
+    """The red part, 0 to 255, of a colour that an element has."""
+    color = page.evaluate(f"getComputedStyle(document.querySelector('{element}')).{style}")
+    return int(re.search(r"rgb\((\d+)", color)[1])
 
 
 def test_a_keyboard_alone_reaches_a_trace(run, expected, main):

@@ -70,9 +70,9 @@ def has_curve(axes, x, y):
     """Whether some line of the axes is this one; values may have gone to percent and back."""
     for line in axes.get_lines():
         shown_x, shown_y = (np.asarray(data, float) for data in line.get_data())
-        if np.array_equal(shown_x, x) and np.shape(shown_y) == np.shape(y):
-            if np.allclose(shown_y, y, rtol=0, atol=1e-12, equal_nan=True):
-                return True
+        same_x = np.array_equal(shown_x, x) and np.shape(shown_y) == np.shape(y)
+        if same_x and np.allclose(shown_y, y, rtol=0, atol=1e-12, equal_nan=True):
+            return True
     return False
 
 

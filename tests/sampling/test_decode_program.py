@@ -1,6 +1,4 @@
-"""The decode loop's compiled program: no copy of a weight or a cache, and little memory beside its
-arguments.
-"""
+"""The decode loop's compiled program copies no weight and no cache, and needs little memory."""
 
 import dataclasses
 import functools
@@ -16,10 +14,10 @@ from small_sampler import one_device
 from spiral_jax.core import mesh as meshes
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.transformer import ModelConfig
-from spiral_jax.sampling.decode import decode_chunk
+from spiral_jax.sampling.decode import Chunk, decode_chunk
 from spiral_jax.sampling.draw import Draw
-from spiral_jax.sampling.programs import abstract_state
-from spiral_jax.sampling.slots import DecodeSettings, SlotClass
+from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
+from spiral_jax.sampling.shapes import abstract_state, shardings
 from spiral_jax.sampling.weights import abstract_weights
 
 ARCH = Architecture(
@@ -41,24 +39,23 @@ MOVES = (
 def compiled_decode(
     mesh, donate=True, weights=lambda weights: weights, decode=decode_chunk, classes=CLASSES
 ):
-    """The program, compiled from shapes alone; `weights(abstract weights)` replaces what it reads."""
+    """The program, compiled from shapes alone; `weights` changes what it reads."""
     settings = DecodeSettings(ModelConfig(ARCH), jnp.float32, Draw(), 0, (1,), 16, mesh)
-    rows = sum(slots.rows for slots in classes) // meshes.group_count_multiple(mesh)
+    schedule = Schedule(classes, chunk=8, exit_groups=1, prefill_tokens=16)
+    (rows,) = schedule.decode_rows(meshes.group_count_multiple(mesh))
     states = tuple(abstract_state(settings, slots) for slots in classes)
-    out = (jax.tree.map(lambda a: a.sharding, states), None, None, None)
-    program = functools.partial(decode, settings, classes, (0,) * len(classes), 8, 1, rows, 0)
+    out = Chunk(shardings(states), None, None, None)
+    program = functools.partial(decode, settings, schedule, rows)
     with jax.set_mesh(mesh):
         jitted = jax.jit(program, out_shardings=out, donate_argnums=(1,) if donate else ())
         return jitted.lower(weights(abstract_weights(settings.config, mesh)), states).compile()
 
 
 def moves_in_decode_loop(program):
-    """Elements of every array that the body of the decode loop, and all it calls, copies or
-    gathers.
-    """
+    """Elements of every array that the body of the decode loop, with all it calls, moves."""
     text = program.as_text()
-    found = re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S)
-    computations = {match[1]: match[2] for match in found}
+    matches = re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S)
+    computations = {match[1]: match[2] for match in matches}
 
     def reach(name, seen):
         if name not in seen:
@@ -70,7 +67,9 @@ def moves_in_decode_loop(program):
 
     bodies = [reach(name, set()) for name in re.findall(r" while\([^\n]*body=%?([\w.\-]+)", text)]
     (loop,) = [
-        names for names in bodies if any("Block.project" in computations[name] for name in names)
+        names
+        for names in bodies
+        if any("DecoderLayer.project" in computations[name] for name in names)
     ]
     operation = rf"= \w+\[([\d,]*)\]\S* ({'|'.join(MOVES)})\("
     moves = [match for name in loop for match in re.findall(operation, computations[name])]
@@ -78,9 +77,7 @@ def moves_in_decode_loop(program):
 
 
 def smallest_on_a_device(mesh):
-    """Elements of the smallest kernel and of the smallest cache (a layer's keys or values of one
-    class).
-    """
+    """Elements of the smallest kernel, and of a layer's smallest keys or values of one class."""
     heads = ARCH.J * ARCH.E // mesh.shape["tensor"]
     groups = [slots.slots // meshes.group_count_multiple(mesh) for slots in CLASSES]
     caches = [
@@ -112,9 +109,8 @@ def test_a_cache_of_a_single_slot_a_shard_is_not_copied_in_the_loop_either(mesh)
     alone = compiled_decode(
         mesh, classes=(SlotClass(slots, 3, 48, 40), SlotClass(slots, 2, 32, 80))
     )
-    assert (
-        max(moves_in_decode_loop(alone)) < 32 * ARCH.J // mesh.shape["tensor"] * ARCH.E
-    )  # the smallest cache
+    smallest_cache = 32 * ARCH.J // mesh.shape["tensor"] * ARCH.E
+    assert max(moves_in_decode_loop(alone)) < smallest_cache
     assert alone.memory_analysis().temp_size_in_bytes <= 0.1 * weight_bytes(mesh)
 
 
@@ -141,23 +137,26 @@ def test_a_loop_that_slices_stacked_weights_would_fail_these_tests():
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def stack(weights):
-        stacked = jax.tree.map(lambda *a: jax.ShapeDtypeStruct((len(a), *a[0].shape), a[0].dtype, sharding=place),
-                               *weights.layers)  # fmt: skip
-        return dataclasses.replace(weights, layers=stacked)
+        def stack_leaves(*a):
+            shape = len(a), *a[0].shape
+            return jax.ShapeDtypeStruct(shape, a[0].dtype, sharding=place)
 
-    def sliced(settings, classes, leave_at, chunk, exit_groups, rows, fewer, weights, states):
+        return dataclasses.replace(weights, layers=jax.tree.map(stack_leaves, *weights.layers))
+
+    def sliced(settings, schedule, rows, weights, states):
+        def take_layer(index, i):
+            return jax.tree.map(lambda a: a[jnp.where(index < 0, 0, i)], weights.layers)
+
         def body(carry):
             index, states = carry
-            own = [
-                jax.tree.map(lambda a: a[jnp.where(index < 0, 0, i)], weights.layers)
-                for i in range(ARCH.L)
-            ]  # noqa: B023
-            unstacked = dataclasses.replace(weights, layers=tuple(own))
-            out = decode_chunk(settings, classes, leave_at, 1, 1, rows, fewer, unstacked, states)
-            return index + 1, out[0]
+            layers = tuple(take_layer(index, i) for i in range(ARCH.L))
+            unstacked = dataclasses.replace(weights, layers=layers)
+            one_step = dataclasses.replace(schedule, chunk=1)
+            return index + 1, decode_chunk(settings, one_step, rows, unstacked, states).states
 
-        states = jax.lax.while_loop(lambda carry: carry[0] < chunk, body, (jnp.int32(0), states))[1]
-        return states, np.int32(0), np.int32(0), np.int32(0)
+        start = jnp.int32(0), states
+        _, states = jax.lax.while_loop(lambda carry: carry[0] < schedule.chunk, body, start)
+        return Chunk(states, np.int32(0), np.int32(0), np.int32(0))
 
     program = compiled_decode(mesh, weights=stack, decode=sliced)
     assert program.memory_analysis().temp_size_in_bytes > 0.1 * weight_bytes(mesh)

@@ -1,4 +1,4 @@
-"""Greedy and truncated draws: which tokens stay, and the log-prob of the distribution that is left."""
+"""Greedy and truncated draws: which tokens stay, and the log-prob of what is left."""
 
 import functools
 
@@ -35,9 +35,14 @@ def kept_tokens(draw, logits_V):
 
 
 DRAWS = [
-    Draw(1.0, top_p=0.9), Draw(0.7, top_p=0.5), Draw(1.0, top_k=5), Draw(0.7, top_k=1), Draw(1.0, min_p=0.1),
-    Draw(1.3, top_k=20, top_p=0.8, min_p=0.05), Draw(1.0, top_k=1000),
-]  # fmt: skip
+    Draw(1.0, top_p=0.9),
+    Draw(0.7, top_p=0.5),
+    Draw(1.0, top_k=5),
+    Draw(0.7, top_k=1),
+    Draw(1.0, top_k=1000),
+    Draw(1.0, min_p=0.1),
+    Draw(1.3, top_k=20, top_p=0.8, min_p=0.05),
+]
 
 
 @pytest.mark.parametrize("draw", DRAWS, ids=str)

@@ -1,6 +1,4 @@
-"""Draws follow the exact distribution to float32 rounding, and a trace's numbers depend on its own
-integers alone.
-"""
+"""Draws follow the exact distribution; a trace's numbers depend on its own integers alone."""
 
 import functools
 
@@ -43,8 +41,9 @@ def oracle(logits_V, temperature):
 
 
 def hard_uniforms(cumulative_V, rng):
-    """2,048 numbers in [0, 1): both ends, some within 5 roundings of up to 150 boundaries, the rest
-    random.
+    """2,048 numbers in [0, 1): both ends, some near boundaries, the rest random.
+
+    Near: within 5 roundings of up to 150 boundaries.
     """
     at = rng.choice(np.unique(cumulative_V.astype(np.float32)), 150)
     near = [at]
@@ -58,9 +57,7 @@ def hard_uniforms(cumulative_V, rng):
 
 
 def many_logits(V, rng):
-    """Rows of every kind: flat, ordinary, peaked, one token far above the rest, and most tokens
-    banned.
-    """
+    """Rows of every kind: flat, ordinary, peaked, one token far above the rest, most banned."""
     rows = {"flat": np.zeros(V), "ordinary": rng.normal(0, 2, V), "peaked": rng.normal(0, 30, V)}
     rows["certain"] = np.where(
         np.arange(V) == rng.integers(V), 0, -200.0
@@ -89,12 +86,10 @@ def test_draw_is_the_inverse_of_the_cumulative_distribution_and_never_a_token_of
         assert token.dtype == np.int32 and token.min() >= 0 and token.max() < V, name
         in_float32 = np.exp((row_V - row_V.max()) / np.float32(temperature))
         assert (in_float32[token] > 0).all(), name
-        off = np.maximum(
-            np.concatenate([[0], cumulative_V])[token] - uniform, uniform - cumulative_V[token]
-        )
-        assert off.max() <= BOUND, (
-            name
-        )  # how far the uniform lies outside of the token's own interval
+        # how far the uniform lies outside of the token's own interval
+        below = np.concatenate([[0], cumulative_V])[token] - uniform
+        above = uniform - cumulative_V[token]
+        assert np.maximum(below, above).max() <= BOUND, name
         np.testing.assert_allclose(logprob, np.log(p_V[token]), rtol=1e-6, atol=1e-5, err_msg=name)
 
 
@@ -175,7 +170,7 @@ def test_changing_any_one_integer_changes_the_number():
     assert len({number(**what) for what in changed}) == len(changed)
 
 
-def test_a_groups_numbers_depend_neither_on_the_batch_nor_on_its_order_nor_on_the_number_of_traces():
+def test_a_groups_numbers_depend_neither_on_batch_nor_order_nor_on_the_number_of_traces():
     rng = np.random.default_rng(0)
     ids_Ux6 = rng.integers(0, 1000, (9, 6)).astype(np.int32)
     whole = np.asarray(numbers(0, ids_Ux6, 4, 6))
@@ -186,8 +181,9 @@ def test_a_groups_numbers_depend_neither_on_the_batch_nor_on_its_order_nor_on_th
 
 
 def test_regression_one_trace_has_the_numbers_that_it_always_had():
-    """Golden values of (seed 0, ids 0 5 17 1 0 3, trace 2): a change here breaks the replay of
-    recorded runs.
+    """Golden values of (seed 0, ids 0 5 17 1 0 3, trace 2).
+
+    A change here breaks the replay of recorded runs.
     """
     found = [number(0, (0, 5, 17, 1, 0, 3), 2, position) for position in (0, 1, 4095)]
     np.testing.assert_array_equal(

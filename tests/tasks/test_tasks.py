@@ -97,7 +97,8 @@ def test_answers_keep_their_text_and_numbers_become_text(tmp_path):
 def test_blank_lines_a_byte_order_mark_crlf_and_a_line_separator_in_a_text_are_fine(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_bytes(
-        b'\xef\xbb\xbf{"problem": "a", "answer": 1}\r\n\r\n{"problem": "b\xe2\x80\xa8c", "answer": 2, "id": "own"}'
+        b'\xef\xbb\xbf{"problem": "a", "answer": 1}\r\n\r\n'
+        b'{"problem": "b\xe2\x80\xa8c", "answer": 2, "id": "own"}'
     )
     task = jsonl.task(str(path), "", 0)
     problems = sorted((task.train(i) for i in range(2)), key=lambda p: p.answer)
@@ -220,7 +221,8 @@ def test_reasoning_gym_metadata_survives_json_and_scores_in_a_process_with_other
         "from spiral_jax.tasks.problem import Problem\n"
         "from spiral_jax.tasks.reasoning_gym_task import reward\n"
         "problem = Problem(*json.loads(sys.argv[1]))\n"
-        "print(reward(f'so \\\\boxed{{{problem.answer}}}', problem), reward('\\\\boxed{1}', problem))\n"
+        "print(reward(f'so \\\\boxed{{{problem.answer}}}', problem))\n"
+        "print(reward('\\\\boxed{1}', problem))\n"
     )
     env = {**os.environ, "PYTHONHASHSEED": "12345"}
     command = [sys.executable, "-c", script, plain]
@@ -329,10 +331,14 @@ def test_a_generators_own_settings_make_its_problems_and_travel_with_them():
     assert task.fingerprint != reasoning_gym_task.task("countdown", 0).fingerprint
 
 
-@pytest.mark.parametrize("args, message", [
-    ({"max_number": 3}, "countdown refuses them .*max_number"), ({"min_numbers": 1}, "refuses them .*greater than 1"),
-    ({"seed": 3}, "seed is set by this program"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ({"max_number": 3}, "countdown refuses .*max_number"),
+        ({"min_numbers": 1}, "countdown refuses .*greater than 1"),
+        ({"seed": 3}, "seed is set.*config.task.seed"),
+    ],
+)
 def test_settings_that_a_generator_does_not_take_are_named(args, message):
     with pytest.raises(TaskError, match=f"config.task.generator_args = .*{message}"):
         reasoning_gym_task.task("countdown", 0, args)
@@ -433,7 +439,8 @@ def test_a_new_task_is_a_file_and_a_row(tmp_path, monkeypatch):
     (tmp_path / "countable.py").write_text(
         "from spiral_jax.tasks.problem import Problem, Task\n"
         "def task(seed, source):\n"
-        "    def problem_at(i): return Problem(f'train:{i}', f'{source} {seed + i}?', str(seed + i))\n"
+        "    def problem_at(i):\n"
+        "        return Problem(f'train:{i}', f'{source} {seed + i}?', str(seed + i))\n"
         "    return Task(problem_at, problem_at, 8, f'countable {seed}')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -5,12 +5,15 @@ import re
 import numpy as np
 import pytest
 
+from configs import tiny
+from spiral_jax.model import hf
+from spiral_jax.prompts.tokenizer import load_tokenizer
 from spiral_jax.tasks import two_halves
 
 
 def value(expression: str) -> int:
-    assert re.fullmatch(r"\d\*\d\+\d", expression)
-    return eval(expression)  # noqa: S307  digits and two operators only, as just checked
+    a, b, c = map(int, re.fullmatch(r"(\d)\*(\d)\+(\d)", expression).groups())
+    return a * b + c
 
 
 def test_the_answer_is_the_last_digit_of_each_half():
@@ -22,8 +25,8 @@ def test_the_answer_is_the_last_digit_of_each_half():
 
 
 def test_no_problem_is_in_both_splits_whatever_the_seeds():
-    train = {two_halves.task(seed).train(i).text for seed in (0, 1) for i in range(5000)}
-    held_out = {two_halves.task(seed).held_out(i).text for seed in (0, 2) for i in range(3000)}
+    train = {two_halves.task(seed).train(i).text for seed in (0, 1) for i in range(2000)}
+    held_out = {two_halves.task(seed).held_out(i).text for seed in (0, 2) for i in range(1000)}
     assert not train & held_out
 
 
@@ -64,14 +67,13 @@ def test_reading_out_uses_what_was_worked_and_guesses_the_rest():
 
 def test_a_trace_has_room_for_one_half_and_an_aggregation_trace_for_none():
     """Token costs under the bundled tokenizer: the claim on which the task's closed form rests."""
-    from configs import tiny
-    from spiral_jax.model import hf
-    from spiral_jax.prompts.tokenizer import load_tokenizer
-
     c = tiny.get_config()
     tokenizer = load_tokenizer(hf.resolve_path(c.model.hf_path))
     rng = np.random.default_rng(0)
-    tokens = lambda text: len(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
+
+    def tokens(text):
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
     task = two_halves.task(0)
     longest_trace, shortest_half = 0, 1000
     for cursor in rng.integers(10**6, size=500):

@@ -1,6 +1,4 @@
-"""Some hundred answers made to break the verifier; by the ten thousand: `python -m
-benchmarks.verifier_soak`.
-"""
+"""Some hundred answers made to break the verifier; `benchmarks.verifier_soak` has thousands."""
 
 import concurrent.futures
 import multiprocessing
