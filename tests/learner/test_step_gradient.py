@@ -1,7 +1,7 @@
 """Every loss's gradient in the train step against a loop over unpadded rows, by JAX's own rules.
 
-Rows have whole logits. 1e-5 in relative L2, as for the plain loss: shared prompts split every softmax and product in
-another way.
+Rows have whole logits. 1e-5 in relative L2, as for the plain loss: shared prompts split every
+softmax and product in another way.
 """
 
 import functools
