@@ -1,12 +1,13 @@
-"""What several test files share: the mesh of all devices, and random checkpoints as transformers
-writes them.
-"""
+"""What test files share: devices, quick compilation, checkpoints that transformers wrote."""
 
 import functools
 import os
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most programs are compiled for one small run: machine code without LLVM's optimisations takes half
+# the time. Processes that tests start inherit it.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
@@ -14,6 +15,11 @@ from ml_collections import ConfigDict
 from small_verifier import REWARD_MODULE
 
 from spiral_jax.core.mesh import make_mesh
+
+
+def pytest_runtest_setup(item):
+    """Plans are made of programs as users compile them."""
+    jax.config.update("jax_disable_most_optimizations", "planning" not in item.path.parts)
 
 
 @pytest.fixture(scope="session")
@@ -25,17 +31,23 @@ def mesh():
 
 # Every field off its default; two families that differ in the norms of queries and keys alone.
 FIELDS = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 3, "head_dim": 16, "rms_norm_eps": 1e-3,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}, "tie_word_embeddings": False,
-    "max_position_embeddings": 640, "eos_token_id": 5,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 777.0},
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 640,
+    "eos_token_id": 5,
+}
 
 
 def randomise(model):
-    """Peaked attention: with transformers' own initialisation a wrong rope theta would go
-    unnoticed.
-    """
+    """Peaks attention: with transformers' own values a wrong rope theta would go unnoticed."""
     import torch
 
     torch.manual_seed(0)
@@ -55,8 +67,9 @@ def randomise(model):
 
 @pytest.fixture(scope="session")
 def qwen3_checkpoint(tmp_path_factory):
-    """(shard="5GB", **fields) -> (directory, transformers' model): random, in files of at most
-    `shard`.
+    """(shard="5GB", **fields) -> (directory, transformers' random model).
+
+    Files are of at most `shard`.
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

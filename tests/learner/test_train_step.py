@@ -186,17 +186,19 @@ def test_a_sharded_step_is_that_of_one_device(kind, mesh):
 
 # ---- where the arrays lie
 
-CUTS = {  # the mesh axis of every dimension; embed's 97 rows are odd, so they stay whole
+COLUMNS, ROWS = ("q", "k", "v", "gate", "up"), ("o", "down")
+# The mesh axis of every dimension, of one layer. Embed's 97 rows are odd, so they stay whole.
+CUTS = {
     "embed": (None, "fsdp"),
     "head": ("fsdp", None),
     "final_norm": (None,),
-    **{f"layers/{name}_norm": (None, None) for name in ("attention", "mlp", "q", "k")},
-    **{f"layers/{name}/kernel": (None, "fsdp", "tensor") for name in ("q", "k", "v", "gate", "up")},
-    **{f"layers/{name}/kernel": (None, "tensor", "fsdp") for name in ("o", "down")},
-    **{f"layers/{name}/a": (None, "fsdp", None) for name in ("q", "k", "v", "gate", "up")},
-    **{f"layers/{name}/b": (None, None, "tensor") for name in ("q", "k", "v", "gate", "up")},
-    **{f"layers/{name}/a": (None, "tensor", None) for name in ("o", "down")},
-    **{f"layers/{name}/b": (None, None, "fsdp") for name in ("o", "down")},
+    **{f"{name}_norm": (None,) for name in ("attention", "mlp", "q", "k")},
+    **{f"{name}/kernel": ("fsdp", "tensor") for name in COLUMNS},
+    **{f"{name}/kernel": ("tensor", "fsdp") for name in ROWS},
+    **{f"{name}/a": ("fsdp", None) for name in COLUMNS},
+    **{f"{name}/b": (None, "tensor") for name in COLUMNS},
+    **{f"{name}/a": ("tensor", None) for name in ROWS},
+    **{f"{name}/b": (None, "fsdp") for name in ROWS},
     "step": (),
     "count": (),
 }
@@ -218,8 +220,9 @@ def test_every_device_holds_its_share_of_each_array_before_and_after_a_step(kind
             name = meshes.path_name(path)
             key = next(key for key in CUTS if name == key or name.endswith(f"/{key}"))
             seen.add(key)
-            cut = zip(array.shape, CUTS[key], strict=True)
-            shape = [n // (mesh.shape[axis] if axis else 1) for n, axis in cut]
+            stacked = (None,) * (array.ndim - len(CUTS[key]))  # layers are whole on every device
+            cuts = zip(array.shape, stacked + CUTS[key], strict=True)
+            shape = [n // (mesh.shape[axis] if axis else 1) for n, axis in cuts]
             assert len(array.addressable_shards) == mesh.size
             for shard in array.addressable_shards:
                 assert shard.data.nbytes == 4 * np.prod(shape, initial=1, dtype=int), name
