@@ -79,11 +79,10 @@ def write_model(path: pathlib.Path) -> None:
         return
     config = ModelConfig(ARCHITECTURE)
     params = init_variables(config, jax.random.key(MODEL_SEED))["params"]
-
-    def scale(array: jax.Array) -> jax.Array:
-        return KERNEL_SCALE * array if array.ndim == 3 else array
-
-    params["layers"] = jax.tree.map(scale, params["layers"])
+    for name, kernel_axes in (("layers", 3), ("last_layer", 2)):
+        params[name] = jax.tree.map(
+            lambda a, axes=kernel_axes: KERNEL_SCALE * a if a.ndim == axes else a, params[name]
+        )
     hf.save_params(path, params, config, stop_ids=())
 
 

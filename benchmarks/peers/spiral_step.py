@@ -57,10 +57,7 @@ class SpiralStep:
         lora = None
         if adapters:
             with np.load(adapters) as arrays:
-                lora = {"layers": {}}
-                for name, array in arrays.items():
-                    _, layer, part = name.split("/")
-                    lora["layers"].setdefault(layer, {})[part] = jax.device_put(array)
+                lora = split_layers(dict(arrays))
         self.base, self.state = init_state(settings, self.config, self.mesh, base, lora)
         jax.block_until_ready(self.state)
         self.train_step = make_train_step(settings, self.config)
@@ -96,13 +93,36 @@ class SpiralStep:
         loss = self._step(StepWork.load(work), 1)
         moment = optax.tree_utils.tree_get(self.state.opt, "mu")
         leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(moment))
-        np.savez(out, **{meshes.path_name(path): leaf / (1 - B1) for path, leaf in leaves})
+        by_name = {meshes.path_name(path): leaf / (1 - B1) for path, leaf in leaves}
+        np.savez(out, **join_layers(by_name))
         return float(loss)
 
     def step(self, work: str, micro_batch: float) -> dict[str, Any]:
         """`micro_batch`: groups."""
         loaded = StepWork.load(work)
         return measured(lambda: self._step(loaded, int(micro_batch)))
+
+
+def split_layers(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, dict[str, jax.Array]]]:
+    """Adapters by name, all layers in one stack -> the model's tree, the last layer apart."""
+    tree = {"layers": {}, "last_layer": {}}
+    for name, array in arrays.items():
+        _, projection, part = name.split("/")
+        for place, value in (("layers", array[:-1]), ("last_layer", array[-1])):
+            tree[place].setdefault(projection, {})[part] = jax.device_put(value)
+    return tree
+
+
+def join_layers(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The other way round, as the other contestants name them."""
+    joined = {}
+    for name, array in arrays.items():
+        place, _, rest = name.partition("/")
+        if place == "layers":
+            joined[name] = np.concatenate([array, arrays[f"last_layer/{rest}"][None]])
+        elif place != "last_layer":
+            joined[name] = array
+    return joined
 
 
 if __name__ == "__main__":
