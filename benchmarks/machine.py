@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 
-from spiral_jax.run import environment
+from spiral_jax.run import provenance
 
 
 def machine() -> str:
@@ -19,5 +19,5 @@ def commit() -> str:
 
     "unknown" outside a checkout.
     """
-    head, modified = environment.commit()
+    head, modified = provenance.commit()
     return f"{head[:7]}{'+' if modified else ''}" if head else "unknown"

@@ -35,7 +35,7 @@ from configs import tiny
 from spiral_jax.reporting import main_page
 from spiral_jax.reporting.pages import write_pages
 from spiral_jax.reporting.read_run import read_run
-from spiral_jax.run import environment
+from spiral_jax.run import provenance
 from spiral_jax.run.workdir import StepLog
 
 JSON = flags.DEFINE_string("json", "docs/report.json", "file that the numbers are written to")
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         numbers = {
             "machine": machine(),
             "load": round(os.getloadavg()[0], 1),
-            "commit": environment.commit()[0],
+            "commit": provenance.commit()[0],
             "steps": STEPS.value,
             "problems": STEPS.value * PROBLEMS.value,
             "written_steps": WRITTEN.value,

@@ -79,10 +79,13 @@ def write_model(path: pathlib.Path) -> None:
         return
     config = ModelConfig(ARCHITECTURE)
     params = init_variables(config, jax.random.key(MODEL_SEED))["params"]
-    for name, kernel_axes in (("layers", 3), ("last_layer", 2)):
-        params[name] = jax.tree.map(
-            lambda a, axes=kernel_axes: KERNEL_SCALE * a if a.ndim == axes else a, params[name]
-        )
+
+    for room, kernel_axes in (("layers", 3), ("last_layer", 2)):
+
+        def scale(array: jax.Array, kernel_axes: int = kernel_axes) -> jax.Array:
+            return KERNEL_SCALE * array if array.ndim == kernel_axes else array
+
+        params[room] = jax.tree.map(scale, params[room])
     hf.save_params(path, params, config, stop_ids=())
 
 

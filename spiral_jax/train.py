@@ -59,14 +59,15 @@ def train(setup: Setup, workdir: str) -> bool:
                 print(render_examples(batch.rollouts, setup.tokenizer), flush=True)
 
             # Both kinds of trace, one gradient, one Adam step; then the new policy samples.
+            sampling = rollouts.metrics()
             with run.updating():
                 blocks = make_blocks(batch.roles, learner.shapes)
-                del policy  # its memory is the update's now
+                del policy, rollouts  # their memory is the update's now
                 state, metrics = train_step(state, base, place_blocks(blocks, mesh))
                 policy = sampler.prepare(variables(model, base, state.trained))
                 metrics = run.read(metrics)
 
-            run.record(batch, rollouts.metrics() | metrics | padding(blocks), state)
+            run.record(batch, sampling | metrics | padding(blocks), state)
             run.evaluate(policy)
         run.finish(state)
 

@@ -1,5 +1,4 @@
-"""Material of the train step's tests: two small models away from initialisation, random groups, one
-step.
+"""Material of the train step's tests: two small models, random groups, one step.
 
 Adam's first moment after one step is (1 - b1) times the gradient; with b1 = 0 it is the gradient
 itself.
@@ -17,8 +16,10 @@ from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import GroupRequests, Groups, Role
 from spiral_jax.core.metrics import divide
-from spiral_jax.learner.blocks import make_blocks
-from spiral_jax.learner.step import init_state, make_train_step
+from spiral_jax.learner.blocks import make_blocks, place_blocks
+from spiral_jax.learner.settings import LearnerSettings, RoleShapes, optimizer_settings
+from spiral_jax.learner.state import init_state
+from spiral_jax.learner.step import make_train_step
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.transformer import ModelConfig, init_variables
 
@@ -35,22 +36,37 @@ TRACES = {Role.SEARCH: 3, Role.AGGREGATION: 2}
 QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
-def config(**settings):
-    """Defaults but for fields of `optimizer` and `loss` by name."""
-    c = defaults()
-    c.sampling.temperature = 0.7
-    c.loss.logprob_chunk = 3  # does not divide G
-    c.optimizer.b1 = 0.0
-    for name, value in settings.items():
-        room = c.optimizer if name in c.optimizer else c.loss
-        room[name] = value
-    return c
+def shapes_of(role, lengths=((P, G),), micro=4, most=16):
+    """By default four micro-batches of a role, of which eight groups fill two."""
+    return RoleShapes(tuple(lengths), micro_groups=micro, most_groups=most, traces=TRACES[role])
+
+
+def optimizer(steps=1000, **settings):
+    """Defaults of config.optimizer but for `settings`."""
+    o = defaults().optimizer
+    o.b1 = 0.0
+    o.update(settings)
+    return optimizer_settings(o, steps)
+
+
+def learner(kl_coef=0.0, **settings):
+    """Settings of a learner; `settings` are those of its optimizer."""
+    return LearnerSettings(
+        seed=0,
+        shapes={role: shapes_of(role) for role in Role},
+        optimizer=optimizer(**settings),
+        temperature=0.7,
+        tis_cap=defaults().loss.tis_cap,
+        kl_coef=kl_coef,
+        logprob_chunk=3,  # does not divide G
+    )
 
 
 @functools.cache
 def random_trees(kind):
-    """(base, adapters or None) on the host, far from initialisation: attention is peaked, ratios
-    are of order one.
+    """(base, adapters or None) on the host, far from initialisation.
+
+    Attention is peaked, and ratios are of order one.
     """
     rng = np.random.default_rng(0)
 
@@ -58,7 +74,7 @@ def random_trees(kind):
         name = meshes.path_name(path)
         if name.endswith("norm"):
             return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        return rng.normal(0, 0.15 if "layers" in name else 0.06, leaf.shape).astype(np.float32)
+        return rng.normal(0, 0.15 if "layer" in name else 0.06, leaf.shape).astype(np.float32)
 
     shapes = jax.eval_shape(lambda: init_variables(MODELS[kind], jax.random.key(0)))
     trees = jax.tree_util.tree_map_with_path(fill, shapes)
@@ -67,11 +83,13 @@ def random_trees(kind):
 
 @functools.cache
 def fresh(kind, mesh, **settings):
-    """(frozen, state on the host, its shardings) from `random_trees`; B of a new adapter is zero, which would hide A's
-    gradient."""
+    """(frozen, state on the host, its shardings) from `random_trees`.
+
+    B of a new adapter is zero, which would hide A's gradient.
+    """
     base, lora = random_trees(kind)
     placed = jax.device_put(base, meshes.weight_shardings(base, mesh))
-    frozen, state = init_state(config(**settings), MODELS[kind], placed, mesh)
+    frozen, state = init_state(learner(**settings), MODELS[kind], mesh, placed)
     host = jax.device_get(state if lora is None else state.replace(trained=lora))
     return frozen, host, jax.tree.map(lambda a: a.sharding, state)
 
@@ -83,17 +101,19 @@ def start(kind, mesh, **settings):
 
 
 def random_groups(seed, role, U=8):
-    """(groups, weights): prompts of 1 to 5 tokens, traces of 1 to 8, together 6 or 9: two lengths
-    for the oracle.
+    """(groups, weights): prompts of 1 to 5 tokens and traces of 1 to 8, together 6 or 9.
 
-    Weights lean to one side, so that the loss is no small difference of large sums, whose rounding
-    would show.
+    So the oracle has rows of two lengths. Weights lean to one side, so that the loss is no small
+    difference of large sums, whose rounding would show.
     """
     rng = np.random.default_rng([seed, role])
     C = TRACES[role]
     prompt_len = rng.integers(1, 6, U).astype(np.int32)
     trace_len = (rng.choice([6, 9], (U, C)) - prompt_len[:, None]).astype(np.int32)
-    ids = lambda *shape: rng.integers(0, ARCH.V, shape).astype(np.int32)  # noqa: E731
+
+    def ids(*shape):
+        return rng.integers(0, ARCH.V, shape).astype(np.int32)
+
     groups = Groups(
         GroupRequests(ids(U, P), prompt_len, np.zeros((U, 6), np.int32), C, G),
         trace_UxCxG=ids(U, C, G),
@@ -112,12 +132,13 @@ def search_alone(seed=0):
     return {Role.SEARCH: random_groups(seed, Role.SEARCH)}
 
 
-def blocks_of(material, micro=4, lengths=((P, G),), most=16):
-    """By default four micro-batches of a role, of which eight groups fill two."""
-    blocks = [
-        make_blocks(role, *pair, list(lengths), micro, most) for role, pair in material.items()
-    ]
-    return [block for of_role in blocks for block in of_role]
+def blocks_of(roles, **cut):
+    """Blocks of groups and weights by role, cut as `shapes_of` says."""
+    shapes = {
+        role: dataclasses.replace(shapes_of(role, **cut), traces=weight_UxC.shape[1])
+        for role, (_, weight_UxC) in roles.items()
+    }
+    return make_blocks(roles, shapes)
 
 
 def one_device():
@@ -126,15 +147,8 @@ def one_device():
 
 @functools.cache
 def step_of(kind, **settings):
-    step = make_train_step(config(**settings), MODELS[kind])
+    step = make_train_step(learner(**settings), MODELS[kind])
     return jax.jit(step, donate_argnums=0, compiler_options=QUICK)
-
-
-def place(blocks, mesh):
-    return jax.tree.map(
-        lambda a: jax.device_put(a, meshes.group_sharding(mesh, leading=1)) if np.ndim(a) else a,
-        blocks,
-    )
 
 
 def run(kind, blocks, mesh=None, **settings):
@@ -142,6 +156,6 @@ def run(kind, blocks, mesh=None, **settings):
     mesh = mesh or one_device()
     frozen, state = start(kind, mesh, **settings)
     with jax.set_mesh(mesh):
-        state, metrics = step_of(kind, **settings)(state, frozen, place(blocks, mesh))
+        state, metrics = step_of(kind, **settings)(state, frozen, place_blocks(blocks, mesh))
     gradient = jax.device_get(optax.tree_utils.tree_get(state.opt, "mu"))
     return gradient, divide(jax.device_get(metrics)), state

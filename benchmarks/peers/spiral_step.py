@@ -37,6 +37,28 @@ from spiral_jax.model.transformer import ModelConfig
 REMAT, ATTENTION_BLOCK, LOGPROB_CHUNK = "dots", 256, 32
 
 
+def split_layers(stacked: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The `lora` collection of adapters "layers/q/a" [L, ...] and so on."""
+    lora: dict[str, Any] = {"layers": {}, "last_layer": {}}
+    for name, array in stacked.items():
+        _, projection, part = name.split("/")
+        lora["layers"].setdefault(projection, {})[part] = jax.device_put(array[:-1])
+        lora["last_layer"].setdefault(projection, {})[part] = jax.device_put(array[-1])
+    return lora
+
+
+def stack_layers(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """All layers of each parameter as "layers/..." [L, ...], as the peers name them."""
+    stacked = {}
+    for name, array in arrays.items():
+        room, _, rest = name.partition("/")
+        if room == "layers":
+            array = np.concatenate([array, arrays[f"last_layer/{rest}"][None]])
+        if room != "last_layer":
+            stacked[name] = array
+    return stacked
+
+
 class SpiralStep:
     def load(self, model: str, adapters: str | None) -> dict[str, Any]:
         path = pathlib.Path(model)
@@ -93,36 +115,14 @@ class SpiralStep:
         loss = self._step(StepWork.load(work), 1)
         moment = optax.tree_utils.tree_get(self.state.opt, "mu")
         leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(moment))
-        by_name = {meshes.path_name(path): leaf / (1 - B1) for path, leaf in leaves}
-        np.savez(out, **join_layers(by_name))
+        gradient = {meshes.path_name(path): leaf / (1 - B1) for path, leaf in leaves}
+        np.savez(out, **stack_layers(gradient))
         return float(loss)
 
     def step(self, work: str, micro_batch: float) -> dict[str, Any]:
         """`micro_batch`: groups."""
         loaded = StepWork.load(work)
         return measured(lambda: self._step(loaded, int(micro_batch)))
-
-
-def split_layers(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, dict[str, jax.Array]]]:
-    """Adapters by name, all layers in one stack -> the model's tree, the last layer apart."""
-    tree = {"layers": {}, "last_layer": {}}
-    for name, array in arrays.items():
-        _, projection, part = name.split("/")
-        for place, value in (("layers", array[:-1]), ("last_layer", array[-1])):
-            tree[place].setdefault(projection, {})[part] = jax.device_put(value)
-    return tree
-
-
-def join_layers(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The other way round, as the other contestants name them."""
-    joined = {}
-    for name, array in arrays.items():
-        place, _, rest = name.partition("/")
-        if place == "layers":
-            joined[name] = np.concatenate([array, arrays[f"last_layer/{rest}"][None]])
-        elif place != "last_layer":
-            joined[name] = array
-    return joined
 
 
 if __name__ == "__main__":

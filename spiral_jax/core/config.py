@@ -59,7 +59,10 @@ def defaults() -> ConfigDict:
     # "attention": and the result of attention; "dots": and those of all products with weights;
     # "none": everything is kept
     c.model.remat = "layer"
-    # queries, and keys, a block: scores in memory are [.., block, block]
+    # what computes attention in training and prefill: "xla", loops over blocks; "gpu", cuDNN;
+    # "tpu", Pallas kernels; "auto", what the devices and the dtype allow
+    c.model.attention = "auto"
+    # xla: queries, and keys, a block: scores in memory are [.., block, block]
     c.model.attention_block = 256
 
     c.mesh = ConfigDict()  # devices along each axis; one of them may be -1 = all the rest
@@ -344,22 +347,27 @@ _RETIRED = {
 }
 
 
-def without_retired(plain: dict) -> dict:
+def as_current(plain: dict) -> dict:
     """A plain configuration that an earlier version may have written, as this one would write it.
+
+    Fields that it did not have get their defaults, which mean what it did.
 
     Raises:
       ConfigError: a field that no longer exists has a value that meant something.
     """
-    plain = {name: dict(of) if isinstance(of, dict) else of for name, of in plain.items()}
+    current = {name: dict(of) if isinstance(of, dict) else of for name, of in plain.items()}
     for field, inert in _RETIRED.items():
         section, name = field.split(".")
-        value = plain.get(section, {}).pop(name, inert)
+        value = current.get(section, {}).pop(name, inert)
         if value != inert:
             raise ConfigError(
                 f"config.{field} = {value!r}: this field no longer exists, and the run was made "
                 f"with another value than {inert!r}. Use the version of spiral_jax that made it."
             )
-    return plain
+    for section, fields in to_plain(defaults()).items():
+        if isinstance(fields, dict) and isinstance(current.get(section), dict):
+            current[section] = fields | current[section]
+    return current
 
 
 def from_plain(plain: dict) -> ConfigDict:

@@ -146,6 +146,10 @@ class Evaluator:
     progress: Progress
     between_chunks: Callable[[], None]
 
+    def held_out(self) -> list[Asked]:
+        """See `held_out_problems`."""
+        return held_out_problems(self.settings, self.task, self.scaffold)
+
     def evaluate(self, policy: Any, step: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Evaluates all held-out problems, after `step` steps of training.
 
@@ -154,7 +158,7 @@ class Evaluator:
           measures of `python -m spiral_jax.evaluate` and comparable with its files: None where
           nothing is aggregated.
         """
-        asked = held_out_problems(self.settings, self.task, self.scaffold)
+        asked = self.held_out()
         wave = self.wave(policy, asked, step)
         row = summarise(self.settings, step, wave.records, wave.counts)
         if not self.settings.aggregates:

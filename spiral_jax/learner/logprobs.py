@@ -206,6 +206,7 @@ def group_logprobs(
     trace_UxCxG: jax.Array,
     temperature: float,
     chunk: int,
+    *,
     trace_len_UxC: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs and entropies [U, C, G] of whole groups under `variables`.

@@ -112,7 +112,7 @@ def _make_loss(
             micro.trace_UxCxG,
             settings.temperature,
             settings.logprob_chunk,
-            micro.trace_len_UxC,
+            trace_len_UxC=micro.trace_len_UxC,
         )
 
     def loss(

@@ -25,13 +25,15 @@ from jax.ad_checkpoint import checkpoint_name
 from spiral_jax.core.mesh import constrain_groups
 from spiral_jax.model import layouts
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.blockwise import KEPT
-from spiral_jax.model.group_attention import (
-    Lengths,
+from spiral_jax.model.attention.backends import XLA, make_backend
+from spiral_jax.model.attention.groups import (
+    KEPT,
+    Backend,
     last_token_attention,
     prompt_attention,
     trace_attention,
 )
+from spiral_jax.model.attention.part import KeyValue, Lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,9 @@ class ModelConfig:
       compute_dtype: of activations and caches; norms, rope and softmax are float32.
       lora_rank: 0 = no adapters.
       lora_alpha: adapters are scaled by alpha / rank.
-      attention_block: queries, and keys, whose scores exist at once in training (see
-        `group_attention`).
+      attention: which backend computes attention, one of `backends.BACKENDS`.
+      attention_block: queries, and keys, whose scores exist at once in training where the backend
+        is xla.
       remat: what the backward pass keeps of each layer, one of `config.REMAT`; it computes the rest
         once more.
     """
@@ -55,6 +58,7 @@ class ModelConfig:
     compute_dtype: Any = jnp.float32
     lora_rank: int = 0
     lora_alpha: float = 1.0
+    attention: str = XLA
     attention_block: int = 512
     remat: str = "layer"
 
@@ -198,10 +202,12 @@ class DecoderLayer(nn.Module):
 
         Returns (x, nothing), as a scan asks.
         """
-        P, block = self.prompt_tokens, self.config.attention_block
+        P = self.prompt_tokens
         x = constrain_groups(x_UxTxD)
         q, k, v = self.project(x, position_UxT)
-        attended = prompt_attention(q[:, :P], k[:, :P], v[:, :P], lengths, block)
+        attended = prompt_attention(
+            self._backend(), q[:, :P], KeyValue(k[:, :P], v[:, :P]), lengths
+        )
         if self.traces:
             of_traces = self._attend_from_traces(q[:, P:], k, v, lengths)
             attended = jnp.concatenate([attended, of_traces], axis=1)
@@ -222,7 +228,8 @@ class DecoderLayer(nn.Module):
         h = jnp.concatenate([jnp.take_along_axis(h, last_U, 1), h[:, P:]], axis=1)
         q = self._queries(h, jnp.concatenate([last_U[..., 0], position_UxT[:, P:]], axis=1))
 
-        of_last = last_token_attention(q[:, 0], k[:, :P], v[:, :P], lengths.prompt_U)
+        prompt = KeyValue(k[:, :P], v[:, :P])
+        of_last = last_token_attention(q[:, 0], prompt, lengths.prompt_U)
         of_traces = self._attend_from_traces(q[:, 1:], k, v, lengths)
         return self.finish(x, jnp.concatenate([of_last[:, None], of_traces], axis=1))
 
@@ -262,14 +269,18 @@ class DecoderLayer(nn.Module):
         self, q: jax.Array, k: jax.Array, v: jax.Array, lengths: Lengths
     ) -> jax.Array:
         """[U, C * G, H, E] for the traces' queries, which are as many; k and v are of all rows."""
-        P, block = self.prompt_tokens, self.config.attention_block
+        P = self.prompt_tokens
 
         def by_trace(a: jax.Array) -> jax.Array:
             return a.reshape(a.shape[0], self.traces, -1, *a.shape[2:])
 
-        prompt_kv = k[:, :P], v[:, :P]
-        own_kv = by_trace(k[:, P:]), by_trace(v[:, P:])
-        return trace_attention(by_trace(q), prompt_kv, own_kv, lengths, block).reshape(q.shape)
+        prompt = KeyValue(k[:, :P], v[:, :P])
+        own = KeyValue(by_trace(k[:, P:]), by_trace(v[:, P:]))
+        attended = trace_attention(self._backend(), by_trace(q), prompt, own, lengths)
+        return attended.reshape(q.shape)
+
+    def _backend(self) -> Backend:
+        return make_backend(self.config.attention, self.config.attention_block)
 
 
 _PROJECTED = "projected"  # the name of what a `Linear` returns, for policies of `jax.checkpoint`
@@ -360,11 +371,15 @@ def _rows_of_groups(
 def _lengths(
     prompt_len_U: jax.Array, trace_UxCxG: jax.Array | None, trace_len_UxC: jax.Array | None
 ) -> Lengths:
-    if trace_len_UxC is not None:
-        longest_trace = jnp.max(trace_len_UxC)
+    if trace_UxCxG is None:
+        trace_len_UxC = jnp.zeros((len(prompt_len_U), 0), jnp.int32)
+        longest_trace = jnp.int32(0)
+    elif trace_len_UxC is None:
+        U, C, G = trace_UxCxG.shape
+        trace_len_UxC, longest_trace = jnp.full((U, C), G, jnp.int32), jnp.int32(G)
     else:
-        longest_trace = jnp.int32(0 if trace_UxCxG is None else trace_UxCxG.shape[2])
-    return Lengths(prompt_len_U, jnp.max(prompt_len_U), longest_trace)
+        longest_trace = jnp.max(trace_len_UxC)
+    return Lengths(prompt_len_U, trace_len_UxC, jnp.max(prompt_len_U), longest_trace)
 
 
 def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

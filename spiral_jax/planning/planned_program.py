@@ -15,10 +15,10 @@ from spiral_jax.core.groups import Role
 from spiral_jax.learner.blocks import Block
 from spiral_jax.learner.logprobs import LOGPROBS_SCOPE
 from spiral_jax.learner.step import block_scope, variables
-from spiral_jax.model.blockwise import OWN_KEYS_SCOPE, PROMPT_KEYS_SCOPE, even_block
-from spiral_jax.model.cache_attention import PREFIX_SCOPE
+from spiral_jax.model.attention.caches import PREFIX_SCOPE
+from spiral_jax.model.attention.groups import PROMPT_SCOPE, TRACE_SCOPE
+from spiral_jax.model.attention.xla import OWN_KEYS_SCOPE, PROMPT_KEYS_SCOPE, even_block
 from spiral_jax.model.flops import decode_flops, ideal_train_flops, prefill_flops
-from spiral_jax.model.group_attention import PROMPT_SCOPE, TRACE_SCOPE
 from spiral_jax.planning import analytic
 from spiral_jax.planning.analytic import bytes_a_chip
 from spiral_jax.planning.costs import Cost

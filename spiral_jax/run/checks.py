@@ -8,11 +8,14 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from spiral_jax.core.config import MEASURES, METRIC_WRITERS, REMAT, require
+from spiral_jax.model.attention.backends import BACKENDS
 
+# Of training and evaluation both; those `_OF_RUN` of training alone.
 _CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.remat": REMAT,
+    "model.attention": ("auto", *BACKENDS),
     "aggregation.order": ("shuffled", "sampled"),
     "prompt.template": ("chat", "plain"),
     "prompt.truncated": ("keep_tail", "drop", "mark"),
@@ -108,13 +111,14 @@ def _check_values(
     positive: tuple[str, ...],
 ) -> None:
     for field, allowed in choices.items():
-        require(
-            _value(c, field) in allowed, field, _value(c, field), f"one of {', '.join(allowed)}"
-        )
+        value = _value(c, field)
+        require(value in allowed, field, value, f"one of {', '.join(allowed)}")
     for field, number in least.items():
-        require(_value(c, field) >= number, field, _value(c, field), f">= {number}")
+        value = _value(c, field)
+        require(value >= number, field, value, f">= {number}")
     for field in positive:
-        require(_value(c, field) > 0, field, _value(c, field), "> 0")
+        value = _value(c, field)
+        require(value > 0, field, value, "> 0")
 
 
 def _value(c: ConfigDict, field: str) -> object:

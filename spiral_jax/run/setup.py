@@ -28,6 +28,7 @@ from spiral_jax.learner.state import abstract_state, keeps_base
 from spiral_jax.learner.step import make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import check_mesh, read_architecture
+from spiral_jax.model.attention.backends import choose_backend
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.objective.settings import ObjectiveSettings, objective_settings
 from spiral_jax.prompts.scaffold import Scaffold, make_scaffold, max_aggregation_prompt
@@ -72,7 +73,7 @@ class Setup:
     """What a run is made of, before any weight is loaded.
 
     Attributes:
-      c: the configuration; all of it has been checked.
+      c: the configuration; all of it has been settings.
       reward: that of config.task.reward, or the task's own.
       strategy: the function that names a trace's strategy; None where neither the config nor the
         task has one.
@@ -112,8 +113,8 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
-class Checked(NamedTuple):
-    """The settings of the rooms, all of them checked.
+class RunSettings(NamedTuple):
+    """The settings of the rooms that a run needs, all of them settings.
 
     Attributes:
       training: None for `spiral_jax.evaluate`.
@@ -124,7 +125,7 @@ class Checked(NamedTuple):
     training: Training | None
 
 
-def check_training(c: ConfigDict) -> Checked:
+def check_training(c: ConfigDict) -> RunSettings:
     """Checks everything that training needs and that needs neither data nor devices.
 
     Raises:
@@ -135,19 +136,19 @@ def check_training(c: ConfigDict) -> Checked:
     check_task(c.task, training=True, evaluated=c.eval.problems > 0)
     check_sampling(c)
     verifier = VerifierSettings.from_config(c.verifier)
-    objective, tries, stages = objective_settings(c.loss), dynamic_sampling(c), training_stages(c)
-    learner = learner_settings(c, stages.groups(tries.problems))
-    training = Training(stages, tries, objective, learner)
-    return Checked(verifier, evaluation_settings.for_training(c), training)
+    objective, dynamic, stages = objective_settings(c.loss), dynamic_sampling(c), training_stages(c)
+    learner = learner_settings(c, stages.groups(dynamic.problems))
+    training = Training(stages, dynamic, objective, learner)
+    return RunSettings(verifier, evaluation_settings.for_training(c), training)
 
 
-def check_evaluation(c: ConfigDict) -> Checked:
+def check_evaluation(c: ConfigDict) -> RunSettings:
     """The same for `spiral_jax.evaluate`, which reads no training data and updates nothing."""
     check_shared(c)
     check_task(c.task, training=False, evaluated=True)
     check_sampling(c)
     verifier = VerifierSettings.from_config(c.verifier)
-    return Checked(verifier, evaluation_settings.for_command(c), training=None)
+    return RunSettings(verifier, evaluation_settings.for_command(c), training=None)
 
 
 def set_up_training(c: ConfigDict) -> Setup:
@@ -157,26 +158,26 @@ def set_up_training(c: ConfigDict) -> Setup:
       ConfigError: see `check_training`; or what the data, the checkpoint or the mesh do not allow.
       TaskError: the problems cannot be had.
     """
-    checked = check_training(c)
+    settings = check_training(c)
     check_installed(c.metrics.writers)
-    setup = _set_up(c, checked)
-    check_micro_batches(checked.training.learner.shapes, setup.mesh)
-    _check_trained_prompts(setup, checked.training)
+    setup = _set_up(c, settings)
+    check_micro_batches(settings.training.learner.shapes, setup.mesh)
+    _check_trained_prompts(setup, settings.training)
     return setup
 
 
 def set_up_evaluation(c: ConfigDict) -> Setup:
     """The same for `spiral_jax.evaluate`."""
-    checked = check_evaluation(c)
+    settings = check_evaluation(c)
     c = c.copy_and_resolve_references()
     c.task.train_path = ""  # else it would be read
-    return _set_up(c, checked)
+    return _set_up(c, settings)
 
 
-def _set_up(c: ConfigDict, checked: Checked) -> Setup:
+def _set_up(c: ConfigDict, settings: RunSettings) -> Setup:
     mesh = make_mesh(c.mesh)
-    task = _load_task(c, checked.evaluation.problems)
-    start = _start(c, mesh, checked.training is not None)
+    task = _load_task(c, settings.evaluation.problems)
+    start = _start(c, mesh, settings.training is not None)
     check_mesh(start.model.arch, mesh)
     tokenizer = load_tokenizer(start.path)
     if len(tokenizer) > start.model.arch.V:
@@ -192,14 +193,14 @@ def _set_up(c: ConfigDict, checked: Checked) -> Setup:
         start=start,
         task=task,
         reward=_load_reward(c, task),
-        strategy=_load_strategy(c, task, checked.training),
+        strategy=_load_strategy(c, task, settings.training),
         tokenizer=tokenizer,
         scaffold=make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stops),
-        verifier=checked.verifier,
-        evaluation=checked.evaluation,
+        verifier=settings.verifier,
+        evaluation=settings.evaluation,
         sampler=sampler,
         eval_sampler=eval_sampler,
-        training=checked.training,
+        training=settings.training,
     )
     _check_sampled_prompts(setup)
     return setup
@@ -220,6 +221,9 @@ def _load_task(c: ConfigDict, held_out: int) -> Task:
 def _start(c: ConfigDict, mesh: Mesh, training: bool) -> Start:
     path = hf.resolve_path(c.model.hf_path)
     model = hf.model_config(read_architecture(path), c.model)
+    platform = mesh.devices.flat[0].platform
+    attention = choose_backend(c.model.attention, platform, model.compute_dtype, model.arch.E)
+    model = dataclasses.replace(model, attention=attention)
     has_adapters = c.model.adapter_path or c.model.init_from or c.eval.searcher not in ("", "base")
     if not training and not has_adapters:
         # The checkpoint as it is: a base without adapters keeps its dtype.

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from etils import epath
 
-from spiral_jax.core.config import compared, difference, digest_of, without_retired
+from spiral_jax.core.config import as_current, compared, difference, digest_of
 from spiral_jax.core.distributed import is_first
 from spiral_jax.core.errors import UserError
 
@@ -159,7 +159,7 @@ def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:
             f"{path}: damaged, not the JSON object that a run writes ({type(error).__name__}: "
             f"{error}). Put it back from a copy, or give another --workdir."
         ) from error
-    current = without_retired(content)
+    current = as_current(content)
     return current, digest if current == content else digest_of(current)
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from spiral_jax.core.mesh import GROUP_AXES, group_count_multiple
+from spiral_jax.model.attention.caches import decode_attention
 from spiral_jax.model.cache import Cache, cache_entries, write_entries
-from spiral_jax.model.cache_attention import decode_attention
 from spiral_jax.model.transformer import DecoderLayer, rms_norm
 from spiral_jax.sampling.draw import draw_token
 from spiral_jax.sampling.keys import uniforms

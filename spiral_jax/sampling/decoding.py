@@ -27,7 +27,7 @@ from spiral_jax.sampling.programs import CompiledProgram, Name
 from spiral_jax.sampling.protocol import Feed
 from spiral_jax.sampling.seating import Job, Piece, Place, Seats, cut
 from spiral_jax.sampling.settings import DecodeSettings, Schedule
-from spiral_jax.sampling.shapes import Move
+from spiral_jax.sampling.slots import Move
 from spiral_jax.sampling.weights import DecodeWeights
 
 
@@ -57,7 +57,7 @@ class Decoding:
         self._entrances = {
             i: Entrance(i, settings, schedule, programs, self._counts) for i in self._entries
         }
-        # of each class, among the rows of a shard
+        # where the rows of each class begin among those of a shard
         rows = [slots.rows // self._shards for slots in classes]
         self._first_row = list(itertools.accumulate(rows, initial=0))
 
@@ -214,7 +214,7 @@ class Decoding:
 
         placed = meshes.place(move, meshes.group_sharding(self._settings.mesh))
         self._states[i], self._states[j] = self._programs["move", i, j].run(
-            self._states[i], self._states[j], *placed
+            self._states[i], self._states[j], placed
         )
         self._seats.give_back(origin)
         piece.sit(to, rows, width)

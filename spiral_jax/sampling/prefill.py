@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from spiral_jax.core.mesh import constrain_groups
+from spiral_jax.model.attention.caches import prefix_attention
 from spiral_jax.model.cache import Cache, cache_entries, empty_cache, write_entries
-from spiral_jax.model.cache_attention import prefix_attention
 from spiral_jax.model.transformer import DecoderLayer, ModelConfig, rms_norm
 from spiral_jax.sampling.weights import DecodeWeights
 

@@ -145,7 +145,7 @@ def _move(settings: DecodeSettings, schedule: Schedule, i: int, j: int) -> Recip
     return Recipe(
         settings.mesh,
         functools.partial(move, settings),
-        (source, target, *move_shapes(settings, schedule.classes[j])),
+        (source, target, move_shapes(settings, schedule.classes[j])),
         (shardings(source), shardings(target)),
         donate=(0, 1),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +14,8 @@ from spiral_jax.core import mesh as meshes
 from spiral_jax.core.mesh import GROUP_AXES
 from spiral_jax.sampling.prefill import Prefilled, Prompts, prefill
 from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
-from spiral_jax.sampling.slots import Admission, SlotState, empty_state
+from spiral_jax.sampling.slots import Admission, Move, SlotState, empty_state
 from spiral_jax.sampling.weights import abstract_weights
-
-
-class Move(NamedTuple):
-    """Arguments of `slots.move` beside the two states.
-
-    Attributes:
-      from_Z, to_Z: int32 slots within the shard; -1: this shard moves nothing.
-      row_ZxC: int32 rows of the source slot that become the target's; -1: none.
-    """
-
-    from_Z: Any
-    to_Z: Any
-    row_ZxC: Any
 
 
 def abstract_state(settings: DecodeSettings, slots: SlotClass) -> SlotState:

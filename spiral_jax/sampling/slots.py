@@ -143,26 +143,25 @@ def enter(settings: DecodeSettings, state: SlotState, ready: Prefilled, new: Adm
     return Entered(state.replace(traces=traces, prompt=prompt), token_ZxWxC, logprob_ZxWxC)
 
 
-def move(
-    settings: DecodeSettings,
-    source: SlotState,
-    target: SlotState,
-    from_Z: jax.Array,
-    to_Z: jax.Array,
-    row_ZxC: jax.Array,
-) -> tuple[SlotState, SlotState]:
-    """Moves one group of each shard from a slot of `source` to one of `target`.
+class Move(NamedTuple):
+    """One group of each shard that moves, with the rows that still run.
 
-    Args:
+    Attributes:
       from_Z, to_Z: int32 slots within the shard; -1: this shard moves nothing.
-      row_ZxC: int32 rows of the source slot that become the target's: those that still run; -1:
-        none.
-
-    Returns:
-      both states; the source slot is free.
+      row_ZxC: int32 rows of the source slot that become the target's; -1: none.
     """
-    on_shards = _over_shards(settings.mesh, _move_on_shard, arguments=5)
-    return on_shards(source, target, from_Z, to_Z, row_ZxC)
+
+    from_Z: jax.Array
+    to_Z: jax.Array
+    row_ZxC: jax.Array
+
+
+def move(
+    settings: DecodeSettings, source: SlotState, target: SlotState, groups: Move
+) -> tuple[SlotState, SlotState]:
+    """Both states after one group of each shard has moved; its slot of `source` is free."""
+    on_shards = _over_shards(settings.mesh, _move_on_shard, arguments=3)
+    return on_shards(source, target, groups)
 
 
 def is_stop(stop_ids: tuple[int, ...], token: jax.Array) -> jax.Array:
@@ -238,10 +237,10 @@ def _put_on_shard(
 
 
 def _move_on_shard(
-    source: SlotState, target: SlotState, from_1: jax.Array, to_1: jax.Array, row_1xC: jax.Array
+    source: SlotState, target: SlotState, groups: Move
 ) -> tuple[SlotState, SlotState]:
-    moves, row_C = to_1[0] >= 0, row_1xC[0]
-    leaving = jnp.where(moves, from_1[0], -1)
+    to, row_C = groups.to_Z[0], groups.row_ZxC[0]
+    leaving = jnp.where(to >= 0, groups.from_Z[0], -1)
 
     def take_rows(tree: Any) -> Any:
         return jax.tree.map(lambda a: a[jnp.maximum(row_C, 0)], tree)
@@ -254,7 +253,7 @@ def _move_on_shard(
         ended_UxC=take_rows(group.traces.ended_UxC) | (row_C < 0),
     )
     group = SlotState(traces, group.prompt, take_rows(group.own))
-    target = _write_slot(target, group, to_1[0])
+    target = _write_slot(target, group, to)
 
     nobody_C = jnp.ones_like(source.traces.ended_UxC[0])
     ended_UxC = _write_slot(source.traces.ended_UxC, nobody_C, leaving)

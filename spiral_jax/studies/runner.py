@@ -84,7 +84,7 @@ class Runner:
     """Runs the commands of a study.
 
     Attributes:
-      environment: `environment.describe` of the runs.
+      environment: `provenance.describe` of the runs.
       lock: the study's, which its processes hold too.
       programs: directory where they find each other's compiled programs. It lives as long as the
         study's command: what is compiled for one machine's CPUs may not run on another's.
@@ -257,7 +257,7 @@ def _lock(directory: StudyDirectory) -> Iterator[IO]:
 
 
 def _describe_environment() -> dict[str, Any]:
-    """`environment.describe` of the runs, asked in a process like theirs."""
+    """`provenance.describe` of the runs, asked in a process like theirs."""
     done = subprocess.run(
         [sys.executable, "-c", _DESCRIBE], capture_output=True, text=True, check=False
     )

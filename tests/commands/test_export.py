@@ -25,7 +25,7 @@ from spiral_jax.export import export, merged_outputs
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.tensor_files import WeightsError, open_tensors
-from spiral_jax.model.transformer import ModelConfig
+from spiral_jax.model.transformer import ModelConfig, unstack_layers
 from spiral_jax.prompts.tokenizer import load_tokenizer, stop_ids
 from spiral_jax.run.start import Trained, find_trained
 
@@ -181,14 +181,15 @@ def test_merging_is_float32_and_rounds_once_to_the_dtype_of_the_base(run_of, mes
         outputs = merged_outputs(run.trained, tensors, run.model, mesh)
         merged = {output.name: output.read() for output in outputs}
     assert merged.keys() == stored.keys()
-    lora = jax.tree.map(lambda a: np.asarray(a, np.float64), run.weights[5]["layers"])
+    lora = jax.tree.map(lambda a: np.asarray(a, np.float64), run.weights[5])
+    layers = [layer["lora"] for layer in unstack_layers({"lora": lora}, run.model.arch.L)]
     for name, array in merged.items():
         assert array.dtype == ml_dtypes.bfloat16
         part = name.split(".")
         if not part[-2].endswith("_proj"):
             np.testing.assert_array_equal(array, stored[name])
             continue
-        a, b = (lora[part[-2].removesuffix("_proj")][side][int(part[2])] for side in "ab")
+        a, b = (layers[int(part[2])][part[-2].removesuffix("_proj")][side] for side in "ab")
         exact = stored[name].astype(np.float64) + 6.0 / 4 * (a @ b).T
         # half a unit in the last place of bfloat16, and what float32 adds to it
         allowed = np.abs(exact) * 2.0**-8 * 1.001 + 1e-7
@@ -267,10 +268,11 @@ def test_what_was_exported_is_a_base_that_can_be_trained_further(run_of, merged_
     further = config(out, rank=2)
     model = hf.model_config(read_architecture(out), further.model)
     before, base = (hf.load_params(path, model, mesh) for path in (run.base, out))
-    for name, adapter in run.weights[5]["layers"].items():
-        a, b = (np.asarray(adapter[side], np.float64) for side in "ab")
-        expected = np.asarray(before["layers"][name]["kernel"]) + 1.5 * a @ b
-        np.testing.assert_allclose(base["layers"][name]["kernel"], expected, rtol=0, atol=1e-6)
+    for room, adapters in run.weights[5].items():
+        for name, adapter in adapters.items():
+            a, b = (np.asarray(adapter[side], np.float64) for side in "ab")
+            expected = np.asarray(before[room][name]["kernel"]) + 1.5 * a @ b
+            np.testing.assert_allclose(base[room][name]["kernel"], expected, rtol=0, atol=1e-6)
 
     def layout(params):
         return jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), params)

@@ -8,12 +8,12 @@ from ml_collections import ConfigDict
 from configs import tiny
 from spiral_jax.core.config import (
     ConfigError,
+    as_current,
     difference,
     digest,
     digest_of,
     from_plain,
     to_plain,
-    without_retired,
 )
 
 
@@ -69,10 +69,10 @@ def plain_with(fields):
 def test_retired_fields_that_mean_nothing_are_left_out_and_nothing_else_changes():
     old, new = plain_with(INERT), plain_with({})
     given = copy.deepcopy(old)
-    assert without_retired(old) == new and old == given
-    assert digest_of(without_retired(old)) == digest_of(new) != digest_of(old)
-    assert without_retired(new) == new
-    assert to_plain(from_plain(without_retired(old))) == new
+    assert as_current(old) == new and old == given
+    assert digest_of(as_current(old)) == digest_of(new) != digest_of(old)
+    assert as_current(new) == new
+    assert to_plain(from_plain(as_current(old))) == new
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_retired_fields_that_mean_nothing_are_left_out_and_nothing_else_changes(
 )
 def test_a_retired_field_that_meant_something_is_refused_with_its_value(field, value):
     with pytest.raises(ConfigError) as refusal:
-        without_retired(plain_with(INERT | {field: value}))
+        as_current(plain_with(INERT | {field: value}))
     for part in (field, repr(value), "no longer", "version"):
         assert part in str(refusal.value)
 

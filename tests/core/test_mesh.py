@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError, defaults
-from spiral_jax.learner.step import abstract_state
+from spiral_jax.learner.settings import learner_settings
+from spiral_jax.learner.state import abstract_state
 from spiral_jax.model.architecture import Architecture, check_mesh
 from spiral_jax.model.transformer import ModelConfig, init_variables
 
@@ -73,7 +74,8 @@ def test_minus_one_takes_the_rest_of_eight():
 def test_sizes_that_do_not_fit_are_an_error_that_shows_them(asked, message):
     with pytest.raises(ConfigError, match=message) as error:
         meshes.make_mesh(sizes(*asked))
-    assert "config.mesh = data={}, fsdp={}, tensor={}".format(*asked) in str(error.value)
+    data, fsdp, tensor = asked
+    assert f"config.mesh = data={data}, fsdp={fsdp}, tensor={tensor}" in str(error.value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,35 +102,21 @@ class Chip:
 def test_axes_of_the_mesh_may_be_parts_of_a_slices_axes_and_tensor_lies_on_neighbours(
     kind, slice_shape, shape
 ):
-    chips = [
-        Chip(i, coords, kind)
-        for i, coords in enumerate(itertools.product(*map(range, slice_shape)))
-    ]
-    placed = meshes.make_mesh(sizes(*shape), chips).devices
-    assert placed.shape == shape and set(placed.flat) == set(chips)
-    for row in placed.reshape(-1, shape[-1]):
-        ring = zip(row, row[1:], strict=False)
-        assert all(
-            sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) == 1
-            for one, other in ring
-        )
+    places = itertools.product(*map(range, slice_shape))
+    chips = [Chip(i, coords, kind) for i, coords in enumerate(places)]
+    devices = meshes.make_mesh(sizes(*shape), chips).devices
+    assert devices.shape == shape and set(devices.flat) == set(chips)
+    for row in devices.reshape(-1, shape[-1]):
+        steps = np.abs(np.diff([chip.coords for chip in row], axis=0))
+        assert (steps.sum(axis=1) == 1).all()
 
 
 @pytest.mark.parametrize(
     "shape, parts",
     [
-        (
-            (1, 1, 3),
-            ("config.mesh.tensor = 3", "2 key/value heads", "with 3 devices: 1."),
-        ),
-        (
-            (1, 1, 4),
-            ("config.mesh.tensor = 4", "6 attention heads", "with 4 devices: 1, 2."),
-        ),
-        (
-            (2, 5, 1),
-            ("config.mesh.fsdp = 5", "48 model dimensions", "with 10 devices: 1, 2."),
-        ),
+        ((1, 1, 3), ("config.mesh.tensor = 3", "2 key/value heads", "3 devices: 1.")),
+        ((1, 1, 4), ("config.mesh.tensor = 4", "6 attention heads", "4 devices: 1, 2.")),
+        ((2, 5, 1), ("config.mesh.fsdp = 5", "48 model dimensions", "10 devices: 1, 2.")),
         ((7, 1, 2), None),
         ((1, 16, 1), None),
     ],
@@ -190,7 +178,9 @@ def test_an_unknown_path_is_an_error_that_names_it(name):
         ("layers/q/b", (3, 4, 96), P(None, None, "tensor"), P(None, None, "tensor")),
         ("layers/down/a", (3, 80, 4), P(None, "tensor", None), P(None, "tensor", None)),
         ("layers/down/b", (3, 4, 48), P(None, None, "fsdp"), P(None, None, None)),
-        ("layers/gate/kernel", (48, 80), P("fsdp", "tensor"), P(None, "tensor")),  # one layer of it
+        ("last_layer/gate/kernel", (48, 80), P("fsdp", "tensor"), P(None, "tensor")),
+        ("last_layer/q/a", (48, 4), P("fsdp", None), P(None, None)),
+        ("last_layer/q_norm", (16,), P(None), P(None)),
         ("step", (), P(), P()),
         # an axis that two devices do not divide stays whole, the others are still cut
         ("embed", (97, 48), P(None, "fsdp"), P(None, None)),
@@ -209,29 +199,27 @@ def test_spec_by_path(name, shape, spec, decode_spec):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_table_knows_every_path_of_parameters_adapters_and_optimizer_state(tied, rank):
     config, c = model_config(tied, rank), defaults()
-    c.optimizer.update(
-        {"clip_norm": 1.0, "weight_decay": 0.1, "warmup_steps": 3, "schedule": "cosine"}
-    )
+    o = c.optimizer
+    o.clip_norm, o.weight_decay, o.warmup_steps, o.schedule = 1.0, 0.1, 3, "cosine"
     variables = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
     assert set(variables) == ({"params", "lora"} if rank else {"params"})
-    state = leaves(abstract_state(c, config, CUT))
+    state = leaves(abstract_state(learner_settings(c, groups={}), config, CUT))
     everything = leaves(variables) | state
     specs = {name: meshes.weight_spec(name, leaf.shape, CUT) for name, leaf in everything.items()}
     for name, leaf in everything.items():
-        assert (len(leaf.shape) >= 2 and "norm" not in name) == any(specs[name]), (
-            f"{name} is not cut as it should be"
-        )
+        is_matrix = len(leaf.shape) >= 2 and "norm" not in name
+        assert is_matrix == any(specs[name]), f"{name} is not cut as it should be"
         assert "fsdp" not in meshes.weight_spec(name, leaf.shape, CUT, decode=True), name
         if name in state:
             assert leaf.sharding.spec == specs[name], name
     trained = leaves(variables["lora" if rank else "params"])
-    assert len(trained) == (7 * 2 if rank else 7 + 4 + (2 if tied else 3))
-    for name in trained:  # moments lie where their parameter lies
-        found = [path for path in state if path.endswith("/" + name)]
-        assert len(found) == 3, found  # itself, mu, nu
-        assert {specs[path] for path in found} == {
-            meshes.weight_spec(name, trained[name].shape, CUT)
-        }
+    # In the stack and in the last layer each: 7 projections, 4 scales of norms. And the embedding,
+    # the final norm, the head.
+    assert len(trained) == (2 * 7 * 2 if rank else 2 * (7 + 4) + (2 if tied else 3))
+    for name, leaf in trained.items():  # moments lie where their parameter lies
+        paths = [path for path in state if path.endswith("/" + name)]
+        assert len(paths) == 3, paths  # itself, mu, nu
+        assert {specs[path] for path in paths} == {meshes.weight_spec(name, leaf.shape, CUT)}
 
 
 @pytest.mark.devices8

@@ -1,7 +1,6 @@
-"""Chunked log-probs are the full log-softmax in value and gradient; each token is predicted by the
-one before it.
-"""
+"""Chunked log-probs are the full log-softmax; each token is predicted by the one before it."""
 
+import dataclasses
 import functools
 import re
 
@@ -71,9 +70,7 @@ def test_chunked_is_the_full_log_softmax_in_value_and_gradient(logprobs, chunk):
     weight[:, :, -1] *= 10  # the last chunk is the ragged one
     found, gradient = weighted(logprobs, weight, hidden, kernel, trace, 0.7, chunk)
     expected, its_gradient = weighted(full_logprobs, weight, hidden, kernel, trace, 0.7, None)
-    assert [a.shape for a in found] == [(U, C, G)] * 2 and [a.dtype for a in found] == [
-        jnp.float32
-    ] * 2
+    assert [(a.shape, a.dtype) for a in found] == [((U, C, G), jnp.float32)] * 2
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, **FLOAT32)
     for a, b in zip(gradient, its_gradient, strict=True):
@@ -125,27 +122,22 @@ def test_no_array_of_the_forward_and_backward_pass_holds_all_logits():
 
     every = U * C * G * V
     assert largest_array(functools.partial(gradient, G), hidden, kernel) >= every
-    assert (
-        largest_array(functools.partial(gradient, 2), hidden, kernel)
-        <= max(U * C * 2 * V, kernel.size)
-        < every
-    )
+    chunk = max(U * C * 2 * V, kernel.size)
+    assert largest_array(functools.partial(gradient, 2), hidden, kernel) <= chunk < every
 
 
 def random_variables(config):
-    """Parameters and adapters far from their initial values, so that attention and adapters matter."""
+    """Far from their initial values, so that attention and adapters matter."""
 
     def make(path, leaf):
         name = meshes.path_name(path)
         rng = np.random.default_rng([*name.encode()])
-        values = (
-            rng.uniform(0.5, 1.5, leaf.shape) if "norm" in name else rng.normal(0, 0.2, leaf.shape)
-        )
-        return values.astype(leaf.dtype)
+        if "norm" in name:
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
+        return rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(
-        make, jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
-    )
+    shapes = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(make, shapes)
 
 
 def random_groups(seed=0):
@@ -161,10 +153,9 @@ def random_groups(seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(config, variables, rows_RxT):
-    """Log-probs [R, T, V] of what follows each token of plain rows, which know nothing of groups."""
-    hidden = Transformer(config).apply(
-        variables, rows_RxT, np.full(len(rows_RxT), rows_RxT.shape[1]), None
-    )
+    """Log-probs [R, T, V] of what follows each token of plain rows, without groups."""
+    lengths = np.full(len(rows_RxT), rows_RxT.shape[1])
+    hidden = Transformer(config).apply(variables, rows_RxT, lengths, None)
     return jax.nn.log_softmax(hidden @ head_kernel(config, variables["params"]) / 0.7, axis=-1)
 
 
@@ -174,19 +165,17 @@ def grouped(config, variables, prompt, prompt_len, trace):
 
 
 def row_by_row(config, variables, prompt, prompt_len, trace):
-    """Log-probs and entropies from one plain row a trace: its prompt's real tokens, then its own."""
+    """The same from one plain row a trace: its prompt's real tokens, then its own."""
     at = [(u, c) for u in range(len(prompt)) for c in range(trace.shape[1])]
     rows = [np.concatenate([prompt[u, : prompt_len[u]], trace[u, c]]) for u, c in at]
     width = prompt.shape[1] + trace.shape[2]
-    logprob = np.asarray(
-        forward(config, variables, np.stack([np.pad(row, (0, width - len(row))) for row in rows]))
-    )
+    padded = np.stack([np.pad(row, (0, width - len(row))) for row in rows])
+    logprob = np.asarray(forward(config, variables, padded))
     chosen, entropy = np.zeros(trace.shape), np.zeros(trace.shape)
     for row, (u, c) in enumerate(at):
         for g in range(trace.shape[2]):
-            p = logprob[row, prompt_len[u] + g - 1].astype(
-                np.float64
-            )  # token 0: by the prompt's last real token
+            # Token 0 is predicted by the prompt's last real token.
+            p = logprob[row, prompt_len[u] + g - 1].astype(np.float64)
             chosen[u, c, g], entropy[u, c, g] = p[trace[u, c, g]], -(np.exp(p) * p).sum()
     return chosen, entropy
 
@@ -198,13 +187,11 @@ def test_every_token_is_predicted_by_the_one_before_it_for_every_prompt_length(m
     with jax.set_mesh(mesh):
         placed = jax.device_put(variables, meshes.weight_shardings(variables, mesh))
         found = grouped(MODEL, placed, *jax.device_put(groups, meshes.group_sharding(mesh)))
-    assert (
-        np.ptp(expected[0]) > 5
-    )  # far from uniform: a token that is off by one position would show
+    # Far from uniform: a token that is off by one position would show.
+    assert np.ptp(expected[0]) > 5
     for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(
-            a, b, rtol=0, atol=1e-4
-        )  # 2 layers in float32, log-probs down to -50
+        # 2 layers in float32, log-probs down to -50
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
 @pytest.mark.devices8
@@ -212,9 +199,11 @@ def test_a_log_prob_sees_real_prompt_tokens_and_earlier_tokens_alone(mesh):
     variables, (prompt, prompt_len, trace) = random_variables(MODEL), random_groups()
     with jax.set_mesh(mesh):
         variables = jax.device_put(variables, meshes.weight_shardings(variables, mesh))
-        run = lambda *arrays: np.asarray(  # noqa: E731
-            grouped(MODEL, variables, *jax.device_put(arrays, meshes.group_sharding(mesh)))[0]
-        )
+
+        def run(*arrays):
+            placed = jax.device_put(arrays, meshes.group_sharding(mesh))
+            return np.asarray(grouped(MODEL, variables, *placed)[0])
+
         base = run(prompt, prompt_len, trace)
         padding = np.where(np.arange(8) < prompt_len[:, None], prompt, (prompt + 1) % V)
         np.testing.assert_array_equal(run(padding, prompt_len, trace), base)
@@ -237,13 +226,11 @@ def test_response_hidden_has_one_state_a_trace_token():
 
 
 def test_tied_heads_use_the_embedding():
-    tied = ModelConfig(Architecture(**{**vars(ARCH), "tied": True}))
+    tied = ModelConfig(dataclasses.replace(ARCH, tied=True))
     variables = random_variables(tied)
     assert "head" not in variables["params"]
-    untied = {
-        **variables,
-        "params": {**variables["params"], "head": variables["params"]["embed"].T},
-    }
+    params = variables["params"]
+    untied = variables | {"params": params | {"head": params["embed"].T}}
     groups = random_groups()
     same = grouped(ModelConfig(ARCH), untied, *groups)
     for a, b in zip(grouped(tied, variables, *groups), same, strict=True):

@@ -48,7 +48,10 @@ def test_loss_and_metrics_equal_their_definitions_token_by_token(seed):
     ratio = [math.exp(d) for d in log_ratio]
     expected = -sum(float(weight[i[:2]]) * r for i, r in zip(tokens(), ratio, strict=True))
     assert float(loss) == pytest.approx(expected, rel=1e-5)
-    mean = lambda values: sum(values) / len(tokens())  # noqa: E731
+
+    def mean(values):
+        return sum(values) / len(tokens())
+
     assert divide(metrics) == pytest.approx(
         {
             "entropy": mean([float(entropy[i]) for i in tokens()]),
@@ -100,7 +103,10 @@ def test_what_lies_behind_the_end_of_a_trace_reaches_nothing(garbage):
     logprob, entropy, recorded, weight, mask = arrays(4)
     both = jax.value_and_grad(policy_loss, has_aux=True)
     clean = both(logprob, entropy, recorded, weight, mask)
-    spoil = lambda a: np.where(mask, a, np.float32(garbage))  # noqa: E731
+
+    def spoil(a):
+        return np.where(mask, a, np.float32(garbage))
+
     dirty = both(logprob, spoil(entropy), spoil(recorded), weight, mask)
     jax.tree.map(np.testing.assert_array_equal, clean, dirty)
 
@@ -112,6 +118,9 @@ def test_without_tokens_the_loss_is_zero_and_there_is_nothing_to_average():
     )
     assert loss == 0 and (np.asarray(gradient) == 0).all()
     assert divide(metrics) == {
-        "entropy": None, "mismatch/kl": None, "mismatch/ratio": None, "mismatch/ratio_squared": None,
+        "entropy": None,
+        "mismatch/kl": None,
+        "mismatch/ratio": None,
+        "mismatch/ratio_squared": None,
         "mismatch/max_abs_log_ratio": 0.0,
-    }  # fmt: skip
+    }

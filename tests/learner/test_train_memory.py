@@ -3,37 +3,30 @@
 import collections
 
 import jax
-import pytest
+from small_training import small_training
 
-from configs import tiny
 from spiral_jax import train as program
-from spiral_jax.run.setup import set_up
+from spiral_jax.run.setup import set_up_training
 
 
-@pytest.mark.slow
 def test_during_an_update_neither_decode_weights_nor_caches_take_memory(tmp_path, monkeypatch):
-    c = tiny.get_config()
-    c.train.steps, c.eval.problems, c.batch.problems = 2, 0, 4
-    c.batch.search_groups, c.batch.aggregation_groups = 4, 8
-    c.sampling.classes = ((32, 8, 124, 26),)
-    make_train_step, before, found = program.make_train_step, jax.live_arrays(), []
+    c = small_training(tmp_path, steps=2)
+    c.checkpoint.every = 0  # a save copies the state, on CPUs to where the state lies
+    make_train_step, before, left_by_step = program.make_train_step, jax.live_arrays(), []
+    small = "key<", "int32[]", "uint32[]"
 
-    def watched(c, model):
-        step = make_train_step(c, model)
+    def watched(learner, model):
+        step = make_train_step(learner, model)
 
-        def watched_step(*given):
-            known = {id(a) for a in jax.tree.leaves([before, given])}
-            found.append(
-                collections.Counter(str(a.aval) for a in jax.live_arrays() if id(a) not in known)
-            )
-            return step(*given)
+        def watched_step(*arguments):
+            known = {id(a) for a in jax.tree.leaves([before, arguments])}
+            kinds = [str(a.aval) for a in jax.live_arrays() if id(a) not in known]
+            large = [kind for kind in kinds if not kind.startswith(small)]
+            left_by_step.append(collections.Counter(large))
+            return step(*arguments)
 
         return watched_step
 
     monkeypatch.setattr(program, "make_train_step", watched)
-    assert program.train(set_up(c), str(tmp_path / "run"))
-    small = "key<", "int32[]", "uint32[]"
-    found = [
-        {kind: count for kind, count in one.items() if not kind.startswith(small)} for one in found
-    ]
-    assert found == [{}, {}]
+    assert program.train(set_up_training(c), str(tmp_path / "run"))
+    assert left_by_step == [{}, {}]

@@ -1,8 +1,7 @@
-"""What a train step does to its state: optimizer, donation, compilation; and how far trainer and
-sampler are apart.
-"""
+"""What a train step does to its state, and how far trainer and sampler are apart."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -18,9 +17,9 @@ from small_steps import (
     P,
     blocks_of,
     both_roles,
-    config,
+    learner,
     one_device,
-    place,
+    optimizer,
     random_groups,
     random_trees,
     run,
@@ -31,8 +30,9 @@ from small_steps import (
 
 from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import path_name, weight_shardings
-from spiral_jax.learner.blocks import make_blocks
-from spiral_jax.learner.step import init_state, make_optimizer, make_train_step, variables
+from spiral_jax.learner.blocks import place_blocks
+from spiral_jax.learner.state import init_state, make_optimizer, variables
+from spiral_jax.learner.step import make_train_step
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.protocol import sample
@@ -41,12 +41,12 @@ from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
 # ---- optimizer
 
 
-def updates_of(c, gradient, trained):
-    """The updates of c.train.steps steps with one and the same gradient and parameters."""
-    optimizer = make_optimizer(c)
-    state, updates = optimizer.init(trained), []
-    update = jax.jit(optimizer.update)
-    for _ in range(c.train.steps):
+def updates_of(settings, gradient, trained):
+    """The updates of settings.steps steps with one and the same gradient and parameters."""
+    adam = make_optimizer(settings)
+    state, updates = adam.init(trained), []
+    update = jax.jit(adam.update)
+    for _ in range(settings.steps):
         update_now, state = update(gradient, state, trained)
         updates.append(update_now)
     return updates
@@ -65,10 +65,10 @@ def test_learning_rate_rises_linearly_to_its_peak_and_then_follows_the_schedule(
     schedule, share, warmup
 ):
     # Under a constant gradient of one Adam's update is -lr, up to rounding of its bias correction.
-    c = config(lr=0.5, schedule=schedule, warmup_steps=warmup, b1=0.9)
-    c.train.steps = steps = 9
-    one = {"kernel": np.ones((2, 2), np.float32)}
-    lr = [-float(update["kernel"][0, 0]) for update in updates_of(c, one, one)]
+    steps = 9
+    settings = optimizer(steps, lr=0.5, schedule=schedule, warmup_steps=warmup, b1=0.9)
+    ones = {"kernel": np.ones((2, 2), np.float32)}
+    lr = [-float(update["kernel"][0, 0]) for update in updates_of(settings, ones, ones)]
     rise = [0.5 * (step + 1) / (warmup + 1) for step in range(warmup)]
     fall = [0.5 * share((step - warmup) / (steps - warmup)) for step in range(warmup, steps)]
     assert lr == pytest.approx(rise + fall, rel=1e-4)
@@ -78,12 +78,10 @@ def test_learning_rate_rises_linearly_to_its_peak_and_then_follows_the_schedule(
 def test_weight_decay_shrinks_every_matrix_and_no_norm(kind):
     base, lora = random_trees(kind)
     trained = base if lora is None else lora
-    c = config(lr=0.5, weight_decay=0.1)
-    c.train.steps = 1
-    (update,) = updates_of(c, jax.tree.map(np.zeros_like, trained), trained)
-    for (path, change), value in zip(
-        jax.tree_util.tree_leaves_with_path(update), jax.tree.leaves(trained), strict=True
-    ):
+    settings = optimizer(steps=1, lr=0.5, weight_decay=0.1)
+    (update,) = updates_of(settings, jax.tree.map(np.zeros_like, trained), trained)
+    changes, values = jax.tree_util.tree_leaves_with_path(update), jax.tree.leaves(trained)
+    for (path, change), value in zip(changes, values, strict=True):
         factor = 0.0 if path_name(path).endswith("norm") else -0.5 * 0.1
         np.testing.assert_allclose(change, factor * value, rtol=1e-6, err_msg=path_name(path))
 
@@ -93,10 +91,11 @@ def test_clipping_scales_the_gradient_but_not_the_logged_norm():
     gradient, metrics, _ = run("lora", blocks)
     clipped, clipped_metrics, _ = run("lora", blocks, clip_norm=0.5)
     assert metrics["grad_norm"] > 1
+    factor = 0.5 / metrics["grad_norm"]
+    scaled = jax.tree.map(lambda leaf: leaf * factor, gradient)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b * (0.5 / metrics["grad_norm"]), rtol=1e-5, atol=1e-8),
-        clipped, gradient,
-    )  # fmt: skip
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), clipped, scaled
+    )
     assert clipped_metrics["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-6)
 
 
@@ -106,7 +105,7 @@ def test_clipping_scales_the_gradient_but_not_the_logged_norm():
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_state_alone_is_donated_and_only_what_is_trained_has_moments(kind):
     frozen, state = start(kind, one_device())
-    lowered = make_train_step(config(), MODELS[kind]).lower(
+    lowered = make_train_step(learner(), MODELS[kind]).lower(
         state, frozen, blocks_of(search_alone())
     )
     donated, *kept = (jax.tree.leaves(argument) for argument in lowered.args_info[0])
@@ -114,22 +113,16 @@ def test_the_state_alone_is_donated_and_only_what_is_trained_has_moments(kind):
     assert not any(leaf.donated for leaf in sum(kept, []))
     base, lora = random_trees(kind)
     assert (frozen is None) == (lora is None)
-    for tree in (
-        state.trained,
-        *(optax.tree_utils.tree_get(state.opt, moment) for moment in ("mu", "nu")),
-    ):
+    moments = [optax.tree_utils.tree_get(state.opt, name) for name in ("mu", "nu")]
+    for tree in (state.trained, *moments):
         assert jax.tree.structure(tree) == jax.tree.structure(base if lora is None else lora)
 
 
 def test_the_optimizer_works_where_the_state_lies():
     """Copies of the moments would be two thirds of the state."""
     frozen, state = start("full", one_device())
-    compiled = (
-        make_train_step(config(b1=0.9), MODELS["full"])
-        .lower(state, frozen, blocks_of(search_alone()))
-        .compile()
-    )
-    text = compiled.as_text()
+    step = make_train_step(learner(b1=0.9), MODELS["full"])
+    text = step.lower(state, frozen, blocks_of(search_alone())).compile().as_text()
     assert re.search(r"%state_opt\S*__mu__embed__", text)  # how the program calls what it gets
     assert not re.findall(r"copy\(%state_(?:opt|trained)\S*__embed__\S*\)", text)
 
@@ -139,34 +132,34 @@ def test_the_optimizer_works_where_the_state_lies():
 def test_a_step_leaves_the_loaded_base_alone(kind, mesh):
     base, _ = random_trees(kind)
     loaded = jax.device_put(base, weight_shardings(base, mesh))
-    frozen, state = init_state(config(), MODELS[kind], loaded, mesh)
+    frozen, state = init_state(learner(), MODELS[kind], mesh, loaded)
     with jax.set_mesh(mesh):
-        after, _ = step_of(kind)(state, frozen, place(blocks_of(both_roles()), mesh))
+        after, _ = step_of(kind)(state, frozen, place_blocks(blocks_of(both_roles()), mesh))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trained))
     jax.tree.map(np.testing.assert_array_equal, loaded, base)
     if kind == "full":  # so that the comparison says something
-        assert all(
-            np.any(now != was)
-            for now, was in zip(*map(jax.tree.leaves, (after.trained, base)), strict=True)
-        )
+        for now, was in zip(jax.tree.leaves(after.trained), jax.tree.leaves(base), strict=True):
+            assert np.any(now != was)
 
 
 @pytest.mark.devices8
 def test_other_lengths_and_counts_in_the_same_shapes_compile_nothing(mesh):
     compiled = []
-    listen = lambda event, duration, **_: (
-        compiled.append(event) if "backend_compile" in event else None
-    )  # noqa: E731
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
     frozen, state = start("lora", mesh)
     step = step_of("lora")
     with jax.set_mesh(mesh):
-        state, _ = step(state, frozen, place(blocks_of(both_roles()), mesh))
+        state, _ = step(state, frozen, place_blocks(blocks_of(both_roles()), mesh))
         jax.block_until_ready(state)
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
             for seed, groups in enumerate((8, 11, 1, 0), start=1):
                 material = {role: random_groups(seed, role, groups) for role in Role}
-                state, _ = step(state, frozen, place(blocks_of(material), mesh))
+                state, _ = step(state, frozen, place_blocks(blocks_of(material), mesh))
             jax.block_until_ready(state)
             assert compiled == []
             jax.jit(lambda x: x + len(compiled))(1.0)
@@ -186,31 +179,25 @@ def test_sampled_logprobs_give_ratio_one_and_shifted_ones_the_ratio_of_the_shift
     sampler = Engine(settings, Schedule((SlotClass(8, TRACES[Role.SEARCH], P, G),), 8, 1, 64))
     requests = search_alone()[Role.SEARCH][0].requests
     requests.id_Ux6[:, 2] = np.arange(8)
-    groups = sample(
-        sampler, sampler.prepare(variables(MODELS[kind], frozen, state.trained)), requests
-    )
+    policy = sampler.prepare(variables(MODELS[kind], frozen, state.trained))
+    groups = sample(sampler, policy, requests)
     length = groups.trace_len_UxC
     assert length.min() < G
 
     def mismatch(logprob_UxCxG):
         replaced = dataclasses.replace(groups, logprob_UxCxG=logprob_UxCxG)
-        blocks = make_blocks(
-            Role.SEARCH, replaced, np.ones(length.shape, np.float32), [(P, G)], 8, 8
-        )
-        return {
-            name.removeprefix("mismatch/"): value for name, value in run(kind, blocks)[1].items()
-        }
+        weight_UxC = np.ones(length.shape, np.float32)
+        blocks = blocks_of({Role.SEARCH: (replaced, weight_UxC)}, micro=8, most=8)
+        _, metrics, _ = run(kind, blocks)
+        return {name.removeprefix("mismatch/"): value for name, value in metrics.items()}
 
-    found = mismatch(groups.logprob_UxCxG)
-    assert (
-        0 < found["max_abs_log_ratio"] <= 1e-4
-    )  # DESIGN 5.7; 0 would mean that nothing was compared
-    assert found["ratio"] == pytest.approx(1, abs=1e-5) and found["kl"] == pytest.approx(
-        0, abs=1e-6
-    )
+    same = mismatch(groups.logprob_UxCxG)
+    assert 0 < same["max_abs_log_ratio"] <= 1e-4  # 0 would mean that nothing was compared
+    assert same["ratio"] == pytest.approx(1, abs=1e-5)
+    assert same["kl"] == pytest.approx(0, abs=1e-6)
 
     shift = np.random.default_rng(3).normal(0, 0.5, groups.logprob_UxCxG.shape).astype(np.float32)
-    found = mismatch(groups.logprob_UxCxG - shift)
+    shifted = mismatch(groups.logprob_UxCxG - shift)
     d = shift[np.arange(G) < length[..., None]].astype(np.float64)
     expected = {
         "max_abs_log_ratio": np.abs(d).max(),
@@ -218,6 +205,5 @@ def test_sampled_logprobs_give_ratio_one_and_shifted_ones_the_ratio_of_the_shift
         "ratio": np.exp(d).mean(),
         "ratio_squared": np.exp(2 * d).mean(),
     }
-    assert {name: found[name] for name in expected} == pytest.approx(
-        expected, abs=1e-4
-    )  # as the log-ratio above
+    measured = {name: shifted[name] for name in expected}
+    assert measured == pytest.approx(expected, abs=1e-4)  # as the log-ratio above

@@ -1,6 +1,4 @@
-"""config.json is read in both spellings of transformers, and whatever is not supported is an error
-that names it.
-"""
+"""config.json is read in both spellings of transformers; what is not supported is an error."""
 
 import dataclasses
 import json
@@ -20,27 +18,66 @@ from spiral_jax.model.transformer import ModelConfig, init_variables
 
 # The config.json of Qwen3-4B-Instruct-2507, as transformers 4 wrote it.
 FOUR_B = {
-    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
-    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560, "initializer_range": 0.02,
-    "intermediate_size": 9728, "max_position_embeddings": 262144, "max_window_layers": 36, "model_type": "qwen3",
-    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
-    "rope_scaling": None, "rope_theta": 5000000, "sliding_window": None, "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2560,
+    "initializer_range": 0.02,
+    "intermediate_size": 9728,
+    "max_position_embeddings": 262144,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
     "vocab_size": 151936,
-}  # fmt: skip
+}
 ARCH = Architecture(
     V=151936, D=2560, F=9728, L=36, H=32, J=8, E=128, norm_eps=1e-6, rope_theta=5e6, tied=True
 )
 # The config.json of SmolLM2-135M-Instruct.
 SMOLLM2 = {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
-    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
-    "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
-    "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
-    "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None,
-    "rope_theta": 100000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.42.3",
-    "use_cache": True, "vocab_size": 49152,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
 SMALL = Architecture(
     V=97, D=48, F=80, L=3, H=6, J=3, E=16, norm_eps=1e-3, rope_theta=777.0, tied=True
 )
@@ -65,17 +102,18 @@ def changed(**fields):
 
 
 NEW_SPELLING = changed(
-    rope_theta=ABSENT, rope_scaling=ABSENT, torch_dtype=ABSENT, dtype="bfloat16",
-    rope_parameters={"rope_theta": 5000000, "rope_type": "default"}, layer_types=["full_attention"] * 36,
-)  # fmt: skip
+    rope_theta=ABSENT,
+    rope_scaling=ABSENT,
+    torch_dtype=ABSENT,
+    dtype="bfloat16",
+    rope_parameters={"rope_theta": 5000000, "rope_type": "default"},
+    layer_types=["full_attention"] * 36,
+)
 
 
 def test_both_spellings_are_the_same_architecture():
-    assert (
-        parse_architecture(FOUR_B, "config.json")
-        == parse_architecture(NEW_SPELLING, "config.json")
-        == ARCH
-    )
+    assert parse_architecture(FOUR_B, "config.json") == ARCH
+    assert parse_architecture(NEW_SPELLING, "config.json") == ARCH
     both = changed(rope_parameters={"rope_theta": 5e6, "rope_type": "default"})
     assert parse_architecture(both, "config.json") == ARCH
 
@@ -83,16 +121,21 @@ def test_both_spellings_are_the_same_architecture():
 @pytest.mark.parametrize(
     "name, other, field",
     [
-        ("vocab_size", 99, "V"), ("hidden_size", 99, "D"), ("intermediate_size", 99, "F"),
-        ("num_hidden_layers", 99, "L"), ("num_attention_heads", 24, "H"), ("num_key_value_heads", 4, "J"),
-        ("head_dim", 64, "E"), ("rms_norm_eps", 1e-3, "norm_eps"), ("rope_theta", 777, "rope_theta"),
+        ("vocab_size", 99, "V"),
+        ("hidden_size", 99, "D"),
+        ("intermediate_size", 99, "F"),
+        ("num_hidden_layers", 99, "L"),
+        ("num_attention_heads", 24, "H"),
+        ("num_key_value_heads", 4, "J"),
+        ("head_dim", 64, "E"),
+        ("rms_norm_eps", 1e-3, "norm_eps"),
+        ("rope_theta", 777, "rope_theta"),
         ("tie_word_embeddings", False, "tied"),
     ],
-)  # fmt: skip
+)
 def test_each_field_sets_its_own_size_or_constant(name, other, field):
-    assert parse_architecture(changed(**{name: other}), "here") == dataclasses.replace(
-        ARCH, **{field: other}
-    )
+    expected = dataclasses.replace(ARCH, **{field: other})
+    assert parse_architecture(changed(**{name: other}), "here") == expected
 
 
 UNSUPPORTED = [
@@ -121,9 +164,18 @@ UNSUPPORTED = [
     ("head_dim", 127),  # rope rotates halves
 ] + [
     (name, ABSENT)
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings")
-]  # fmt: skip
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+    )
+]
 
 
 @pytest.mark.parametrize("name, value", UNSUPPORTED)
@@ -137,13 +189,10 @@ def test_an_unsupported_or_missing_field_is_an_error_that_names_field_and_file(n
 
 def test_llama_is_qwen3_without_norms_of_heads_and_its_head_width_may_be_implied():
     assert parse_architecture(SMOLLM2, "config.json") == SMOLLM2_ARCH
-    assert parse_architecture(SMOLLM2 | {"head_dim": 32}, "config.json") == dataclasses.replace(
-        SMOLLM2_ARCH, E=32
-    )
-    assert (
-        parse_architecture(SMOLLM2 | {"rope_scaling": {"type": "default"}}, "config.json")
-        == SMOLLM2_ARCH
-    )
+    narrow = dataclasses.replace(SMOLLM2_ARCH, E=32)
+    assert parse_architecture(SMOLLM2 | {"head_dim": 32}, "config.json") == narrow
+    plain = SMOLLM2 | {"rope_scaling": {"type": "default"}}
+    assert parse_architecture(plain, "config.json") == SMOLLM2_ARCH
 
 
 def test_what_old_llama_files_leave_out_has_the_value_it_had():
@@ -183,20 +232,18 @@ def test_what_is_not_supported_of_llama_is_an_error_that_names_the_field(name, v
 
 def test_a_rope_theta_that_contradicts_itself_is_an_error_with_both_values():
     fields = changed(rope_parameters={"rope_theta": 1e4, "rope_type": "default"})
-    with pytest.raises(ConfigError, match=r"rope_theta contradicts itself: \[10000.0, 5000000.0\]"):
+    with pytest.raises(ConfigError, match=r"rope_theta.*10000\.0.*5000000\.0"):
         parse_architecture(fields, "config.json")
 
 
 def test_a_misspelt_field_is_met_with_the_right_one():
-    with pytest.raises(ConfigError, match="head_dim is missing; did you mean 'head_dims'"):
+    with pytest.raises(ConfigError, match="head_dim is missing.*'head_dims'"):
         parse_architecture(changed(head_dim=ABSENT, head_dims=128), "config.json")
 
 
 def test_a_window_that_is_not_used_is_ignored():
-    assert (
-        parse_architecture(changed(sliding_window=4096, max_window_layers=10), "config.json")
-        == ARCH
-    )
+    unused = changed(sliding_window=4096, max_window_layers=10)
+    assert parse_architecture(unused, "config.json") == ARCH
 
 
 def test_a_file_is_read_and_a_missing_or_corrupt_one_is_an_error_with_its_path(tmp_path):

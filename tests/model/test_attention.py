@@ -1,6 +1,4 @@
-"""Attention over groups against explicit loops in float64, with any blocks, and blind to what is
-padding.
-"""
+"""Attention over groups against loops in float64, with any blocks, and blind to padding."""
 
 import functools
 import re
@@ -10,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spiral_jax.model import group_attention
-from spiral_jax.model.group_attention import Lengths
+from spiral_jax.model.attention import groups
+from spiral_jax.model.attention.kernels import Kernels
+from spiral_jax.model.attention.part import Attended, Cotangents, KeyValue, Lengths
+from spiral_jax.model.attention.xla import Xla
 
 # float32 against float64: scores reach about 20, each off by 20 * 6e-8 * a few roundings, and so is
 # the softmax.
@@ -24,13 +24,76 @@ QUICK = {"xla_backend_optimization_level": 0}  # of LLVM: compiled for one run
 
 
 def lengths(prompt_len=PROMPT_LEN, longest_prompt=P, longest_trace=G):
-    return Lengths(jnp.asarray(prompt_len), jnp.int32(longest_prompt), jnp.int32(longest_trace))
+    trace_len = jnp.full((len(prompt_len), C), longest_trace, jnp.int32)
+    return Lengths(
+        jnp.asarray(prompt_len), trace_len, jnp.int32(longest_prompt), jnp.int32(longest_trace)
+    )
 
 
-prompt_attention = jax.jit(
-    group_attention.prompt_attention, static_argnums=4, compiler_options=QUICK
-)
-trace_attention = jax.jit(group_attention.trace_attention, static_argnums=4, compiler_options=QUICK)
+def of_prompts(q, k, v, of, backend):
+    """With blocks of xla's, or by a backend."""
+    backend = Xla(backend) if isinstance(backend, int) else backend
+    return groups.prompt_attention(backend, q, KeyValue(k, v), of)
+
+
+def of_traces(q, prompt_kv, own_kv, of, backend):
+    backend = Xla(backend) if isinstance(backend, int) else backend
+    return groups.trace_attention(backend, q, KeyValue(*prompt_kv), KeyValue(*own_kv), of)
+
+
+prompt_attention = jax.jit(of_prompts, static_argnums=4, compiler_options=QUICK)
+trace_attention = jax.jit(of_traces, static_argnums=4, compiler_options=QUICK)
+
+
+# ---- a kernel that is none: whole scores, so that what `Kernels` makes of parts can be seen
+
+
+def dense_scores(q, k, q_len, kv_len, causal):
+    """([B, H, T, S] scores, which of them count)."""
+    T, S = q.shape[1], k.shape[1]
+    score = jnp.einsum("bthe,bshe->bhts", q, k) / np.sqrt(E)
+    visible = jnp.arange(S) < kv_len[:, None, None, None]
+    if causal:
+        visible = visible & (jnp.arange(S) <= jnp.arange(T)[:, None])
+    return score, visible & (jnp.arange(T)[:, None] < q_len[:, None, None, None])
+
+
+def repeat_heads(q, k, v):
+    R = q.shape[2] // k.shape[2]
+    return jnp.repeat(k, R, axis=2), jnp.repeat(v, R, axis=2)
+
+
+def dense_forward(q, k, v, q_len, kv_len, *, causal):
+    k, v = repeat_heads(q, k, v)
+    score, visible = dense_scores(q, k, q_len, kv_len, causal)
+    top = jnp.max(jnp.where(visible, score, -1e30), axis=-1, keepdims=True)
+    weight = jnp.where(visible, jnp.exp(score - top), 0)
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    out = jnp.einsum("bhts,bshe->bthe", weight / jnp.maximum(total, 1e-30), v)
+    lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), -1e30)[..., 0]
+    return Attended(out, lse)
+
+
+def dense_backward(q, k, v, q_len, kv_len, attended, d_out, *, causal):
+    J = k.shape[2]
+    wide_k, wide_v = repeat_heads(q, k, v)
+    score, visible = dense_scores(q, wide_k, q_len, kv_len, causal)
+    weight = jnp.where(visible, jnp.exp(score - attended.lse_BxHxT[..., None]), 0)
+    delta = jnp.einsum("bthe,bthe->bht", attended.out_BxTxHxE, d_out)
+    d_score = weight * (jnp.einsum("bthe,bshe->bhts", d_out, wide_v) - delta[..., None])
+    d_score /= np.sqrt(E)
+
+    def sum_heads(d):
+        return d.reshape(*d.shape[:2], J, -1, E).sum(axis=3)
+
+    return Cotangents(
+        jnp.einsum("bhts,bshe->bthe", d_score, wide_k),
+        sum_heads(jnp.einsum("bhts,bthe->bshe", d_score, q)),
+        sum_heads(jnp.einsum("bhts,bthe->bshe", weight, d_out)),
+    )
+
+
+DENSE = Kernels(dense_forward, dense_backward)
 
 
 def attend(q_HxE, k_NxJxE, v_NxJxE):
@@ -88,9 +151,10 @@ def test_a_trace_token_attends_to_the_real_prompt_and_to_its_own_past_under_one_
     H, J, block
 ):
     arrays = trace_arrays(H, J, seed=block)
-    np.testing.assert_allclose(
-        trace_attention(*arrays, lengths(), block), trace_oracle(*arrays), **FLOAT32
-    )
+    expected = trace_oracle(*arrays)
+    for backend in (block, DENSE):
+        out = trace_attention(*arrays, lengths(), backend)
+        np.testing.assert_allclose(out, expected, **FLOAT32)
 
 
 def test_with_one_visible_key_the_output_is_its_value():
@@ -137,10 +201,11 @@ def plain_total(prompt, trace, target, prompt_len, trace_len):
     return total
 
 
-def grouped_total(block, prompt, trace, target, prompt_len, trace_len):
-    of = Lengths(jnp.asarray(prompt_len), jnp.int32(prompt_len.max()), jnp.int32(trace_len.max()))
-    out = group_attention.prompt_attention(*prompt, of, block)
-    own = group_attention.trace_attention(trace[0], prompt[1:], trace[1:], of, block)
+def grouped_total(backend, prompt, trace, target, prompt_len, trace_len):
+    longest = jnp.int32(prompt_len.max()), jnp.int32(trace_len.max())
+    of = Lengths(jnp.asarray(prompt_len), jnp.asarray(trace_len), *longest)
+    out = of_prompts(*prompt, of, backend)
+    own = of_traces(trace[0], prompt[1:], trace[1:], of, backend)
     in_prompt = (np.arange(out.shape[1]) < prompt_len[:, None])[..., None, None]
     in_trace = (np.arange(own.shape[2]) < trace_len[..., None])[..., None, None]
     return jnp.sum(target[0] * jnp.where(in_prompt, out, 0)) + jnp.sum(
@@ -148,12 +213,13 @@ def grouped_total(block, prompt, trace, target, prompt_len, trace_len):
     )
 
 
-@pytest.mark.parametrize("block", [1, 3, 4, 512])
-def test_gradients_of_uneven_groups_are_those_of_plain_rows(block):
-    rng = np.random.default_rng(block)
+@pytest.mark.parametrize("backend", [1, 3, 4, 512, DENSE], ids=["1", "3", "4", "512", "kernels"])
+def test_gradients_of_uneven_groups_are_those_of_plain_rows(backend):
+    seed = backend if isinstance(backend, int) else 0
+    rng = np.random.default_rng(seed)
     H, J = 6, 2
     prompt, trace = (
-        prompt_arrays(H, J, block),
+        prompt_arrays(H, J, seed),
         tuple(random(rng, U, C, G, heads, E) for heads in (H, J, J)),
     )
     target = random(rng, U, P, H, E), random(rng, U, C, G, H, E)
@@ -162,7 +228,7 @@ def test_gradients_of_uneven_groups_are_those_of_plain_rows(block):
         np.array([[4, 0], [1, 3], [0, 0]], np.int32),
     )
     gradient = jax.jit(
-        jax.grad(functools.partial(grouped_total, block), argnums=(0, 1)), compiler_options=QUICK
+        jax.grad(functools.partial(grouped_total, backend), argnums=(0, 1)), compiler_options=QUICK
     )
     found = gradient(prompt, trace, target, prompt_len, trace_len)
     expected = jax.grad(plain_total, argnums=(0, 1))(prompt, trace, target, prompt_len, trace_len)
@@ -180,7 +246,7 @@ def test_keys_and_values_of_padding_never_leak_into_outputs_or_gradients():
     )
 
     def total(q, prompt_kv, own_kv):
-        return jnp.sum(jnp.sin(group_attention.trace_attention(q, prompt_kv, own_kv, lengths(), 2)))
+        return jnp.sum(jnp.sin(of_traces(q, prompt_kv, own_kv, lengths(), 2)))
 
     both = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), compiler_options=QUICK)
     clean, poisoned = both(q, prompt_kv, own_kv), both(q, poisoned_kv, own_kv)
@@ -206,9 +272,8 @@ def test_blocks_behind_the_longest_prompt_and_trace_are_not_computed():
     q, prompt_kv, own_kv = trace_arrays(4, 2)
     short = lengths(np.array([2, 1, 2], np.int32), longest_prompt=2, longest_trace=3)
     out = np.asarray(trace_attention(q, prompt_kv, own_kv, short, 2))
-    np.testing.assert_allclose(
-        out[:, :, :3], trace_oracle(q, prompt_kv, own_kv, [2, 1, 2])[:, :, :3], **FLOAT32
-    )  # fmt: skip
+    expected = trace_oracle(q, prompt_kv, own_kv, [2, 1, 2])[:, :, :3]
+    np.testing.assert_allclose(out[:, :, :3], expected, **FLOAT32)
     assert (out[:, :, 4:] == 0).all() and (out[:, :, :4] != 0).all()
     of_prompt = np.asarray(prompt_attention(*prompt_arrays(4, 2), short, 2))
     assert (of_prompt[:, 2:] == 0).all() and (of_prompt[:, :2] != 0).all()
@@ -219,17 +284,18 @@ def test_blocks_behind_the_longest_prompt_and_trace_are_not_computed():
 
 def compiled_gradient(length, block, C=2, G=64):
     """Of both attentions over one group with a prompt of `length`: two heads of eight."""
-    floats = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+
+    def floats(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
     prompt, own = floats(1, length, 2, E), floats(1, C, G, 2, E)
     of = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), lengths(np.array([1], np.int32))
     )
 
     def total(q, k, v, own_q, own_k, own_v, of):
-        out = group_attention.trace_attention(own_q, (k, v), (own_k, own_v), of, block)
-        return jnp.sum(jnp.sin(group_attention.prompt_attention(q, k, v, of, block))) + jnp.sum(
-            jnp.sin(out)
-        )
+        own = jnp.sum(jnp.sin(of_traces(own_q, (k, v), (own_k, own_v), of, block)))
+        return own + jnp.sum(jnp.sin(of_prompts(q, k, v, of, block)))
 
     gradient = jax.jit(jax.grad(total, argnums=tuple(range(6))), compiler_options=QUICK)
     return gradient.lower(prompt, prompt, prompt, own, own, own, of).compile()
@@ -243,12 +309,10 @@ def largest_array(program):
 def test_no_array_holds_the_scores_of_all_queries_to_all_keys():
     P, G, C, block = 512, 64, 2, 32
     program = compiled_gradient(P, block, C, G)
-    assert (
-        largest_array(program) <= P * 2 * E < min(P * P, C * G * P)
-    )  # as large as the queries of all heads
-    assert largest_array(compiled_gradient(P, P, C, G)) >= P * P, (
-        "the same count sees scores where there are some"
-    )
+    queries = P * 2 * E  # of all heads
+    assert largest_array(program) <= queries < min(P * P, C * G * P)
+    # The same count sees scores where there are some.
+    assert largest_array(compiled_gradient(P, P, C, G)) >= P * P
 
 
 def test_memory_of_a_17_thousand_token_prompt_is_that_of_its_arrays():

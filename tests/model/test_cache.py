@@ -1,6 +1,4 @@
-"""Attention over caches against a plain softmax, long prompts in blocks, and what int8 storage
-costs.
-"""
+"""Attention over caches against a plain softmax, in blocks too, and what int8 storage costs."""
 
 import functools
 
@@ -9,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from spiral_jax.model.attention.caches import decode_attention, prefix_attention
 from spiral_jax.model.cache import cache_entries, empty_cache, read_tokens, write_entries
-from spiral_jax.model.cache_attention import decode_attention, prefix_attention
 
 ROUNDING = 1e-5  # float32 sums of outputs of order 1 in another order
 
@@ -75,9 +73,8 @@ def test_prefix_attention_at_17k_tokens_never_holds_all_scores():
         np.testing.assert_allclose(
             out[0, i], softmax_attention(q[0, i], k[0, :n], v[0, :n]), rtol=0, atol=ROUNDING
         )
-    assert (
-        program.memory_analysis().temp_size_in_bytes < 12 * 4 * H * Q * Q
-    )  # a few blocks of scores, not Q x T
+    # A few blocks of scores, not Q x T.
+    assert program.memory_analysis().temp_size_in_bytes < 12 * 4 * H * Q * Q
 
 
 def test_peaked_scores_of_any_size_stay_finite_and_exact():
@@ -86,9 +83,8 @@ def test_peaked_scores_of_any_size_stay_finite_and_exact():
     out = prefix(q[:, 3:6], cache_entries(k, v, jnp.float32), 3)
     for i in range(3):
         expected = softmax_attention(q[0, 3 + i], k[0, : 4 + i], v[0, : 4 + i])
-        np.testing.assert_allclose(
-            out[0, i], expected, rtol=0, atol=1e-4
-        )  # scores of order 1,000 round to 1e-4
+        # Scores of order 1,000 round to 1e-4.
+        np.testing.assert_allclose(out[0, i], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
@@ -126,6 +122,5 @@ def test_attention_over_an_int8_cache_moves_by_about_a_hundredth():
         entries = functools.partial(cache_entries, dtype=jnp.dtype(dtype))
         out[dtype] = np.asarray(decode(q, entries(pk, pv), lengths[0], entries(ok, ov), lengths[1]))
     difference = np.abs(out[jnp.int8] - out[jnp.float32])
-    assert (
-        1e-4 < difference.mean() < 0.01 and difference.max() < 0.05
-    )  # outputs of order 1/3, a step is 1/127 of 3
+    # Outputs of order 1/3, a step is 1/127 of 3.
+    assert 1e-4 < difference.mean() < 0.01 and difference.max() < 0.05

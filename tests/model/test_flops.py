@@ -26,18 +26,22 @@ PROMPT, TRACE = np.array([3, 1]), np.array([[2, 0], [1, 4]])
 TOKENS, RESPONSES = 3 + 1 + 7, 7
 PAIRS = (1 + 2 + 3) + 1 + (2 * 3 + (1 + 2)) + (1 * 1 + 1) + (4 * 1 + (1 + 2 + 3 + 4))
 PAIR = 4 * 4 * 5  # forward: scores and weighted values of 4 heads of 5
-PAIRS_L = 3 * PAIRS - (
-    1 + 2
-)  # the last layer's prompts have the queries of their last tokens alone
+# In the last layer prompts have the queries of their last tokens alone.
+PAIRS_L = 3 * PAIRS - (1 + 2)
 
 
 def of_layers(all_parts, keys_values):
-    """Operations a token of a layer -> those of all; of prompts the last layer has keys, values and
-    last tokens.
+    """Operations of all layers, from those of one layer on a token.
+
+    Of prompts the last layer has keys, values and last tokens.
     """
-    return (
-        2 * TOKENS * all_parts + TOKENS * keys_values + (2 + RESPONSES) * (all_parts - keys_values)
-    )
+    last_layer = TOKENS * keys_values + (2 + RESPONSES) * (all_parts - keys_values)
+    return 2 * TOKENS * all_parts + last_layer
+
+
+def of_step(linear, pair, response):
+    """Operations of a step: `pair` in forwards of attention, `response` in products of the head."""
+    return linear + PAIRS_L * pair * PAIR + RESPONSES * response * 66
 
 
 def test_the_weights_of_a_layer_are_those_of_its_projections():
@@ -61,18 +65,26 @@ def test_pairs_are_what_the_mask_shows():
 @pytest.mark.parametrize(
     ("rank", "remat", "expected"),
     [
-        (0, None, of_layers(6 * W, 6 * W_KV) + PAIRS_L * 3 * PAIR + RESPONSES * 6 * 66),
-        (0, "none", of_layers(6 * W, 6 * W_KV) + PAIRS_L * 3.5 * PAIR + RESPONSES * 8 * 66),
-        (0, "dots", of_layers(6 * W, 6 * W_KV) + PAIRS_L * 3.5 * PAIR + RESPONSES * 8 * 66),
-        (0, "attention", of_layers(8 * W - 2 * 60, 8 * W_KV) + PAIRS_L * 3.5 * PAIR + RESPONSES * 8 * 66),
-        (0, "layer", of_layers(8 * W - 2 * 60, 8 * W_KV) + PAIRS_L * 4.5 * PAIR + RESPONSES * 8 * 66),
-        (2, None, of_layers(4 * W + 6 * A, 4 * W_KV + 6 * A_KV) + PAIRS_L * 3 * PAIR + RESPONSES * 4 * 66),
-        (2, "dots", of_layers(4 * W + 6 * A + 2 * 2 * 60, 4 * W_KV + 6 * A_KV + 2 * 2 * 12)
-         + PAIRS_L * 3.5 * PAIR + RESPONSES * 4 * 66),
-        (2, "layer", of_layers(6 * W - 120 + 8 * A - 24, 6 * W_KV + 8 * A_KV)
-         + PAIRS_L * 4.5 * PAIR + RESPONSES * 4 * 66),
+        (0, None, of_step(of_layers(6 * W, 6 * W_KV), 3, 6)),
+        (0, "none", of_step(of_layers(6 * W, 6 * W_KV), 3.5, 8)),
+        (0, "dots", of_step(of_layers(6 * W, 6 * W_KV), 3.5, 8)),
+        (0, "attention", of_step(of_layers(8 * W - 2 * 60, 8 * W_KV), 3.5, 8)),
+        (0, "layer", of_step(of_layers(8 * W - 2 * 60, 8 * W_KV), 4.5, 8)),
+        (2, None, of_step(of_layers(4 * W + 6 * A, 4 * W_KV + 6 * A_KV), 3, 4)),
+        (
+            2,
+            "dots",
+            of_step(
+                of_layers(4 * W + 6 * A + 2 * 2 * 60, 4 * W_KV + 6 * A_KV + 2 * 2 * 12), 3.5, 4
+            ),
+        ),
+        (
+            2,
+            "layer",
+            of_step(of_layers(6 * W - 120 + 8 * A - 24, 6 * W_KV + 8 * A_KV), 4.5, 4),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_step_is_the_sum_of_its_products(rank, remat, expected):
     assert train_flops(ARCH, rank, remat, PROMPT, TRACE) == expected
 
@@ -85,7 +97,10 @@ def test_six_times_parameters_times_tokens_where_attention_is_small():
 
 @pytest.mark.parametrize("remat", [None, *REMAT])
 def test_equal_groups_are_groups_and_every_policy_costs_at_least_the_one_before(remat):
-    of = lambda remat: ideal_train_flops(ARCH, 2, remat, U=2, C=3, P=5, G=4)  # noqa: E731
+
+    def of(remat):
+        return ideal_train_flops(ARCH, 2, remat, U=2, C=3, P=5, G=4)
+
     assert of(remat) == train_flops(ARCH, 2, remat, np.full(2, 5), np.full((2, 3), 4))
     order = [None, *REMAT]
     assert all(of(a) <= of(b) for a, b in zip(order, order[1:], strict=False))
@@ -93,9 +108,8 @@ def test_equal_groups_are_groups_and_every_policy_costs_at_least_the_one_before(
 
 def test_a_prompt_counts_once_whatever_number_of_traces_it_has():
     prompt = train_flops(ARCH, 0, None, np.array([7]), np.zeros((1, 3), int))
-    linear = (
-        2 * 7 * W + 7 * W_KV + (W - W_KV)
-    )  # two whole layers; then keys, values and the last token
+    # Two whole layers; then keys, values and the last token.
+    linear = 2 * 7 * W + 7 * W_KV + (W - W_KV)
     assert train_flops(ARCH, 0, None, np.array([7]), np.zeros((1, 0), int)) == prompt
     assert prompt == 6 * linear + (2 * 28 + 7) * 3 * PAIR
 
@@ -112,7 +126,5 @@ def test_prefill_runs_every_token_forward_and_the_head_once_a_prompt():
 
 
 def test_a_decoded_token_attends_to_its_keys():
-    assert (
-        decode_flops(ARCH, 2, np.array([5, 9]))
-        == 3 * (2 * 2 * (W + A) + 14 * PAIR) + 2 * 2 * 6 * 11
-    )
+    linear = 2 * 2 * (W + A)
+    assert decode_flops(ARCH, 2, np.array([5, 9])) == 3 * (linear + 14 * PAIR) + 2 * 2 * 6 * 11

@@ -1,6 +1,4 @@
-"""Weights from and to Hugging Face directories: exact, placed as the table says, and never silently
-incomplete.
-"""
+"""Weights from and to Hugging Face directories: exact, placed by the table, never incomplete."""
 
 import json
 
@@ -41,9 +39,7 @@ def checkpoint(request, qwen3_checkpoint):
 
 @pytest.fixture
 def rewrite(qwen3_checkpoint, tmp_path):
-    """(change, tied) -> a checkpoint with the same config.json whose tensors went through
-    `change(dict)`.
-    """
+    """(change, tied) -> a checkpoint whose tensors went through `change(dict)`."""
 
     def write(change, tied=False):
         source, _ = qwen3_checkpoint(num_key_value_heads=2, tie_word_embeddings=tied)
@@ -108,7 +104,7 @@ def test_a_single_layer_is_the_last_one(qwen3_checkpoint, mesh, tmp_path):
 
 
 class Transfer:
-    """An array on its way to the devices, whose host memory is in use until someone waits for it."""
+    """An array on its way to the devices; its host memory is in use until someone waits for it."""
 
     def __init__(self, array):
         self.array, self.arrived = array, False
@@ -119,7 +115,7 @@ class Transfer:
 
 
 def test_one_parameter_at_a_time_is_on_its_way_to_the_devices(checkpoint, mesh, monkeypatch):
-    """On a busy machine copies lag behind reading: a run once held two parameters and a third."""
+    """On a busy machine copies lag behind reading: a run once held two parameters and more."""
     started, make = [], jax.make_array_from_callback
 
     def start(shape, sharding, read):
@@ -210,7 +206,7 @@ def test_a_missing_tensor_is_an_error_that_names_it_and_its_shape(rewrite, mesh)
         ("lm_head.weight", "97, 48"),
     ):
         directory = rewrite(lambda tensors, name=name: tensors.pop(name))
-        with pytest.raises(hf.WeightsError, match=rf"{name} is missing \(shape \[{shape}\]"):
+        with pytest.raises(hf.WeightsError, match=rf"{name} is missing.*\[{shape}\]"):
             load(directory, mesh)
 
 
@@ -219,9 +215,7 @@ def test_a_missing_tensor_is_an_error_that_names_it_and_its_shape(rewrite, mesh)
 )
 def test_a_tensor_that_we_would_ignore_is_an_error_that_names_it(rewrite, mesh, name):
     directory = rewrite(lambda tensors: tensors.update({name: np.zeros((80, 48), np.float32)}))
-    with pytest.raises(
-        hf.WeightsError, match=f"1 tensors are not part of this architecture, first {name}"
-    ):
+    with pytest.raises(hf.WeightsError, match=f"not part of this architecture.* {name}"):
         load(directory, mesh)
 
 
@@ -233,10 +227,8 @@ def test_the_rope_constants_that_old_files_store_are_no_weights(rewrite, mesh):
 @pytest.mark.parametrize(
     "name, change",
     [
-        (
-            "model.layers.2.self_attn.q_proj.weight",
-            lambda a: a.T,
-        ),  # [in, out] where theirs is [out, in]
+        # [in, out] where theirs is [out, in]
+        ("model.layers.2.self_attn.q_proj.weight", lambda a: a.T),
         ("model.layers.0.self_attn.k_norm.weight", lambda a: a[:8]),
         ("model.embed_tokens.weight", lambda a: a[:96]),
         ("model.norm.weight", lambda a: a[None]),
@@ -253,10 +245,8 @@ def test_a_tensor_of_another_shape_is_an_error_with_both_shapes(rewrite, mesh, n
     directory = rewrite(misshape)
     with pytest.raises(hf.WeightsError) as error:
         load(directory, mesh)
-    assert all(
-        part in str(error.value)
-        for part in (name, f"config.json says {shapes[0]}", f"shape {shapes[1]}")
-    )
+    for part in (name, f"config.json says {shapes[0]}", f"shape {shapes[1]}"):
+        assert part in str(error.value)
 
 
 def test_a_corrupt_file_is_an_error_with_its_path(rewrite, mesh):
@@ -264,14 +254,8 @@ def test_a_corrupt_file_is_an_error_with_its_path(rewrite, mesh):
     file = directory / "model.safetensors"
     whole = file.read_bytes()
     header = int.from_bytes(whole[:8], "little")
-    for content in (
-        whole[:-1],
-        whole[: 8 + header + 100],
-        whole[: 8 + header // 2],
-        whole[:5],
-        b"",
-        b"\xff" * 100,
-    ):
+    cuts = [len(whole) - 1, 8 + header + 100, 8 + header // 2, 5, 0]
+    for content in (*(whole[:cut] for cut in cuts), b"\xff" * 100):
         file.write_bytes(content)
         with pytest.raises(hf.WeightsError, match=f"{file}: corrupt"):
             load(directory, mesh)
@@ -298,14 +282,11 @@ def test_a_stored_head_beside_tied_embeddings_must_be_the_embedding(rewrite, mes
     ):
         load(rewrite(contradict, tied=True), mesh)
 
+    def misshape(tensors):
+        tensors["lm_head.weight"] = np.zeros((4, 4), np.float32)
+
     with pytest.raises(hf.WeightsError, match="lm_head.weight differs"):
-        load(
-            rewrite(
-                lambda tensors: tensors.update({"lm_head.weight": np.zeros((4, 4), np.float32)}),
-                tied=True,
-            ),
-            mesh,
-        )
+        load(rewrite(misshape, tied=True), mesh)
 
 
 def test_a_directory_that_is_not_there_is_an_error_that_names_the_field(tmp_path):
@@ -343,10 +324,7 @@ def test_what_the_hub_does_not_give_is_an_error_with_its_reason(monkeypatch):
         raise OSError("no route to host\nand much more")
 
     monkeypatch.setattr(hf, "snapshot_download", download)
-    with pytest.raises(
-        ConfigError,
-        match=r"'org/model': no such directory, and the Hub did not .*\(no route to host\)",
-    ):
+    with pytest.raises(ConfigError, match=r"hf_path = 'org/model'.*Hub.*no route to host\)"):
         hf.resolve_path("org/model")
 
 
@@ -376,10 +354,8 @@ def test_what_we_save_gives_the_same_logits_in_transformers(checkpoint, mesh, tm
     assert not any(info[kind] for kind in info), info  # nothing missing, unexpected or mismatched
     assert loaded.config.tie_word_embeddings == config.arch.tied and loaded.dtype == torch.float32
     ids = torch.tensor(np.random.default_rng(0).integers(0, 97, (2, 12)))
-    with torch.no_grad():
-        assert torch.equal(
-            loaded.eval()(ids).logits, model(ids).logits
-        )  # the same numbers in the same program
+    with torch.no_grad():  # the same numbers in the same program
+        assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
     assert loaded.generation_config.eos_token_id == [5, 6]
     assert json.loads((tmp_path / "generation_config.json").read_text()) == {"eos_token_id": [5, 6]}
 
@@ -387,17 +363,12 @@ def test_what_we_save_gives_the_same_logits_in_transformers(checkpoint, mesh, tm
 def test_saved_parameters_of_an_unusual_layout_are_written_in_full(
     qwen3_checkpoint, mesh, tmp_path
 ):
-    """Transposed and sliced arrays are views; a writer that copies their buffers would scramble
-    them.
-    """
+    """Such arrays are views; a writer that copies their buffers would scramble them."""
     directory, _ = qwen3_checkpoint(num_key_value_heads=2, tie_word_embeddings=False)
     config, params = load(directory, mesh)
     views = jax.tree.map(lambda a: np.asfortranarray(np.asarray(a)), params)
     hf.save_params(tmp_path, views, config, (5,))
-    source, saved = (
-        load_file(directory / "model.safetensors"),
-        load_file(tmp_path / "model.safetensors"),
-    )
+    source, saved = (load_file(d / "model.safetensors") for d in (directory, tmp_path))
     assert saved.keys() == source.keys()
     for name, array in source.items():
         np.testing.assert_array_equal(saved[name], array, err_msg=name)
@@ -413,8 +384,5 @@ def test_what_is_trained_is_float32_and_a_frozen_base_has_the_configured_dtype(q
     )
     c.lora_rank = 0
     full = hf.model_config(arch, c)
-    assert (
-        full.param_dtype == jnp.float32
-        and full.compute_dtype == jnp.bfloat16
-        and full.lora_rank == 0
-    )
+    assert (full.param_dtype, full.compute_dtype) == (jnp.float32, jnp.bfloat16)
+    assert full.lora_rank == 0

@@ -29,9 +29,9 @@ from small_model import (
 from spiral_jax.core import mesh as meshes
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.attention.caches import decode_attention, prefix_attention
+from spiral_jax.model.attention.groups import Lengths
 from spiral_jax.model.cache import cache_entries, empty_cache, write_entries
-from spiral_jax.model.cache_attention import decode_attention, prefix_attention
-from spiral_jax.model.group_attention import Lengths
 from spiral_jax.model.transformer import (
     DecoderLayer,
     ModelConfig,
@@ -256,14 +256,14 @@ def of_traces(hidden_UxTxD):
 
 @quickly_compiled
 def unrolled(config, variables, prompt, prompt_len, trace):
-    """What `forward` returns, from a loop over whole layers: no scan, no last layer for some rows."""
+    """What `forward` returns, from a loop over whole layers: no scan, all rows in all layers."""
     params = variables["params"]
     own = prompt_len[:, None, None] + np.arange(G) + np.zeros((U, C, 1), np.int32)
     position = jnp.concatenate([np.tile(np.arange(P), (U, 1)), own.reshape(U, -1)], axis=1)
     x = params["embed"][jnp.concatenate([prompt, trace.reshape(U, -1)], axis=1)].astype(
         config.compute_dtype
     )
-    lengths = Lengths(prompt_len, jnp.int32(P), jnp.int32(G))
+    lengths = Lengths(prompt_len, jnp.full((len(prompt_len), C), G), jnp.int32(P), jnp.int32(G))
     for layer in unstack_layers(variables, config.arch.L):
         x, _ = DecoderLayer(config, P, C).apply(layer, x, position, lengths)
     x = jnp.concatenate([x[np.arange(U), prompt_len - 1][:, None], x[:, P:]], axis=1)

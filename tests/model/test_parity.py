@@ -96,7 +96,7 @@ def test_logits_and_logprobs_are_those_of_transformers(
 
 
 def of_layers(change):
-    """A change of the parameters of all layers: of the stacked ones [L - 1, ...] and of the last."""
+    """A change of the parameters of all layers: the stacked ones [L - 1, ...] and the last."""
 
     def change_both(params):
         return params | {room: change(params[room]) for room in ("layers", "last_layer")}

@@ -1,5 +1,4 @@
-"""float32 means float32: by default JAX multiplies such matrices in TF32 on GPUs and in bfloat16 on
-TPUs.
+"""float32 means float32: JAX's default is TF32 on GPUs and bfloat16 on TPUs.
 
 On an H100 sampler and trainer of `configs/tiny.py` parted by 8.9e-4 nat a token, so that the run
 ended at its first step. CPUs compute both the same, so what is looked at is what the compiler is
@@ -18,8 +17,7 @@ from small_steps import (
     MODELS,
     blocks_of,
     both_roles,
-    config,
-    place,
+    learner,
     random_groups,
     random_trees,
     start,
@@ -27,6 +25,7 @@ from small_steps import (
 
 from spiral_jax import sft
 from spiral_jax.core.groups import Role
+from spiral_jax.learner.blocks import place_blocks
 from spiral_jax.learner.step import make_train_step
 from spiral_jax.sampling.programs import recipes
 from spiral_jax.sampling.settings import Schedule, SlotClass
@@ -45,8 +44,8 @@ def train_step(changes, **settings):
     mesh, kind = one_device(), "lora"
     frozen, state = start(kind, mesh)
     with jax.set_mesh(mesh):
-        step = make_train_step(config(**settings), dataclasses.replace(MODELS[kind], **changes))
-        return step.lower(state, frozen, place(blocks_of(both_roles()), mesh))
+        step = make_train_step(learner(**settings), dataclasses.replace(MODELS[kind], **changes))
+        return step.lower(state, frozen, place_blocks(blocks_of(both_roles()), mesh))
 
 
 def sampler(changes):

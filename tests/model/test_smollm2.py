@@ -1,5 +1,6 @@
-"""A real model of the Llama family: SmolLM2-135M-Instruct as launch/fetch_smollm2.sh makes it,
-against transformers.
+"""A real model of the Llama family against transformers: SmolLM2-135M-Instruct.
+
+launch/fetch_smollm2.sh makes it.
 """
 
 import pathlib
@@ -34,13 +35,14 @@ TIE = 1e-4  # two best logits nearer than this may change places
 G = 24
 QUESTIONS = (
     "A baker fills 7 trays with 12 rolls each and sells 59 rolls. How many rolls are left?",
-    "Nora reads 18 pages on each of 5 days. The book has 131 pages. How many pages are still unread?",
+    "Nora reads 18 pages on each of 5 days. The book has 131 pages. How many pages are still "
+    "unread?",
 )
 
 
 @pytest.fixture(scope="module")
 def greedy():
-    """(tokenizer, prompts' ids, greedy tokens [2, G], transformers' logits [n + G, V] of each row)."""
+    """(tokenizer, prompts' ids, greedy tokens [2, G], transformers' logits [n + G, V] a row)."""
     import torch
     from transformers import LlamaForCausalLM
 

@@ -2,6 +2,7 @@
 stream.
 """
 
+import functools
 import json
 import pathlib
 import subprocess
@@ -207,17 +208,15 @@ def test_loading_holds_little_beside_the_parameters_and_imports_no_torch(
     }
     for layer in range(7):
         at = f"model.layers.{layer}."
-        shapes |= {at + f"self_attn.{n}_proj.weight": s for n, s in
-                   {"q": (H, D), "k": (J, D), "v": (J, D), "o": (D, H)}.items()}  # fmt: skip
-        shapes |= {
-            at + f"mlp.{n}_proj.weight": s
-            for n, s in {"gate": (F, D), "up": (F, D), "down": (D, F)}.items()
-        }
+        for n, shape in {"q": (H, D), "k": (J, D), "v": (J, D), "o": (D, H)}.items():
+            shapes[at + f"self_attn.{n}_proj.weight"] = shape
+        for n, shape in {"gate": (F, D), "up": (F, D), "down": (D, F)}.items():
+            shapes[at + f"mlp.{n}_proj.weight"] = shape
         shapes |= {at + f"{n}_layernorm.weight": (D,) for n in ("input", "post_attention")}
         shapes |= {at + f"self_attn.{n}_norm.weight": (16,) for n in "qk"}
-    zeros = lambda shape: lambda: np.ones(shape, np.float32)  # noqa: E731
     made = [
-        Output(name, shape, np.dtype(np.float32), zeros(shape)) for name, shape in shapes.items()
+        Output(name, shape, np.dtype(np.float32), functools.partial(np.ones, shape, np.float32))
+        for name, shape in shapes.items()
     ]
     assert len(write_tensors(tmp_path, "model", made, 17 << 20)) > 10
     done = subprocess.run(

@@ -1,6 +1,5 @@
 """Tokenizers, chat templates and stop ids as models have them, and what of them cannot work."""
 
-import dataclasses
 import json
 import sys
 
@@ -8,20 +7,31 @@ import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
-from scripted_sampler import TOKENIZER, make_actor
+from scripted_sampler import (
+    TOKENIZER,
+    ScriptedSampler,
+    math_verifier,
+    number_task,
+    scripted_config,
+)
 from small_tokenizer import CHATML, chatml_tokenizer, decode, encode, scaffold_of
 from tokenizers import processors
 
 from configs import tiny
-from spiral_jax.core import config, config_checks
+from spiral_jax.core import config
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Purpose, Stop
 from spiral_jax.model import hf
 from spiral_jax.prompts import prompts
+from spiral_jax.prompts.prompts import search_prompt
 from spiral_jax.prompts.scaffold import make_scaffold
 from spiral_jax.prompts.settings import PromptSettings
 from spiral_jax.prompts.tokenizer import load_tokenizer, stop_ids
-from spiral_jax.rollout import requests as rollout
+from spiral_jax.rollout.judge import reward, trace_texts
+from spiral_jax.rollout.requests import Asked, Writer
+from spiral_jax.rollout.settings import training_stages
+from spiral_jax.run.setup import check_training
+from spiral_jax.sampling.protocol import sample
 
 # As Qwen3's: thinking switched off is an empty think block. As Qwen3-Thinking's where it is not:
 # the answer opens it.
@@ -203,10 +213,10 @@ PLAIN = {"system": "Be brief.", "template_kwargs": {"enable_thinking": False}}
 def test_plain_prompts_have_no_place_for_what_only_a_chat_template_reads(field):
     c = tiny.get_config()
     c.prompt[field] = PLAIN[field]
-    config_checks.validate(c)
+    check_training(c)
     c.prompt.template = "plain"
     with pytest.raises(ConfigError, match=f"config.prompt.{field} = .*plain"):
-        config_checks.validate(c)
+        check_training(c)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +227,7 @@ def test_a_bad_value_is_refused(field, value):
     c = tiny.get_config()
     c.prompt[field] = value
     with pytest.raises(ConfigError, match=f"config.prompt.{field} = "):
-        config_checks.validate(c)
+        check_training(c)
 
 
 # ---- thinking, from the template through a rollout to what an aggregation prompt shows
@@ -240,29 +250,28 @@ def test_candidates_of_a_rollout_show_no_thinking_whichever_side_opened_it(think
         "left:1\\boxed{7}...",
         f"{lead}right:5",
     ]
-    actor = make_actor(
-        lambda role, cursor, k, i: traces[i], search__traces=4, search__max_tokens=64
-    )
-    actor.c.prompt.template_kwargs = {"enable_thinking": thinking}
-    settings = PromptSettings.from_config(actor.c.prompt)
+    c = scripted_config(search__traces=4, search__max_tokens=64)
+    c.prompt.template_kwargs = {"enable_thinking": thinking}
+    settings = PromptSettings.from_config(c.prompt)
     scaffold = make_scaffold(tokenizer, settings, (tokenizer.eos_token_id,))
-    actor = dataclasses.replace(actor, scaffold=scaffold)
-    problem = [actor.task.train(0)]
-    with actor.verifier:
-        found = rollout.search(actor, None, problem, np.array([0]), Purpose.TRAIN, 0)
-        graded, _, _ = rollout.verify(actor, problem, found)
-    assert graded.reward_UxC[0, :2].tolist() == [1, 0]  # the box behind the thinking counts
+    writer = Writer(scaffold, Purpose.TRAIN, 0, c.seed, c.aggregation.order)
+    search, aggregation = training_stages(c).stages()
+    problem = number_task().train(0)
+    asked = Asked(0, problem, search_prompt(scaffold, problem.text))
+    sampler = ScriptedSampler(lambda role, cursor, k, i: traces[i])
+    found = sample(sampler, None, writer.search(search, asked))
+    with math_verifier() as verifier:
+        verdicts = verifier.verify([(text, problem) for text in trace_texts(tokenizer, found)])
+    rewards = reward(found, verdicts).reward_UxC
+    assert rewards[0, :2].tolist() == [1, 0]  # the box behind the thinking counts
     prompt = decode(tokenizer, found.requests.prompt_UxP[0, : found.requests.prompt_len_U[0]])
     assert prompt.endswith("<think>" if thinking else "<think></think>")
-    requests, cleaned = rollout.aggregation_requests(
-        actor, problem, found, np.array([[[0, 1, 2, 3]]]), 2
-    )
+    requests, cleaned = writer.aggregation(aggregation, asked, found, np.array([[0, 1, 2, 3]]))
     shown = decode(tokenizer, requests.prompt_UxP[0, : requests.prompt_len_U[0]])
     body = shown.removesuffix(prompt[prompt.index("<|assistant|>") :])
     assert body != shown and "think>" not in body
-    third = (
-        "(empty)" if thinking else "left:1\\boxed{7}..."
-    )  # cut off while thinking: nothing of it is an answer
+    # Cut off while thinking: nothing of it is an answer.
+    third = "(empty)" if thinking else "left:1\\boxed{7}..."
     listed = ["right:2\\boxed{7}", "right:3\\boxed{4}", third, "right:5"]
     assert sorted(body.removesuffix("<|end|>").split("#")[1:]) == sorted(listed)
     assert cleaned["empty"] == int(thinking) and cleaned["removed_special"] == 0

@@ -1,15 +1,90 @@
-"""The trace log's rows, from rollouts of a scripted sampler: what the report explains is what
-happened.
-"""
+"""The trace log: files that a kill leaves whole, and rows that say what happened."""
 
+import gzip
+import hashlib
+import json
+import math
 import re
 
 import numpy as np
-from scripted_sampler import TOKENIZER, make_actor
+import pytest
+from scripted_sampler import TOKENIZER, scripted_training
 
 from spiral_jax.core.groups import Role
-from spiral_jax.rollout.collect import collect_batch
-from spiral_jax.run.trace_log import trace_rows
+from spiral_jax.run.trace_log import TraceLog, TraceRows, read_traces, render_examples, trace_files
+from spiral_jax.run.workdir import WorkdirError
+
+# --- files ----------------------------------------------------------------------------------------
+
+ROW = {"problem": 3, "text": "√2 \u2028", "ids": np.arange(5, dtype=np.int32), "logprob": math.nan}
+ROWS = [ROW]
+
+
+def digest_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_same_rows_give_the_same_bytes_and_read_back(tmp_path, monkeypatch):
+    first = TraceLog(tmp_path / "one", 3).write(7, ROWS)
+    monkeypatch.setattr("time.time", lambda: 2e9)  # gzip stores a time unless told not to
+    second = TraceLog(tmp_path / "two", 3).write(7, iter(ROWS))
+    other_step = TraceLog(tmp_path / "two", 3).write(8, ROWS)
+    assert first.name == "step_000007.jsonl.gz"
+    assert digest_of(first) == digest_of(second) == digest_of(other_step)
+    assert digest_of(TraceLog(tmp_path / "two", 3).write(9, ROWS * 2)) != digest_of(first)
+    with gzip.open(first, "rt", encoding="utf-8", newline="\n") as file:
+        assert [json.loads(line) for line in file] == [
+            ROW | {"ids": [0, 1, 2, 3, 4], "logprob": None}
+        ]
+
+
+def test_only_the_newest_trace_files_are_kept_and_others_are_left_alone(tmp_path):
+    log = TraceLog(tmp_path / "traces", 2)
+    log.write(999_999, ROWS)
+    (tmp_path / "traces" / "notes.txt").write_text("")
+    for step in (1_000_000, 2_000_000):  # one digit more: name order is not step order
+        log.write(step, ROWS)
+    names = sorted(path.name for path in log.directory.iterdir())
+    assert names == ["notes.txt", "step_1000000.jsonl.gz", "step_2000000.jsonl.gz"]
+
+
+def test_cutting_back_deletes_the_trace_files_from_the_step_on(tmp_path):
+    log = TraceLog(tmp_path / "traces", 10)
+    for step in (0, 10, 20, 30):
+        log.write(step, ROWS)
+    assert log.cut_back(20) == 2
+    assert sorted(path.name for path in log.directory.iterdir()) == [
+        "step_000000.jsonl.gz",
+        "step_000010.jsonl.gz",
+    ]
+
+
+def test_a_trace_file_whose_writing_fails_does_not_appear_or_replace_one(tmp_path):
+    log = TraceLog(tmp_path / "traces", 10)
+    before = digest_of(log.write(4, ROWS))
+
+    def rows():
+        yield ROWS[0]
+        raise RuntimeError("killed")
+
+    for step in (4, 5):
+        with pytest.raises(RuntimeError):
+            log.write(step, rows())
+    assert [path.name for path in log.directory.iterdir()] == ["step_000004.jsonl.gz"]
+    assert digest_of(log.directory / "step_000004.jsonl.gz") == before
+
+
+def test_a_file_reads_back_and_a_damaged_one_is_an_error_that_names_it(tmp_path):
+    path = TraceLog(tmp_path, 3).write(7, ROWS)
+    assert trace_files(tmp_path) == {7: path}
+    assert list(read_traces(path)) == [ROW | {"ids": [0, 1, 2, 3, 4], "logprob": None}]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(WorkdirError, match=f"{path}: damaged"):
+        list(read_traces(path))
+    assert trace_files(tmp_path / "nowhere") == {}
+
+
+# --- rows, from scripted rollouts -----------------------------------------------------------------
 
 
 def script(role, cursor, k, i):
@@ -19,13 +94,29 @@ def script(role, cursor, k, i):
     return "\\boxed{7}" if cursor % 2 and k == 0 else "\\boxed{8}"
 
 
-def rows_of(actor):
-    batch = collect_batch(actor, None, step=0, cursor=0)
-    return batch, list(trace_rows(actor.c, batch, TOKENIZER))
+@pytest.fixture(scope="module")
+def training():
+    return scripted_training(script)
 
 
-def test_kept_problems_come_first_then_the_discarded_ones_before_the_next_cursor_with_no_advantage():
-    batch, rows = rows_of(make_actor(script))
+@pytest.fixture(scope="module")
+def batch(training):
+    return training.collect()
+
+
+def rows_of(c, batch, fraction=1.0):
+    rows = TraceRows(
+        tokenizer=TOKENIZER,
+        fraction=fraction,
+        order=c.aggregation.order,
+        seed=c.seed,
+        drops_truncated=c.prompt.truncated == "drop",
+    )
+    return list(rows.make(batch))
+
+
+def test_kept_problems_come_first_then_the_discarded_ones_with_no_advantage(training, batch):
+    rows = rows_of(training.c, batch)
     N, K, M = 8, 4, 4
     cursors = [row["cursor"] for row in rows[:: N + K * M]]
     assert cursors == [1, 3, 5, 7, 0, 2, 4, 6] and batch.next_cursor == 8
@@ -40,42 +131,60 @@ def test_kept_problems_come_first_then_the_discarded_ones_before_the_next_cursor
     assert any(row["advantage"] for row in rows)
 
 
-def test_the_order_is_that_of_the_prompt_and_leaves_out_what_it_leaves_out():
-    for truncated, dropped in (("keep_tail", set()), ("drop", {3})):
-        actor = make_actor(script, prompt__truncated=truncated)
-        batch, rows = rows_of(actor)
-        groups, seen = batch.rollouts.aggregation, 0
-        for row in rows:
-            if row["role"] != "aggregation" or not row["kept"] or row["trace"]:
-                continue
-            prompt = groups.requests.prompt_UxP[seen, : groups.requests.prompt_len_U[seen]]
-            listed = re.findall(r"left:\s*(\d)", TOKENIZER.decode(prompt))
-            assert [int(n) for n in listed] == row["order"]
-            assert set(row["order"]) == set(row["subset"]) - dropped
-            assert row["set"] == seen % 4
-            np.testing.assert_array_equal(
-                row["subset"], batch.rollouts.rounds[0].member_BxKxS[seen // 4, seen % 4]
-            )
-            seen += 1
-        assert seen == 16
+@pytest.mark.parametrize(("truncated", "dropped"), [("keep_tail", set()), ("drop", {3})])
+def test_the_order_is_that_of_the_prompt_and_leaves_out_what_it_leaves_out(truncated, dropped):
+    training = scripted_training(script, prompt__truncated=truncated)
+    batch = training.collect()
+    groups, seen = batch.rollouts.aggregation, 0
+    for row in rows_of(training.c, batch):
+        if row["role"] != "aggregation" or not row["kept"] or row["trace"]:
+            continue
+        prompt = groups.requests.prompt_UxP[seen, : groups.requests.prompt_len_U[seen]]
+        listed = re.findall(r"left:\s*(\d)", TOKENIZER.decode(prompt))
+        assert [int(n) for n in listed] == row["order"]
+        assert set(row["order"]) == set(row["subset"]) - dropped
+        assert row["set"] == seen % 4
+        member_S = batch.rollouts.rounds[0].member_BxKxS[seen // 4, seen % 4]
+        np.testing.assert_array_equal(row["subset"], member_S)
+        seen += 1
+    assert seen == 16
 
 
-def test_the_fraction_is_of_kept_and_of_discarded_problems():
-    actor = make_actor(script, trace_log__fraction=0.5)
-    _, rows = rows_of(actor)
-    assert list(dict.fromkeys(row["cursor"] for row in rows)) == [1, 3, 0, 2]
-    actor.c.trace_log.fraction = 0.01
-    _, rows = rows_of(actor)
-    assert list(dict.fromkeys(row["cursor"] for row in rows)) == [1]
+@pytest.mark.parametrize(("fraction", "cursors"), [(0.5, [1, 3, 0, 2]), (0.01, [1])])
+def test_the_fraction_is_of_kept_and_of_discarded_problems(training, batch, fraction, cursors):
+    rows = rows_of(training.c, batch, fraction)
+    assert list(dict.fromkeys(row["cursor"] for row in rows)) == cursors
+
+
+def test_sets_of_a_later_round_read_the_traces_of_the_round_before():
+    training = scripted_training(script, aggregation__rounds=2)
+    batch = training.collect()
+    rows = [row for row in rows_of(training.c, batch) if row["cursor"] == 1]
+    by_round = {r: [row for row in rows if row["round"] == r] for r in (None, 1, 2)}
+    assert [len(of_round) for of_round in by_round.values()] == [8, 16, 16]
+    assert max(n for row in by_round[1] for n in row["subset"]) < 8
+    assert max(n for row in by_round[2] for n in row["subset"]) >= 8
+    for row in by_round[2]:
+        assert sorted(row["order"]) == sorted(row["subset"])
 
 
 def test_grpo_rows_have_no_sets():
     def alone(role, cursor, k, i):
         return f"\\boxed{{{7 if i < cursor % 3 else 8}}}"
 
-    _, rows = rows_of(make_actor(alone, loss__estimator="grpo"))
+    training = scripted_training(alone, loss__estimator="grpo")
+    rows = rows_of(training.c, training.collect())
     assert {row["role"] for row in rows} == {"search"}
-    assert all(
-        row["set"] is None and row["order"] is None and row["subset"] is None for row in rows
-    )
     assert {row["kept"] for row in rows} == {True, False}
+    for row in rows:
+        assert row["round"] is row["set"] is row["order"] is row["subset"] is None
+
+
+def test_examples_show_a_prompt_and_a_trace_of_search_and_of_each_round(batch):
+    text = render_examples(batch.rollouts, TOKENIZER)
+    assert text.count("prompt, ") == text.count("trace, reward ") == 2
+    requests = batch.rollouts.search.requests
+    prompt = requests.prompt_UxP[0, : requests.prompt_len_U[0]].tolist()
+    assert str(prompt) in text and TOKENIZER.decode(prompt) in text
+    for groups in batch.rollouts.stages:
+        assert TOKENIZER.decode(groups.trace_ids(0, 0)) in text

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from spiral_jax.core.groups import GroupRequests, Groups, Role
-from spiral_jax.learner.blocks import Block, abstract_block, empty_block, make_blocks
+from spiral_jax.learner.blocks import Block, abstract_blocks, empty_block, make_blocks
+from spiral_jax.learner.settings import RoleShapes
 
 FIELDS = {
     "prompt_AxUxP": lambda groups: groups.requests.prompt_UxP,
@@ -37,24 +38,34 @@ def random_groups(seed, U, C=3, P=10, G=12):
     return groups, rng.normal(size=(U, C)).astype(np.float32)
 
 
+def blocks_of(groups, weight_UxC, lengths, micro, most, role=Role.SEARCH):
+    """The blocks of one role."""
+    shapes = RoleShapes(tuple(lengths), micro, most, weight_UxC.shape[1])
+    return make_blocks({role: (groups, weight_UxC)}, {role: shapes})
+
+
 def rows(block):
     """The block's groups, padding included, one dict each, in (A, U) order."""
-    arrays = {
-        f.name: np.asarray(getattr(block, f.name))
-        for f in dataclasses.fields(Block)
-        if "_Ax" in f.name
-    }
-    A, U = block.prompt_len_AxU.shape
+    names = [field.name for field in dataclasses.fields(Block) if "_Ax" in field.name]
+    arrays = {name: np.asarray(getattr(block, name)) for name in names}
     return [
-        {name: array[a, u] for name, array in arrays.items()} for a in range(A) for u in range(U)
+        {name: array[at] for name, array in arrays.items()}
+        for at in np.ndindex(block.prompt_len_AxU.shape)
     ]
+
+
+def shapes_and_dtypes(blocks):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), blocks)
 
 
 def assert_padded_equal(got, expected):
     """Equal once the narrower is padded with zeros along the last axis."""
     got, expected = np.atleast_1d(got), np.atleast_1d(expected)
     width = max(got.shape[-1], expected.shape[-1])
-    pad = lambda a: np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])])  # noqa: E731
+
+    def pad(a):
+        return np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])])
+
     np.testing.assert_array_equal(pad(got), pad(expected))
 
 
@@ -72,8 +83,8 @@ def test_every_group_lands_once_with_its_weights_in_the_first_bucket_that_holds_
     U, lengths, micro
 ):
     groups, weight = random_groups(U + micro, U)
-    blocks = make_blocks(Role.SEARCH, groups, weight, lengths, micro, most_groups=20)
-    found = []
+    blocks = blocks_of(groups, weight, lengths, micro, most=20)
+    seen = []
     for i, ((P, G), block) in enumerate(zip(lengths, blocks, strict=True)):
         assert block.prompt_AxUxP.shape[-1] == P and block.trace_AxUxCxG.shape[-1] == G
         real = [row for row in rows(block) if row["prompt_AxUxP"][0]]
@@ -82,22 +93,20 @@ def test_every_group_lands_once_with_its_weights_in_the_first_bucket_that_holds_
         assert all(row["prompt_AxUxP"][0] for row in rows(block)[: len(real)])
         for row in real:
             u = int(row["prompt_AxUxP"][0]) - 100
-            found.append(u)
+            seen.append(u)
             for name, source in FIELDS.items():
                 assert_padded_equal(row[name], source(groups)[u])
             np.testing.assert_array_equal(row["weight_AxUxC"], weight[u])
             need = groups.requests.prompt_len_U[u], groups.trace_len_UxC[u].max()
             assert need[0] <= P and need[1] <= G
             assert not any(need[0] <= p and need[1] <= g for p, g in lengths[:i])
-    assert sorted(found) == list(range(U))
+    assert sorted(seen) == list(range(U))
 
 
 @pytest.mark.parametrize("U", [0, 3, 8])
 def test_padding_groups_are_one_token_prompts_without_traces_or_weight(U):
     groups, weight = random_groups(U, U)
-    (block,) = make_blocks(
-        Role.AGGREGATION, groups, weight, [(10, 12)], micro_groups=4, most_groups=16
-    )
+    (block,) = blocks_of(groups, weight, [(10, 12)], micro=4, most=16, role=Role.AGGREGATION)
     assert block.role is Role.AGGREGATION
     padding = [row for row in rows(block) if not row["prompt_AxUxP"][0]]
     assert len(padding) == 16 - U
@@ -107,17 +116,15 @@ def test_padding_groups_are_one_token_prompts_without_traces_or_weight(U):
 
 
 def test_shapes_depend_on_the_most_groups_alone():
-    shapes = lambda blocks: jax.tree.map(lambda a: (a.shape, a.dtype), blocks)  # noqa: E731
     lengths = LENGTHS["several"]
-    few = make_blocks(Role.SEARCH, *random_groups(0, 2), lengths, micro_groups=4, most_groups=18)
-    many = make_blocks(Role.SEARCH, *random_groups(1, 18), lengths, micro_groups=4, most_groups=18)
-    assert shapes(few) == shapes(many)
+    few = blocks_of(*random_groups(0, 2), lengths, micro=4, most=18)
+    many = blocks_of(*random_groups(1, 18), lengths, micro=4, most=18)
+    assert shapes_and_dtypes(few) == shapes_and_dtypes(many)
     assert few[0].prompt_len_AxU.shape == (5, 4)  # 18 groups take five micro-batches of four
-    abstract = [abstract_block(Role.SEARCH, 18, 4, C=3, P=P, G=G) for P, G in lengths]
-    assert shapes(abstract) == shapes(few)
-    assert shapes([empty_block(Role.SEARCH, 18, 4, C=3, P=P, G=G) for P, G in lengths]) == shapes(
-        few
-    )
+    shapes = RoleShapes(tuple(lengths), micro_groups=4, most_groups=18, traces=3)
+    assert shapes_and_dtypes(abstract_blocks({Role.SEARCH: shapes})) == shapes_and_dtypes(few)
+    empty = [empty_block(Role.SEARCH, shapes, P, G) for P, G in lengths]
+    assert shapes_and_dtypes(empty) == shapes_and_dtypes(few)
 
 
 @pytest.mark.parametrize(
@@ -129,22 +136,21 @@ def test_a_group_that_fits_nowhere_is_an_error_that_names_lengths_and_field(prom
     groups, weight = random_groups(0, 3)
     groups.requests.prompt_len_U[:] = groups.trace_len_UxC[:] = 1
     groups.requests.prompt_len_U[1], groups.trace_len_UxC[1, 2] = prompt, trace
-    with pytest.raises(
-        ValueError, match=rf"prompt of {prompt} and traces of up to {trace} .*batch\.search_lengths"
-    ):
-        make_blocks(Role.SEARCH, groups, weight, lengths, 1, 3)
+    named = rf"prompt of {prompt} and traces of up to {trace} .*batch\.search_lengths"
+    with pytest.raises(ValueError, match=named):
+        blocks_of(groups, weight, lengths, micro=1, most=3)
 
 
 def test_more_groups_than_fit_are_an_error_rather_than_dropped():
     groups, weight = random_groups(0, 9)
     with pytest.raises(ValueError):
-        make_blocks(Role.SEARCH, groups, weight, [(10, 12)], micro_groups=4, most_groups=8)
+        blocks_of(groups, weight, [(10, 12)], micro=4, most=8)
 
 
 def test_micro_batch_is_the_slice_of_every_array_under_its_name_without_the_leading_axis():
     groups, weight = random_groups(3, 11)
-    (block,) = make_blocks(Role.SEARCH, groups, weight, [(10, 12)], micro_groups=4, most_groups=12)
-    micro = jax.jit(Block.micro_batch)(block, 1)
+    (block,) = blocks_of(groups, weight, [(10, 12)], micro=4, most=12)
+    micro = jax.jit(Block.micro_batch)(block, 1)._asdict()
     np.testing.assert_array_equal(micro.pop("weight_UxC"), weight[4:8])
     assert set(micro) == {name.replace("_Ax", "_") for name in FIELDS}
     for name, source in FIELDS.items():

@@ -1,7 +1,8 @@
 """Attention to some of the keys, and how parts become one softmax.
 
-A part is kept as (top score, sum of weights) beside its weighted values, so that parts of the keys
-that are attended to separately can be joined. Scores and softmax are float32.
+While keys are still being read, a part is kept as (top score, sum of weights) beside its weighted
+values; read whole, as its output and log-sum-exp. Either way parts of the keys that are attended to
+separately can be joined. Scores and softmax are float32.
 """
 
 from __future__ import annotations
@@ -14,6 +15,29 @@ import jax.numpy as jnp
 from spiral_jax.model.cache import Cache
 
 MASKED = -1e30  # finite: a row without any visible key stays finite
+
+
+class Lengths(NamedTuple):
+    """How long the groups of a micro-batch are; all int32.
+
+    Attributes:
+      prompt_U: tokens of each prompt: what traces see of it.
+      trace_UxC: tokens of each trace.
+      prompt: scalar, the longest prompt. Hidden states behind it have no meaning.
+      trace: scalar, the longest trace. Hidden states behind it have no meaning.
+    """
+
+    prompt_U: jax.Array
+    trace_UxC: jax.Array
+    prompt: jax.Array
+    trace: jax.Array
+
+
+class KeyValue(NamedTuple):
+    """Keys and values [..., T, J, E]."""
+
+    k: jax.Array
+    v: jax.Array
 
 
 class Part(NamedTuple):
@@ -36,6 +60,37 @@ class Part(NamedTuple):
     def lse(self) -> jax.Array:
         """[..., N]: log-sum-exp of each row's scores."""
         return self.top + jnp.log(self.weight)
+
+
+class Attended(NamedTuple):
+    """Attention to all keys of a part, or of several that were merged.
+
+    Attributes:
+      out_BxTxHxE: in the queries' dtype.
+      lse_BxHxT: float32, log-sum-exp of the scaled scores of the visible keys.
+    """
+
+    out_BxTxHxE: jax.Array
+    lse_BxHxT: jax.Array
+
+
+class Cotangents(NamedTuple):
+    """Of a part's queries, keys and values, in their dtypes."""
+
+    q_BxTxHxE: jax.Array
+    k_BxSxJxE: jax.Array
+    v_BxSxJxE: jax.Array
+
+
+def merge(a: Attended, b: Attended) -> Attended:
+    """Attention to the keys of both, for the same queries. The weights are float32."""
+    lse = jnp.logaddexp(a.lse_BxHxT, b.lse_BxHxT)
+
+    def weighted(part: Attended) -> jax.Array:
+        weight_BxTxH = jnp.moveaxis(jnp.exp(part.lse_BxHxT - lse), 1, 2)
+        return weight_BxTxH[..., None] * part.out_BxTxHxE.astype(jnp.float32)
+
+    return Attended((weighted(a) + weighted(b)).astype(a.out_BxTxHxE.dtype), lse)
 
 
 def nothing_seen(q_xNxE: jax.Array) -> Part:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.model.attention_parts import Part, attend, join, nothing_seen, split_heads
+from spiral_jax.model.attention.part import Part, attend, join, nothing_seen, split_heads
 from spiral_jax.model.cache import Cache, read_tokens
 
 PREFIX_SCOPE = "prefix_attention"  # a plan finds its loop in a compiled program by this name

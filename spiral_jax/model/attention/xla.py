@@ -1,34 +1,33 @@
-"""Group attention in loops over blocks of keys, with a backward pass of its own, in plain XLA.
+"""Group attention in loops over blocks of keys, in plain XLA: runs anywhere, and is the reference.
 
 Scores of one block of queries to one block of keys exist at a time; blocks above the diagonal,
-behind the longest prompt and behind the longest trace are not computed.
-
-Kept for the backward pass are the output and the log-sum-exp of each query's scores. With d_out
-their cotangent,
-
-    weight = exp(score - lse)      d_score = weight * (d_out v - sum_e out d_out)
-    d_v = weight^T d_out           d_q = d_score k           d_k = d_score^T q
-
-hold for any part of the keys alone (FlashAttention-2, arXiv 2307.08691, section 3.1), so prompt and
-own keys need not lie in one array: both passes call one loop for each set of keys (`_attend_to`,
-`_cotangents_of`). Scores, softmax and sums are float32; products take the inputs' dtype.
+behind the longest prompt and behind the longest trace are not computed. The queries of all traces
+and of all heads that share a key are rows of one matrix product with the prompt's keys. Both passes
+call one loop for each set of keys (`_attend_to`, `_cotangents_of`). Scores, softmax and sums are
+float32; products take the inputs' dtype. The formulas of the backward pass are in `groups`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from spiral_jax.model import layouts
-from spiral_jax.model.attention_parts import Part, attend, join, nothing_seen
-from spiral_jax.model.cache import Cache, read_tokens
-
-KEPT = "attention"  # the name of output and log-sum-exp for policies of `jax.checkpoint`
+from spiral_jax.model.attention.part import (
+    KeyValue,
+    Lengths,
+    Part,
+    attend,
+    join,
+    nothing_seen,
+    split_heads,
+)
+from spiral_jax.model.cache import Cache, cache_entries, read_tokens
 
 # Names of scopes: a plan finds the loops of a compiled program by them.
 OWN_KEYS_SCOPE, PROMPT_KEYS_SCOPE = "own_keys", "prompt_keys"
@@ -63,24 +62,75 @@ def even_block(length: int, block: int) -> int:
     return -(-length // -(-length // block))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_blockwise(
-    sizes: KeySizes,
-    q_UxJxCxRxQxE: jax.Array,
-    own: Cache,
-    prompt: Cache | None,
-    prompt_len_U: jax.Array,
-    counts: KeyCounts,
-) -> jax.Array:
-    """[U, J, C, R, Q, E] with R = H / J: causal over own keys, and over the whole prompt.
+@dataclasses.dataclass(frozen=True)
+class Xla:
+    """The backend that needs no kernels; see `groups.Backend`.
 
-    Args:
-      q_UxJxCxRxQxE: scaled queries.
-      own: [U, J, C, ...], Q tokens.
-      prompt: [U, J, ...] or None. All lengths are multiples of their block.
-      counts: the output is zero behind the blocks of queries that are computed.
+    Arranged are queries [U, J, C, R, Q, E], scaled, where R = H / J heads share a key, and caches,
+    [U, J, C, ...] of own keys and [U, J, ...] of the prompt's: heads first, lengths in whole blocks.
+
+    Attributes:
+      block: queries, and keys, whose scores exist at once.
     """
-    return _forward(sizes, q_UxJxCxRxQxE, own, prompt, prompt_len_U, counts)[0]
+
+    block: int
+
+    def arrange(
+        self, q_UxCxQxHxE: jax.Array, own: KeyValue, prompt: KeyValue | None
+    ) -> tuple[jax.Array, Cache, Cache | None]:
+        """Brings heads to the front and every length to whole blocks."""
+        own_size = even_block(q_UxCxQxHxE.shape[2], self.block)
+        q = split_heads(_pad_to_blocks(q_UxCxQxHxE, own_size, axis=2), own.k.shape[-2])
+        q_UxJxCxRxQxE = jnp.moveaxis(q, (3, 4), (1, 3))
+
+        k, v = (_pad_to_blocks(a, own_size, axis=2) for a in own)
+        own_cache = cache_entries(k, v, q.dtype)
+        own_cache = {name: jnp.swapaxes(a, 1, 2) for name, a in own_cache.items()}  # u j c . .
+        if prompt is None:
+            return q_UxJxCxRxQxE, own_cache, None
+        prompt_size = even_block(prompt.k.shape[1], self.block)
+        k, v = (_pad_to_blocks(a, prompt_size, axis=1) for a in prompt)
+        return q_UxJxCxRxQxE, own_cache, cache_entries(k, v, q.dtype)  # u j . .
+
+    def forward(
+        self, q: jax.Array, own: Cache, prompt: Cache | None, lengths: Lengths
+    ) -> tuple[jax.Array, jax.Array]:
+        """(output like the arranged q, log-sum-exp of each query's scores, without E)."""
+        sizes, counts = self._blocks(q, prompt, lengths)
+        return _forward(sizes, q, own, prompt, lengths.prompt_U, counts)
+
+    def backward(
+        self,
+        q: jax.Array,
+        own: Cache,
+        prompt: Cache | None,
+        lengths: Lengths,
+        out: jax.Array,
+        lse: jax.Array,
+        d_out: jax.Array,
+    ) -> tuple[jax.Array, Cache, Cache | None]:
+        """Cotangents of what is arranged."""
+        sizes, counts = self._blocks(q, prompt, lengths)
+        queries = _Queries(q, d_out, lse, _delta(out, d_out))
+        return _backward(sizes, queries, own, prompt, lengths.prompt_U, counts)
+
+    def restore(self, out_UxJxCxRxQxE: jax.Array, Q: int) -> jax.Array:
+        """[U, C, Q, H, E] from the arranged output."""
+        U, J, C, R, _, E = out_UxJxCxRxQxE.shape
+        out = jnp.moveaxis(out_UxJxCxRxQxE, (1, 3), (3, 4)).reshape(U, C, -1, J * R, E)
+        return out[:, :, :Q]
+
+    def _blocks(
+        self, q: jax.Array, prompt: Cache | None, lengths: Lengths
+    ) -> tuple[KeySizes, KeyCounts]:
+        own_size, longest = even_block(q.shape[4], self.block), lengths.trace
+        prompt_size = 1
+        if prompt is None:
+            longest = lengths.prompt
+        else:
+            prompt_size = even_block(prompt["v"].shape[-2], self.block)
+        counts = KeyCounts(-(-longest // own_size), -(-lengths.prompt // prompt_size))
+        return KeySizes(own_size, prompt_size), counts
 
 
 def _forward(
@@ -130,28 +180,25 @@ def _attend_to(
     return jax.lax.fori_loop(0, count, add_block, seen)
 
 
-def _keep(
+def _delta(out: jax.Array, d_out: jax.Array) -> jax.Array:
+    return jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+
+
+def _backward(
     sizes: KeySizes,
-    q: jax.Array,
+    queries: _Queries,
     own: Cache,
     prompt: Cache | None,
     prompt_len_U: jax.Array,
     counts: KeyCounts,
-) -> tuple[jax.Array, Any]:
-    out, lse = _forward(sizes, q, own, prompt, prompt_len_U, counts)
-    out, lse = checkpoint_name(out, KEPT), checkpoint_name(lse, KEPT)
-    return out, (q, own, prompt, prompt_len_U, counts, out, lse)
-
-
-def _backward(sizes: KeySizes, kept: Any, d_out: jax.Array) -> tuple:
+) -> tuple[jax.Array, Cache, Cache | None]:
     """Cotangents of queries, of own and of the prompt's keys and values."""
-    q, own, prompt, prompt_len_U, counts, out, lse = kept
-    R = q.shape[3]
-    delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    q = queries.q
+    R, dtype = q.shape[3], q.dtype
 
     def add_block(i: jax.Array, done: tuple) -> tuple:
         d_q, d_own, d_prompt = done
-        rows = _QueryRows.of(*(_block_rows(a, i, sizes.own) for a in (q, d_out, lse, delta)))
+        rows = _QueryRows.of(*(_block_rows(a, i, sizes.own) for a in queries))
         d_rows = jnp.zeros(rows.q.shape, jnp.float32)
         with jax.named_scope(OWN_KEYS_SCOPE):
             visible = _causal(i, sizes.own, R)
@@ -159,18 +206,24 @@ def _backward(sizes: KeySizes, kept: Any, d_out: jax.Array) -> tuple:
         if prompt is not None:
             with jax.named_scope(PROMPT_KEYS_SCOPE):
                 visible, rows = _in_prompt(prompt_len_U, sizes.prompt), rows.of_all_traces()
+                d_rows = d_rows.reshape(rows.q.shape)
                 d_rows, d_prompt = _cotangents_of(
-                    prompt, sizes.prompt, counts.prompt, visible, rows,
-                    d_rows.reshape(rows.q.shape), d_prompt,
-                )  # fmt: skip
-        return _write_block(d_q, d_rows.astype(q.dtype), i, sizes.own), d_own, d_prompt
+                    prompt, sizes.prompt, counts.prompt, visible, rows, d_rows, d_prompt
+                )
+        return _write_block(d_q, d_rows.astype(dtype), i, sizes.own), d_own, d_prompt
 
     nothing = jnp.zeros_like(q), _no_cotangents(own), _no_cotangents(prompt)
     d_q, d_own, d_prompt = jax.lax.fori_loop(0, counts.own, add_block, nothing)
-    return d_q, _as_cache(d_own, q.dtype), _as_cache(d_prompt, q.dtype), None, None
+    return d_q, _as_cache(d_own, dtype), _as_cache(d_prompt, dtype)
 
 
-attend_blockwise.defvjp(_keep, _backward)
+class _Queries(NamedTuple):
+    """All queries in the backward pass: q, d_out [U, J, C, R, Q, E], lse, delta [U, J, C, R, Q]."""
+
+    q: jax.Array
+    d_out: jax.Array
+    lse: jax.Array
+    delta: jax.Array
 
 
 class _QueryRows(NamedTuple):
@@ -284,3 +337,10 @@ def _write_block(a_UxJxCxRxQ: jax.Array, rows: jax.Array, i: jax.Array, size: in
 def _merge_traces(a_UxJxCxN: jax.Array) -> jax.Array:
     """[U, J, C, N, ...] -> [U, J, C * N, ...]."""
     return a_UxJxCxN.reshape(*a_UxJxCxN.shape[:2], -1, *a_UxJxCxN.shape[4:])
+
+
+def _pad_to_blocks(a: jax.Array, size: int, axis: int) -> jax.Array:
+    """Padded with zeros along `axis` to a multiple of `size`."""
+    padding = [(0, 0)] * a.ndim
+    padding[axis] = (0, -a.shape[axis] % size)
+    return jnp.pad(a, padding)

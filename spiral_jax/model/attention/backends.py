@@ -1,0 +1,70 @@
+"""Which backend computes attention: by the devices' platform and the model's dtype, or by name."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+
+from spiral_jax.core.config import ConfigError
+from spiral_jax.model.attention import gpu, tpu
+from spiral_jax.model.attention.groups import Backend
+from spiral_jax.model.attention.kernels import Kernels
+from spiral_jax.model.attention.xla import Xla
+
+XLA, GPU, TPU = "xla", "gpu", "tpu"
+BACKENDS = (XLA, GPU, TPU)
+_PLATFORMS = {"cuda": GPU, "gpu": GPU, "tpu": TPU}
+
+
+def make_backend(name: str, block: int) -> Backend:
+    """The backend of that name; `block` is what `xla` takes at once."""
+    if name == XLA:
+        return Xla(block)
+    kernels = {GPU: gpu, TPU: tpu}[name]
+    return Kernels(kernels.forward, kernels.backward)
+
+
+def choose_backend(asked: str, platform: str, dtype: jnp.dtype, E: int) -> str:
+    """The name of the backend for devices of a platform.
+
+    Args:
+      asked: config.model.attention: "auto", or one of `BACKENDS`.
+      dtype: of activations.
+      E: head width.
+
+    Raises:
+      ConfigError: the one that is asked for cannot serve; the message says why, and which can.
+    """
+    of_platform = _PLATFORMS.get(platform, XLA)
+    if asked == "auto":
+        reason = refusal(of_platform, platform, dtype, E)
+        if reason:
+            _say_once(f"attention by xla, not by {of_platform}: {reason}")
+        return XLA if reason else of_platform
+    reason = refusal(asked, platform, dtype, E)
+    if reason:
+        able = [name for name in BACKENDS if not refusal(name, platform, dtype, E)]
+        raise ConfigError(
+            f"config.model.attention = {asked!r}: {reason}. On these devices it can be auto, "
+            f"{', '.join(able)}."
+        )
+    return asked
+
+
+def refusal(name: str, platform: str, dtype: jnp.dtype, E: int) -> str | None:
+    """Why a backend cannot serve; None if it can."""
+    if name not in BACKENDS:
+        return f"must be one of auto, {', '.join(BACKENDS)}"
+    if name == XLA:
+        return None
+    if _PLATFORMS.get(platform) != name:
+        return f"the devices are of the platform {platform!r}"
+    if jnp.dtype(dtype) == jnp.float32:
+        return "a float32 model multiplies in float32, which its kernels do not"
+    return gpu.refusal(E) if name == GPU else None
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, flush=True)

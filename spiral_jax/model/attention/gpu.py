@@ -1,0 +1,13 @@
+"""stub"""
+
+
+def forward(*a, **k):
+    raise NotImplementedError
+
+
+def backward(*a, **k):
+    raise NotImplementedError
+
+
+def refusal(E):
+    return None

@@ -1,0 +1,68 @@
+"""The strict order of the rooms, and their doors: the files that others may import."""
+
+import ast
+import pathlib
+
+import spiral_jax
+
+ROOT = pathlib.Path(spiral_jax.__file__).parent
+SOURCES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))]
+# All rooms in their order, each with its files that other rooms or commands import.
+DOORS = {
+    "core": "config distributed errors faults groups mesh metrics progress",
+    "model": "adapter architecture cache cache_attention flops group_attention hf tensor_files "
+    "transformer",
+    "tasks": "answer finite hub jsonl load overlap problem tiny_tokenizer",
+    "prompts": "prompts scaffold settings tokenizer",
+    "verifier": "pool rewards settings verifier",
+    "objective": "advantages estimators explain rewards settings subsets weights",
+    "sampling": "decode engine prefill programs protocol settings weights",
+    "learner": "blocks logprobs settings state step",
+    "rollout": "actor collect feed judge requests settings stages traces",
+    "evaluation": "answers comparison measures results settings stages statistics tables wave",
+    "run": "checkpoint evaluation_run log setup start trace_log training_run workdir",
+    "planning": "text whole_step",
+    "reporting": "axes evaluation_figures main_page series style summary",
+    "studies": "design directory gather processes runner text",
+}
+ORDER = list(DOORS)
+
+
+def imported_files(path):
+    """Room and file of what a file imports: at its top, in functions, for type checkers."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            if name.startswith("spiral_jax.") and name != "spiral_jax.STARTED":
+                yield name.split(".")[1:3]
+
+
+def test_a_file_imports_from_its_room_and_rooms_before_it_and_no_command():
+    wrong = []
+    for path in SOURCES:
+        room = path.parts[0]
+        allowed = ORDER[: ORDER.index(room) + 1] if room in ORDER else ORDER
+        if room == "assets":  # is copied to where nothing of the package is
+            allowed = []
+        for imported_room, *file in imported_files(path):
+            if imported_room not in allowed:
+                wrong.append(f"{path} imports {'/'.join([imported_room, *file])}")
+    assert not wrong
+
+
+def test_only_doors_are_imported_from_outside_a_room():
+    unused = {(room, file) for room, files in DOORS.items() for file in files.split()}
+    wrong = []
+    for path in SOURCES:
+        for room, *file in imported_files(path):
+            if room == path.parts[0] or room not in DOORS:
+                continue
+            if file[0] not in DOORS[room].split():
+                wrong.append(f"{path} imports {room}/{file[0]}")
+            unused.discard((room, file[0]))
+    assert not wrong, "no door"
+    assert not unused, "doors that nobody uses"
