@@ -40,11 +40,10 @@ def exchange():
     distributed.check_equal(config="same", data="same too")
     kept = distributed.global_state.client.key_value_dir_get("spiral_jax/exchange")
     assert len(kept) <= 2 * count, kept
-    x = mesh.place(
-        np.arange(64).reshape(8, 8), NamedSharding(this_mesh(), P(("data", "fsdp"), "tensor"))
-    )
-    whole = jax.jit(lambda x: 2 * x, out_shardings=mesh.replicated(this_mesh()))(x)
-    np.testing.assert_array_equal(np.asarray(whole), 2 * np.arange(64).reshape(8, 8))
+    values = np.arange(64).reshape(8, 8)
+    x = mesh.place(values, NamedSharding(this_mesh(), P(("data", "fsdp"), "tensor")))
+    doubled = jax.jit(lambda x: 2 * x, out_shardings=mesh.replicated(this_mesh()))(x)
+    np.testing.assert_array_equal(np.asarray(doubled), 2 * values)
 
 
 def differ():
@@ -66,42 +65,36 @@ def fail():
     distributed.gather(0)
 
 
-class Chunks:
-    """A `Sampler` that does nothing, 200 chunks long.
-
-    Process 1 gets a SIGTERM in chunk `terminated`.
-    """
-
-    def __init__(self, terminated):
-        self.done, self.terminated = 0, terminated
-
-    def stream(self, weights, feed):
-        while True:
-            yield self.done
-            if (self.done, jax.process_index()) == (self.terminated, 1):
-                os.kill(os.getpid(), signal.SIGTERM)
-            if self.done == 200:
-                return
-            time.sleep(0.1)
-            self.done += 1
-
-
 def preempt():
-    """All leave the chunk in which one of them got a SIGTERM, and begin nothing new."""
+    """All leave the same chunk of the same step, in which one of them got a SIGTERM.
+
+    What they begin afterwards they leave at once.
+    """
     from spiral_jax.run.preemption import Preemption
 
     with Preemption(grace_s=60.0) as preemption:
-        for step in range(3):
+        for _ in range(2):
             assert not preemption.reached()
-            chunks = Chunks(terminated=3 if step == 2 else None)
-            sampler = preemption.interrupting(chunks)
-            if step < 2:
-                chunks.done = 198
-            preemption.run(lambda sampler=sampler: list(sampler.stream(None, None)))
-        assert preemption.noticed and preemption.reached() and 3 < chunks.done < 200, chunks.done
-        assert preemption.run(lambda: 5) is None
-    ends = distributed.gather(chunks.done)
+            assert decode(preemption, chunks=2) == 2
+        assert not preemption.reached()
+        done = decode(preemption, chunks=200, terminated=3)
+        assert preemption.noticed and preemption.reached() and 3 < done < 200, done
+        assert decode(preemption, chunks=2) == 0
+    ends = distributed.gather(done)
     assert min(ends) == max(ends), ends
+
+
+def decode(preemption, chunks, terminated=None):
+    """How many chunks come to their end; process 1 gets a SIGTERM in chunk `terminated`."""
+    done = 0
+    with preemption.interruptible():
+        while done < chunks:
+            preemption.look()
+            if (done, jax.process_index()) == (terminated, 1):
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+            done += 1
+    return done
 
 
 def this_mesh():
@@ -114,12 +107,12 @@ def checkpoint():
     from spiral_jax.run.checkpoint import Checkpoints
 
     def arrays(step):
-        def array(path, shape):
+        def make(path, shape):
             rng = np.random.default_rng([*mesh.path_name(path).encode()])
             return step + rng.normal(size=shape).astype(np.float32)
 
         return jax.tree_util.tree_map_with_path(
-            array, SHAPES, is_leaf=lambda shape: isinstance(shape, tuple)
+            make, SHAPES, is_leaf=lambda shape: isinstance(shape, tuple)
         )
 
     with Checkpoints(pathlib.Path(flags.FLAGS.directory), keep=5) as checkpoints:
@@ -128,11 +121,10 @@ def checkpoint():
         if step:
             state, record = checkpoints.restore(mesh.with_shardings(expected, here))
             assert record == {"cursor": 7 * step}
-            for found, all_of_it in zip(
-                jax.tree.leaves(state), jax.tree.leaves(expected), strict=True
-            ):
-                for shard in found.addressable_shards:
-                    np.testing.assert_array_equal(np.asarray(shard.data), all_of_it[shard.index])
+            pairs = zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
+            for restored, array in pairs:
+                for shard in restored.addressable_shards:
+                    np.testing.assert_array_equal(np.asarray(shard.data), array[shard.index])
         checkpoints.save(step + 1, mesh.place(arrays(step + 1), here), {"cursor": 7 * (step + 1)})
 
 

@@ -1,4 +1,4 @@
-"""Pods on one machine: several processes, each with fake CPU devices of its own."""
+"""Pods on one machine: how to start several processes with fake CPU devices of their own."""
 
 import os
 import pathlib
@@ -18,33 +18,32 @@ def free_port():
 
 
 def launch(command, processes, devices, timeout=300, only=None, env=None):
-    """Runs `command` in all `processes` (or those of `only`) at once.
+    """Runs `command` in several processes at once, each with `devices` fake devices.
 
-    Each has `devices` fake devices. `env` may be a function of the process's number. Returns the
-    `CompletedProcess`es in order; on a time-out all are killed and it raises.
+    `env` may be a function of the process's number. Returns the `CompletedProcess`es in order; on a
+    time-out all are killed and it raises.
+
+    Args:
+      only: numbers of those that are started; None: all `processes`.
     """
-    join = (
-        [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
-        if processes > 1
-        else []
-    )
-    started = []
+    port, started = free_port(), []
+    join = [f"--coordinator=localhost:{port}", f"--processes={processes}"]
+    foreign = ("SLURM_", "TPU_")
+    inherited = {name: os.environ[name] for name in os.environ if not name.startswith(foreign)}
+    inherited |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}",
+    }
     try:
         for process in range(processes) if only is None else only:
-            flags = [*join, f"--process={process}"] if join else []
-            inherited = {
-                k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "TPU_"))
-            }
-            settings = {
-                "JAX_PLATFORMS": "cpu",
-                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK_TO_COMPILE}",
-            } | ((env(process) if callable(env) else env) or {})
+            flags = [*join, f"--process={process}"] if processes > 1 else []
+            own = env(process) if callable(env) else env
             started.append(
                 subprocess.Popen(
                     [sys.executable, *command, *flags],
                     cwd=ROOT,
-                    env=inherited | settings,
+                    env=inherited | (own or {}),
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import time
+from typing import Any
 
 import jax
 from jax.stages import Lowered
@@ -48,19 +49,24 @@ def cache_directory() -> pathlib.Path:
     return pathlib.Path(os.environ.get("SPIRAL_JAX_PLANS", default))
 
 
-def compile_kept(lowered: Lowered, target: str) -> Compiled:
-    """Compiles for `target`, the topology's name, or reads what an earlier call has compiled.
+def compile_kept(lowered: Lowered, target: str, options: dict[str, Any] | None = None) -> Compiled:
+    """Compiles for `target`, or reads what an earlier call has compiled.
+
+    Args:
+      target: all that the compiler is told of the devices.
+      options: of `Lowered.compile`.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler fails, for another reason than too little memory.
     """
-    key = [target, jax.__version__, _version("jaxlib"), _version("libtpu"), lowered.as_text()]
+    compilers = [_version(package) for package in ("jaxlib", "libtpu", "jax-cuda12-pjrt")]
+    key = [target, str(options), jax.__version__, *compilers, lowered.as_text()]
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
     file = cache_directory() / f"{name}.json.gz"
     if file.exists():
         return Compiled(**json.loads(gzip.decompress(file.read_bytes())))
 
-    compiled = _compile(lowered)
+    compiled = _compile(lowered, options)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{os.getpid()}")
     unfinished.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(compiled)).encode(), 3))
@@ -68,10 +74,10 @@ def compile_kept(lowered: Lowered, target: str) -> Compiled:
     return compiled
 
 
-def _compile(lowered: Lowered) -> Compiled:
+def _compile(lowered: Lowered, options: dict[str, Any] | None) -> Compiled:
     start = time.monotonic()
     try:
-        program = lowered.compile()
+        program = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
         if needed is None:

@@ -108,7 +108,8 @@ def profile(program: PlannedProgram, topology: Topology, free: float) -> Profile
         }
         return _estimate(program, topology, free, memory)
 
-    compiled = compile_kept(program.lower(), topology.name)
+    target = topology.name + topology.description
+    compiled = compile_kept(program.lower(), target, topology.compiler_options)
     if compiled.needed:
         return _estimate(program, topology, free, {"program": compiled.needed}, compiled.seconds)
 

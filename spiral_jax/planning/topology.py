@@ -1,6 +1,7 @@
 """What may be rented: TPU slices and GPUs.
 
-libtpu describes slices without a TPU; GPUs are known by the numbers below alone.
+libtpu describes slices without a TPU, jax's CUDA plugin GPUs without a GPU. Without the plugin GPUs
+are known by the numbers below alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
 from spiral_jax.model.flops import PEAK_FLOPS_PER_S
+from spiral_jax.planning import gpus
 
 GB, GIB = 1e9, 2**30
 INSTALL = "pip install -r requirements-plan.txt"
@@ -85,20 +87,25 @@ class Topology:
     """Chips of one kind.
 
     Attributes:
-      devices: what programs are compiled for; None for GPUs, which are planned by arithmetic alone.
+      devices: what programs are compiled for; None where they are planned by arithmetic alone.
+      description: what the compiler is told of them beside their name.
+      compiler_options: of `jax.stages.Lowered.compile`.
     """
 
     name: str
     chip: Chip
     chips: int
     devices: list[Any] | None
+    description: str = ""
+    compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def find_topology(name: str) -> Topology:
     """The slice or cluster of that name, such as "v5p:4x4x4" or "h100:8".
 
     Raises:
-      ConfigError: it is not known, or libtpu is needed and not installed.
+      ConfigError: it is not known, libtpu is needed and not installed, or jax's CUDA plugin is
+        installed and cannot be loaded.
     """
     kind, _, shape = name.partition(":")
     chip = CHIPS.get(kind)
@@ -110,8 +117,19 @@ def find_topology(name: str) -> Topology:
         raise ConfigError(
             f"--topology={name}: {kind} has {dimensions} dimensions. Known are {KNOWN}."
         )
-    devices = _tpu_devices(name) if chip.dimensions else None
-    return Topology(name, chip, math.prod(sizes), devices)
+    count = math.prod(sizes)
+    if chip.dimensions:
+        return Topology(name, chip, count, _tpu_devices(name))
+    if gpus.missing_compiler():
+        return Topology(name, chip, count, devices=None)
+    return Topology(
+        name,
+        chip,
+        count,
+        gpus.devices(kind, count),
+        description=gpus.described(gpus.GPUS[kind]),
+        compiler_options=gpus.COMPILER_OPTIONS,
+    )
 
 
 def make_mesh(sizes: ConfigDict, topology: Topology) -> Mesh | AbstractMesh:

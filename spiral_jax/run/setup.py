@@ -221,8 +221,8 @@ def _load_task(c: ConfigDict, held_out: int) -> Task:
 def _start(c: ConfigDict, mesh: Mesh, training: bool) -> Start:
     path = hf.resolve_path(c.model.hf_path)
     model = hf.model_config(read_architecture(path), c.model)
-    platform = mesh.devices.flat[0].platform
-    attention = choose_backend(c.model.attention, platform, model.compute_dtype, model.arch.E)
+    device, arch = mesh.devices.flat[0], model.arch
+    attention = choose_backend(c.model.attention, device, model.compute_dtype, arch.E)
     model = dataclasses.replace(model, attention=attention)
     has_adapters = c.model.adapter_path or c.model.init_from or c.eval.searcher not in ("", "base")
     if not training and not has_adapters:

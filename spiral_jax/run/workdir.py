@@ -3,6 +3,8 @@
     WORKDIR/config.json                    the configuration and `config_digest`
     WORKDIR/starts.jsonl                   one JSON object each time the run starts or resumes
     WORKDIR/metrics.jsonl                  one JSON object a step
+    WORKDIR/evaluations.jsonl              one JSON object an evaluation
+    WORKDIR/evaluations/                   a results.json of each
     WORKDIR/traces/                        see `trace_log`
     WORKDIR/checkpoints/                   see `checkpoint`
 

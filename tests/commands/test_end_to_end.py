@@ -1,51 +1,72 @@
-"""The real program as a user starts it: runs, logs, kill -9 and resume, refusals. Each test is a
-few processes.
+"""The real program as a user starts it: runs, logs, kill -9 and resume, refusals.
+
+One run has a process of its own; all others are forks of one that has imported the program.
 """
 
+import collections
 import gzip
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from small_pods import QUICK_TO_COMPILE
 
+from benchmarks.nursery import Nursery
 from configs import tiny
 from spiral_jax.core.config import ConfigError, digest, to_plain
-from spiral_jax.run.setup import set_up
+from spiral_jax.run.setup import set_up_training
 from spiral_jax.run.workdir import open_workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = [
-    "--config=configs/tiny.py", "--config.batch.problems=4", "--config.batch.search_groups=4",
-    "--config.batch.aggregation_groups=8", "--config.sampling.classes=((8, 8, 16, 26), (32, 4, 124, 12))",
-    "--config.eval.problems=8", "--config.checkpoint.every=1",
-    "--config.trace_log.every=1", "--config.train.steps=4", "--config.optimizer.lr=1e-3",
-]  # fmt: skip
+    "--config=configs/tiny.py",
+    "--config.search.traces=4",
+    "--config.aggregation.subsets=3",
+    "--config.aggregation.subset_size=2",
+    "--config.aggregation.traces=2",
+    "--config.batch.problems=2",
+    "--config.batch.search_groups=2",
+    "--config.batch.aggregation_groups=6",
+    "--config.sampling.classes=((4, 4, 16, 26), (12, 2, 124, 12))",
+    "--config.sampling.row_counts=()",
+    "--config.verifier.workers=1",
+    "--config.eval.problems=4",
+    "--config.eval.subsets=2",
+    "--config.checkpoint.every=1",
+    "--config.trace_log.every=1",
+    "--config.train.steps=4",
+    "--config.optimizer.lr=1e-3",
+]
+B, N, K, M = 2, 4, 3, 2  # problems of a step; search traces, sets, aggregation traces of a set
 
 
-def command(workdir, *more):
-    return [sys.executable, "-m", "spiral_jax.train", *SMALL, f"--workdir={workdir}", *more]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
     """The processes share what they compile, as they would with a cache directory of the user's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        yield
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XLA_FLAGS": QUICK_TO_COMPILE,
+    }
 
 
-def run(workdir, *more):
-    return subprocess.run(
-        command(workdir, *more), cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
+@pytest.fixture(scope="module")
+def run(environment):
+    """(workdir, flags..., fault="") -> the finished process of that run."""
+    with Nursery(environment) as nursery:
+
+        def start(workdir, *flags, fault=""):
+            return nursery.run([*SMALL, f"--workdir={workdir}", *flags], fault)
+
+        yield start
 
 
 def metrics_of(workdir):
@@ -55,6 +76,13 @@ def metrics_of(workdir):
     return [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
 
 
+def kept_traces(workdir, step):
+    """Rows of the trace log of the problems that were trained on, and how many rows it has."""
+    with gzip.open(workdir / "traces" / f"step_{step:06d}.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    return [row for row in rows if row["kept"]], len(rows)
+
+
 def arrays_of(workdir):
     directory = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
     tree = ocp.StandardCheckpointer().restore(directory / "state")
@@ -62,11 +90,19 @@ def arrays_of(workdir):
     return directory.name, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
+def contents_of(workdir):
+    files = [path for path in workdir.rglob("*") if path.is_file() and path.suffix != ".png"]
+    return {path: path.read_bytes() for path in files}
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An uninterrupted run, shared by the tests below."""
+def finished(environment, tmp_path_factory):
+    """An uninterrupted run in a process of its own, shared by the tests below."""
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = run(workdir)
+    program = [sys.executable, "-m", "spiral_jax.train", *SMALL, f"--workdir={workdir}"]
+    done = subprocess.run(
+        program, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir, done
 
@@ -75,19 +111,37 @@ def finished(tmp_path_factory):
 def test_a_run_writes_what_the_readme_lists(finished):
     workdir, done = finished
     assert [row["step"] for row in metrics_of(workdir)] == [0, 1, 2, 3]
-    names = {"config.json", "starts.jsonl", "metrics.jsonl", "evaluations.jsonl", "evaluations", "traces",
-             "checkpoints", "curves.png", "results.md"}  # fmt: skip
-    assert {path.name for path in workdir.iterdir()} == names
-    evaluations = [
-        json.loads(line) for line in (workdir / "evaluations.jsonl").read_text().splitlines()
-    ]
-    assert [evaluation["step"] for evaluation in evaluations] == [0, 4]
+    assert {path.name for path in workdir.iterdir()} == {
+        "config.json",
+        "starts.jsonl",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "evaluations",
+        "traces",
+        "checkpoints",
+        "curves.png",
+        "results.md",
+    }
+    evaluations = (workdir / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in evaluations] == [0, 4]
     assert "search prompt" in done.stdout and "aggregation trace" in done.stdout
     assert (workdir / "results.md").read_text() in done.stdout
     row = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
-    for key in ("reward/aggregated", "advantage/search_nonzero", "loss/search", "loss/aggregation", "mismatch/kl",
-                "mismatch/max_abs_log_ratio", "length/search", "verifier/parse_rate_search", "grad_norm",
-                "grad_norm/search", "grad_norm/aggregation", "time/updating", "tokens_per_s"):  # fmt: skip
+    for key in (
+        "reward/aggregated",
+        "advantage/search_nonzero",
+        "loss/search",
+        "loss/aggregation",
+        "mismatch/kl",
+        "mismatch/max_abs_log_ratio",
+        "length/search",
+        "verifier/parse_rate_search",
+        "grad_norm",
+        "grad_norm/search",
+        "grad_norm/aggregation",
+        "time/updating",
+        "tokens_per_s",
+    ):
         assert isinstance(row[key], float), key
     assert row["mismatch/max_abs_log_ratio"] <= 1e-4
 
@@ -95,10 +149,8 @@ def test_a_run_writes_what_the_readme_lists(finished):
 @pytest.mark.slow
 def test_the_trace_log_holds_every_trace_with_its_ids_log_probs_reward_and_advantage(finished):
     workdir, _ = finished
-    with gzip.open(workdir / "traces" / "step_000000.jsonl.gz", "rt") as file:
-        every = [json.loads(line) for line in file]
-    rows = [row for row in every if row["kept"]]
-    assert len(rows) == 4 * (8 + 4 * 4) and len(every) % (8 + 4 * 4) == 0
+    rows, logged = kept_traces(workdir, 0)
+    assert len(rows) == B * (N + K * M) and logged % (N + K * M) == 0
     for row in rows:
         assert len(row["ids"]) == len(row["logprobs"]) == row["length"]
         assert row["stop"] in ("stop", "length") and row["reward"] in (0.0, 1.0)
@@ -108,7 +160,7 @@ def test_the_trace_log_holds_every_trace_with_its_ids_log_probs_reward_and_advan
         if row["role"] == "aggregation":
             by_set.setdefault((row["problem"], tuple(row["subset"])), []).append(row)
     for traces in by_set.values():
-        mean = sum(row["reward"] for row in traces) / 4
+        mean = sum(row["reward"] for row in traces) / M
         for row in traces:
             expected = row["reward"] - mean
             gated = row["stop"] == "length" and expected > 0
@@ -116,45 +168,27 @@ def test_the_trace_log_holds_every_trace_with_its_ids_log_probs_reward_and_advan
 
 
 @pytest.mark.slow
-def test_a_run_with_two_rounds_of_aggregation_trains_on_both_and_reports_them(tmp_path):
-    done = run(
-        tmp_path / "run",
-        "--config.aggregation.rounds=2",
-        "--config.train.steps=2",
-        "--config.eval.problems=0",
-    )
+def test_a_run_with_two_rounds_of_aggregation_trains_on_both_and_reports_them(run, tmp_path):
+    flags = ["--config.aggregation.rounds=2", "--config.batch.aggregation_groups=12"]
+    flags += ["--config.train.steps=2", "--config.eval.problems=0"]
+    done = run(tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "--- aggregation, round 2, prompt" in done.stdout
     rows = metrics_of(tmp_path / "run")
     assert rows[0]["mismatch/max_abs_log_ratio"] <= 1e-4
-    assert all(
-        0 < row["reward/aggregated_round_1"] < 1 and row["grad_norm/aggregation"] > 0
-        for row in rows
-    )
-    with gzip.open(tmp_path / "run" / "traces" / "step_000001.jsonl.gz", "rt") as file:
-        kept = [row for row in map(json.loads, file) if row["kept"]]
-    assert {row["round"]: sum(row["round"] == other["round"] for other in kept) for row in kept} == {
-        None: 4 * 8, 1: 4 * 4 * 4, 2: 4 * 4 * 4,
-    }  # fmt: skip
+    for row in rows:
+        assert 0 < row["reward/aggregated_round_1"] < 1 and row["grad_norm/aggregation"] > 0
+    kept, _ = kept_traces(tmp_path / "run", 1)
+    counts = collections.Counter(row["round"] for row in kept)
+    assert counts == {None: B * N, 1: B * K * M, 2: B * K * M}
 
 
 @pytest.mark.slow
-def test_kill_9_between_steps_then_the_same_command_equals_the_uninterrupted_run(
-    finished, tmp_path
-):
+def test_kill_9_then_the_same_command_equals_the_uninterrupted_run(finished, run, tmp_path):
     workdir, _ = finished
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 600
-    while not (killed / "checkpoints" / "2").exists():
-        assert process.poll() is None and time.monotonic() < deadline, (
-            "the run ended before it could be killed"
-        )
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    done = run(killed, fault="update:3")
+    assert done.returncode == -9 and (killed / "checkpoints" / "2").exists(), done.stderr[-3000:]
     assert not (killed / "results.md").exists()
     resumed = run(killed)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
@@ -164,26 +198,23 @@ def test_kill_9_between_steps_then_the_same_command_equals_the_uninterrupted_run
         assert (killed / "traces" / path.name).read_bytes() == path.read_bytes()
     for name in ("evaluations.jsonl", "results.md", "evaluations/step_000004/results.json"):
         assert (killed / name).read_text() == (workdir / name).read_text()
-    (step, expected), (step_too, found) = arrays_of(workdir), arrays_of(killed)
-    assert step == step_too == "4" and expected.keys() == found.keys()
+    (step, expected), (step_too, arrays) = arrays_of(workdir), arrays_of(killed)
+    assert step == step_too == "4" and expected.keys() == arrays.keys()
     for name, array in expected.items():
-        assert array.tobytes() == found[name].tobytes(), name
+        assert array.tobytes() == arrays[name].tobytes(), name
 
 
 @pytest.mark.slow
-def test_a_finished_run_prints_its_table_and_changes_nothing(finished):
+def test_a_finished_run_prints_its_table_and_changes_nothing(finished, run):
     workdir, _ = finished
-    contents = lambda: {
-        p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.suffix != ".png"
-    }  # noqa: E731
-    before = contents()
+    before = contents_of(workdir)
     again = run(workdir)
     assert again.returncode == 0, again.stderr[-3000:]
     assert (workdir / "results.md").read_text() in again.stdout
-    assert before == contents()
+    assert before == contents_of(workdir)
 
 
-def test_another_config_in_the_same_workdir_is_refused_with_the_difference(tmp_path):
+def test_another_config_in_the_same_workdir_is_refused_with_the_difference(run, tmp_path):
     c = tiny.get_config()
     open_workdir(tmp_path / "run", to_plain(c), digest(c))
     refused = run(tmp_path / "run", "--config.seed=5")
@@ -199,7 +230,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_a_bad_flag_ends_the_program_with_a_message_and_writes_nothing(name, tmp_path):
+def test_a_bad_flag_ends_the_program_with_a_message_and_writes_nothing(name, run, tmp_path):
     flag, expected = FLAGS[name]
     refused = run(tmp_path / "run", flag)
     assert refused.returncode != 0
@@ -226,12 +257,12 @@ def test_set_up_refuses_what_does_not_fit_and_names_the_field(field):
     room, name = field.split(".")
     c[room][name] = value
     with pytest.raises(ConfigError) as caught:
-        set_up(c)
+        set_up_training(c)
     assert f"config.{room}" in str(caught.value) and expected in str(caught.value)
 
 
 @pytest.mark.slow
-def test_a_dry_run_checks_shapes_and_writes_nothing(tmp_path):
+def test_a_dry_run_checks_shapes_and_writes_nothing(run, tmp_path):
     done = run(tmp_path / "run", "--dry_run")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "nothing was written" in done.stdout and not (tmp_path / "run").exists()

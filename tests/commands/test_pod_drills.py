@@ -1,5 +1,4 @@
-"""A run of two processes, one of which gets a SIGTERM: both save the same step, and the same
-command goes on from it.
+"""A run of two processes, one of which gets a SIGTERM: both save, and the run goes on.
 
 As in test_drills.py, processes are forks: here of two that have imported the program, with one fake
 device each.
@@ -20,9 +19,7 @@ STEPS = 5
 # The least to compile, which process 1 does at every start (JAX keeps the programs of process 0
 # alone): one role of traces in one class of slots. A notice and a checkpoint do not know of roles.
 CLASSES = "--config.sampling.classes="
-ONE_ROLE = [
-    flag for flag in drill.FLAGS if not flag.startswith(CLASSES)
-]  # a second one would add to the first
+ONE_ROLE = [flag for flag in drill.FLAGS if not flag.startswith(CLASSES)]  # they would add up
 ONE_ROLE += ["--config.loss.estimator=grpo", f"{CLASSES}((2, 4, 16, 26),)"]
 PREEMPTED = 143  # as a process that SIGTERM has killed
 
@@ -53,12 +50,17 @@ class Pod:
     def run(self, workdir, faults=("", "")):
         """Both processes from their start to their end."""
         flags = [
-            *ONE_ROLE, f"--config.model.hf_path={self.folder / 'model'}", f"--workdir={workdir}",
-            f"--config.task.train_path={self.folder / 'train.jsonl'}", f"--config.train.steps={STEPS}",
+            *ONE_ROLE,
+            f"--config.model.hf_path={self.folder / 'model'}",
+            f"--workdir={workdir}",
+            f"--config.task.train_path={self.folder / 'train.jsonl'}",
+            f"--config.train.steps={STEPS}",
             "--config.checkpoint.every=0",  # so that a notice is the only reason to save
-            "--config.task.reward=tests.small_rewards:slow_coin", f"--coordinator=localhost:{free_port()}",
-            "--processes=2", f"--preempted_exit_code={PREEMPTED}",
-        ]  # fmt: skip
+            "--config.task.reward=tests.small_rewards:slow_coin",
+            f"--coordinator=localhost:{free_port()}",
+            "--processes=2",
+            f"--preempted_exit_code={PREEMPTED}",
+        ]
         with ThreadPoolExecutor(2) as both:
             runs = [
                 both.submit(nursery.run, [*flags, f"--process={process}"], faults[process])
@@ -77,14 +79,12 @@ def test_a_notice_to_one_of_two_processes_saves_the_same_step_in_both_and_the_ru
             assert done.returncode == 0, done.stderr[-3000:]
         first, second = pod.run(preempted, faults=("", "update:1:TERM"))  # in the first step
         assert "fault: SIGTERM at 'update'" in second.stderr and "fault" not in first.stderr
-        assert [first.returncode, second.returncode] == [PREEMPTED] * 2, (
-            first.stderr[-3000:] + second.stderr[-3000:]
-        )
+        for done in (first, second):
+            assert done.returncode == PREEMPTED, done.stderr[-3000:]
         step = int(re.search(r"preempted: saved at step (\d)", first.stdout)[1])
         assert 1 <= step == drill.saved_step(preempted) == drill.finished_steps(preempted) < STEPS
         for done in pod.run(preempted):
             assert done.returncode == 0, done.stderr[-3000:]
-    assert (
-        drill.differences(left_alone, preempted) == []
-    )  # parameters, metrics and traces, to the last bit
+    # parameters, metrics and traces, to the last bit
+    assert drill.differences(left_alone, preempted) == []
     assert workers_left() == 0

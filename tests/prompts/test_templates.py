@@ -250,7 +250,9 @@ def test_candidates_of_a_rollout_show_no_thinking_whichever_side_opened_it(think
         "left:1\\boxed{7}...",
         f"{lead}right:5",
     ]
-    c = scripted_config(search__traces=4, search__max_tokens=64)
+    c = scripted_config(
+        search__traces=4, search__max_tokens=64, aggregation__subset_size=2, eval__subset_size=4
+    )
     c.prompt.template_kwargs = {"enable_thinking": thinking}
     settings = PromptSettings.from_config(c.prompt)
     scaffold = make_scaffold(tokenizer, settings, (tokenizer.eos_token_id,))

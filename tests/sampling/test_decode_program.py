@@ -67,7 +67,9 @@ def moves_in_decode_loop(program):
 
     bodies = [reach(name, set()) for name in re.findall(r" while\([^\n]*body=%?([\w.\-]+)", text)]
     (loop,) = [
-        names for names in bodies if any("DecoderLayer.project" in computations[name] for name in names)
+        names
+        for names in bodies
+        if any("DecoderLayer.project" in computations[name] for name in names)
     ]
     operation = rf"= \w+\[([\d,]*)\]\S* ({'|'.join(MOVES)})\("
     moves = [match for name in loop for match in re.findall(operation, computations[name])]

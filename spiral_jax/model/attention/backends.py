@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 
 from spiral_jax.core.config import ConfigError
@@ -25,8 +26,8 @@ def make_backend(name: str, block: int) -> Backend:
     return Kernels(kernels.forward, kernels.backward)
 
 
-def choose_backend(asked: str, platform: str, dtype: jnp.dtype, E: int) -> str:
-    """The name of the backend for devices of a platform.
+def choose_backend(asked: str, device: jax.Device, dtype: jnp.dtype, E: int) -> str:
+    """The name of the backend for devices of this kind.
 
     Args:
       asked: config.model.attention: "auto", or one of `BACKENDS`.
@@ -36,15 +37,15 @@ def choose_backend(asked: str, platform: str, dtype: jnp.dtype, E: int) -> str:
     Raises:
       ConfigError: the one that is asked for cannot serve; the message says why, and which can.
     """
-    of_platform = _PLATFORMS.get(platform, XLA)
     if asked == "auto":
-        reason = refusal(of_platform, platform, dtype, E)
+        best = _PLATFORMS.get(device.platform, XLA)
+        reason = refusal(best, device, dtype, E)
         if reason:
-            _say_once(f"attention by xla, not by {of_platform}: {reason}")
-        return XLA if reason else of_platform
-    reason = refusal(asked, platform, dtype, E)
+            _say_once(f"attention is computed by {XLA} and not by {best}: {reason}")
+        return XLA if reason else best
+    reason = refusal(asked, device, dtype, E)
     if reason:
-        able = [name for name in BACKENDS if not refusal(name, platform, dtype, E)]
+        able = [name for name in BACKENDS if not refusal(name, device, dtype, E)]
         raise ConfigError(
             f"config.model.attention = {asked!r}: {reason}. On these devices it can be auto, "
             f"{', '.join(able)}."
@@ -52,17 +53,20 @@ def choose_backend(asked: str, platform: str, dtype: jnp.dtype, E: int) -> str:
     return asked
 
 
-def refusal(name: str, platform: str, dtype: jnp.dtype, E: int) -> str | None:
-    """Why a backend cannot serve; None if it can."""
-    if name not in BACKENDS:
-        return f"must be one of auto, {', '.join(BACKENDS)}"
+def refusal(name: str, device: jax.Device, dtype: jnp.dtype, E: int) -> str | None:
+    """Why a backend cannot serve, in one line; None if it can."""
     if name == XLA:
         return None
-    if _PLATFORMS.get(platform) != name:
-        return f"the devices are of the platform {platform!r}"
+    if name not in BACKENDS:
+        return f"must be one of auto, {', '.join(BACKENDS)}"
+    if _PLATFORMS.get(device.platform) != name:
+        return f"it is for another platform than {device.platform!r}"
     if jnp.dtype(dtype) == jnp.float32:
         return "a float32 model multiplies in float32, which its kernels do not"
-    return gpu.refusal(E) if name == GPU else None
+    if name == TPU:
+        return None
+    major, _, minor = str(getattr(device, "compute_capability", "9.0")).partition(".")
+    return gpu.unavailable() or gpu.refusal(dtype, E, (int(major), int(minor or 0)))
 
 
 @functools.cache

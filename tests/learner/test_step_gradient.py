@@ -1,7 +1,6 @@
-"""Every objective's gradient in the train step against a loop over unpadded rows with whole logits,
-by JAX's own rules.
+"""Every loss's gradient in the train step against a loop over unpadded rows, by JAX's own rules.
 
-1e-5 in relative L2, as for the plain loss: shared prompts split every softmax and product in
+Rows have whole logits. 1e-5 in relative L2, as for the plain loss: shared prompts split every softmax and product in
 another way.
 """
 
@@ -12,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_steps import MODELS, QUICK, blocks_of, both_roles, one_device, place, start, step_of
+from small_steps import MODELS, QUICK, blocks_of, both_roles, one_device, start, step_of
 
 from spiral_jax.core.groups import Role
 from spiral_jax.core.metrics import divide
+from spiral_jax.learner.blocks import place_blocks
 from spiral_jax.learner.loss import policy_loss, reference_kl
-from spiral_jax.learner.step import variables
+from spiral_jax.learner.state import variables
 from spiral_jax.model.transformer import Transformer, head_kernel
 
 SAME = 1e-5
@@ -62,12 +62,19 @@ def oracle(kind, base, trained, material, kl_coef=0.0, **bounds):
         for u, c in np.ndindex(weight_UxC.shape):
             length = groups.requests.prompt_len_U[u]
             row = np.concatenate([groups.requests.prompt_UxP[u, :length], groups.trace_ids(u, c)])
-            recorded = np.concatenate([np.zeros(length, np.float32), groups.logprob_UxCxG[u, c]])[
-                : row.size
-            ]
+            recorded = np.concatenate([np.zeros(length, np.float32), groups.logprob_UxCxG[u, c]])
             value, part = row_gradient(
-                base, trained, row, length, recorded, weight_UxC[u, c], tokens, kind, kl_coef, tuple(bounds.items())
-            )  # fmt: skip
+                base,
+                trained,
+                row,
+                length,
+                recorded[: row.size],
+                weight_UxC[u, c],
+                tokens,
+                kind=kind,
+                kl=kl_coef,
+                bounds=tuple(bounds.items()),
+            )
             total[role] += float(value)
             gradient = jax.tree.map(
                 lambda total, g: total + np.asarray(g, np.float64), gradient, part
@@ -106,7 +113,7 @@ def test_the_steps_gradient_is_that_of_the_formula_on_unpadded_rows(kind, settin
     losses, expected = oracle(kind, frozen, trained, material, **settings)
     with jax.set_mesh(mesh):
         state, metrics = step_of(kind, **settings)(
-            state, frozen, place(blocks_of(material, micro=4), mesh)
+            state, frozen, place_blocks(blocks_of(material, micro=4), mesh)
         )
     found = jax.device_get(optax.tree_utils.tree_get(state.opt, "mu"))
     assert norm(jax.tree.map(np.subtract, found, expected)) <= SAME * norm(expected)
