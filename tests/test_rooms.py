@@ -10,13 +10,13 @@ SOURCES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))]
 # All rooms in their order, each with its files that other rooms or commands import.
 DOORS = {
     "core": "config distributed errors faults groups mesh metrics progress",
-    "model": "adapter architecture cache cache_attention flops group_attention hf tensor_files "
+    "model": "adapter architecture attention cache flops hf tensor_files "
     "transformer",
     "tasks": "answer finite hub jsonl load overlap problem tiny_tokenizer",
     "prompts": "prompts scaffold settings tokenizer",
     "verifier": "pool rewards settings verifier",
     "objective": "advantages estimators explain rewards settings subsets weights",
-    "sampling": "decode engine prefill programs protocol settings weights",
+    "sampling": "decode engine prefill programs protocol settings shapes weights",
     "learner": "blocks logprobs settings state step",
     "rollout": "actor collect feed judge requests settings stages traces",
     "evaluation": "answers comparison measures results settings stages statistics tables wave",
