@@ -83,7 +83,7 @@ class Inventory:
 
     @functools.cached_property
     def recipes(self) -> dict[Name, Recipe]:
-        """The sampler's programs; made when the first is lowered, which plans for GPUs never do."""
+        """The sampler's programs; made when the first is lowered, which plans by arithmetic never do."""
         return recipes(self.engine.settings, self.engine.schedule)
 
     def state_memory(self) -> dict[str, int]:
