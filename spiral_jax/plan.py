@@ -1,6 +1,6 @@
 """Will it fit, and how fast can it be? The programs of a run, compiled for machines not there.
 
-    pip install -r requirements-plan.txt
+    pip install -r requirements-plan.txt  (TPUs; for GPUs -r requirements-plan-gpu.txt)
     python -m spiral_jax.plan --config=configs/qwen3_4b.py --topology=v5p:4x4x4 [--json=FILE]
         [--config.mesh.tensor=2]
 
@@ -8,7 +8,8 @@ No TPU, no weights, no tokenizer: config.json of `model.hf_path` is enough, or i
 spiral_jax ships the architecture. For each program: bytes a chip by kind, operations and bytes of
 one unit of its work against the ideal count, bytes sent by kind of collective, the roofline and
 what bounds it; from these a whole step, at its best. What does not fit is changed (micro-batch,
-remat, slots, mesh) until it does. For GPUs (h100:8, h200:8, b200:8) the same by arithmetic alone.
+remat, slots, mesh) until it does. For GPUs (h100:8, h200:8, b200:8) the same, compiled where jax's
+CUDA plugin is installed, else by arithmetic alone.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import re
 from typing import NamedTuple
 
 from spiral_jax.planning.hlo import Computation, Instruction, Module
+from spiral_jax.planning.kernels import kernel_flops
 from spiral_jax.planning.traffic import COLLECTIVES, START, hbm_bytes, targets
 
 # Operations that move nothing: they name, or make what is not stored.
@@ -120,6 +121,8 @@ class _Walk:
             return _dot_flops(instruction, where)
         if instruction.operation == "convolution":
             return _convolution_flops(instruction, where)
+        if instruction.operation == "custom-call":
+            return kernel_flops(instruction, where)
         if instruction.operation == "fusion":
             inside = self.module.computations[instruction.called[0]]
             return sum(self._flops(part, inside) for part in inside.instructions.values())

@@ -107,7 +107,7 @@ def devices(kind: str, count: int) -> list[Any]:
       ConfigError: a part of a host beside full ones, or the plugin cannot be loaded.
     """
     hosts = max(1, count // GPUS_A_HOST)
-    if count % hosts:
+    if count > GPUS_A_HOST and count % GPUS_A_HOST:
         raise ConfigError(
             f"--topology={kind}:{count}: up to {GPUS_A_HOST} GPUs, or a multiple of {GPUS_A_HOST}."
         )

@@ -65,6 +65,11 @@ class Instruction:
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
+    @property
+    def target(self) -> str:
+        """What a custom call calls; "" of any other instruction."""
+        return (self.attribute("custom_call_target") or "").strip('"')
+
     def attribute(self, name: str) -> str | None:
         """Value of `name=...`: a word, or what stands in braces."""
         match = re.search(rf"(?:^|, ){name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)

@@ -83,7 +83,7 @@ class Inventory:
 
     @functools.cached_property
     def recipes(self) -> dict[Name, Recipe]:
-        """The sampler's programs; made when the first is lowered, which plans for GPUs never do."""
+        """The sampler's programs; made for the first that is lowered; arithmetic needs none."""
         return recipes(self.engine.settings, self.engine.schedule)
 
     def state_memory(self) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 from spiral_jax.planning.compiled import Compiled, compile_kept
 from spiral_jax.planning.costs import Cost, cost_of
 from spiral_jax.planning.hlo import Array, Module, parse
+from spiral_jax.planning.kernels import counted_by_formula, workspace_bytes
 from spiral_jax.planning.planned_program import Forbidden, PlannedProgram
 from spiral_jax.planning.roofline import Roofline, roofline
 from spiral_jax.planning.topology import Topology
@@ -24,12 +25,13 @@ class Profile:
       room: bytes that the chip has for it.
       roofline: of a unit.
       unit: cost of one pass of the outer loop. `call`: of all that is outside of it.
-      compiled: whether the numbers come from the compiler, or from arithmetic: for GPUs, and the
-        costs of what is too large to be compiled.
+      compiled: whether the numbers come from the compiler, or from arithmetic: without a compiler,
+        and the costs of what is too large to be compiled.
       seconds: what compiling took.
       largest: the largest array that the compiled program makes.
       forbidden: what of `PlannedProgram.forbidden` it makes all the same.
       kernels: its custom calls, whose operations are not counted.
+      by_formula: its library calls, whose operations are counted by a formula.
     """
 
     program: PlannedProgram
@@ -43,6 +45,7 @@ class Profile:
     largest: Array | None = None
     forbidden: list[str] = dataclasses.field(default_factory=list)
     kernels: list[str] = dataclasses.field(default_factory=list)
+    by_formula: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def needed(self) -> int:
@@ -89,11 +92,12 @@ class Profile:
             "checked_for": sorted(self.program.forbidden),
             "forbidden_arrays": self.forbidden,
             "uncounted_kernels": self.kernels,
+            "kernels_by_formula": self.by_formula,
         }
 
 
 def profile(program: PlannedProgram, topology: Topology, free: float) -> Profile:
-    """Compiles the program for a TPU slice, or estimates it for GPUs.
+    """Compiles the program, or estimates it where no compiler for the chips is installed.
 
     Args:
       free: share of a chip's memory that must stay free.
@@ -117,7 +121,7 @@ def profile(program: PlannedProgram, topology: Topology, free: float) -> Profile
     unit, call = unit_and_call(module, program.unit_loop, program.passes)
     return Profile(
         program=program,
-        memory=_memory(program, compiled),
+        memory=_memory(program, compiled, workspace_bytes(module)),
         room=_room(topology, free),
         roofline=roofline(unit, topology.chip, topology.chips),
         unit=unit,
@@ -127,6 +131,7 @@ def profile(program: PlannedProgram, topology: Topology, free: float) -> Profile
         largest=largest_array(module),
         forbidden=forbidden_arrays(module, program.forbidden),
         kernels=uncounted_kernels(module),
+        by_formula=counted_by_formula(module),
     )
 
 
@@ -137,7 +142,7 @@ def _estimate(
     memory: dict[str, int],
     seconds: float = 0.0,
 ) -> Profile:
-    """The costs by arithmetic: of a GPU, or of what is too large to be compiled."""
+    """The costs by arithmetic: without a compiler, or of what is too large to be compiled."""
     return Profile(
         program=program,
         memory=memory,
@@ -199,12 +204,14 @@ def _is_forbidden(shape: tuple[int, ...], what: Forbidden) -> bool:
     return False
 
 
-def _memory(program: PlannedProgram, compiled: Compiled) -> dict[str, int]:
-    """What the compiler allots, beside what lies there anyway."""
+def _memory(program: PlannedProgram, compiled: Compiled, workspace: int) -> dict[str, int]:
+    """What the compiler and its libraries allot, beside what lies there anyway."""
     memory = {name: size for name, size in program.memory.items() if size}
     if program.kept:
         memory["activations"] = min(program.kept, compiled.temporary)
     memory["temporaries"] = compiled.temporary - memory.get("activations", 0)
     memory["results"] = compiled.results - compiled.aliased
     memory["padding"] = max(0, compiled.arguments - program.arguments)  # of tiles
+    if workspace:
+        memory["workspace"] = workspace
     return memory

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spiral_jax.model import hf
+from spiral_jax.planning import gpus
 from spiral_jax.planning.fit import Attempt, Planner
 from spiral_jax.planning.inventory import Inventory, take_inventory
 from spiral_jax.planning.profile import Profile
@@ -42,7 +43,9 @@ def plan(
     settings = PlanSettings.from_config(c)
     topology = find_topology(topology_name)
     model, file = planned_model(c.model)
-    source = "compiled" if topology.devices else "by arithmetic, nothing is compiled"
+    source = "compiled"
+    if not topology.devices:
+        source = f"by arithmetic, nothing is compiled: {gpus.missing_compiler()}"
     say(f"{topology_name}: {topology.chips} x {topology.chip.name}, {source}; model: {file}")
 
     def take(overrides: Overrides) -> Inventory:
@@ -62,6 +65,7 @@ def plan(
     for profile in last.profiles.values():
         say("\n" + "\n".join(program_lines(profile)))
     say("\n" + "\n".join(verdict_lines(last, topology_name, free)))
+    say(source_line(list(last.profiles.values())))
     return {
         "topology": topology_name,
         "chips": topology.chips,
@@ -110,6 +114,21 @@ def program_lines(profile: Profile) -> list[str]:
         f"  GB sent     {sent or 'none'}",
         f"  roofline    {1e3 * line.seconds:.2f} ms, bound by {line.bound} ({resources})",
     ]
+
+
+def source_line(profiles: list[Profile]) -> str:
+    """Which numbers are the compiler's, and which are arithmetic."""
+    if not any(profile.compiled for profile in profiles):
+        return "All numbers are arithmetic; no program was compiled."
+    arithmetic = [profile.program.name for profile in profiles if not profile.compiled]
+    calls = sorted({call for profile in profiles for call in profile.by_formula})
+    if calls:
+        arithmetic.append(f"operations and workspace of {', '.join(calls)}")
+    arithmetic.append("seconds, from the chip's data sheet")
+    return (
+        "Memory, bytes and operations are read from the compiled programs' HLO. "
+        f"By arithmetic: {'; '.join(arithmetic)}."
+    )
 
 
 def verdict_lines(last: Attempt, topology_name: str, free: float) -> list[str]:

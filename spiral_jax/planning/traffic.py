@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spiral_jax.planning.hlo import Array, Computation, Instruction, Module
+from spiral_jax.planning.kernels import COUNTED
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # A collective that runs beside other work is written into the fusion that starts it, into those
@@ -20,17 +21,13 @@ _IN_PLACE = {"dynamic-update-slice": 1, "scatter": -1}  # which operand is what 
 def targets(inside: Computation) -> set[str]:
     """Targets of a computation's custom calls."""
     calls = [each for each in inside.instructions.values() if each.operation == "custom-call"]
-    return {_target(call) for call in calls}
+    return {call.target for call in calls}
 
 
 def uncounted_kernels(module: Module) -> list[str]:
     """Targets of custom calls that compute something: their operations are in no cost."""
     every = set().union(*(targets(computation) for computation in module.computations.values()))
-    return sorted(every - {START, _DONE, *_FREE_CALLS})
-
-
-def _target(call: Instruction) -> str:
-    return (call.attribute("custom_call_target") or "").strip('"')
+    return sorted(every - {START, _DONE, *_FREE_CALLS} - COUNTED)
 
 
 def hbm_bytes(instruction: Instruction, where: Computation, module: Module) -> float:
@@ -38,7 +35,7 @@ def hbm_bytes(instruction: Instruction, where: Computation, module: Module) -> f
 
     What moves in place or in parts counts at the size of what moves.
     """
-    if instruction.operation == "custom-call" and _target(instruction) in _FREE_CALLS:
+    if instruction.target in _FREE_CALLS:
         return 0
     if instruction.operation.endswith("-done"):
         # the start has read; its own type names the source too
@@ -82,7 +79,7 @@ def _read_bytes(user: Instruction, index: int, operand: tuple[Array, ...], modul
 
 def _is_async_marker(instruction: Instruction) -> bool:
     """Whether it starts or ends a collective that runs beside other work."""
-    return instruction.operation == "custom-call" and _target(instruction) in (START, _DONE)
+    return instruction.target in (START, _DONE)
 
 
 def _parameter_bytes(

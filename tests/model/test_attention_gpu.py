@@ -101,16 +101,15 @@ def compiled(B, T, S, H, J, E, causal):
         return forward_and_backward(*arrays, causal=causal)
 
     queries, keys, lengths = array(B, T, H, E), array(B, S, J, E), array(B, dtype=jnp.int32)
-    program = jax.jit(
-        jax.shard_map(each_shard, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
-    )
+    program = jax.jit(jax.shard_map(each_shard, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
     lowered = program.lower(queries, keys, keys, lengths, lengths, queries)
     return parse(lowered.compile(compiler_options=topology.compiler_options).as_text())
 
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize(
-    ("T", "S", "causal"), [(1280, 1280, True), (1280, 640, False), (1, 192, False), (130, 130, True)]
+    ("T", "S", "causal"),
+    [(1280, 1280, True), (1280, 640, False), (1, 192, False), (130, 130, True)],
 )
 def test_one_call_each_way_without_scores_transposes_or_copies(T, S, causal):
     module = compiled(4, T, S, H=8, J=2, E=64, causal=causal)

@@ -19,7 +19,7 @@ What cuDNN does at the ends (documentation and tests of NVIDIA/cudnn-frontend, 2
   padding mask (cudnn-frontend issue 1072). So T and S are filled up to multiples of 128 here, and
   there is always a padding mask.
 
-d_q is summed in no fixed order unless XLA_FLAGS has --xla_gpu_deterministic_ops.
+The backward pass sums d_q in no fixed order, so that its last bits may differ from run to run.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spiral_jax.model.attention.part import Attended, Cotangents
-
-NO_KEYS = -1e30  # lse where nothing is seen; finite, so that differences are numbers
+from spiral_jax.model.attention.part import MASKED, Attended, Cotangents
 
 BLOCK = 128  # T and S are filled up to multiples of it
 
@@ -56,7 +54,7 @@ def forward(
       q_len_B, kv_len_B: int32. What is stored behind them reaches nothing.
 
     Returns:
-      Behind `q_len`, and everywhere if `kv_len` is 0, out is 0 and lse is NO_KEYS.
+      Behind `q_len`, and everywhere if `kv_len` is 0, out is 0 and lse is MASKED.
     """
     T = q_BxTxHxE.shape[1]
     out, lse = _cudnn().forward(
@@ -70,7 +68,7 @@ def forward(
     seen_BxT = _before(jnp.where(kv_len_B > 0, q_len_B, 0), T)
     return Attended(
         jnp.where(seen_BxT[:, :, None, None], out[:, :T], 0),
-        jnp.where(seen_BxT[:, None, :], lse[..., :T], NO_KEYS),
+        jnp.where(seen_BxT[:, None, :], lse[..., :T], MASKED),
     )
 
 
@@ -123,16 +121,12 @@ def refusal(dtype: jax.typing.DTypeLike, E: int, capability: tuple[int, int]) ->
     name = np.dtype(dtype).name
     if name not in ("bfloat16", "float16"):
         return f"cuDNN attention takes bfloat16 and float16, not {name}"
-    largest = 256 if capability[0] == HOPPER else 128
-    allowed = f"multiples of 8 up to {largest}"
-    if capability[0] == BLACKWELL:
-        allowed += ", and 256"
-    if E % 8 == 0 and (E <= largest or (capability[0] == BLACKWELL and E == 256)):
-        return None
     major, minor = capability
-    return (
-        f"cuDNN attention has no head size of {E} on compute capability {major}.{minor}: {allowed}"
-    )
+    largest = 256 if major == HOPPER else 128
+    if E % 8 == 0 and (0 < E <= largest or (major == BLACKWELL and E == 256)):
+        return None
+    allowed = f"multiples of 8 up to {largest}" + (", and 256" if major == BLACKWELL else "")
+    return f"cuDNN attention takes head sizes that are {allowed}, not {E}, on {major}.{minor} GPUs"
 
 
 def unavailable() -> str | None:
