@@ -10,8 +10,7 @@ SOURCES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))]
 # All rooms in their order, each with its files that other rooms or commands import.
 DOORS = {
     "core": "config distributed errors faults groups mesh metrics progress",
-    "model": "adapter architecture attention cache flops hf tensor_files "
-    "transformer",
+    "model": "adapter architecture attention cache flops hf tensor_files transformer",
     "tasks": "answer finite hub jsonl load overlap problem tiny_tokenizer",
     "prompts": "prompts scaffold settings tokenizer",
     "verifier": "pool rewards settings verifier",
