@@ -67,7 +67,7 @@ class Schedule:
 
     def widest_prompt(self, trace_tokens: int) -> int:
         """P of the widest class whose traces may have so many tokens; 0 where there is none."""
-        return max((slots.P for slots in self.classes if slots.G >= trace_tokens), default=0)
+        return max((slots.P for slots in self.classes if trace_tokens <= slots.G), default=0)
 
     def entries(self) -> list[int]:
         """The class in which groups of each prompt length begin, the shortest prompts first.

@@ -83,6 +83,8 @@ def test_their_checksums_are_verified(tmp_path):
         checkpoints.save(3, other, {})
     shutil.rmtree(tmp_path / "old/3/state")
     shutil.copytree(tmp_path / "other/3/state", tmp_path / "old/3/state")
-    with Checkpoints(tmp_path / "old", keep=None) as checkpoints:
-        with pytest.raises(Damaged, match="checksum of trained/layers/q_norm"):
-            checkpoints.restore(shapes_of(state_of(split_params, 3)))
+    with (
+        Checkpoints(tmp_path / "old", keep=None) as checkpoints,
+        pytest.raises(Damaged, match="checksum of trained/layers/q_norm"),
+    ):
+        checkpoints.restore(shapes_of(state_of(split_params, 3)))

@@ -1,6 +1,6 @@
 """The sampler's attention to its caches: of a prompt in prefill, and of one token in decoding.
 
-Training has `group_attention`.
+Training has `groups.py`.
 """
 
 from __future__ import annotations

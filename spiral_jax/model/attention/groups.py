@@ -1,8 +1,8 @@
 """Attention of whole groups in training, made of parts under one softmax.
 
 A prompt's token attends to its past; a trace's token to the whole prompt and to its own past. The
-prompt's keys exist once a group. A backend computes the parts; this file has what all of them share:
-the derivative.
+prompt's keys exist once a group. A backend computes the parts; this file has what all of them
+share: the derivative.
 
 Kept for the backward pass are the output and the log-sum-exp of each query's scores, over all keys
 that it sees. With d_out the output's cotangent,

@@ -67,7 +67,8 @@ class Xla:
     """The backend that needs no kernels; see `groups.Backend`.
 
     Arranged are queries [U, J, C, R, Q, E], scaled, where R = H / J heads share a key, and caches,
-    [U, J, C, ...] of own keys and [U, J, ...] of the prompt's: heads first, lengths in whole blocks.
+    [U, J, C, ...] of own keys and [U, J, ...] of the prompt's: heads first, lengths in whole
+    blocks.
 
     Attributes:
       block: queries, and keys, whose scores exist at once.
