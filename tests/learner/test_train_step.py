@@ -128,7 +128,6 @@ def whole():
     "cut",
     [
         {"micro": 1, "most": 8},
-        {"micro": 2, "most": 8},
         {"micro": 4, "most": 24},
         {"micro": 3, "lengths": ((P, 5), (P + 3, G + 1))},
     ],
