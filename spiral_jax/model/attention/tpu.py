@@ -36,10 +36,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from spiral_jax.model.attention import tpu_tiles
-from spiral_jax.model.attention.part import Attended, Cotangents
+from spiral_jax.model.attention.part import MASKED, Attended, Cotangents
 from spiral_jax.model.attention.tpu_tiles import Ref, Shape, Tile
-
-MASKED = -1e30  # the score of a key that is not seen; finite, so that differences are numbers
 
 LOG2_E = math.log2(math.e)
 
