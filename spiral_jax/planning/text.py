@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spiral_jax.model import hf
+from spiral_jax.model.attention.backends import XLA, choose_backend
 from spiral_jax.planning import gpus
 from spiral_jax.planning.fit import Attempt, Planner
 from spiral_jax.planning.inventory import Inventory, take_inventory
@@ -47,10 +49,15 @@ def plan(
     if not topology.devices:
         source = f"by arithmetic, nothing is compiled: {gpus.missing_compiler()}"
     say(f"{topology_name}: {topology.chips} x {topology.chip.name}, {source}; model: {file}")
+    attention = XLA
+    if topology.devices:
+        dtype, E = model.compute_dtype, model.arch.E
+        attention = choose_backend(c.model.attention, topology.devices[0], dtype, E)
 
     def take(overrides: Overrides) -> Inventory:
         changed = apply_overrides(c, overrides)
         changed_model = hf.model_config(model.arch, changed.model)
+        changed_model = dataclasses.replace(changed_model, attention=attention)
         return take_inventory(changed, changed_model, make_mesh(changed.mesh, topology))
 
     def say_program(name: str) -> None:
@@ -123,7 +130,7 @@ def source_line(profiles: list[Profile]) -> str:
     arithmetic = [profile.program.name for profile in profiles if not profile.compiled]
     calls = sorted({call for profile in profiles for call in profile.by_formula})
     if calls:
-        arithmetic.append(f"operations and workspace of {', '.join(calls)}")
+        arithmetic.append(f"operations and workspace of the kernels {', '.join(calls)}")
     arithmetic.append("seconds, from the chip's data sheet")
     return (
         "Memory, bytes and operations are read from the compiled programs' HLO. "
