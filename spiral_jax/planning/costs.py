@@ -122,7 +122,7 @@ class _Walk:
         if instruction.operation == "convolution":
             return _convolution_flops(instruction, where)
         if instruction.operation == "custom-call":
-            return kernel_flops(instruction, where)
+            return kernel_flops(instruction, where) or 0.0
         if instruction.operation == "fusion":
             inside = self.module.computations[instruction.called[0]]
             return sum(self._flops(part, inside) for part in inside.instructions.values())

@@ -1,7 +1,7 @@
-"""Library calls of programs for GPUs: operations and memory by formula, from shapes.
+"""Kernels that XLA did not write: operations and memory by formula.
 
-Their insides are not in a program's text. cuBLAS multiplies matrices, cuDNN attends; products that
-XLA writes itself are fusions whose text has them.
+Their insides are not in a program's text. Of cuBLAS's products and cuDNN's attention the shapes say
+it; a Pallas kernel for TPUs states it, by its `pl.CostEstimate`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from spiral_jax.planning.hlo import Computation, Instruction, Module
 CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul")
 ATTENTION = "__cudnn$fmhaSoftmax"
 ATTENTION_BACKWARD = "__cudnn$fmhaSoftmaxBackward"
-COUNTED = {*CUBLAS, ATTENTION, ATTENTION_BACKWARD}
+PALLAS = "tpu_custom_call"
 
 
-def kernel_flops(call: Instruction, where: Computation) -> float:
-    """Operations of a custom call; 0 of one that is not `COUNTED`."""
+def kernel_flops(call: Instruction, where: Computation) -> float | None:
+    """Operations of a custom call; None where nothing says them."""
+    if call.target == PALLAS:
+        stated = re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', call.attributes)
+        return float(stated[1]) if stated else None
     if call.target in CUBLAS:
         left = where.instructions[call.operands[0]].arrays[0].shape
         axes = _numbers(call, "lhs_contracting_dimensions")
         return 2.0 * math.prod(call.arrays[0].shape) * math.prod(left[axis] for axis in axes)
     products = {ATTENTION: 2, ATTENTION_BACKWARD: 5}.get(call.target, 0)
     if not products:
-        return 0.0
+        return None
     B, H, T, S = _attention_sizes(call)
     E = call.arrays[0].shape[-1]
     keys = S / 2 if _is_causal(call) else S  # blocks above the diagonal are not computed
@@ -51,8 +54,15 @@ def workspace_bytes(module: Module) -> int:
 
 
 def counted_by_formula(module: Module) -> list[str]:
-    """Targets of the program's library calls whose operations come from a formula."""
-    return sorted({instruction.target for instruction in module.instructions()} & COUNTED)
+    """Targets of the program's custom calls whose operations come from a formula."""
+    return sorted(
+        {
+            call.target
+            for computation in module.computations.values()
+            for call in computation.instructions.values()
+            if call.operation == "custom-call" and kernel_flops(call, computation) is not None
+        }
+    )
 
 
 def _attention_sizes(call: Instruction) -> list[int]:

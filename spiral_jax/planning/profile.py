@@ -30,8 +30,8 @@ class Profile:
       seconds: what compiling took.
       largest: the largest array that the compiled program makes.
       forbidden: what of `PlannedProgram.forbidden` it makes all the same.
-      kernels: its custom calls, whose operations are not counted.
-      by_formula: its library calls, whose operations are counted by a formula.
+      kernels: its custom calls whose operations are not counted.
+      by_formula: those whose operations are counted by a formula.
     """
 
     program: PlannedProgram

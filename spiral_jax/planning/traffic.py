@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spiral_jax.planning.hlo import Array, Computation, Instruction, Module
-from spiral_jax.planning.kernels import COUNTED
+from spiral_jax.planning.kernels import counted_by_formula
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # A collective that runs beside other work is written into the fusion that starts it, into those
@@ -27,7 +27,7 @@ def targets(inside: Computation) -> set[str]:
 def uncounted_kernels(module: Module) -> list[str]:
     """Targets of custom calls that compute something: their operations are in no cost."""
     every = set().union(*(targets(computation) for computation in module.computations.values()))
-    return sorted(every - {START, _DONE, *_FREE_CALLS} - COUNTED)
+    return sorted(every - {START, _DONE, *_FREE_CALLS, *counted_by_formula(module)})
 
 
 def hbm_bytes(instruction: Instruction, where: Computation, module: Module) -> float:
