@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     c, topology = qwen3_4b.get_config(), find_topology(TOPOLOGY.value)
     c.batch.search_groups = c.batch.aggregation_groups = 256  # not looked at; the mesh divides them
-    model, _ = planned_model(c.model)
+    model, _ = planned_model(c.model, topology.devices)
     inventory = take_inventory(c, model, make_mesh(c.mesh, topology))
     program = decode_program(inventory)
     compiled = compile_kept(program.lower(), topology.name)

@@ -197,7 +197,7 @@ def make_case(role: Role, shape: GroupShape) -> RoleCase:
     c[role.label].traces = shape.C
     c.batch[f"{role.label}_groups"] = 1
     c.batch[f"{role.label}_lengths"] = ((shape.P, shape.G),)
-    model, _ = planned_model(c.model)
+    model, _ = planned_model(c.model, jax.devices()[:1])
     if SMALL.value:
         model = dataclasses.replace(model, arch=dataclasses.replace(model.arch, L=2))
     mesh = meshes.make_mesh(c.mesh, jax.devices()[:1])

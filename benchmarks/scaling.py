@@ -114,7 +114,7 @@ def weak(name: str, data: int) -> dict[str, Any]:
     """The train step on search groups of 1,024 + 8 x 1,024 tokens, four for each 16 chips."""
     fit = Fit((data, 4, 4), 4 * data, 4 * data, remat="layer")
     c, topology = apply_overrides(qwen3_4b.get_config(), fit.overrides()), find_topology(name)
-    model, _ = planned_model(c.model)
+    model, _ = planned_model(c.model, topology.devices)
     inventory = take_inventory(c, model, make_mesh(c.mesh, topology))
     shapes = RoleShapes(((1024, 1024),), micro_groups=4 * data, most_groups=16 * data, traces=8)
     block = abstract_block(Role.SEARCH, shapes, 1024, 1024)

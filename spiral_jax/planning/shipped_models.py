@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from ml_collections import ConfigDict
@@ -10,12 +12,13 @@ from ml_collections import ConfigDict
 from spiral_jax.core.config import ConfigError
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
+from spiral_jax.model.attention.backends import choose_backend
 from spiral_jax.model.transformer import ModelConfig
 
 _SHIPPED = pathlib.Path(__file__).parent.parent / "assets" / "architectures"
 
 
-def planned_model(c: ConfigDict) -> tuple[ModelConfig, str]:
+def planned_model(c: ConfigDict, devices: list[Any] | None = None) -> tuple[ModelConfig, str]:
     """The model that config.model describes, and the file that its sizes were read from.
 
     `hf_path` may be a directory with config.json, a bundled model, a path whose last part is one of
@@ -23,12 +26,18 @@ def planned_model(c: ConfigDict) -> tuple[ModelConfig, str]:
 
     Args:
       c: config.model.
+      devices: that its programs are compiled for, which say how it attends; None: by `xla`.
 
     Raises:
-      ConfigError: none of these, or a config.json that is not supported.
+      ConfigError: none of these, a config.json that is not supported, or attention that the
+        devices do not have.
     """
     path = config_directory(c.hf_path)
-    return hf.model_config(read_architecture(path), c), str(path / "config.json")
+    model = hf.model_config(read_architecture(path), c)
+    if devices:
+        attention = choose_backend(c.attention, devices[0], model.compute_dtype, model.arch.E)
+        model = dataclasses.replace(model, attention=attention)
+    return model, str(path / "config.json")
 
 
 def config_directory(hf_path: str) -> pathlib.Path:

@@ -10,7 +10,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spiral_jax.model import hf
-from spiral_jax.model.attention.backends import XLA, choose_backend
 from spiral_jax.planning import gpus
 from spiral_jax.planning.fit import Attempt, Planner
 from spiral_jax.planning.inventory import Inventory, take_inventory
@@ -44,20 +43,16 @@ def plan(
     """
     settings = PlanSettings.from_config(c)
     topology = find_topology(topology_name)
-    model, file = planned_model(c.model)
+    model, file = planned_model(c.model, topology.devices)
     source = "compiled"
     if not topology.devices:
         source = f"by arithmetic, nothing is compiled: {gpus.missing_compiler()}"
     say(f"{topology_name}: {topology.chips} x {topology.chip.name}, {source}; model: {file}")
-    attention = XLA
-    if topology.devices:
-        dtype, E = model.compute_dtype, model.arch.E
-        attention = choose_backend(c.model.attention, topology.devices[0], dtype, E)
 
     def take(overrides: Overrides) -> Inventory:
         changed = apply_overrides(c, overrides)
         changed_model = hf.model_config(model.arch, changed.model)
-        changed_model = dataclasses.replace(changed_model, attention=attention)
+        changed_model = dataclasses.replace(changed_model, attention=model.attention)
         return take_inventory(changed, changed_model, make_mesh(changed.mesh, topology))
 
     def say_program(name: str) -> None:
