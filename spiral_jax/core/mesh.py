@@ -26,7 +26,7 @@ AXES = ("data", "fsdp", "tensor")
 GROUP_AXES = ("data", "fsdp")
 
 # First match wins; patterns are searched in paths such as "layers/q/kernel" or
-# "opt/0/mu/layers/q/a". Kernels are [in, out], stacked ones [L, in, out]; the specs name the
+# "opt/0/mu/layers/q/a". Kernels are [in, out], stacked ones [L - 1, in, out]; the specs name the
 # trailing axes.
 _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(q|k|v|gate|up)/kernel$", ("fsdp", "tensor")),

@@ -345,6 +345,8 @@ class Transformer(nn.Module):
         if C:
             last_layer = _rematerialised(c.remat, "predict", in_scan=False)
             x = last_layer(c, P, C, name="last_layer").predict(x, position_UxT, lengths)
+            # Else the backward pass gathers every group's cotangent, to spare itself the weights.
+            x = constrain_groups(x)
         else:
             x, _ = DecoderLayer(c, P, name="last_layer")(x, position_UxT, lengths)
 

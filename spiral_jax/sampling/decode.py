@@ -112,7 +112,7 @@ def decode_step(
     settings: DecodeSettings, layout: RowLayout, weights: DecodeWeights, states: States
 ) -> tuple[States, jax.Array, jax.Array]:
     """One token of every running trace: (states, token [Z, R] or -1, log-prob [Z, R])."""
-    config, block = settings.config, DecoderLayer(settings.config)
+    config, module = settings.config, DecoderLayer(settings.config)
     traces = [state.traces for state in states]
     running = _running(layout.classes, states)
 
@@ -123,7 +123,7 @@ def decode_step(
     x_ZxNxD = weights.embed[layout.rows([t.token_UxC for t in traces])]
     own: list[list[Cache]] = [[] for _ in states]  # each class's caches, layer by layer
     for i, layer in enumerate(weights.layers):
-        q, k, v = block.apply(layer, x_ZxNxD, position_ZxN, method="project")
+        q, k, v = module.apply(layer, x_ZxNxD, position_ZxN, method="project")
         q, k, v = layout.split(q), layout.split(k), layout.split(v)
         attended = []
         for j, state in enumerate(states):
@@ -132,7 +132,7 @@ def decode_step(
             )
             own[j].append(cache)
             attended.append(_attend_if_running(running[j], q[j], state, i, cache))
-        x_ZxNxD = block.apply(layer, x_ZxNxD, layout.rows(attended), method="finish")
+        x_ZxNxD = module.apply(layer, x_ZxNxD, layout.rows(attended), method="finish")
 
     x_ZxNxD = rms_norm(x_ZxNxD, weights.final_norm, config.arch.norm_eps)
     logits_ZxNxV = jnp.einsum(

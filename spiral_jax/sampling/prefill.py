@@ -70,7 +70,7 @@ def prefill(
     U, arch = Z * W, config.arch
     prompt_UxP = constrain_groups(new.prompt_ZxWxP.reshape(U, P))
     prompt_len_U = constrain_groups(new.prompt_len_ZxW.reshape(U))
-    block, backend = DecoderLayer(config), make_prompt_backend(config.attention, cache_dtype)
+    module, backend = DecoderLayer(config), make_prompt_backend(config.attention, cache_dtype)
 
     def run_chunk(i: jax.Array, before: _Progress) -> _Progress:
         start = i * chunk
@@ -79,9 +79,9 @@ def prefill(
 
         x_UxTxD, stores = constrain_groups(weights.embed[ids_UxT]), []
         for layer, store in zip(weights.layers, before.stores, strict=True):
-            q, k, v = block.apply(layer, x_UxTxD, position_UxT, method="project")
+            q, k, v = module.apply(layer, x_UxTxD, position_UxT, method="project")
             attended, store = backend.attend(store, q, KeyValue(k, v), start, prompt_len_U)
-            x_UxTxD = block.apply(layer, x_UxTxD, attended, method="finish")
+            x_UxTxD = module.apply(layer, x_UxTxD, attended, method="finish")
             stores.append(store)
 
         at_U = prompt_len_U - 1 - start
