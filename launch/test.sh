@@ -17,5 +17,5 @@ fi
 export JAX_PLATFORMS=cpu
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m ruff format --check .
-"$VENV/bin/python" -m pytest -q -n 2 --dist=loadfile --durations=10 "$@"
-XLA_FLAGS=--xla_force_host_platform_device_count=8 "$VENV/bin/python" -m pytest -q -n 2 --dist=loadfile -m devices8
+"$VENV/bin/python" -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder --durations=10 "$@"
+XLA_FLAGS=--xla_force_host_platform_device_count=8 "$VENV/bin/python" -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder -m devices8

@@ -16,10 +16,17 @@ from small_verifier import REWARD_MODULE
 
 from spiral_jax.core.mesh import make_mesh
 
+LONGEST_FIRST = ("commands", "run", "sampling", "learner", "model", "planning")
 
-def pytest_runtest_setup(item):
-    """Plans are made of programs as users compile them."""
-    jax.config.update("jax_disable_most_optimizations", "planning" not in item.path.parts)
+
+def pytest_collection_modifyitems(items):
+    """Rooms whose files take long come first: of two processes, neither then waits at the end."""
+
+    def place(item):
+        room = item.path.parent.name
+        return LONGEST_FIRST.index(room) if room in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

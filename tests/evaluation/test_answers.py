@@ -9,7 +9,10 @@ import pytest
 from spiral_jax.evaluation.answers import CORRECT_CLASS, answer_class, number_classes
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.rewards import Status, Verdict
+from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
+
+VERIFIER = VerifierSettings(workers=1, timeout_s=20.0)
 
 
 def test_answer_classes_are_equal_for_equal_answers():
@@ -32,7 +35,7 @@ def test_wrong_answers_that_are_equal_as_mathematics_have_one_number():
     problems = [
         Problem(id=name, text="?", answer=answer) for name, answer in (("a", "7"), ("b", "100"))
     ]
-    with Verifier("math", workers=1, timeout_s=20.0) as verifier:
+    with Verifier("math", VERIFIER) as verifier:
         verdicts = verifier.verify([(text, problem) for problem in problems for text in texts])
         first, second = number_classes(verifier, problems, texts * 2, verdicts)
     assert first == [1, 0, 1, 1, 2, 2, 0, None, 3, 3]
@@ -56,7 +59,7 @@ def test_classes_of_timeouts_and_of_a_reward_function_of_the_users_go_by_spellin
     texts = ["\\boxed{1/2}", "\\boxed{0.5}", "\\boxed{1/2}", "", "\\boxed{7}"]
     statuses = [wrong, wrong, Status.ERROR, Status.UNPARSED, Status.CORRECT]
     verdicts = [Verdict.of(status) for status in statuses]
-    with NeverAsked(reward, workers=1, timeout_s=20.0) as verifier:
+    with NeverAsked(reward, VERIFIER) as verifier:
         assert number_classes(verifier, problems, texts, verdicts) == [[1, 2, -1, None, 0]]
 
 

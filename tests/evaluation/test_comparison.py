@@ -205,7 +205,7 @@ def test_compare_writes_its_findings_and_pictures_beside_b(tmp_path, capsys):
         side["measures"] = summarise(side["records"], 0)
         write_results(tmp_path / name / "results.json", side)
     paths = [str(tmp_path / name / "results.json") for name in ("grpo", "spiral")]
-    evaluate.compare(*paths, None)
+    evaluate.compare_results(*paths, None)
     out = tmp_path / "spiral" / "compare"
     pictures = {"pass_at_k.png", "rsa.png", "tokens.png", "voting.png"}
     assert {path.name for path in out.iterdir()} == {"comparison.json"} | pictures

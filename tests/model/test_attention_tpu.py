@@ -350,9 +350,5 @@ def _v5e_devices(monkeypatch):
     """Without asking a metadata server that is not there."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    except Exception as error:  # whatever class the plugin chooses
-        if "lockfile" in str(error) or "in use" in str(error):
-            pytest.skip(f"another process uses libtpu: {error}")
-        raise
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other tests compile meanwhile
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")

@@ -380,7 +380,13 @@ def test_what_is_trained_is_float32_and_a_frozen_base_has_the_configured_dtype(q
     c.update({"lora_alpha": 6.0, "attention_block": 7, "remat": "none"})
     config = hf.model_config(arch, c)
     assert config == ModelConfig(
-        arch, jnp.dtype("bfloat16"), jnp.dtype("bfloat16"), 32, 6.0, 7, "none"
+        arch=arch,
+        param_dtype=jnp.dtype("bfloat16"),
+        compute_dtype=jnp.dtype("bfloat16"),
+        lora_rank=32,
+        lora_alpha=6.0,
+        attention_block=7,
+        remat="none",
     )
     c.lora_rank = 0
     full = hf.model_config(arch, c)

@@ -296,7 +296,9 @@ def test_whole_scores_are_told_from_the_outputs_that_all_layers_keep(shape, is_f
 def run_plan(tmp_path, *arguments, timeout=600):
     """The finished process of the command, and the plan that it wrote."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "SPIRAL_JAX_PLANS": str(tmp_path)}
-    environment.pop("XLA_FLAGS", None)
+    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # other tests compile for TPUs meanwhile
+    for ours in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"):  # not a user's
+        environment.pop(ours, None)
     file = tmp_path / "plan.json"
     command = [sys.executable, "-m", "spiral_jax.plan", f"--json={file}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)

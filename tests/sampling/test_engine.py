@@ -55,7 +55,7 @@ def stop_ids(mesh, variables):
     """The padding id, and two that end some trace early and some trace at its very last token."""
     endless = plain_sample(make_settings(mesh), variables, mixed_requests())
     chosen = [0]
-    for at in (G - 1, 4):
+    for at in (4, G - 1):
         rest = [
             trace
             for trace in endless.trace_UxCxG.reshape(-1, G)
