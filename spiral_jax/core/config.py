@@ -60,8 +60,9 @@ def defaults() -> ConfigDict:
     # "none": everything is kept
     c.model.remat = "layer"
     # what computes attention in training and prefill: "xla", loops over blocks; "gpu", cuDNN;
-    # "tpu", Pallas kernels; "auto", what the devices and the dtype allow
-    c.model.attention = "auto"
+    # "tpu", Pallas kernels; "auto", the last two where devices and dtype allow it. Not the default
+    # before they have run on their hardware
+    c.model.attention = "xla"
     # xla: queries, and keys, a block: scores in memory are [.., block, block]
     c.model.attention_block = 256
 
