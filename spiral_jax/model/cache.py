@@ -6,7 +6,7 @@ A cache is a dict: `k` [..., J, E, T] and `v` [..., J, T, E]; stored as int8 als
 Keys with their tokens last are a layout for XLA's CPU backend, found on two cores and unmeasured on
 accelerators: scores are a matrix product that reads the cache where it lies, while with E last the
 backend transposes the whole cache at every token. To remove it: the axes of `k` and `k_scale` here,
-and "et" -> "te" of keys in `attention_parts.attend` and `blockwise._cotangents_of`, whose sum of
+and "et" -> "te" of keys in `attention.part.attend` and `attention.xla._cotangents_of`, whose sum of
 keys' cotangents then lies as that of values.
 """
 
