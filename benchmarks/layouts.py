@@ -31,10 +31,7 @@ FULL = {
     "token_rows": lambda x: x,
     "merged_leading_axes": lambda x: x,
 }
-ADAPTERS = {
-    "transposed": lambda x: x.T,
-    "merged_leading_axes": lambda x: x,
-}
+ADAPTERS = {"merged_leading_axes": lambda x: x}
 
 
 class Variant:

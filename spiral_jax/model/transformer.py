@@ -132,11 +132,9 @@ def _adapter_backward(
 
     d_inner_NxR = scale * (d_out_NxF @ b_RxF.astype(x_NxD.dtype).T)
     d_x_NxD = d_inner_NxR @ a_DxR.astype(x_NxD.dtype).T
-
-    # A's gradient comes out transposed, so that the larger factor is the one that is not turned.
-    d_a_RxD = sum_over_rows(layouts.transposed(d_inner_NxR), x_NxD)
-    d_b_RxF = sum_over_rows(layouts.transposed(inner_NxR), d_out_NxF)
-    return d_x_NxD, layouts.transposed(d_a_RxD), d_b_RxF
+    d_a_DxR = sum_over_rows(x_NxD.T, d_inner_NxR)
+    d_b_RxF = sum_over_rows(inner_NxR.T, d_out_NxF)
+    return d_x_NxD, d_a_DxR, d_b_RxF
 
 
 _adapter.defvjp(_adapter_forward, _adapter_backward)
