@@ -17,6 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from spiral_jax.model.attention import tpu, tpu_tiles
 from spiral_jax.model.attention.part import Attended, Cotangents
+from spiral_jax.planning.costs import cost_of
+from spiral_jax.planning.hlo import parse
+from spiral_jax.planning.traffic import uncounted_kernels
 
 QUERY_BLOCK, KEY_BLOCK = 128, 256  # of float32 with four heads a key
 
@@ -343,7 +346,10 @@ def test_compiles_for_v5e_without_scores_in_memory(monkeypatch):
     assert not any({"1000", "700"} <= size for size in sizes)
 
     # 2 + 3 + 4 products, counted by the kernels themselves
-    assert compiled.cost_analysis()["flops"] == pytest.approx(2 * 9 * B * H * T * S * E, rel=0.01)
+    expected = pytest.approx(2 * 9 * B * H * T * S * E, rel=0.01)
+    assert compiled.cost_analysis()["flops"] == expected
+    module = parse(program)  # as plans read it
+    assert cost_of(module, {}).flops == expected and not uncounted_kernels(module)
 
 
 def _v5e_devices(monkeypatch):
