@@ -15,9 +15,8 @@ def get_config() -> ConfigDict:
     c = tiny_sft.get_config().unlock()
     c.task = "end_digit"
     c.prompt = ConfigDict(end_digit.get_config().prompt)
-    c.data.search = ConfigDict(
-        {"first_share": 0.8}
-    )  # the other expressions are tried equally often
+    # the other expressions are tried equally often
+    c.data.search = ConfigDict({"first_share": 0.8})
     # a candidate hits with this chance beside that of any try: 7 sets in 10 have one that does
     c.data.aggregation = ConfigDict({"right": 0.1, "first_share": 0.8})
     c.data.sets = 24

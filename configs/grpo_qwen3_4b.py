@@ -52,11 +52,9 @@ def get_config() -> ConfigDict:
     c.optimizer.lr = 2e-5  # constant, without warm-up (SPIRAL's)
     c.optimizer.schedule = "constant"
     c.optimizer.warmup_steps = 0
-    c.optimizer.b1, c.optimizer.b2, c.optimizer.eps = (
-        0.9,
-        0.95,
-        1e-8,
-    )  # Adam (the paper's framework's default)
+    c.optimizer.b1 = 0.9  # Adam's three (the paper's framework's defaults)
+    c.optimizer.b2 = 0.95
+    c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0  # (unpublished)
     c.optimizer.clip_norm = 0.0  # no clipping (unpublished)
     c.train.steps = 250  # (paper: about 250)

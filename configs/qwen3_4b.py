@@ -65,18 +65,15 @@ def get_config() -> ConfigDict:
     c.loss.normalizer = "unbiased"  # both terms are gradients of the same J (unpublished)
     c.loss.search_weight = 1.0  # w_s (unpublished)
     c.loss.aggregation_weight = 1.0  # w_a (unpublished)
-    # positive advantages die on traces that the limit cut off (paper: a shorter, unpublished
+    # positive advantages die on traces that the limit cut off (paper: a shorter, unpublished limit)
     c.loss.length_gate = 0.0
-    # limit)
 
     c.optimizer.lr = 2e-5  # constant, without warm-up (paper; its schedule is unpublished)
     c.optimizer.schedule = "constant"
     c.optimizer.warmup_steps = 0
-    c.optimizer.b1, c.optimizer.b2, c.optimizer.eps = (
-        0.9,
-        0.95,
-        1e-8,
-    )  # Adam (the paper's framework's default)
+    c.optimizer.b1 = 0.9  # Adam's three (the paper's framework's defaults)
+    c.optimizer.b2 = 0.95
+    c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.0  # (unpublished)
     c.optimizer.clip_norm = 0.0  # no clipping (unpublished)
     c.train.steps = 250  # (paper: about 250, two epochs)

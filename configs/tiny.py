@@ -26,10 +26,11 @@ def get_config() -> ConfigDict:
     # below the cost of one half: an aggregation trace can read, not compute
     c.aggregation.max_tokens = 12
 
+    # (slots, C, P, G): search, aggregation
     c.sampling.classes = (
         (32, 8, 16, 26),
         (128, 4, 124, 12),
-    )  # (slots, C, P, G): search, aggregation
+    )
     c.sampling.chunk = 8
     c.sampling.prefill_tokens = 4096
     c.sampling.prefill_chunk = 64

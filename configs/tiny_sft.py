@@ -33,9 +33,8 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.search_problems = 16  # a step
     c.data.search_traces = 4  # demonstrations of each
-    c.data.search = ConfigDict(
-        {"left_share": 0.9}
-    )  # chance that a search demonstration works on the left half
+    # chance that a search demonstration works on the left half
+    c.data.search = ConfigDict({"left_share": 0.9})
     c.data.sets = 48  # aggregation demonstrations a step
     c.data.set_size = 4  # candidates of each
     # a set's own chance of a left candidate is one of these

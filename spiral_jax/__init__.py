@@ -2,6 +2,5 @@
 
 import time
 
-STARTED = (
-    time.monotonic()
-)  # the first line that any of its programs runs: start-up is counted from here
+# the first line that any of its programs runs: start-up is counted from here
+STARTED = time.monotonic()

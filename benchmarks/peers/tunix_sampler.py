@@ -17,9 +17,8 @@ from tunix.models.qwen3.params import create_model_from_safe_tensors
 from benchmarks.peers.contestant import Work, serve
 from benchmarks.peers.tunix_model import read_config
 
-NO_TOKEN = (
-    -1
-)  # never in a prompt and never sampled: no row ends early, nothing is taken for padding
+# never in a prompt and never sampled: no row ends early, nothing is taken for padding
+NO_TOKEN = -1
 
 
 class Ids:
@@ -88,9 +87,8 @@ class TunixSampler:
             rows = np.repeat(batch.prompt_UxP, batch.limit_UxC.shape[1], axis=0)
             key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), index)
             self._generate(rows, batch.longest, temperature=1.0, top_p=1.0, seed=key)
-            computed += len(rows) * (
-                batch.longest + 1
-            )  # its loop takes one step more than asked for and drops it
+            # its loop takes one step more than asked for and drops it
+            computed += len(rows) * (batch.longest + 1)
         return computed
 
 

@@ -180,11 +180,12 @@ def defaults() -> ConfigDict:
     c.batch.problems = 256  # B kept problems an optimizer step (paper)
     c.batch.search_lengths = ((1024, 4096),)  # (P, G) of the search micro-batches, ascending
     c.batch.search_groups = 16  # U of a search micro-batch
+    # the same for aggregation
     c.batch.aggregation_lengths = (
         (2048, 4096),
         (9216, 4096),
         (17920, 4096),
-    )  # the same for aggregation
+    )
     c.batch.aggregation_groups = 16  # U of an aggregation micro-batch
 
     c.loss = ConfigDict()

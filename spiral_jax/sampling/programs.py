@@ -37,9 +37,8 @@ from spiral_jax.sampling.shapes import (
 from spiral_jax.sampling.slots import Entered, empty_state, enter, move
 from spiral_jax.sampling.weights import abstract_weights
 
-Name = tuple[
-    Any, ...
-]  # ("decode", rows), ("prefill", i), ("enter", i), ("move", i, j), ("clear", i)
+# ("decode", rows), ("prefill", i), ("enter", i), ("move", i, j), ("clear", i)
+Name = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -177,9 +177,8 @@ def test_majority_at_k_agrees_with_simulated_votes_at_64_samples():
     for k in (2, 7, 32):
         draws = [[classes[i] for i in rng.permutation(64)[:k]] for _ in range(4000)]
         simulated = np.mean([majority_correct(draw, "right") for draw in draws])
-        assert abs(got[k - 1] - simulated) < 4 * 0.5 / math.sqrt(
-            4000
-        )  # four standard deviations at most
+        # four standard deviations at most
+        assert abs(got[k - 1] - simulated) < 4 * 0.5 / math.sqrt(4000)
     assert got[0] == pytest.approx(15 / 64) and got[63] == 1.0
 
 

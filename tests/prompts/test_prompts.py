@@ -131,9 +131,8 @@ def test_no_special_id_gets_from_a_candidate_into_the_prompt(tokenizer):
             forged = rng.integers(0, 3, rng.integers(0, 5)).astype(np.int32)
             ids = np.insert(ids, rng.integers(0, 15, len(forged)), forged)
             inserted += len(forged)
-            traces.append(
-                (np.append(ids, tokenizer.eos_token_id), Stop.STOP)
-            )  # the final stop id does not count
+            # the final stop id does not count
+            traces.append((np.append(ids, tokenizer.eos_token_id), Stop.STOP))
         prompt = prompts.aggregation_prompt(scaffold, "x?", traces, np.arange(3))
         assert prompt.removed_special == inserted
         for special in (0, 1, 2):
@@ -203,9 +202,8 @@ def test_truncated_candidates_keep_their_last_ids_and_finished_ones_all(tokenize
         prompts.clean_candidate(scaffold, np.append(ids, 1), Stop.STOP)[0].tolist() == ids.tolist()
     )
     cleaned, removed = prompts.clean_candidate(scaffold, np.append(ids, [0, 0]), Stop.LENGTH)
-    assert (
-        cleaned.tolist() == list(range(24, 30)) and removed == 2
-    )  # special ids take no room from the tail
+    # special ids take no room from the tail
+    assert cleaned.tolist() == list(range(24, 30)) and removed == 2
 
 
 def test_mark_says_so_before_the_tail_of_truncated_candidates_only(tokenizer):
@@ -292,9 +290,8 @@ def test_thinking_that_the_chat_template_opens_and_the_trace_never_closes_leaves
     cut, _ = prompts.clean_candidate(scaffold, encode(tokenizer, "Hm 5."), Stop.LENGTH)
     done, _ = prompts.clean_candidate(scaffold, encode(tokenizer, "Hm 5.</think>7."), Stop.STOP)
     assert decode(tokenizer, cut) == "" and decode(tokenizer, done) == "7."
-    closed = CHATML.replace(
-        "assistant\n", "assistant\n<think>\n\n</think>\n\n"
-    )  # thinking switched off
+    # thinking switched off
+    closed = CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
     tokenizer = chatml_tokenizer(think_tokens=True, template=closed)
     kept, _ = prompts.clean_candidate(scaffold_of(tokenizer), encode(tokenizer, "7."), Stop.STOP)
     assert decode(tokenizer, kept) == "7."

@@ -298,9 +298,8 @@ def test_load_tokenizer_gives_back_the_same_prompts_and_names_what_is_missing(tm
     ("named", "expected"), [(7, (7, 1)), ([7, 8], (7, 8, 1)), ([1, 7], (1, 7)), (None, (1,))]
 )
 def test_stop_ids_come_from_generation_config_and_tokenizer(tmp_path, tokenizer, named, expected):
-    assert (
-        tokenizer.eos_token_id == tokenizer.pad_token_id == 1
-    )  # a pad token may end traces: masks are lengths
+    # a pad token may end traces: masks are lengths
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 1
     assert stop_ids(tokenizer, tmp_path) == (1,)  # no such file
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
     assert stop_ids(tokenizer, tmp_path) == expected

@@ -324,9 +324,8 @@ def test_a_run_goes_on_when_the_disk_is_full_and_saves_again_when_it_is_not(tmp_
             saver.save(3, big(3), {})  # meets the failure of 2, and is tried all the same
             assert not saver.settle()
         assert saver.failures == 2 and checkpoints.latest() == 1
-        assert [path.name for path in (tmp_path / "c").iterdir()] == [
-            "1"
-        ]  # nothing takes the space of the next
+        # nothing takes the space of the next
+        assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
         saver.save(4, big(4), {})
         assert saver.settle() and saver.failures == 2 and checkpoints.latest() == 4
     assert same_bits(restore(tmp_path / "c", big(0))[0], big(4)) and same_bits(

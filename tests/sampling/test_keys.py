@@ -59,9 +59,8 @@ def hard_uniforms(cumulative_V, rng):
 def many_logits(V, rng):
     """Rows of every kind: flat, ordinary, peaked, one token far above the rest, most banned."""
     rows = {"flat": np.zeros(V), "ordinary": rng.normal(0, 2, V), "peaked": rng.normal(0, 30, V)}
-    rows["certain"] = np.where(
-        np.arange(V) == rng.integers(V), 0, -200.0
-    )  # exp(-200) is zero in float32
+    # exp(-200) is zero in float32
+    rows["certain"] = np.where(np.arange(V) == rng.integers(V), 0, -200.0)
     for share in (0.1, 0.5, 0.9):
         banned = rng.random(V) < share
         banned[rng.integers(V)] = False
@@ -115,9 +114,8 @@ def test_draw_takes_any_leading_axes():
     for at in np.ndindex(3, 2):
         one = draw(logits[at], uniform[at], 1.0)
         assert one[0] == token[at]
-        np.testing.assert_allclose(
-            one[1], logprob[at], rtol=1e-6
-        )  # another shape may sum in another order
+        # another shape may sum in another order
+        np.testing.assert_allclose(one[1], logprob[at], rtol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

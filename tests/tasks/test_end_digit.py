@@ -176,9 +176,8 @@ def test_a_trace_has_room_for_one_try_and_a_prompt_for_four_of_the_longest(tmp_p
         assert len(search_prompt(scaffold, problem.text)) <= c.prompt.max_problem_tokens
         text = end_digit.try_out(problem, end_digit.EXPRESSIONS[cursor % 12])
         tokens.add(len(tokenizer.encode(text, add_special_tokens=False)) + 1)
-    assert (
-        max(tokens) <= c.search.max_tokens < 2 * min(tokens) - 10
-    )  # the box and the end of a try are 10
+    # the box and the end of a try are 10
+    assert max(tokens) <= c.search.max_tokens < 2 * min(tokens) - 10
     longest = max_aggregation_prompt(
         scaffold,
         size=c.aggregation.subset_size,

@@ -175,9 +175,8 @@ def test_reasoning_gym_splits_stay_apart_where_texts_repeat_all_the_time():
     task = reasoning_gym_task.task("coin_flip", 0)
     train = [task.train(i).text for i in range(600)]
     held_out = [task.held_out(i).text for i in range(600)]
-    assert (
-        len(set(train)) < 600 and len(set(held_out)) < 600
-    )  # so disjoint seeds alone would not do
+    # so disjoint seeds alone would not do
+    assert len(set(train)) < 600 and len(set(held_out)) < 600
     assert not set(train) & set(held_out)
 
 
@@ -195,9 +194,8 @@ def test_reasoning_gym_seeds_of_the_splits_never_overlap():
 
 def test_reasoning_gym_problems_are_a_pure_function_of_seed_and_cursor():
     def problems(seed, order):
-        task = reasoning_gym_task.task(
-            "gsm_symbolic", seed
-        )  # draws its templates when the data set is made
+        # draws its templates when the data set is made
+        task = reasoning_gym_task.task("gsm_symbolic", seed)
         return {i: task.train(i) for i in order}
 
     forwards, backwards = problems(1, range(30)), problems(1, reversed(range(30)))

@@ -41,15 +41,17 @@ from spiral_jax.verifier.verifier import (
         (r"\boxed{}", ""),
         (r"\boxed 5", None),
         (r"\fbox{5}", None),
+        # the final answer is unfinished: no fall-back to an earlier one
         (
             r"\boxed{5} or rather \boxed{7",
             None,
-        ),  # the final answer is unfinished: no fall-back to an earlier one
+        ),
         (r"\boxed{5} or rather \boxed{\frac{7}{2}", None),
+        # an earlier unfinished box is no obstacle
         (
             r"Attempt 1 ends in \boxed{5 and stops. \boxed{7}",
             "7",
-        ),  # an earlier unfinished box is no obstacle
+        ),
         (r"\boxed{3 \boxed{4}}", "4"),  # nested: the inner one is the last
         (r"\boxed{5} } }", "5"),
         (r"{ \boxed{5}", "5"),

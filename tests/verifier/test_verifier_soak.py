@@ -12,9 +12,8 @@ from benchmarks.verifier_soak import Outcome, soak
 
 @pytest.mark.slow
 def test_adversarial_answers_are_bounded_counted_and_leave_nothing_behind():
-    fresh = multiprocessing.get_context(
-        "spawn"
-    )  # this process has had larger children than verifiers
+    # this process has had larger children than verifiers
+    fresh = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, fresh) as process:
         outcome = process.submit(
             soak, 300, seed=1, workers=2, timeout_s=5.0, memory_gb=2.0

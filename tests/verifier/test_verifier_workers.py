@@ -132,10 +132,11 @@ def test_an_item_that_kills_its_worker_twice_is_an_error_and_the_others_are_righ
 
 def test_an_item_is_tried_again_on_a_fresh_worker_though_a_used_one_is_idle(reward_path, tmp_path):
     with make_verifier(reward_path, workers=2, timeout_s=1.0) as verifier:
+        # on one worker each
         both = [
             (f"wait_for {tmp_path}/met", problem()),
             (f"touch {tmp_path}/met", problem()),
-        ]  # on one worker each
+        ]
         assert statuses(verifier.verify(both)) == ["correct", "wrong"]
         assert statuses(verifier.verify([("hang_once_used", problem())])) == ["correct"]
 
