@@ -28,6 +28,7 @@ def abstract_state(settings: DecodeSettings, slots: SlotClass) -> SlotState:
     )
 
 
+@functools.cache  # as in `abstract_weights`
 def abstract_prefilled(settings: DecodeSettings, schedule: Schedule, i: int) -> Prefilled:
     """Prompts that groups enter class i from."""
     chunk = settings.chunk_of(schedule.classes[i].P)

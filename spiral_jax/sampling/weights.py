@@ -53,6 +53,7 @@ def lay_out(variables: dict[str, Any], config: ModelConfig, mesh: Mesh) -> Decod
     return jax.lax.with_sharding_constraint(weights, place)
 
 
+@functools.cache  # a start asks for them many times, and finding them traces the model
 def abstract_weights(config: ModelConfig, mesh: Mesh) -> DecodeWeights:
     """Shapes, dtypes and shardings of `DecodeWeights`."""
     variables = jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))
