@@ -45,7 +45,7 @@ FLAGS = [
     "--config.batch.search_groups=2",
     "--config.batch.aggregation_groups=6",
     "--config.verifier.workers=1",
-    "--config.eval.problems=0",
+    "--config.eval.problems=1",
     "--config.checkpoint.every=1",
     "--config.trace_log.every=1",
     "--config.trace_log.keep_steps=1000",
@@ -60,14 +60,27 @@ def reward(text: str, problem: Problem) -> bool:
 
 
 def prepare(folder: pathlib.Path, seed: int = 0) -> None:
-    """Writes `folder`/model and `folder`/train.jsonl, once."""
-    if (folder / "train.jsonl").exists():
+    """Writes `folder`/model, `folder`/train.jsonl and `folder`/eval.jsonl, once."""
+    if (folder / "eval.jsonl").exists():
         return
     write_model(folder / "model", seed)
     task = two_halves.task(0)
-    problems = [task.train(i) for i in range(PROBLEMS)]
+    _write_problems(folder / "train.jsonl", [task.train(i) for i in range(PROBLEMS)])
+    _write_problems(folder / "eval.jsonl", [task.held_out(0)])
+
+
+def _write_problems(path: pathlib.Path, problems: list[Problem]) -> None:
     rows = [{"problem": problem.text, "answer": problem.answer} for problem in problems]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def files_of(folder: pathlib.Path) -> list[str]:
+    """Flags that name what `prepare` wrote."""
+    return [
+        f"--config.model.hf_path={folder / 'model'}",
+        f"--config.task.train_path={folder / 'train.jsonl'}",
+        f"--config.task.eval_path={folder / 'eval.jsonl'}",
+    ]
 
 
 def write_model(path: pathlib.Path, seed: int) -> None:
@@ -144,9 +157,8 @@ class Runs:
     ) -> CompletedProcess[str]:
         flags = [
             *FLAGS,
-            f"--config.model.hf_path={self.folder / 'model'}",
+            *files_of(self.folder),
             f"--workdir={workdir}",
-            f"--config.task.train_path={self.folder / 'train.jsonl'}",
             f"--config.train.steps={steps}",
         ]
         if not fresh:
@@ -182,11 +194,14 @@ def seconds_to_start(output: str) -> float | None:
 
 
 def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
-    """How two finished runs differ in final state (bits), metrics and traces; [] = in nothing."""
+    """How two finished runs differ in final state (bits), metrics and files; [] = in nothing.
+
+    Files: traces, evaluations, and the table of results.
+    """
     return [
         *_state_differences(one, other),
         *_metric_differences(one, other),
-        *_trace_differences(one, other),
+        *_file_differences(one, other),
     ]
 
 
@@ -213,13 +228,14 @@ def _metric_differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     return lines
 
 
-def _trace_differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
-    def traces(workdir: pathlib.Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in (workdir / "traces").iterdir()}
+def _file_differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
+    def files(workdir: pathlib.Path) -> dict[str, bytes]:
+        paths = [workdir / "results.md", workdir / "evaluations.jsonl"]
+        paths += [*workdir.glob("traces/*"), *workdir.glob("evaluations/*/*.json")]
+        return {str(p.relative_to(workdir)): p.read_bytes() for p in paths if p.exists()}
 
-    ours, theirs = traces(one), traces(other)
-    names = sorted(ours | theirs)
-    return [f"traces/{name}" for name in names if ours.get(name) != theirs.get(name)]
+    ours, theirs = files(one), files(other)
+    return [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
 
 
 def _arrays(workdir: pathlib.Path) -> tuple[int, dict[str, np.ndarray]]:

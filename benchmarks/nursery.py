@@ -9,6 +9,7 @@ opened a device. For drills, of which half the time is imports.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pathlib
@@ -21,6 +22,8 @@ from collections.abc import Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).parent.parent
 _LONGEST_S = 900  # for one run
+# What the program imports when it needs it, as it takes seconds.
+LATE_IMPORTS = ("transformers.models.auto.tokenization_auto", "matplotlib.pyplot")
 
 
 class Nursery:
@@ -64,6 +67,8 @@ def serve() -> None:
     from spiral_jax.core import config, faults
     from spiral_jax.run import log as run_log
 
+    for name in LATE_IMPORTS:
+        importlib.import_module(name)
     for line in sys.stdin:
         flags, fault, out, err = json.loads(line)
         child = os.fork()

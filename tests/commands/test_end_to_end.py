@@ -1,4 +1,4 @@
-"""The real program as a user starts it: runs, logs, kill -9 and resume, refusals.
+"""The real program as a user starts it: runs, logs, refusals; tests/run/test_drills.py kills it.
 
 One run has a process of its own; all others are forks of one that has imported the program.
 """
@@ -11,9 +11,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from small_pods import QUICK_TO_COMPILE
 
@@ -60,11 +57,11 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(environment):
-    """(workdir, flags..., fault="") -> the finished process of that run."""
+    """(workdir, flags...) -> the finished process of that run."""
     with Nursery(environment) as nursery:
 
-        def start(workdir, *flags, fault=""):
-            return nursery.run([*SMALL, f"--workdir={workdir}", *flags], fault)
+        def start(workdir, *flags):
+            return nursery.run([*SMALL, f"--workdir={workdir}", *flags])
 
         yield start
 
@@ -81,13 +78,6 @@ def kept_traces(workdir, step):
     with gzip.open(workdir / "traces" / f"step_{step:06d}.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     return [row for row in rows if row["kept"]], len(rows)
-
-
-def arrays_of(workdir):
-    directory = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    tree = ocp.StandardCheckpointer().restore(directory / "state")
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return directory.name, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def contents_of(workdir):
@@ -181,27 +171,6 @@ def test_a_run_with_two_rounds_of_aggregation_trains_on_both_and_reports_them(ru
     kept, _ = kept_traces(tmp_path / "run", 1)
     counts = collections.Counter(row["round"] for row in kept)
     assert counts == {None: B * N, 1: B * K * M, 2: B * K * M}
-
-
-@pytest.mark.slow
-def test_kill_9_then_the_same_command_equals_the_uninterrupted_run(finished, run, tmp_path):
-    workdir, _ = finished
-    killed = tmp_path / "killed"
-    done = run(killed, fault="update:3")
-    assert done.returncode == -9 and (killed / "checkpoints" / "2").exists(), done.stderr[-3000:]
-    assert not (killed / "results.md").exists()
-    resumed = run(killed)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert "search prompt" not in resumed.stdout  # step 0 was not run again
-    assert metrics_of(killed) == metrics_of(workdir)
-    for path in (workdir / "traces").iterdir():
-        assert (killed / "traces" / path.name).read_bytes() == path.read_bytes()
-    for name in ("evaluations.jsonl", "results.md", "evaluations/step_000004/results.json"):
-        assert (killed / name).read_text() == (workdir / name).read_text()
-    (step, expected), (step_too, arrays) = arrays_of(workdir), arrays_of(killed)
-    assert step == step_too == "4" and expected.keys() == arrays.keys()
-    for name, array in expected.items():
-        assert array.tobytes() == arrays[name].tobytes(), name
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ STEPS = 5
 CLASSES = "--config.sampling.classes="
 ONE_ROLE = [flag for flag in drill.FLAGS if not flag.startswith(CLASSES)]  # they would add up
 ONE_ROLE += ["--config.loss.estimator=grpo", f"{CLASSES}((2, 4, 16, 26),)"]
+ONE_ROLE += ["--config.eval.problems=0"]  # an evaluation aggregates
 PREEMPTED = 143  # as a process that SIGTERM has killed
 
 
@@ -51,9 +52,8 @@ class Pod:
         """Both processes from their start to their end."""
         flags = [
             *ONE_ROLE,
-            f"--config.model.hf_path={self.folder / 'model'}",
+            *drill.files_of(self.folder),
             f"--workdir={workdir}",
-            f"--config.task.train_path={self.folder / 'train.jsonl'}",
             f"--config.train.steps={STEPS}",
             "--config.checkpoint.every=0",  # so that a notice is the only reason to save
             "--config.task.reward=tests.small_rewards:slow_coin",

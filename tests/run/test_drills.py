@@ -44,7 +44,7 @@ def test_a_run_that_is_killed_in_every_phase_is_the_uninterrupted_one(runs):
 @pytest.mark.slow
 def test_sigterm_saves_and_ends_well_and_a_damaged_checkpoint_costs_a_step(runs):
     workdir = runs.folder / "preempted"
-    done = runs.run(workdir, STEPS, "verifier:50:TERM")  # in the third step
+    done = runs.run(workdir, STEPS, "verifier:58:TERM")  # in the third step
     assert_ended(done)
     saved = drill.saved_step(workdir)
     assert f"preempted: saved at step {saved}" in done.stdout
@@ -57,8 +57,8 @@ def test_sigterm_saves_and_ends_well_and_a_damaged_checkpoint_costs_a_step(runs)
     assert drill.differences(runs.folder / "reference", workdir) == []
 
 
-@pytest.mark.parametrize("change", ["metric", "trace", "checkpoint"])
-def test_the_comparison_sees_one_metric_one_byte_of_traces_and_one_checkpoint(
+@pytest.mark.parametrize("change", ["metric", "traces", "evaluations", "checkpoint"])
+def test_the_comparison_sees_one_metric_one_byte_of_a_file_and_one_checkpoint(
     runs, tmp_path, change
 ):
     copy = shutil.copytree(runs.folder / "reference", tmp_path / change)
@@ -66,9 +66,9 @@ def test_the_comparison_sees_one_metric_one_byte_of_traces_and_one_checkpoint(
     if change == "metric":
         text = (copy / "metrics.jsonl").read_text()
         (copy / "metrics.jsonl").write_text(text.replace('"grad_norm": ', '"grad_norm": 1', 1))
-    elif change == "trace":
-        file = next((copy / "traces").iterdir())
-        file.write_bytes(file.read_bytes()[:-1])
-    else:
+    elif change == "checkpoint":
         shutil.rmtree(copy / "checkpoints" / str(STEPS))
+    else:
+        file = next(path for path in (copy / change).rglob("*.json*") if path.is_file())
+        file.write_bytes(file.read_bytes()[:-1])
     assert len(drill.differences(runs.folder / "reference", copy)) == 1
