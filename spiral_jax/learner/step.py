@@ -140,15 +140,20 @@ def _sum_role(
     """Over all micro-batches of a role's blocks."""
     tokens = sum(block.tokens() for block in blocks)
 
+    # A program of its own, with nothing closed over: JAX then traces it once, not in each use.
+    @jax.jit
+    def sum_micro_batch(block: Block, a: jax.Array, trained: Any, base: Any, tokens: Any) -> Sums:
+        micro = jax.tree.map(meshes.constrain_groups, block.micro_batch(a))
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        (value, metrics), gradient = value_and_grad(trained, base, micro, tokens)
+        return Sums(jax.tree.map(lambda g: g.astype(jnp.float32), gradient), value, metrics)
+
     def sum_block(block: Block) -> Sums:
-        def sum_micro_batch(a: jax.Array) -> Sums:
-            micro = jax.tree.map(meshes.constrain_groups, block.micro_batch(a))
-            value_and_grad = jax.value_and_grad(loss, has_aux=True)
-            (value, metrics), gradient = value_and_grad(trained, base, micro, tokens)
-            return Sums(jax.tree.map(lambda g: g.astype(jnp.float32), gradient), value, metrics)
+        def of_block(a: jax.Array) -> Sums:
+            return sum_micro_batch(block, a, trained, base, tokens)
 
         with jax.named_scope(block_scope(block.role)):
-            return _accumulate(sum_micro_batch, block)
+            return _accumulate(of_block, block)
 
     total = sum_block(blocks[0])
     for block in blocks[1:]:
@@ -156,18 +161,17 @@ def _sum_role(
     return total
 
 
-def _accumulate(sum_micro_batch: Callable[[jax.Array], Sums], block: Block) -> Sums:
+def _accumulate(of_block: Callable[[jax.Array], Sums], block: Block) -> Sums:
     """Over the micro-batches of a block that hold groups."""
-    shapes = jax.eval_shape(sum_micro_batch, jnp.zeros((), jnp.int32))
+    first = jnp.int32(0)
+    shapes = jax.eval_shape(of_block, first)
     gradient, loss = jax.tree.map(
         lambda a: jnp.zeros(a.shape, a.dtype), (shapes.gradient, shapes.loss)
     )
     nothing = Sums(gradient, loss, empty(shapes.metrics))
     if len(block.prompt_len_AxU) == 1:  # nothing to add up: no room for a sum beside the gradient
-        return jax.lax.cond(block.count > 0, sum_micro_batch, lambda _: nothing, 0)
-    return jax.lax.fori_loop(
-        0, block.count, lambda a, total: total.add(sum_micro_batch(a)), nothing
-    )
+        return jax.lax.cond(block.count > 0, of_block, lambda _: nothing, first)
+    return jax.lax.fori_loop(first, block.count, lambda a, total: total.add(of_block(a)), nothing)
 
 
 def _name_metrics(role: Role, sums: Sums) -> Metrics:

@@ -337,6 +337,7 @@ class Transformer(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast),
                 length=arch.L - 1,
+                check_constancy_invariants=False,  # would trace the layer twice
             )
             x, _ = layers(c, P, C, name="layers")(x, position_UxT, lengths)
 
