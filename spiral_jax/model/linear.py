@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from spiral_jax.model import layouts
 
-PROJECTED = "projected"  # the name of a projection's output, for policies of `jax.checkpoint`
+# Names for policies of `jax.checkpoint`: of a projection's output, and of x A of its adapter.
+PROJECTED, INNER = "projected", "adapter_inner"
 
 
 class Linear(nn.Module):
@@ -89,7 +90,7 @@ def _adapters_forward(
     scale: float, x_NxD: jax.Array, a_DxR: _Arrays, b_RxF: _Arrays
 ) -> tuple[_Arrays, Any]:
     all_a_DxnR = jnp.concatenate(a_DxR, axis=1).astype(x_NxD.dtype)
-    inner_NxnR = scale * (x_NxD @ all_a_DxnR)
+    inner_NxnR = checkpoint_name(scale * (x_NxD @ all_a_DxnR), INNER)
     outputs = tuple(
         inner_NxR @ b.astype(x_NxD.dtype)
         for inner_NxR, b in zip(_columns(inner_NxnR, len(b_RxF)), b_RxF, strict=True)

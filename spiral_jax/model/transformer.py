@@ -33,7 +33,7 @@ from spiral_jax.model.attention.groups import (
     trace_attention,
 )
 from spiral_jax.model.attention.part import KeyValue, Lengths
-from spiral_jax.model.linear import PROJECTED, Linear, joint_linear
+from spiral_jax.model.linear import INNER, PROJECTED, Linear, joint_linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,8 +232,8 @@ class DecoderLayer(nn.Module):
 
 # What a policy of `config.REMAT` keeps of a layer beside its input; "none" keeps everything.
 _POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(KEPT, PROJECTED),
-    "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT, INNER, PROJECTED),
+    "attention": jax.checkpoint_policies.save_only_these_names(KEPT, INNER),
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
 

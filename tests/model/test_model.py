@@ -262,6 +262,25 @@ def test_rematerialisation_changes_neither_loss_nor_gradient(mesh, remat):
     assert relative_l2(under(remat), under("none")) <= 2e-6
 
 
+def test_policies_compute_again_what_they_do_not_keep():
+    shapes = jax.eval_shape(lambda: init_variables(LORA, jax.random.key(0)))
+
+    def products(remat):
+        config = dataclasses.replace(LORA, remat=remat)
+
+        def loss(lora, rest):
+            return group_logprobs(config, rest | {"lora": lora}, *random_ids(), 1.0, 2)[0].sum()
+
+        trees = shapes["lora"], {"params": shapes["params"]}
+        return jax.jit(jax.grad(loss)).lower(*trees).as_text().count("dot_general")
+
+    # in the body of the scan and in the last layer: x W and x A B of all but `down`
+    of_projections = 2 * 6 * 2
+    of_last_token = 2  # its scores and its output, which no policy keeps
+    assert products("dots") == products("none") + of_last_token
+    assert products("attention") == products("dots") + of_projections
+
+
 @pytest.mark.parametrize(
     ("config", "trained"), [(BASE, "params"), (LORA, "lora")], ids=["full", "lora"]
 )
