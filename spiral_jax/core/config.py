@@ -56,8 +56,8 @@ def defaults() -> ConfigDict:
     c.model.lora_rank = 32  # adapters on all seven projections; 0 = full fine-tuning (paper)
     c.model.lora_alpha = 32.0  # adapter output is scaled by alpha / rank (unpublished)
     # What the backward pass keeps of each layer, computing the rest once more: "layer": its input;
-    # "attention": and the result of attention; "dots": and those of all products with weights;
-    # "none": everything is kept
+    # "attention": and the results of attention and of adapters' first products, which are narrow;
+    # "dots": and those of all products with weights; "none": everything is kept
     c.model.remat = "layer"
     # what computes attention in training and prefill: "xla", loops over blocks; "gpu", cuDNN;
     # "tpu", Pallas kernels; "auto", the last two where devices and dtype allow it. Not the default

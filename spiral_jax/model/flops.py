@@ -17,9 +17,9 @@ a remat policy (`model.remat`) the count has what this program computes twice un
 
     any        scores of the attention's backward pass, 2 H E a pair; in full fine-tuning the
                logits, 2 D V a trace token
-    dots       the first product of each adapter
-    attention  each layer but for attention, and for its last product, whose result nothing needs
-    layer      the same with attention
+    attention  each layer but for attention, the first product of each adapter, and the layer's last
+               product, whose result nothing needs
+    layer      the same with attention and the adapters' first products
 """
 
 from __future__ import annotations
@@ -131,10 +131,10 @@ def _linear_flops(name: str, size: tuple[int, int], lora_rank: int, remat: str |
     width, features = size
     W, A = width * features, lora_rank * (width + features)
     flops = 4 * (W + A) + 2 * (A if lora_rank else W)
-    if remat == "dots":
+    if remat == "layer":
         flops += 2 * lora_rank * width
-    if remat in ("attention", "layer"):
-        flops += 2 * (lora_rank * width if name == "down" else W + A)
+    if remat in ("attention", "layer") and name != "down":
+        flops += 2 * (W + lora_rank * features)
     return flops
 
 

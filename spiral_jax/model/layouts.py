@@ -15,7 +15,7 @@ def token_rows(x: jax.Array) -> jax.Array:
 
     To sum a weight's gradient over two axes, the CPU backend would transpose x or its cotangent: a
     step takes a third longer.
-    To remove: `Linear` multiplies x as it is; adapters' products over rows (`_adapter_backward`)
+    To remove: `Linear` multiplies x as it is; adapters' products over rows (`_adapters_backward`)
     then sum over all leading axes.
     """
     return x.reshape(-1, x.shape[-1])

@@ -20,7 +20,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from spiral_jax.core.mesh import constrain_groups
 from spiral_jax.model import layouts
@@ -34,6 +33,7 @@ from spiral_jax.model.attention.groups import (
     trace_attention,
 )
 from spiral_jax.model.attention.part import KeyValue, Lengths
+from spiral_jax.model.linear import INNER, PROJECTED, Linear, joint_linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,66 +80,6 @@ def with_matmul_precision(config: ModelConfig, function: Callable[..., Any]) -> 
     return traced
 
 
-class Linear(nn.Module):
-    """x W, plus (alpha / rank) x A B with adapters (LoRA, arXiv 2106.09685)."""
-
-    config: ModelConfig
-    features: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c, width = self.config, x.shape[-1]
-        kernel = self.param(
-            "kernel", nn.initializers.normal(0.02), (width, self.features), c.param_dtype
-        )
-        rows_NxD = layouts.token_rows(x)
-        y_NxF = rows_NxD @ kernel.astype(x.dtype)
-        if c.lora_rank:
-            y_NxF += _adapter(c.lora_alpha / c.lora_rank, rows_NxD, *self._adapter_weights(width))
-        return checkpoint_name(y_NxF, _PROJECTED).reshape(*x.shape[:-1], self.features)
-
-    def _adapter_weights(self, width: int) -> tuple[jax.Array, jax.Array]:
-        """A [width, rank] and B [rank, features]; B starts as zeros and so changes nothing."""
-        rank = self.config.lora_rank
-
-        def random_a() -> jax.Array:
-            init = nn.initializers.normal(width**-0.5)
-            return init(self.make_rng("params"), (width, rank), jnp.float32)
-
-        a = self.variable("lora", "a", random_a)
-        b = self.variable("lora", "b", jnp.zeros, (rank, self.features), jnp.float32)
-        return a.value, b.value
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _adapter(scale: float, x_NxD: jax.Array, a_DxR: jax.Array, b_RxF: jax.Array) -> jax.Array:
-    """scale x A B in x's dtype; gradients of A and B are summed over rows in float32."""
-    return _adapter_forward(scale, x_NxD, a_DxR, b_RxF)[0]
-
-
-def _adapter_forward(
-    scale: float, x_NxD: jax.Array, a_DxR: jax.Array, b_RxF: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    inner_NxR = scale * (x_NxD @ a_DxR.astype(x_NxD.dtype))
-    return inner_NxR @ b_RxF.astype(x_NxD.dtype), (x_NxD, inner_NxR, a_DxR, b_RxF)
-
-
-def _adapter_backward(
-    scale: float, kept: tuple[jax.Array, ...], d_out_NxF: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x_NxD, inner_NxR, a_DxR, b_RxF = kept
-    sum_over_rows = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-
-    d_inner_NxR = scale * (d_out_NxF @ b_RxF.astype(x_NxD.dtype).T)
-    d_x_NxD = d_inner_NxR @ a_DxR.astype(x_NxD.dtype).T
-    d_a_DxR = sum_over_rows(x_NxD.T, d_inner_NxR)
-    d_b_RxF = sum_over_rows(inner_NxR.T, d_out_NxF)
-    return d_x_NxD, d_a_DxR, d_b_RxF
-
-
-_adapter.defvjp(_adapter_forward, _adapter_backward)
-
-
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis in float32, returned in x's dtype."""
     y = layouts.merged_leading_axes(x).astype(jnp.float32)
@@ -176,16 +116,20 @@ class DecoderLayer(nn.Module):
 
     def setup(self) -> None:
         c, arch = self.config, self.config.arch
-        self.q = Linear(c, arch.H * arch.E)
-        self.k = Linear(c, arch.J * arch.E)
-        self.v = Linear(c, arch.J * arch.E)
-        self.o = Linear(c, arch.D)
-        self.gate = Linear(c, arch.F)
-        self.up = Linear(c, arch.F)
-        self.down = Linear(c, arch.D)
+
+        def linear(width: int, features: int) -> Linear:
+            return Linear(width, features, c.param_dtype, c.lora_rank, c.lora_alpha)
 
         def norm_scale(name: str, width: int) -> jax.Array:
             return self.param(name, nn.initializers.ones, (width,), c.param_dtype)
+
+        self.q = linear(arch.D, arch.H * arch.E)
+        self.k = linear(arch.D, arch.J * arch.E)
+        self.v = linear(arch.D, arch.J * arch.E)
+        self.o = linear(arch.H * arch.E, arch.D)
+        self.gate = linear(arch.D, arch.F)
+        self.up = linear(arch.D, arch.F)
+        self.down = linear(arch.F, arch.D)
 
         self.attention_norm = norm_scale("attention_norm", arch.D)
         self.mlp_norm = norm_scale("mlp_norm", arch.D)
@@ -219,12 +163,13 @@ class DecoderLayer(nn.Module):
         P = self.prompt_tokens
         x = constrain_groups(x_UxTxD)
         h = self._norm_before_attention(x)
-        k, v = self._keys_values(h, position_UxT)
+        k, v = self._keys_values(*joint_linear(h, self.k, self.v), position_UxT)
 
         last_U = (lengths.prompt_U - 1)[:, None, None]
         x = jnp.concatenate([jnp.take_along_axis(x, last_U, 1), x[:, P:]], axis=1)
         h = jnp.concatenate([jnp.take_along_axis(h, last_U, 1), h[:, P:]], axis=1)
-        q = self._queries(h, jnp.concatenate([last_U[..., 0], position_UxT[:, P:]], axis=1))
+        position = jnp.concatenate([last_U[..., 0], position_UxT[:, P:]], axis=1)
+        q = self._queries(self.q(h), position)
 
         prompt = KeyValue(k[:, :P], v[:, :P])
         of_last = last_token_attention(q[:, 0], prompt, lengths.prompt_U)
@@ -234,28 +179,32 @@ class DecoderLayer(nn.Module):
     def project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., D] at `position` [...] -> q [..., H, E], k and v [..., J, E]."""
         h = self._norm_before_attention(x)
-        return self._queries(h, position), *self._keys_values(h, position)
+        q, k, v = joint_linear(h, self.q, self.k, self.v)
+        return self._queries(q, position), *self._keys_values(k, v, position)
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Residual of attention output [..., H, E], then the feed-forward part."""
         x += self.o(attended.reshape(*x.shape[:-1], -1))
         h = rms_norm(x, self.mlp_norm, self.config.arch.norm_eps)
         with jax.named_scope("mlp"):
-            return x + self.down(nn.silu(self.gate(h)) * self.up(h))
+            gate, up = joint_linear(h, self.gate, self.up)
+            return x + self.down(nn.silu(gate) * up)
 
     def _norm_before_attention(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.attention_norm, self.config.arch.norm_eps)
 
-    def _queries(self, h: jax.Array, position: jax.Array) -> jax.Array:
+    def _queries(self, projected: jax.Array, position: jax.Array) -> jax.Array:
         arch = self.config.arch
-        q = self._split_heads(self.q(h))
+        q = self._split_heads(projected)
         if arch.qk_norm:
             q = rms_norm(q, self.q_norm, arch.norm_eps)
         return rope(q, position, arch.rope_theta)
 
-    def _keys_values(self, h: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _keys_values(
+        self, projected_k: jax.Array, projected_v: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         arch = self.config.arch
-        k, v = self._split_heads(self.k(h)), self._split_heads(self.v(h))
+        k, v = self._split_heads(projected_k), self._split_heads(projected_v)
         if arch.qk_norm:
             k = rms_norm(k, self.k_norm, arch.norm_eps)
         return rope(k, position, arch.rope_theta), v
@@ -281,12 +230,10 @@ class DecoderLayer(nn.Module):
         return make_backend(self.config.attention, self.config.attention_block)
 
 
-_PROJECTED = "projected"  # the name of what a `Linear` returns, for policies of `jax.checkpoint`
-
 # What a policy of `config.REMAT` keeps of a layer beside its input; "none" keeps everything.
 _POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(KEPT, _PROJECTED),
-    "attention": jax.checkpoint_policies.save_only_these_names(KEPT),
+    "dots": jax.checkpoint_policies.save_only_these_names(KEPT, INNER, PROJECTED),
+    "attention": jax.checkpoint_policies.save_only_these_names(KEPT, INNER),
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
 

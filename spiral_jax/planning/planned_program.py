@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -63,6 +63,7 @@ class PlannedProgram:
       ideal_flops: of one unit; 0 where no single number is meant.
       ideal_hbm_bytes: of one unit; 0 where no single number is meant.
       forbidden: arrays that it must not make, by what they would be.
+      compiler_options: that a run compiles it with, beside the topology's.
     """
 
     name: str
@@ -80,6 +81,7 @@ class PlannedProgram:
     ideal_flops: float = 0.0
     ideal_hbm_bytes: float = 0.0
     forbidden: dict[str, Forbidden] = dataclasses.field(default_factory=dict)
+    compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def plan_programs(inventory: Inventory, prompts: dict[Role, int]) -> dict[str, PlannedProgram]:
@@ -202,12 +204,14 @@ def decode_program(inventory: Inventory) -> PlannedProgram:
     keys_N = np.concatenate([np.full(slots.rows, slots.P + slots.G) for slots in schedule.classes])
     flops = decode_flops(model.arch, model.lora_rank, keys_N) / inventory.chips
     read = bytes_a_chip([inventory.decode_weights, inventory.caches])
+    recipe = inventory.recipes["decode", rows]
     return PlannedProgram(
         name=f"decode, {rows * inventory.shards} rows",
         unit="token of every row",
         groups=sum(slots.slots for slots in schedule.classes),
         tokens=rows * inventory.shards,
-        lower=lambda: inventory.recipes["decode", rows].lower(),
+        lower=recipe.lower,
+        compiler_options=recipe.compiler_options,
         memory=inventory.sampler_memory(),
         arguments=bytes_a_chip([inventory.decode_weights, inventory.slots]),
         estimate=analytic.forward_cost(
@@ -236,12 +240,14 @@ def prefill_program(inventory: Inventory, prompt: int) -> PlannedProgram:
     flops = all_flops / inventory.chips
     weights = bytes_a_chip(inventory.decode_weights)
     caches = bytes_a_chip(inventory.slots[i].prompt) // schedule.classes[i].slots * shards * W
+    recipe = inventory.recipes["prefill", i]
     return PlannedProgram(
         name=f"prefill, {shards * W} prompts of {prompt} in {P}",
         unit="call",
         groups=shards * W,
         tokens=shards * W * tokens,
-        lower=lambda: inventory.recipes["prefill", i].lower(),
+        lower=recipe.lower,
+        compiler_options=recipe.compiler_options,
         memory=inventory.sampler_memory(),
         arguments=bytes_a_chip([inventory.decode_weights, given]),
         estimate=analytic.forward_cost(

@@ -113,7 +113,8 @@ def profile(program: PlannedProgram, topology: Topology, free: float) -> Profile
         return _estimate(program, topology, free, memory)
 
     target = topology.name + topology.description
-    compiled = compile_kept(program.lower(), target, topology.compiler_options)
+    options = topology.compiler_options | program.compiler_options
+    compiled = compile_kept(program.lower(), target, options)
     if compiled.needed:
         return _estimate(program, topology, free, {"program": compiled.needed}, compiled.seconds)
 

@@ -37,6 +37,11 @@ from spiral_jax.sampling.shapes import (
 from spiral_jax.sampling.slots import Entered, empty_state, enter, move
 from spiral_jax.sampling.weights import abstract_weights
 
+_GPUS = ("gpu", "cuda")  # platforms of devices that are there, and of those that are described
+# Unless told not to, XLA for GPUs lays all weights that multiply the same few rows side by side, to
+# have one product: it would copy the weights of every layer for every token that is decoded.
+_GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
+
 # ("decode", rows), ("prefill", i), ("enter", i), ("move", i, j), ("clear", i)
 Name = tuple[Any, ...]
 
@@ -75,6 +80,12 @@ class Recipe:
     out: Any
     donate: tuple[int, ...] = ()
 
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Of `Lowered.compile`, for the mesh's devices; none where it has none."""
+        is_gpu = isinstance(self.mesh, Mesh) and self.mesh.devices.flat[0].platform in _GPUS
+        return _GPU_OPTIONS if is_gpu else {}
+
     def lower(self) -> Lowered:
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(self.function, out_shardings=self.out, donate_argnums=self.donate)
@@ -84,7 +95,8 @@ class Recipe:
         if jax.config.jax_disable_jit:
             return CompiledProgram(self.function, 0.0)
         start = time.monotonic()
-        return CompiledProgram(self.lower().compile(), time.monotonic() - start)
+        run = self.lower().compile(self.compiler_options or None)
+        return CompiledProgram(run, time.monotonic() - start)
 
 
 def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[Name, CompiledProgram]:

@@ -71,11 +71,12 @@ def test_pairs_are_what_the_mask_shows():
         (0, "attention", of_step(of_layers(8 * W - 2 * 60, 8 * W_KV), 3.5, 8)),
         (0, "layer", of_step(of_layers(8 * W - 2 * 60, 8 * W_KV), 4.5, 8)),
         (2, None, of_step(of_layers(4 * W + 6 * A, 4 * W_KV + 6 * A_KV), 3, 4)),
+        (2, "dots", of_step(of_layers(4 * W + 6 * A, 4 * W_KV + 6 * A_KV), 3.5, 4)),
         (
             2,
-            "dots",
+            "attention",
             of_step(
-                of_layers(4 * W + 6 * A + 2 * 2 * 60, 4 * W_KV + 6 * A_KV + 2 * 2 * 12), 3.5, 4
+                of_layers(6 * W - 120 + 8 * A - 24 - 4 * 60, 6 * W_KV + 8 * A_KV - 4 * 12), 3.5, 4
             ),
         ),
         (

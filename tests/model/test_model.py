@@ -47,6 +47,7 @@ SAME = 1e-5  # the same sums in another shape of program; hidden states up to ab
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 BASE = ModelConfig(ARCH, attention_block=4)
 LORA = ModelConfig(ARCH, lora_rank=4, lora_alpha=6.0)
+SCALE = 6.0 / 4  # of its adapters
 
 
 @quickly_compiled
@@ -162,16 +163,22 @@ def test_a_fresh_adapter_changes_nothing(mesh):
         np.testing.assert_allclose(a, b, rtol=0, atol=SAME)
 
 
-def test_an_adapter_equals_weights_merged_by_hand(mesh):
-    variables, ids = random_variables(LORA, mesh), random_ids()
+def merged_by_hand(variables):
+    """The parameters with every adapter in its kernel, summed in float64."""
     merged = jax.tree.map(np.array, variables["params"])
     for room, name in itertools.product(("layers", "last_layer"), PROJECTIONS):
         adapter = variables["lora"][room][name]
         a, b = (np.asarray(adapter[part], np.float64) for part in "ab")
-        update = 6.0 / 4 * a @ b  # of each layer, where they are stacked
+        update = SCALE * a @ b  # of each layer, where they are stacked
         assert np.abs(update).max() > 0.01
         kernel = merged[room][name]["kernel"]
         merged[room][name]["kernel"] = (kernel + update).astype(np.float32)
+    return merged
+
+
+def test_an_adapter_equals_weights_merged_by_hand(mesh):
+    variables, ids = random_variables(LORA, mesh), random_ids()
+    merged = merged_by_hand(variables)
     merged = jax.device_put(merged, meshes.weight_shardings(merged, mesh))
     expected = on_mesh(forward, mesh, BASE, {"params": merged}, ids)
     found = on_mesh(forward, mesh, LORA, variables, ids)
@@ -179,6 +186,30 @@ def test_an_adapter_equals_weights_merged_by_hand(mesh):
     for a, b, off in zip(found, expected, unadapted, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=SAME)
         assert np.abs(a - off).max() > 0.1
+
+
+def test_an_adapters_gradient_is_that_of_the_merged_weights(mesh):
+    """Of W + s A B, with d the gradient by this sum: s d B^T by A, s A^T d by B."""
+    variables, ids = random_variables(LORA, mesh), random_ids()
+    weight = np.random.default_rng(1).normal(size=(U, C, G)).astype(np.float32)
+    merged = merged_by_hand(variables)
+    merged = jax.device_put(merged, meshes.weight_shardings(merged, mesh))
+    _, of_merged = on_mesh(loss_and_gradient, mesh, BASE, {"params": merged}, ids, weight)
+    _, found = on_mesh(loss_and_gradient, mesh, LORA, variables, ids, weight)
+    for room, name in itertools.product(("layers", "last_layer"), PROJECTIONS):
+        adapter = variables["lora"][room][name]
+        a, b = (np.asarray(adapter[part], np.float64) for part in "ab")
+        d_merged = np.asarray(of_merged["params"][room][name]["kernel"], np.float64)
+        expected = {
+            "a": SCALE * d_merged @ np.swapaxes(b, -1, -2),
+            "b": SCALE * np.swapaxes(a, -1, -2) @ d_merged,
+        }
+        for part in "ab":
+            # two programs in float32, whose merged weights are rounded at 6e-8
+            assert relative_l2(found["lora"][room][name][part], expected[part]) <= 1e-5, (
+                room,
+                name,
+            )
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -229,6 +260,25 @@ def test_rematerialisation_changes_neither_loss_nor_gradient(mesh, remat):
         return on_mesh(loss_and_gradient, mesh, config, variables, ids, weight)
 
     assert relative_l2(under(remat), under("none")) <= 2e-6
+
+
+def test_policies_compute_again_what_they_do_not_keep():
+    shapes = jax.eval_shape(lambda: init_variables(LORA, jax.random.key(0)))
+
+    def products(remat):
+        config = dataclasses.replace(LORA, remat=remat)
+
+        def loss(lora, rest):
+            return group_logprobs(config, rest | {"lora": lora}, *random_ids(), 1.0, 2)[0].sum()
+
+        trees = shapes["lora"], {"params": shapes["params"]}
+        return jax.jit(jax.grad(loss)).lower(*trees).as_text().count("dot_general")
+
+    # in the body of the scan and in the last layer: x W and x A B of all but `down`
+    of_projections = 2 * 6 * 2
+    of_last_token = 2  # its scores and its output, which no policy keeps
+    assert products("dots") == products("none") + of_last_token
+    assert products("attention") == products("dots") + of_projections
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ from configs import tiny
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Role
 from spiral_jax.planning import gpus
+from spiral_jax.planning.compiled import compile_kept
 from spiral_jax.planning.costs import cost_of
+from spiral_jax.planning.hlo import parse
 from spiral_jax.planning.inventory import take_inventory
 from spiral_jax.planning.kernels import counted_by_formula, workspace_bytes
-from spiral_jax.planning.planned_program import plan_programs
+from spiral_jax.planning.planned_program import decode_program, plan_programs
 from spiral_jax.planning.profile import profile
 from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.text import source_line
@@ -119,3 +121,23 @@ def test_a_program_of_the_tiny_model_computes_what_the_ideal_count_says(tmp_path
     assert result.compiled and result.fits and not result.kernels
     assert 0.99 <= result.flops_ratio <= 1.1
     assert "compiled programs' HLO" in source_line([result])
+
+
+@NEEDS_COMPILER
+def test_decoding_lays_no_weights_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPIRAL_JAX_PLANS", str(tmp_path))
+    c = tiny.get_config()
+    c.sampling.classes, c.sampling.row_counts = ((32, 8, 16, 26),), ()
+    topology = find_topology("h100:1")
+    inventory = take_inventory(c, planned_model(c.model)[0], make_mesh(c.mesh, topology))
+    program, arch = decode_program(inventory), inventory.model.arch
+    options = topology.compiler_options | program.compiler_options
+    module = parse(compile_kept(program.lower(), topology.name, options).text)
+    joined = [
+        each.arrays[0].shape
+        for each in module.instructions()
+        if each.operation == "concatenate" and each.arrays[0].dtype == "f32"
+    ]
+    narrowest = arch.J * arch.E
+    wide = [shape for shape in joined if shape[0] in (arch.D, arch.F) and shape[1] >= narrowest]
+    assert not wide

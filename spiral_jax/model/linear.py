@@ -1,0 +1,127 @@
+"""Projections and their adapters; those that read the same input are computed together."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from spiral_jax.model import layouts
+
+# Names for policies of `jax.checkpoint`: of a projection's output, and of x A of its adapter.
+PROJECTED, INNER = "projected", "adapter_inner"
+
+
+class Linear(nn.Module):
+    """x W, plus (alpha / rank) x A B with adapters (LoRA, arXiv 2106.09685).
+
+    W is [width, features], in `params`; A [width, rank] and B [rank, features] are float32, in
+    `lora`. B starts as zeros and so changes nothing.
+
+    Attributes:
+      width: of what it reads.
+      features: that it writes.
+      dtype: of W.
+      lora_rank: 0 = no adapter.
+    """
+
+    width: int
+    features: int
+    dtype: Any
+    lora_rank: int
+    lora_alpha: float
+
+    def setup(self) -> None:
+        size = (self.width, self.features)
+        self.kernel = self.param("kernel", nn.initializers.normal(0.02), size, self.dtype)
+        if not self.lora_rank:
+            return
+
+        def random_a() -> jax.Array:
+            init = nn.initializers.normal(self.width**-0.5)
+            return init(self.make_rng("params"), (self.width, self.lora_rank), jnp.float32)
+
+        self.a = self.variable("lora", "a", random_a)
+        self.b = self.variable("lora", "b", jnp.zeros, (self.lora_rank, self.features), jnp.float32)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., width] -> [..., features], in x's dtype."""
+        (y,) = joint_linear(x, self)
+        return y
+
+    def without_adapter(self, x_NxD: jax.Array) -> jax.Array:
+        """x W."""
+        return x_NxD @ self.kernel.astype(x_NxD.dtype)
+
+
+def joint_linear(x: jax.Array, *projections: Linear) -> list[jax.Array]:
+    """What each of several projections makes of the same x [..., D], in x's dtype.
+
+    Their adapters, which have one rank and alpha, share one product of x with all of their A.
+    """
+    rows_NxD = layouts.token_rows(x)
+    outputs = [projection.without_adapter(rows_NxD) for projection in projections]
+
+    one = projections[0]
+    if one.lora_rank:
+        a = tuple(projection.a.value for projection in projections)
+        b = tuple(projection.b.value for projection in projections)
+        adapted = _adapters(one.lora_alpha / one.lora_rank, rows_NxD, a, b)
+        outputs = [y_NxF + more_NxF for y_NxF, more_NxF in zip(outputs, adapted, strict=True)]
+
+    named = [checkpoint_name(y_NxF, PROJECTED) for y_NxF in outputs]
+    return [y_NxF.reshape(*x.shape[:-1], y_NxF.shape[-1]) for y_NxF in named]
+
+
+_Arrays = tuple[jax.Array, ...]  # one for each adapter
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _adapters(scale: float, x_NxD: jax.Array, a_DxR: _Arrays, b_RxF: _Arrays) -> _Arrays:
+    """scale x A B of each, in x's dtype; gradients of A and B are summed over rows in float32."""
+    return _adapters_forward(scale, x_NxD, a_DxR, b_RxF)[0]
+
+
+def _adapters_forward(
+    scale: float, x_NxD: jax.Array, a_DxR: _Arrays, b_RxF: _Arrays
+) -> tuple[_Arrays, Any]:
+    all_a_DxnR = jnp.concatenate(a_DxR, axis=1).astype(x_NxD.dtype)
+    inner_NxnR = checkpoint_name(scale * (x_NxD @ all_a_DxnR), INNER)
+    outputs = tuple(
+        inner_NxR @ b.astype(x_NxD.dtype)
+        for inner_NxR, b in zip(_columns(inner_NxnR, len(b_RxF)), b_RxF, strict=True)
+    )
+    return outputs, (x_NxD, inner_NxnR, a_DxR, b_RxF)
+
+
+def _adapters_backward(
+    scale: float, kept: Any, d_out_NxF: _Arrays
+) -> tuple[jax.Array, _Arrays, _Arrays]:
+    x_NxD, inner_NxnR, a_DxR, b_RxF = kept
+    sum_over_rows = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+    d_inner_NxR = [
+        scale * (d_out @ b.astype(x_NxD.dtype).T) for d_out, b in zip(d_out_NxF, b_RxF, strict=True)
+    ]
+    d_inner_NxnR = jnp.concatenate(d_inner_NxR, axis=1)
+    all_a_DxnR = jnp.concatenate(a_DxR, axis=1).astype(x_NxD.dtype)
+    d_x_NxD = d_inner_NxnR @ all_a_DxnR.T
+
+    d_a_DxR = _columns(sum_over_rows(x_NxD.T, d_inner_NxnR), len(a_DxR))
+    d_b_RxF = tuple(
+        sum_over_rows(inner_NxR.T, d_out)
+        for inner_NxR, d_out in zip(_columns(inner_NxnR, len(b_RxF)), d_out_NxF, strict=True)
+    )
+    return d_x_NxD, d_a_DxR, d_b_RxF
+
+
+def _columns(joined_xnR: jax.Array, n: int) -> _Arrays:
+    """Each adapter's columns [.., R] of what was joined."""
+    return tuple(jnp.split(joined_xnR, n, axis=1))
+
+
+_adapters.defvjp(_adapters_forward, _adapters_backward)
