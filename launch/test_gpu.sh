@@ -33,7 +33,10 @@ else
   install requirements-test.txt
   python=$VENV/bin/python
 fi
-"$python" -c 'import jax; print(f"jax {jax.__version__}:", *jax.devices())'
+if ! "$python" -c 'import jax; print(f"jax {jax.__version__}:", *jax.devices())'; then
+  echo "error: jax cannot use $JAX_PLATFORMS. To try this script without a GPU: JAX_PLATFORMS=cpu, and --small" >&2
+  exit 2
+fi
 out=runs/test_gpu
 mkdir -p "$out"
 rm -rf "$out/tiny" # else the run would be resumed
