@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import jsonschema
 import pytest
 import yaml
@@ -296,7 +297,7 @@ def test_the_schema_finds_what_a_cluster_would_ignore_or_refuse(old, new):
 # One GPU
 
 PYTHON_THAT_FAILS_TESTS = """#!/bin/bash
-echo "$*" >> calls
+echo "${*//$'\\n'/ }" >> calls
 case "$*" in *pytest*) exit 1 ;; esac
 """
 TIMEOUT_OF_TRAINING = """#!/bin/bash
@@ -343,6 +344,15 @@ def test_stages_may_be_chosen_and_an_unknown_one_is_an_error_with_the_usage(gpu_
     assert len((tmp_path / "calls").read_text().splitlines()) == 2
     unknown = gpu_script("attention")
     assert unknown.returncode == 2 and "Usage" in unknown.stderr and "kernels" in unknown.stderr
+
+
+def test_without_a_gpu_nothing_is_called_a_success():
+    if jax.default_backend() != "cpu":
+        pytest.skip("there is a GPU")
+    env = {"READY_PYTHON": sys.executable, "JAX_PLATFORMS": "cuda,cpu"}
+    done = bash("launch/test_gpu.sh", "kernels", **env)
+    assert done.returncode != 0 and "JAX_PLATFORMS=cpu and --small" in done.stderr
+    assert "pytest" not in done.stdout and "passed" not in done.stdout
 
 
 def test_the_files_of_the_gpu_script_exist(gpu_script, tmp_path):
