@@ -43,10 +43,11 @@ def main(argv: list[str]) -> None:
     if SMALL.value:
         print("small sizes: times, shares and ratios say nothing of the 4B model", flush=True)
     running = Running(report.path.with_suffix(".logs"))
+    over = {"skipped": f"--minutes={MINUTES.value:g} were over"}
     for case in report.cases:
         minutes = (time.monotonic() - started) / 60
         if minutes > MINUTES.value:
-            report.put(case, {"skipped": f"--minutes={MINUTES.value:g} were over"})
+            report.put(case, over)
         else:
             report.put(case, running.measure(case, report))
     running.close()
@@ -126,9 +127,11 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def put(self, case: Case, result: dict[str, Any]) -> None:
+        is_said = bool(self.results) and list(self.results.values())[-1] is result
         self.results[case.name] = result
         self._compare()
-        print(f"{case.name}: {', '.join(filter(None, self._words(case)))}", flush=True)
+        if not is_said:  # one line where nothing of a contestant can be measured
+            print(f"{case.name}: {', '.join(filter(None, self._words(case)))}", flush=True)
         text = json.dumps(
             {
                 "machine": machine(),

@@ -39,6 +39,8 @@ DATA_SHEET = (
 TRAINED_ROWS = {Role.SEARCH: 4, Role.AGGREGATION: 1}
 
 OURS, THEIRS, LAYER = "spiral_device", "transformers_device", "attention_device"
+# In answer to `load`: the 4B model would take hours there.
+NO_ACCELERATOR = {"skip": "jax finds no accelerator; --small tries the program on CPUs"}
 # Asked of cuDNN's backend on one H100: operations a second over the card's peak, and the ratio to
 # transformers, more than 1 where ours is faster.
 PREFILL_TARGETS = {role: {"mfu": 0.60, "ratio_to_transformers": 1.0} for role in Role}

@@ -18,7 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.one_device_cases import DATA_SHEET, SHAPES, SHORT, GroupShape, architecture
+from benchmarks.one_device_cases import (
+    DATA_SHEET,
+    NO_ACCELERATOR,
+    SHAPES,
+    SHORT,
+    GroupShape,
+    architecture,
+)
 from benchmarks.peers.contestant import serve
 from benchmarks.peers.spiral_device import XLA_BLOCK
 from configs import qwen3_4b
@@ -46,6 +53,9 @@ class Arrays(NamedTuple):
 
 class AttentionDevice:
     def load(self, small: bool) -> dict[str, Any]:
+        """Returns {"skip": why nothing can be measured here}, or what measures."""
+        if jax.default_backend() == "cpu" and not small:
+            return NO_ACCELERATOR
         self.arch = architecture(small)
         self.shapes = {role.label: shape for role, shape in (SHORT if small else SHAPES).items()}
         self.expected: dict[tuple[str, str], Any] = {}  # what cuDNN found, by (method, role)

@@ -20,7 +20,15 @@ import numpy as np
 from jax.stages import Compiled
 from ml_collections import ConfigDict
 
-from benchmarks.one_device_cases import DATA_SHEET, REMATS, SHAPES, SHORT, GroupShape, architecture
+from benchmarks.one_device_cases import (
+    DATA_SHEET,
+    NO_ACCELERATOR,
+    REMATS,
+    SHAPES,
+    SHORT,
+    GroupShape,
+    architecture,
+)
 from benchmarks.peers.contestant import serve
 from configs import qwen3_4b
 from spiral_jax.core import mesh as meshes
@@ -86,9 +94,11 @@ class SpiralDevice:
     def load(self, small: bool, attention: str) -> dict[str, Any]:
         """Makes the weights and compiles all programs, as many at once as there are cores.
 
-        Returns {"skip": why the backend cannot serve here}, or what was loaded.
+        Returns {"skip": why nothing can be measured here}, or what was loaded.
         """
         c, device = qwen3_4b.get_config(), jax.devices()[0]
+        if device.platform == "cpu" and not small:
+            return NO_ACCELERATOR
         arch = architecture(small)
         model = dataclasses.replace(
             hf.model_config(arch, c.model), attention=attention, attention_block=XLA_BLOCK
