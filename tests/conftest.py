@@ -1,13 +1,21 @@
-"""What test files share: devices, quick compilation, checkpoints that transformers wrote."""
+"""What test files share: devices, how programs are compiled, checkpoints that transformers wrote.
+
+Tests run on CPUs unless JAX_PLATFORMS says otherwise; launch/test_gpu.sh runs some on a GPU.
+"""
 
 import functools
 import os
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most programs are compiled for one small run: machine code without LLVM's optimisations takes half
-# the time. Processes that tests start inherit it.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# On CPUs most programs are compiled for one small run: machine code without LLVM's optimisations
+# takes half the time. Accelerators multiply float32 matrices in TF32 or bfloat16 unless they are
+# asked for float32, and test oracles do not ask. Processes that tests start inherit it.
+os.environ.setdefault(
+    *("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if os.environ["JAX_PLATFORMS"].startswith("cpu")
+    else ("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+)
 
 import jax
 import pytest
@@ -19,6 +27,37 @@ from spiral_jax.core.mesh import make_mesh
 LONGEST_FIRST = ("commands", "run", "sampling", "learner", "model", "planning")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--at_once", action="store_true", help="print each failure as soon as its test has ended"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # when the terminal is there
+def pytest_configure(config):
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if config.getoption("at_once") and terminal:  # a worker of xdist has no terminal
+        config.pluginmanager.register(FailuresAtOnce(terminal))
+
+
+class FailuresAtOnce:
+    """A run that is cut off has then shown what failed."""
+
+    def __init__(self, terminal):
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.terminal.ensure_newline()
+            self.terminal.section(f"{report.when} of {report.nodeid}", sep="_")
+            self.terminal.write_line(report.longreprtext)
+
+    pytest_collectreport = pytest_runtest_logreport
+
+    def pytest_sessionfinish(self, session):
+        session.config.option.tbstyle = "no"  # once is enough
+
+
 def pytest_collection_modifyitems(items):
     """Rooms whose files take long come first: of two processes, neither then waits at the end."""
 
@@ -27,6 +66,10 @@ def pytest_collection_modifyitems(items):
         return LONGEST_FIRST.index(room) if room in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=place)
+    for item in items:
+        about = item.get_closest_marker("cpu_bits")
+        if about and jax.default_backend() != "cpu":
+            item.add_marker(pytest.mark.skip(reason=f"about CPUs: {about.args[0]}"))
 
 
 @pytest.fixture(scope="session")

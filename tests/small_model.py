@@ -20,9 +20,9 @@ ARCH = Architecture(
 )
 
 
-# Programs that are compiled for one run: machine code without LLVM's optimisations takes half the
-# time.
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
+# Of programs that are compiled for one run: on CPUs machine code without LLVM's optimisations takes
+# half the time.
+UNOPTIMISED = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 quickly_compiled = functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMISED)
 
 

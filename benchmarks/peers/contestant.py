@@ -1,8 +1,9 @@
 """The contestant's end of the benchmarks: a process that answers JSON lines, and its work.
 
 A request {"do": METHOD, ...arguments} on stdin is one call of a method; the answer on stdout is one
-line with what it returned, its wall and CPU seconds and the process's peak memory. What libraries
-print goes to stderr. Needs nothing but numpy, so that every peer's own interpreter can import it.
+line with what it returned, its wall and CPU seconds and the process's peak memory, or with the
+message of the error that it raised. What libraries print goes to stderr. Needs nothing but numpy,
+so that every peer's own interpreter can import it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -85,7 +87,13 @@ def serve(contestant: Contestant) -> None:
         request = json.loads(line)
         method = getattr(contestant, request.pop("do"))
         started, cpu_started = time.perf_counter(), time.process_time()
-        returned = method(**request)
+        try:
+            returned = method(**request)
+        except Exception as error:  # the next request may do: memory that this one lacked is free
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {error}"
+            print(json.dumps({"failed": message}), file=answers, flush=True)
+            continue
         peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # as Linux counts
         answer = {
             "returned": returned,

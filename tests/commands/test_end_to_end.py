@@ -20,6 +20,8 @@ from spiral_jax.core.config import ConfigError, digest, to_plain
 from spiral_jax.run.setup import set_up_training
 from spiral_jax.run.workdir import open_workdir
 
+pytestmark = pytest.mark.cpu_bits("it runs in processes of its own, on CPUs")
+
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = [
     "--config=configs/tiny.py",

@@ -280,6 +280,7 @@ def test_what_was_exported_is_a_base_that_can_be_trained_further(run_of, merged_
     assert layout(base) == layout(before)
 
 
+@pytest.mark.cpu_bits("it runs in processes of its own, on CPUs")
 @pytest.mark.slow
 def test_the_command_writes_once_and_refuses_the_second_time(mesh, tmp_path):
     c = config("bundled:tiny", 4)

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import jsonschema
 import pytest
 import yaml
@@ -291,3 +292,74 @@ def test_the_schema_finds_what_a_cluster_would_ignore_or_refuse(old, new):
     _, jobset, _ = manifest("--dry_run", "--slice=v5e:8x8")
     text = yaml.safe_dump(jobset)
     assert old in text and list(SCHEMA.iter_errors(yaml.safe_load(text.replace(old, new))))
+
+
+# One GPU
+
+PYTHON_THAT_FAILS_TESTS = """#!/bin/bash
+echo "${*//$'\\n'/ }" >> calls
+case "$*" in *pytest*) exit 1 ;; esac
+"""
+TIMEOUT_OF_TRAINING = """#!/bin/bash
+case "$*" in *spiral_jax.train*) exit 124 ;; esac
+while [ "${1#-}" != "$1" ]; do shift; done
+shift
+exec "$@"
+"""
+
+
+@pytest.fixture
+def gpu_script(tmp_path):
+    """(*arguments) -> the finished script, in a checkout whose interpreter only notes its calls."""
+    (tmp_path / "launch").mkdir()
+    for name in ("test_gpu.sh", "venv.sh"):
+        (tmp_path / "launch" / name).write_bytes((ROOT / "launch" / name).read_bytes())
+    for tool, does in (("python", PYTHON_THAT_FAILS_TESTS), ("timeout", TIMEOUT_OF_TRAINING)):
+        (tmp_path / tool).write_text(does)
+        (tmp_path / tool).chmod(0o755)
+    env = {"READY_PYTHON": str(tmp_path / "python"), "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    return lambda *arguments: bash(tmp_path / "launch" / "test_gpu.sh", *arguments, **env)
+
+
+def test_stages_run_in_their_order_whatever_fails_and_what_failed_is_named(gpu_script, tmp_path):
+    done = gpu_script("--minutes=3")
+    assert done.returncode == 1
+    _, kernels, tests, benchmark = (tmp_path / "calls").read_text().splitlines()
+    assert "pytest" in kernels and kernels.endswith("tests/model/test_attention_gpu.py")
+    assert "pytest" in tests and "tests/learner/test_train_step.py" in tests
+    assert "benchmarks.one_device" in benchmark and benchmark.endswith("--minutes=3")
+    failures = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for line, parts in zip(
+        failures,
+        [("kernels", "code 1"), ("tests", "code 1"), ("train", "not done after 240 s")],
+        strict=True,
+    ):
+        assert all(part in line for part in parts)
+
+
+def test_stages_may_be_chosen_and_an_unknown_one_is_an_error_with_the_usage(gpu_script, tmp_path):
+    done = gpu_script("--small", "benchmark")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "calls").read_text().splitlines()[-1].endswith("--small")
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
+    unknown = gpu_script("attention")
+    assert unknown.returncode == 2 and "Usage" in unknown.stderr and "kernels" in unknown.stderr
+
+
+def test_without_a_gpu_nothing_is_called_a_success():
+    if jax.default_backend() != "cpu":
+        pytest.skip("there is a GPU")
+    env = {"READY_PYTHON": sys.executable, "JAX_PLATFORMS": "cuda,cpu"}
+    done = bash("launch/test_gpu.sh", "kernels", **env)
+    assert done.returncode != 0 and "JAX_PLATFORMS=cpu and --small" in done.stderr
+    assert "pytest" not in done.stdout and "passed" not in done.stdout
+
+
+def test_the_files_of_the_gpu_script_exist(gpu_script, tmp_path):
+    gpu_script("tests")
+    files = [
+        word.partition("::")[0]
+        for word in (tmp_path / "calls").read_text().split()
+        if word.startswith("tests/")
+    ]
+    assert len(files) > 15 and all((ROOT / file).is_file() for file in files)

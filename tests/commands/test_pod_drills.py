@@ -15,6 +15,8 @@ from benchmarks import drill
 from benchmarks.nursery import Nursery
 from benchmarks.orphans import workers_left
 
+pytestmark = pytest.mark.cpu_bits("it runs in processes of its own, on CPUs")
+
 STEPS = 5
 # The least to compile, which process 1 does at every start (JAX keeps the programs of process 0
 # alone): one role of traces in one class of slots. A notice and a checkpoint do not know of roles.

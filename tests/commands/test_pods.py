@@ -16,6 +16,8 @@ from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.transformer import ModelConfig
 
+pytestmark = pytest.mark.cpu_bits("it runs in processes of its own, on CPUs")
+
 SAME_GRADIENT = 2e-6  # relative L2: sums over devices in another order
 ARCH = Architecture(
     V=352, D=32, F=48, L=1, H=4, J=2, E=8, norm_eps=1e-5, rope_theta=500.0, tied=True

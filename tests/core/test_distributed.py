@@ -9,6 +9,8 @@ from small_pods import launch
 from spiral_jax.core import distributed
 from spiral_jax.core.distributed import DistributedError, detect_cluster, start
 
+ON_CPUS = pytest.mark.cpu_bits("it runs in processes of its own, on CPUs")
+
 WORKER = ["-m", "tests.pod_worker"]
 
 
@@ -146,6 +148,7 @@ def test_shares_united_are_all_items_in_order(count, processes):
     assert distributed.unite(shares) == list(range(count))
 
 
+@ON_CPUS
 @pytest.mark.slow
 def test_a_process_that_nobody_joins_says_whom_it_waited_for():
     (alone,) = launch([*WORKER, "exchange", "--start_timeout=2"], 2, 1, only=[1])
@@ -156,6 +159,7 @@ def test_a_process_that_nobody_joins_says_whom_it_waited_for():
     )
 
 
+@ON_CPUS
 @pytest.mark.slow
 def test_processes_exchange_and_a_checkpoint_goes_from_mesh_to_mesh(tmp_path):
     """2 x 4 devices -> 1 x 8 -> 2 x 4 cut along other axes; each process checks what it holds."""
@@ -176,12 +180,14 @@ def test_processes_exchange_and_a_checkpoint_goes_from_mesh_to_mesh(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2", "3"]
 
 
+@ON_CPUS
 @pytest.mark.slow
 def test_a_preemption_notice_to_one_process_ends_all_before_the_same_chunk():
     done = launch([*WORKER, "preempt"], 2, 1, timeout=120)
     assert [process.returncode for process in done] == [0, 0], done
 
 
+@ON_CPUS
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "task, who, message",

@@ -112,6 +112,7 @@ def largest_array(program, *args):
     return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
 
 
+@pytest.mark.cpu_bits("arrays and memory of XLA's program for CPUs")
 def test_no_array_of_the_forward_and_backward_pass_holds_all_logits():
     hidden, kernel, trace = random_heads()
 

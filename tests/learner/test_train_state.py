@@ -118,6 +118,7 @@ def test_the_state_alone_is_donated_and_only_what_is_trained_has_moments(kind):
         assert jax.tree.structure(tree) == jax.tree.structure(base if lora is None else lora)
 
 
+@pytest.mark.cpu_bits("arrays and memory of XLA's program for CPUs")
 def test_the_optimizer_works_where_the_state_lies():
     """Copies of the moments would be two thirds of the state."""
     frozen, state = start("full", one_device())

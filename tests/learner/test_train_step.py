@@ -31,8 +31,9 @@ from spiral_jax.learner.blocks import place_blocks
 from spiral_jax.learner.state import variables
 from spiral_jax.model.transformer import Transformer, head_kernel
 
-# fp32 sums in another order, as DESIGN section 8 states them
-SAME_GRADIENT, SAME_LOSS = 2e-6, 1e-6
+# fp32 sums in another order, as DESIGN section 8 states them; found on CPUs: 8e-7. A GPU may
+# compute each shape by another kernel, with other partial sums: there as for the oracle.
+SAME_GRADIENT, SAME_LOSS = (2e-6, 1e-6) if jax.default_backend() == "cpu" else (1e-5, 1e-5)
 
 
 def norm(tree):

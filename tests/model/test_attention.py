@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import UNOPTIMISED
 
 from spiral_jax.model.attention import groups
 from spiral_jax.model.attention.kernels import Kernels
@@ -21,7 +22,7 @@ U, C, P, G, E = 3, 2, 7, 5, 8
 # (H, J, block): 1, 2 and 3 query heads a key/value head; most blocks divide neither 7 nor 5
 CASES = [(4, 4, 1), (4, 2, 2), (6, 2, 3), (3, 1, 4), (6, 2, 6), (4, 4, 7), (6, 2, 512)]
 PROMPT_LEN = np.array([7, 1, 4], np.int32)
-QUICK = {"xla_backend_optimization_level": 0}  # of LLVM: compiled for one run
+OF_CPU_PROGRAM = pytest.mark.cpu_bits("arrays and memory of XLA's program for CPUs")
 
 
 def lengths(prompt_len=PROMPT_LEN, longest_prompt=P, longest_trace=G):
@@ -42,8 +43,8 @@ def of_traces(q, prompt_kv, own_kv, of, backend):
     return groups.trace_attention(backend, q, KeyValue(*prompt_kv), KeyValue(*own_kv), of)
 
 
-prompt_attention = jax.jit(of_prompts, static_argnums=4, compiler_options=QUICK)
-trace_attention = jax.jit(of_traces, static_argnums=4, compiler_options=QUICK)
+prompt_attention = jax.jit(of_prompts, static_argnums=4, compiler_options=UNOPTIMISED)
+trace_attention = jax.jit(of_traces, static_argnums=4, compiler_options=UNOPTIMISED)
 
 
 # ---- a kernel that is none: whole scores, so that what `Kernels` makes of parts can be seen
@@ -229,7 +230,8 @@ def test_gradients_of_uneven_groups_are_those_of_plain_rows(backend):
         np.array([[4, 0], [1, 3], [0, 0]], np.int32),
     )
     gradient = jax.jit(
-        jax.grad(functools.partial(grouped_total, backend), argnums=(0, 1)), compiler_options=QUICK
+        jax.grad(functools.partial(grouped_total, backend), argnums=(0, 1)),
+        compiler_options=UNOPTIMISED,
     )
     found = gradient(prompt, trace, target, prompt_len, trace_len)
     expected = jax.grad(plain_total, argnums=(0, 1))(prompt, trace, target, prompt_len, trace_len)
@@ -249,7 +251,7 @@ def test_keys_and_values_of_padding_never_leak_into_outputs_or_gradients():
     def total(q, prompt_kv, own_kv):
         return jnp.sum(jnp.sin(of_traces(q, prompt_kv, own_kv, lengths(), 2)))
 
-    both = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), compiler_options=QUICK)
+    both = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), compiler_options=UNOPTIMISED)
     clean, poisoned = both(q, prompt_kv, own_kv), both(q, poisoned_kv, own_kv)
     jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
     of_keys, of_values = poisoned[1][1]
@@ -323,7 +325,7 @@ def compiled_gradient(length, block, C=2, G=64):
         own = jnp.sum(jnp.sin(of_traces(own_q, (k, v), (own_k, own_v), of, block)))
         return own + jnp.sum(jnp.sin(of_prompts(q, k, v, of, block)))
 
-    gradient = jax.jit(jax.grad(total, argnums=tuple(range(6))), compiler_options=QUICK)
+    gradient = jax.jit(jax.grad(total, argnums=tuple(range(6))), compiler_options=UNOPTIMISED)
     return gradient.lower(prompt, prompt, prompt, own, own, own, of).compile()
 
 
@@ -332,6 +334,7 @@ def largest_array(program):
     return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
 
 
+@OF_CPU_PROGRAM
 def test_no_array_holds_the_scores_of_all_queries_to_all_keys():
     P, G, C, block = 512, 64, 2, 32
     program = compiled_gradient(P, block, C, G)
@@ -341,6 +344,7 @@ def test_no_array_holds_the_scores_of_all_queries_to_all_keys():
     assert largest_array(compiled_gradient(P, P, C, G)) >= P * P
 
 
+@OF_CPU_PROGRAM
 def test_memory_of_a_17_thousand_token_prompt_is_that_of_its_arrays():
     length = 17_920
     array = length * 2 * E * 4

@@ -21,6 +21,8 @@ from spiral_jax.planning.costs import cost_of
 from spiral_jax.planning.hlo import parse
 from spiral_jax.planning.traffic import uncounted_kernels
 
+pytestmark = pytest.mark.cpu_bits("kernels for TPUs, in Pallas's interpreter")
+
 QUERY_BLOCK, KEY_BLOCK = 128, 256  # of float32 with four heads a key
 
 

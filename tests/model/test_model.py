@@ -43,6 +43,8 @@ from spiral_jax.model.transformer import (
 pytestmark = pytest.mark.devices8
 
 SAME = 1e-5  # the same sums in another shape of program; hidden states up to about 5
+# Relative, of gradients. Found on CPUs: 7e-7. A GPU may compute each shape by another kernel.
+SAME_GRADIENT = 2e-6 if jax.default_backend() == "cpu" else 1e-5
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 BASE = ModelConfig(ARCH, attention_block=4)
@@ -136,7 +138,7 @@ def test_padding_changes_neither_logprobs_nor_gradient(mesh):
     )
     assert np.isfinite(wide_logprob).all()
     np.testing.assert_allclose(wide_logprob[:U, :C, :G], logprob, rtol=0, atol=SAME)
-    assert relative_l2(wide_gradient, gradient) <= 2e-6
+    assert relative_l2(wide_gradient, gradient) <= SAME_GRADIENT
 
 
 # Adapters
@@ -259,7 +261,7 @@ def test_rematerialisation_changes_neither_loss_nor_gradient(mesh, remat):
         config = dataclasses.replace(LORA, remat=remat)
         return on_mesh(loss_and_gradient, mesh, config, variables, ids, weight)
 
-    assert relative_l2(under(remat), under("none")) <= 2e-6
+    assert relative_l2(under(remat), under("none")) <= SAME_GRADIENT
 
 
 def test_policies_compute_again_what_they_do_not_keep():
@@ -281,6 +283,7 @@ def test_policies_compute_again_what_they_do_not_keep():
     assert products("attention") == products("dots") + of_projections
 
 
+@pytest.mark.cpu_bits("arrays and memory of XLA's program for CPUs")
 @pytest.mark.parametrize(
     ("config", "trained"), [(BASE, "params"), (LORA, "lora")], ids=["full", "lora"]
 )

@@ -30,6 +30,14 @@ from spiral_jax.learner.step import make_train_step
 from spiral_jax.sampling.programs import recipes
 from spiral_jax.sampling.settings import Schedule, SlotClass
 
+
+@pytest.fixture(autouse=True)
+def as_users_have_it():
+    """On accelerators tests ask for float32 everywhere, see conftest; users do not."""
+    with jax.default_matmul_precision(None):
+        yield
+
+
 BFLOAT16 = {"param_dtype": jnp.bfloat16, "compute_dtype": jnp.bfloat16}
 
 

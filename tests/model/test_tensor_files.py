@@ -184,6 +184,7 @@ print(peak[0] - start - sum(sizes), sum(sizes), max(sizes), "torch" in sys.modul
 """
 
 
+@pytest.mark.cpu_bits("parameters lie in the process's memory")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_holds_little_beside_the_parameters_and_imports_no_torch(
     tmp_path, qwen3_checkpoint

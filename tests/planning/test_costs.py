@@ -8,6 +8,8 @@ from spiral_jax.planning.costs import Cost, UnknownLoop, cost_of
 from spiral_jax.planning.hlo import parse
 from spiral_jax.planning.profile import unit_and_call
 
+OF_CPU_PROGRAM = pytest.mark.cpu_bits("XLA's program for CPUs as text")
+
 M, N, K = 16, 24, 32
 PRODUCT = 2 * M * N * K
 
@@ -24,11 +26,13 @@ def module_of(body, computations=""):
     )
 
 
+@OF_CPU_PROGRAM
 def test_a_product_is_two_operations_a_multiply_add_and_moves_its_arrays():
     module = compiled(lambda a, b: a @ b, ((M, K), jnp.float32), ((K, N), jnp.float32))
     assert cost_of(module, {}) == Cost(PRODUCT, 4 * (M * K + K * N + M * N))
 
 
+@OF_CPU_PROGRAM
 def test_a_loop_counts_as_often_as_it_runs_and_inner_loops_multiply():
     def inner(x, w):
         return jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w), x)
@@ -40,6 +44,7 @@ def test_a_loop_counts_as_often_as_it_runs_and_inner_loops_multiply():
     assert cost_of(module, {}).flops == 5 * 3 * 2 * M * K * K
 
 
+@OF_CPU_PROGRAM
 def test_a_scan_reads_of_stacked_weights_one_layer_a_pass():
     layers = 64
 
@@ -52,6 +57,7 @@ def test_a_scan_reads_of_stacked_weights_one_layer_a_pass():
     assert weights <= read <= 3.5 * weights
 
 
+@OF_CPU_PROGRAM
 def test_an_update_in_place_moves_what_changes():
     def write(cache, row):
         return jax.lax.dynamic_update_slice(cache, row, (7, 0))
@@ -61,6 +67,7 @@ def test_an_update_in_place_moves_what_changes():
     assert cost_of(module, {}).hbm_bytes <= 4 * 3 * K
 
 
+@OF_CPU_PROGRAM
 def test_a_loop_of_unknown_length_must_be_stated():
     def some(x, w, n):
         with jax.named_scope("tokens"):

@@ -255,6 +255,7 @@ def here(mesh):
     return Topology("here", CHIPS["v5e"], mesh.size, list(mesh.devices.flat))
 
 
+@pytest.mark.cpu_bits("arrays and memory of XLA's program for CPUs")
 def test_the_real_programs_compute_what_the_ideal_count_says(
     small_run, here, tmp_path, monkeypatch
 ):

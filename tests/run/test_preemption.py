@@ -64,6 +64,7 @@ def test_errors_of_the_work_come_through_and_the_handler_is_put_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.cpu_bits("it runs in processes of its own, on CPUs")
 def test_a_save_that_outlasts_the_grace_ends_the_process():
     code = """
         import os, signal, time

@@ -80,6 +80,7 @@ BAD = {
     "model.hf_path": ("", "directory"),
     "model.compute_dtype": ("float16", "float32, bfloat16"),
     "model.remat": ("everything", "none, dots, attention, layer"),
+    "model.attention": ("cuda", "auto, xla, gpu, tpu"),
     "task.name": ("gsm", "jsonl, parquet, hf, two_halves, end_digit, reasoning_gym"),
     "task.reward": ("my_reward", "package.module:function"),
     "eval.temperature": (-0.5, ">= 0"),

@@ -20,6 +20,8 @@ from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
 from spiral_jax.sampling.shapes import abstract_state, shardings
 from spiral_jax.sampling.weights import abstract_weights
 
+pytestmark = pytest.mark.cpu_bits("arrays and memory of XLA's program for CPUs")
+
 ARCH = Architecture(
     V=97, D=256, F=1024, L=4, H=4, J=2, E=64, norm_eps=1e-6, rope_theta=1e4, tied=False
 )

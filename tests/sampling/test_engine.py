@@ -233,6 +233,7 @@ def test_any_order_of_admission_gives_the_same_tokens_where_groups_move(
     assert_same_up_to_rounding(groups, groups_at(expected, *order))
 
 
+@pytest.mark.cpu_bits("bits of two programs")
 @pytest.mark.parametrize("chunk, exit_groups", [(1, 1), (12, 4)])
 def test_how_long_a_chunk_is_changes_no_bit(mesh, stop_ids, weights, sampled, chunk, exit_groups):
     engine = make_engine(mesh, stop_ids, chunk=chunk, exit_groups=exit_groups)

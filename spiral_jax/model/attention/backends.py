@@ -74,7 +74,9 @@ def refusal(name: str, device: jax.Device, dtype: jnp.dtype, E: int) -> str | No
     if name == TPU:
         return None
     major, _, minor = str(getattr(device, "compute_capability", "9.0")).partition(".")
-    return gpu.unavailable() or gpu.refusal(dtype, E, (int(major), int(minor or 0)))
+    reason = gpu.unavailable() or gpu.refusal(dtype, E, (int(major), int(minor or 0)))
+    runs_here = jax.default_backend() == "gpu"  # else it is planned for
+    return reason or (gpu.missing_library() if runs_here else None)
 
 
 @functools.cache

@@ -138,6 +138,23 @@ def unavailable() -> str | None:
     return None
 
 
+def missing_library() -> str | None:
+    """Why programs of this process cannot call cuDNN, in one line; None where nothing says so.
+
+    Compiling for GPUs that are elsewhere does not need it.
+    """
+    try:
+        from jax._src.cudnn.fused_attention_stablehlo import check_cudnn_version
+    except ImportError:  # it has moved: a missing library shows when a program is compiled
+        return None
+    try:
+        check_cudnn_version()
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        return f"jax finds no cuDNN ({reason}): pip install -r requirements-gpu.txt"
+    return None
+
+
 def _fill_up(array: jax.Array, axis: int = 1) -> jax.Array:
     """Zeros at the end of an axis, up to a multiple of BLOCK."""
     widths = [(0, 0)] * array.ndim
