@@ -34,7 +34,7 @@ from spiral_jax.model.attention.backends import XLA, make_backend, make_prompt_b
 from spiral_jax.model.attention.part import KeyValue, Lengths
 from spiral_jax.model.flops import attention_pairs
 from spiral_jax.planning.topology import CHIPS
-from spiral_jax.sampling.settings import KERNEL_CHUNK
+from spiral_jax.sampling.settings import kernel_chunk
 
 CUDNN = "cudnn"
 DTYPE = jnp.bfloat16
@@ -147,7 +147,7 @@ def _prompts(attention: str, arrays: Arrays) -> jax.Array:
         return _dot_product_attention(arrays.prompt_q, *arrays.prompt)
     U, P, _, E = arrays.prompt_q.shape
     chunk = qwen3_4b.get_config().sampling.prefill_chunk
-    chunk = min(P, chunk if attention == XLA else max(chunk, KERNEL_CHUNK))
+    chunk = min(P, chunk) if attention == XLA else kernel_chunk(P, chunk)
     padded = jax.tree.map(
         lambda a: jnp.pad(a, ((0, 0), (0, -P % chunk), (0, 0), (0, 0))),
         (arrays.prompt_q, arrays.prompt),

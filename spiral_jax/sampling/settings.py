@@ -15,7 +15,8 @@ from spiral_jax.model.attention.backends import XLA
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.sampling.draw import Draw
 
-KERNEL_CHUNK = 2048  # prompt tokens at once, at least, where attention is computed by kernels
+# Where kernels attend: prompt tokens at once, at least, and what their number is a multiple of.
+KERNEL_CHUNK, KERNEL_TILE = 2048, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,15 +163,27 @@ class DecodeSettings:
 
         Kernels that attend want large ones: they hold no scores.
         """
-        chunk = self.prefill_chunk
-        if self.config.attention != XLA:
-            chunk = max(chunk, KERNEL_CHUNK)
-        return min(chunk, prompt)
+        if self.config.attention == XLA:
+            return min(self.prefill_chunk, prompt)
+        return kernel_chunk(prompt, self.prefill_chunk)
 
     def cached_prompt(self, prompt: int) -> int:
         """Tokens of a prompt cache for prompts of up to `prompt` tokens: whole chunks."""
         chunk = self.chunk_of(prompt)
         return -(-prompt // chunk) * chunk
+
+
+def kernel_chunk(prompt: int, least: int) -> int:
+    """Tokens of a prefill chunk where kernels attend: even chunks of at least KERNEL_CHUNK.
+
+    Even, so that the last one is not half empty.
+
+    Args:
+      prompt: tokens of the longest prompt; a shorter one than a chunk is one chunk.
+      least: tokens that a chunk has at least, if that is more.
+    """
+    chunk = -(-prompt // max(1, prompt // max(least, KERNEL_CHUNK)))
+    return min(chunk + -chunk % KERNEL_TILE, prompt)
 
 
 def make_schedule(c: ConfigDict) -> Schedule:

@@ -6,7 +6,13 @@ import pytest
 from small_sampler import MANY_SIZES, requests_of
 
 from spiral_jax.core.config import ConfigError
-from spiral_jax.sampling.settings import Schedule, SlotClass, check_sampling, make_schedule
+from spiral_jax.sampling.settings import (
+    Schedule,
+    SlotClass,
+    check_sampling,
+    kernel_chunk,
+    make_schedule,
+)
 
 CONFIGS = ("tiny", "qwen3_4b", "grpo_qwen3_4b", "smollm2_135m", "smollm2_chain_sum", "end_digit")
 
@@ -77,3 +83,11 @@ def test_every_class_of_a_config_leads_to_the_longest_of_its_prompt_length(name)
     for i, slots in enumerate(schedule.classes):
         reached = [slots, *(schedule.classes[j] for j in schedule.targets(i))]
         assert max(there.G for there in reached) == schedule.longest_trace(slots.P)
+
+
+@pytest.mark.parametrize("prompt", [1, 100, 2047, 2048, 4096, 8448, 9216, 17920])
+def test_prompts_are_prefilled_in_few_even_chunks_where_kernels_attend(prompt):
+    chunk = kernel_chunk(prompt, least=256)
+    chunks = -(-prompt // chunk)
+    assert chunk >= min(prompt, 2048)
+    assert chunks * chunk < prompt + chunks * 128  # all that is computed in vain is rounding
