@@ -60,9 +60,9 @@ def defaults() -> ConfigDict:
     # "dots": and those of all products with weights; "none": everything is kept
     c.model.remat = "layer"
     # what computes attention in training and prefill: "xla", loops over blocks; "gpu", cuDNN;
-    # "tpu", Pallas kernels; "auto", the last two where devices and dtype allow it. Not the default
-    # before they have run on their hardware
-    c.model.attention = "xla"
+    # "tpu", Pallas kernels, which have not run on a TPU yet; "auto", cuDNN where the devices and
+    # the dtype allow it, else "xla"
+    c.model.attention = "auto"
     # xla: queries, and keys, a block: scores in memory are [.., block, block]
     c.model.attention_block = 256
 

@@ -159,7 +159,8 @@ def test_a_group_split_into_groups_of_one_trace_gives_the_same_gradient():
     assert_same(run("lora", blocks), whole())
 
 
-def test_padding_of_any_content_changes_no_bit():
+def test_padding_of_any_content_changes_nothing():
+    """No bit on a CPU; a GPU adds gradients of equal ids in an order that others move."""
     clean, dirty = blocks_of(both_roles()), blocks_of(both_roles())
     rng = np.random.default_rng(2)
     for block in dirty:
@@ -170,9 +171,12 @@ def test_padding_of_any_content_changes_no_bit():
         block.logprob_AxUxCxG[past_trace] = np.nan
         assert block.count == 2
         block.trace_len_AxUxC[2:], block.weight_AxUxC[2:] = G, 7.0  # micro-batches beyond `count`
-    gradient, metrics, state = run("full", clean)
-    expected, same_metrics, same_state = run("full", dirty)
-    jax.tree.map(np.testing.assert_array_equal, gradient, expected)
+    step, expected = run("full", dirty), run("full", clean)
+    if jax.default_backend() != "cpu":
+        assert_same(step, expected)
+        return
+    (gradient, metrics, state), (same_gradient, same_metrics, same_state) = step, expected
+    jax.tree.map(np.testing.assert_array_equal, gradient, same_gradient)
     jax.tree.map(np.testing.assert_array_equal, state.trained, same_state.trained)
     assert metrics == same_metrics
 
