@@ -16,7 +16,9 @@ from small_steps import (
     P,
     blocks_of,
     both_roles,
+    learner,
     one_device,
+    random_groups,
     random_trees,
     run,
     search_alone,
@@ -28,7 +30,7 @@ from spiral_jax.core import mesh as meshes
 from spiral_jax.core.groups import Role, take_groups
 from spiral_jax.core.metrics import divide
 from spiral_jax.learner.blocks import place_blocks
-from spiral_jax.learner.state import variables
+from spiral_jax.learner.state import init_state, variables
 from spiral_jax.model.transformer import Transformer, head_kernel
 
 # fp32 sums in another order, as DESIGN section 8 states them; found on CPUs: 8e-7. A GPU may
@@ -295,3 +297,61 @@ def test_without_anything_to_learn_only_the_step_moves(lacking, most):
     assert [int(count) for _, count in counts] == [1, 1]  # Adam's and the schedule's
     assert all(value is None or np.isfinite(value) for value in metrics.values())
     assert metrics["grad_norm"] == metrics["loss/search"] == metrics["loss/aggregation"] == 0
+
+
+# ---- what a step leaves alone: here, where these programs are compiled
+
+
+@pytest.mark.devices8
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_step_leaves_the_loaded_base_alone(kind, mesh):
+    base, _ = random_trees(kind)
+    loaded = jax.device_put(base, meshes.weight_shardings(base, mesh))
+    frozen, state = init_state(learner(), MODELS[kind], mesh, loaded)
+    with jax.set_mesh(mesh):
+        after, _ = step_of(kind)(state, frozen, place_blocks(blocks_of(both_roles()), mesh))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trained))
+    jax.tree.map(np.testing.assert_array_equal, loaded, base)
+    if kind == "full":  # so that the comparison says something
+        for now, was in zip(jax.tree.leaves(after.trained), jax.tree.leaves(base), strict=True):
+            assert np.any(now != was)
+
+
+@pytest.mark.devices8
+def test_other_lengths_and_counts_in_the_same_shapes_compile_nothing(mesh):
+    compiled = []
+
+    def listen(event, duration, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    frozen, state = start("lora", mesh)
+    step = step_of("lora")
+    with jax.set_mesh(mesh):
+        state, _ = step(state, frozen, place_blocks(blocks_of(both_roles()), mesh))
+        jax.block_until_ready(state)
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            for seed, groups in enumerate((8, 11, 1, 0), start=1):
+                material = {role: random_groups(seed, role, groups) for role in Role}
+                state, _ = step(state, frozen, place_blocks(blocks_of(material), mesh))
+            jax.block_until_ready(state)
+            assert compiled == []
+            jax.jit(lambda x: x + len(compiled))(1.0)
+            assert compiled, "the listener hears nothing"
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+    assert int(state.step) == 5
+
+
+def test_clipping_scales_the_gradient_but_not_the_logged_norm():
+    blocks = blocks_of(search_alone(), micro=8, most=8)
+    gradient, metrics, _ = run("lora", blocks)
+    clipped, clipped_metrics, _ = run("lora", blocks, clip_norm=0.5)
+    assert metrics["grad_norm"] > 1
+    factor = 0.5 / metrics["grad_norm"]
+    scaled = jax.tree.map(lambda leaf: leaf * factor, gradient)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), clipped, scaled
+    )
+    assert clipped_metrics["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-6)

@@ -217,11 +217,10 @@ def grouped_total(backend, prompt, trace, target, prompt_len, trace_len):
 
 @pytest.mark.parametrize("backend", [1, 3, 4, 512, DENSE], ids=["1", "3", "4", "512", "kernels"])
 def test_gradients_of_uneven_groups_are_those_of_plain_rows(backend):
-    seed = backend if isinstance(backend, int) else 0
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     H, J = 6, 2
     prompt, trace = (
-        prompt_arrays(H, J, seed),
+        prompt_arrays(H, J, 0),
         tuple(random(rng, U, C, G, heads, E) for heads in (H, J, J)),
     )
     target = random(rng, U, P, H, E), random(rng, U, C, G, H, E)
@@ -234,7 +233,10 @@ def test_gradients_of_uneven_groups_are_those_of_plain_rows(backend):
         compiler_options=UNOPTIMISED,
     )
     found = gradient(prompt, trace, target, prompt_len, trace_len)
-    expected = jax.grad(plain_total, argnums=(0, 1))(prompt, trace, target, prompt_len, trace_len)
+    oracle = jax.grad(plain_total, argnums=(0, 1))
+    expected = jax.jit(oracle, static_argnums=(3, 4), compiler_options=UNOPTIMISED)(
+        prompt, trace, target, tuple(prompt_len), tuple(map(tuple, trace_len))
+    )
     # entries of order ten; sums over queries and keys run in another order
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected

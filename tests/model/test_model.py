@@ -40,8 +40,6 @@ from spiral_jax.model.transformer import (
     unstack_layers,
 )
 
-pytestmark = pytest.mark.devices8
-
 SAME = 1e-5  # the same sums in another shape of program; hidden states up to about 5
 # Relative, of gradients. Found on CPUs: 7e-7. A GPU may compute each shape by another kernel.
 SAME_GRADIENT = 2e-6 if jax.default_backend() == "cpu" else 1e-5
@@ -111,6 +109,7 @@ def grown(ids, **by):
     return Ids(prompt, length, trace)
 
 
+@pytest.mark.devices8
 @pytest.mark.parametrize("by", [{}, {"P": 7, "U": 4, "C": 1, "G": 3}], ids=str)
 def test_padding_changes_no_hidden_state_of_a_real_token(mesh, by):
     variables, ids = random_variables(BASE, mesh), random_ids()
@@ -125,6 +124,7 @@ def test_padding_changes_no_hidden_state_of_a_real_token(mesh, by):
         )
 
 
+@pytest.mark.devices8
 def test_padding_changes_neither_logprobs_nor_gradient(mesh):
     variables, ids = random_variables(LORA, mesh), random_ids()
     wide = grown(ids, P=7, G=3, U=4, C=1)
@@ -178,6 +178,7 @@ def merged_by_hand(variables):
     return merged
 
 
+@pytest.mark.devices8
 def test_an_adapter_equals_weights_merged_by_hand(mesh):
     variables, ids = random_variables(LORA, mesh), random_ids()
     merged = merged_by_hand(variables)
@@ -283,6 +284,7 @@ def test_policies_compute_again_what_they_do_not_keep():
     assert products("attention") == products("dots") + of_projections
 
 
+@pytest.mark.devices8
 @pytest.mark.cpu_bits("arrays and memory of XLA's program for CPUs")
 @pytest.mark.parametrize(
     ("config", "trained"), [(BASE, "params"), (LORA, "lora")], ids=["full", "lora"]
@@ -369,6 +371,7 @@ def test_scan_and_last_layer_are_a_loop_over_whole_layers(mesh, L):
     np.testing.assert_allclose(found, hidden, rtol=0, atol=SAME)
 
 
+@pytest.mark.devices8
 @pytest.mark.parametrize("late", [(0, 0, 0, 0), (0, 2, 1, 3)])
 def test_decoding_step_by_step_is_the_forward_of_the_whole_group(mesh, late):
     variables, ids = random_variables(LORA, mesh), random_ids()

@@ -23,8 +23,6 @@ from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.transformer import ModelConfig
 
-pytestmark = pytest.mark.devices8
-
 PARITY = 1e-4  # float32 against float32 in another order of sums, logits up to about 3
 MUTATED = 10 * PARITY  # a wrong constant must stand out from that
 
@@ -79,6 +77,7 @@ def make_checkpoint(request, qwen3_checkpoint, llama_checkpoint):
     return {"qwen3": qwen3_checkpoint, "llama": llama_checkpoint}[request.param]
 
 
+@pytest.mark.devices8
 @pytest.mark.parametrize("kv_heads, tied, block", [(6, True, 512), (3, False, 4), (2, True, 2)])
 def test_logits_and_logprobs_are_those_of_transformers(
     make_checkpoint, mesh, kv_heads, tied, block

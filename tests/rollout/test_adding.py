@@ -6,7 +6,6 @@ the program knows estimators or tasks by their names.
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -76,14 +75,6 @@ def added(tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "sums_of_a_digit", row)
 
 
-@pytest.fixture
-def quickly_compiled():
-    """Programs that run once: compiled without optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def smallest_config(model):
     c = tiny.get_config()
     c.model.hf_path = str(model)
@@ -99,9 +90,7 @@ def smallest_config(model):
     return c
 
 
-def test_a_step_trains_with_an_estimator_and_a_task_that_only_their_tables_know(
-    added, quickly_compiled, tmp_path
-):
+def test_a_step_trains_with_an_estimator_and_a_task_that_only_their_tables_know(added, tmp_path):
     drill.write_model(tmp_path / "model", seed=0)
     c = smallest_config(tmp_path / "model")
     c.loss.estimator, c.task.name = "best_set", "sums_of_a_digit"

@@ -417,7 +417,6 @@ def every_sequence(stop):
     return np.array([*pairs, (stop, 0)], np.int32), np.array([2] * len(pairs) + [1])
 
 
-@pytest.mark.devices8
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_frequencies_of_whole_traces_are_their_exact_probabilities(mesh, temperature):
     config = dataclasses.replace(ONE_LAYER, arch=dataclasses.replace(ONE_LAYER.arch, V=4))
