@@ -17,7 +17,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spiral_jax.model import layouts
 from spiral_jax.model.attention.part import (
     KeyValue,
     Lengths,
@@ -27,7 +26,7 @@ from spiral_jax.model.attention.part import (
     nothing_seen,
     split_heads,
 )
-from spiral_jax.model.cache import Cache, cache_entries, read_tokens
+from spiral_jax.model.cache import Cache, cache_entries, read_tokens, write_entries
 
 # Names of scopes: a plan finds the loops of a compiled program by them.
 OWN_KEYS_SCOPE, PROMPT_KEYS_SCOPE = "own_keys", "prompt_keys"
@@ -48,13 +47,6 @@ class KeyCounts(NamedTuple):
 
     own: jax.Array
     prompt: jax.Array
-
-
-class KeyCotangents(NamedTuple):
-    """Of a set of keys and values, both [..., E, T] float32."""
-
-    k: jax.Array
-    v: jax.Array
 
 
 def even_block(length: int, block: int) -> int:
@@ -199,7 +191,7 @@ def _backward(
 
     def add_block(i: jax.Array, done: tuple) -> tuple:
         d_q, d_own, d_prompt = done
-        rows = _QueryRows.of(*(_block_rows(a, i, sizes.own) for a in queries))
+        rows = queries.block(i, sizes.own)
         d_rows = jnp.zeros(rows.q.shape, jnp.float32)
         with jax.named_scope(OWN_KEYS_SCOPE):
             visible = _causal(i, sizes.own, R)
@@ -213,43 +205,30 @@ def _backward(
                 )
         return _write_block(d_q, d_rows.astype(dtype), i, sizes.own), d_own, d_prompt
 
-    nothing = jnp.zeros_like(q), _no_cotangents(own), _no_cotangents(prompt)
-    d_q, d_own, d_prompt = jax.lax.fori_loop(0, counts.own, add_block, nothing)
-    return d_q, _as_cache(d_own, dtype), _as_cache(d_prompt, dtype)
+    no_keys = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (own, prompt))
+    d_q, *d_keys = jax.lax.fori_loop(0, counts.own, add_block, (jnp.zeros_like(q), *no_keys))
+    return d_q, *jax.tree.map(lambda a: a.astype(dtype), d_keys)
 
 
 class _Queries(NamedTuple):
-    """All queries in the backward pass: q, d_out [U, J, C, R, Q, E], lse, delta [U, J, C, R, Q]."""
-
-    q: jax.Array
-    d_out: jax.Array
-    lse: jax.Array
-    delta: jax.Array
-
-
-class _QueryRows(NamedTuple):
-    """A block of queries in the backward pass, and what is known of them.
+    """Queries in the backward pass, all or the rows of a block, and what is known of them.
 
     Attributes:
-      q, d_out: [..., N, E]; q_columns, d_out_columns: the same as [..., E, N].
-      lse, delta: [..., N].
+      q, d_out: [U, J, C, R, Q, E]; of a block [U, J, C, N, E], of all traces [U, J, C * N, E].
+      lse, delta: the same without E.
     """
 
     q: jax.Array
     d_out: jax.Array
     lse: jax.Array
     delta: jax.Array
-    q_columns: jax.Array
-    d_out_columns: jax.Array
 
-    @classmethod
-    def of(cls, q: jax.Array, d_out: jax.Array, lse: jax.Array, delta: jax.Array) -> _QueryRows:
-        return cls(q, d_out, lse, delta, layouts.columns(q), layouts.columns(d_out))
+    def block(self, i: jax.Array, size: int) -> _Queries:
+        return _Queries(*(_block_rows(a, i, size) for a in self))
 
-    def of_all_traces(self) -> _QueryRows:
-        """[U, J, C, N, ...] -> [U, J, C * N, ...], as the prompt's keys meet them."""
-        rows = (self.q, self.d_out, self.lse, self.delta)
-        return _QueryRows.of(*(_merge_traces(a) for a in rows))
+    def of_all_traces(self) -> _Queries:
+        """As the prompt's keys meet the rows of a block."""
+        return _Queries(*(_merge_traces(a) for a in self))
 
 
 def _cotangents_of(
@@ -257,51 +236,30 @@ def _cotangents_of(
     size: int,
     count: jax.Array,
     visible: Visible,
-    rows: _QueryRows,
+    rows: _Queries,
     d_rows: jax.Array,
-    d_keys: KeyCotangents,
-) -> tuple[jax.Array, KeyCotangents]:
-    """(d_rows, d_keys) with what the first `count` blocks of keys add to both."""
+    d_keys: Cache,
+) -> tuple[jax.Array, Cache]:
+    """(d_rows, d_keys), float32, with what the first `count` blocks of keys add to both."""
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     dtype = rows.q.dtype
 
-    def add_block(
-        j: jax.Array, done: tuple[jax.Array, KeyCotangents]
-    ) -> tuple[jax.Array, KeyCotangents]:
+    def add_block(j: jax.Array, done: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
         d_rows, d_keys = done
         block = read_tokens(keys, j * size, size)
-        score = dot("...ne,...et->...nt", rows.q, block["k"])
+        score = dot("...ne,...te->...nt", rows.q, block["k"])
         weight = jnp.where(visible(j), jnp.exp(score - rows.lse[..., None]), 0.0)
         d_weight = dot("...ne,...te->...nt", rows.d_out, block["v"])
         d_score = (weight * (d_weight - rows.delta[..., None])).astype(dtype)
-        new_k = dot("...en,...nt->...et", rows.q_columns, d_score)
-        new_v = dot("...en,...nt->...et", rows.d_out_columns, weight.astype(dtype))
-        d_keys = KeyCotangents(
-            _add_tokens(d_keys.k, new_k, j * size), _add_tokens(d_keys.v, new_v, j * size)
-        )
-        return d_rows + dot("...nt,...et->...ne", d_score, block["k"]), d_keys
+        new = {
+            "k": dot("...nt,...ne->...te", d_score, rows.q),
+            "v": dot("...nt,...ne->...te", weight.astype(dtype), rows.d_out),
+        }
+        so_far = read_tokens(d_keys, j * size, size)
+        d_keys = write_entries(d_keys, jax.tree.map(jnp.add, so_far, new), j * size)
+        return d_rows + dot("...nt,...te->...ne", d_score, block["k"]), d_keys
 
     return jax.lax.fori_loop(0, count, add_block, (d_rows, d_keys))
-
-
-def _no_cotangents(keys: Cache | None) -> KeyCotangents | None:
-    if keys is None:
-        return None
-    zeros = jnp.zeros(keys["k"].shape, jnp.float32)
-    return KeyCotangents(zeros, zeros)
-
-
-def _as_cache(d_keys: KeyCotangents | None, dtype: jnp.dtype) -> Cache | None:
-    """Cotangents in the layout of the cache that they belong to."""
-    if d_keys is None:
-        return None
-    return {"k": d_keys.k.astype(dtype), "v": jnp.swapaxes(d_keys.v, -1, -2).astype(dtype)}
-
-
-def _add_tokens(total_xT: jax.Array, tokens_xN: jax.Array, start: jax.Array) -> jax.Array:
-    """`total` with `tokens` added from `start` on, along the last axis."""
-    new = jax.lax.dynamic_slice_in_dim(total_xT, start, tokens_xN.shape[-1], -1) + tokens_xN
-    return jax.lax.dynamic_update_slice_in_dim(total_xT, new, start, total_xT.ndim - 1)
 
 
 def _causal(i: jax.Array, size: int, R: int) -> Visible:
