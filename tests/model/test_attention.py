@@ -305,7 +305,7 @@ def test_prompts_in_chunks_attend_as_whole_ones_by_kernels_too(chunk):
                     expected = attend(q[u, start + p], k[u, seen], v[u, seen])
                     np.testing.assert_allclose(out[u, p], expected, **FLOAT32)
         cache = backend.cache(store)
-        np.testing.assert_array_equal(cache["k"], np.moveaxis(k, 1, -2))
+        np.testing.assert_array_equal(cache["k"], np.moveaxis(k, 1, -1))
         np.testing.assert_array_equal(cache["v"], np.moveaxis(v, 1, -2))
 
 

@@ -102,9 +102,9 @@ def nothing_seen(q_xNxE: jax.Array) -> Part:
 def attend(q_xNxE: jax.Array, cache: Cache, visible_xNxT: jax.Array) -> Part:
     """Attention of scaled queries to the visible keys of a cache."""
     k, v = cache["k"].astype(q_xNxE.dtype), cache["v"].astype(q_xNxE.dtype)
-    score = jnp.einsum("...ne,...te->...nt", q_xNxE, k, preferred_element_type=jnp.float32)
+    score = jnp.einsum("...ne,...et->...nt", q_xNxE, k, preferred_element_type=jnp.float32)
     if "k_scale" in cache:
-        score *= jnp.swapaxes(cache["k_scale"], -1, -2)
+        score *= cache["k_scale"]
     score = jnp.where(visible_xNxT, score, MASKED)
     top = jnp.max(score, axis=-1)
     weight = jnp.exp(score - top[..., None])

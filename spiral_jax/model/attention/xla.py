@@ -247,17 +247,17 @@ def _cotangents_of(
     def add_block(j: jax.Array, done: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
         d_rows, d_keys = done
         block = read_tokens(keys, j * size, size)
-        score = dot("...ne,...te->...nt", rows.q, block["k"])
+        score = dot("...ne,...et->...nt", rows.q, block["k"])
         weight = jnp.where(visible(j), jnp.exp(score - rows.lse[..., None]), 0.0)
         d_weight = dot("...ne,...te->...nt", rows.d_out, block["v"])
         d_score = (weight * (d_weight - rows.delta[..., None])).astype(dtype)
         new = {
-            "k": dot("...nt,...ne->...te", d_score, rows.q),
+            "k": dot("...ne,...nt->...et", rows.q, d_score),
             "v": dot("...nt,...ne->...te", weight.astype(dtype), rows.d_out),
         }
         so_far = read_tokens(d_keys, j * size, size)
         d_keys = write_entries(d_keys, jax.tree.map(jnp.add, so_far, new), j * size)
-        return d_rows + dot("...nt,...te->...ne", d_score, block["k"]), d_keys
+        return d_rows + dot("...nt,...et->...ne", d_score, block["k"]), d_keys
 
     return jax.lax.fori_loop(0, count, add_block, (d_rows, d_keys))
 
