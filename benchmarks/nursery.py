@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 ROOT = pathlib.Path(__file__).parent.parent
 _LONGEST_S = 900  # for one run
 # What the program imports when it needs it, as it takes seconds.
-LATE_IMPORTS = ("transformers.models.auto.tokenization_auto", "matplotlib.pyplot")
+_LATE_IMPORTS = ("transformers.models.auto.tokenization_auto", "matplotlib.pyplot")
 
 
 class Nursery:
@@ -67,7 +67,7 @@ def serve() -> None:
     from spiral_jax.core import config, faults
     from spiral_jax.run import log as run_log
 
-    for name in LATE_IMPORTS:
+    for name in _LATE_IMPORTS:
         importlib.import_module(name)
     for line in sys.stdin:
         flags, fault, out, err = json.loads(line)

@@ -12,7 +12,6 @@ import dataclasses
 import importlib.metadata
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -23,7 +22,6 @@ from ml_collections import ConfigDict
 from benchmarks.one_device_cases import (
     DATA_SHEET,
     NO_ACCELERATOR,
-    REMATS,
     SHAPES,
     SHORT,
     GroupShape,
@@ -92,7 +90,10 @@ class CompiledStep:
 
 class SpiralDevice:
     def load(self, small: bool, attention: str) -> dict[str, Any]:
-        """Makes the weights and compiles all programs, as many at once as there are cores.
+        """Makes the weights.
+
+        Programs are compiled when they are asked for, one after the other: a GPU's compiler times
+        kernels, and another one beside it would spoil that.
 
         Returns {"skip": why nothing can be measured here}, or what was loaded.
         """
@@ -107,21 +108,8 @@ class SpiralDevice:
         if reason:
             return {"skip": f"attention {attention}: {reason}"}
 
-        start = time.perf_counter()
         shapes = SHORT if small else SHAPES
         self.cases = {role.label: make_case(role, shape, model) for role, shape in shapes.items()}
-        compilers = ThreadPoolExecutor()
-        self.steps: dict[tuple[str, str], Future[CompiledStep]] = {
-            (name, remat): compilers.submit(compile_step, case, remat)
-            for name, case in self.cases.items()
-            for remat in REMATS
-        }
-        self.samplers = {
-            name: compilers.submit(compile_sampler, case) for name, case in self.cases.items()
-        }
-        compilers.shutdown()  # a GPU's compiler times kernels: nothing else is measured meanwhile
-        compiled_s = time.perf_counter() - start
-
         self.model, mesh = model, self.inventory.mesh
 
         def make_base() -> Any:
@@ -135,7 +123,6 @@ class SpiralDevice:
             "device": device.device_kind,
             "layers": arch.L,
             "versions": versions,
-            "compile_seconds": compiled_s,
         }
 
     @property
@@ -144,7 +131,6 @@ class SpiralDevice:
 
     def _sample(self, case: RoleCase, tokens: int) -> Groups:
         """Groups of traces of that many tokens, the first one included, which prefill draws."""
-        self.samplers[case.role.label].result()
         if self.weights is None:
             _, state = init_state(
                 self.inventory.settings.learner, self.model, self.inventory.mesh, self.base
@@ -193,8 +179,9 @@ class SpiralDevice:
         Mismatch is between the log-probs that the sampler recorded and the trainer's; it is left
         out where nothing was sampled.
         """
-        case, compiled = self.cases[role], self.steps[role, remat].result()
         self.weights = None  # the decode copy
+        case = self.cases[role]
+        compiled = compile_step(case, remat)
         _, C, P, G = case.shape
         weight_UxC = np.random.default_rng(1).normal(size=(TRAINED, C)).astype(np.float32)
         groups = (case.groups or random_groups(case)).take(np.arange(TRAINED))
@@ -232,10 +219,6 @@ def make_case(role: Role, shape: GroupShape, model: ModelConfig) -> RoleCase:
     mesh = meshes.make_mesh(c.mesh, jax.devices()[:1])
     engine, _ = make_samplers(c, model, mesh, stop_ids=())
     return RoleCase(role, shape, c, take_inventory(c, model, mesh), engine)
-
-
-def compile_sampler(case: RoleCase) -> None:
-    _ = case.engine.programs  # compiles them
 
 
 def compile_step(case: RoleCase, remat: str) -> CompiledStep:

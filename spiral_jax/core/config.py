@@ -353,7 +353,8 @@ _RETIRED = {
 def as_current(plain: dict) -> dict:
     """A plain configuration that an earlier version may have written, as this one would write it.
 
-    Fields that it did not have get their defaults, which mean what it did.
+    Fields that it did not have get their defaults, which mean what it did; attention may be
+    computed by other kernels.
 
     Raises:
       ConfigError: a field that no longer exists has a value that meant something.

@@ -24,6 +24,7 @@ from spiral_jax.core.config import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 GROUP_AXES = ("data", "fsdp")
+GPU_PLATFORMS = ("gpu", "cuda")  # of devices that are here, and of those that are described
 
 # First match wins; patterns are searched in paths such as "layers/q/kernel" or
 # "opt/0/mu/layers/q/a". Kernels are [in, out], stacked ones [L - 1, in, out]; the specs name the

@@ -163,7 +163,7 @@ def _sum_role(
 
 def _accumulate(of_block: Callable[[jax.Array], Sums], block: Block) -> Sums:
     """Over the micro-batches of a block that hold groups."""
-    first = jnp.int32(0)
+    first = jnp.int32(0)  # with its dtype: a bare 0 would be traced anew beside the loop's indices
     shapes = jax.eval_shape(of_block, first)
     gradient, loss = jax.tree.map(
         lambda a: jnp.zeros(a.shape, a.dtype), (shapes.gradient, shapes.loss)

@@ -37,7 +37,6 @@ from spiral_jax.sampling.shapes import (
 from spiral_jax.sampling.slots import Entered, empty_state, enter, move
 from spiral_jax.sampling.weights import abstract_weights
 
-_GPUS = ("gpu", "cuda")  # platforms of devices that are there, and of those that are described
 # Unless told not to, XLA for GPUs lays all weights that multiply the same few rows side by side, to
 # have one product: it would copy the weights of every layer for every token that is decoded.
 _GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
@@ -83,7 +82,9 @@ class Recipe:
     @property
     def compiler_options(self) -> dict[str, Any]:
         """Of `Lowered.compile`, for the mesh's devices; none where it has none."""
-        is_gpu = isinstance(self.mesh, Mesh) and self.mesh.devices.flat[0].platform in _GPUS
+        if not isinstance(self.mesh, Mesh):
+            return {}
+        is_gpu = self.mesh.devices.flat[0].platform in meshes.GPU_PLATFORMS
         return _GPU_OPTIONS if is_gpu else {}
 
     def lower(self) -> Lowered:

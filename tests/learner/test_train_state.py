@@ -26,6 +26,7 @@ from small_steps import (
 
 from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import path_name
+from spiral_jax.learner import step as step_module
 from spiral_jax.learner.state import make_optimizer, variables
 from spiral_jax.learner.step import make_train_step
 from spiral_jax.sampling.draw import Draw
@@ -98,6 +99,20 @@ def test_the_state_alone_is_donated_and_only_what_is_trained_has_moments(kind):
     moments = [optax.tree_utils.tree_get(state.opt, name) for name in ("mu", "nu")]
     for tree in (state.trained, *moments):
         assert jax.tree.structure(tree) == jax.tree.structure(base if lora is None else lora)
+
+
+def test_a_micro_batch_is_traced_once(monkeypatch):
+    """Its shapes are asked for before its loop; tracing a model takes seconds."""
+    traced, loss = [], step_module.policy_loss
+
+    def counted(*arguments):
+        traced.append(arguments)
+        return loss(*arguments)
+
+    monkeypatch.setattr(step_module, "policy_loss", counted)
+    frozen, state = start("full", one_device())
+    make_train_step(learner(), MODELS["full"]).trace(state, frozen, blocks_of(search_alone()))
+    assert len(traced) == 1
 
 
 @pytest.mark.cpu_bits("arrays and memory of XLA's program for CPUs")

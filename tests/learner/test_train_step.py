@@ -299,7 +299,7 @@ def test_without_anything_to_learn_only_the_step_moves(lacking, most):
     assert metrics["grad_norm"] == metrics["loss/search"] == metrics["loss/aggregation"] == 0
 
 
-# ---- what a step leaves alone: here, where these programs are compiled
+# ---- the base, other groups, clipping: here, where their programs are compiled
 
 
 @pytest.mark.devices8

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from spiral_jax.core.config import ConfigError
+from spiral_jax.core.mesh import GPU_PLATFORMS
 from spiral_jax.model.attention import gpu, tpu
 from spiral_jax.model.attention.groups import Backend
 from spiral_jax.model.attention.kernels import Kernels
@@ -16,10 +17,10 @@ from spiral_jax.model.attention.xla import Xla
 
 XLA, GPU, TPU = "xla", "gpu", "tpu"
 BACKENDS = (XLA, GPU, TPU)
-_PLATFORMS = {"cuda": GPU, "gpu": GPU, "tpu": TPU}
-# What "auto" takes. Not the kernels for TPUs: they are compiled and interpreted in tests, and have
-# not run on one.
-_PROVEN = {"cuda": GPU, "gpu": GPU}
+_PLATFORMS = dict.fromkeys(GPU_PLATFORMS, GPU) | {"tpu": TPU}
+# Which "auto" may take. The kernels for TPUs are compiled and interpreted in tests, and have not
+# run on one.
+_PROVEN = (XLA, GPU)
 
 
 def make_backend(name: str, block: int) -> Backend:
@@ -49,7 +50,9 @@ def choose_backend(asked: str, device: jax.Device, dtype: jnp.dtype, E: int) -> 
       ConfigError: the one that is asked for cannot serve; the message says why, and which can.
     """
     if asked == "auto":
-        best = _PROVEN.get(device.platform, XLA)
+        best = _PLATFORMS.get(device.platform, XLA)
+        if best not in _PROVEN:
+            return XLA
         reason = refusal(best, device, dtype, E)
         if reason:
             _say_once(f"attention is computed by {XLA} and not by {best}: {reason}")
