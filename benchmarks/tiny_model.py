@@ -23,7 +23,8 @@ from ml_collections import config_flags
 from benchmarks.held_out import HeldOut
 from benchmarks.machine import machine
 from spiral_jax.core.groups import Groups
-from spiral_jax.evaluation.statistics import mean_and_interval
+from spiral_jax.evaluation.measures import BOOTSTRAP_DRAWS
+from spiral_jax.evaluation.statistics import bootstrap_weights, mean_and_interval
 from spiral_jax.learner.state import variables
 from spiral_jax.run.setup import set_up_training
 from spiral_jax.tasks import two_halves
@@ -159,7 +160,8 @@ class Acceptance:
 
 
 def share(values: np.ndarray) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in vars(mean_and_interval(values)).items()}
+    estimate = mean_and_interval(values, bootstrap_weights(0, len(values), BOOTSTRAP_DRAWS))
+    return {name: round(value, 4) for name, value in vars(estimate).items()}
 
 
 if __name__ == "__main__":

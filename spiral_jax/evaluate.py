@@ -39,7 +39,7 @@ from spiral_jax.evaluation.tables import comparison_tables, name_by_directory, r
 from spiral_jax.reporting.evaluation_figures import plot_evaluation
 from spiral_jax.run.evaluation_run import model_fingerprint, run_waves
 from spiral_jax.run.setup import keep_compiled_programs, set_up_evaluation
-from spiral_jax.run.workdir import StepLog, WorkdirError, open_workdir
+from spiral_jax.run.workdir import WorkdirError, occupy_workdir
 
 
 def evaluate(c: ConfigDict, workdir: str) -> None:
@@ -50,23 +50,24 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
     """
     keep_compiled_programs()
     setup = set_up_evaluation(c)
-    path = open_workdir(workdir, config.to_plain(c), config.digest(c))
     weights = [setup.start.path]
     if c.model.adapter_path:
         weights.append(pathlib.Path(c.model.adapter_path))
     stamp = {"model": model_fingerprint(weights), "data": setup.task.fingerprint}
-    distributed.check_equal(config=config.digest(c), **stamp)
-
-    evaluated = run_waves(setup, StepLog(path / "waves.jsonl"), stamp)
-    if not distributed.is_first():
-        return
-    problems = {asked.cursor: asked.problem for asked in evaluated.asked}
-    results = make_results(
-        setup.evaluation, stamp["model"], problems, evaluated.records, evaluated.counts
-    )
-    write_results(path / "results.json", results)
-    pictures = plot_evaluation({path.name: results}, path)
-    _show(results_tables(results), path / "results.json", pictures)
+    plain, digest = config.to_plain(c), config.digest(c)
+    with occupy_workdir(workdir, plain, digest) as directory:
+        distributed.check_equal(config=digest, **stamp)
+        evaluated = run_waves(setup, directory, stamp)
+        if not distributed.is_first():
+            return
+        problems = {asked.cursor: asked.problem for asked in evaluated.asked}
+        results = make_results(
+            setup.evaluation, stamp["model"], problems, evaluated.records, evaluated.counts
+        )
+        path = directory.path
+        write_results(path / "results.json", results)
+        pictures = plot_evaluation({path.name: results}, path)
+        _show(results_tables(results), path / "results.json", pictures)
 
 
 def compare_results(path_a: str, path_b: str, workdir: str | None) -> None:

@@ -23,7 +23,6 @@ from spiral_jax.learner.step import make_train_step
 from spiral_jax.objective.advantages import compute_advantages
 from spiral_jax.reporting.summary import summarise_run
 from spiral_jax.run.setup import Setup, check_shapes, keep_compiled_programs, set_up_training
-from spiral_jax.run.trace_log import render_examples
 from spiral_jax.run.training_run import open_run
 
 
@@ -43,7 +42,7 @@ def train(setup: Setup, workdir: str) -> bool:
         for step in run.steps():
             # Problems in cursor order -> N search traces each -> K sets of S of them -> M
             # aggregation traces of each set -> rewards of those, as they come in.
-            problems = run.actor.first_kept(run.at.cursor)
+            problems = run.first_kept()
             rollouts = run.actor.rollouts(policy, step, problems)
             with run.preemption.interruptible():
                 for rollout in rollouts:
@@ -55,8 +54,6 @@ def train(setup: Setup, workdir: str) -> bool:
                 break
             # The first B kept problems; their traces' advantages become loss weights.
             batch = problems.batch(objective)
-            if step == 0:
-                print(render_examples(batch.rollouts, setup.tokenizer), flush=True)
 
             # Both kinds of trace, one gradient, one Adam step; then the new policy samples.
             sampling = rollouts.metrics()

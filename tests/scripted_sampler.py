@@ -25,6 +25,7 @@ from spiral_jax.rollout.actor import Actor
 from spiral_jax.rollout.collect import Batch
 from spiral_jax.rollout.requests import Asked, Writer
 from spiral_jax.rollout.settings import dynamic_sampling, training_stages
+from spiral_jax.run.examples import show_nothing
 from spiral_jax.tasks.problem import Problem, Task
 from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
@@ -244,6 +245,7 @@ def scripted_training(
         strategy=strategy,
         progress=Progress(1, 0),
         between_chunks=nothing_to_do,
+        show=show_nothing,
     )
     return ScriptedTraining(c, actor, objective)
 
@@ -269,4 +271,5 @@ def scripted_evaluator(
         strategy=strategy,
         progress=Progress(1, 0),
         between_chunks=nothing_to_do,
+        show=show_nothing,
     )

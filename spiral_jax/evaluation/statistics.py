@@ -21,8 +21,7 @@ class Estimate:
 
     Attributes:
       mean: None if count is 0.
-      low: lower end of the interval, normal (`mean_and_interval`) or bootstrap
-        (`ratios_and_intervals`). None if count < 2.
+      low: lower end of the bootstrap interval. None if count < 2.
       high: upper end.
       standard_error: over problems. None if count < 2.
       count: problems that have a value.
@@ -200,33 +199,6 @@ def answer_entropy(classes: Sequence[Hashable | None]) -> float:
     return float(-(shares * np.log(shares)).sum()) + 0.0  # no -0.0
 
 
-def mean_and_interval(values_B: np.ndarray) -> Estimate:
-    """Mean over problems and its 95 % interval, mean -+ 1.96 * sd / sqrt(count), sd with ddof = 1.
-
-    The interval is for new problems: samples of one problem must be averaged before. It collapses
-    when all values are equal, so it says little near 0 and 1.
-
-    Args:
-      values_B: one number a problem; NaN = our own failure, left out (`count` says how many
-        remain).
-
-    Raises:
-      ValueError: not one-dimensional.
-    """
-    values_B = np.asarray(values_B, np.float64)
-    if values_B.ndim != 1:
-        advice = "must be one number a problem; average samples first."
-        raise ValueError(f"values_B has shape {values_B.shape}: {advice}")
-    values = values_B[~np.isnan(values_B)]
-    if len(values) == 0:
-        return Estimate(None, None, None, None, 0)
-    mean = float(values.mean())
-    if len(values) == 1:
-        return Estimate(mean, None, None, None, 1)
-    error = float(values.std(ddof=1) / np.sqrt(len(values)))
-    return Estimate(mean, mean - 1.96 * error, mean + 1.96 * error, error, len(values))
-
-
 def bootstrap_weights(seed: int, problems: int, draws: int) -> np.ndarray:
     """How often each problem is drawn in each of `draws` resamples of as many problems.
 
@@ -275,3 +247,23 @@ def ratios_and_intervals(
         low, high = np.nanpercentile(resampled_RxQ[:, q], (2.5, 97.5))
         estimates.append(Estimate(mean, float(low), float(high), float(error_Q[q]), problems))
     return estimates
+
+
+def mean_and_interval(values_B: Sequence[float] | np.ndarray, weight_RxB: np.ndarray) -> Estimate:
+    """Mean over problems and its 95 % interval, as `ratios_and_intervals` of one measure.
+
+    Args:
+      values_B: one number a problem; NaN = our own failure, left out (`count` says how many
+        remain).
+
+    Raises:
+      ValueError: not one-dimensional.
+    """
+    values_B = np.asarray(values_B, np.float64)
+    if values_B.ndim != 1:
+        advice = "must be one number a problem; average samples first."
+        raise ValueError(f"values_B has shape {values_B.shape}: {advice}")
+    known_B = ~np.isnan(values_B)
+    total_Bx1, count_Bx1 = np.where(known_B, values_B, 0.0)[:, None], known_B[:, None].astype(float)
+    (estimate,) = ratios_and_intervals(total_Bx1, count_Bx1, weight_RxB)
+    return estimate

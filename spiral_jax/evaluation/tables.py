@@ -187,6 +187,17 @@ def name_by_directory(path_a: str, a: dict, path_b: str, b: dict) -> dict[str, d
 # The evaluations of a training run
 
 
+def evaluation_line(evaluation: Mapping[str, Any]) -> str:
+    """An evaluation of a training run, a row of evaluations.jsonl, in one line."""
+    measures = [
+        f"{label} {percent(evaluation[name])} %"
+        for name, label in _TRAINING_ROWS.items()
+        if defined_estimate(evaluation, name)
+    ]
+    of = f"evaluation at step {evaluation['step']}, {evaluation['problems']} problems"
+    return f"{of}: {', '.join(measures)}"
+
+
 def evaluation_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
     """The first and the last evaluation of a training run, in Markdown.
 
@@ -226,7 +237,7 @@ def evaluation_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
     counts = {estimate["count"] for estimate in estimates if estimate}
     if counts:
         span = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-        text += f"\nMean [95 % interval over problems]; {span} held-out problems.\n"
+        text += f"\nMean [95 % bootstrap interval over problems]; {span} held-out problems.\n"
     return text
 
 

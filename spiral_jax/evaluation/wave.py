@@ -20,18 +20,23 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Groups, Purpose, Stop, concat_groups
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.answers import number_classes
-from spiral_jax.evaluation.measures import Answers, accuracy, any_correct, set_votes
+from spiral_jax.evaluation.measures import (
+    BOOTSTRAP_DRAWS,
+    Answers,
+    accuracy,
+    any_correct,
+    set_votes,
+)
 from spiral_jax.evaluation.results import make_results
 from spiral_jax.evaluation.settings import EvaluationSettings
 from spiral_jax.evaluation.stages import evaluation_stages
-from spiral_jax.evaluation.statistics import mean_and_interval
+from spiral_jax.evaluation.statistics import bootstrap_weights, mean_and_interval
 from spiral_jax.prompts.prompts import search_prompt
 from spiral_jax.prompts.scaffold import Scaffold
 from spiral_jax.rollout.feed import Course, Feed
 from spiral_jax.rollout.judge import Strategy, reward, trace_texts
 from spiral_jax.rollout.requests import Asked, Writer
 from spiral_jax.rollout.stages import Stage
-from spiral_jax.rollout.traces import Rollouts, Round
 from spiral_jax.sampling.protocol import Sampler
 from spiral_jax.tasks.problem import Problem, Task
 from spiral_jax.verifier.rewards import Status, Verdict
@@ -82,12 +87,10 @@ class Wave(NamedTuple):
       records: one of each problem.
       counts: verdicts, sampled tokens and what cleaning took out of candidates, by stage
         (`search_*`, `aggregation_*`, `rsa_*`).
-      rollouts: the traces of search and of plain aggregation, for a person to read.
     """
 
     records: list[Record]
     counts: Counter
-    rollouts: Rollouts
 
 
 class _Listed:
@@ -133,6 +136,7 @@ class Evaluator:
       max_error_rate: share of verifier failures in a stage above which it ends.
       strategy: names the strategy of a search trace; None where nothing does.
       between_chunks: called once a decode chunk, for whoever must look up in time.
+      show: is given each stage's groups before any is judged, and again with their verdicts.
     """
 
     settings: EvaluationSettings
@@ -145,6 +149,7 @@ class Evaluator:
     strategy: Strategy | None
     progress: Progress
     between_chunks: Callable[[], None]
+    show: Callable[[Stage, Groups], None]
 
     def held_out(self) -> list[Asked]:
         """See `held_out_problems`."""
@@ -183,7 +188,17 @@ class Evaluator:
         feed = self._sample(policy, stages, asked, step, given)
         courses = [feed.courses[each.cursor] for each in asked]
 
-        judged = {stage.name: self._judge(courses, stage) for stage in stages}
+        sampled = {
+            stage.name: concat_groups([course.of_stage(stage) for course in courses])
+            for stage in stages
+        }
+        for stage in stages:
+            self.show(stage, sampled[stage.name])
+        problems = [each.problem for each in asked]
+        judged = {}
+        for stage in stages:
+            judged[stage.name] = self._judge(problems, sampled[stage.name])
+            self.show(stage, judged[stage.name].groups)
         counts = Counter()
         for stage in stages:
             counts += judged[stage.name].counts(stage.label)
@@ -191,7 +206,7 @@ class Evaluator:
         records = self._search_records(courses, judged["search"])
         for stage in stages[1:]:
             _add_to_records(records, courses, stage, judged[stage.name])
-        return Wave(records, counts, _to_rollouts(courses, judged))
+        return Wave(records, counts)
 
     def _sample(
         self,
@@ -211,11 +226,7 @@ class Evaluator:
                 self.between_chunks()
         return feed
 
-    def _judge(self, courses: Sequence[Course], stage: Stage) -> Judged:
-        groups = concat_groups([course.of_stage(stage) for course in courses])
-        return self._judge_groups([course.asked.problem for course in courses], groups)
-
-    def _judge_groups(self, problems: list[Problem], groups: Groups) -> Judged:
+    def _judge(self, problems: list[Problem], groups: Groups) -> Judged:
         texts = trace_texts(self.scaffold.tokenizer, groups)
         per_problem = len(texts) // len(problems)
         items = [(text, problems[i // per_problem]) for i, text in enumerate(texts)]
@@ -236,7 +247,7 @@ class Evaluator:
                 names = [self.strategy(text, problem) for text in texts]
                 rows[b]["strategy"] = [None if name is None else str(name) for name in names]
         cut = {
-            limit: self._judge_groups(problems, judged.groups.cut_at(limit)).answers
+            limit: self._judge(problems, judged.groups.cut_at(limit)).answers
             for limit in self.settings.limits
         }
         return [
@@ -264,32 +275,20 @@ def _add_to_records(
             record["rsa"].append(row)
 
 
-def _to_rollouts(courses: Sequence[Course], judged: dict[str, Judged]) -> Rollouts:
-    rounds = []
-    if "aggregation" in judged:
-        member_BxKxS = np.stack([course.member["aggregation"] for course in courses])
-        rounds.append(Round(member_BxKxS, judged["aggregation"].groups))
-    return Rollouts(
-        problems=[course.asked.problem for course in courses],
-        cursor_B=np.array([course.asked.cursor for course in courses]),
-        search=judged["search"].groups,
-        rounds=tuple(rounds),
-    )
-
-
 def summarise(
     s: EvaluationSettings, step: int, records: list[Record], counts: Counter
 ) -> dict[str, Any]:
     """An evaluation during training, in short.
 
-    Measures with mean, 95 % interval over problems, standard error and count: `single` (mean own
-    correctness of the N traces), `pass_at_n` (some trace is right), and with an aggregation stage
-    `majority` (tie-aware vote of each aggregated subset's S candidates) and `aggregated` (mean over
-    the `eval.subsets` disjoint subsets and their `eval.traces` traces). Shares: parse rate, cut-off
-    share and mean length of each role. Problems whose prompt is too long are left out and counted
-    (`too_long`).
+    Measures with mean, 95 % bootstrap interval over problems (the resamples of results.json),
+    standard error and count: `single` (mean own correctness of the N traces), `pass_at_n` (some
+    trace is right), and with an aggregation stage `majority` (tie-aware vote of each aggregated
+    subset's S candidates) and `aggregated` (mean over the `eval.subsets` disjoint subsets and their
+    `eval.traces` traces). Shares: parse rate, cut-off share and mean length of each role. Problems
+    whose prompt is too long are left out and counted (`too_long`).
     """
     search = [record["search"] for record in records]
+    weight_RxB = bootstrap_weights(s.seed, len(records), BOOTSTRAP_DRAWS)
     measures = {
         "single": [accuracy(row["answer"]) for row in search],
         "pass_at_n": [any_correct(row["answer"]) for row in search],
@@ -316,7 +315,7 @@ def summarise(
         row["subset_size"] = s.subset_size
         row["aggregation_traces"] = s.traces
     for name, value_B in measures.items():
-        row[name] = dataclasses.asdict(mean_and_interval(np.array(value_B)))
+        row[name] = dataclasses.asdict(mean_and_interval(value_B, weight_RxB))
     return row
 
 

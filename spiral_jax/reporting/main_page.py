@@ -81,7 +81,10 @@ def main_html(run: RecordedRun, traces: Traces) -> str:
 def _status(run: RecordedRun) -> str:
     """How far the run is, in one line."""
     if not run.metrics:
-        return "An evaluation: no training steps." if run.results else "No step is finished yet."
+        if run.results and not run.starts:
+            return "An evaluation: no training steps."
+        failed = ": the traces are those of a step that gave no batch" if run.traces else ""
+        return f"No step is finished yet{failed}."
     train = run.config["train"]
     done, asked = run.metrics[-1]["step"] + 1, train["steps"]
     spent = sum(row.get("sampling/generated_tokens") or 0 for row in run.metrics)

@@ -145,7 +145,7 @@ def _plot_reward(axes: Axes, metrics: Sequence[dict], evaluations: Sequence[dict
         axes.errorbar(
             [row["step"] + aside for row in held],
             [row[name]["mean"] for row in held],
-            yerr=[1.96 * (row[name]["standard_error"] or 0.0) for row in held],
+            yerr=np.transpose([_bar(row[name]) for row in held]),
             color=color,
             marker=marker,
             markersize=7,
@@ -157,10 +157,18 @@ def _plot_reward(axes: Axes, metrics: Sequence[dict], evaluations: Sequence[dict
             label=label,
             zorder=3,
         )
-    title = "reward (share of correct answers; bars: 95 % interval over problems)"
+    title = "reward (share of correct answers; bars: 95 % bootstrap interval over problems)"
     axes.set_title(title, fontsize="medium")
     axes.set_ylabel("reward")
     axes.legend(loc="best", fontsize="small")
+
+
+def _bar(estimate: dict) -> tuple[float, float]:
+    """How far the interval reaches below the mean and above it; 0 where there is none."""
+    if estimate["low"] is None:
+        return 0.0, 0.0
+    below, above = estimate["mean"] - estimate["low"], estimate["high"] - estimate["mean"]
+    return max(below, 0.0), max(above, 0.0)  # of equal values up to rounding
 
 
 def _plot_panel(axes: Axes, panel: Panel, metrics: Sequence[dict]) -> None:

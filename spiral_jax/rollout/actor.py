@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from spiral_jax.core import faults
-from spiral_jax.core.groups import Purpose
+from spiral_jax.core.groups import Groups, Purpose
 from spiral_jax.core.metrics import Mean
 from spiral_jax.core.progress import Progress
 from spiral_jax.prompts.scaffold import Scaffold
@@ -17,6 +17,7 @@ from spiral_jax.rollout.feed import Feed
 from spiral_jax.rollout.judge import Judge, Strategy
 from spiral_jax.rollout.requests import Writer
 from spiral_jax.rollout.settings import DynamicSampling, TrainingStages
+from spiral_jax.rollout.stages import Stage
 from spiral_jax.rollout.traces import Rollouts
 from spiral_jax.sampling.protocol import Sampler
 from spiral_jax.tasks.problem import Task
@@ -32,6 +33,7 @@ class Actor:
       max_problem_tokens: config.prompt.max_problem_tokens.
       strategy: names the strategy of a search trace; None where the estimator needs no names.
       between_chunks: called once a decode chunk, for whoever must look up in time.
+      show: is given each stage's groups before they are judged, and again with their verdicts.
     """
 
     stages: TrainingStages
@@ -45,6 +47,7 @@ class Actor:
     strategy: Strategy | None
     progress: Progress
     between_chunks: Callable[[], None]
+    show: Callable[[Stage, Groups], None]
 
     def first_kept(self, cursor: int) -> FirstKept:
         """The problems of a step that starts at `cursor`, none of them tried yet."""
@@ -81,10 +84,14 @@ class Stream:
             for now in self._sampling:
                 actor.between_chunks()
                 for completed in self._feed.take_completed():
+                    actor.show(completed.stage, completed.course.of_stage(completed.stage))
                     judge.submit(completed)
                     if completed.stage.reads is None and len(self._stages) > 1:
                         faults.passed("aggregation")
-                yield from judge.due(now)
+                for rollout in judge.due(now):
+                    for stage, groups in zip(self._stages, rollout.stages, strict=True):
+                        actor.show(stage, groups)
+                    yield rollout
                 if self._problems.complete:
                     return
                 if not all(course.groups for course in self._feed.courses.values()):

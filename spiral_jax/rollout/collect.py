@@ -153,6 +153,11 @@ class FirstKept:
         expected = self._kept + (len(self._tried) - decided) * rate
         return len(self._tried) < s.most_tried and expected < s.problems
 
+    def decided(self) -> Rollouts | None:
+        """All that is decided, with advantage 0, in cursor order; None: nothing is."""
+        decided = [self._decided[cursor][0] for cursor in self._tried if cursor in self._decided]
+        return _without_advantages(concat_rollouts(decided)) if decided else None
+
     def batch(self, objective: ObjectiveSettings) -> Batch:
         """The first B kept problems, with their credit.
 

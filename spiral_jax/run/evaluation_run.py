@@ -6,7 +6,7 @@ import hashlib
 import pathlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,10 +17,10 @@ from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.answers import CORRECT
 from spiral_jax.evaluation.wave import Evaluator, Record, Wave, held_out_problems
 from spiral_jax.rollout.requests import Asked
+from spiral_jax.run.examples import Examples, show_nothing
 from spiral_jax.run.setup import Setup, make_evaluator
-from spiral_jax.run.trace_log import render_examples
 from spiral_jax.run.watchdog import Watchdog, deadline
-from spiral_jax.run.workdir import StepLog, WorkdirError
+from spiral_jax.run.workdir import StepLog, Workdir, WorkdirError
 from spiral_jax.verifier.verifier import Verifier
 
 
@@ -32,10 +32,11 @@ class Evaluated(NamedTuple):
     counts: Counter
 
 
-def run_waves(setup: Setup, journal: StepLog, stamp: Mapping[str, str]) -> Evaluated:
-    """Evaluates the waves that `journal` does not hold yet, and appends them.
+def run_waves(setup: Setup, directory: Workdir, stamp: Mapping[str, str]) -> Evaluated:
+    """Evaluates the waves that waves.jsonl does not hold yet, and appends them.
 
     Args:
+      directory: is begun once the weights are there.
       stamp: what the weights and the data are, by name; stands in each wave's line.
 
     Raises:
@@ -44,6 +45,7 @@ def run_waves(setup: Setup, journal: StepLog, stamp: Mapping[str, str]) -> Evalu
     asked = held_out_problems(setup.evaluation, setup.task, setup.scaffold)
     size = setup.evaluation.wave
     waves = [asked[i : i + size] for i in range(0, len(asked), size)]
+    journal = StepLog(directory.path / "waves.jsonl")
     journal.cut_back(len(waves))
     done = _count_done(journal, stamp)
     if done < len(waves):
@@ -52,8 +54,9 @@ def run_waves(setup: Setup, journal: StepLog, stamp: Mapping[str, str]) -> Evalu
             Progress(len(waves), done, unit="wave") as progress,
             jax.set_mesh(setup.mesh),
         ):
-            evaluator = make_evaluator(setup, verifier, progress, between_chunks=lambda: None)
-            for number, wave in _evaluate(setup, evaluator, waves, done):
+            show = show_nothing if done else Examples(setup.tokenizer).show
+            evaluator = make_evaluator(setup, verifier, progress, lambda: None, show)
+            for number, wave in _evaluate(setup, evaluator, waves, done, directory.begin):
                 row = {"step": number, **stamp, "records": wave.records, "counts": wave.counts}
                 journal.append(row)
 
@@ -64,9 +67,13 @@ def run_waves(setup: Setup, journal: StepLog, stamp: Mapping[str, str]) -> Evalu
 
 
 def _evaluate(
-    setup: Setup, evaluator: Evaluator, waves: Sequence[Sequence[Asked]], done: int
+    setup: Setup,
+    evaluator: Evaluator,
+    waves: Sequence[Sequence[Asked]],
+    done: int,
+    begin: Callable[[], None],
 ) -> Iterator[tuple[int, Wave]]:
-    """The waves from number `done` on, with their numbers."""
+    """The waves from number `done` on, with their numbers; `begin` is called before the first."""
     progress, sampler, limits = evaluator.progress, evaluator.sampler, setup.c.train
     with progress.phase("compiling"):
         reports = setup.task.report, sampler.start_report()
@@ -76,6 +83,7 @@ def _evaluate(
         policy, search_policy = sampler.prepare(setup.start.load_policy()), None
         if name := setup.evaluation.searcher:
             search_policy = sampler.prepare(setup.start.searcher(name).load_policy())
+    begin()
 
     with Watchdog(limits.watchdog, limits.wait_s) as watchdog:
         for number in range(done, len(waves)):
@@ -83,8 +91,6 @@ def _evaluate(
             watchdog.begin("wave", number)
             wave = evaluator.wave(policy, waves[number], search_policy=search_policy)
             watchdog.end()
-            if number == 0:
-                print(render_examples(wave.rollouts, setup.tokenizer), flush=True)
             yield number, wave
             _show_wave(progress, number, wave, time.monotonic() - began)
 

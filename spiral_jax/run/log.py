@@ -91,6 +91,10 @@ class RunLog:
         self._metrics.append(row)
         self._writers.write(row)
 
+    def add_failed(self, step: int, traces: Iterable[dict]) -> pathlib.Path:
+        """Writes the traces of a step that gave no batch; returns their file."""
+        return self._traces.write(step, traces)
+
     def is_evaluated(self, step: int) -> bool:
         """Whether the policy after `step` steps was evaluated before; the same on all processes."""
 

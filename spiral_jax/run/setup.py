@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spiral_jax.core.config import ConfigError
+from spiral_jax.core.groups import Groups
 from spiral_jax.core.mesh import make_mesh
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation import settings as evaluation_settings
@@ -299,7 +300,11 @@ def _require_room(field: str, widest: int, stage: Stage, longest: int) -> None:
 
 
 def make_evaluator(
-    setup: Setup, verifier: Verifier, progress: Progress, between_chunks: Callable[[], None]
+    setup: Setup,
+    verifier: Verifier,
+    progress: Progress,
+    between_chunks: Callable[[], None],
+    show: Callable[[Stage, Groups], None],
 ) -> Evaluator:
     """What evaluates the setup's held-out problems, in training or by command."""
     return Evaluator(
@@ -313,6 +318,7 @@ def make_evaluator(
         strategy=setup.strategy,
         progress=progress,
         between_chunks=between_chunks,
+        show=show,
     )
 
 

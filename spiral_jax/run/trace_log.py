@@ -1,4 +1,4 @@
-"""What a person reads of a rollout: the trace log, and the examples that the first step prints.
+"""The trace log: every trace of chosen steps, for a person to read and for the report.
 
 WORKDIR/traces/step_000123.jsonl.gz    one JSON object a trace
 """
@@ -133,6 +133,11 @@ class TraceRows:
         for b in range(round(self.fraction * discarded)):
             yield from self._problem_rows(batch.discarded, b, kept=False)
 
+    def make_failed(self, rollouts: Rollouts) -> Iterator[dict[str, Any]]:
+        """The same of the problems of a step that made no batch, all of them."""
+        for b in range(len(rollouts)):
+            yield from self._problem_rows(rollouts, b, kept=False)
+
     def _problem_rows(self, rollouts: Rollouts, b: int, kept: bool) -> Iterator[dict[str, Any]]:
         problem = rollouts.problems[b]
         shared = {
@@ -181,19 +186,3 @@ class TraceRows:
                 "reward": None if np.isnan(reward) else reward,
                 "advantage": float(groups.advantage_UxC[u, i]),
             }
-
-
-def render_examples(rollouts: Rollouts, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A prompt (text and ids) and a trace of search and of each round, as they really were."""
-    lines = []
-    for r, groups in enumerate(rollouts.stages):
-        name = ("search", "aggregation")[r] if r < 2 else f"aggregation, round {r},"
-        prompt = groups.requests.prompt_UxP[0, : groups.requests.prompt_len_U[0]]
-        lines += [
-            f"--- {name} prompt, {len(prompt)} tokens",
-            tokenizer.decode(prompt),
-            f"ids: {prompt.tolist()}",
-            f"--- {name} trace, reward {groups.reward_UxC[0, 0]:g}",
-            tokenizer.decode(groups.trace_ids(0, 0)),
-        ]
-    return "\n".join([*lines, "---"])

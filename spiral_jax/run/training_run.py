@@ -6,19 +6,23 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from spiral_jax.core import config, distributed, faults
+from spiral_jax.core.groups import Groups
 from spiral_jax.core.metrics import divide
 from spiral_jax.core.progress import Progress
+from spiral_jax.evaluation.tables import evaluation_line
 from spiral_jax.evaluation.wave import Evaluator
 from spiral_jax.learner.state import TrainState, abstract_state, init_state
 from spiral_jax.rollout.actor import Actor
-from spiral_jax.rollout.collect import Batch
+from spiral_jax.rollout.collect import Batch, FirstKept, NoSignal
+from spiral_jax.rollout.stages import Stage
 from spiral_jax.run.checkpoint import CheckpointError, Checkpoints, Saver
+from spiral_jax.run.examples import Examples, show_nothing
 from spiral_jax.run.guards import NumericsGuard, check_mismatch, watched_metrics
 from spiral_jax.run.log import RunLog
 from spiral_jax.run.preemption import Preemption
@@ -27,7 +31,8 @@ from spiral_jax.run.setup import Setup, make_evaluator
 from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
 from spiral_jax.run.trace_log import TraceRows
 from spiral_jax.run.watchdog import Watchdog, deadline
-from spiral_jax.run.workdir import WorkdirError, open_workdir
+from spiral_jax.run.workdir import WorkdirError, occupy_workdir
+from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import Verifier
 
 
@@ -61,6 +66,7 @@ class TrainingRun:
     progress: Progress
     trace_rows: TraceRows
     _step_began: float = 0.0
+    _problems: FirstKept | None = None
 
     @property
     def finished(self) -> bool:
@@ -76,6 +82,26 @@ class TrainingRun:
             self.watchdog.begin("step", self.at.step)
             self._step_began = time.monotonic()
             yield self.at.step
+
+    def first_kept(self) -> FirstKept:
+        """The problems of the next step, in cursor order, none of them tried yet."""
+        self._problems = self.actor.first_kept(self.at.cursor)
+        return self._problems
+
+    @contextlib.contextmanager
+    def keeping_failed(self) -> Iterator[None]:
+        """Writes the traces of a step that gives no batch, and names their file in the error."""
+        try:
+            yield
+        except (NoSignal, VerifierFailure) as error:
+            rollouts = self._problems.decided() if self._problems else None
+            if rollouts is None:
+                raise
+            path = self.log.add_failed(self.at.step, self.trace_rows.make_failed(rollouts))
+            raise type(error)(
+                f"{error} The traces of all {len(rollouts)} problems are in {path}; `python -m "
+                f"spiral_jax.report --workdir={self.log.path}` shows them."
+            ) from error
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
@@ -96,7 +122,7 @@ class TrainingRun:
           Mismatch, BadSteps: its numbers cannot be right.
           CheckpointError: too many saves have failed.
         """
-        c, step = self.setup.c, self.at.step
+        c, step, self._problems = self.setup.c, self.at.step, None
         sampled = int(metrics["sampling/generated_tokens"])
         self._log(step, batch, _divide(batch.metrics | metrics), sampled)
         self.at = Position(step + 1, batch.next_cursor, self.at.sampled_tokens + sampled)
@@ -115,7 +141,7 @@ class TrainingRun:
         due = step == 0 or self.finished or bool(e.every and step % e.every == 0)
         if not (e.problems and due) or self.log.is_evaluated(step):
             return
-        evaluation = None
+        evaluation, began = None, time.monotonic()
         self.watchdog.begin("evaluation", step)
         with self.progress.phase("evaluating"), self.preemption.interruptible():
             evaluation = self.evaluator.evaluate(policy, step)
@@ -123,6 +149,7 @@ class TrainingRun:
         if evaluation is not None:
             row, results = evaluation
             self.log.add_evaluation(step, row, results)
+            self.progress.say(f"{evaluation_line(row)}, {time.monotonic() - began:.1f} s")
         self.progress.take_times()  # a step's times are its own
 
     def finish(self, state: TrainState) -> None:
@@ -161,7 +188,9 @@ class TrainingRun:
         self.log.add_step(step, metrics, traces)
         self.guard.check_bad_steps(self.log.path, step, batch)
         reward = metrics.get("reward/aggregated", metrics["reward/search"])
-        self.progress.step_done(step + 1, reward, sampled, seconds)
+        kept, tried = (int(metrics[f"sampling/{name}"]) for name in ("kept", "tried"))
+        more = f"kept {kept} of {tried} problems"
+        self.progress.step_done(step + 1, reward, sampled, seconds, more)
 
 
 def _divide(metrics: dict[str, Any]) -> dict[str, float | None]:
@@ -178,34 +207,38 @@ def open_run(setup: Setup, workdir: str) -> Iterator[tuple[TrainingRun, Any, Tra
     c = setup.c
     if not pathlib.Path(workdir, "checkpoints").exists():
         setup.start.check()  # a resumed run no longer needs what it started from
-    path = open_workdir(workdir, config.to_plain(c), config.digest(c), c.resume.allow)
-    log = RunLog(path, c.trace_log.keep_steps, c.checkpoint.keep_best)
-    retention = Retention(c.checkpoint.keep, c.checkpoint.keep_every, log.scores)
-    checkpoints = Checkpoints(path / "checkpoints", retention)
-    distributed.check_equal(
-        config=config.digest(c),
-        data=setup.task.fingerprint,
-        checkpoint=f"step {checkpoints.latest()}",
-    )
-    with deadline("weights and checkpoint to be read (config.train.wait_s)", c.train.wait_s):
-        base, state, at = _start_or_resume(setup, checkpoints)
-    log.cut_back(at.step)
-
+    plain, digest = config.to_plain(c), config.digest(c)
     with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(occupy_workdir(workdir, plain, digest, c.resume.allow))
+        path = directory.path
+        log = RunLog(path, c.trace_log.keep_steps, c.checkpoint.keep_best)
+        retention = Retention(c.checkpoint.keep, c.checkpoint.keep_every, log.scores)
+        checkpoints = stack.enter_context(Checkpoints(path / "checkpoints", retention))
+        distributed.check_equal(
+            config=digest,
+            data=setup.task.fingerprint,
+            checkpoint=f"step {checkpoints.latest()}",
+        )
+        progress = stack.enter_context(Progress(c.train.steps, 0))
+        read = "weights and checkpoint to be read (config.train.wait_s)"
+        with progress.phase("loading weights"), deadline(read, c.train.wait_s):
+            base, state, at = _start_or_resume(setup, checkpoints)
+        progress.go_on_from(at.step)
+        log.cut_back(at.step)
+
         verifier = stack.enter_context(Verifier(setup.reward, setup.verifier))
-        progress = stack.enter_context(Progress(c.train.steps, at.step))
-        stack.enter_context(checkpoints)
         stack.enter_context(jax.set_mesh(setup.mesh))
         stack.enter_context(log)
         preemption = stack.enter_context(Preemption(c.train.grace_s))
         watchdog = stack.enter_context(Watchdog(c.train.watchdog, c.train.wait_s))
         profile = stack.enter_context(StepProfile(c.profile.steps, path))
         rows = distributed.from_first(lambda: watched_metrics(log.metrics()))
+        show = show_nothing if at.step else Examples(setup.tokenizer).show
         run = TrainingRun(
             setup=setup,
             at=at,
-            actor=_make_actor(setup, verifier, progress, preemption),
-            evaluator=make_evaluator(setup, verifier, progress, preemption.look),
+            actor=_make_actor(setup, verifier, progress, preemption, show),
+            evaluator=make_evaluator(setup, verifier, progress, preemption.look, show),
             log=log,
             saver=Saver(checkpoints, c.checkpoint.max_failures, c.train.wait_s),
             guard=NumericsGuard(c.train.max_bad_steps, c.train.spike, rows),
@@ -215,12 +248,18 @@ def open_run(setup: Setup, workdir: str) -> Iterator[tuple[TrainingRun, Any, Tra
             progress=progress,
             trace_rows=_make_trace_rows(setup),
         )
+        reports = ()
         if not run.finished:
-            log.note_start(at.step, c.metrics.writers, config.to_plain(c))
-            reports = setup.task.report, setup.sampler.start_report()
+            with progress.phase("compiling"):
+                reports = setup.task.report, setup.sampler.start_report()
+        progress.take_times()  # a step's times are its own
+        directory.begin()  # what can fail at a start has not failed
+        if not run.finished:
+            log.note_start(at.step, c.metrics.writers, plain)
             print(*filter(None, reports), sep="\n", flush=True)
             log.note_start_up_time()
-        yield run, base, state
+        with run.keeping_failed():
+            yield run, base, state
 
 
 def _start_or_resume(setup: Setup, checkpoints: Checkpoints) -> tuple[Any, TrainState, Position]:
@@ -250,7 +289,11 @@ def _start_or_resume(setup: Setup, checkpoints: Checkpoints) -> tuple[Any, Train
 
 
 def _make_actor(
-    setup: Setup, verifier: Verifier, progress: Progress, preemption: Preemption
+    setup: Setup,
+    verifier: Verifier,
+    progress: Progress,
+    preemption: Preemption,
+    show: Callable[[Stage, Groups], None],
 ) -> Actor:
     c, training = setup.c, setup.training
     needs_strategies = training.objective.row.needs.strategies
@@ -266,6 +309,7 @@ def _make_actor(
         strategy=setup.strategy if needs_strategies else None,
         progress=progress,
         between_chunks=preemption.look,
+        show=show,
     )
 
 

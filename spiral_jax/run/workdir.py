@@ -1,5 +1,6 @@
 """The run's directory: rows of plain numbers and text -> files that survive a kill and a resume.
 
+    WORKDIR/lock.json                      while a process is at work there, see `lock`
     WORKDIR/config.json                    the configuration and `config_digest`
     WORKDIR/starts.jsonl                   one JSON object each time the run starts or resumes
     WORKDIR/metrics.jsonl                  one JSON object a step
@@ -17,10 +18,10 @@ the directory: what writes does nothing on the others, and what is read goes to 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,20 +31,44 @@ from etils import epath
 from spiral_jax.core.config import as_current, compared, difference, digest_of
 from spiral_jax.core.distributed import is_first
 from spiral_jax.core.errors import UserError
+from spiral_jax.run import lock
 
 _CONFIG = "config.json"
-# Network file systems remember for up to a minute that a file was not there.
-_SHARED_WITHIN_S = 90.0
+_CHECKPOINTS = "checkpoints"
 
 
 class WorkdirError(UserError):
     """A directory or a log in it that this run cannot use; names the path and what to do."""
 
 
-def open_workdir(
+@dataclasses.dataclass
+class Workdir:
+    """The directory of a run that is being started, or goes on.
+
+    Attributes:
+      begun: whether it has a config.json.
+    """
+
+    path: Path
+    _config: dict | None  # what `begin` writes; None: nothing
+    begun: bool
+
+    def begin(self) -> None:
+        """Writes config.json, or the one that may replace it: from here on this is a run."""
+        if self._config is not None and is_first():
+            with writing(self.path), replacing(self.path / _CONFIG) as file:
+                file.write((json.dumps(self._config, indent=2, allow_nan=False) + "\n").encode())
+        self._config, self.begun = None, True
+
+
+@contextlib.contextmanager
+def occupy_workdir(
     path: str | os.PathLike, config_plain: dict, digest: str, allow: Sequence[str] = ()
-) -> Path:
-    """Makes `path` the directory of the run with this configuration, or returns to it.
+) -> Iterator[Workdir]:
+    """Holds the directory of the run with this configuration, against all other runs.
+
+    A collective where there are several processes. A start that fails before `Workdir.begin` leaves
+    the directory as it was.
 
     Args:
       path: a directory that is missing, empty, or that of a run with the same configuration.
@@ -53,44 +78,97 @@ def open_workdir(
         and config.json becomes the new one.
 
     Raises:
+      LockError: another run is at work there.
       WorkdirError: `path` holds a run with another configuration (the message lists every field
         that differs) or other files, its config.json is damaged, or it is not a directory that can
         be written.
     """
+    workdir = _mounted(path)
+    is_new = not workdir.exists()
+    with contextlib.ExitStack() as stack:
+        with _usable(workdir):
+            if is_first():
+                workdir.mkdir(parents=True, exist_ok=True)
+            if is_new:
+                stack.callback(_remove_if_empty, workdir)
+            stack.enter_context(lock.hold(workdir))
+            held = Workdir(workdir, None, begun=True)
+            if is_first():
+                held = _check(workdir, config_plain, digest, allow)
+        try:
+            yield held
+        finally:
+            if not held.begun:
+                _remove_if_empty(workdir / _CHECKPOINTS)
+
+
+def open_workdir(path: str | os.PathLike, config_plain: dict, digest: str) -> Path:
+    """Makes `path` the directory of what this configuration asks for, or returns to it.
+
+    Against nobody, and at once: `occupy_workdir` for what has a lock of its own.
+
+    Raises:
+      WorkdirError: see `occupy_workdir`.
+    """
+    workdir = _mounted(path)
+    with _usable(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        held = _check(workdir, config_plain, digest, allow=())
+    held.begin()
+    return workdir
+
+
+def _mounted(path: str | os.PathLike) -> Path:
     if "://" in os.fspath(path):
         raise WorkdirError(
             f"--workdir={os.fspath(path)}: logs are appended to and replaced in place, which "
             "object stores cannot do. Give a path of a mounted file system."
         )
-    workdir = Path(path).absolute()
-    if not is_first():
-        _wait_for_first(workdir)
-        return workdir
+    return Path(path).absolute()
+
+
+@contextlib.contextmanager
+def _usable(workdir: Path) -> Iterator[None]:
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        entries = {entry.name for entry in workdir.iterdir()}
-        entries.discard(_temporary(workdir / _CONFIG).name)  # of a start that was killed
-        if not entries:
-            _write_config(workdir, config_plain, digest)
-            return workdir
+        yield
     except OSError as error:
         raise WorkdirError(
             f"--workdir={workdir}: not a directory that can be written ({error}). Give another "
             "--workdir."
         ) from error
-    if _CONFIG not in entries:
+
+
+def _check(workdir: Path, config_plain: dict, digest: str, allow: Sequence[str]) -> Workdir:
+    """What may be begun or gone on with in `workdir`; nothing is written."""
+    entries = {entry.name for entry in workdir.iterdir()}
+    if _CONFIG in entries:
+        changed = _check_config(workdir, config_plain, digest, allow)
+        config = {**config_plain, "config_digest": digest} if changed else None
+        return Workdir(workdir, config, begun=True)
+    entries -= {lock.FILE, _temporary(workdir / _CONFIG).name}  # of a start that was killed
+    if not _files_below(workdir / _CHECKPOINTS):
+        entries.discard(_CHECKPOINTS)
+    if entries:
         names = sorted(entries)
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise WorkdirError(
             f"--workdir={workdir}: holds no run (no {_CONFIG}) but is not empty: "
             f"{', '.join(names[:5])}{more}. Give a new or an empty one."
         )
-    _return_to_run(workdir, config_plain, digest, allow)
-    return workdir
+    return Workdir(workdir, {**config_plain, "config_digest": digest}, begun=False)
 
 
-def _return_to_run(workdir: Path, config_plain: dict, digest: str, allow: Sequence[str]) -> None:
-    """Compares the configuration with the run's, and writes it where it may differ and does."""
+def _files_below(directory: Path) -> bool:
+    return any(not path.is_dir() for path in directory.rglob("*"))
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def _check_config(workdir: Path, config_plain: dict, digest: str, allow: Sequence[str]) -> bool:
+    """Compares the configuration with the run's; returns whether it differs where it may."""
     held_config, held_digest = read_config(workdir)
     changed = difference(compared(held_config), compared(config_plain))
     refused = [line for line in changed if not _may_change(line.partition(": ")[0], allow)]
@@ -107,34 +185,11 @@ def _return_to_run(workdir: Path, config_plain: dict, digest: str, allow: Sequen
     if changed:
         announced = f"--workdir={workdir}: resumed with another config (there -> here):"
         print(announced, *changed, sep="\n  ", flush=True)
-        with writing(workdir):
-            _write_config(workdir, config_plain, digest)
+    return bool(changed)
 
 
 def _may_change(field: str, allow: Sequence[str]) -> bool:
     return any(field == name or field.startswith(f"{name}.") for name in allow)
-
-
-def _write_config(workdir: Path, config_plain: dict, digest: str) -> None:
-    with replacing(workdir / _CONFIG) as file:
-        content = {**config_plain, "config_digest": digest}
-        file.write((json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
-
-
-def _wait_for_first(workdir: Path) -> None:
-    """Returns when this process sees what process 0 has made.
-
-    A shared directory may show it seconds later.
-    """
-    end = time.monotonic() + _SHARED_WITHIN_S
-    while not (workdir / _CONFIG).exists():
-        if time.monotonic() > end:
-            raise WorkdirError(
-                f"--workdir={workdir}: process 0 has made it, this host does not see it after "
-                f"{_SHARED_WITHIN_S:g} s. All hosts write their part of the checkpoints: give a "
-                "directory of a file system that they share."
-            )
-        time.sleep(0.2)
 
 
 def read_config(workdir: str | os.PathLike) -> tuple[dict, str]:

@@ -103,7 +103,8 @@ def test_an_evaluation_prints_its_waves_examples_and_table(finished):
         "rescue",
         "wave 3 of 3",
         "--- search prompt",
-        "--- aggregation trace, reward",
+        "--- aggregation trace",
+        "--- verdict on that aggregation trace: ",
         str(workdir / "results.json"),
     ):
         assert part in printed, part

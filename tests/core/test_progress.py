@@ -2,6 +2,7 @@
 
 import io
 import math
+import time
 
 import numpy as np
 import pytest
@@ -54,12 +55,13 @@ def test_a_phase_is_timed_inside_another_and_when_it_fails(clock):
 
 def test_without_a_terminal_each_step_is_one_plain_line():
     console = plain()
-    with Progress(1000, 997, console) as bar:
+    with Progress(1000, 996, console) as bar:
+        bar.step_done(997, 0.25, 123_456_000, 9000.0)  # compiles
         for step in (998, 999, 1000):
             with bar.phase("sampling aggregation"):
                 pass
             bar.step_done(step, 0.25, 123_456_000, 1000.0)
-    lines = console.file.getvalue().splitlines()
+    lines = console.file.getvalue().splitlines()[1:]
     assert [line.split("  ")[0] for line in lines] == [
         "step 998 of 1000",
         "step 999 of 1000",
@@ -83,22 +85,53 @@ def test_reward_and_time_left_are_means_of_the_last_ten_steps():
 
 def test_a_step_without_reward_is_shown_without_nan():
     console = plain()
-    with Progress(4, 0, console) as bar:
+    with Progress(5, 0, console) as bar:
         bar.step_done(1, None, 0, 0.0)
-        bar.step_done(2, 0.5, 10, 1.0)
-        bar.step_done(3, math.nan, 10, 1.0)
+        bar.step_done(2, None, 0, 0.0)
+        bar.step_done(3, 0.5, 10, 1.0)
+        bar.step_done(4, math.nan, 10, 1.0)
     lines = console.file.getvalue().splitlines()
-    assert "reward -  - tokens/s" in lines[0]
-    assert "reward 0.500" in lines[2]
+    assert "reward -  - tokens/s" in lines[1]
+    assert "reward 0.500" in lines[3]
     assert "nan" not in console.file.getvalue().lower()
 
 
 def test_a_terminal_shows_phase_step_speed_reward_and_time_left_and_no_plain_lines():
     console = plain(force_terminal=True, color_system=None)
-    bar = Progress(250, 119, console)
+    bar = Progress(250, 118, console)
     with bar.phase("sampling aggregation"), bar:  # what is shown last is of the phase
+        bar.step_done(119, 0.4, 819_200, 999.0)  # compiles
         bar.step_done(120, 0.4, 819_200, 120.0)
     screen = console.file.getvalue()
     shown = "step 120/250 reward 0.400  6,827 tokens/s  left 4:20:00 sampling aggregation"
     assert shown in screen
     assert "step 120 of 250" not in screen
+
+
+def test_the_first_step_of_a_process_compiles_and_counts_neither_as_speed_nor_as_time_left():
+    console = plain()
+    with Progress(10, 4, console) as bar:
+        bar.step_done(5, 0.5, 1000, 600.0)
+        bar.step_done(6, 0.5, 1000, 10.0, more="kept 2 of 5 problems")
+    first, second = console.file.getvalue().splitlines()
+    assert "- tokens/s  left -  600.0 s  with compilation" in first
+    assert "100 tokens/s  left 0:00:40  10.0 s  kept 2 of 5 problems" in second
+
+
+def test_without_a_terminal_a_phase_that_takes_long_gets_a_line_while_it_goes_on():
+    console = plain()
+    with Progress(10, 0, console, long_s=0.05) as bar:
+        with bar.phase("updating"):
+            pass
+        assert console.file.getvalue() == ""
+        with bar.phase("evaluating"):
+            deadline = time.monotonic() + 30
+            while not console.file.getvalue():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            with bar.phase("sampling"):
+                while console.file.getvalue().count("\n") < 2:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+    names = [line.partition(":")[0] for line in console.file.getvalue().splitlines()]
+    assert names == ["evaluating", "evaluating > sampling"]

@@ -4,6 +4,7 @@ Processes are forks of one that has imported the program (benchmarks/nursery.py)
 third of the time. The same drills by the hundred: `bash launch/soak.sh`.
 """
 
+import os
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from benchmarks import drill
 from benchmarks.kill_soak import truncate_newest
 from benchmarks.orphans import workers_left
+from spiral_jax.run import lock
 
 STEPS = 4
 FAULTS = ("search:2", "aggregation:3", "verifier:20", "update:1", "checkpoint:1", "epoch:1")
@@ -33,12 +35,24 @@ def test_a_run_that_is_killed_in_every_phase_is_the_uninterrupted_one(runs):
     for fault in FAULTS:
         done = runs.run(workdir, STEPS, fault)
         assert_ended(done, code=-9)
-        assert "fault: SIGKILL" in done.stderr
+        assert "fault: SIGKILL" in done.stderr and (workdir / lock.FILE).exists()
         assert drill.finished_steps(workdir) - drill.saved_step(workdir) in (0, 1), fault
     assert drill.saved_step(workdir) < STEPS  # there was something left to do
     assert_ended(runs.run(workdir, STEPS))
     assert drill.differences(runs.folder / "reference", workdir) == []
     assert workers_left() == 0
+
+
+@pytest.mark.slow
+def test_a_second_process_in_the_same_directory_is_refused_and_changes_nothing(runs):
+    reference = runs.folder / "reference"
+    before = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()}
+    with lock.hold(reference):
+        done = runs.run(reference, STEPS + 1)
+    assert_ended(done, code=1)
+    assert f"process {os.getpid()} on " in done.stderr and "Traceback" not in done.stderr
+    after = {path: path.stat().st_mtime_ns for path in reference.rglob("*") if path.is_file()}
+    assert after == before
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import pytest
 from scripted_sampler import TOKENIZER, scripted_training
 
 from spiral_jax.core.groups import Role
-from spiral_jax.run.trace_log import TraceLog, TraceRows, read_traces, render_examples, trace_files
+from spiral_jax.objective.advantages import compute_advantages
+from spiral_jax.run.trace_log import TraceLog, TraceRows, read_traces, trace_files
 from spiral_jax.run.workdir import WorkdirError
 
 # --- files ----------------------------------------------------------------------------------------
@@ -104,15 +105,18 @@ def batch(training):
     return training.collect()
 
 
-def rows_of(c, batch, fraction=1.0):
-    rows = TraceRows(
+def trace_rows(c, fraction=1.0):
+    return TraceRows(
         tokenizer=TOKENIZER,
         fraction=fraction,
         order=c.aggregation.order,
         seed=c.seed,
         drops_truncated=c.prompt.truncated == "drop",
     )
-    return list(rows.make(batch))
+
+
+def rows_of(c, batch, fraction=1.0):
+    return list(trace_rows(c, fraction).make(batch))
 
 
 def test_kept_problems_come_first_then_the_discarded_ones_with_no_advantage(training, batch):
@@ -180,11 +184,17 @@ def test_grpo_rows_have_no_sets():
         assert row["round"] is row["set"] is row["order"] is row["subset"] is None
 
 
-def test_examples_show_a_prompt_and_a_trace_of_search_and_of_each_round(batch):
-    text = render_examples(batch.rollouts, TOKENIZER)
-    assert text.count("prompt, ") == text.count("trace, reward ") == 2
-    requests = batch.rollouts.search.requests
-    prompt = requests.prompt_UxP[0, : requests.prompt_len_U[0]].tolist()
-    assert str(prompt) in text and TOKENIZER.decode(prompt) in text
-    for groups in batch.rollouts.stages:
-        assert TOKENIZER.decode(groups.trace_ids(0, 0)) in text
+def test_a_step_without_a_batch_is_logged_whole():
+    def script(role, cursor, k, i):
+        return "\\boxed{8}"
+
+    training = scripted_training(script)
+    problems = training.actor.first_kept(3)
+    assert problems.decided() is None
+    for rollout in training.actor.rollouts(None, 0, problems):
+        advantages = compute_advantages(training.objective.estimator, rollout.rewards())
+        problems.add(rollout, advantages)
+    rows = list(trace_rows(training.c).make_failed(problems.decided()))
+    assert list(dict.fromkeys(row["cursor"] for row in rows)) == list(range(3, 19))
+    assert len(rows) == 16 * (8 + 4 * 4)
+    assert {(row["kept"], row["advantage"], row["reward"]) for row in rows} == {(False, 0.0, 0.0)}

@@ -1,6 +1,5 @@
 """The run's directory: what is refused, what a resume keeps, and which bytes are written."""
 
-import itertools
 import json
 import math
 import os
@@ -8,7 +7,6 @@ import pathlib
 import resource
 import shutil
 import tempfile
-import time
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +14,22 @@ import numpy as np
 import pytest
 
 from spiral_jax.core import config
+from spiral_jax.run.lock import FILE as LOCK
 from spiral_jax.run.trace_log import TraceLog
-from spiral_jax.run.workdir import StepLog, WorkdirError, open_workdir, read_config
+from spiral_jax.run.workdir import StepLog, WorkdirError, occupy_workdir, read_config
 
 
 def settings(**changes):
     c = config.defaults()
     c.update_from_flattened_dict(changes)
     return config.to_plain(c), config.digest(c)
+
+
+def open_workdir(path, plain, digest, allow=()):
+    """A start that succeeds."""
+    with occupy_workdir(path, plain, digest, allow) as workdir:
+        workdir.begin()
+    return workdir.path
 
 
 def test_a_new_directory_holds_the_config_and_is_opened_again_by_the_same_one(tmp_path):
@@ -63,26 +69,50 @@ def test_another_config_is_refused_with_every_field_and_both_values(tmp_path):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-@pytest.fixture
-def second_process(monkeypatch):
-    """This process is not the first, and its clock runs quickly."""
-    clock = itertools.count(step=30)
+def test_a_start_that_fails_leaves_nothing_and_another_config_may_follow(tmp_path):
+    for workdir in (tmp_path / "new", tmp_path):
+        with pytest.raises(KeyError), occupy_workdir(workdir, *settings()) as opened:
+            assert (workdir / LOCK).exists() and not opened.begun
+            (workdir / "checkpoints").mkdir()
+            raise KeyError("no weights there")
+        assert list(tmp_path.iterdir()) == []
+    open_workdir(tmp_path, *settings(seed=3))
+    with pytest.raises(KeyError), occupy_workdir(tmp_path, *settings(seed=3)):
+        raise KeyError
+    assert read_config(tmp_path)[0]["seed"] == 3
+
+
+def test_a_start_that_was_killed_before_it_began_is_in_nobodys_way(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 2**22 + 1, "host": "x", "machine": "y"}))
+    os.utime(tmp_path / LOCK, (0, 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spiral_jax.run.lock.socket.gethostname", lambda: "x")
+        patch.setattr("spiral_jax.run.lock._machine", lambda: "y")
+        open_workdir(tmp_path, *settings())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "checkpoints" / "4").mkdir()
+    (tmp_path / "checkpoints" / "4" / "array").write_text("a run's, whose config.json is lost")
+    with pytest.raises(WorkdirError, match="not empty: checkpoints"):
+        open_workdir(tmp_path, *settings())
+
+
+def test_a_changed_config_is_written_only_when_the_start_has_succeeded(tmp_path):
+    open_workdir(tmp_path, *settings())
+    changed = settings(**{"train.steps": 7})
+    with pytest.raises(KeyError), occupy_workdir(tmp_path, *changed, allow=("train",)):
+        raise KeyError
+    assert read_config(tmp_path)[0]["train"]["steps"] == 250
+
+
+def test_another_process_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-
-
-def test_another_process_writes_nothing_and_waits_for_the_first(tmp_path, second_process):
-    with pytest.raises(WorkdirError, match="process 0.*does not see it.*share"):
-        open_workdir(tmp_path / "own", *settings())
-    (tmp_path / "config.json").write_text("written by process 0")
-    assert open_workdir(tmp_path, *settings()) == tmp_path
     log, traces = StepLog(tmp_path / "metrics.jsonl"), TraceLog(tmp_path / "traces", 1)
     log.append({"step": 0})
     traces.write(0, [{"step": 0}])
     log.path.with_name("evaluations.jsonl").write_text('{"step": 5}\n')
     assert StepLog(tmp_path / "evaluations.jsonl").cut_back(0) == 0 == traces.cut_back(0)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "evaluations.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"evaluations.jsonl"}
     assert (tmp_path / "evaluations.jsonl").read_text() == '{"step": 5}\n'
 
 
