@@ -61,10 +61,9 @@ class Nursery:
 
 def serve() -> None:
     """Reads a run a line from standard input, forks it, and answers with its exit code."""
-    from absl import app
-
     from spiral_jax import train
-    from spiral_jax.core import config, faults
+    from spiral_jax.core import faults
+    from spiral_jax.core.command import run_command
     from spiral_jax.run import log as run_log
 
     for name in _LATE_IMPORTS:
@@ -81,7 +80,7 @@ def serve() -> None:
             run_log.STARTED = time.monotonic()
             sys.argv = ["train", *flags]
             train.define_flags()
-            app.run(train.main, flags_parser=config.parse_flags)  # ends the process
+            run_command(train.main)  # ends the process
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 

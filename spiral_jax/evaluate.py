@@ -22,6 +22,7 @@ for what A reaches, gaps with paired intervals, the same four pictures with both
 from __future__ import annotations
 
 import pathlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spiral_jax.core import config, distributed
+from spiral_jax.core.command import run_command
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import make_mesh
 from spiral_jax.evaluation.comparison import compare, write_comparison
@@ -38,12 +40,16 @@ from spiral_jax.evaluation.results import make_results, read_results, write_resu
 from spiral_jax.evaluation.tables import comparison_tables, name_by_directory, results_tables
 from spiral_jax.reporting.evaluation_figures import plot_evaluation
 from spiral_jax.run.evaluation_run import model_fingerprint, run_waves
+from spiral_jax.run.preemption import exit_code
 from spiral_jax.run.setup import keep_compiled_programs, set_up_evaluation
 from spiral_jax.run.workdir import WorkdirError, occupy_workdir
 
 
-def evaluate(c: ConfigDict, workdir: str) -> None:
+def evaluate(c: ConfigDict, workdir: str) -> signal.Signals | None:
     """Evaluates what `c` names, or goes on with it; writes results and pictures, prints the table.
+
+    Returns:
+      the signal that has ended it before; None: it is finished.
 
     Raises:
       WorkdirError: `workdir` holds an evaluation with another config, other weights or other data.
@@ -58,8 +64,8 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
     with occupy_workdir(workdir, plain, digest) as directory:
         distributed.check_equal(config=digest, **stamp)
         evaluated = run_waves(setup, directory, stamp)
-        if not distributed.is_first():
-            return
+        if evaluated.notice or not distributed.is_first():
+            return evaluated.notice
         problems = {asked.cursor: asked.problem for asked in evaluated.asked}
         results = make_results(
             setup.evaluation, stamp["model"], problems, evaluated.records, evaluated.counts
@@ -68,6 +74,7 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
         write_results(path / "results.json", results)
         pictures = plot_evaluation({path.name: results}, path)
         _show(results_tables(results), path / "results.json", pictures)
+    return None
 
 
 def compare_results(path_a: str, path_b: str, workdir: str | None) -> None:
@@ -110,6 +117,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
     logging.set_verbosity(logging.WARNING)
+    notice = None
     try:
         if given.compare:
             if len(argv) != 3:
@@ -124,11 +132,13 @@ def main(argv: list[str]) -> None:
             )
         with distributed.session(given):
             distributed.announce(make_mesh(given.config.mesh))
-            evaluate(given.config, given.workdir)
+            notice = evaluate(given.config, given.workdir)
     except UserError as error:
         sys.exit(f"error: {error}")
+    if notice:
+        sys.exit(exit_code(notice, preempted=128 + notice))
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=config.parse_flags)
+    run_command(main)

@@ -25,7 +25,8 @@ from absl import app, flags, logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from spiral_jax.core.config import ConfigError, digest, parse_flags, to_plain
+from spiral_jax.core.command import run_command
+from spiral_jax.core.config import ConfigError, digest, to_plain
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import host_mesh, path_name
 from spiral_jax.model import hf
@@ -278,4 +279,4 @@ def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=parse_flags)
+    run_command(main)

@@ -19,10 +19,10 @@ import pathlib
 import sys
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from spiral_jax.core import config
+from spiral_jax.core.command import run_command
 from spiral_jax.core.errors import UserError
 from spiral_jax.planning.text import plan
 from spiral_jax.planning.whole_step import Assumptions
@@ -71,4 +71,4 @@ def say(text: str) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=config.parse_flags)
+    run_command(main)

@@ -17,6 +17,7 @@ import sys
 
 from absl import app, flags
 
+from spiral_jax.core.command import run_command
 from spiral_jax.core.errors import UserError
 from spiral_jax.reporting.main_page import write_report
 
@@ -43,4 +44,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    run_command(main)

@@ -26,7 +26,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from transformers import PreTrainedTokenizerBase
 
-from spiral_jax.core.config import parse_flags
+from spiral_jax.core.command import run_command
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.groups import Stop, pad_rows
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
@@ -213,4 +213,4 @@ def _architecture(m: ConfigDict, vocab: int) -> Architecture:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=parse_flags)
+    run_command(main)

@@ -28,6 +28,7 @@ import sys
 import jax
 from absl import app, flags, logging
 
+from spiral_jax.core.command import run_command
 from spiral_jax.core.config import digest_of
 from spiral_jax.core.errors import UserError
 from spiral_jax.run.workdir import open_workdir
@@ -80,4 +81,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    run_command(main)

@@ -9,12 +9,14 @@ prints its table. On several hosts it is started once on each: `core/distributed
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from spiral_jax.core import config, distributed
+from spiral_jax.core import distributed
+from spiral_jax.core.command import run_command
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import make_mesh
 from spiral_jax.learner.blocks import make_blocks, padding, place_blocks
@@ -22,15 +24,16 @@ from spiral_jax.learner.state import variables
 from spiral_jax.learner.step import make_train_step
 from spiral_jax.objective.advantages import compute_advantages
 from spiral_jax.reporting.summary import summarise_run
+from spiral_jax.run.preemption import exit_code
 from spiral_jax.run.setup import Setup, check_shapes, keep_compiled_programs, set_up_training
 from spiral_jax.run.training_run import open_run
 
 
-def train(setup: Setup, workdir: str) -> bool:
+def train(setup: Setup, workdir: str) -> signal.Signals | None:
     """Trains until all steps are done, from scratch or where the run stopped.
 
     Returns:
-      whether it is finished: False after a preemption notice.
+      the signal that has ended it before; None: it is finished.
     """
     model, mesh, sampler = setup.model, setup.mesh, setup.sampler
     objective, learner = setup.training.objective, setup.training.learner
@@ -50,7 +53,7 @@ def train(setup: Setup, workdir: str) -> bool:
                     # Problems whose advantages are all zero are not kept.
                     rewards = rollout.rewards()
                     problems.add(rollout, compute_advantages(objective.estimator, rewards))
-            if run.preemption.noticed:
+            if run.preemption.notice:
                 break
             # The first B kept problems; their traces' advantages become loss weights.
             batch = problems.batch(objective)
@@ -68,11 +71,12 @@ def train(setup: Setup, workdir: str) -> bool:
             run.evaluate(policy)
         run.finish(state)
 
-    if run.preemption.noticed:
-        print(f"preempted: saved at step {run.at.step}; the same command goes on", flush=True)
+    if run.preemption.notice:
+        ended = f"{run.preemption.word}: saved at step {run.at.step}"
+        print(f"{ended}; the same command goes on", flush=True)
     else:
         summarise_run(run.log, run.at.step, run.at.sampled_tokens)
-    return not run.preemption.noticed
+    return run.preemption.notice
 
 
 def define_flags() -> None:
@@ -96,7 +100,7 @@ def main(argv: list[str]) -> None:
     if given.workdir is None and not given.dry_run:
         raise app.UsageError("--workdir is required (or --dry_run)")
     logging.set_verbosity(logging.WARNING)
-    finished = True
+    notice = None
     try:
         with distributed.session(given):
             keep_compiled_programs()
@@ -107,13 +111,13 @@ def main(argv: list[str]) -> None:
                 print(setup.c, *filter(None, [setup.task.report]), sep="\n")
                 print("config, data, tokenizer and shapes are fine; nothing was written")
             else:
-                finished = train(setup, given.workdir)
+                notice = train(setup, given.workdir)
     except UserError as error:
         sys.exit(f"error: {error}")
-    if not finished:
-        sys.exit(given.preempted_exit_code)
+    if notice:
+        sys.exit(exit_code(notice, given.preempted_exit_code))
 
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=config.parse_flags)
+    run_command(main)

@@ -78,7 +78,7 @@ def preempt():
             assert decode(preemption, chunks=2) == 2
         assert not preemption.reached()
         done = decode(preemption, chunks=200, terminated=3)
-        assert preemption.noticed and preemption.reached() and 3 < done < 200, done
+        assert preemption.notice and preemption.reached() and 3 < done < 200, done
         assert decode(preemption, chunks=2) == 0
     ends = distributed.gather(done)
     assert min(ends) == max(ends), ends

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(spiral_jax.__file__).parent
 SOURCES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))]
 # All rooms in their order, each with its files that other rooms or commands import.
 DOORS = {
-    "core": "config distributed errors faults groups mesh metrics progress",
+    "core": "command config distributed errors faults groups mesh metrics progress",
     "model": "adapter architecture attention cache flops hf tensor_files transformer",
     "tasks": "answer finite hub jsonl load overlap problem tiny_tokenizer",
     "prompts": "prompts scaffold settings tokenizer",
@@ -19,7 +19,7 @@ DOORS = {
     "learner": "blocks logprobs settings state step",
     "rollout": "actor collect feed judge requests settings stages traces",
     "evaluation": "answers comparison measures results settings stages statistics tables wave",
-    "run": "checkpoint evaluation_run log setup start trace_log training_run workdir",
+    "run": "checkpoint evaluation_run log preemption setup start trace_log training_run workdir",
     "planning": "text whole_step",
     "reporting": "axes evaluation_figures main_page series style summary",
     "studies": "design directory gather processes runner text",

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 
-from absl import app
 from ml_collections import ConfigDict
 
 from spiral_jax.core.errors import UserError
@@ -302,21 +300,6 @@ def defaults() -> ConfigDict:
     # fields, such as ("train.steps", "verifier"), that a resumed run may change
     c.resume.allow = ()
     return c.lock()
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """`flags_parser` of `app.run`: an unknown field in `--config.a.b=c` ends the program with the
-    nearest name.
-    """
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (
-        AttributeError,
-        KeyError,
-    ) as error:  # what ml_collections raises on its way to the field
-        cause = error.args[0]
-        message = cause.args[0] if isinstance(cause, Exception) else cause
-        sys.exit(f"error: --config has no such field: {' '.join(str(message).split())}")
 
 
 def digest(c: ConfigDict) -> str:

@@ -33,6 +33,8 @@ from spiral_jax.verifier.rewards import Status
 
 VERSION = 1
 STAGES = ("search", "aggregation", "rsa")
+_PARTS = ("model", "problems", "scaffold", "settings", "counts", "measures")
+_RECORD = ("index", "id", "search", "limits", "aggregation", "rsa")
 _VERDICTS = tuple(status.value for status in Status)
 _CLEANED = ("candidates", "dropped", "empty", "removed_special")  # of the stages that read some
 
@@ -250,4 +252,21 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
     if version != VERSION:
         reason = f"layout version {version}; this program reads {VERSION}. Evaluate again."
         raise ResultsError(f"{path}: {reason}")
+    if lacking := _lacking(results):
+        reason = f"damaged: it lacks {', '.join(lacking)}. Put it back, or evaluate again."
+        raise ResultsError(f"{path}: {reason}")
     return results
+
+
+def _lacking(results: dict[str, Any]) -> list[str]:
+    """What a results.json of this version has and this one has not."""
+    kinds = dict.fromkeys(_PARTS, dict) | {"records": list}
+    lacking = [name for name, kind in kinds.items() if not isinstance(results.get(name), kind)]
+    if lacking:
+        return lacking
+    if not results["records"]:
+        return ["records"]
+    for number, record in enumerate(results["records"]):
+        fields = record if isinstance(record, dict) else {}
+        lacking += [f"records[{number}].{name}" for name in _RECORD if name not in fields]
+    return lacking[:5]

@@ -81,7 +81,7 @@ def main_html(run: RecordedRun, traces: Traces) -> str:
 def _status(run: RecordedRun) -> str:
     """How far the run is, in one line."""
     if not run.metrics:
-        if run.results and not run.starts:
+        if run.results and not run.checkpoints:
             return "An evaluation: no training steps."
         failed = ": the traces are those of a step that gave no batch" if run.traces else ""
         return f"No step is finished yet{failed}."

@@ -5,11 +5,19 @@ Each room checks its own numbers where it reads them; these need neither data no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ml_collections import ConfigDict
 
 from spiral_jax.core.config import MEASURES, METRIC_WRITERS, REMAT, require
 from spiral_jax.model.attention.backends import BACKENDS
 
+_ROWS = {  # tuples of rows of so many integers
+    "sampling.classes": 4,
+    "batch.search_lengths": 2,
+    "batch.aggregation_lengths": 2,
+}
+_INTEGERS = ("sampling.row_counts", "eval.limits")
 # Of training and evaluation both; those `_OF_RUN` of training alone.
 _CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),
@@ -53,6 +61,7 @@ _POSITIVE_OF_RUN = ("train.grace_s",)
 
 def check_shared(c: ConfigDict) -> None:
     """What training and evaluation both need. Raises `ConfigError`."""
+    _check_tuples(c)
     _check_values(c, _CHOICES, _LEAST, _POSITIVE)
     m = c.model
     require(bool(m.hf_path), "model.hf_path", m.hf_path, "a directory with config.json and weights")
@@ -102,6 +111,27 @@ def check_run(c: ConfigDict) -> None:
         "Without evaluations there is no best checkpoint.",
     )
     _check_resume(c)
+
+
+def _check_tuples(c: ConfigDict) -> None:
+    """What stands in the tuples; that they are tuples the configuration itself has seen to."""
+    for field, width in _ROWS.items():
+        rows = _value(c, field)
+        are_rows = all(
+            isinstance(row, tuple | list) and len(row) == width and _are_integers(row)
+            for row in rows
+        )
+        one = ", ".join(["4", "8", "256", "16"][:width])
+        advice = ""
+        if _are_integers(rows) and len(rows) == width:
+            advice = f"A tuple of one row has a comma behind it: ({tuple(rows)},)."
+        require(are_rows, field, rows, f"rows of {width} integers, such as (({one}),)", advice)
+    for field in _INTEGERS:
+        require(_are_integers(_value(c, field)), field, _value(c, field), "a tuple of integers")
+
+
+def _are_integers(values: Iterable[object]) -> bool:
+    return all(type(value) is int for value in values)
 
 
 def _check_values(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from spiral_jax.evaluation.answers import CORRECT
 from spiral_jax.evaluation.wave import Evaluator, Record, Wave, held_out_problems
 from spiral_jax.rollout.requests import Asked
 from spiral_jax.run.examples import Examples, show_nothing
+from spiral_jax.run.preemption import Preemption
 from spiral_jax.run.setup import Setup, make_evaluator
 from spiral_jax.run.watchdog import Watchdog, deadline
 from spiral_jax.run.workdir import StepLog, Workdir, WorkdirError
@@ -25,15 +27,22 @@ from spiral_jax.verifier.verifier import Verifier
 
 
 class Evaluated(NamedTuple):
-    """Everything that an evaluation has found, over all its waves."""
+    """Everything that an evaluation has found, over all its waves.
+
+    Attributes:
+      notice: the signal that has ended it before all of them were done, else None.
+    """
 
     asked: list[Asked]
     records: list[Record]
     counts: Counter
+    notice: signal.Signals | None
 
 
 def run_waves(setup: Setup, directory: Workdir, stamp: Mapping[str, str]) -> Evaluated:
     """Evaluates the waves that waves.jsonl does not hold yet, and appends them.
+
+    SIGTERM or a Ctrl-C ends the wave that is under way, which the next call begins anew.
 
     Args:
       directory: is begun once the weights are there.
@@ -47,52 +56,76 @@ def run_waves(setup: Setup, directory: Workdir, stamp: Mapping[str, str]) -> Eva
     waves = [asked[i : i + size] for i in range(0, len(asked), size)]
     journal = StepLog(directory.path / "waves.jsonl")
     journal.cut_back(len(waves))
-    done = _count_done(journal, stamp)
+    done, notice = _count_done(journal, stamp), None
     if done < len(waves):
         with (
             Verifier(setup.reward, setup.verifier) as verifier,
             Progress(len(waves), done, unit="wave") as progress,
             jax.set_mesh(setup.mesh),
+            Preemption(setup.c.train.grace_s) as preemption,
         ):
             show = show_nothing if done else Examples(setup.tokenizer).show
-            evaluator = make_evaluator(setup, verifier, progress, lambda: None, show)
-            for number, wave in _evaluate(setup, evaluator, waves, done, directory.begin):
+            evaluator = make_evaluator(setup, verifier, progress, preemption.look, show)
+            begin = directory.begin
+            for number, wave in _evaluate(setup, evaluator, preemption, waves, done, begin):
                 row = {"step": number, **stamp, "records": wave.records, "counts": wave.counts}
                 journal.append(row)
+            notice = preemption.notice
+            if notice:
+                kept = len(journal.read()) if distributed.is_first() else 0
+                ended = f"{preemption.word}: {kept} of {len(waves)} waves are kept"
+                print(f"{ended}; the same command goes on", flush=True)
 
     rows = journal.read()
     records = [record for row in rows for record in row["records"]]
     counts = sum((Counter(row["counts"]) for row in rows), Counter())
-    return Evaluated(asked, records, counts)
+    return Evaluated(asked, records, counts, notice)
+
+
+def _start(setup: Setup, evaluator: Evaluator) -> tuple[Any, Any | None]:
+    """The policy, and the one that searches if another does; all programs are compiled."""
+    progress, sampler = evaluator.progress, evaluator.sampler
+    with progress.phase("compiling"):
+        reports = setup.task.report, sampler.start_report()
+        print(*filter(None, reports), sep="\n", flush=True)
+    read = "the weights that config.model names to be read (config.train.wait_s)"
+    with progress.phase("loading weights"), deadline(read, setup.c.train.wait_s):
+        policy, search_policy = sampler.prepare(setup.start.load_policy()), None
+        if name := setup.evaluation.searcher:
+            search_policy = sampler.prepare(setup.start.searcher(name).load_policy())
+    return policy, search_policy
 
 
 def _evaluate(
     setup: Setup,
     evaluator: Evaluator,
+    preemption: Preemption,
     waves: Sequence[Sequence[Asked]],
     done: int,
     begin: Callable[[], None],
 ) -> Iterator[tuple[int, Wave]]:
-    """The waves from number `done` on, with their numbers; `begin` is called before the first."""
-    progress, sampler, limits = evaluator.progress, evaluator.sampler, setup.c.train
-    with progress.phase("compiling"):
-        reports = setup.task.report, sampler.start_report()
-        print(*filter(None, reports), sep="\n", flush=True)
-    read = "the weights that config.model names to be read (config.train.wait_s)"
-    with progress.phase("loading weights"), deadline(read, limits.wait_s):
-        policy, search_policy = sampler.prepare(setup.start.load_policy()), None
-        if name := setup.evaluation.searcher:
-            search_policy = sampler.prepare(setup.start.searcher(name).load_policy())
-    begin()
+    """The waves from number `done` on, with their numbers, until a notice has come.
 
+    `begin` is called once the weights are there.
+    """
+    limits, policies = setup.c.train, None
+    with preemption.interruptible():
+        policies = _start(setup, evaluator)
+        begin()
     with Watchdog(limits.watchdog, limits.wait_s) as watchdog:
         for number in range(done, len(waves)):
-            began = time.monotonic()
+            if preemption.reached():
+                return
+            began, wave = time.monotonic(), None
             watchdog.begin("wave", number)
-            wave = evaluator.wave(policy, waves[number], search_policy=search_policy)
+            with preemption.interruptible():
+                policy, search_policy = policies
+                wave = evaluator.wave(policy, waves[number], search_policy=search_policy)
+            if wave is None:
+                return
             watchdog.end()
             yield number, wave
-            _show_wave(progress, number, wave, time.monotonic() - began)
+            _show_wave(evaluator.progress, number, wave, time.monotonic() - began)
 
 
 def _show_wave(progress: Progress, number: int, wave: Wave, seconds: float) -> None:

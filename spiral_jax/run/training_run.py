@@ -158,7 +158,7 @@ class TrainingRun:
         Raises:
           CheckpointError: it could not be written.
         """
-        if self.preemption.noticed and self.at.step:
+        if self.preemption.notice and self.at.step:
             self.saver.save_if_missing(self.at.step, state, self._checkpoint_record())
         if not self.saver.settle():
             raise CheckpointError(
@@ -250,7 +250,7 @@ def open_run(setup: Setup, workdir: str) -> Iterator[tuple[TrainingRun, Any, Tra
         )
         reports = ()
         if not run.finished:
-            with progress.phase("compiling"):
+            with progress.phase("compiling"), preemption.interruptible():
                 reports = setup.task.report, setup.sampler.start_report()
         progress.take_times()  # a step's times are its own
         directory.begin()  # what can fail at a start has not failed

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from spiral_jax.core.command import file_message
 from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.evaluation.measures import STRATEGIES
 from spiral_jax.evaluation.settings import for_command
@@ -245,8 +246,11 @@ def load_study(path: str) -> Study:
         )
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    s = module.get_config("")
+    try:
+        spec.loader.exec_module(module)
+        s = module.get_config("")
+    except Exception as error:
+        raise ConfigError(file_message(file, error)) from error
     if not isinstance(s, ConfigDict) or set(s) != set(defaults()):
         raise ConfigError(
             f"--config={path}: get_config('') must return design.defaults() with what differs."

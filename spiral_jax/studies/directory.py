@@ -45,6 +45,10 @@ class StudyDirectory:
         """The steps of a run that may still be writing them; none if it has not begun."""
         return read_log(epath.Path(self.run(arm, seed) / "metrics.jsonl"))
 
+    def starts(self, arm: str, seed: int) -> list[dict[str, Any]]:
+        """What a run was started on, each time; see `run/provenance.py`."""
+        return read_log(epath.Path(self.run(arm, seed) / "starts.jsonl"))
+
     def evaluation(self, arm: str, seed: int, step: int) -> pathlib.Path:
         return self.path / "evaluations" / arm / f"seed_{seed}" / f"step_{step:06d}"
 

@@ -4,6 +4,7 @@ arms      by arm: `Experiment.budget`, and estimates of every measure over its r
 runs      every run, failed ones too: state, steps, tokens, seconds, what it said when it failed,
           its own measures
 unnamed   runs in the directory that the configuration does not name any more
+unrecorded commands that outlived a study that was killed: `seconds` lacks theirs
 gaps      by arm and measure: the arm - the baseline
 optimum   the best possible aggregated accuracy where the number of strategies is known, and what it
           is made of
@@ -34,7 +35,7 @@ from spiral_jax.studies.cells import Cells, estimate, gap, place_of, value_of
 from spiral_jax.studies.claims import Evidence, judge_claim
 from spiral_jax.studies.design import BASE, Study
 from spiral_jax.studies.directory import StudyDirectory, pair_name
-from spiral_jax.studies.history import check_evaluation, run_row
+from spiral_jax.studies.history import check_evaluation, run_row, unrecorded
 from spiral_jax.studies.optimum import optimum
 
 VERSION = 1
@@ -63,15 +64,18 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
             run["measures"] = {measure: value_of(own, measure) for measure in study.measures}
     weight_RxB = bootstrap_weights(0, len(first["records"]), DRAWS)
     journal = directory.journal.read()
+    environments = [row["environment"] for row in journal]
+    for arm, seed in study.runs:
+        environments += directory.starts(arm, seed)
     efficiency = _efficiency(study, arms, weight_RxB)
     evidence = Evidence(study, arms, runs, efficiency, weight_RxB)
     return {
         "version": VERSION,
         "title": study.title,
-        "machines": sorted({_machine(row["environment"]) for row in journal}),
+        "machines": sorted({_machine(environment) for environment in environments}),
         "seconds": sum(row["seconds"] for row in journal),
-        "at_once": max(row["at_once"] for row in journal),
-        "commits": sorted({_commit(row["environment"]) for row in journal}),
+        "at_once": max((row["at_once"] for row in journal), default=None),
+        "commits": sorted({_commit(environment) for environment in environments}),
         "problems": first["problems"],
         "settings": first["settings"],
         "measures": list(study.measures),
@@ -85,6 +89,7 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
         "curves": {arm: _curves(cells, weight_RxB) for arm, cells in arms.items()},
         "runs": runs,
         "unnamed": _unnamed(study, directory),
+        "unrecorded": unrecorded(study, directory),
     }
 
 

@@ -13,7 +13,7 @@ from spiral_jax.evaluation.results import ResultsError
 from spiral_jax.reporting.series import series
 from spiral_jax.run.workdir import WorkdirError, read_config
 from spiral_jax.studies.design import BASE, Study
-from spiral_jax.studies.directory import StudyDirectory
+from spiral_jax.studies.directory import StudyDirectory, pair_name
 
 _CURVE_POINTS = 50  # of a run's training that are kept
 _LAST = 0.1  # share of a run's steps that "at the end" means
@@ -59,7 +59,7 @@ def run_row(study: Study, directory: StudyDirectory, arm: str, seed: int) -> dic
     """State of a run and what its training has cost."""
     if arm != BASE:
         _check_run(study, directory, arm, seed)
-    error = directory.error(arm, seed)
+    error = "" if _has_ended(study, directory, arm, seed) else directory.error(arm, seed)
     finished = "done" if directory.evaluations(arm, seed) else "not finished"
     state = "failed" if error else finished
     run = {"arm": arm, "seed": seed, "state": state, "error": error}
@@ -68,6 +68,47 @@ def run_row(study: Study, directory: StudyDirectory, arm: str, seed: int) -> dic
         return run
     aggregates = study.experiments[arm].aggregates
     return run | _costs(steps, aggregates) | {"training": _training_curves(steps)}
+
+
+def _has_ended(study: Study, directory: StudyDirectory, arm: str, seed: int) -> bool:
+    """Whether the run was evaluated where its experiment ends.
+
+    Then it is done, whatever the journal says: a study that was killed leaves its commands to
+    themselves, and nobody journals how they end.
+    """
+    evaluations = directory.evaluations(arm, seed)
+    if not evaluations or arm == BASE:
+        return bool(evaluations)
+    step = int(evaluations[-1].parent.name.removeprefix("step_"))
+    tokens = sum(row["sampling/generated_tokens"] for row in directory.metrics(arm, seed)[:step])
+    return study.experiments[arm].has_ended(step, tokens)
+
+
+def unrecorded(study: Study, directory: StudyDirectory) -> list[str]:
+    """Commands that have left what they make and stand in no line of the journal.
+
+    They outlived a study that was killed: how long they took is not known.
+    """
+    recorded = {
+        (row["arm"], row["seed"], row["stage"])
+        for row in directory.journal.read()
+        if not row["returncode"]
+    }
+    names = [*study.runs, *((pair_name(p.searcher, p.reader), p.seed) for p in study.pairs)]
+    missing = []
+    for name, seed in names:
+        made = {
+            "train": _is_trained(study, directory, name, seed),
+            "evaluate": bool(directory.evaluations(name, seed)),
+        }
+        for stage, is_made in made.items():
+            if is_made and (name, seed, stage) not in recorded:
+                missing.append(f"{name} seed {seed}: {stage}")
+    return missing
+
+
+def _is_trained(study: Study, directory: StudyDirectory, name: str, seed: int) -> bool:
+    return name in study.experiments and _has_ended(study, directory, name, seed)
 
 
 def _costs(steps: Sequence[Mapping[str, Any]], aggregates: bool) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class Processes:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 pass_fds=pass_fds,
+                start_new_session=True,  # a terminal's Ctrl-C reaches them through the study alone
             )
             self._running.add(process)
         try:
@@ -95,6 +96,11 @@ class Processes:
         if self._stopped:  # the command was told to end too, so its exit status says nothing of it
             raise concurrent.futures.CancelledError
         return code
+
+    def kill(self) -> None:
+        """Kills the commands that run; what they have saved stays."""
+        for process in tuple(self._running):  # no lock: its holder may be the thread that waits
+            process.kill()
 
     def _stop(self) -> None:
         with self._guard:

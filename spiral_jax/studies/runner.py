@@ -24,6 +24,7 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.evaluation.measures import columns
 from spiral_jax.evaluation.results import read_results
 from spiral_jax.run.checkpoint import CheckpointError
+from spiral_jax.run.preemption import exit_code, second_interrupt_ends
 from spiral_jax.run.start import find_trained
 from spiral_jax.run.workdir import WorkdirError
 from spiral_jax.studies.cells import value_of
@@ -51,7 +52,7 @@ def run_study(
     with (
         _lock(directory) as lock,
         tempfile.TemporaryDirectory(prefix="spiral_jax_programs_") as programs,
-        _exit_on_sigterm(),
+        _exit_when_told(processes),
     ):
         directory.journal.cut_back(sys.maxsize)  # repairs a torn last line
         environment = _describe_environment()
@@ -218,17 +219,29 @@ def _newest_step(workdir: pathlib.Path) -> int | None:
 
 
 @contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends a study as Ctrl-C does."""
+def _exit_when_told(processes: Processes) -> Iterator[None]:
+    """SIGTERM, a closed terminal or Ctrl-C end a study once its runs have saved.
 
-    def stop(*_: object) -> None:
-        sys.exit("told to stop; the same command goes on")
+    A second Ctrl-C ends all of them at once.
+    """
+    told = False
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def stop(number: int, _: object) -> None:
+        nonlocal told
+        if told:  # it waits for its runs
+            return
+        told = True
+        print("told to stop; the same command goes on", file=sys.stderr)
+        sys.exit(exit_code(signal.Signals(number), preempted=1))
+
+    signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in signals}
     try:
-        yield
+        with second_interrupt_ends("interrupted: the runs save and end", processes.kill):
+            yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _last_words(log: pathlib.Path, code: int) -> str:

@@ -110,9 +110,9 @@ def _head(study: Study, gathered: Mapping[str, Any]) -> list[str]:
     paragraphs = [
         f"# {study.title}",
         study.question,
-        f"{done} of {len(runs)} runs are done, in {gathered['seconds'] / 3600:.1f} hours, added up "
-        f"over trainings and evaluations, of which {gathered['at_once']} ran at once. Machine: "
-        f"{'; '.join(gathered['machines'])}. Commit: {', '.join(gathered['commits'])}. Written by "
+        f"{done} of {len(runs)} runs are done{_hours(gathered)}. Machine: "
+        f"{'; '.join(gathered['machines']) or 'not known'}. Commit: "
+        f"{', '.join(gathered['commits']) or 'not known'}. Written by "
         f"`python -m spiral_jax.study --config={study.file} --report`.",
         f"Evaluation: {problems['count']} held-out problems of {problems['task']} at "
         f"T = {settings['temperature']:g}: n = {settings['n']} traces each, {settings['subsets']} "
@@ -123,7 +123,23 @@ def _head(study: Study, gathered: Mapping[str, Any]) -> list[str]:
     if gathered["unnamed"]:
         unnamed = ", ".join(gathered["unnamed"])
         paragraphs.append(f"In the directory, but not in the configuration: {unnamed}.")
+    if gathered["unrecorded"]:
+        paragraphs.append(
+            "The study was killed while these ran, and they ended by themselves, so how long they "
+            f"took is not known: {', '.join(gathered['unrecorded'])}."
+        )
     return [paragraph for paragraph in paragraphs if paragraph]
+
+
+def _hours(gathered: Mapping[str, Any]) -> str:
+    """How long the study took, as far as its journal knows."""
+    if gathered["at_once"] is None:
+        return ""
+    least = "at least " if gathered["unrecorded"] else ""
+    return (
+        f", in {least}{gathered['seconds'] / 3600:.1f} hours, added up over trainings and "
+        f"evaluations, of which {gathered['at_once']} ran at once"
+    )
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

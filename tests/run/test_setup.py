@@ -109,6 +109,24 @@ def test_training_refuses_a_bad_value_with_field_value_and_what_is_allowed(field
     assert_refused(check_training, c, field, allowed)
 
 
+TUPLES = {
+    "sampling.classes": [(4, 8, 256, 16), ((4, 8, 256),), (4, (4, 8, 256, 16)), ((4, 8, 2.5, 1),)],
+    "sampling.row_counts": [("a",), ((1, 2),)],
+    "batch.search_lengths": [(16, 26), ((16,),), (("a", 26),)],
+    "batch.aggregation_lengths": [(124, 12), ((124, 12, 3),)],
+    "eval.limits": [("a",), ((6, 12),)],
+}
+
+
+@pytest.mark.parametrize("field", TUPLES)
+def test_a_tuple_of_other_things_is_refused_and_a_missing_comma_is_named(field):
+    for value in TUPLES[field]:
+        c = config(**{field.replace(".", "__"): value})
+        assert_refused(check_training, c, field, "integers")
+    c = config(sampling__classes=(4, 8, 256, 16))
+    assert_refused(check_training, c, "sampling.classes", "comma behind it: ((4, 8, 256, 16),)")
+
+
 def test_the_seed_is_refused_too():
     c = config()
     c.seed = -1

@@ -34,8 +34,10 @@ GOLDEN = ROOT / "tests" / "golden_results.json"
 PYTHON = sys.executable
 FAKE = r'''#!{python} -S
 """Stands for the Python that runs spiral_jax.train and spiral_jax.evaluate."""
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
 
+if "STUBBORN" in os.environ:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if sys.argv[1] == "-c":
     print(json.dumps({
         "hardware": "a machine",
@@ -391,6 +393,33 @@ def test_a_study_without_a_proposal_is_not_swept(tmp_path):
         sweep.sweep(without, StudyDirectory(tmp_path), 1, lambda study, arm: None)
 
 
+def test_a_study_whose_commands_outlived_it_is_reported_and_says_what_is_not_known(finished, copy):
+    whole = gather(load_study(FILE), finished.directory)
+    assert whole["unrecorded"] == []
+    copy.journal.path.unlink()
+    study, found = load_study(FILE), gather(load_study(FILE), copy)
+    assert {row["state"] for row in found["runs"]} == {"done"} and found["arms"] == whole["arms"]
+    assert len(found["unrecorded"]) == len(finished.calls)
+    assert "grpo seed 0: train" in found["unrecorded"]
+    text = markdown(study, found, [])
+    assert "4 of 4 runs are done." in text and "grpo seed 0: train" in text
+    assert "hours" not in text and "Machine: not known" in text
+
+
+def test_a_run_that_failed_once_and_was_ended_by_nobody_s_command_is_done(finished, copy):
+    rows = [row for row in copy.journal.read() if (row["arm"], row["stage"]) != ("grpo", "train")]
+    failed = rows[0] | {"arm": "grpo", "stage": "train", "returncode": 1, "error": "error: no disk"}
+    copy.journal.path.unlink()
+    for step, row in enumerate([*rows, failed]):
+        copy.journal.append(row | {"step": step})
+    start = {"step": 0} | rows[0]["environment"] | {"hardware": "another machine"}
+    (copy.run("grpo", 0) / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    found = gather(load_study(FILE), copy)
+    assert {row["state"] for row in found["runs"]} == {"done"}
+    assert found["unrecorded"] == ["grpo seed 0: train"]
+    assert len(found["machines"]) == 2 and "at least" in markdown(load_study(FILE), found, [])
+
+
 def test_a_study_without_results_says_what_became_of_its_runs(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("FAIL", "seed")
     directory = run(tmp_path / "w")
@@ -446,14 +475,31 @@ def start(tmp_path, monkeypatch, seconds, at_once=1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_once", [1, pytest.param(2, marks=needs_two_cores)])
-def test_a_study_that_is_told_to_stop_stops_its_runs_too(fake, tmp_path, monkeypatch, at_once):
+@pytest.mark.parametrize(
+    ("at_once", "told", "code"),
+    [(1, signal.SIGTERM, 1), pytest.param(2, signal.SIGINT, 130, marks=needs_two_cores)],
+)
+def test_a_study_that_is_told_to_stop_stops_its_runs_too(
+    fake, tmp_path, monkeypatch, at_once, told, code
+):
     driver = start(tmp_path, monkeypatch, 600, at_once)
-    driver.terminate()
-    assert driver.wait(timeout=60) == 1
+    driver.send_signal(told)
+    assert driver.wait(timeout=60) == code
     run(tmp_path / "w")  # nothing is left that keeps it out
     begun = at_once - 1  # one of two had begun to train
     assert fake.take_commands().count("train") == 3 + begun
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_study_and_its_runs_at_once(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("STUBBORN", "1")  # its runs take no notice of the first
+    driver = start(tmp_path, monkeypatch, 600)
+    driver.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        driver.wait(timeout=1)
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(timeout=60) == 130
+    run(tmp_path / "w")  # nothing is left that keeps it out
 
 
 @pytest.mark.slow
