@@ -70,6 +70,23 @@ BEHAVIOUR = (
         tests="`test_preemption.py`, `test_drills.py`, `test_pod_drills.py`",
     ),
     Behaviour(
+        event="Ctrl-C",
+        reaction=(
+            "as SIGTERM, with exit code 130, in training, evaluation and study; a second one ends "
+            "the process at once"
+        ),
+        tests="`test_preemption.py`, `test_drills.py`, `test_evaluate.py`, `test_runner.py`",
+    ),
+    Behaviour(
+        event="a second process on the same workdir",
+        reaction=(
+            "is refused, with pid, host and start of the first; a lock that kill -9 has left is "
+            "taken over at once on the same machine, elsewhere after a minute without a sign of "
+            "life (other machines are stood in for)"
+        ),
+        tests="`test_lock.py`, `test_drills.py`",
+    ),
+    Behaviour(
         event="preempted in a cluster where exit code 0 means finished (GKE, SLURM)",
         reaction=(
             "ends with `--preempted_exit_code`, which the launchers set, and is started again "
@@ -103,9 +120,9 @@ BEHAVIOUR = (
         event="problems all right or all wrong",
         reaction=(
             "no advantage, so they are tried and not kept; fewer than a quarter kept: the run "
-            "ends with the histogram of rewards"
+            "ends with the histogram of rewards, and its traces are written for the report"
         ),
-        tests="`test_collect.py`",
+        tests="`test_collect.py`, `test_first_batch.py`",
     ),
     Behaviour(
         event="all traces cut off",

@@ -28,6 +28,10 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     What is wrong with the command line or the configuration is one message and exit code 1; --help
     is exit code 0. A Ctrl-C that nobody handles is one line and exit code 130.
     """
+    if "jax" in sys.modules:  # a report needs none
+        from spiral_jax.core.distributed import skip_missing_tpu
+
+        skip_missing_tpu()
     try:
         app.run(main, flags_parser=parse_flags)
     except KeyboardInterrupt:

@@ -33,6 +33,8 @@ EXCHANGE_TIMEOUT_S = 1800
 _POLL_S = 1.0  # between two looks at whether another process has failed
 _FAILURE = "spiral_jax/failure"  # key under which the first process that fails says why
 _TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")  # there is a TPU in this machine
+# Without one of these in /dev no driver of an accelerator works.
+_ACCELERATORS = ("accel*", "vfio/*", "nvidia*", "dxg", "kfd")
 # of exchanges: the same on all processes, since all make the same calls in the same order
 _numbers = itertools.count()
 
@@ -166,6 +168,17 @@ def detect_cluster() -> str | None:
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= e.keys():
         return f"Kubernetes: an indexed Job, JOB_COMPLETION_INDEX={e['JOB_COMPLETION_INDEX']}"
     return None
+
+
+def skip_missing_tpu() -> None:
+    """Has jax look for no TPU on a machine without accelerators; before any other call of jax.
+
+    libtpu, where it is installed, says in five lines that it finds none.
+    """
+    if os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms or not find_spec("libtpu"):
+        return
+    if not any(any(Path("/dev").glob(name)) for name in _ACCELERATORS):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def announce(mesh: Mesh) -> None:

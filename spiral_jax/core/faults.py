@@ -2,6 +2,7 @@
 
     SPIRAL_FAULT=update:3 python -m spiral_jax.train ...        # SIGKILL at the third "update"
     SPIRAL_FAULT=search:1:TERM python -m spiral_jax.train ...   # SIGTERM: a preemption notice
+    SPIRAL_FAULT=search:1:INT python -m spiral_jax.train ...    # SIGINT: a Ctrl-C
 
 A run passes the points again and again; passes are counted, never timed. Without the variable a
 point is one comparison. With it, points count from the first decode chunk on that this process has
@@ -45,15 +46,15 @@ def arm(text: str) -> None:
       ValueError: `text` is no fault.
     """
     global _fault
-    parts = re.fullmatch(rf"({'|'.join(POINTS)}):([1-9][0-9]*)(:TERM)?", text)
+    parts = re.fullmatch(rf"({'|'.join(POINTS)}):([1-9][0-9]*)(?::(TERM|INT))?", text)
     if text and not parts:
         raise ValueError(
-            f"{VARIABLE}={text!r}: must be POINT:COUNT or POINT:COUNT:TERM, "
+            f"{VARIABLE}={text!r}: must be POINT:COUNT, POINT:COUNT:TERM or POINT:COUNT:INT, "
             f"POINT one of {list(POINTS)}."
         )
     _fault = None
     if parts:
-        number = signal.SIGTERM if parts[3] else signal.SIGKILL
+        number = signal.Signals[f"SIG{parts[3] or 'KILL'}"]
         _fault = _Fault(parts[1], int(parts[2]), number)
 
 

@@ -2,7 +2,7 @@
 
 A thin layer over orbax's `CheckpointManager`, which writes in the background, commits by renaming
 and deletes old ones. What it adds is a checksum for every array (`saved_arrays`). A damaged
-checkpoint is set aside, never deleted; a save that fails costs a checkpoint, not the run (`Saver`).
+checkpoint is set aside, never deleted; a save that fails costs a checkpoint, not the run (`saver`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from spiral_jax.core import faults
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import path_name
-from spiral_jax.run import stacked_checkpoints
+from spiral_jax.run import orbax_noise, stacked_checkpoints
 from spiral_jax.run.retention import Retention, manager_options
 from spiral_jax.run.saved_arrays import (
     changed_arrays,
@@ -31,7 +31,6 @@ from spiral_jax.run.saved_arrays import (
     header_crc32,
     named_leaves,
 )
-from spiral_jax.run.watchdog import deadline
 
 
 class CheckpointError(UserError):
@@ -62,6 +61,7 @@ class Checkpoints:
           CheckpointError: the directory cannot be created or read, or it is missing and `keep` is
           None.
         """
+        orbax_noise.silence()
         name = os.fspath(directory)
         self._local = "://" not in name
         self.directory = os.path.abspath(name) if self._local else name
@@ -257,7 +257,7 @@ class Checkpoints:
             yield
         except Exception as error:
             raise CheckpointError(
-                f"{self.directory}: {what} ({type(error).__name__}: {error})"
+                f"{self.directory}: {what} ({orbax_noise.in_short(error)})"
             ) from error
 
     def existing(self, step: int | None) -> int:
@@ -282,7 +282,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
         except Exception as error:  # damaged files end in every kind of exception
             raise self._damaged(
-                step, f"its {item} cannot be read ({type(error).__name__}: {error})"
+                step, f"its {item} cannot be read ({orbax_noise.in_short(error)})"
             ) from error
 
     def _read_header(self, step: int) -> dict:
@@ -309,74 +309,6 @@ class Checkpoints:
         return Damaged(
             f"{self.directory}: the checkpoint of step {step} is damaged or unreadable: {what}. "
             f"Put {self.directory}/{step} back from a copy, or delete it to {go_on}."
-        )
-
-
-class Saver:
-    """Saves to `checkpoints`, reports what fails, and gives up after so many failures in a row.
-
-    Args:
-      max_failures: of saves in a row, >= 1.
-      wait_s: seconds that one save may make the run wait, the end of the one before included.
-
-    Attributes:
-      failures: saves that failed since this process started: the metric `checkpoint/failed_saves`.
-    """
-
-    def __init__(self, checkpoints: Checkpoints, max_failures: int, wait_s: float):
-        self._checkpoints, self._max_failures, self._wait_s = checkpoints, max_failures, wait_s
-        self.failures = self._in_a_row = 0
-        self._pending = False  # whether a save goes on in the background
-
-    def save(self, step: int, state: Any, record: dict) -> None:
-        """Starts saving, as `Checkpoints.save`; the save before it has ended then, well or not.
-
-        Raises:
-          CheckpointError: `max_failures` saves in a row have failed.
-        """
-        self.settle()
-        try:
-            with deadline(f"the checkpoint of step {step} to be written", self._wait_s):
-                self._checkpoints.save(step, state, record)
-            self._pending = True
-        except CheckpointError as error:
-            self._failed(error)
-
-    def save_if_missing(self, step: int, state: Any, record: dict) -> None:
-        """The same, unless there is a checkpoint of `step`."""
-        if not self._checkpoints.has(step):
-            self.save(step, state, record)
-
-    def settle(self) -> bool:
-        """Waits for the save in the background; returns whether the last one is complete on disk.
-
-        Raises:
-          CheckpointError: `max_failures` saves in a row have failed.
-        """
-        if not self._pending:
-            return not self._in_a_row
-        self._pending = False
-        try:
-            with deadline("the last checkpoint to be written", self._wait_s):
-                self._checkpoints.wait()
-            self._in_a_row = 0
-        except CheckpointError as error:
-            self._failed(error)
-        return not self._in_a_row
-
-    def _failed(self, error: CheckpointError) -> None:
-        self.failures += 1
-        self._in_a_row += 1
-        if self._in_a_row >= self._max_failures:
-            raise CheckpointError(
-                f"{error} This was save {self._in_a_row} in a row that failed; "
-                f"config.checkpoint.max_failures = {self._max_failures}. Make room, then give the "
-                "same command again."
-            ) from error
-        kept = self._checkpoints.latest()
-        print(
-            f"warning: {error}\nThe run goes on; the newest checkpoint is that of step {kept}.",
-            flush=True,
         )
 
 

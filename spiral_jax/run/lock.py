@@ -102,7 +102,8 @@ class _Lock:
                 continue  # it was released meanwhile
             self._check_stale(holder)
             if self._read() == holder:
-                print(f"{self._path}: left by {_words(holder)}, which is gone; taken over.")
+                left = f"{self._path}: left by {_words(holder)}, which is gone; taken over."
+                print(left, flush=True)
                 self._path.unlink(missing_ok=True)
                 took_over = True
         if took_over:
@@ -133,7 +134,8 @@ class _Lock:
             return None
         except ValueError:
             return {}
-        return content if isinstance(content, dict) else {}
+        is_lock = isinstance(content, dict) and isinstance(content.get("pid"), int)
+        return content if is_lock else {}
 
     def _check_stale(self, holder: dict[str, Any]) -> None:
         """Raises `LockError`: the process of a lock that is there still runs."""

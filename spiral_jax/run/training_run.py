@@ -21,17 +21,18 @@ from spiral_jax.learner.state import TrainState, abstract_state, init_state
 from spiral_jax.rollout.actor import Actor
 from spiral_jax.rollout.collect import Batch, FirstKept, NoSignal
 from spiral_jax.rollout.stages import Stage
-from spiral_jax.run.checkpoint import CheckpointError, Checkpoints, Saver
+from spiral_jax.run.checkpoint import CheckpointError, Checkpoints
 from spiral_jax.run.examples import Examples, show_nothing
 from spiral_jax.run.guards import NumericsGuard, check_mismatch, watched_metrics
 from spiral_jax.run.log import RunLog
 from spiral_jax.run.preemption import Preemption
 from spiral_jax.run.retention import Retention
+from spiral_jax.run.saver import Saver
 from spiral_jax.run.setup import Setup, make_evaluator
 from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
 from spiral_jax.run.trace_log import TraceRows
 from spiral_jax.run.watchdog import Watchdog, deadline
-from spiral_jax.run.workdir import WorkdirError, occupy_workdir
+from spiral_jax.run.workdir import Workdir, WorkdirError, occupy_workdir
 from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import Verifier
 
@@ -74,6 +75,22 @@ class TrainingRun:
         t = self.setup.c.train
         spent = t.max_sampled_tokens and self.at.sampled_tokens >= t.max_sampled_tokens
         return self.at.step >= t.steps or bool(spent)
+
+    def begin(self, directory: Workdir) -> None:
+        """Compiles what samples, and notes the start: it can fail no more. Not after a notice."""
+        setup, reports = self.setup, ()
+        if not self.finished:
+            with self.progress.phase("compiling"), self.preemption.interruptible():
+                reports = setup.task.report, setup.sampler.start_report()
+        self.progress.take_times()  # a step's times are its own
+        if self.preemption.notice:
+            return
+        directory.begin()
+        if not self.finished:
+            writers, plain = setup.c.metrics.writers, config.to_plain(setup.c)
+            self.log.note_start(self.at.step, writers, plain)
+            print(*filter(None, reports), sep="\n", flush=True)
+            self.log.note_start_up_time()
 
     def steps(self) -> Iterator[int]:
         """The steps to do, until the run is finished or a preemption notice has come."""
@@ -139,7 +156,7 @@ class TrainingRun:
         """
         e, step = self.setup.c.eval, self.at.step
         due = step == 0 or self.finished or bool(e.every and step % e.every == 0)
-        if not (e.problems and due) or self.log.is_evaluated(step):
+        if not (e.problems and due) or self.preemption.notice or self.log.is_evaluated(step):
             return
         evaluation, began = None, time.monotonic()
         self.watchdog.begin("evaluation", step)
@@ -248,16 +265,7 @@ def open_run(setup: Setup, workdir: str) -> Iterator[tuple[TrainingRun, Any, Tra
             progress=progress,
             trace_rows=_make_trace_rows(setup),
         )
-        reports = ()
-        if not run.finished:
-            with progress.phase("compiling"), preemption.interruptible():
-                reports = setup.task.report, setup.sampler.start_report()
-        progress.take_times()  # a step's times are its own
-        directory.begin()  # what can fail at a start has not failed
-        if not run.finished:
-            log.note_start(at.step, c.metrics.writers, plain)
-            print(*filter(None, reports), sep="\n", flush=True)
-            log.note_start_up_time()
+        run.begin(directory)
         with run.keeping_failed():
             yield run, base, state
 

@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -19,8 +22,10 @@ from spiral_jax import evaluate
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Role
 from spiral_jax.evaluation.wave import Evaluator
+from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.run.evaluation_run import model_fingerprint
 from spiral_jax.run.setup import set_up_evaluation
+from spiral_jax.run.start import Start
 from spiral_jax.run.workdir import WorkdirError
 from spiral_jax.tasks.jsonl import TaskError
 
@@ -127,34 +132,49 @@ def assert_equal(found, golden, where):
         assert found == golden, where
 
 
-@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize(("told", "torn"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_results(
-    torn, finished, scripted, monkeypatch, tmp_path
+    told, torn, finished, scripted, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr(evaluate, "plot_evaluation", lambda results, directory: [])
     waves, most, real = [], 2, Evaluator.wave
 
     def counted(evaluator, policy, asked, **rest):
         if len(waves) == most:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), told)
+            time.sleep(60)  # is left at once
         waves.append([each.cursor for each in asked])
         return real(evaluator, policy, asked, **rest)
 
     monkeypatch.setattr(Evaluator, "wave", counted)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate(small_config(), str(tmp_path / "stopped"))
-    assert not (tmp_path / "stopped" / "results.json").exists()
+    assert evaluate.evaluate(small_config(), str(tmp_path / "stopped")) is told
+    word = "interrupted" if told is signal.SIGINT else "preempted"
+    assert f"{word}: 2 of 3 waves are kept; the same command goes on" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "stopped").iterdir()} == {
+        "config.json",
+        "waves.jsonl",
+    }
     if torn:  # a kill in the middle of a write
         journal = tmp_path / "stopped" / "waves.jsonl"
         journal.write_bytes(journal.read_bytes()[:-40])
 
     most = None
-    evaluate.evaluate(small_config(), str(tmp_path / "stopped"))
+    assert evaluate.evaluate(small_config(), str(tmp_path / "stopped")) is None
     assert waves == ([[0, 1], [2, 3], [2, 3], [4]] if torn else [[0, 1], [2, 3], [4]])
     expected = (finished[0] / "results.json").read_bytes()
     assert (tmp_path / "stopped" / "results.json").read_bytes() == expected
     evaluate.evaluate(small_config(), str(tmp_path / "stopped"))
     assert len(waves) == (4 if torn else 3)  # a finished evaluation samples nothing
+
+
+def test_an_evaluation_whose_start_fails_leaves_nothing(scripted, monkeypatch, tmp_path):
+    def broken(start):
+        raise WeightsError("half of the file is missing")
+
+    monkeypatch.setattr(Start, "load_policy", broken)
+    with pytest.raises(WeightsError):
+        evaluate.evaluate(small_config(), str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_config_in_the_same_workdir_is_refused_with_the_difference(scripted, begun):

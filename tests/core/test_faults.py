@@ -8,7 +8,7 @@ from spiral_jax.core import faults
 
 
 @pytest.mark.parametrize(
-    "text", ["search", "search:0", "search:x", "nowhere:1", "search:1:INT", "search:1:TERM:1", ":1"]
+    "text", ["search", "search:0", "search:x", "nowhere:1", "search:1:HUP", "search:1:TERM:1", ":1"]
 )
 def test_a_fault_that_is_none_is_an_error(text):
     with pytest.raises(ValueError, match="SPIRAL_FAULT.*POINT:COUNT"):
@@ -24,8 +24,11 @@ def sent(monkeypatch):
     faults.arm("")
 
 
-def test_a_point_counts_from_the_first_chunk_on_and_kills_once(sent):
-    faults.arm("update:2:TERM")
+@pytest.mark.parametrize(
+    ("more", "name"), [("", "SIGKILL"), (":TERM", "SIGTERM"), (":INT", "SIGINT")]
+)
+def test_a_point_counts_from_the_first_chunk_on_and_kills_once(sent, more, name):
+    faults.arm(f"update:2{more}")
     faults.passed("update")
     faults.passed("update")
     faults.chunk_decoded()
@@ -34,7 +37,7 @@ def test_a_point_counts_from_the_first_chunk_on_and_kills_once(sent):
     assert sent == []
     for _ in range(3):
         faults.passed("update")
-    assert sent == ["SIGTERM"]
+    assert sent == [name]
 
 
 def test_without_a_fault_a_point_is_nothing(sent):

@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from spiral_jax.run.checkpoint import CheckpointError, Checkpoints, Damaged, Retention, Saver
+from spiral_jax.run.checkpoint import CheckpointError, Checkpoints, Damaged, Retention
+from spiral_jax.run.saver import Saver
 
 
 def make_state(seed=0):

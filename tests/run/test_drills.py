@@ -56,13 +56,18 @@ def test_a_second_process_in_the_same_directory_is_refused_and_changes_nothing(r
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_well_and_a_damaged_checkpoint_costs_a_step(runs):
+def test_sigterm_and_ctrl_c_save_and_end_well_and_a_damaged_checkpoint_costs_a_step(runs):
     workdir = runs.folder / "preempted"
     done = runs.run(workdir, STEPS, "verifier:58:TERM")  # in the third step
     assert_ended(done)
     saved = drill.saved_step(workdir)
     assert f"preempted: saved at step {saved}" in done.stdout
     assert 2 <= saved == drill.finished_steps(workdir) < STEPS
+    done = runs.run(workdir, STEPS, "search:1:INT")
+    assert_ended(done, code=130)
+    assert f"interrupted: saved at step {saved}" in done.stdout
+    assert "Ctrl-C again ends it at once" in done.stderr and "Traceback" not in done.stderr
+    assert not (workdir / lock.FILE).exists() and drill.saved_step(workdir) == saved
     assert truncate_newest(workdir)
     done = runs.run(workdir, STEPS)
     assert_ended(done)

@@ -66,15 +66,30 @@ def test_the_verdict_on_what_was_printed_follows(capsys):
     ]
 
 
-@pytest.fixture(scope="module")
-def without_signal(tmp_path_factory):
-    """A run whose first batch has no signal: (its directory, its error, what it has printed)."""
+def scripted_setup():
+    """Of a training whose traces are all wrong; everything else of it is real."""
     c = tiny.get_config()
     c.batch.problems, c.batch.search_groups, c.batch.aggregation_groups = 4, 4, 8
     c.eval.problems = 3
     setup, sampler = set_up_training(c), ScriptedSampler(always_wrong)
     changes = {"task": number_task(), "strategy": None, "sampler": sampler, "eval_sampler": sampler}
-    setup = dataclasses.replace(setup, **changes)
+    return dataclasses.replace(setup, **changes)
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def broken(sampler):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(ScriptedSampler, "start_report", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(scripted_setup(), str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def without_signal(tmp_path_factory):
+    """A run whose first batch has no signal: (its directory, its error, what it has printed)."""
+    setup = scripted_setup()
     workdir = tmp_path_factory.mktemp("without_signal") / "run"
     with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(NoSignal) as failed:
         train(setup, str(workdir))

@@ -1,0 +1,50 @@
+"""What orbax, asyncio and TensorStore print of an error that we report ourselves: nothing.
+
+A full disk gave more than 400 lines a save, a damaged checkpoint 60.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import pathlib
+import sys
+import traceback
+from typing import Any
+
+_HALF = 120  # characters of the beginning and of the end of a reason
+
+
+@functools.cache
+def silence() -> None:
+    """Drops orbax's log, and what its abandoned coroutines raise where nobody can catch it."""
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not _is_left_by_orbax(unraisable):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in pathlib.Path(record.pathname).parts
+
+
+def _is_left_by_orbax(unraisable: Any) -> bool:
+    """Of a coroutine of orbax, or of one that comes back when its event loop has ended."""
+    frames = traceback.extract_tb(unraisable.exc_traceback)
+    parts = {part for frame in frames for part in pathlib.Path(frame.filename).parts}
+    return "orbax" in parts or str(unraisable.exc_value) == "Event loop is closed"
+
+
+def in_short(error: Exception) -> str:
+    """Kind and reason of an error in a part of a line; TensorStore's go on for pages."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = " ".join(str(cause).partition("See full TensorStore details")[0].split())
+    if len(text) > 2 * _HALF:
+        text = f"{text[:_HALF]} ... {text[-_HALF:]}"  # what failed, and why at the end
+    return f"{type(cause).__name__}: {text}"
