@@ -169,7 +169,7 @@ class _Lock:
 
     def _held(self, holder: dict[str, Any], seen: str) -> LockError:
         return LockError(
-            f"--workdir={self._path.parent}: {_words(holder)} is at work there ({seen}). Two runs "
+            f"--workdir={self._path.parent}: {_words(holder)}, is at work there ({seen}). Two runs "
             "in one directory would mix their logs and checkpoints: wait for it, end it, or give "
             f"another --workdir. If there is no such process, delete {self._path}."
         )

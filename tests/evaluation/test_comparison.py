@@ -46,6 +46,7 @@ def results(correct_B, n, rsa_right_B=None, tokens=10, **settings):
         "problems": {"task": "t", "reward": "", "count": count, "fingerprint": "same"},
         "scaffold": {"search": "{problem}", "thinking": "full"},
         "settings": SETTINGS | {"n": n} | settings,
+        "counts": {},
         "records": records,
     }
 
