@@ -50,6 +50,7 @@ from spiral_jax.sampling.engine import Engine, make_samplers
 from spiral_jax.sampling.settings import check_sampling
 from spiral_jax.tasks.load import check_task, load_task
 from spiral_jax.tasks.problem import Task
+from spiral_jax.verifier.references import check_references
 from spiral_jax.verifier.rewards import MATH, load_function, load_reward
 from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
@@ -177,6 +178,8 @@ def set_up_evaluation(c: ConfigDict) -> Setup:
 def _set_up(c: ConfigDict, settings: RunSettings) -> Setup:
     mesh = make_mesh(c.mesh)
     task = _load_task(c, settings.evaluation.problems)
+    reward = _load_reward(c, task)
+    task = _with_readable_references(task, reward)
     start = _start(c, mesh, settings.training is not None)
     check_mesh(start.model.arch, mesh)
     tokenizer = load_tokenizer(start.path)
@@ -192,7 +195,7 @@ def _set_up(c: ConfigDict, settings: RunSettings) -> Setup:
         mesh=mesh,
         start=start,
         task=task,
-        reward=_load_reward(c, task),
+        reward=reward,
         strategy=_load_strategy(c, task, settings.training),
         tokenizer=tokenizer,
         scaffold=make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stops),
@@ -237,6 +240,17 @@ def _load_reward(c: ConfigDict, task: Task) -> str:
     if reward != MATH:
         load_reward(reward)
     return reward
+
+
+def _with_readable_references(task: Task, reward: str) -> Task:
+    """The task, whose report says which references may be read in two ways.
+
+    Raises:
+      TaskError: the reward "math" cannot read some; see `check_references`.
+    """
+    notes = check_references(task.problems) if reward == MATH else ""
+    report = "\n".join(filter(None, (task.report, notes)))
+    return dataclasses.replace(task, report=report)
 
 
 def _load_strategy(c: ConfigDict, task: Task, training: Training | None) -> Strategy | None:

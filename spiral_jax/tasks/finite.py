@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import functools
 import hashlib
 import json
@@ -128,6 +129,7 @@ def finite_task(train: list[Problem], held_out: list[Problem], seed: int, finger
         held_out_size=len(held_out),
         fingerprint=fingerprint,
         report=describe(find_overlap(train, held_out)),
+        problems=[*train, *held_out],
     )
 
 
@@ -152,7 +154,8 @@ def _answer_text(value: Any) -> str:
         _, mark, last = value.rpartition(_GSM8K_MARK)
         return last.replace(",", "").strip() if mark else value.strip()
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return str(value) if number else ""
+    # 0.00001, not 1e-05: a text with an e in it is for a reader to puzzle over
+    return format(decimal.Decimal(str(value)), "f") if number else ""
 
 
 def _short(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from spiral_jax.core.errors import UserError
@@ -47,6 +47,7 @@ class Task:
         no name.
       report: what a user should know of the data (sizes, duplicates, overlap), for the terminal;
         "" where problems are made without end.
+      problems: all of them, of both splits; () where they are made without end.
     """
 
     train: Callable[[int], Problem]
@@ -56,3 +57,4 @@ class Task:
     reward: str = "math"
     strategy: str = ""
     report: str = ""
+    problems: Sequence[Problem] = ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import importlib
 import itertools
 import logging
@@ -17,6 +16,7 @@ from typing import Any
 from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier import mathematics
 
 MATH = "math"
 RewardFunction = Callable[[str, Problem], bool | int | None]
@@ -25,11 +25,6 @@ _DETAIL_LENGTH = 500
 # characters, and brackets around one another, that are read as mathematics
 _LONGEST_BOX, _DEEPEST_BOX = 10_000, 20
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
-_GAP = r"(?:\s|~|\\[ ,;:!]|\\q?quad)+"
-_SPACED_NUMBERS = re.compile(rf"[-+]?[0-9]+(?:{_GAP}[0-9]+)+(?:\.[0-9]+)?")
-_UNIT = re.compile(r"\\text\{[^{}]*\}\Z")
-_ROUNDING, _PRECISION = 6, 15  # decimals and digits that math-verify compares by default
-_SIGNIFICANT = 4  # digits of a small reference that are compared at least
 
 
 class Status(enum.StrEnum):
@@ -96,43 +91,24 @@ def _depth(box: str) -> int:
 
 
 def math_reward(text: str, problem: Problem) -> bool | None:
-    r"""Whether the last \boxed{} of `text` equals `problem.answer` as mathematics.
+    r"""Whether the last \boxed{} of `text` equals `problem.answer`; None = unparsed.
 
-    By math-verify; None = unparsed. A list or set equals only one with the same elements; of a
-    tuple the order counts. Decimals are compared to 6 places, and to 4 significant digits of the
-    reference where those lie beyond (math-verify alone: 1e-7 = 2e-7). May take for ever
-    (9^{9^{9^9}}): belongs in a killable process. math-verify's own time limits are off.
+    As mathematics, see `mathematics.is_equal`: may take for ever, so belongs in a killable process.
 
     Raises:
-      BrokenReference: `problem.answer` cannot be parsed.
+      BrokenReference: `problem.answer` cannot be read.
     """
     exact = exact_verdict(text, problem)
     if exact is not None:
         return None if exact.status is Status.UNPARSED else exact.status is Status.CORRECT
-    from math_verify import verify  # sympy takes a second to import; only the workers need it
-
     try:
-        reference, rounding, precision = _parse_reference(problem.answer)
-    except Exception as error:
+        return mathematics.is_equal(problem.answer, last_boxed(text))
+    except ValueError as error:
         raise BrokenReference(
-            f"problem {problem.id!r}: its reference answer {problem.answer!r} is not mathematics "
-            "that math-verify can parse. Correct the data, or set config.task.reward to a reward "
+            f"problem {problem.id!r}: its reference answer {problem.answer!r} cannot be read as "
+            f"mathematics ({error}). Correct the data, or set config.task.reward to a reward "
             "function of your own."
         ) from error
-    try:
-        answer = _parse(last_boxed(text))
-        if not answer:
-            return None
-        equal = verify(
-            reference,
-            answer,
-            float_rounding=rounding,
-            numeric_precision=precision,
-            timeout_seconds=None,
-        )
-        return bool(equal)
-    except Exception:  # whatever the model's text does to sympy is the model's doing
-        return False
 
 
 def load_reward(path: str) -> RewardFunction:
@@ -149,7 +125,7 @@ def load_reward(path: str) -> RewardFunction:
         # it warns that its time limits are off
         logging.getLogger("math_verify").setLevel(logging.ERROR)
         # imports and tables take seconds, which are to be no part of the first answer's time
-        _parse("1")
+        mathematics.warm_up()
         return math_reward
     return load_function("task.reward", path, 'must be "math" or "package.module:function".')
 
@@ -203,42 +179,3 @@ def _describe(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     message = "".join(traceback.format_exception_only(error)).strip()
     return f"{message} ({frame.filename}:{frame.lineno})"
-
-
-def _parse(box: str) -> list[Any]:
-    """math-verify's reading of what is inside a box; empty if it has none."""
-    from math_verify import LatexExtractionConfig, parse
-
-    text = rf"\boxed{{{_tidy(box)}}}"
-    extraction = [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
-    return parse(text, extraction, fallback_mode="no_fallback", parsing_timeout=None)
-
-
-@functools.lru_cache(maxsize=4096)  # all traces of a problem have the same reference
-def _parse_reference(answer: str) -> tuple[list[Any], int, int]:
-    """math-verify's reading of a reference, and the decimals and digits to compare with."""
-    reference = _parse(answer)
-    if not reference:
-        raise ValueError("nothing parsed")
-    try:
-        size = abs(float(reference[0].evalf(_PRECISION)))
-    except Exception:  # no real number: a set, a matrix, an equation, something with a letter in it
-        size = 1.0
-    # zeros behind the point: 3 for 0.00012
-    zeros = max(0, math.ceil(-math.log10(size)) - 1) if 0 < size < 1 else 0
-    return reference, max(_ROUNDING, zeros + _SIGNIFICANT), _PRECISION + zeros
-
-
-def _tidy(box: str) -> str:
-    r"""Rewrites what math-verify misreads.
-
-    `**73**` and `3.` would not be parsed; of `5\text{ cm or }3\text{ cm}` all after the 5 would be
-    a unit; `5 3` would be the sum 8 and `1\,000` the product 0: with commas the one is a list and
-    the other 1,000.
-    """
-    box = box.strip()
-    if box.startswith("**") and box.endswith("**"):
-        box = box.strip("*")
-    box = box.removesuffix(".")
-    box = (_UNIT.sub("", box) or box).strip()
-    return re.sub(_GAP, ",", box) if _SPACED_NUMBERS.fullmatch(box) else box

@@ -1,12 +1,14 @@
 """The doors of training and evaluation: what is refused, with field, value and what is allowed."""
 
+import json
 import re
 
 import pytest
 
 from configs import end_digit, grpo_qwen3_4b, qwen3_4b, smollm2_135m, smollm2_chain_sum, tiny
 from spiral_jax.core.config import ConfigError, defaults
-from spiral_jax.run.setup import check_evaluation, check_training
+from spiral_jax.run.setup import check_evaluation, check_training, set_up_training
+from spiral_jax.tasks.problem import TaskError
 
 CONFIGS = {
     module.__name__: module
@@ -276,3 +278,13 @@ def test_an_evaluation_checks_its_own_numbers():
     assert_refused(check_evaluation, config(eval__n=3), "aggregation.subset_size", "eval.n = 3")
     c = config(eval__limits=(8, 27))
     assert_refused(check_evaluation, c, "eval.limits", "search.max_tokens = 26")
+
+
+def test_references_that_mathematics_cannot_read_end_the_start(tmp_path):
+    rows = [{"problem": f"{i}?", "answer": answer} for i, answer in enumerate(("5", "3/4x"))]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    c = config(task__name="jsonl", task__train_path=str(path), task__eval_path=str(path))
+    c.eval.problems = 1
+    with pytest.raises(TaskError, match=r"2 of 4 reference answers[^$]*train:2: '3/4x'"):
+        set_up_training(c)

@@ -78,12 +78,12 @@ def test_gsm8k_layout(tmp_path):
 
 
 def test_answers_keep_their_text_and_numbers_become_text(tmp_path):
-    answers = ["\\frac{1}{2}", " 1,000 ", 0, -3, 2.5, "x", "0"]
+    answers = ["\\frac{1}{2}", " 1,000 ", 0, -3, 2.5, "x", "0", 0.00001, 1e22]
     task = jsonl.task(
         write(tmp_path / "t.jsonl", [{"problem": "?", "answer": a} for a in answers]), "", 0
     )
     found = {task.train(i).id: task.train(i).answer for i in range(len(answers))}
-    assert [found[f"train:{n}"] for n in range(1, 8)] == [
+    assert [found[f"train:{n}"] for n in range(1, 10)] == [
         "\\frac{1}{2}",
         "1,000",
         "0",
@@ -91,6 +91,8 @@ def test_answers_keep_their_text_and_numbers_become_text(tmp_path):
         "2.5",
         "x",
         "0",
+        "0.00001",
+        "1" + 22 * "0",
     ]
 
 
