@@ -26,6 +26,7 @@ from spiral_jax.rollout.collect import Batch
 from spiral_jax.rollout.requests import Asked, Writer
 from spiral_jax.rollout.settings import dynamic_sampling, training_stages
 from spiral_jax.tasks.problem import Problem, Task
+from spiral_jax.verifier.rewards import RewardFunction, judge
 from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
@@ -189,6 +190,17 @@ def scripted_writer(c: ConfigDict, purpose: Purpose = Purpose.TRAIN, step: int =
 def math_verifier() -> Verifier:
     """Its processes never start: the scripts' answers are integers."""
     return Verifier("math", VerifierSettings(workers=1, timeout_s=5.0))
+
+
+class InlineVerifier(Verifier):
+    """Calls a reward function in this process."""
+
+    def __init__(self, reward: RewardFunction):
+        super().__init__("math", VerifierSettings(workers=1, timeout_s=5.0))
+        self._is_math, self._reward = False, reward
+
+    def judge(self, items):
+        return [judge(self._reward, text, problem) for text, problem in items]
 
 
 def nothing_to_do() -> None:

@@ -25,16 +25,24 @@ _WRONG = "wrong: "
 def answer_class(text: str, verdict: Verdict) -> str | None:
     r"""The class of an answer in a majority vote; equal classes are the same answer.
 
-    All correct answers share `CORRECT_CLASS`. A wrong one is its last \boxed{}, or the whole text
-    where a reward function does without boxes, with each run of white space as one space. None, no
-    vote: unparsed, or an error of ours, of which nothing is known.
+    All correct answers share `CORRECT_CLASS`. A wrong one is what the reward function says that it
+    is, else its last \boxed{}, else the whole text, with each run of white space as one space.
+    None, no vote: unparsed, an answer that is said to be "", or an error of ours, of which nothing
+    is known.
     """
     if verdict.status is Status.CORRECT:
         return CORRECT_CLASS
-    if verdict.status in (Status.UNPARSED, Status.ERROR):
+    if verdict.status in (Status.UNPARSED, Status.ERROR) or verdict.answer == "":
         return None
+    return _WRONG + " ".join(spelling(text, verdict.answer).split())
+
+
+def spelling(text: str, answer: str | None) -> str:
+    """A final answer as it is written; `answer` is what a reward function says, if it does."""
+    if answer is not None:
+        return answer
     box = last_boxed(text)
-    return _WRONG + " ".join((text if box is None else box).split())
+    return text if box is None else box
 
 
 def number_classes(

@@ -161,6 +161,7 @@ class Evaluator:
         asked = self.held_out()
         wave = self.wave(policy, asked, step)
         row = summarise(self.settings, step, wave.records, wave.counts)
+        row |= _mean_rewards(wave.rollouts)
         if not self.settings.aggregates:
             return row, None
         name = f"step {step} of {self.settings.config_digest}"
@@ -318,6 +319,17 @@ def summarise(
     for name, value_B in measures.items():
         row[name] = dataclasses.asdict(mean_and_interval(np.array(value_B)))
     return row
+
+
+def _mean_rewards(rollouts: Rollouts) -> dict[str, float]:
+    """Of search, and of plain aggregation if there is one: shares of right answers but for rewards
+    between 0 and 1. Those that we failed to verify are left out."""
+    names = ("reward_search", "reward_aggregation")
+    return {
+        name: float(np.nanmean(groups.reward_UxC, dtype=np.float64))
+        for name, groups in zip(names, rollouts.stages, strict=False)
+        if not np.isnan(groups.reward_UxC).all()
+    }
 
 
 def _shares(label: str, rows: list[dict[str, Any]], counts: Counter) -> dict[str, float]:

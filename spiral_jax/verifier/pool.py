@@ -168,9 +168,9 @@ class Pool:
             elif late:
                 self._failed(worker, batch, Status.TIMEOUT)
 
-    def _received(self, worker: _Worker, batch: _Batch, message: tuple[str, str]) -> None:
+    def _received(self, worker: _Worker, batch: _Batch, message: Sequence) -> None:
         if worker.ready:
-            batch.finish(worker.item, Verdict.of(*message))
+            batch.finish(worker.item, Verdict.from_plain(message))
             worker.item = None
         elif message[0] == "ready":
             worker.ready = True
@@ -249,4 +249,4 @@ def serve() -> None:
                 sandbox.limit_cpu(2 * timeout_s)
             verdict = judge(reward, text, problem)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            connection.send((verdict.status, verdict.detail))
+            connection.send(verdict.to_plain())

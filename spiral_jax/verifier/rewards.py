@@ -10,7 +10,7 @@ import logging
 import math
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from spiral_jax.core.config import ConfigError
@@ -19,9 +19,13 @@ from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier import mathematics
 
 MATH = "math"
-RewardFunction = Callable[[str, Problem], bool | int | None]
+Reward = bool | float | None
+RewardFunction = Callable[[str, Problem], Reward | tuple[Reward, str | None]]
 
 _DETAIL_LENGTH = 500
+# Rewards are multiples of this: float32 holds them, and float64 holds the sums of any number of
+# them, without rounding. So whether sums differ is decided exactly.
+_GRID = 2.0**-24
 # characters, and brackets around one another, that are read as mathematics
 _LONGEST_BOX, _DEEPEST_BOX = 10_000, 20
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -30,8 +34,8 @@ _INTEGER = re.compile(r"-?[0-9]{1,18}")
 class Status(enum.StrEnum):
     """What became of an answer. All five are counted."""
 
-    CORRECT = "correct"
-    WRONG = "wrong"
+    CORRECT = "correct"  # the full reward, 1
+    WRONG = "wrong"  # a smaller one
     UNPARSED = "unparsed"  # no final answer, or one that cannot be read: reward 0
     TIMEOUT = "timeout"  # took too long on two fresh workers: the model's doing, reward 0
     ERROR = "error"  # our own failure or that of the reward function: reward NaN
@@ -48,15 +52,37 @@ _REWARD = {
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The reward of one answer: 1.0, 0.0 or NaN, why, and for an error what happened."""
+    """What one answer is worth, and why.
+
+    Attributes:
+      reward: 0.0 ... 1.0; NaN for an error.
+      detail: for an error, what happened.
+      answer: what a reward function of the user's says the final answer is; None: it does not say.
+    """
 
     reward: float
     status: Status
     detail: str = ""
+    answer: str | None = None
 
     @classmethod
     def of(cls, status: Status, detail: str = "") -> Verdict:
         return cls(_REWARD[status], status, detail)
+
+    @classmethod
+    def of_reward(cls, reward: float, answer: str | None = None) -> Verdict:
+        """Of a reward on the grid: 1 is correct, all below it wrong."""
+        return cls(reward, Status.CORRECT if reward == 1 else Status.WRONG, "", answer)
+
+    def to_plain(self) -> list:
+        """JSON types, for another process."""
+        reward = None if math.isnan(self.reward) else self.reward
+        return [reward, self.status.value, self.detail, self.answer]
+
+    @classmethod
+    def from_plain(cls, plain: Sequence) -> Verdict:
+        reward, status, detail, answer = plain
+        return cls(math.nan if reward is None else reward, Status(status), detail, answer)
 
 
 class BrokenReference(ValueError):
@@ -157,22 +183,34 @@ def load_function(field: str, path: str, allowed: str) -> Callable[[str, Problem
 def judge(reward: RewardFunction, text: str, problem: Problem) -> Verdict:
     """Calls a reward function.
 
-    It may return True, False, 1, 0 or None (= unparsed); all else is an error of ours.
+    It may return True, False, a number in [0, 1] or None (= unparsed), or a pair of one of these
+    and the answer that it found, a string or None. All else is an error of ours. Numbers are
+    rounded to multiples of 2^-24.
     """
     try:
-        value = reward(text, problem)
+        returned = reward(text, problem)
+        value, answer = returned if _is_pair(returned) else (returned, None)
         if value is None:
-            return Verdict.of(Status.UNPARSED)
+            return Verdict(0.0, Status.UNPARSED, "", answer)
         plain = value.item() if hasattr(value, "item") else value  # numpy's bool, a scalar array
-        if isinstance(plain, bool | int | float) and plain in (0, 1):
-            return Verdict.of(Status.CORRECT if plain else Status.WRONG)
+        if isinstance(plain, bool | int | float) and math.isfinite(plain):
+            on_grid = round(plain / _GRID) * _GRID
+            if 0 <= on_grid <= 1:
+                return Verdict.of_reward(on_grid, answer)
         detail = (
-            f"the reward function returned {value!r} for problem {problem.id!r}; "
-            "allowed: True, False, 1, 0, None"
+            f"the reward function returned {returned!r} for problem {problem.id!r}; allowed: True, "
+            "False, a number in [0, 1], None, or (one of these, the answer as a string)"
         )
     except Exception as error:
         detail = _describe(error)
     return Verdict.of(Status.ERROR, detail[:_DETAIL_LENGTH])
+
+
+def _is_pair(returned: Any) -> bool:
+    """Whether this is (reward, answer)."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        return False
+    return returned[1] is None or isinstance(returned[1], str)
 
 
 def _describe(error: Exception) -> str:

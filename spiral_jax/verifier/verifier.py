@@ -27,8 +27,8 @@ class Verifier:
     A context manager, which closes.
 
     Args:
-      reward: "math" or "package.module:function", a function (text of a trace, problem) -> True,
-        False, 1, 0 or None (None = unparsed). All else that it returns or raises is an error.
+      reward: "math" or "package.module:function", a function (text of a trace, problem) -> what
+        `judge` allows. All else that it returns or raises is an error.
       settings: of the child processes. They start when first needed: integer answers to "math"
         never need them.
 
@@ -90,12 +90,11 @@ def exchange(shares: Sequence[Sequence[Verdict]]) -> list[list[Verdict]]:
 
     A collective: all processes call it for the same sets, in the same order, on their main thread.
     """
-    own = [[(verdict.status.value, verdict.detail) for verdict in share] for share in shares]
+    own = [[verdict.to_plain() for verdict in share] for share in shares]
     everybodys = distributed.gather(own)
     sets = []
     for parts in zip(*everybodys, strict=True):
-        verdicts = distributed.unite(parts)
-        sets.append([Verdict.of(Status(status), detail) for status, detail in verdicts])
+        sets.append([Verdict.from_plain(plain) for plain in distributed.unite(parts)])
     return sets
 
 

@@ -1,5 +1,6 @@
 """What becomes of an answer: extraction, mathematics, reward functions, classes of verdicts."""
 
+import json
 import random
 
 import numpy as np
@@ -234,16 +235,42 @@ def test_math_reward_of_a_broken_reference_names_the_problem(answer):
         *[(value, Status.CORRECT) for value in (True, 1, np.bool_(True), np.int64(1))],
         *[(value, Status.WRONG) for value in (False, 0, np.bool_(False))],
         (None, Status.UNPARSED),
-        *[(value, Status.ERROR) for value in (0.5, 2, -1, float("nan"), np.ones(2))],
-        *[(value, Status.ERROR) for value in ("yes", "1", [1], ())],
+        *[(value, Status.ERROR) for value in (2, -1, 1.001, -1e-3, np.ones(2))],
+        *[(value, Status.ERROR) for value in (float("nan"), float("inf"), "yes", "1", [1], ())],
+        *[(value, Status.ERROR) for value in ((1, 2), (0.5, "a", "b"), ("a", 0.5), (2, "a"))],
     ],
 )
-def test_a_reward_is_true_false_1_0_or_none_and_all_else_an_error(value, expected):
+def test_a_reward_is_a_number_in_0_to_1_or_none_and_all_else_an_error(value, expected):
     verdict = judge(lambda text, problem: value, "", problem())
     assert verdict.status is expected
     reward = {Status.CORRECT: 1.0, Status.ERROR: np.nan}.get(expected, 0.0)
     np.testing.assert_equal(verdict.reward, reward)
     assert bool(verdict.detail) == (expected is Status.ERROR)
+
+
+@pytest.mark.parametrize(
+    ("value", "reward", "answer", "status"),
+    [
+        (0.3, 0.3, None, Status.WRONG),
+        (np.float32(0.7), 0.7, None, Status.WRONG),
+        (0.1 + 0.2 + 0.7, 1.0, None, Status.CORRECT),  # 0.9999999999999999
+        (1 + 1e-9, 1.0, None, Status.CORRECT),
+        (-1e-9, 0.0, None, Status.WRONG),
+        ((0.3, "x+1"), 0.3, "x+1", Status.WRONG),
+        ((True, "x+1"), 1.0, "x+1", Status.CORRECT),
+        ((1.0, None), 1.0, None, Status.CORRECT),
+        ((None, "x+1"), 0.0, "x+1", Status.UNPARSED),
+    ],
+)
+def test_partial_credit_is_wrong_with_a_reward_and_an_answer_may_stand_beside(
+    value, reward, answer, status
+):
+    verdict = judge(lambda text, problem: value, "", problem())
+    assert verdict.status is status and verdict.answer == answer
+    assert verdict.reward == pytest.approx(reward, abs=2**-25)
+    assert verdict.reward * 2**24 == int(verdict.reward * 2**24)  # sums of them are exact
+    assert np.float32(verdict.reward) == verdict.reward
+    assert Verdict.from_plain(json.loads(json.dumps(verdict.to_plain()))) == verdict
 
 
 @pytest.mark.parametrize(

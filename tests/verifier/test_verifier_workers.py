@@ -74,19 +74,22 @@ def test_verdicts_of_a_users_reward_keep_the_order_and_report_errors(reward_path
     echo = Problem("e", "?", "é\n" * 200_000, {"x": [1, None]})
     items = [(f"wait_for {late}", problem())]  # ends only after the next-to-last item
     items += [("return True", problem()), ("return 0", problem()), ("return None", problem())]
-    items += [("raise boom", problem()), ("return 0.5", problem()), ("return 'yes'", problem())]
+    items += [("raise boom", problem()), ("return 1.5", problem()), ("return 'yes'", problem())]
     items += [("echo " + echo.answer, echo), ("modules", problem()), (f"touch {late}", problem())]
-    items += [("return 1", problem())]
+    items += [("return 1", problem()), ("return (0.25, 'é')", problem())]
     with make_verifier(reward_path, workers=2) as verifier:
         verdicts = verifier.verify(items)
         assert len(worker_pids()) == 2
         assert statuses(verifier.verify(items[1:3])) == ["correct", "wrong"]
-    expected = "correct correct wrong unparsed error error error correct correct wrong correct"
+    expected = (
+        "correct correct wrong unparsed error error error correct correct wrong correct wrong"
+    )
     assert statuses(verdicts) == expected.split()
     assert (
         "ValueError: boom" in verdicts[4].detail and "verifier_test_reward.py" in verdicts[4].detail
     )
-    assert "0.5" in verdicts[5].detail and "'yes'" in verdicts[6].detail
+    assert (verdicts[-1].reward, verdicts[-1].answer) == (0.25, "é")
+    assert "1.5" in verdicts[5].detail and "'yes'" in verdicts[6].detail
     assert np.isnan([verdict.reward for verdict in verdicts[4:7]]).all()
 
 
