@@ -277,7 +277,7 @@ def scripted_evaluator(
         scaffold=scripted_scaffold(c),
         sampler=sampler,
         verifier=math_verifier(),
-        max_error_rate=c.verifier.max_error_rate,
+        failures=VerifierSettings.from_config(c.verifier),
         strategy=strategy,
         progress=Progress(1, 0),
         between_chunks=nothing_to_do,

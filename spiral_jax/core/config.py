@@ -272,6 +272,9 @@ def defaults() -> ConfigDict:
     c.verifier.timeout_s = 5.0
     # share of our own failures in a batch above which the run stops
     c.verifier.max_error_rate = 0.05
+    # share of answers in a batch for which a reward of yours took too long, above which the run
+    # stops; they have no reward
+    c.verifier.max_timeout_rate = 0.05
     c.verifier.memory_gb = 4.0  # address space of a child process, 10^9 bytes
     # names of variables, such as a judge's key, that a reward of yours sees
     c.verifier.environment = ()

@@ -32,7 +32,7 @@ def answer_class(text: str, verdict: Verdict) -> str | None:
     """
     if verdict.status is Status.CORRECT:
         return CORRECT_CLASS
-    if verdict.status in (Status.UNPARSED, Status.ERROR) or verdict.answer == "":
+    if verdict.is_failure or verdict.status is Status.UNPARSED or verdict.answer == "":
         return None
     return _WRONG + " ".join(spelling(text, verdict.answer).split())
 
@@ -91,7 +91,7 @@ def _number_row(
     number_of = {CORRECT_CLASS: CORRECT}
     numbers: list[int | None] = []
     for name, verdict in zip(classes, verdicts, strict=True):
-        if verdict.status is Status.ERROR:
+        if verdict.is_failure:
             numbers.append(ERROR)
         elif name is None:
             numbers.append(None)

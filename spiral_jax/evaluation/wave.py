@@ -35,7 +35,8 @@ from spiral_jax.rollout.traces import Rollouts, Round
 from spiral_jax.sampling.protocol import Sampler
 from spiral_jax.tasks.problem import Problem, Task
 from spiral_jax.verifier.rewards import Status, Verdict
-from spiral_jax.verifier.verifier import Verifier, check_error_rate, count_verdicts
+from spiral_jax.verifier.settings import VerifierSettings
+from spiral_jax.verifier.verifier import Verifier, check_failures, count_verdicts
 
 Record = dict[str, Any]
 
@@ -130,7 +131,7 @@ class Evaluator:
 
     Attributes:
       order: config.aggregation.order.
-      max_error_rate: share of verifier failures in a stage above which it ends.
+      failures: which shares of verifier failures in a stage end it.
       strategy: names the strategy of a search trace; None where nothing does.
       between_chunks: called once a decode chunk, for whoever must look up in time.
     """
@@ -141,7 +142,7 @@ class Evaluator:
     scaffold: Scaffold
     sampler: Sampler
     verifier: Verifier
-    max_error_rate: float
+    failures: VerifierSettings
     strategy: Strategy | None
     progress: Progress
     between_chunks: Callable[[], None]
@@ -222,7 +223,7 @@ class Evaluator:
         items = [(text, problems[i // per_problem]) for i, text in enumerate(texts)]
         with self.progress.phase("verifying"):
             verdicts = self.verifier.verify(items)
-        check_error_rate(verdicts, self.max_error_rate)
+        check_failures(verdicts, self.failures)
         answers = number_classes(self.verifier, problems, texts, verdicts)
         return Judged(reward(groups, verdicts), texts, verdicts, answers)
 

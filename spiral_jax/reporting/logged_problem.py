@@ -166,7 +166,7 @@ def _answer(row: dict[str, Any], answer_numbers: dict[str, int]) -> int | None:
     """Its number as in `answers.number_classes`, but that of a wrong one by its spelling alone."""
     if row["verdict"] == Status.CORRECT:
         return CORRECT
-    if row["verdict"] == Status.ERROR:
+    if row["reward"] is None:
         return ERROR
     if row["verdict"] == Status.UNPARSED or row.get("answer") == "":
         return None

@@ -20,7 +20,8 @@ from spiral_jax.rollout.settings import DynamicSampling, TrainingStages
 from spiral_jax.rollout.traces import Rollouts
 from spiral_jax.sampling.protocol import Sampler
 from spiral_jax.tasks.problem import Task
-from spiral_jax.verifier.verifier import Verifier
+from spiral_jax.verifier.rewards import Verdict
+from spiral_jax.verifier.verifier import Verifier, check_hopeless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Stream:
     def __iter__(self) -> Iterator[Rollouts]:
         actor = self._actor
         delay = actor.dynamic_sampling.verdict_delay
+        verdicts: list[Verdict] = []
         with contextlib.ExitStack() as stack:
             stack.enter_context(actor.progress.phase("sampling"))
             judge = stack.enter_context(
@@ -84,7 +86,10 @@ class Stream:
                     judge.submit(completed)
                     if completed.stage.reads is None and len(self._stages) > 1:
                         faults.passed("aggregation")
-                yield from judge.due(now)
+                for rollout in judge.due(now):
+                    verdicts += rollout.verdicts
+                    check_hopeless(verdicts, actor.dynamic_sampling.failures)
+                    yield rollout
                 if self._problems.complete:
                     return
                 if not all(course.groups for course in self._feed.courses.values()):

@@ -26,8 +26,8 @@ from spiral_jax.rollout.requests import Asked
 from spiral_jax.rollout.settings import DynamicSampling
 from spiral_jax.rollout.traces import Rollouts, concat_rollouts
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.rewards import Status, Verdict
-from spiral_jax.verifier.verifier import check_error_rate
+from spiral_jax.verifier.rewards import Status
+from spiral_jax.verifier.verifier import check_failures
 
 _PRIOR = 8  # decided problems that config.sampling.keep_rate weighs as much as
 _SHOWN_REWARDS = 5
@@ -162,12 +162,12 @@ class FirstKept:
 
         Raises:
           NoSignal: fewer than B / 4, with the histogram of rewards.
-          VerifierFailure: our own failures exceed `config.verifier.max_error_rate`.
+          VerifierFailure: see `check_failures`.
         """
         decided = [self._decided[cursor] for cursor in self._tried if cursor in self._decided]
         rollouts = concat_rollouts([of_problem for of_problem, _ in decided])
         advantages = concat_advantages([of_problem for _, of_problem in decided])
-        check_error_rate(_verdicts(rollouts), self._settings.max_error_rate)
+        check_failures(rollouts.verdicts, self._settings.failures)
 
         B = self._settings.problems
         kept = np.flatnonzero(advantages.keep_B)
@@ -204,10 +204,6 @@ def _without_advantages(rollouts: Rollouts) -> Rollouts:
     return rollouts.with_advantages(
         [np.zeros(groups.trace_len_UxC.shape, np.float32) for groups in rollouts.stages]
     )
-
-
-def _verdicts(rollouts: Rollouts) -> list[Verdict]:
-    return [verdict for groups in rollouts.stages for verdict in groups.verdict_UxC.reshape(-1)]
 
 
 def _no_signal_message(rollouts: Rollouts, kept: int, starved: int, B: int) -> str:

@@ -50,8 +50,9 @@ from spiral_jax.sampling.engine import Engine, make_samplers
 from spiral_jax.sampling.settings import check_sampling
 from spiral_jax.tasks.load import check_task, load_task
 from spiral_jax.tasks.problem import Task
+from spiral_jax.verifier.functions import load_function
 from spiral_jax.verifier.references import check_references
-from spiral_jax.verifier.rewards import MATH, load_function, load_reward
+from spiral_jax.verifier.rewards import MATH, load_reward
 from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
@@ -323,7 +324,7 @@ def make_evaluator(
         scaffold=setup.scaffold,
         sampler=setup.eval_sampler,
         verifier=verifier,
-        max_error_rate=setup.verifier.max_error_rate,
+        failures=setup.verifier,
         strategy=setup.strategy,
         progress=progress,
         between_chunks=between_chunks,

@@ -28,6 +28,7 @@ from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
 from spiral_jax.run.trace_log import TraceRows
 from spiral_jax.run.watchdog import Watchdog, deadline
 from spiral_jax.run.workdir import WorkdirError, open_workdir
+from spiral_jax.verifier.rewards import reward_fingerprint
 from spiral_jax.verifier.verifier import Verifier
 
 
@@ -182,9 +183,11 @@ def open_run(setup: Setup, workdir: str) -> Iterator[tuple[TrainingRun, Any, Tra
     log = RunLog(path, c.trace_log.keep_steps, c.checkpoint.keep_best)
     retention = Retention(c.checkpoint.keep, c.checkpoint.keep_every, log.scores)
     checkpoints = Checkpoints(path / "checkpoints", retention)
+    reward_source = reward_fingerprint(setup.reward)
     distributed.check_equal(
         config=config.digest(c),
         data=setup.task.fingerprint,
+        reward=reward_source,
         checkpoint=f"step {checkpoints.latest()}",
     )
     with deadline("weights and checkpoint to be read (config.train.wait_s)", c.train.wait_s):
@@ -216,7 +219,7 @@ def open_run(setup: Setup, workdir: str) -> Iterator[tuple[TrainingRun, Any, Tra
             trace_rows=_make_trace_rows(setup),
         )
         if not run.finished:
-            log.note_start(at.step, c.metrics.writers, config.to_plain(c))
+            log.note_start(at.step, c.metrics.writers, config.to_plain(c), reward_source)
             reports = setup.task.report, setup.sampler.start_report()
             print(*filter(None, reports), sep="\n", flush=True)
             log.note_start_up_time()

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import importlib
 import itertools
 import logging
 import math
 import re
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier import mathematics
+from spiral_jax.verifier.functions import describe_error, load_function, source_fingerprint
 
 MATH = "math"
 Reward = bool | float | None
@@ -37,7 +35,9 @@ class Status(enum.StrEnum):
     CORRECT = "correct"  # the full reward, 1
     WRONG = "wrong"  # a smaller one
     UNPARSED = "unparsed"  # no final answer, or one that cannot be read: reward 0
-    TIMEOUT = "timeout"  # took too long on two fresh workers: the model's doing, reward 0
+    # took too long on two fresh workers: the model's doing, reward 0; or that of a reward function
+    # of the user's, reward NaN
+    TIMEOUT = "timeout"
     ERROR = "error"  # our own failure or that of the reward function: reward NaN
 
 
@@ -55,8 +55,8 @@ class Verdict:
     """What one answer is worth, and why.
 
     Attributes:
-      reward: 0.0 ... 1.0; NaN for an error.
-      detail: for an error, what happened.
+      reward: 0.0 ... 1.0; NaN: our failure.
+      detail: of a failure, what happened.
       answer: what a reward function of the user's says the final answer is; None: it does not say.
     """
 
@@ -68,6 +68,16 @@ class Verdict:
     @classmethod
     def of(cls, status: Status, detail: str = "") -> Verdict:
         return cls(_REWARD[status], status, detail)
+
+    @classmethod
+    def of_slow_reward(cls, timeout_s: float) -> Verdict:
+        """Of a reward function of the user's that takes too long, which is no wrong answer."""
+        return cls(math.nan, Status.TIMEOUT, f"took over verifier.timeout_s = {timeout_s:g}")
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether nothing is known of the answer: an error, or a reward function too slow."""
+        return math.isnan(self.reward)
 
     @classmethod
     def of_reward(cls, reward: float, answer: str | None = None) -> Verdict:
@@ -156,28 +166,14 @@ def load_reward(path: str) -> RewardFunction:
     return load_function("task.reward", path, 'must be "math" or "package.module:function".')
 
 
-def load_function(field: str, path: str, allowed: str) -> Callable[[str, Problem], Any]:
-    """The function of (text, problem) that config.`field` = "package.module:function" names.
+def is_users(path: str) -> bool:
+    """Whether config.task.reward names a function that is none of this package's."""
+    return path != MATH and not path.startswith("spiral_jax.")
 
-    Raises:
-      ConfigError: the path has another form (the message says what is `allowed`), the module cannot
-        be imported, or it has no such function.
-    """
-    where = f"config.{field} = {path!r}"
-    module_name, colon, function_name = path.partition(":")
-    if not (module_name and colon and function_name):
-        raise ConfigError(f"{where}: {allowed}")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ConfigError(
-            f"{where}: module {module_name!r} cannot be imported ({_describe(error)}). "
-            "Is its folder in PYTHONPATH?"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ConfigError(f"{where}: module {module_name!r} has no function {function_name!r}.")
-    return function
+
+def reward_fingerprint(path: str) -> str:
+    """SHA-256 of the source of a reward function of the user's; "" for one of this package."""
+    return source_fingerprint(load_reward(path)) if is_users(path) else ""
 
 
 def judge(reward: RewardFunction, text: str, problem: Problem) -> Verdict:
@@ -202,7 +198,7 @@ def judge(reward: RewardFunction, text: str, problem: Problem) -> Verdict:
             "False, a number in [0, 1], None, or (one of these, the answer as a string)"
         )
     except Exception as error:
-        detail = _describe(error)
+        detail = describe_error(error)
     return Verdict.of(Status.ERROR, detail[:_DETAIL_LENGTH])
 
 
@@ -211,9 +207,3 @@ def _is_pair(returned: Any) -> bool:
     if not isinstance(returned, tuple) or len(returned) != 2:
         return False
     return returned[1] is None or isinstance(returned[1], str)
-
-
-def _describe(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    message = "".join(traceback.format_exception_only(error)).strip()
-    return f"{message} ({frame.filename}:{frame.lineno})"

@@ -3,7 +3,7 @@
     settings = VerifierSettings(workers=2, timeout_s=5.0)
     with Verifier("math", settings) as verifier:
         verdicts = verifier.verify([(text, problem), ...])
-    check_error_rate(verdicts, settings.max_error_rate)
+    check_failures(verdicts, settings)
 
 A verdict is correct, wrong, unparsed, timeout or error, and too many errors stop the run. Of
 several processes each judges its share, and all get all verdicts.
@@ -19,6 +19,8 @@ from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.pool import Pool, VerifierFailure
 from spiral_jax.verifier.rewards import MATH, Status, Verdict, exact_verdict, load_reward
 from spiral_jax.verifier.settings import VerifierSettings
+
+_ENOUGH = 32  # answers, to see that something is broken
 
 
 class Verifier:
@@ -104,12 +106,41 @@ def count_verdicts(verdicts: Sequence[Verdict]) -> dict[str, int]:
     return {status.value: counts[status] for status in Status}
 
 
-def check_error_rate(verdicts: Sequence[Verdict], max_error_rate: float) -> None:
+def check_failures(verdicts: Sequence[Verdict], settings: VerifierSettings) -> None:
     """Checks that few answers failed by our own doing: silent NaNs are no training signal.
 
     Raises:
-      VerifierFailure: the share of errors is above `max_error_rate`.
+      VerifierFailure: the share of errors is above `max_error_rate`, or that of answers for which a
+        reward function of the user's took too long is above `max_timeout_rate`.
     """
+    _check_errors(verdicts, settings.max_error_rate)
+    _check_slow(verdicts, settings.max_timeout_rate)
+
+
+def check_hopeless(verdicts: Sequence[Verdict], settings: VerifierSettings) -> None:
+    """The same as soon as most of the first answers fail: the end of the batch may be hours away.
+
+    Raises: see `check_failures`.
+    """
+    failed = sum(verdict.is_failure for verdict in verdicts)
+    if len(verdicts) >= _ENOUGH and failed > len(verdicts) / 2:
+        check_failures(verdicts, settings)
+
+
+def _check_slow(verdicts: Sequence[Verdict], max_timeout_rate: float) -> None:
+    slow = [v for v in verdicts if v.status is Status.TIMEOUT and v.is_failure]
+    if len(slow) <= max_timeout_rate * len(verdicts):
+        return
+    raise VerifierFailure(
+        f"{len(slow)} of {len(verdicts)} answers {slow[0].detail}; "
+        f"config.verifier.max_timeout_rate allows {max_timeout_rate:.1%}. The reward function that "
+        "config.task.reward names is slow, and what it has not judged is not wrong: raise "
+        "config.verifier.timeout_s, raise config.verifier.workers if it waits for others, or make "
+        "it faster."
+    )
+
+
+def _check_errors(verdicts: Sequence[Verdict], max_error_rate: float) -> None:
     details = [verdict.detail for verdict in verdicts if verdict.status is Status.ERROR]
     if not details or len(details) / len(verdicts) <= max_error_rate:
         return

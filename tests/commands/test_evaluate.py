@@ -163,6 +163,19 @@ def test_another_config_in_the_same_workdir_is_refused_with_the_difference(scrip
         evaluate.evaluate(other, begun)
 
 
+def test_another_source_of_the_reward_is_refused_and_an_old_journal_is_not(
+    scripted, monkeypatch, begun
+):
+    for source in ("a" * 64, "b" * 64):
+        monkeypatch.setattr(evaluate, "reward_fingerprint", lambda path, source=source: source)
+        evaluate.evaluate(small_config(), begun)  # the journal says nothing of a reward
+    fresh = str(pathlib.Path(begun).with_name("fresh"))
+    evaluate.evaluate(small_config(), fresh)
+    monkeypatch.setattr(evaluate, "reward_fingerprint", lambda path: "c" * 64)
+    with pytest.raises(WorkdirError, match="wave 0 .* other reward"):
+        evaluate.evaluate(small_config(), fresh)
+
+
 def test_other_weights_or_data_under_the_same_names_are_refused(scripted, monkeypatch, begun):
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "model_fingerprint", lambda directories: "f" * 64)

@@ -20,6 +20,9 @@ from spiral_jax.rollout.collect import FirstKept, NoSignal, Source
 from spiral_jax.rollout.requests import Asked
 from spiral_jax.rollout.settings import DynamicSampling
 from spiral_jax.rollout.traces import Rollouts
+from spiral_jax.verifier.pool import VerifierFailure
+from spiral_jax.verifier.rewards import Status, Verdict
+from spiral_jax.verifier.settings import VerifierSettings
 
 
 def aggregations_right(is_right):
@@ -194,6 +197,23 @@ def test_the_first_problem_with_partial_credit_ends_a_run_that_needs_bits(estima
     assert len(set(judged)) <= 2
 
 
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_a_reward_that_never_judges_ends_the_run_with_the_first_problems(is_slow):
+    class Failing(InlineVerifier):
+        def judge(self, items):
+            judged.append(items[0][1].id)
+            slow = Verdict.of_slow_reward(5.0)
+            return [slow if is_slow else Verdict.of(Status.ERROR, "boom")] * len(items)
+
+    judged = []
+    training = scripted_training(search_right, at_once=1, verdict_delay=0)
+    training = training.with_actor(verifier=Failing(tenths))
+    words = "took over verifier.timeout_s = 5" if is_slow else "boom"
+    with pytest.raises(VerifierFailure, match=f"48 of 48.*{words}"):
+        training.collect()
+    assert set(judged) <= {"p0", "p1", "p2"}
+
+
 def test_without_signal_partial_credit_is_shown():
     with pytest.raises(NoSignal) as stopped:
         graded(lambda *place: "3").collect()
@@ -252,7 +272,7 @@ def first_two_kept(monkeypatch, max_ratio=4.0, cursor=20):
         return Asked(at, None, np.zeros(1, np.int32))
 
     monkeypatch.setattr(Source, "from_cursor", from_cursor)
-    settings = DynamicSampling(2, max_ratio, keep_rate=0.25, max_error_rate=0.05)
+    settings = DynamicSampling(2, max_ratio, keep_rate=0.25, failures=VerifierSettings(1, 5.0))
     return Decisions(FirstKept(settings, Source(None, None, 16), cursor))
 
 

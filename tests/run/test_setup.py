@@ -93,6 +93,8 @@ BAD = {
     "train.grace_s": (0.0, "> 0"),
     "train.wait_s": (0.0, "> 0"),
     "verifier.workers": (0, ">= 1"),
+    "verifier.max_error_rate": (1.5, "between 0 and 1"),
+    "verifier.max_timeout_rate": (-0.1, "between 0 and 1"),
     "verifier.timeout_s": (0.0, "> 0"),
     "verifier.memory_gb": (0.0, "> 0"),
     "verifier.environment": ((1,), "names of variables"),

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -17,10 +18,13 @@ from spiral_jax.verifier.rewards import (
     judge,
     load_reward,
     math_reward,
+    reward_fingerprint,
 )
+from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import (
     VerifierFailure,
-    check_error_rate,
+    check_failures,
+    check_hopeless,
     count_verdicts,
 )
 
@@ -310,16 +314,93 @@ def test_the_five_counters_add_up():
     assert count_verdicts([]) == {"correct": 0, "wrong": 0, "unparsed": 0, "timeout": 0, "error": 0}
 
 
+def limits(errors, timeouts=0.0):
+    return VerifierSettings(1, 5.0, max_error_rate=errors, max_timeout_rate=timeouts)
+
+
+def test_a_reward_of_ones_own_that_is_slow_stops_the_run_with_the_limit_and_the_count():
+    slow = [Verdict.of_slow_reward(5.0)] * 384
+    assert all(verdict.status is Status.TIMEOUT and np.isnan(verdict.reward) for verdict in slow)
+    with pytest.raises(VerifierFailure) as error:
+        check_failures(slow, limits(1.0))
+    assert "384 of 384 answers took over verifier.timeout_s = 5;" in str(error.value)
+    assert "config.verifier.max_timeout_rate" in str(error.value)
+    few = slow[:1] + [Verdict.of(Status.WRONG)] * 9
+    check_failures(few, limits(0.0, 0.1))
+    with pytest.raises(VerifierFailure):
+        check_failures(few, limits(0.0, 0.09))
+
+
+def test_what_fails_from_the_start_ends_before_a_batch_is_full():
+    broken, fine = Verdict.of(Status.ERROR, "boom"), Verdict.of(Status.WRONG)
+    check_hopeless([broken] * 31, limits(0.0))  # too few to tell
+    check_hopeless([broken] * 20 + [fine] * 20, limits(0.0))
+    for failing in (broken, Verdict.of_slow_reward(5.0)):
+        with pytest.raises(VerifierFailure, match="30 of 40"):
+            check_hopeless([failing] * 30 + [fine] * 10, limits(0.0))
+        check_hopeless([failing] * 30 + [fine] * 10, limits(0.75, 0.75))
+
+
+NESTED = """
+import json, os
+
+def reward(text, problem):
+    return helper(text)
+
+def helper(text):
+    if text == "json":
+        return json.loads("{")
+    if text == "variable":
+        return os.environ["NOT_SET_HERE"]
+    return {}[text]
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "line", "hinted"),
+    [
+        ("json", "JSONDecodeError", 'return json.loads("{")', False),
+        ("variable", "KeyError: 'NOT_SET_HERE'", 'os.environ["NOT_SET_HERE"]', True),
+        ("key", "KeyError: 'key'", "return {}[text]", False),
+    ],
+)
+def test_an_error_shows_the_users_own_innermost_line(
+    text, error, line, hinted, tmp_path, monkeypatch
+):
+    (tmp_path / "nested_reward.py").write_text(NESTED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "nested_reward", raising=False)
+    verdict = judge(load_reward("nested_reward:reward"), text, problem())
+    assert verdict.status is Status.ERROR
+    for part in (error, line, "nested_reward.py:", "in helper"):
+        assert part in verdict.detail
+    assert ("config.verifier.environment" in verdict.detail) == hinted
+
+
+def test_a_rewards_fingerprint_is_that_of_its_source(tmp_path, monkeypatch):
+    path = tmp_path / "printed_reward.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    prints = []
+    for source in (NESTED, NESTED, NESTED.replace("{}[text]", "True")):
+        path.write_text(source)
+        monkeypatch.delitem(sys.modules, "printed_reward", raising=False)
+        prints.append(reward_fingerprint("printed_reward:reward"))
+    assert prints[0] == prints[1] != prints[2] and len(prints[0]) == 64
+    assert (
+        reward_fingerprint("math") == reward_fingerprint("spiral_jax.tasks.end_digit:reward") == ""
+    )
+
+
 def test_too_many_errors_stop_the_run_with_their_share_count_and_cause():
     verdicts = [Verdict.of(Status.CORRECT)] * 17 + [
         Verdict.of(Status.ERROR, "KeyError: 'a' (my.py:7)")
     ] * 2
     verdicts += [Verdict.of(Status.ERROR, "other")]
-    check_error_rate(verdicts, 0.15)  # at the limit, not above
-    check_error_rate([], 0.0)
-    check_error_rate([Verdict.of(Status.TIMEOUT), Verdict.of(Status.UNPARSED)], 0.0)
+    check_failures(verdicts, limits(0.15))  # at the limit, not above
+    check_failures([], limits(0.0))
+    check_failures([Verdict.of(Status.TIMEOUT), Verdict.of(Status.UNPARSED)], limits(0.0))
     with pytest.raises(VerifierFailure) as error:
-        check_error_rate(verdicts, 0.149)
+        check_failures(verdicts, limits(0.149))
     for part in (
         "3 of 20",
         "15.0%",

@@ -144,6 +144,23 @@ def test_an_item_is_tried_again_on_a_fresh_worker_though_a_used_one_is_idle(rewa
         assert statuses(verifier.verify([("hang_once_used", problem())])) == ["correct"]
 
 
+def test_a_slow_reward_of_ones_own_is_no_wrong_answer(reward_path):
+    with make_verifier(reward_path, workers=2, timeout_s=0.5) as verifier:
+        verdicts = verifier.verify([("sleep 1000", problem()), ("return 0.5", problem())])
+    assert statuses(verdicts) == ["timeout", "wrong"]
+    assert np.isnan(verdicts[0].reward) and "verifier.timeout_s = 0.5" in verdicts[0].detail
+
+
+def test_what_a_reward_prints_has_its_name_in_front_of_every_line(reward_path, capfd):
+    items = [("print one\ntwo", problem()), ("print three", problem()), ("return 1", problem())]
+    with make_verifier(reward_path) as verifier:
+        assert statuses(verifier.verify(items)) == ["correct"] * 3
+    out, err = capfd.readouterr()
+    lines = [f"[{reward_path}] {word}" for word in ("one", "two", "three")]
+    assert out.splitlines() == lines
+    assert err.splitlines() == [f"[{reward_path}] to stderr"] * 2
+
+
 def test_close_leaves_no_process_not_even_one_that_a_reward_has_started(reward_path, tmp_path):
     file = tmp_path / "child"
     with pytest.raises(KeyError), make_verifier(reward_path, workers=2) as verifier:
@@ -187,6 +204,7 @@ def test_no_worker_outlives_a_parent_that_is_killed(command, reward_path, tmp_pa
     [
         ("1 / 0", "ZeroDivisionError"),
         ("os._exit(5)", "exit code 5"),
+        ("os.environ['NOT_SET_HERE']", "config.verifier.environment"),
         ("time.sleep(1000)", "not ready after 2 s"),
     ],
 )
