@@ -40,7 +40,6 @@ from spiral_jax.reporting.evaluation_figures import plot_evaluation
 from spiral_jax.run.evaluation_run import model_fingerprint, run_waves
 from spiral_jax.run.setup import keep_compiled_programs, set_up_evaluation
 from spiral_jax.run.workdir import StepLog, WorkdirError, open_workdir
-from spiral_jax.verifier.rewards import reward_fingerprint
 
 
 def evaluate(c: ConfigDict, workdir: str) -> None:
@@ -56,7 +55,7 @@ def evaluate(c: ConfigDict, workdir: str) -> None:
     if c.model.adapter_path:
         weights.append(pathlib.Path(c.model.adapter_path))
     stamp = {"model": model_fingerprint(weights), "data": setup.task.fingerprint}
-    if reward_source := reward_fingerprint(setup.reward):
+    if reward_source := setup.reward.fingerprint():
         stamp["reward"] = reward_source
     distributed.check_equal(config=config.digest(c), **stamp)
 

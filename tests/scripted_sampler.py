@@ -197,7 +197,10 @@ class InlineVerifier(Verifier):
 
     def __init__(self, reward: RewardFunction):
         super().__init__("math", VerifierSettings(workers=1, timeout_s=5.0))
-        self._is_math, self._reward = False, reward
+        self._reward = reward
+
+    def compares_answers(self, problem):
+        return False
 
     def judge(self, items):
         return [judge(self._reward, text, problem) for text, problem in items]

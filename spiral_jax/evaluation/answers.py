@@ -70,13 +70,15 @@ def number_classes(
     classes = [answer_class(text, verdict) for text, verdict in zip(texts, verdicts, strict=True)]
     spans = [slice(b * per_problem, (b + 1) * per_problem) for b in range(len(problems))]
 
-    first_spellings: list[dict[str, str]] = [{} for _ in problems]
-    if verifier.compares_answers:
-        wrong = [
-            name if verdict.status is Status.WRONG else None
-            for name, verdict in zip(classes, verdicts, strict=True)
-        ]
-        first_spellings = _equal_spellings(verifier, problems, [wrong[span] for span in spans])
+    wrong = [
+        name if verdict.status is Status.WRONG else None
+        for name, verdict in zip(classes, verdicts, strict=True)
+    ]
+    comparable = [
+        wrong[span] if verifier.compares_answers(problem) else ()
+        for problem, span in zip(problems, spans, strict=True)
+    ]
+    first_spellings = _equal_spellings(verifier, problems, comparable)
 
     return [
         _number_row(classes[span], verdicts[span], first)

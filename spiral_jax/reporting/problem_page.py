@@ -70,13 +70,14 @@ def problem_page(
         for of_set, traces in zip(stage.sets, pages_of_sets, strict=True):
             sets.append(_set_page(stage, of_set) | {"traces": traces})
     first = problem.first
+    reference = first["reference_answer"]
     return {
         "step": step,
         "cursor": first["cursor"],
         "id": first["problem"],
         "kept": first["kept"],
         "text": first["problem_text"],
-        "reference": first["reference_answer"],
+        "reference": reference if isinstance(reference, str) else " or ".join(reference),
         "flags": _in_order(_problem_flags(problem)),
         "search": search[0],
         "sets": sets,

@@ -50,9 +50,10 @@ from spiral_jax.sampling.engine import Engine, make_samplers
 from spiral_jax.sampling.settings import check_sampling
 from spiral_jax.tasks.load import check_task, load_task
 from spiral_jax.tasks.problem import Task
+from spiral_jax.verifier.choice import RewardChoice
 from spiral_jax.verifier.functions import load_function
 from spiral_jax.verifier.references import check_references
-from spiral_jax.verifier.rewards import MATH, load_reward
+from spiral_jax.verifier.rewards import MATH
 from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
@@ -76,7 +77,7 @@ class Setup:
 
     Attributes:
       c: the configuration; all of it has been settings.
-      reward: that of config.task.reward, or the task's own.
+      reward: what config.task names, or the task's own.
       strategy: the function that names a trace's strategy; None where neither the config nor the
         task has one.
       evaluation: what its evaluations sample.
@@ -89,7 +90,7 @@ class Setup:
     mesh: Mesh
     start: Start
     task: Task
-    reward: str
+    reward: RewardChoice
     strategy: Strategy | None
     tokenizer: PreTrainedTokenizerBase
     scaffold: Scaffold
@@ -179,7 +180,7 @@ def set_up_evaluation(c: ConfigDict) -> Setup:
 def _set_up(c: ConfigDict, settings: RunSettings) -> Setup:
     mesh = make_mesh(c.mesh)
     task = _load_task(c, settings.evaluation.problems)
-    reward = _load_reward(c, task)
+    reward = _load_reward(c, task, settings.training is not None)
     task = _with_readable_references(task, reward)
     start = _start(c, mesh, settings.training is not None)
     check_mesh(start.model.arch, mesh)
@@ -235,21 +236,23 @@ def _start(c: ConfigDict, mesh: Mesh, training: bool) -> Start:
     return Start(path, model, mesh, c.model.adapter_path, c.model.init_from)
 
 
-def _load_reward(c: ConfigDict, task: Task) -> str:
-    """The name of the reward function, which can be loaded. Raises `ConfigError`."""
-    reward = c.task.reward or task.reward
-    if reward != MATH:
-        load_reward(reward)
-    return reward
+def _load_reward(c: ConfigDict, task: Task, training: bool) -> RewardChoice:
+    """The reward functions, which can be loaded. Raises `ConfigError`."""
+    by_source = c.task.rewards.to_dict()
+    choice = RewardChoice(c.task.reward or ("" if by_source else task.reward), by_source)
+    choice.load()
+    choice.check(task.problems, training)
+    return choice
 
 
-def _with_readable_references(task: Task, reward: str) -> Task:
+def _with_readable_references(task: Task, reward: RewardChoice) -> Task:
     """The task, whose report says which references may be read in two ways.
 
     Raises:
       TaskError: the reward "math" cannot read some; see `check_references`.
     """
-    notes = check_references(task.problems) if reward == MATH else ""
+    by_math = [problem for problem in task.problems if reward.of(problem) == MATH]
+    notes = check_references(by_math)
     report = "\n".join(filter(None, (task.report, notes)))
     return dataclasses.replace(task, report=report)
 

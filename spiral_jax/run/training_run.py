@@ -28,7 +28,6 @@ from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
 from spiral_jax.run.trace_log import TraceRows
 from spiral_jax.run.watchdog import Watchdog, deadline
 from spiral_jax.run.workdir import WorkdirError, open_workdir
-from spiral_jax.verifier.rewards import reward_fingerprint
 from spiral_jax.verifier.verifier import Verifier
 
 
@@ -183,7 +182,7 @@ def open_run(setup: Setup, workdir: str) -> Iterator[tuple[TrainingRun, Any, Tra
     log = RunLog(path, c.trace_log.keep_steps, c.checkpoint.keep_best)
     retention = Retention(c.checkpoint.keep, c.checkpoint.keep_every, log.scores)
     checkpoints = Checkpoints(path / "checkpoints", retention)
-    reward_source = reward_fingerprint(setup.reward)
+    reward_source = setup.reward.fingerprint()
     distributed.check_equal(
         config=config.digest(c),
         data=setup.task.fingerprint,

@@ -20,15 +20,21 @@ class Problem:
     Attributes:
       id: stable name, unique in its task; train and held-out problems never share one.
       text: what is asked; goes into the prompts as `{problem}`.
-      answer: the reference that a reward function compares with.
-      metadata: whatever else a reward function needs; JSON types only, since it crosses a process
-        boundary.
+      answer: the reference that a reward function compares with; a list of those that are right;
+        "" where there is none.
+      metadata: whatever else a reward function needs, such as all other columns of a row; JSON
+        types only, since it crosses a process boundary.
     """
 
     id: str
     text: str
-    answer: str
+    answer: str | list[str]
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def answers(self) -> list[str]:
+        """Every reference that is right; [""] where there is none."""
+        return [self.answer] if isinstance(self.answer, str) else self.answer
 
 
 @dataclasses.dataclass(frozen=True)

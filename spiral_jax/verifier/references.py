@@ -23,12 +23,17 @@ def check_references(problems: Sequence[Problem]) -> str:
     """
     failing, ambiguous = [], []
     for problem in problems:
-        try:
-            read_reference(problem.answer)
-        except Unreadable as error:
-            failing.append(f"{problem.id}: {problem.answer!r}: {error}")
-        if is_ambiguous(problem.answer):
-            ambiguous.append(problem)
+        if not problem.answer:
+            columns = ", ".join(problem.metadata) or "none"
+            failing.append(f"{problem.id}: there is no answer (other columns: {columns})")
+            continue
+        for answer in problem.answers:
+            try:
+                read_reference(answer)
+            except Unreadable as error:
+                failing.append(f"{problem.id}: {answer!r}: {error}")
+            if is_ambiguous(answer):
+                ambiguous.append((problem.id, answer))
     if failing:
         shown = failing[:_SHOWN]
         if len(failing) > _SHOWN:
@@ -40,9 +45,9 @@ def check_references(problems: Sequence[Problem]) -> str:
         )
     if not ambiguous:
         return ""
-    first = ambiguous[0]
+    name, answer = ambiguous[0]
     return (
-        f"{len(ambiguous):,} reference answers such as {first.answer!r} ({first.id}) may be "
-        f"{first.answer.replace(',', '.')} or a list of two numbers: both answers are taken for "
+        f"{len(ambiguous):,} reference answers such as {answer!r} ({name}) may be "
+        f"{answer.replace(',', '.')} or a list of two numbers: both answers are taken for "
         "right. Write 3.5 or 3, 5 to have one."
     )

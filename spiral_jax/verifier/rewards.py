@@ -102,19 +102,20 @@ class BrokenReference(ValueError):
 def exact_verdict(text: str, problem: Problem) -> Verdict | None:
     r"""The verdict of reward "math" where it needs no mathematics; None = undecided.
 
-    Without a box, or with an empty one: unparsed. The box equals the reference up to surrounding
-    space: correct. Both are plain integers of at most 18 digits: compared as integers. What is not
-    the reference and has more than 10,000 characters or brackets more than 20 deep, which a parser
+    Without a box, or with an empty one: unparsed. The box equals a reference up to surrounding
+    space: correct. All are plain integers of at most 18 digits: compared as integers. What is not
+    a reference and has more than 10,000 characters or brackets more than 20 deep, which a parser
     needs minutes for, is no final answer: unparsed.
     """
     box = (last_boxed(text) or "").strip()
-    reference = problem.answer.strip()
+    references = [answer.strip() for answer in problem.answers]
     if not box:
         return Verdict.of(Status.UNPARSED)
-    if box == reference:
+    if box in references:
         return Verdict.of(Status.CORRECT)
-    if _INTEGER.fullmatch(box) and _INTEGER.fullmatch(reference):
-        return Verdict.of(Status.CORRECT if int(box) == int(reference) else Status.WRONG)
+    if all(_INTEGER.fullmatch(each) for each in (box, *references)):
+        is_right = int(box) in map(int, references)
+        return Verdict.of(Status.CORRECT if is_right else Status.WRONG)
     if len(box) > _LONGEST_BOX or _depth(box) > _DEEPEST_BOX:
         return Verdict.of(Status.UNPARSED)
     return None
@@ -127,18 +128,20 @@ def _depth(box: str) -> int:
 
 
 def math_reward(text: str, problem: Problem) -> bool | None:
-    r"""Whether the last \boxed{} of `text` equals `problem.answer`; None = unparsed.
+    r"""Whether the last \boxed{} of `text` equals one of `problem.answers`; None = unparsed.
 
     As mathematics, see `mathematics.is_equal`: may take for ever, so belongs in a killable process.
 
     Raises:
-      BrokenReference: `problem.answer` cannot be read.
+      BrokenReference: an answer of the problem cannot be read.
     """
     exact = exact_verdict(text, problem)
     if exact is not None:
         return None if exact.status is Status.UNPARSED else exact.status is Status.CORRECT
+    box = last_boxed(text)
     try:
-        return mathematics.is_equal(problem.answer, last_boxed(text))
+        found = [mathematics.is_equal(answer, box) for answer in problem.answers]
+        return None if None in found else any(found)
     except ValueError as error:
         raise BrokenReference(
             f"problem {problem.id!r}: its reference answer {problem.answer!r} cannot be read as "

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 from small_verifier import problem
 
-from spiral_jax.tasks.problem import TaskError
+from spiral_jax.tasks.problem import Problem, TaskError
 from spiral_jax.verifier.references import check_references
 from spiral_jax.verifier.rewards import BrokenReference, load_reward, math_reward
 
@@ -217,6 +217,20 @@ def test_references_that_cannot_be_read_are_refused_at_load_with_their_problems(
         check_references(fine + broken)
     for part in ("2 of 5", "train:7", "2024-01-01", "train:8", "3/4x", "task.reward"):
         assert part in str(error.value)
+
+
+def test_problems_without_an_answer_are_refused_at_load_with_the_columns_that_they_have():
+    without = Problem("train:7", "?", "", {"answr": "5", "level": 1})
+    with pytest.raises(TaskError, match="1 of 1 .*\n.*train:7: there is no answer.*answr, level"):
+        check_references([without])
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [("0.5", True), ("\\frac{2}{4}", True), ("7", True), ("8", False), ("...", None)],
+)
+def test_of_several_answers_each_is_right(box, expected):
+    assert math_reward(f"\\boxed{{{box}}}", problem(["1/2", "7"])) is expected
 
 
 def test_references_with_two_readings_are_named_at_load():

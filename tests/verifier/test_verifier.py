@@ -10,6 +10,8 @@ from small_verifier import make_verifier, problem
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks.answer import last_boxed
+from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.choice import RewardChoice
 from spiral_jax.verifier.rewards import (
     BrokenReference,
     Status,
@@ -297,6 +299,43 @@ def test_a_reward_that_cannot_be_loaded_is_a_config_error_before_any_worker(
         with pytest.raises(ConfigError, match=r"config\.task\.reward") as error:
             load(path)
         assert message in str(error.value)
+
+
+# Several of them
+
+
+def of_source(source, name="p"):
+    return Problem(name, "?", "7", {"data_source": source})
+
+
+CHOICE = RewardChoice("", {"sums": "math", "own": "verifier_test_reward:reward"})
+
+
+def test_the_data_source_of_a_problem_chooses_its_reward(reward_path):
+    items = [
+        ("\\boxed{7}", of_source("sums")),
+        ("return (0.25, 'x')", of_source("own")),
+        ("\\boxed{7.0}", of_source("sums")),
+        ("return True", of_source("own")),
+        ("return True", of_source("sums")),
+    ]
+    with make_verifier(CHOICE) as verifier:
+        verdicts = verifier.verify(items)
+        assert [verifier.compares_answers(problem) for _, problem in items[:2]] == [True, False]
+    assert [verdict.reward for verdict in verdicts] == [1.0, 0.25, 1.0, 1.0, 0.0]
+    assert [verdict.status.value for verdict in verdicts][-1] == "unparsed"
+
+
+def test_a_source_without_a_reward_and_a_reward_without_a_source_are_refused():
+    sums, own, other = (of_source(source) for source in ("sums", "own", "other"))
+    CHOICE.check([sums, own], training=True)
+    CHOICE.check([sums], training=False)  # an evaluation may have fewer
+    with pytest.raises(ConfigError, match=r"config\.task\.rewards: \['own'\].*\['sums'\]"):
+        CHOICE.check([sums], training=True)
+    with pytest.raises(ConfigError, match=r"no reward for the data_source \['None', 'other'\]"):
+        CHOICE.check([sums, own, other, problem()], training=True)
+    RewardChoice("math", CHOICE.by_source).check([sums, own, other, problem()], training=True)
+    RewardChoice("math").check([problem()], training=True)
 
 
 # What is made of verdicts
