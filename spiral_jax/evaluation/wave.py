@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spiral_jax.core.config import ConfigError
-from spiral_jax.core.groups import Groups, Purpose, Stop, concat_groups
+from spiral_jax.core.groups import Groups, Purpose, Role, Stop, concat_groups
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.answers import number_classes
 from spiral_jax.evaluation.measures import Answers, accuracy, any_correct, set_votes
@@ -323,14 +323,18 @@ def summarise(
 
 
 def _mean_rewards(rollouts: Rollouts) -> dict[str, float]:
-    """Of search, and of plain aggregation if there is one: shares of right answers but for rewards
-    between 0 and 1. Those that we failed to verify are left out."""
-    names = ("reward_search", "reward_aggregation")
-    return {
-        name: float(np.nanmean(groups.reward_UxC, dtype=np.float64))
-        for name, groups in zip(names, rollouts.stages, strict=False)
-        if not np.isnan(groups.reward_UxC).all()
-    }
+    """Of search and of plain aggregation, where answers have earned partial credit.
+
+    Elsewhere they are the shares of right answers, which the row has. What we failed to verify is
+    left out.
+    """
+    means, is_partial = {}, False
+    for role, groups in zip(Role, rollouts.stages, strict=False):
+        valid = groups.reward_UxC[~np.isnan(groups.reward_UxC)]
+        is_partial |= bool(((valid > 0) & (valid < 1)).any())
+        if valid.size:
+            means[f"reward_{role.label}"] = float(valid.mean(dtype=np.float64))
+    return means if is_partial else {}
 
 
 def _shares(label: str, rows: list[dict[str, Any]], counts: Counter) -> dict[str, float]:

@@ -2,8 +2,8 @@ r"""How people write answers -> LaTeX that math-verify reads as they meant it, o
 
 math-verify reads LaTeX, where neighbouring letters are multiplied: to it `pi/2` is p i / 2, `1e-05`
 is e - 5 and `18 dollars` a product of eight letters, all without a word. Here such notation becomes
-LaTeX, words become words, and what could be read in two ways that differ is refused. No sympy and
-no jax: all references of a data set are read like this when it is loaded.
+LaTeX, words become words, and what could be read in two ways is refused as a reference. No sympy
+and no jax: all references of a data set are read like this when it is loaded.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _SYMBOLS = {
     "½": " 1/2", "⅓": " 1/3", "⅔": " 2/3", "¼": " 1/4", "¾": " 3/4", "²": "^2", "³": "^3",
     "**": "^", "€": "", "£": "", "¥": "", "\u00a0": " ", "\u202f": " ",
 }  # fmt: skip
+_COMMAND = re.compile(r"\\[A-Za-z(\[]")
 _SYMBOL = re.compile("|".join(map(re.escape, _SYMBOLS)))
 
 _DATE = re.compile(r"\b[0-9]{4}-[0-9]{2}-[0-9]{2}\b|\b[0-9]{1,2}/[0-9]{1,2}/[0-9]{4}\b")
@@ -64,7 +65,7 @@ for _name in (
 _LETTER_NAMES = {}
 for _name in (
     *("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"),
-    *("lambda", "mu", "nu", "xi", "pi", "rho", "sigma", "tau", "phi", "chi", "psi", "omega"),
+    *("lambda", "pi", "rho", "sigma", "tau", "phi", "chi", "psi", "omega"),  # xi may be x i
 ):
     _LETTER_NAMES[_name] = rf"\{_name} "
 _CONSTANTS = _LETTER_NAMES | dict.fromkeys(("infinity", "inf", "oo"), r"\infty ")
@@ -74,9 +75,8 @@ _NAME = re.compile(
 _ARGUMENT = re.compile(r"\s*[({\[|\\\w^]", re.ASCII)  # what follows a function's name
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _UNITS = (
-    *("mm", "cm", "dm", "km", "in", "ft", "yd", "mi", "mg", "kg", "oz", "lb", "lbs", "ml", "cl"),
-    *("ms", "sec", "secs", "min", "mins", "hr", "hrs", "mph", "kph", "kmh", "rad", "deg", "usd"),
-    *("eur", "pt", "pts", "hz", "kw", "kj"),
+    *("mm", "cm", "dm", "km", "in", "ft", "yd", "mg", "kg", "oz", "lb", "lbs", "ml", "sec", "secs"),
+    *("min", "mins", "hr", "hrs", "mph", "kph", "kmh", "rad", "deg", "usd", "eur"),
 )
 _SHORT_UNIT = rf"(?:{'|'.join(_UNITS)}|[msgh])(?:\^?\{{?[23]\}}?)?"
 _WITH_SHORT_UNIT = re.compile(
@@ -168,7 +168,7 @@ def _read(text: str) -> Notation:
         parts = map(_fold, _LIST_OF_WORDS.split(text.casefold()))
         return Notation(words=frozenset(part for part in parts if part))
 
-    is_latex = "\\" in text
+    is_latex = _COMMAND.search(text) is not None
     text = _SYMBOL.sub(lambda found: _SYMBOLS[found[0]], text)
     if unit := _WITH_SHORT_UNIT.fullmatch(text):
         text = unit[1]
@@ -190,7 +190,7 @@ def is_ambiguous(text: str) -> bool:
 
 
 def _bare(text: str) -> str:
-    """Without what surrounds an answer: space, `**`, `$`, a full stop, a unit in \text."""
+    r"""Without what surrounds an answer: space, `**`, `$`, a full stop, a unit in \text."""
     if text.startswith("**") and text.endswith("**"):
         text = text.strip("*")
     text = text.removesuffix(".").strip()

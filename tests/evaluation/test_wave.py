@@ -19,6 +19,7 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Purpose, Role
 from spiral_jax.evaluation.comparison import compare
 from spiral_jax.evaluation.results import make_results, read_results, write_results
+from spiral_jax.evaluation.tables import evaluation_table
 from spiral_jax.objective.subsets import Key, disjoint_subsets, independent_subsets
 
 RIGHT, WRONG, NO_BOX = "\\boxed{7}", "\\boxed{8}", "left=1" + CUT_OFF
@@ -89,6 +90,9 @@ def test_partial_credit_is_reported_beside_votes_that_go_by_answer():
     assert row["reward_search"] == pytest.approx((2 + 5 / 2) / 8)
     assert row["reward_aggregation"] == pytest.approx(0.25 + 0.75 / 2)
     assert row["single"]["mean"] == pytest.approx(2 / 8)
+    assert "mean reward, search" in evaluation_table([row])
+    bits, _ = in_training(**sizes).evaluate(None, step=0)
+    assert "reward_search" not in bits  # it is the share of right answers
     assert full["measures"]["majority_at_k"][0]["mean"] == pytest.approx(2 / 8)
     assert full["measures"]["majority_at_k"][-1]["mean"] == 0.0  # eight has five votes of eight
 

@@ -163,6 +163,9 @@ foo(x) | 1 | X
 2 \times 10^3 | 2000 | =
 n is even | n is even | =
 x is 5 | 5 | X
+\$18 per hour | 18 | =
+\$1.5 million | 1500000 | =
+45\% | 45% | =
 E | \text{E} | =
 (A) | A | =
 \frac{pi}{2} | \frac{\pi}{2} | =
