@@ -60,6 +60,8 @@ def evaluate(c: ConfigDict, workdir: str) -> signal.Signals | None:
     if c.model.adapter_path:
         weights.append(pathlib.Path(c.model.adapter_path))
     stamp = {"model": model_fingerprint(weights), "data": setup.task.fingerprint}
+    if reward_source := setup.reward.fingerprint():
+        stamp["reward"] = reward_source
     plain, digest = config.to_plain(c), config.digest(c)
     with occupy_workdir(workdir, plain, digest) as directory:
         distributed.check_equal(config=digest, **stamp)

@@ -22,7 +22,7 @@ from spiral_jax.core.errors import UserError
 from spiral_jax.tasks import hub, jsonl
 from spiral_jax.tasks.finite import unique_problems
 from spiral_jax.tasks.overlap import Overlap, describe, find_overlap
-from spiral_jax.tasks.problem import Problem
+from spiral_jax.tasks.problem import Problem, TaskError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +99,11 @@ def write(name: str, dataset: str, file: pathlib.Path) -> str:
         return "kept as it was"
     split = SETS[name].split
     origin = f"{dataset}, {split}"
-    rows = hub.problems(dataset, "", split, "problem", "answer", name)
+    rows = hub.problems(dataset, "", split, "problem", "answer", name, set())
     lines = []
     for problem in unique_problems(rows, origin):
+        if not problem.answer:
+            raise TaskError(f"{origin}: {problem.id} has no answer; use another revision of it.")
         id = problem.id.removeprefix(f"{name}:")
         line = {"id": id, "problem": problem.text, "answer": problem.answer}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")

@@ -27,6 +27,7 @@ from spiral_jax.rollout.requests import Asked, Writer
 from spiral_jax.rollout.settings import dynamic_sampling, training_stages
 from spiral_jax.run.examples import show_nothing
 from spiral_jax.tasks.problem import Problem, Task
+from spiral_jax.verifier.rewards import RewardFunction, judge
 from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
@@ -192,6 +193,20 @@ def math_verifier() -> Verifier:
     return Verifier("math", VerifierSettings(workers=1, timeout_s=5.0))
 
 
+class InlineVerifier(Verifier):
+    """Calls a reward function in this process."""
+
+    def __init__(self, reward: RewardFunction):
+        super().__init__("math", VerifierSettings(workers=1, timeout_s=5.0))
+        self._reward = reward
+
+    def compares_answers(self, problem):
+        return False
+
+    def judge(self, items):
+        return [judge(self._reward, text, problem) for text, problem in items]
+
+
 def nothing_to_do() -> None:
     """Between two decode chunks."""
 
@@ -267,7 +282,7 @@ def scripted_evaluator(
         scaffold=scripted_scaffold(c),
         sampler=sampler,
         verifier=math_verifier(),
-        max_error_rate=c.verifier.max_error_rate,
+        failures=VerifierSettings.from_config(c.verifier),
         strategy=strategy,
         progress=Progress(1, 0),
         between_chunks=nothing_to_do,

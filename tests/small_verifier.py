@@ -57,6 +57,10 @@ def reward(text, problem):
         return not {"jax", "flax", "numpy", "pytest"} & set(sys.modules)
     if command == "environment":
         return dict(os.environ).get(argument) == "seen"
+    if command == "print":
+        print(argument, end="")
+        print("to stderr", file=sys.stderr)
+        return True
     if command == "allocate":
         return len(bytearray(int(argument))) > 0
     if command == "echo":

@@ -13,7 +13,7 @@ DOORS = {
     "model": "adapter architecture attention cache flops hf tensor_files transformer",
     "tasks": "answer finite hub jsonl load overlap problem tiny_tokenizer",
     "prompts": "prompts scaffold settings tokenizer",
-    "verifier": "pool rewards settings verifier",
+    "verifier": "choice functions pool references rewards settings verifier",
     "objective": "advantages estimators explain rewards settings subsets weights",
     "sampling": "decode engine prefill programs protocol settings shapes weights",
     "learner": "blocks logprobs settings state step",

@@ -19,6 +19,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -27,8 +28,10 @@ import random
 import re
 import sys
 import time
+import types
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 
 _KNOWN_PROMPT_FIELDS = {
     "template",
@@ -246,6 +249,39 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def boxed_answer(problem: str, text: str) -> str | None:
+    """What models are trained to put into a box; the problem does not matter."""
+    del problem
+    return last_boxed(text)
+
+
+def answer_of_reward(path: str) -> Callable[[str, str], str | None]:
+    """The answers that a reward function finds, which returns (reward, answer).
+
+    Args:
+      path: "package.module:function", as config.task.reward. The function is given a problem with
+        its text alone: `answer` is "", `metadata` is {}.
+
+    Raises:
+      ValueError: there is no such function, or it returns no pair.
+    """
+    module, _, name = path.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        reward = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--reward={path}: no such function ({error})") from error
+
+    def answer(problem: str, text: str) -> str | None:
+        asked = types.SimpleNamespace(id="", text=problem, answer="", metadata={})
+        returned = reward(text, asked)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise ValueError(f"--reward={path}: returned {returned!r}, not (reward, answer)")
+        return returned[1] or None
+
+    return answer
+
+
 def sample(
     messages: list[str],
     endpoint: Endpoint,
@@ -263,7 +299,14 @@ def sample(
         return list(pool.map(complete, range(len(messages))))
 
 
-def run(problem: str, scaffold: dict, endpoint: Endpoint, seed: int, workers: int) -> dict:
+def run(
+    problem: str,
+    scaffold: dict,
+    endpoint: Endpoint,
+    seed: int,
+    workers: int,
+    answer_of: Callable[[str, str], str | None] = boxed_answer,
+) -> dict:
     """Search, then aggregation, `workers` requests at once; answers, votes and all texts."""
     search, aggregation = scaffold["search"], scaffold["aggregation"]
     N, S, K = search["traces"], aggregation["subset_size"], aggregation["subsets"]
@@ -279,7 +322,7 @@ def run(problem: str, scaffold: dict, endpoint: Endpoint, seed: int, workers: in
         messages += [message] * aggregation["traces"]
     aggregated = sample(messages, endpoint, scaffold, aggregation["max_tokens"], first + N, workers)
 
-    answers = [last_boxed(trace.text) for trace in aggregated]
+    answers = [answer_of(problem, trace.text) for trace in aggregated]
     votes = collections.Counter(answer for answer in answers if answer is not None)
     return {
         "answer": votes.most_common(1)[0][0] if votes else None,
@@ -321,6 +364,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--aggregation_traces", type=int, help="M of a subset; default: as trained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=16, help="requests at once")
+    parser.add_argument(
+        "--reward", help="package.module:function, which returns (reward, answer); default: boxes"
+    )
     parser.add_argument("--out", help="JSON file that gets every trace")
     return parser.parse_args()
 
@@ -336,7 +382,8 @@ def main() -> None:
         aggregation["traces"] = flags.aggregation_traces or aggregation["traces"]
         problem = sys.stdin.read() if flags.problem == "-" else flags.problem
         endpoint = Endpoint(flags.base_url, flags.model)
-        result = run(problem, scaffold, endpoint, flags.seed, flags.workers)
+        answer_of = answer_of_reward(flags.reward) if flags.reward else boxed_answer
+        result = run(problem, scaffold, endpoint, flags.seed, flags.workers, answer_of)
     except (EndpointError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if flags.out:

@@ -72,7 +72,7 @@ def defaults() -> ConfigDict:
     c.task = ConfigDict()
     c.task.name = "jsonl"  # a row of tasks/load.py
     # jsonl: file of {"problem" or "question", "answer"}, GSM8K's `#### 42` is understood; parquet:
-    # verl's layout
+    # verl's layout; all other columns reach a reward of yours as problem.metadata
     c.task.train_path = ""
     c.task.eval_path = ""  # jsonl, parquet: held-out file, same layout
     c.task.dataset = ""  # hf: name on the Hugging Face Hub, or a local directory of data files
@@ -80,13 +80,19 @@ def defaults() -> ConfigDict:
     c.task.split_train = "train"  # hf: split to train on, such as "train" or "train[:1000]"
     c.task.split_eval = "test"  # hf: held-out split
     c.task.problem_column = "problem"  # hf: column of the problem's text
-    c.task.answer_column = "answer"  # hf: column of its reference answer
+    # hf: column of its reference answer; "" = the reward needs none
+    c.task.answer_column = "answer"
     c.task.generator = ""  # reasoning_gym: generator's name, e.g. "chain_sum"
     # reasoning_gym: the generator's own settings, such as {"max_numbers": 4}; {} = its defaults
     c.task.generator_args = ConfigDict()
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one
-    # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function"
+    # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function", a
+    # function (text, problem) -> True, False, a number in [0, 1], None = unparsed, or a pair of
+    # one of these and the answer as a string
     c.task.reward = ""
+    # the same by the problem's column data_source, such as {"gsm8k": "math", "code": "my:run"};
+    # task.reward judges all other sources
+    c.task.rewards = ConfigDict()
     # a trace's strategy, which polychromic rewards and evaluations report: "" = the task's own, if
     # it has one; your "package.module:function", a function (text, problem) -> anything hashable,
     # None = none (the paper asks a language model)
@@ -270,6 +276,9 @@ def defaults() -> ConfigDict:
     c.verifier.timeout_s = 5.0
     # share of our own failures in a batch above which the run stops
     c.verifier.max_error_rate = 0.05
+    # share of answers in a batch for which a reward of yours took too long, above which the run
+    # stops; they have no reward
+    c.verifier.max_timeout_rate = 0.05
     c.verifier.memory_gb = 4.0  # address space of a child process, 10^9 bytes
     # names of variables, such as a judge's key, that a reward of yours sees
     c.verifier.environment = ()
@@ -368,6 +377,7 @@ def from_plain(plain: dict) -> ConfigDict:
         with (
             c.prompt.template_kwargs.unlocked(),
             c.task.generator_args.unlocked(),
+            c.task.rewards.unlocked(),
         ):  # names there are not ours
             c.update(plain)
     except (KeyError, AttributeError, TypeError) as error:

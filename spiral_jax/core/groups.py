@@ -95,7 +95,7 @@ class Groups:
       logprob_UxCxG: float32, of the distribution that was really sampled from, recorded while
         decoding.
       stop_UxC: int32 values of `Stop`.
-      reward_UxC: float32 in {0, 1}; NaN where the reward could not be had by our own failure. None:
+      reward_UxC: float32 in [0, 1]; NaN where the reward could not be had by our own failure. None:
         not verified.
       verdict_UxC: objects, the `verifier.rewards.Verdict` behind each reward. None: not verified.
       advantage_UxC: float32. None: not computed.

@@ -25,16 +25,24 @@ _WRONG = "wrong: "
 def answer_class(text: str, verdict: Verdict) -> str | None:
     r"""The class of an answer in a majority vote; equal classes are the same answer.
 
-    All correct answers share `CORRECT_CLASS`. A wrong one is its last \boxed{}, or the whole text
-    where a reward function does without boxes, with each run of white space as one space. None, no
-    vote: unparsed, or an error of ours, of which nothing is known.
+    All correct answers share `CORRECT_CLASS`. A wrong one is what the reward function says that it
+    is, else its last \boxed{}, else the whole text, with each run of white space as one space.
+    None, no vote: unparsed, an answer that is said to be "", or an error of ours, of which nothing
+    is known.
     """
     if verdict.status is Status.CORRECT:
         return CORRECT_CLASS
-    if verdict.status in (Status.UNPARSED, Status.ERROR):
+    if verdict.is_failure or verdict.status is Status.UNPARSED or verdict.answer == "":
         return None
+    return _WRONG + " ".join(spelling(text, verdict.answer).split())
+
+
+def spelling(text: str, answer: str | None) -> str:
+    """A final answer as it is written; `answer` is what a reward function says, if it does."""
+    if answer is not None:
+        return answer
     box = last_boxed(text)
-    return _WRONG + " ".join((text if box is None else box).split())
+    return text if box is None else box
 
 
 def number_classes(
@@ -62,13 +70,15 @@ def number_classes(
     classes = [answer_class(text, verdict) for text, verdict in zip(texts, verdicts, strict=True)]
     spans = [slice(b * per_problem, (b + 1) * per_problem) for b in range(len(problems))]
 
-    first_spellings: list[dict[str, str]] = [{} for _ in problems]
-    if verifier.compares_answers:
-        wrong = [
-            name if verdict.status is Status.WRONG else None
-            for name, verdict in zip(classes, verdicts, strict=True)
-        ]
-        first_spellings = _equal_spellings(verifier, problems, [wrong[span] for span in spans])
+    wrong = [
+        name if verdict.status is Status.WRONG else None
+        for name, verdict in zip(classes, verdicts, strict=True)
+    ]
+    comparable = [
+        wrong[span] if verifier.compares_answers(problem) else ()
+        for problem, span in zip(problems, spans, strict=True)
+    ]
+    first_spellings = _equal_spellings(verifier, problems, comparable)
 
     return [
         _number_row(classes[span], verdicts[span], first)
@@ -83,7 +93,7 @@ def _number_row(
     number_of = {CORRECT_CLASS: CORRECT}
     numbers: list[int | None] = []
     for name, verdict in zip(classes, verdicts, strict=True):
-        if verdict.status is Status.ERROR:
+        if verdict.is_failure:
             numbers.append(ERROR)
         elif name is None:
             numbers.append(None)

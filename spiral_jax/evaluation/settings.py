@@ -140,10 +140,15 @@ def _read(
         init_from=c.model.init_from,
         searcher=c.eval.searcher,
         task=c.task.name,
-        reward=c.task.reward,
+        reward=_reward_names(c.task),
         scaffold=scaffold,
         config_digest=digest_of(plain),
     )
+
+
+def _reward_names(task: ConfigDict) -> str:
+    by_source = sorted(task.rewards.to_dict().items())
+    return ", ".join([*filter(None, [task.reward]), *(f"{key}: {name}" for key, name in by_source)])
 
 
 def _check_for_command(s: EvaluationSettings, subset_field: str) -> None:

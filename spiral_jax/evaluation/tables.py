@@ -40,6 +40,8 @@ _TRAINING_ROWS = {
     "majority": "majority vote",
     "single": "single trace",
     "pass_at_n": "pass@N",
+    "reward_aggregation": "mean reward, aggregation",
+    "reward_search": "mean reward, search",
     "parse_rate_search": "parse rate, search",
     "parse_rate_aggregation": "parse rate, aggregation",
 }

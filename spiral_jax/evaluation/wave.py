@@ -40,7 +40,8 @@ from spiral_jax.rollout.stages import Stage
 from spiral_jax.sampling.protocol import Sampler
 from spiral_jax.tasks.problem import Problem, Task
 from spiral_jax.verifier.rewards import Status, Verdict
-from spiral_jax.verifier.verifier import Verifier, check_error_rate, count_verdicts
+from spiral_jax.verifier.settings import VerifierSettings
+from spiral_jax.verifier.verifier import Verifier, check_failures, count_verdicts
 
 Record = dict[str, Any]
 
@@ -87,10 +88,12 @@ class Wave(NamedTuple):
       records: one of each problem.
       counts: verdicts, sampled tokens and what cleaning took out of candidates, by stage
         (`search_*`, `aggregation_*`, `rsa_*`).
+      groups: with their rewards, by stage.
     """
 
     records: list[Record]
     counts: Counter
+    groups: dict[str, Groups]
 
 
 class _Listed:
@@ -133,7 +136,7 @@ class Evaluator:
 
     Attributes:
       order: config.aggregation.order.
-      max_error_rate: share of verifier failures in a stage above which it ends.
+      failures: which shares of verifier failures in a stage end it.
       strategy: names the strategy of a search trace; None where nothing does.
       between_chunks: called once a decode chunk, for whoever must look up in time.
       show: is given each stage's groups before any is judged, and again with their verdicts.
@@ -145,7 +148,7 @@ class Evaluator:
     scaffold: Scaffold
     sampler: Sampler
     verifier: Verifier
-    max_error_rate: float
+    failures: VerifierSettings
     strategy: Strategy | None
     progress: Progress
     between_chunks: Callable[[], None]
@@ -166,6 +169,7 @@ class Evaluator:
         asked = self.held_out()
         wave = self.wave(policy, asked, step)
         row = summarise(self.settings, step, wave.records, wave.counts)
+        row |= _mean_rewards(wave.groups)
         if not self.settings.aggregates:
             return row, None
         name = f"step {step} of {self.settings.config_digest}"
@@ -206,7 +210,7 @@ class Evaluator:
         records = self._search_records(courses, judged["search"])
         for stage in stages[1:]:
             _add_to_records(records, courses, stage, judged[stage.name])
-        return Wave(records, counts)
+        return Wave(records, counts, {name: each.groups for name, each in judged.items()})
 
     def _sample(
         self,
@@ -232,7 +236,7 @@ class Evaluator:
         items = [(text, problems[i // per_problem]) for i, text in enumerate(texts)]
         with self.progress.phase("verifying"):
             verdicts = self.verifier.verify(items)
-        check_error_rate(verdicts, self.max_error_rate)
+        check_failures(verdicts, self.failures)
         answers = number_classes(self.verifier, problems, texts, verdicts)
         return Judged(reward(groups, verdicts), texts, verdicts, answers)
 
@@ -317,6 +321,24 @@ def summarise(
     for name, value_B in measures.items():
         row[name] = dataclasses.asdict(mean_and_interval(value_B, weight_RxB))
     return row
+
+
+def _mean_rewards(groups: dict[str, Groups]) -> dict[str, float]:
+    """Of search and of plain aggregation, where answers have earned partial credit.
+
+    Elsewhere they are the shares of right answers, which the row has. What we failed to verify is
+    left out.
+    """
+    means, is_partial = {}, False
+    for label in ("search", "aggregation"):
+        if label not in groups:
+            continue
+        reward_UxC = groups[label].reward_UxC
+        valid = reward_UxC[~np.isnan(reward_UxC)]
+        is_partial |= bool(((valid > 0) & (valid < 1)).any())
+        if valid.size:
+            means[f"reward_{label}"] = float(valid.mean(dtype=np.float64))
+    return means if is_partial else {}
 
 
 def _shares(label: str, rows: list[dict[str, Any]], counts: Counter) -> dict[str, float]:

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from spiral_jax.core.errors import UserError
 from spiral_jax.core.groups import Stop
-from spiral_jax.objective.estimators import estimator_named
+from spiral_jax.objective.estimators import ESTIMATORS, estimator_named
 from spiral_jax.objective.of_own_answers import varies
 from spiral_jax.objective.of_sets import aggregation_advantage
 from spiral_jax.objective.rewards import Rewards
+
+
+class FractionalRewards(UserError):
+    """The estimator needs to know which traces are right, and some are so in part."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +106,16 @@ def compute_advantages(estimator: str, rewards: Sequence[Rewards]) -> Advantages
       rewards: of each round of aggregation; of search alone, one.
 
     Raises:
-      ValueError: another estimator, or own rewards other than 0, 1 and NaN where sets are scored by
-        them.
+      ValueError: another estimator.
+      FractionalRewards: own rewards other than 0, 1 and NaN where sets are scored by them.
     """
     return Advantages(tuple(_of_round(estimator, of_round) for of_round in rewards))
 
 
 def _of_round(name: str, rewards: Rewards) -> RoundAdvantages:
     estimator = estimator_named(name)
+    if estimator.needs.bits:
+        _check_bits(name, rewards)
     informative_B = estimator.informative(rewards)
     aggregation_BxKxM = None
     if rewards.aggregated_BxKxM is not None:
@@ -117,6 +124,18 @@ def _of_round(name: str, rewards: Rewards) -> RoundAdvantages:
     return RoundAdvantages(
         estimator.advantage(rewards), aggregation_BxKxM, informative_B, estimator.starved(rewards)
     )
+
+
+def _check_bits(name: str, rewards: Rewards) -> None:
+    own_BxN = rewards.own_BxN
+    fractional = own_BxN[~np.isnan(own_BxN) & (own_BxN != 0) & (own_BxN != 1)]
+    if fractional.size:
+        others = [other for other, row in ESTIMATORS.items() if not row.needs.bits]
+        raise FractionalRewards(
+            f"config.loss.estimator = {name!r}: scores sets by which of their traces are right, so "
+            f"rewards must be 0 or 1, and a trace has earned {fractional[0]:g}. Let the reward "
+            f"function return True or False, or choose one of {', '.join(others)}."
+        )
 
 
 def length_gate(

@@ -30,6 +30,7 @@ class Needs:
       outsider: whether some trace must be outside each set (S < N), to compare it with.
       scores_every_set: whether all C(N, S) sets are scored, at most `MOST_SCORED_SETS`.
       strategies: whether something must name each trace's strategy (config.task.strategy).
+      bits: whether own rewards must be 0 or 1: sets are scored by which of their traces are right.
     """
 
     traces: int = 1
@@ -38,6 +39,7 @@ class Needs:
     outsider: bool = False
     scores_every_set: bool = False
     strategies: bool = False
+    bits: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,7 @@ ESTIMATORS = {
         starved=lambda r: r.traces_B <= r.subset_size,
         factor=lambda r: r.traces_B / r.subset_size - 1,
         explain=explain.no_words,
-        needs=Needs(set_size=2, outsider=True, scores_every_set=True, strategies=True),
+        needs=Needs(set_size=2, outsider=True, scores_every_set=True, strategies=True, bits=True),
     ),
     # Own correctness beside aggregation: pass@1, then pass@S of the sets that are read.
     "online_multitask": Estimator(
@@ -181,7 +183,7 @@ ESTIMATORS = {
         starved=lambda r: r.traces_B <= r.subset_size,
         factor=lambda r: r.traces_B / r.subset_size - 1,
         explain=explain.pass_at_k,
-        needs=Needs(outsider=True),
+        needs=Needs(outsider=True, bits=True),
     ),
     "pkpo": Estimator(
         sets="drawn",
@@ -190,7 +192,7 @@ ESTIMATORS = {
         starved=lambda r: r.traces_B < r.subset_size,
         factor=lambda r: np.ones(len(r.own_BxN)),
         explain=explain.max_at_k,
-        needs=Needs(set_size=2),
+        needs=Needs(set_size=2, bits=True),
     ),
     # Own correctness alone, no aggregation.
     "grpo": Estimator(

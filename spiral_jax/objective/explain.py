@@ -25,18 +25,49 @@ class Reason:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Some traces: `right` of those `verified` are right."""
+    """What the `verified` ones of some traces have earned.
 
-    right: int
+    Attributes:
+      total: the sum of their rewards: where those are 0 and 1, how many are right.
+      squares: the sum of the squares; None: that of zeros and ones, which is `total`.
+    """
+
+    total: int | Fraction
     verified: int
+    squares: int | Fraction | None = None
+
+    @classmethod
+    def of(cls, rewards: Sequence[float]) -> Score:
+        exact = [Fraction(reward) for reward in rewards]
+        return cls(sum(exact), len(exact), sum(reward * reward for reward in exact))
 
     @property
     def share(self) -> Fraction | None:
         """None where nothing was verified."""
-        return Fraction(self.right, self.verified) if self.verified else None
+        return Fraction(self.total) / self.verified if self.verified else None
+
+    @property
+    def variance(self) -> Fraction:
+        """Over the population."""
+        return Fraction(self._squares) / self.verified - self.share**2
+
+    @property
+    def counts_right(self) -> bool:
+        """Whether every reward is 0 or 1."""
+        return self._squares == self.total
+
+    @property
+    def _squares(self) -> int | Fraction:
+        return self.total if self.squares is None else self.squares
+
+    def in_words(self, traces: str) -> str:
+        """Of `traces`, such as "traces"."""
+        if self.counts_right:
+            return f"{self.total} of {self.verified} {traces} are right"
+        return f"{self.verified} {traces} have earned {float(self.total):.4g} together"
 
     def __str__(self) -> str:
-        return f"{self.right}/{self.verified}"
+        return f"{float(self.total):.4g}/{self.verified}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +76,8 @@ class Evidence:
 
     Attributes:
       trace: its number among the candidates of the round that reads it.
-      reward: its own correctness, 0 or 1; None: our failure.
-      own: how many of all candidates are right by themselves.
+      reward: its own, in [0, 1]; None: our failure.
+      own: what all candidates have earned by themselves.
       set_size: S.
       member_KxS: which candidates each set of that round holds.
       scores: the aggregations of each set.
@@ -63,7 +94,7 @@ class Evidence:
 
     @property
     def own_words(self) -> str:
-        return f"{self.own.right} of {self.own.verified} traces are right"
+        return self.own.in_words("traces")
 
     def scored_sets(self) -> list[int]:
         return [k for k, score in enumerate(self.scores) if score.verified]
@@ -134,7 +165,7 @@ def against_others(evidence: Evidence) -> Reason:
     if reason := _without_signal(evidence):
         return reason
     own = evidence.own
-    others = Fraction(own.right - int(evidence.reward), own.verified - 1)
+    others = (Fraction(own.total) - Fraction(evidence.reward)) / (own.verified - 1)
     return _minus(evidence, others, f"{evidence.own_words}, of the others")
 
 
@@ -143,7 +174,7 @@ def against_mean_by_std(evidence: Evidence) -> Reason:
     if reason := _without_signal(evidence):
         return reason
     mean, reward = evidence.own.share, evidence.reward
-    std = math.sqrt(mean * (1 - mean))  # of zeros and ones, over the population
+    std = math.sqrt(evidence.own.variance)
     value = float(Fraction(reward) - mean) / (std + 1e-6)
     words = (
         f"{evidence.own_words}: mean {_decimal(mean)}, standard deviation {std:.3f}. Its reward "
@@ -157,7 +188,7 @@ def pass_at_k(evidence: Evidence) -> Reason:
     if reason := _without_signal(evidence):
         return reason
     n, k = evidence.own.verified, evidence.set_size
-    wrong = n - evidence.own.right
+    wrong = n - int(evidence.own.total)
     if n <= k:
         words = f"There is one set of {k} at most, which has nothing to be compared with: 0."
         return Reason(0.0, words)
@@ -179,7 +210,7 @@ def max_at_k(evidence: Evidence) -> Reason:
     n, k = evidence.own.verified, evidence.set_size
     if n < k or not evidence.reward:
         return Reason(0.0, f"{evidence.own_words}. No set of {k} is solved because of it: 0.")
-    value = Fraction(math.comb(n - evidence.own.right, k - 1), math.comb(n, k))
+    value = Fraction(math.comb(n - int(evidence.own.total), k - 1), math.comb(n, k))
     words = (
         f"{evidence.own_words}: it is the only right one in a share of {_decimal(value)} of all "
         f"sets of {k}: {_signed(value)}."
@@ -190,7 +221,7 @@ def max_at_k(evidence: Evidence) -> Reason:
 def _without_signal(evidence: Evidence) -> Reason | None:
     if evidence.reward is None:
         return Reason(0.0, _NOT_VERIFIED)
-    if evidence.own.right in (0, evidence.own.verified):
+    if evidence.own.variance == 0:
         return Reason(0.0, f"All verified traces have reward {evidence.reward:g}: 0.")
     return None
 
@@ -210,9 +241,13 @@ def aggregation(reward: float | None, score: Score) -> Reason:
     if reward is None:
         return Reason(0.0, _NOT_VERIFIED)
     value = Fraction(reward) - score.share
+    traces = "aggregations"
+    if score.counts_right:
+        earned = f"{score.total} of the set's {score.verified} {traces} are right"
+    else:
+        earned = f"The set's {score.in_words(traces)}"
     words = (
-        f"{score.right} of the set's {score.verified} aggregations are right. Its reward "
-        f"{reward:g} - their mean {_decimal(score.share)} = {_signed(value)}."
+        f"{earned}. Its reward {reward:g} - their mean {_decimal(score.share)} = {_signed(value)}."
     )
     return Reason(float(value), words)
 

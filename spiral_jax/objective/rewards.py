@@ -19,7 +19,7 @@ class Rewards:
     later one they are the traces of the round before.
 
     Attributes:
-      own_BxN: float64, own correctness of the candidates.
+      own_BxN: float64, the candidates' own rewards.
       aggregated_BxKxM: float64, of the aggregation traces; None without that stage.
       member_BxKxS: int, which candidates each set holds; None without that stage.
       strategy_BxN: int, equal numbers are the same strategy, -1 = none; None unless the estimator

@@ -12,9 +12,8 @@ import string
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from spiral_jax.evaluation.answers import CORRECT, ERROR
+from spiral_jax.evaluation.answers import CORRECT, ERROR, spelling
 from spiral_jax.objective.explain import Score
-from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.verifier.rewards import Status
 
 
@@ -54,10 +53,24 @@ class TraceSet:
 
     @property
     def score(self) -> Score:
-        """How many of its traces are right, of those that were verified."""
+        """What those of its traces have earned that were verified."""
+        return Score.of(self._rewards)
+
+    @property
+    def right(self) -> int:
+        """How many of its traces are right."""
+        return sum(trace.row["verdict"] == Status.CORRECT for trace in self.traces)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether all its traces have earned the same, so that they teach each other nothing."""
+        return len(set(self._rewards)) < 2
+
+    @property
+    def _rewards(self) -> list[float]:
+        """Of the traces that were verified."""
         rewards = [trace.row["reward"] for trace in self.traces]
-        verified = [reward for reward in rewards if reward is not None]
-        return Score(int(sum(verified)), len(verified))
+        return [reward for reward in rewards if reward is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +166,12 @@ def _answer(row: dict[str, Any], answer_numbers: dict[str, int]) -> int | None:
     """Its number as in `answers.number_classes`, but that of a wrong one by its spelling alone."""
     if row["verdict"] == Status.CORRECT:
         return CORRECT
-    if row["verdict"] == Status.ERROR:
+    if row["reward"] is None:
         return ERROR
-    if row["verdict"] == Status.UNPARSED:
+    if row["verdict"] == Status.UNPARSED or row.get("answer") == "":
         return None
-    box = last_boxed(row["text"])
-    spelling = " ".join((row["text"] if box is None else box).split())
-    return answer_numbers.setdefault(spelling, len(answer_numbers) + 1)
+    name = " ".join(spelling(row["text"], row.get("answer")).split())
+    return answer_numbers.setdefault(name, len(answer_numbers) + 1)
 
 
 def set_name(k: int, round: int = 1) -> str:

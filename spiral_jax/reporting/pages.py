@@ -19,6 +19,7 @@ from spiral_jax.reporting.read_run import RecordedRun
 from spiral_jax.reporting.render import embed, render
 from spiral_jax.run.trace_log import read_traces
 from spiral_jax.run.workdir import WorkdirError
+from spiral_jax.verifier.rewards import Status
 
 FOLDER = "report"
 PAGE_BYTES = 8 * 2**20  # of a page file's traces, about: a problem is never cut
@@ -219,8 +220,8 @@ def _count_right(problem: dict[str, Any]) -> tuple[int, int]:
     """(right, verified) aggregations of a problem page; without sets, search traces."""
     if sets := problem["sets"]:
         return sum(page["right"] for page in sets), sum(page["verified"] for page in sets)
-    rewards = [trace["reward"] for trace in problem["search"] if trace["reward"] is not None]
-    return int(sum(rewards)), len(rewards)
+    verified = [trace for trace in problem["search"] if trace["reward"] is not None]
+    return sum(trace["verdict"] == Status.CORRECT for trace in verified), len(verified)
 
 
 def _cuts(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:

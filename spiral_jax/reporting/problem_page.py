@@ -70,13 +70,14 @@ def problem_page(
         for of_set, traces in zip(stage.sets, pages_of_sets, strict=True):
             sets.append(_set_page(stage, of_set) | {"traces": traces})
     first = problem.first
+    reference = first["reference_answer"]
     return {
         "step": step,
         "cursor": first["cursor"],
         "id": first["problem"],
         "kept": first["kept"],
         "text": first["problem_text"],
-        "reference": first["reference_answer"],
+        "reference": reference if isinstance(reference, str) else " or ".join(reference),
         "flags": _in_order(_problem_flags(problem)),
         "search": search[0],
         "sets": sets,
@@ -107,9 +108,10 @@ def _stage_pages(
 def _trace_page(trace: Trace) -> dict[str, Any]:
     """One trace: its answer and what became of it."""
     row = trace.row
+    answer = row.get("answer")
     return {
         "trace": row["trace"],
-        "answer": last_boxed(row["text"]),
+        "answer": last_boxed(row["text"]) if answer is None else answer,
         "verdict": row["verdict"],
         "detail": row["verdict_detail"],
         "reward": row["reward"],
@@ -161,7 +163,7 @@ def _set_page(stage: Stage, of_set: TraceSet) -> dict[str, Any]:
         "members": of_set.members,
         "order": of_set.listed,
         "listed": [candidates[place].name for place in of_set.listed],
-        "right": score.right,
+        "right": of_set.right,
         "verified": score.verified,
         "vote": _vote(stage, of_set),
         "flags": _in_order(_set_flags(stage, of_set)),
@@ -176,11 +178,11 @@ def _vote(stage: Stage, of_set: TraceSet) -> float:
 
 def _set_flags(stage: Stage, of_set: TraceSet) -> set[str]:
     score, chance, flags = of_set.score, _vote(stage, of_set), set()
-    if score.right and chance < 0.5:
+    if of_set.right and chance < 0.5:
         flags.add("rescue")
-    if score.right < score.verified and chance > 0.5:
+    if of_set.right < score.verified and chance > 0.5:
         flags.add("spoil")
-    if score.right in (0, score.verified):
+    if of_set.is_flat:
         flags.add("flat")
     return flags
 

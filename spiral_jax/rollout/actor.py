@@ -21,7 +21,8 @@ from spiral_jax.rollout.stages import Stage
 from spiral_jax.rollout.traces import Rollouts
 from spiral_jax.sampling.protocol import Sampler
 from spiral_jax.tasks.problem import Task
-from spiral_jax.verifier.verifier import Verifier
+from spiral_jax.verifier.rewards import Verdict
+from spiral_jax.verifier.verifier import Verifier, check_hopeless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Stream:
     def __iter__(self) -> Iterator[Rollouts]:
         actor = self._actor
         delay = actor.dynamic_sampling.verdict_delay
+        verdicts: list[Verdict] = []
         with contextlib.ExitStack() as stack:
             stack.enter_context(actor.progress.phase("sampling"))
             judge = stack.enter_context(
@@ -91,6 +93,8 @@ class Stream:
                 for rollout in judge.due(now):
                     for stage, groups in zip(self._stages, rollout.stages, strict=True):
                         actor.show(stage, groups)
+                    verdicts += rollout.verdicts
+                    check_hopeless(verdicts, actor.dynamic_sampling.failures)
                     yield rollout
                 if self._problems.complete:
                     return

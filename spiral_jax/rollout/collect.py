@@ -26,10 +26,11 @@ from spiral_jax.rollout.requests import Asked
 from spiral_jax.rollout.settings import DynamicSampling
 from spiral_jax.rollout.traces import Rollouts, concat_rollouts
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.rewards import Status, Verdict
-from spiral_jax.verifier.verifier import check_error_rate
+from spiral_jax.verifier.rewards import Status
+from spiral_jax.verifier.verifier import check_failures
 
 _PRIOR = 8  # decided problems that config.sampling.keep_rate weighs as much as
+_SHOWN_REWARDS = 5
 _MOST_TOO_LONG = 10_000  # in a row
 
 
@@ -166,12 +167,12 @@ class FirstKept:
 
         Raises:
           NoSignal: fewer than B / 4, with the histogram of rewards.
-          VerifierFailure: our own failures exceed `config.verifier.max_error_rate`.
+          VerifierFailure: see `check_failures`.
         """
         decided = [self._decided[cursor] for cursor in self._tried if cursor in self._decided]
         rollouts = concat_rollouts([of_problem for of_problem, _ in decided])
         advantages = concat_advantages([of_problem for _, of_problem in decided])
-        check_error_rate(_verdicts(rollouts), self._settings.max_error_rate)
+        check_failures(rollouts.verdicts, self._settings.failures)
 
         B = self._settings.problems
         kept = np.flatnonzero(advantages.keep_B)
@@ -210,20 +211,24 @@ def _without_advantages(rollouts: Rollouts) -> Rollouts:
     )
 
 
-def _verdicts(rollouts: Rollouts) -> list[Verdict]:
-    return [verdict for groups in rollouts.stages for verdict in groups.verdict_UxC.reshape(-1)]
-
-
 def _no_signal_message(rollouts: Rollouts, kept: int, starved: int, B: int) -> str:
-    reward = rollouts.stages[-1].reward_UxC.reshape(len(rollouts), -1)
-    right = Counter(np.nansum(reward, axis=1).astype(int).tolist())
+    last = rollouts.stages[-1]
+    verdicts = last.verdict_UxC.reshape(len(rollouts), -1)
+    right = Counter(sum(v.status is Status.CORRECT for v in of_problem) for of_problem in verdicts)
     histogram = ", ".join(f"{n} right: {count}" for n, count in sorted(right.items()))
     return (
         f"only {kept} of {len(rollouts)} problems have a non-zero advantage (batch.problems = {B}, "
         f"at least a quarter is needed; {starved} were lost to verifier failures). Right answers a "
-        f"problem, of {reward[0].size}: {histogram}. The task is too easy, too hard, or its "
-        "answers are not understood: look at the traces, or change the task."
+        f"problem, of {verdicts[0].size}: {histogram}; {_rewards_in_words(last)} The task is too "
+        "easy, too hard, or its answers are not understood: look at the traces, or change the task."
     )
+
+
+def _rewards_in_words(groups: Groups) -> str:
+    """Which rewards answers have earned, most frequent first."""
+    valid = groups.reward_UxC[~np.isnan(groups.reward_UxC)]
+    values = Counter(f"{value:.3g}" for value in valid.tolist()).most_common(_SHOWN_REWARDS)
+    return f"rewards {', '.join(f'{value} ({count}x)' for value, count in values) or 'none'}."
 
 
 # --- what is logged of all that was decided -------------------------------------------------------

@@ -14,6 +14,7 @@ from spiral_jax.core.groups import Purpose, Role
 from spiral_jax.objective.estimators import ESTIMATORS, MOST_SCORED_SETS, Estimator
 from spiral_jax.objective.subsets import Key, disjoint_subsets, draw_subsets
 from spiral_jax.rollout.stages import Stage
+from spiral_jax.verifier.settings import VerifierSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +81,14 @@ class DynamicSampling:
       problems: B, kept ones.
       max_ratio: at most this many times B are tried.
       keep_rate: share that is expected to carry a signal, until some are decided.
-      max_error_rate: share of verifier failures in a batch above which the run stops.
+      failures: which shares of verifier failures in a batch end the run.
       verdict_delay: decode chunks from a problem's last trace until its verdicts count.
     """
 
     problems: int
     max_ratio: float
     keep_rate: float
-    max_error_rate: float
+    failures: VerifierSettings
     verdict_delay: int = 2
 
     @property
@@ -142,7 +143,7 @@ def dynamic_sampling(c: ConfigDict) -> DynamicSampling:
         problems=c.batch.problems,
         max_ratio=s.max_ratio,
         keep_rate=s.keep_rate,
-        max_error_rate=c.verifier.max_error_rate,
+        failures=VerifierSettings.from_config(c.verifier),
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from spiral_jax.core.groups import Groups, concat_groups, take_groups
 from spiral_jax.objective.rewards import Rewards
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier.rewards import Verdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Rollouts:
     def stages(self) -> list[Groups]:
         """Search, then every round: round r reads stage r - 1 and is stage r."""
         return [self.search, *(round.groups for round in self.rounds)]
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """Of all traces, stage by stage."""
+        return [verdict for groups in self.stages for verdict in groups.verdict_UxC.reshape(-1)]
 
     @property
     def aggregation(self) -> Groups | None:

@@ -82,6 +82,12 @@ def check_shared(c: ConfigDict) -> None:
     reward = c.task.reward
     allowed = 'empty, "math" or "package.module:function"'
     require(reward in ("", "math") or ":" in reward, "task.reward", reward, allowed)
+    by_source = c.task.rewards.to_dict()
+    are_rewards = all(
+        isinstance(name, str) and (name == "math" or ":" in name) for name in by_source.values()
+    )
+    allowed = '{} or {data_source: "math" or "package.module:function"}'
+    require(are_rewards, "task.rewards", by_source, allowed)
     _check_prompt(c)
 
 

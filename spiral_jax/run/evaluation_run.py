@@ -140,7 +140,9 @@ def _count_done(journal: StepLog, stamp: Mapping[str, str]) -> int:
     """How many waves the journal holds. Raises `WorkdirError`: with another stamp than this."""
 
     def read() -> list[dict]:
-        return [{name: row[name] for name in ("step", *stamp)} for row in journal.read()]
+        # earlier versions did not note the reward
+        known = [{**stamp, **row} for row in journal.read()]
+        return [{name: row[name] for name in ("step", *stamp)} for row in known]
 
     done = distributed.from_first(read)
     for row in done:

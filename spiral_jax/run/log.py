@@ -56,13 +56,29 @@ class RunLog:
             if int(folder.name.removeprefix("step_")) > step:
                 shutil.rmtree(folder)
 
-    def note_start(self, step: int, writers: Sequence[str], config_plain: dict) -> None:
-        """Notes what the run runs on from `step`, and opens config.metrics.writers."""
+    def note_start(
+        self, step: int, writers: Sequence[str], config_plain: dict, reward_source: str = ""
+    ) -> None:
+        """Notes what the run runs on from `step`, and opens config.metrics.writers.
+
+        Args:
+          reward_source: fingerprint of a reward function of the user's. Where the run has had
+            another one until now, a line says so.
+        """
         if not distributed.is_first():
             return
         starts = StepLog(self.path / "starts.jsonl")
         starts.cut_back(step + 1)
-        starts.append({"step": step} | provenance.describe())
+        before = [row["reward_source"] for row in starts.read() if row.get("reward_source")]
+        if before and reward_source and before[-1] != reward_source:
+            print(
+                f"warning: the source of the reward function has changed since the last start "
+                f"({before[-1][:12]} -> {reward_source[:12]}): from step {step} on answers are "
+                "judged by the new one. For one reward all along, put the old source back or "
+                "start in another --workdir.",
+                flush=True,
+            )
+        starts.append({"step": step} | provenance.describe() | {"reward_source": reward_source})
         first = re.sub(r"\W", "", starts.read()[0]["time"].removesuffix("+00:00"))
         name = f"{self.path.name}-{first}"
         self._writers = MetricWriters(writers, self.path, name, config_plain, step)

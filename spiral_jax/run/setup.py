@@ -51,7 +51,10 @@ from spiral_jax.sampling.engine import Engine, make_samplers
 from spiral_jax.sampling.settings import check_sampling
 from spiral_jax.tasks.load import check_task, load_task
 from spiral_jax.tasks.problem import Task
-from spiral_jax.verifier.rewards import MATH, load_function, load_reward
+from spiral_jax.verifier.choice import RewardChoice
+from spiral_jax.verifier.functions import load_function
+from spiral_jax.verifier.references import check_references
+from spiral_jax.verifier.rewards import MATH
 from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
@@ -75,7 +78,7 @@ class Setup:
 
     Attributes:
       c: the configuration; all of it has been settings.
-      reward: that of config.task.reward, or the task's own.
+      reward: what config.task names, or the task's own.
       strategy: the function that names a trace's strategy; None where neither the config nor the
         task has one.
       evaluation: what its evaluations sample.
@@ -88,7 +91,7 @@ class Setup:
     mesh: Mesh
     start: Start
     task: Task
-    reward: str
+    reward: RewardChoice
     strategy: Strategy | None
     tokenizer: PreTrainedTokenizerBase
     scaffold: Scaffold
@@ -178,6 +181,8 @@ def set_up_evaluation(c: ConfigDict) -> Setup:
 def _set_up(c: ConfigDict, settings: RunSettings) -> Setup:
     mesh = make_mesh(c.mesh)
     task = _load_task(c, settings.evaluation.problems)
+    reward = _load_reward(c, task, settings.training is not None)
+    task = _with_readable_references(task, reward)
     start = _start(c, mesh, settings.training is not None)
     check_mesh(start.model.arch, mesh)
     tokenizer = load_tokenizer(start.path)
@@ -193,7 +198,7 @@ def _set_up(c: ConfigDict, settings: RunSettings) -> Setup:
         mesh=mesh,
         start=start,
         task=task,
-        reward=_load_reward(c, task),
+        reward=reward,
         strategy=_load_strategy(c, task, settings.training),
         tokenizer=tokenizer,
         scaffold=make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stops),
@@ -232,12 +237,25 @@ def _start(c: ConfigDict, mesh: Mesh, training: bool) -> Start:
     return Start(path, model, mesh, c.model.adapter_path, c.model.init_from)
 
 
-def _load_reward(c: ConfigDict, task: Task) -> str:
-    """The name of the reward function, which can be loaded. Raises `ConfigError`."""
-    reward = c.task.reward or task.reward
-    if reward != MATH:
-        load_reward(reward)
-    return reward
+def _load_reward(c: ConfigDict, task: Task, training: bool) -> RewardChoice:
+    """The reward functions, which can be loaded. Raises `ConfigError`."""
+    by_source = c.task.rewards.to_dict()
+    choice = RewardChoice(c.task.reward or ("" if by_source else task.reward), by_source)
+    choice.load()
+    choice.check(task.problems, training)
+    return choice
+
+
+def _with_readable_references(task: Task, reward: RewardChoice) -> Task:
+    """The task, whose report says which references may be read in two ways.
+
+    Raises:
+      TaskError: the reward "math" cannot read some; see `check_references`.
+    """
+    by_math = [problem for problem in task.problems if reward.of(problem) == MATH]
+    notes = check_references(by_math)
+    report = "\n".join(filter(None, (task.report, notes)))
+    return dataclasses.replace(task, report=report)
 
 
 def _load_strategy(c: ConfigDict, task: Task, training: Training | None) -> Strategy | None:
@@ -314,7 +332,7 @@ def make_evaluator(
         scaffold=setup.scaffold,
         sampler=setup.eval_sampler,
         verifier=verifier,
-        max_error_rate=setup.verifier.max_error_rate,
+        failures=setup.verifier,
         strategy=setup.strategy,
         progress=progress,
         between_chunks=between_chunks,

@@ -110,7 +110,8 @@ class TraceRows:
                                       listed in its prompt by `order`: search traces, or those of
                                       the round before, numbered k * M + trace
         text, ids, logprobs, length, stop   as sampled; `stop` is "stop" or "length"
-        verdict, verdict_detail, reward     a verifier's `Status`, what an error was; 0, 1 or null
+        verdict, verdict_detail, reward     a verifier's `Status`, what an error was; null for it
+        answer                              what a reward function says that it is, or null
         advantage                           as trained on, behind the length gate
 
     Attributes:
@@ -184,5 +185,6 @@ class TraceRows:
                 "verdict": verdict.status.value,
                 "verdict_detail": verdict.detail,
                 "reward": None if np.isnan(reward) else reward,
+                "answer": verdict.answer,
                 "advantage": float(groups.advantage_UxC[u, i]),
             }

@@ -88,7 +88,8 @@ class TrainingRun:
         directory.begin()
         if not self.finished:
             writers, plain = setup.c.metrics.writers, config.to_plain(setup.c)
-            self.log.note_start(self.at.step, writers, plain)
+            reward_source = setup.reward.fingerprint()
+            self.log.note_start(self.at.step, writers, plain, reward_source)
             print(*filter(None, reports), sep="\n", flush=True)
             self.log.note_start_up_time()
 
@@ -225,6 +226,7 @@ def open_run(setup: Setup, workdir: str) -> Iterator[tuple[TrainingRun, Any, Tra
     if not pathlib.Path(workdir, "checkpoints").exists():
         setup.start.check()  # a resumed run no longer needs what it started from
     plain, digest = config.to_plain(c), config.digest(c)
+    reward_source = setup.reward.fingerprint()
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(occupy_workdir(workdir, plain, digest, c.resume.allow))
         path = directory.path
@@ -234,6 +236,7 @@ def open_run(setup: Setup, workdir: str) -> Iterator[tuple[TrainingRun, Any, Tra
         distributed.check_equal(
             config=digest,
             data=setup.task.fingerprint,
+            reward=reward_source,
             checkpoint=f"step {checkpoints.latest()}",
         )
         progress = stack.enter_context(Progress(c.train.steps, 0))

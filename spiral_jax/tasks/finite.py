@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +30,7 @@ def make_problem(
     *,
     text_name: str,
     answer_name: str,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any],
 ) -> Problem:
     """A problem whose parts are checked.
 
@@ -36,25 +38,60 @@ def make_problem(
       where: file and row, for errors.
       id: with the split in front.
       text: a non-empty string.
-      answer: a non-empty string or a finite number. Of GSM8K's `... #### 1,234` the reference is
-        `1234`.
+      answer: a non-empty string, a finite number, or a list of these, of which each is right. Of
+        GSM8K's `... #### 1,234` the reference is `1234`. None: the reward needs none.
       text_name, answer_name: what text and answer are called in the row, for errors.
-      metadata: JSON types.
+      metadata: JSON types; see `plain_columns`.
 
     Raises:
       TaskError: something is missing, of another type, or not Unicode.
     """
     if not isinstance(text, str) or not text.strip():
         raise TaskError(f"{where}: needs {text_name}, a non-empty string, not {_short(text)}.")
-    answer = _answer_text(answer)
-    if not answer:
-        raise TaskError(f"{where}: needs {answer_name}, a non-empty string or a finite number.")
+    several = isinstance(answer, list)
+    references = [_answer_text(each) for each in (answer if several else [answer])]
+    if answer is not None and (not references or not all(references)):
+        raise TaskError(
+            f"{where}: needs {answer_name}, a non-empty string, a finite number, a list of these, "
+            f"or nothing where the reward needs none; not {_short(answer)}."
+        )
+    answer = references if several else references[0]
     try:
         # JSON may hold half a surrogate pair (\ud800), which is no character for any tokenizer
-        json.dumps([id, text, answer, metadata], ensure_ascii=False, allow_nan=False).encode()
+        json.dumps([id, text, answer], ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
-        raise TaskError(f"{where}: holds what is neither JSON nor Unicode ({error}).") from error
-    return Problem(id=id, text=text, answer=answer, metadata=dict(metadata or {}))
+        raise TaskError(f"{where}: holds what is no Unicode ({error}).") from error
+    return Problem(id=id, text=text, answer=answer, metadata=dict(metadata))
+
+
+def plain_columns(row: Mapping[str, Any], left_out: set[str]) -> dict[str, Any]:
+    """The columns of a row in JSON types: dates as text, NaN as None.
+
+    Args:
+      left_out: grows by the names of columns that have no such form (images, bytes).
+    """
+    columns = {}
+    for name, value in row.items():
+        try:
+            columns[name] = _plain(value)
+        except TypeError:
+            left_out.add(name)
+    return columns
+
+
+def _plain(value: Any) -> Any:
+    """Raises `TypeError`: this has no form in JSON."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} is no JSON type")
 
 
 def attempt(make: Callable[..., Problem], *row: Any, **names: Any) -> Problem | TaskError:
@@ -100,14 +137,25 @@ def unique_problems(rows: Iterable[tuple[str, Problem | TaskError]], source: str
     return problems
 
 
-def finite_task(train: list[Problem], held_out: list[Problem], seed: int, fingerprint: str) -> Task:
+def finite_task(
+    train: list[Problem],
+    held_out: list[Problem],
+    seed: int,
+    fingerprint: str,
+    left_out: Collection[str] = (),
+) -> Task:
     """Training problems in an order drawn anew each epoch, held-out problems in their own order.
 
     Args:
       train: may be empty for evaluations: `Task.train` must not be called then.
       seed: >= 0; with the epoch it decides the order.
       fingerprint: of the data.
+      left_out: columns that do not reach a reward function, for the report.
     """
+    report = describe(find_overlap(train, held_out))
+    if left_out:
+        names = ", ".join(sorted(left_out))
+        report += f"\n  columns that JSON has no form for do not reach a reward: {names}"
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
@@ -127,7 +175,8 @@ def finite_task(train: list[Problem], held_out: list[Problem], seed: int, finger
         held_out=held_out.__getitem__,
         held_out_size=len(held_out),
         fingerprint=fingerprint,
-        report=describe(find_overlap(train, held_out)),
+        report=report,
+        problems=[*train, *held_out],
     )
 
 
@@ -152,7 +201,8 @@ def _answer_text(value: Any) -> str:
         _, mark, last = value.rpartition(_GSM8K_MARK)
         return last.replace(",", "").strip() if mark else value.strip()
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return str(value) if number else ""
+    # 0.00001, not 1e-05: a text with an e in it is for a reader to puzzle over
+    return format(decimal.Decimal(str(value)), "f") if number else ""
 
 
 def _short(value: Any) -> str:

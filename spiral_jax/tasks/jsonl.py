@@ -1,6 +1,7 @@
 """Problems from JSONL files: {"problem" or "question", "answer", optional "id"} a line -> `Task`.
 
-GSM8K's layout is understood: of an answer `... #### 1,234` the reference is `1234`.
+GSM8K's layout is understood: of an answer `... #### 1,234` the reference is `1234`. All other
+fields of a line are `Problem.metadata`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from spiral_jax.tasks.finite import (
     fingerprint_of,
     finite_task,
     make_problem,
+    plain_columns,
     read_file,
     unique_problems,
 )
@@ -67,12 +69,15 @@ def _problem(line: bytes, where: str, split: str, number: int) -> Problem:
         kind = type(row).__name__
         raise TaskError(f'{where}: a {kind}, not an object {{"problem": ..., "answer": ...}}.')
     name = number if row.get("id") is None else row["id"]
+    text_field = "problem" if "problem" in row else "question"
+    others = {field: row[field] for field in row.keys() - {text_field, "answer", "id"}}
     keys = f"(keys found: {sorted(row)})"
     return make_problem(
         where,
         f"{split}:{name}",
-        row.get("problem", row.get("question")),
+        row.get(text_field),
         row.get("answer"),
         text_name=f'"problem" or "question" {keys}',
         answer_name=f'"answer" {keys}',
+        metadata=plain_columns(dict(sorted(others.items())), set()),
     )

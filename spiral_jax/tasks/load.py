@@ -63,7 +63,7 @@ TASKS = {
             "task.answer_column",
             "seed",
         ),
-        needs={"dataset": "a name", "problem_column": "a name", "answer_column": "a name"},
+        needs={"dataset": "a name", "problem_column": "a name"},
         needs_to_train={"split_train": "a split of the data set"},
         needs_to_evaluate={"split_eval": "a split of the data set"},
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from spiral_jax.core.errors import UserError
@@ -20,15 +20,21 @@ class Problem:
     Attributes:
       id: stable name, unique in its task; train and held-out problems never share one.
       text: what is asked; goes into the prompts as `{problem}`.
-      answer: the reference that a reward function compares with.
-      metadata: whatever else a reward function needs; JSON types only, since it crosses a process
-        boundary.
+      answer: the reference that a reward function compares with; a list of those that are right;
+        "" where there is none.
+      metadata: whatever else a reward function needs, such as all other columns of a row; JSON
+        types only, since it crosses a process boundary.
     """
 
     id: str
     text: str
-    answer: str
+    answer: str | list[str]
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def answers(self) -> list[str]:
+        """Every reference that is right; [""] where there is none."""
+        return [self.answer] if isinstance(self.answer, str) else self.answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Task:
         no name.
       report: what a user should know of the data (sizes, duplicates, overlap), for the terminal;
         "" where problems are made without end.
+      problems: all of them, of both splits; () where they are made without end.
     """
 
     train: Callable[[int], Problem]
@@ -56,3 +63,4 @@ class Task:
     reward: str = "math"
     strategy: str = ""
     report: str = ""
+    problems: Sequence[Problem] = ()

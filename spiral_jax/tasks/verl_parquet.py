@@ -1,8 +1,8 @@
 """Problems from parquet files in verl's layout -> `Task`.
 
-Columns: prompt, a list of {"role", "content"}; reward_model, with "ground_truth"; data_source; and,
-where they are there, extra_info and others, which are not read. A user's reward function finds
-data_source and extra_info in `Problem.metadata`.
+Columns: prompt, a list of {"role", "content"}; data_source; where the reward needs one,
+reward_model with "ground_truth". A user's reward function finds data_source, extra_info and all
+other columns in `Problem.metadata`; config.task.rewards may name a reward for each data_source.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from spiral_jax.tasks.finite import (
     fingerprint_of,
     finite_task,
     make_problem,
+    plain_columns,
     read_file,
     unique_problems,
 )
 from spiral_jax.tasks.problem import Problem, Task, TaskError
 
-_NEEDED, _OPTIONAL = ("prompt", "reward_model", "data_source"), ("extra_info",)
+_NEEDED = ("prompt", "data_source")
 
 
 def task(train_path: str, eval_path: str, system: str, seed: int) -> Task:
@@ -47,17 +48,19 @@ def task(train_path: str, eval_path: str, system: str, seed: int) -> Task:
     """
     train_bytes = read_file(train_path, "train_path") if train_path else b""
     eval_bytes = read_file(eval_path, "eval_path") if eval_path else b""
-    train = _parse(train_bytes, train_path, TRAIN, system) if train_path else []
-    held_out = _parse(eval_bytes, eval_path, HELD_OUT, system) if eval_path else []
-    return finite_task(train, held_out, seed, fingerprint_of([train_bytes, eval_bytes]))
+    left_out: set[str] = set()
 
+    def parse(data: bytes, path: str, split: str) -> list[Problem]:
+        return unique_problems(_rows(data, path, split, system, left_out), path) if path else []
 
-def _parse(data: bytes, path: str, split: str, system: str) -> list[Problem]:
-    return unique_problems(_rows(data, path, split, system), path)
+    train = parse(train_bytes, train_path, TRAIN)
+    held_out = parse(eval_bytes, eval_path, HELD_OUT)
+    fingerprint = fingerprint_of([train_bytes, eval_bytes])
+    return finite_task(train, held_out, seed, fingerprint, left_out)
 
 
 def _rows(
-    data: bytes, path: str, split: str, system: str
+    data: bytes, path: str, split: str, system: str, left_out: set[str]
 ) -> Iterator[tuple[str, Problem | TaskError]]:
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
@@ -66,19 +69,20 @@ def _rows(
             raise TaskError(
                 f"{path}: lacks the columns {missing} of verl's layout; columns found: {columns}."
             )
-        read = [name for name in (*_NEEDED, *_OPTIONAL) if name in columns]
         number = 0
-        for batch in file.iter_batches(columns=read):
+        for batch in file.iter_batches():
             for row in batch.to_pylist():
                 where = f"{path}, row {number} (from 0)"
-                yield where, attempt(_problem, row, where, split, number, system)
+                yield where, attempt(_problem, row, where, split, number, system, left_out)
                 number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise TaskError(f"{path}: not a readable parquet file ({error}).") from error
 
 
-def _problem(row: dict[str, Any], where: str, split: str, number: int, system: str) -> Problem:
-    rule, more, source = row["reward_model"], row.get("extra_info"), row["data_source"]
+def _problem(
+    row: dict[str, Any], where: str, split: str, number: int, system: str, left_out: set[str]
+) -> Problem:
+    rule, more, source = row.get("reward_model"), row.get("extra_info"), row["data_source"]
     text = _users_text(row["prompt"], where, system)
     if not isinstance(source, str):
         raise TaskError(f"{where}: needs data_source, a string, not {source!r}.")
@@ -91,7 +95,9 @@ def _problem(row: dict[str, Any], where: str, split: str, number: int, system: s
         rule.get("ground_truth") if isinstance(rule, dict) else None,
         text_name="prompt",
         answer_name="reward_model.ground_truth",
-        metadata={"data_source": source, "extra_info": more},
+        metadata=plain_columns(
+            {"extra_info": None} | {name: row[name] for name in row if name != "prompt"}, left_out
+        ),
     )
 
 

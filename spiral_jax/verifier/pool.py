@@ -26,7 +26,8 @@ from spiral_jax.core import faults
 from spiral_jax.core.errors import UserError
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier import sandbox
-from spiral_jax.verifier.rewards import MATH, Status, Verdict, judge, load_reward
+from spiral_jax.verifier.functions import hint_at
+from spiral_jax.verifier.rewards import MATH, Status, Verdict, is_users, judge, load_reward
 from spiral_jax.verifier.settings import VerifierSettings
 
 Item = tuple[str, Problem]
@@ -67,6 +68,9 @@ class Pool:
         self._settings = settings
         self._start_timeout_s = start_timeout_s
         self._workers: list[_Worker] = []
+        self._timeout = Verdict.of(Status.TIMEOUT)
+        if is_users(reward):
+            self._timeout = Verdict.of_slow_reward(settings.timeout_s)
 
     def longest_s(self, items: int) -> float:
         """Seconds that `run` takes at most for so many items.
@@ -81,15 +85,15 @@ class Pool:
         """Verdicts of `items`, in their order.
 
         A worker that takes too long is killed and replaced, one that died is replaced, and the item
-        is tried once more on a fresh worker: a second time-out is `Status.TIMEOUT`, a second death
-        `Status.ERROR`.
+        is tried once more on a fresh worker: a second time-out is `Status.TIMEOUT`, with reward NaN
+        if the reward function is the user's; a second death is `Status.ERROR`.
 
         Raises:
           VerifierFailure: a worker cannot start. All workers have ended then, as after any other
             exception.
         """
         try:
-            batch = _Batch(items)
+            batch = _Batch(items, self._timeout)
             while batch.unfinished:
                 while len(self._workers) < min(self._settings.workers, batch.unfinished):
                     self._start()
@@ -168,9 +172,9 @@ class Pool:
             elif late:
                 self._failed(worker, batch, Status.TIMEOUT)
 
-    def _received(self, worker: _Worker, batch: _Batch, message: tuple[str, str]) -> None:
+    def _received(self, worker: _Worker, batch: _Batch, message: Sequence) -> None:
         if worker.ready:
-            batch.finish(worker.item, Verdict.of(*message))
+            batch.finish(worker.item, Verdict.from_plain(message))
             worker.item = None
         elif message[0] == "ready":
             worker.ready = True
@@ -191,16 +195,16 @@ class Pool:
             )
         if exit_code in _OWN_TIMERS:  # they come first where this process was held up
             status = Status.TIMEOUT
-        died = f"worker died with exit code {exit_code}"
-        batch.fail(worker.item, status, died if status is Status.ERROR else "")
+        batch.fail(worker.item, status, f"worker died with exit code {exit_code}")
         self._start()  # for each item to be retried there is a worker that has not been handed one
 
 
 class _Batch:
-    """Which items are waiting, to be retried, and done."""
+    """Which items are waiting, to be retried, and done; `timeout`: of items that took too long."""
 
-    def __init__(self, items: Sequence[Item]):
+    def __init__(self, items: Sequence[Item], timeout: Verdict):
         self.items = items
+        self._timeout = timeout
         self.verdicts: list[Verdict | None] = [None] * len(items)
         self.unfinished = len(items)
         self._waiting = collections.deque(range(len(items)))
@@ -221,9 +225,11 @@ class _Batch:
         self._failures[item, status] += 1
         if self._failures[item, status] < _TRIES:
             self._retries.append(item)
+        elif status is Status.TIMEOUT:
+            self.finish(item, self._timeout)
         else:
             problem = self.items[item][1]
-            self.finish(item, Verdict.of(status, detail and f"{detail} at problem {problem.id!r}"))
+            self.finish(item, Verdict.of(status, f"{detail} at problem {problem.id!r}"))
 
 
 def serve() -> None:
@@ -233,11 +239,14 @@ def serve() -> None:
     os.set_inheritable(connection.fileno(), False)
     sandbox.limit_memory(int(memory_bytes))
     try:
+        if is_users(path):
+            sandbox.prefix_prints(f"[{path}] ")
         reward = load_reward(path)
         if path == MATH:
             sandbox.lock_down()
-    except BaseException:
-        connection.send(("failed", traceback.format_exc()))
+    except BaseException as error:
+        cause = error.__cause__ or error
+        connection.send(("failed", traceback.format_exc() + hint_at(cause)))
         return
     with contextlib.suppress(EOFError, OSError):  # the other side has closed: done
         connection.send(("ready", ""))
@@ -248,5 +257,7 @@ def serve() -> None:
             if path == MATH:  # a user's own may use many cores at once
                 sandbox.limit_cpu(2 * timeout_s)
             verdict = judge(reward, text, problem)
+            sys.stdout.flush()
+            sys.stderr.flush()
             signal.setitimer(signal.ITIMER_REAL, 0)
-            connection.send((verdict.status, verdict.detail))
+            connection.send(verdict.to_plain())

@@ -4,41 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
-import importlib
 import itertools
 import logging
 import math
 import re
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem
+from spiral_jax.verifier import mathematics
+from spiral_jax.verifier.functions import describe_error, load_function, source_fingerprint
 
 MATH = "math"
-RewardFunction = Callable[[str, Problem], bool | int | None]
+Reward = bool | float | None
+RewardFunction = Callable[[str, Problem], Reward | tuple[Reward, str | None]]
 
 _DETAIL_LENGTH = 500
+# Rewards are multiples of this: float32 holds them, and float64 holds the sums of any number of
+# them, without rounding. So whether sums differ is decided exactly.
+_GRID = 2.0**-24
 # characters, and brackets around one another, that are read as mathematics
 _LONGEST_BOX, _DEEPEST_BOX = 10_000, 20
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
-_GAP = r"(?:\s|~|\\[ ,;:!]|\\q?quad)+"
-_SPACED_NUMBERS = re.compile(rf"[-+]?[0-9]+(?:{_GAP}[0-9]+)+(?:\.[0-9]+)?")
-_UNIT = re.compile(r"\\text\{[^{}]*\}\Z")
-_ROUNDING, _PRECISION = 6, 15  # decimals and digits that math-verify compares by default
-_SIGNIFICANT = 4  # digits of a small reference that are compared at least
 
 
 class Status(enum.StrEnum):
     """What became of an answer. All five are counted."""
 
-    CORRECT = "correct"
-    WRONG = "wrong"
+    CORRECT = "correct"  # the full reward, 1
+    WRONG = "wrong"  # a smaller one
     UNPARSED = "unparsed"  # no final answer, or one that cannot be read: reward 0
-    TIMEOUT = "timeout"  # took too long on two fresh workers: the model's doing, reward 0
+    # took too long on two fresh workers: the model's doing, reward 0; or that of a reward function
+    # of the user's, reward NaN
+    TIMEOUT = "timeout"
     ERROR = "error"  # our own failure or that of the reward function: reward NaN
 
 
@@ -53,15 +52,47 @@ _REWARD = {
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The reward of one answer: 1.0, 0.0 or NaN, why, and for an error what happened."""
+    """What one answer is worth, and why.
+
+    Attributes:
+      reward: 0.0 ... 1.0; NaN: our failure.
+      detail: of a failure, what happened.
+      answer: what a reward function of the user's says the final answer is; None: it does not say.
+    """
 
     reward: float
     status: Status
     detail: str = ""
+    answer: str | None = None
 
     @classmethod
     def of(cls, status: Status, detail: str = "") -> Verdict:
         return cls(_REWARD[status], status, detail)
+
+    @classmethod
+    def of_slow_reward(cls, timeout_s: float) -> Verdict:
+        """Of a reward function of the user's that takes too long, which is no wrong answer."""
+        return cls(math.nan, Status.TIMEOUT, f"took over verifier.timeout_s = {timeout_s:g}")
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether nothing is known of the answer: an error, or a reward function too slow."""
+        return math.isnan(self.reward)
+
+    @classmethod
+    def of_reward(cls, reward: float, answer: str | None = None) -> Verdict:
+        """Of a reward on the grid: 1 is correct, all below it wrong."""
+        return cls(reward, Status.CORRECT if reward == 1 else Status.WRONG, "", answer)
+
+    def to_plain(self) -> list:
+        """JSON types, for another process."""
+        reward = None if math.isnan(self.reward) else self.reward
+        return [reward, self.status.value, self.detail, self.answer]
+
+    @classmethod
+    def from_plain(cls, plain: Sequence) -> Verdict:
+        reward, status, detail, answer = plain
+        return cls(math.nan if reward is None else reward, Status(status), detail, answer)
 
 
 class BrokenReference(ValueError):
@@ -71,19 +102,20 @@ class BrokenReference(ValueError):
 def exact_verdict(text: str, problem: Problem) -> Verdict | None:
     r"""The verdict of reward "math" where it needs no mathematics; None = undecided.
 
-    Without a box, or with an empty one: unparsed. The box equals the reference up to surrounding
-    space: correct. Both are plain integers of at most 18 digits: compared as integers. What is not
-    the reference and has more than 10,000 characters or brackets more than 20 deep, which a parser
+    Without a box, or with an empty one: unparsed. The box equals a reference up to surrounding
+    space: correct. All are plain integers of at most 18 digits: compared as integers. What is not
+    a reference and has more than 10,000 characters or brackets more than 20 deep, which a parser
     needs minutes for, is no final answer: unparsed.
     """
     box = (last_boxed(text) or "").strip()
-    reference = problem.answer.strip()
+    references = [answer.strip() for answer in problem.answers]
     if not box:
         return Verdict.of(Status.UNPARSED)
-    if box == reference:
+    if box in references:
         return Verdict.of(Status.CORRECT)
-    if _INTEGER.fullmatch(box) and _INTEGER.fullmatch(reference):
-        return Verdict.of(Status.CORRECT if int(box) == int(reference) else Status.WRONG)
+    if all(_INTEGER.fullmatch(each) for each in (box, *references)):
+        is_right = int(box) in map(int, references)
+        return Verdict.of(Status.CORRECT if is_right else Status.WRONG)
     if len(box) > _LONGEST_BOX or _depth(box) > _DEEPEST_BOX:
         return Verdict.of(Status.UNPARSED)
     return None
@@ -96,43 +128,26 @@ def _depth(box: str) -> int:
 
 
 def math_reward(text: str, problem: Problem) -> bool | None:
-    r"""Whether the last \boxed{} of `text` equals `problem.answer` as mathematics.
+    r"""Whether the last \boxed{} of `text` equals one of `problem.answers`; None = unparsed.
 
-    By math-verify; None = unparsed. A list or set equals only one with the same elements; of a
-    tuple the order counts. Decimals are compared to 6 places, and to 4 significant digits of the
-    reference where those lie beyond (math-verify alone: 1e-7 = 2e-7). May take for ever
-    (9^{9^{9^9}}): belongs in a killable process. math-verify's own time limits are off.
+    As mathematics, see `mathematics.is_equal`: may take for ever, so belongs in a killable process.
 
     Raises:
-      BrokenReference: `problem.answer` cannot be parsed.
+      BrokenReference: an answer of the problem cannot be read.
     """
     exact = exact_verdict(text, problem)
     if exact is not None:
         return None if exact.status is Status.UNPARSED else exact.status is Status.CORRECT
-    from math_verify import verify  # sympy takes a second to import; only the workers need it
-
+    box = last_boxed(text)
     try:
-        reference, rounding, precision = _parse_reference(problem.answer)
-    except Exception as error:
+        found = [mathematics.is_equal(answer, box) for answer in problem.answers]
+        return None if None in found else any(found)
+    except ValueError as error:
         raise BrokenReference(
-            f"problem {problem.id!r}: its reference answer {problem.answer!r} is not mathematics "
-            "that math-verify can parse. Correct the data, or set config.task.reward to a reward "
+            f"problem {problem.id!r}: its reference answer {problem.answer!r} cannot be read as "
+            f"mathematics ({error}). Correct the data, or set config.task.reward to a reward "
             "function of your own."
         ) from error
-    try:
-        answer = _parse(last_boxed(text))
-        if not answer:
-            return None
-        equal = verify(
-            reference,
-            answer,
-            float_rounding=rounding,
-            numeric_precision=precision,
-            timeout_seconds=None,
-        )
-        return bool(equal)
-    except Exception:  # whatever the model's text does to sympy is the model's doing
-        return False
 
 
 def load_reward(path: str) -> RewardFunction:
@@ -149,96 +164,49 @@ def load_reward(path: str) -> RewardFunction:
         # it warns that its time limits are off
         logging.getLogger("math_verify").setLevel(logging.ERROR)
         # imports and tables take seconds, which are to be no part of the first answer's time
-        _parse("1")
+        mathematics.warm_up()
         return math_reward
     return load_function("task.reward", path, 'must be "math" or "package.module:function".')
 
 
-def load_function(field: str, path: str, allowed: str) -> Callable[[str, Problem], Any]:
-    """The function of (text, problem) that config.`field` = "package.module:function" names.
+def is_users(path: str) -> bool:
+    """Whether config.task.reward names a function that is none of this package's."""
+    return path != MATH and not path.startswith("spiral_jax.")
 
-    Raises:
-      ConfigError: the path has another form (the message says what is `allowed`), the module cannot
-        be imported, or it has no such function.
-    """
-    where = f"config.{field} = {path!r}"
-    module_name, colon, function_name = path.partition(":")
-    if not (module_name and colon and function_name):
-        raise ConfigError(f"{where}: {allowed}")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ConfigError(
-            f"{where}: module {module_name!r} cannot be imported ({_describe(error)}). "
-            "Is its folder in PYTHONPATH?"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ConfigError(f"{where}: module {module_name!r} has no function {function_name!r}.")
-    return function
+
+def reward_fingerprint(path: str) -> str:
+    """SHA-256 of the source of a reward function of the user's; "" for one of this package."""
+    return source_fingerprint(load_reward(path)) if is_users(path) else ""
 
 
 def judge(reward: RewardFunction, text: str, problem: Problem) -> Verdict:
     """Calls a reward function.
 
-    It may return True, False, 1, 0 or None (= unparsed); all else is an error of ours.
+    It may return True, False, a number in [0, 1] or None (= unparsed), or a pair of one of these
+    and the answer that it found, a string or None. All else is an error of ours. Numbers are
+    rounded to multiples of 2^-24.
     """
     try:
-        value = reward(text, problem)
+        returned = reward(text, problem)
+        value, answer = returned if _is_pair(returned) else (returned, None)
         if value is None:
-            return Verdict.of(Status.UNPARSED)
+            return Verdict(0.0, Status.UNPARSED, "", answer)
         plain = value.item() if hasattr(value, "item") else value  # numpy's bool, a scalar array
-        if isinstance(plain, bool | int | float) and plain in (0, 1):
-            return Verdict.of(Status.CORRECT if plain else Status.WRONG)
+        if isinstance(plain, bool | int | float) and math.isfinite(plain):
+            on_grid = round(plain / _GRID) * _GRID
+            if 0 <= on_grid <= 1:
+                return Verdict.of_reward(on_grid, answer)
         detail = (
-            f"the reward function returned {value!r} for problem {problem.id!r}; "
-            "allowed: True, False, 1, 0, None"
+            f"the reward function returned {returned!r} for problem {problem.id!r}; allowed: True, "
+            "False, a number in [0, 1], None, or (one of these, the answer as a string)"
         )
     except Exception as error:
-        detail = _describe(error)
+        detail = describe_error(error)
     return Verdict.of(Status.ERROR, detail[:_DETAIL_LENGTH])
 
 
-def _describe(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    message = "".join(traceback.format_exception_only(error)).strip()
-    return f"{message} ({frame.filename}:{frame.lineno})"
-
-
-def _parse(box: str) -> list[Any]:
-    """math-verify's reading of what is inside a box; empty if it has none."""
-    from math_verify import LatexExtractionConfig, parse
-
-    text = rf"\boxed{{{_tidy(box)}}}"
-    extraction = [LatexExtractionConfig(try_extract_without_anchor=False, boxed_match_priority=0)]
-    return parse(text, extraction, fallback_mode="no_fallback", parsing_timeout=None)
-
-
-@functools.lru_cache(maxsize=4096)  # all traces of a problem have the same reference
-def _parse_reference(answer: str) -> tuple[list[Any], int, int]:
-    """math-verify's reading of a reference, and the decimals and digits to compare with."""
-    reference = _parse(answer)
-    if not reference:
-        raise ValueError("nothing parsed")
-    try:
-        size = abs(float(reference[0].evalf(_PRECISION)))
-    except Exception:  # no real number: a set, a matrix, an equation, something with a letter in it
-        size = 1.0
-    # zeros behind the point: 3 for 0.00012
-    zeros = max(0, math.ceil(-math.log10(size)) - 1) if 0 < size < 1 else 0
-    return reference, max(_ROUNDING, zeros + _SIGNIFICANT), _PRECISION + zeros
-
-
-def _tidy(box: str) -> str:
-    r"""Rewrites what math-verify misreads.
-
-    `**73**` and `3.` would not be parsed; of `5\text{ cm or }3\text{ cm}` all after the 5 would be
-    a unit; `5 3` would be the sum 8 and `1\,000` the product 0: with commas the one is a list and
-    the other 1,000.
-    """
-    box = box.strip()
-    if box.startswith("**") and box.endswith("**"):
-        box = box.strip("*")
-    box = box.removesuffix(".")
-    box = (_UNIT.sub("", box) or box).strip()
-    return re.sub(_GAP, ",", box) if _SPACED_NUMBERS.fullmatch(box) else box
+def _is_pair(returned: Any) -> bool:
+    """Whether this is (reward, answer)."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        return False
+    return returned[1] is None or isinstance(returned[1], str)

@@ -9,12 +9,13 @@ limited.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 # All that a worker needs of the parent's environment; keys, tokens and passwords have other names.
 _PASSED_ON = (
@@ -48,6 +49,31 @@ def worker_environment(
     kept = {name: environment[name] for name in (*_PASSED_ON, *names) if name in environment}
     # a user's module that imports jax must not take the device
     return kept | {"JAX_PLATFORMS": "cpu"}
+
+
+class _Prefixed(io.TextIOBase):
+    """Whole lines with a prefix, each written at once."""
+
+    def __init__(self, stream: TextIO, prefix: str):
+        self._stream, self._prefix, self._line = stream, prefix, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._line = (self._line + text).split("\n")
+        self._stream.write("".join(f"{self._prefix}{line}\n" for line in lines))
+        return len(text)
+
+    def flush(self) -> None:
+        if self._line:
+            self.write("\n")
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+def prefix_prints(prefix: str) -> None:
+    """What this process's Python code prints from here on is in lines that begin with `prefix`."""
+    sys.stdout, sys.stderr = _Prefixed(sys.stdout, prefix), _Prefixed(sys.stderr, prefix)
 
 
 def limit_memory(memory_bytes: int) -> None:

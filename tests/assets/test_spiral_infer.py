@@ -165,6 +165,28 @@ def test_the_script_searches_aggregates_and_votes(server, tmp_path):
     assert again["subsets"] == result["subsets"]
 
 
+def test_a_reward_that_says_what_the_answer_is_votes_without_boxes(server, tmp_path, monkeypatch):
+    (tmp_path / "told_reward.py").write_text(
+        "def reward(text, problem):\n"
+        "    assert (problem.text, problem.answer, problem.metadata) == ('x', '', {})\n"
+        "    return 0.5, text.rpartition('Answer:')[2].strip()\n"
+        "def alone(text, problem):\n"
+        "    return 0.5\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = ["Answer: 42", "Answer:  42", "nothing:"]
+    server.reply = lambda body: (200, choice(texts[body["seed"] % 3]))
+    endpoint = Endpoint(server.url, "m")
+    answer_of = spiral_infer.answer_of_reward("told_reward:reward")
+    result = spiral_infer.run("x", scaffold(), endpoint, 0, 1, answer_of)
+    assert result["answer"] == "42" and result["votes"]["42"] == 4
+    with pytest.raises(ValueError, match="told_reward:alone.*0.5"):
+        spiral_infer.answer_of_reward("told_reward:alone")("x", "")
+    with pytest.raises(ValueError, match="told_reward:absent: no such function"):
+        spiral_infer.answer_of_reward("told_reward:absent")
+
+
 def test_a_long_truncated_candidate_is_cut_by_tokens(server):
     tokens = [{"token": "?", "bytes": list(part)} for part in (b"ab", b"\xe2\x82", b"\xac", b"cd")]
     server.reply = lambda body: (200, choice("ab\u20accd", "length", logprobs={"content": tokens}))

@@ -1,5 +1,7 @@
 """Problems from parquet files and data sets, what is there twice, and the paper's files."""
 
+import datetime
+import decimal
 import hashlib
 import json
 import os
@@ -63,6 +65,8 @@ def test_rows_become_problems_with_their_source_for_a_users_reward(tmp_path):
     assert [(p.text, p.answer) for p in problems] == [(f"What is {i}?", str(i)) for i in range(5)]
     assert problems[2].metadata == {
         "data_source": "gsm8k",
+        "ability": "math",
+        "reward_model": {"style": "rule", "ground_truth": "2"},
         "extra_info": {"split": "train", "index": 2},
     }
     assert [task.held_out(i).id for i in range(task.held_out_size)] == ["held_out:0", "held_out:1"]
@@ -112,9 +116,7 @@ def turns(*roles):
 
 BAD_ROWS = {
     "no text": (row(text=" "), "needs prompt, a non-empty string"),
-    "no answer": (row(answer=None), "needs reward_model.ground_truth"),
     "blank answer": (row(answer=""), "needs reward_model.ground_truth"),
-    "no rule": (row() | {"reward_model": None}, "needs reward_model.ground_truth"),
     "no source": (row() | {"data_source": None}, "needs data_source"),
     "no messages": (row() | {"prompt": []}, r"one user message.*roles are \[\]"),
     "no prompt": (row() | {"prompt": None}, "one user message"),
@@ -164,24 +166,37 @@ def test_a_prompt_that_is_plain_text_a_missing_column_and_files_that_are_no_parq
         verl_parquet.task(write(tmp_path / "a.parquet", [row() | {"prompt": "What?"}]), "", "", 0)
     flat = write(tmp_path / "b.parquet", [{"problem": "What?", "answer": "1"}])
     with pytest.raises(
-        TaskError, match=r"lacks the columns \['prompt', 'reward_model', 'data_source'\].*'problem'"
+        TaskError, match=r"lacks the columns \['prompt', 'data_source'\].*'problem'"
     ):
         verl_parquet.task(flat, "", "", 0)
     nothing = tmp_path / "c.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row()]).slice(0, 0), nothing)
     with pytest.raises(TaskError, match=r"c\.parquet: it is empty"):
         verl_parquet.task(str(nothing), "", "", 0)
-    binary = write(tmp_path / "f.parquet", [row() | {"extra_info": {"image": b"\xff"}}])
-    with pytest.raises(
-        TaskError, match=r"f\.parquet, row 0 \(from 0\): holds what is neither JSON nor Unicode"
-    ):
-        verl_parquet.task(binary, "", "", 0)
     for name, content in (("d.parquet", b""), ("e.parquet", b"PAR1 nothing of the kind PAR1")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(TaskError, match=f"{name}: not a readable parquet file"):
             verl_parquet.task(str(tmp_path / name), "", "", 0)
     with pytest.raises(TaskError, match=r"config\.task\.eval_path = .*absent"):
         verl_parquet.task("", str(tmp_path / "absent.parquet"), "", 0)
+
+
+def test_all_columns_reach_the_reward_but_for_what_json_has_no_form_for(tmp_path):
+    when = datetime.datetime(2026, 11, 26, 12, 0)
+    more = {"when": when, "price": decimal.Decimal("0.10"), "score": float("nan"), "pixels": b"x"}
+    rows = [row(index=i) | more | {"reward_model": None} for i in range(2)]
+    rows[1]["extra_info"] = {"split": None, "index": 1}
+    path = write(tmp_path / "t.parquet", rows)
+    task = verl_parquet.task(path, "", "", 0)
+    first, _ = train_of(task, 2)
+    assert first.answer == ""
+    assert {name: first.metadata[name] for name in ("when", "price", "score")} == {
+        "when": "2026-11-26 12:00:00",
+        "price": "0.10",
+        "score": None,
+    }
+    assert "pixels" not in first.metadata and "do not reach a reward: pixels" in task.report
+    assert json.loads(json.dumps(first.metadata)) == first.metadata
 
 
 # ---- data sets of the Hugging Face Hub
@@ -222,6 +237,9 @@ def test_two_splits_become_a_task_and_the_columns_are_the_configs(shelf):
     assert [(p.id, p.text, p.answer) for p in train_of(task, 4)] == [
         (f"train:{i}", f"{i}?", str(i)) for i in range(4)
     ]
+    assert [problem.metadata for problem in train_of(task, 4)] == [{"more": None}] * 4
+    without = hub.task("org/set", "", "train[:4]", "test", "q", "", 2)
+    assert without.train(0).answer == "" and "a" in without.train(0).metadata
     assert [(task.held_out(i).id, task.held_out(i).answer) for i in range(2)] == [
         ("held_out:own", "1"),
         ("held_out:1", "0.5"),
@@ -230,6 +248,9 @@ def test_two_splits_become_a_task_and_the_columns_are_the_configs(shelf):
     assert again.fingerprint == task.fingerprint and [again.train(i) for i in range(9)] == [
         task.train(i) for i in range(9)
     ]
+    shelf["org/set", None, "train[:4]"][0]["more"] = 1  # what a reward may read counts too
+    assert hub.task("org/set", "", "train[:4]", "test", "q", "a", 2).fingerprint != task.fingerprint
+    shelf["org/set", None, "train[:4]"][0]["more"] = None
     shelf["org/set", None, "test"][1]["a"] = 0.25
     assert hub.task("org/set", "", "train[:4]", "test", "q", "a", 2).fingerprint != task.fingerprint
     assert hub.task("org/set", "", "", "test", "q", "a", 2).held_out_size == 2
@@ -241,7 +262,7 @@ def test_what_a_data_set_lacks_is_named(shelf, monkeypatch):
         match=r"config\.task\.dataset = 'org/no' .*'main'.*doesn't exist on the Hub.*jsonl",
     ):
         hub.task("org/no", "main", "train", "", "q", "a", 0)
-    shelf["d", "main", "train"] = [{"q": "1?", "a": "1"}, {"q": "2?", "a": None}]
+    shelf["d", "main", "train"] = [{"q": "1?", "a": "1"}, {"q": "2?", "a": " "}]
     with pytest.raises(TaskError, match=r"config\.task\.answer_column = 'answer': .*\['q', 'a'\]"):
         hub.task("d", "main", "train", "", "q", "answer", 0)
     with pytest.raises(TaskError, match=r"d, train, row 1 \(from 0\): needs a, "):
@@ -444,7 +465,7 @@ def test_what_cannot_be_fetched_is_said_and_the_rest_is_made_and_kept(paper, tmp
 def test_a_malformed_row_leaves_no_file(paper, tmp_path, capsys):
     paper["MathArena/aime_2025", None, "train"][1]["answer"] = None
     assert not prepare_data.prepare({"aime_2025": ""}, tmp_path)
-    assert "row 1 (from 0): needs answer" in capsys.readouterr().out
+    assert "aime_2025:1 has no answer" in capsys.readouterr().out
     assert not (tmp_path / "aime_2025.jsonl").exists()
 
 

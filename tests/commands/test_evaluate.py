@@ -28,6 +28,7 @@ from spiral_jax.run.setup import set_up_evaluation
 from spiral_jax.run.start import Start
 from spiral_jax.run.workdir import WorkdirError
 from spiral_jax.tasks.jsonl import TaskError
+from spiral_jax.verifier.choice import RewardChoice
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden_results.json"
@@ -182,6 +183,19 @@ def test_another_config_in_the_same_workdir_is_refused_with_the_difference(scrip
     other.eval.rounds = 1
     with pytest.raises(WorkdirError, match="eval.rounds: 2 -> 1"):
         evaluate.evaluate(other, begun)
+
+
+def test_another_source_of_the_reward_is_refused_and_an_old_journal_is_not(
+    scripted, monkeypatch, begun
+):
+    for source in ("a" * 64, "b" * 64):
+        monkeypatch.setattr(RewardChoice, "fingerprint", lambda choice, source=source: source)
+        evaluate.evaluate(small_config(), begun)  # the journal says nothing of a reward
+    fresh = str(pathlib.Path(begun).with_name("fresh"))
+    evaluate.evaluate(small_config(), fresh)
+    monkeypatch.setattr(RewardChoice, "fingerprint", lambda choice: "c" * 64)
+    with pytest.raises(WorkdirError, match="wave 0 .* other reward"):
+        evaluate.evaluate(small_config(), fresh)
 
 
 def test_other_weights_or_data_under_the_same_names_are_refused(scripted, monkeypatch, begun):

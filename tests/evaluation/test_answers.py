@@ -26,6 +26,10 @@ def test_answer_classes_are_equal_for_equal_answers():
     assert of("\\boxed{9^9}", Status.TIMEOUT) == of("\\boxed{9^9}", Status.WRONG)
     assert of("print(1)", Status.WRONG) == of("print(1)\n", Status.WRONG)
     assert of("print(1)", Status.WRONG) != of("print(2)", Status.WRONG)
+    said = Verdict.of_reward(0.5, "5  cm")
+    assert answer_class("no box here", said) == of("\\boxed{5 cm}", Status.WRONG)
+    assert answer_class("no box here", Verdict.of_reward(0.5, "")) is None
+    assert answer_class("no box here", Verdict.of_reward(1.0, "5")) == CORRECT_CLASS
     assert of("\\boxed{5", Status.UNPARSED) is None and of("\\boxed{5}", Status.ERROR) is None
 
 

@@ -6,6 +6,7 @@ import pytest
 from scripted_sampler import (
     CUT_OFF,
     TOKENIZER,
+    InlineVerifier,
     ReadingSampler,
     ScriptedSampler,
     number_task,
@@ -18,6 +19,7 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Purpose, Role
 from spiral_jax.evaluation.comparison import compare
 from spiral_jax.evaluation.results import make_results, read_results, write_results
+from spiral_jax.evaluation.tables import evaluation_table
 from spiral_jax.objective.subsets import Key, disjoint_subsets, independent_subsets
 
 RIGHT, WRONG, NO_BOX = "\\boxed{7}", "\\boxed{8}", "left=1" + CUT_OFF
@@ -73,6 +75,26 @@ def test_measures_are_means_over_problems_of_what_the_traces_say():
     assert len(measures["pass_at_k"]) == 8
     assert [stage["round"] for stage in measures["rsa"]] == [0]
     assert full["settings"]["n"] == 8 and full["counts"]["rsa"]["sampled_tokens"] == 0
+
+
+def test_partial_credit_is_reported_beside_votes_that_go_by_answer():
+    """Search says 7 twice, 8 five times, and is cut off once; only 7 is right, 8 earns a half."""
+
+    def reward(text, problem):
+        worth = {RIGHT: (1.0, "seven"), WRONG: (0.5, "eight"), "\\boxed{9}": (0.5, "nine")}
+        return worth.get(text, (0.0, ""))
+
+    sizes = {"eval__problems": 4, "eval__subsets": 2, "eval__traces": 3}
+    evaluator = dataclasses.replace(in_training(**sizes), verifier=InlineVerifier(reward))
+    row, full = evaluator.evaluate(None, step=0)
+    assert row["reward_search"] == pytest.approx((2 + 5 / 2) / 8)
+    assert row["reward_aggregation"] == pytest.approx(0.25 + 0.75 / 2)
+    assert row["single"]["mean"] == pytest.approx(2 / 8)
+    assert "mean reward, search" in evaluation_table([row])
+    bits, _ = in_training(**sizes).evaluate(None, step=0)
+    assert "reward_search" not in bits  # it is the share of right answers
+    assert full["measures"]["majority_at_k"][0]["mean"] == pytest.approx(2 / 8)
+    assert full["measures"]["majority_at_k"][-1]["mean"] == 0.0  # eight has five votes of eight
 
 
 def test_an_evaluation_during_training_can_run_rounds_and_compares_with_the_command(tmp_path):

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from spiral_jax.objective.advantages import compute_advantages
+from spiral_jax.objective.advantages import FractionalRewards, compute_advantages
 from spiral_jax.objective.estimators import ESTIMATORS
 from spiral_jax.objective.rewards import Rewards
 from spiral_jax.objective.subsets import Key, disjoint_subsets, draw_subsets
+from spiral_jax.verifier.rewards import judge
 
 NAN = float("nan")
 ZERO = Fraction(0)
@@ -267,6 +268,24 @@ def test_advantages_of_own_correctness_equal_the_definition(estimator):
             check(estimator, Rewards(random_rewards(rng, (20, n), values)))
 
 
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name not in OVER_EVERY_SET])
+def test_the_keep_rule_is_exact_on_every_reward_that_a_verdict_can_have(estimator):
+    """Neighbours on the grid of rewards, and tenths that add up to the same sums."""
+    tenths = [judge(lambda text, problem, i=i: i / 10, "", None).reward for i in range(11)]
+    close = [k * 2.0**-24 for k in (2**23 - 1, 2**23, 2**23 + 1)]
+    rng = np.random.default_rng(8)
+    for values in (tenths, close, [tenths[3]], [tenths[1], tenths[2], tenths[3], NAN]):
+        own = random_rewards(rng, (60, 4), values)
+        if estimator in WITHOUT_AGGREGATION:
+            check(estimator, Rewards(own))
+            continue
+        sets = (2, 2) if estimator == "disjoint_sets" else (4, 2)
+        member = draw(estimator, 8, 4, sets[1], sets[0], 60)
+        of_sets = np.repeat(random_rewards(rng, (60, sets[0], 1), values), 2, axis=-1)
+        check(estimator, Rewards(own, of_sets, member))
+        check(estimator, Rewards(own, random_rewards(rng, (60, sets[0], 2), values), member))
+
+
 @pytest.mark.parametrize("estimator", [*OVER_EVERY_SET, "online_multitask"])
 def test_own_correctness_beside_aggregation_at_every_outcome(estimator):
     """All rewards of five traces with failures; all aggregations right, so search alone decides."""
@@ -431,7 +450,7 @@ def test_an_unknown_estimator_is_refused_with_the_names_that_there_are():
 @pytest.mark.parametrize("estimator", OVER_EVERY_SET)
 def test_partly_right_own_rewards_are_refused_where_sets_are_scored_by_them(estimator):
     sets = np.zeros((1, 2, 2)), np.zeros((1, 2, 3), int)
-    with pytest.raises(ValueError, match="own correctness must be 0, 1"):
+    with pytest.raises(FractionalRewards, match=f"{estimator}.* 0.5.*marginal_mean"):
         compute_advantages(estimator, [Rewards(np.full((1, 4), 0.5), *sets, np.zeros((1, 4)))])
 
 

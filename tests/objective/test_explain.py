@@ -20,7 +20,7 @@ BY_OWN_ANSWERS = ("online_multitask", "paragator", "pkpo", "grpo", "grpo_nostd",
 
 
 def score_of(reward):
-    return Score(int(np.nansum(reward)), int((~np.isnan(reward)).sum()))
+    return Score.of(reward[~np.isnan(reward)].tolist())
 
 
 def plain(reward):
@@ -53,7 +53,10 @@ def test_every_estimator_but_the_one_that_needs_more_than_counts_is_tested_here(
     "estimator", ["marginal_mean", "with_without", "disjoint_sets", "aggregator_only"]
 )
 @pytest.mark.parametrize("failing", [0.0, 0.4])
-def test_the_reason_of_every_set_advantage_ends_in_the_objectives_number(estimator, failing):
+@pytest.mark.parametrize("values", [(0.0, 1.0), (0.0, 0.25, 0.6875, 1.0)])
+def test_the_reason_of_every_set_advantage_ends_in_the_objectives_number(
+    estimator, values, failing
+):
     row, rng = ESTIMATORS[estimator], np.random.default_rng(0)
     draw, sizes = draw_subsets, ((8, 4, 4, 4), (4, 2, 6, 3), (5, 1, 5, 2))
     if row.sets == "partition":
@@ -61,7 +64,7 @@ def test_the_reason_of_every_set_advantage_ends_in_the_objectives_number(estimat
     for case in range(30):
         N, S, K, M = sizes[case % 3]
         member_KxS = draw(Key(case, 0, 0, 0, 0), N, S, K)
-        reward_KxM = np.where(rng.random((K, M)) < failing, np.nan, rng.integers(2, size=(K, M)))
+        reward_KxM = np.where(rng.random((K, M)) < failing, np.nan, rng.choice(values, size=(K, M)))
         rewards = Rewards(np.zeros((1, N)), reward_KxM[None], member_KxS[None])
         advantages = compute_advantages(estimator, [rewards]).rounds[0]
         scores = [score_of(reward_M) for reward_M in reward_KxM]
@@ -75,13 +78,16 @@ def test_the_reason_of_every_set_advantage_ends_in_the_objectives_number(estimat
 
 @pytest.mark.parametrize("estimator", BY_OWN_ANSWERS)
 @pytest.mark.parametrize("failing", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("values", [(0.0, 1.0), (0.0, 0.25, 0.6875, 1.0)])
 def test_the_reason_of_every_advantage_of_own_answers_ends_in_the_objectives_number(
-    estimator, failing
+    estimator, values, failing
 ):
     row, rng = ESTIMATORS[estimator], np.random.default_rng(1)
+    if row.needs.bits:
+        values = (0.0, 1.0)
     sets = (np.zeros((1, 2, 2)), np.array([[[0, 1, 2], [3, 4, 5]]])) if row.aggregates else ()
     for _ in range(60):
-        own_N = np.where(rng.random(8) < failing, np.nan, rng.integers(2, size=8))
+        own_N = np.where(rng.random(8) < failing, np.nan, rng.choice(values, size=8))
         advantages = compute_advantages(estimator, [Rewards(own_N[None], *sets)])
         for i in range(8):
             of_trace = evidence(i, plain(own_N[i]), score_of(own_N), 3)
@@ -99,6 +105,10 @@ def test_the_reason_of_every_advantage_of_own_answers_ends_in_the_objectives_num
      ("5 of 8", "0.625", "0.484", "+0.775")),
     (explain.pass_at_k(evidence(0, reward=0.0, own=Score(2, 8), set_size=4)), -1 / 14,
      ("2 of 8", "sets of 4", "0.214", "0.286", "-0.071")),
+    (explain.against_mean(evidence(0, reward=0.5, own=Score.of([0.5, 0.5, 1.0, 0.0]))), 0.0,
+     ("4 traces have earned 2 together", "0.500", "reward 0.5")),
+    (explain.aggregation(0.25, Score.of([0.25, 0.75, 1.0])), -5 / 12,
+     ("3 aggregations have earned 2 together", "0.667", "reward 0.25", "-0.417")),
 ])  # fmt: skip
 def test_the_words_have_the_counts_that_the_number_follows_from(explanation, value, parts):
     assert explanation.value == pytest.approx(value, abs=1e-5)

@@ -103,6 +103,25 @@ def test_a_set_rescues_and_spoils_against_the_vote_of_its_candidates():
     assert [trace["sets"] for trace in page["search"]] == [[0, 1, 2, 3], [0, 2], [0, 1, 3], [1, 2]]
 
 
+def test_partial_credit_counts_as_wrong_and_is_explained_and_an_answer_needs_no_box():
+    search = [
+        row("search", 0, "it is x", reward=0.75, answer="x"),
+        row("search", 1, "or x", reward=0.25, answer="x"),
+        row("search", 2, "it is y", "correct", answer="y"),
+    ]
+    partly = [change | {"reward": 0.5} for change in rows_of_set(0, [0, 1], "wrong", "wrong")]
+    mixed = rows_of_set(1, [1, 2], "wrong", "correct")
+    mixed[0] |= {"reward": 0.5, "advantage": -0.25}
+    mixed[1] |= {"advantage": 0.25}
+    page = page_of(search, partly, mixed)
+    assert [trace["answer"] for trace in page["search"]] == ["x", "x", "y"]
+    assert [(of_set["right"], of_set["verified"]) for of_set in page["sets"]] == [(0, 2), (1, 2)]
+    assert [of_set["flags"] for of_set in page["sets"]] == [["flat"], []]
+    assert [of_set["vote"] for of_set in page["sets"]] == [0.0, 0.5]
+    why = page["sets"][1]["traces"][0]["why"]
+    assert "earned 1.5 together" in why and "-0.250" in why and "was logged" not in why
+
+
 def test_truncated_unverified_and_discarded_problems_are_flagged():
     assert page_of([RIGHT, WRONG])["flags"] == []
     assert page_of([RIGHT, WRONG | {"stop": "length"}])["flags"] == ["truncated"]

@@ -95,7 +95,9 @@ def test_a_step_trains_with_an_estimator_and_a_task_that_only_their_tables_know(
     c = smallest_config(tmp_path / "model")
     c.loss.estimator, c.task.name = "best_set", "sums_of_a_digit"
     setup = set_up_training(c)
-    assert setup.training.objective.row is BEST_SET and setup.reward == "sums_of_a_digit:coin"
+    assert (
+        setup.training.objective.row is BEST_SET and setup.reward.default == "sums_of_a_digit:coin"
+    )
 
     workdir = tmp_path / "run"
     assert train(setup, str(workdir)) is None  # no signal has ended it

@@ -4,17 +4,25 @@ import dataclasses
 
 import numpy as np
 import pytest
-from scripted_sampler import CUT_OFF, number_task, scripted_training, with_text
+from scripted_sampler import CUT_OFF, InlineVerifier, number_task, scripted_training, with_text
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Role, Stop
 from spiral_jax.objective import of_own_answers
-from spiral_jax.objective.advantages import Advantages, RoundAdvantages, compute_advantages
+from spiral_jax.objective.advantages import (
+    Advantages,
+    FractionalRewards,
+    RoundAdvantages,
+    compute_advantages,
+)
 from spiral_jax.objective.rewards import Rewards
 from spiral_jax.rollout.collect import FirstKept, NoSignal, Source
 from spiral_jax.rollout.requests import Asked
 from spiral_jax.rollout.settings import DynamicSampling
 from spiral_jax.rollout.traces import Rollouts
+from spiral_jax.verifier.pool import VerifierFailure
+from spiral_jax.verifier.rewards import Status, Verdict
+from spiral_jax.verifier.settings import VerifierSettings
 
 
 def aggregations_right(is_right):
@@ -111,6 +119,110 @@ def test_a_task_without_signal_stops_the_run_with_the_histogram(right):
     assert all(part in str(stopped.value) for part in ("0 of 16 problems", "of 16", histogram))
 
 
+# --- partial credit -------------------------------------------------------------------------------
+
+
+def tenths(text, problem):
+    """The last digit in tenths, and the answer, without a box."""
+    return int(text[-1]) / 10, text
+
+
+def graded(script, **overrides):
+    return scripted_training(script, **overrides).with_actor(verifier=InlineVerifier(tenths))
+
+
+def test_partial_credit_makes_advantages_that_are_differences_of_rewards():
+    """Search is worthless; set 0 earns 0.9 of odd cursors, 0.3 of even ones, the others 0.3."""
+
+    def script(role, cursor, k, i):
+        if role is Role.SEARCH:
+            return "0"
+        return "9" if k == 0 and cursor % 2 else "3"
+
+    batch = graded(script).collect()
+    kept = batch.rollouts
+    assert kept.cursor_B.tolist() == [1, 3, 5, 7]  # the even ones are flat, though not at 0
+    reward_BxKxM = kept.rounds[0].reward_BxKxM
+    np.testing.assert_allclose(reward_BxKxM[:, 0], 0.9, atol=2**-24)
+    np.testing.assert_allclose(reward_BxKxM[:, 1:], 0.3, atol=2**-24)
+    member_BxKxS = kept.rounds[0].member_BxKxS
+    for b in range(4):
+        in_first = np.isin(np.arange(8), member_BxKxS[b, 0])
+        others = [np.isin(np.arange(8), member_S) for member_S in member_BxKxS[b]]
+        score_of_sets = np.array([0.9, 0.3, 0.3, 0.3])
+        mean_with = [score_of_sets[[o[i] for o in others]].mean() for i in range(8) if in_first[i]]
+        expected = np.array(mean_with) - 0.45
+        found = kept.search.advantage_UxC[b][in_first]
+        np.testing.assert_allclose(found[expected != 0], expected[expected != 0], atol=1e-6)
+    assert batch.metrics["verifier/wrong_aggregation"] == batch.metrics["sampling/kept"] * 32
+    verdict = kept.aggregation.verdict_UxC[0, 0]
+    assert verdict.answer == "9"
+
+
+def test_a_batch_of_bits_is_the_same_whether_they_are_numbers_or_booleans():
+    script = aggregations_right(lambda cursor, k, i: (cursor + k + i) % 3 == 0)
+
+    def as_boolean(text, problem):
+        return "{7}" in text
+
+    batches = []
+    for reward in (as_boolean, lambda *item: float(as_boolean(*item))):
+        training = scripted_training(script).with_actor(verifier=InlineVerifier(reward))
+        batches.append(training.collect())
+    batches.append(scripted_training(script).collect())
+    for other in batches[1:]:
+        for mine, theirs in zip(batches[0].credit, other.credit, strict=True):
+            np.testing.assert_array_equal(mine.advantage_UxC, theirs.advantage_UxC)
+            np.testing.assert_array_equal(mine.weight_UxC, theirs.weight_UxC)
+        assert batches[0].next_cursor == other.next_cursor
+
+
+@pytest.mark.parametrize("estimator", ["paragator", "pkpo", "polychromic"])
+def test_the_first_problem_with_partial_credit_ends_a_run_that_needs_bits(estimator):
+    judged = []
+
+    def counted(text, problem):
+        judged.append(problem.id)
+        return tenths(text, problem)
+
+    training = scripted_training(
+        lambda *place: "5",
+        at_once=1,
+        verdict_delay=0,
+        strategy=first_word,
+        loss__estimator=estimator,
+    ).with_actor(verifier=InlineVerifier(counted))
+    with pytest.raises(FractionalRewards, match=f"{estimator}.*0.5"):
+        training.collect()
+    assert len(set(judged)) <= 2
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_a_reward_that_never_judges_ends_the_run_with_the_first_problems(is_slow):
+    class Failing(InlineVerifier):
+        def judge(self, items):
+            judged.append(items[0][1].id)
+            slow = Verdict.of_slow_reward(5.0)
+            return [slow if is_slow else Verdict.of(Status.ERROR, "boom")] * len(items)
+
+    judged = []
+    training = scripted_training(search_right, at_once=1, verdict_delay=0)
+    training = training.with_actor(verifier=Failing(tenths))
+    words = "took over verifier.timeout_s = 5" if is_slow else "boom"
+    with pytest.raises(VerifierFailure, match=f"48 of 48.*{words}"):
+        training.collect()
+    assert set(judged) <= {"p0", "p1", "p2"}
+
+
+def test_without_signal_partial_credit_is_shown():
+    with pytest.raises(NoSignal) as stopped:
+        graded(lambda *place: "3").collect()
+    assert all(part in str(stopped.value) for part in ("0 right: 16", "0.3 (256x)"))
+
+
+# --- what is left over ----------------------------------------------------------------------------
+
+
 def test_what_still_runs_when_the_batch_is_full_is_abandoned_and_counted():
     script = aggregations_right(first_set_right)
     batch = scripted_training(script, at_once=1, sampling__keep_rate=0.25).collect()
@@ -160,7 +272,7 @@ def first_two_kept(monkeypatch, max_ratio=4.0, cursor=20):
         return Asked(at, None, np.zeros(1, np.int32))
 
     monkeypatch.setattr(Source, "from_cursor", from_cursor)
-    settings = DynamicSampling(2, max_ratio, keep_rate=0.25, max_error_rate=0.05)
+    settings = DynamicSampling(2, max_ratio, keep_rate=0.25, failures=VerifierSettings(1, 5.0))
     return Decisions(FirstKept(settings, Source(None, None, 16), cursor))
 
 

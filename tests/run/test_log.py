@@ -66,3 +66,15 @@ def test_scores_are_the_means_of_the_measure_that_checkpoints_are_kept_by(tmp_pa
     assert write_run(tmp_path, steps=0, evaluated=(0, 3)).scores() == {}
     assert open_log(tmp_path, 3, keep_best="aggregated").scores() == {0: 0.0, 3: 0.3}
     assert open_log(tmp_path, 3, keep_best="single").scores() == {}
+
+
+def test_a_resumed_run_with_another_reward_says_so(tmp_path, capsys):
+    def start_at(step, source):
+        open_log(tmp_path, step).note_start(step, (), {}, reward_source=source)
+        return capsys.readouterr().out
+
+    assert start_at(0, "a" * 64) == start_at(0, "a" * 64) == ""
+    said = start_at(0, "b" * 64)
+    assert "reward" in said and "aaaaaaaaaaaa" in said and "bbbbbbbbbbbb" in said
+    assert start_at(0, "b" * 64) == ""
+    assert [row["reward_source"][0] for row in rows(tmp_path, "starts")] == list("aabb")

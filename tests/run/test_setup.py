@@ -1,12 +1,14 @@
 """The doors of training and evaluation: what is refused, with field, value and what is allowed."""
 
+import json
 import re
 
 import pytest
 
 from configs import end_digit, grpo_qwen3_4b, qwen3_4b, smollm2_135m, smollm2_chain_sum, tiny
-from spiral_jax.core.config import ConfigError, defaults
-from spiral_jax.run.setup import check_evaluation, check_training
+from spiral_jax.core.config import ConfigError, defaults, from_plain, to_plain
+from spiral_jax.run.setup import check_evaluation, check_training, set_up_training
+from spiral_jax.tasks.problem import Problem, TaskError
 
 CONFIGS = {
     module.__name__: module
@@ -91,6 +93,8 @@ BAD = {
     "train.grace_s": (0.0, "> 0"),
     "train.wait_s": (0.0, "> 0"),
     "verifier.workers": (0, ">= 1"),
+    "verifier.max_error_rate": (1.5, "between 0 and 1"),
+    "verifier.max_timeout_rate": (-0.1, "between 0 and 1"),
     "verifier.timeout_s": (0.0, "> 0"),
     "verifier.memory_gb": (0.0, "> 0"),
     "verifier.environment": ((1,), "names of variables"),
@@ -294,3 +298,41 @@ def test_an_evaluation_checks_its_own_numbers():
     assert_refused(check_evaluation, config(eval__n=3), "aggregation.subset_size", "eval.n = 3")
     c = config(eval__limits=(8, 27))
     assert_refused(check_evaluation, c, "eval.limits", "search.max_tokens = 26")
+
+
+def test_rewards_go_by_data_source_from_the_config_to_the_verifier(tmp_path):
+    rows = [
+        {"problem": "1?", "answer": "5", "data_source": "sums"},
+        {"problem": "2?", "data_source": "own"},
+    ]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    c = config(task__name="jsonl", task__train_path=str(path), task__eval_path=str(path))
+    c.eval.problems = 1
+    with c.task.rewards.unlocked():
+        c.task.rewards = {"sums": "math", "own": "small_rewards:slow_coin"}
+    choice = set_up_training(from_plain(to_plain(c))).reward
+    assert [choice.of(Problem("p", "?", "", row)) for row in rows] == [
+        "math",
+        "small_rewards:slow_coin",
+    ]
+    with c.task.rewards.unlocked():
+        c.task.rewards = {"sums": "math"}
+    with pytest.raises(ConfigError, match=r"no reward for the data_source \['own'\]"):
+        set_up_training(c)
+    c.task.reward = "math"  # which needs an answer
+    with pytest.raises(TaskError, match="train:2: there is no answer"):
+        set_up_training(c)
+    with c.task.rewards.unlocked():
+        c.task.rewards = {"sums": "nothing"}
+    assert_refused(check_training, c, "task.rewards", "package.module:function")
+
+
+def test_references_that_mathematics_cannot_read_end_the_start(tmp_path):
+    rows = [{"problem": f"{i}?", "answer": answer} for i, answer in enumerate(("5", "3/4x"))]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    c = config(task__name="jsonl", task__train_path=str(path), task__eval_path=str(path))
+    c.eval.problems = 1
+    with pytest.raises(TaskError, match=r"2 of 4 reference answers[^$]*train:2: '3/4x'"):
+        set_up_training(c)

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from scripted_sampler import TOKENIZER, scripted_training
+from scripted_sampler import TOKENIZER, InlineVerifier, scripted_training
 
 from spiral_jax.core.groups import Role
 from spiral_jax.objective.advantages import compute_advantages
@@ -170,6 +170,16 @@ def test_sets_of_a_later_round_read_the_traces_of_the_round_before():
     assert max(n for row in by_round[2] for n in row["subset"]) >= 8
     for row in by_round[2]:
         assert sorted(row["order"]) == sorted(row["subset"])
+
+
+def test_rows_say_what_a_reward_function_says_that_the_answer_is():
+    def reward(text, problem):
+        return (0.5 if "{7}" in text else 0.25), f"answer to {problem.id}"
+
+    training = scripted_training(script).with_actor(verifier=InlineVerifier(reward))
+    rows = rows_of(training.c, training.collect())
+    assert {row["reward"] for row in rows} == {0.25, 0.5}
+    assert all(row["answer"] == f"answer to {row['problem']}" for row in rows)
 
 
 def test_grpo_rows_have_no_sets():

@@ -16,6 +16,8 @@ from spiral_jax.tasks import jsonl, reasoning_gym_task, two_halves
 from spiral_jax.tasks.load import TASKS, TaskRow, check_task, load_task
 from spiral_jax.tasks.problem import Problem, TaskError
 
+NAN = float("nan")
+
 
 def write(path, rows) -> str:
     path.write_text(
@@ -78,12 +80,12 @@ def test_gsm8k_layout(tmp_path):
 
 
 def test_answers_keep_their_text_and_numbers_become_text(tmp_path):
-    answers = ["\\frac{1}{2}", " 1,000 ", 0, -3, 2.5, "x", "0"]
+    answers = ["\\frac{1}{2}", " 1,000 ", 0, -3, 2.5, "x", "0", 0.00001, 1e22]
     task = jsonl.task(
         write(tmp_path / "t.jsonl", [{"problem": "?", "answer": a} for a in answers]), "", 0
     )
     found = {task.train(i).id: task.train(i).answer for i in range(len(answers))}
-    assert [found[f"train:{n}"] for n in range(1, 8)] == [
+    assert [found[f"train:{n}"] for n in range(1, 10)] == [
         "\\frac{1}{2}",
         "1,000",
         "0",
@@ -91,6 +93,8 @@ def test_answers_keep_their_text_and_numbers_become_text(tmp_path):
         "2.5",
         "x",
         "0",
+        "0.00001",
+        "1" + 22 * "0",
     ]
 
 
@@ -118,18 +122,43 @@ def test_fingerprint_follows_the_bytes_of_both_files(tmp_path, train_path, eval_
     assert len(set(prints)) == 4
 
 
+def test_all_other_fields_reach_the_reward_and_answers_may_be_several_or_none(tmp_path):
+    rows = [
+        {"problem": "a", "answer": 1, "id": "x", "tests": ["f(1) == 2"], "level": 3, "nan": NAN},
+        {"question": "b", "answer": ["1/2", 0.5], "meta": {"a": [None, True]}},
+        {"problem": "c", "question": "kept", "answer": None},
+        {"problem": "d"},
+    ]
+    path = write(tmp_path / "t.jsonl", rows)
+    task = jsonl.task(path, path, 0)
+    a, b, c, d = (task.held_out(i) for i in range(4))
+    assert a.metadata == {"tests": ["f(1) == 2"], "level": 3, "nan": None}
+    assert (b.answer, b.answers, b.metadata) == (
+        ["1/2", "0.5"],
+        ["1/2", "0.5"],
+        {"meta": {"a": [None, True]}},
+    )
+    assert (c.answer, c.metadata) == ("", {"question": "kept"})
+    assert (d.answer, d.answers, d.metadata) == ("", [""], {})
+    assert len(task.problems) == 8
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"problem": "a", "answer": ', r"t\.jsonl:2: not JSON"),
         ("[1, 2]", r"t\.jsonl:2: a list"),
-        ('{"problem": "a"}', r"t\.jsonl:2: needs \"answer\".*\['problem'\]"),
         ('{"problem": "a", "answer": "  "}', r"t\.jsonl:2: needs \"answer\""),
         ('{"problem": "a", "answer": "work, then ####"}', r"t\.jsonl:2: needs \"answer\""),
-        ('{"problem": "a", "answer": null}', r"t\.jsonl:2: needs \"answer\""),
+        (
+            '{"problem": "a", "answer": {}}',
+            r"t\.jsonl:2: needs \"answer\".*\['answer', 'problem'\]",
+        ),
         ('{"problem": "a", "answer": true}', r"t\.jsonl:2: needs \"answer\""),
         ('{"problem": "a", "answer": NaN}', r"t\.jsonl:2: needs \"answer\""),
-        ('{"problem": "a", "answer": [1]}', r"t\.jsonl:2: needs \"answer\""),
+        ('{"problem": "a", "answer": []}', r"t\.jsonl:2: needs \"answer\""),
+        ('{"problem": "a", "answer": [1, null]}', r"t\.jsonl:2: needs \"answer\""),
+        ('{"problem": "a", "answer": [[1]]}', r"t\.jsonl:2: needs \"answer\""),
         (
             '{"prompt": "a", "answer": 1}',
             r"t\.jsonl:2: needs \"problem\" or \"question\".*\['answer', 'prompt'\]",
@@ -141,7 +170,7 @@ def test_fingerprint_follows_the_bytes_of_both_files(tmp_path, train_path, eval_
         ),
         (
             '{"problem": "\\ud800", "answer": 1}',
-            r"t\.jsonl:2: holds what is neither JSON nor Unicode",
+            r"t\.jsonl:2: holds what is no Unicode",
         ),
     ],
 )
@@ -394,7 +423,6 @@ def test_load_task_hands_each_task_its_fields(train_path, eval_path):
         ({"name": "hf"}, "dataset"),
         ({"name": "hf", "dataset": "d", "split_train": ""}, "split_train"),
         ({"name": "hf", "dataset": "d", "split_eval": ""}, "split_eval"),
-        ({"name": "hf", "dataset": "d", "answer_column": ""}, "answer_column"),
         ({"name": "reasoning_gym"}, "generator"),
     ],
 )

@@ -1,25 +1,25 @@
-"""What becomes of an answer: extraction, mathematics, reward functions, classes of verdicts."""
+"""What becomes of an answer: extraction, mathematics, counts of verdicts, and too many failures."""
 
 import random
 
 import numpy as np
 import pytest
-from small_verifier import make_verifier, problem
+from small_verifier import problem
 
-from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.verifier.rewards import (
     BrokenReference,
     Status,
     Verdict,
     exact_verdict,
-    judge,
     load_reward,
     math_reward,
 )
+from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import (
     VerifierFailure,
-    check_error_rate,
+    check_failures,
+    check_hopeless,
     count_verdicts,
 )
 
@@ -225,49 +225,6 @@ def test_math_reward_of_a_broken_reference_names_the_problem(answer):
         math_reward("\\boxed{5}", problem(answer, name="train:7"))
 
 
-# Reward functions
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        *[(value, Status.CORRECT) for value in (True, 1, np.bool_(True), np.int64(1))],
-        *[(value, Status.WRONG) for value in (False, 0, np.bool_(False))],
-        (None, Status.UNPARSED),
-        *[(value, Status.ERROR) for value in (0.5, 2, -1, float("nan"), np.ones(2))],
-        *[(value, Status.ERROR) for value in ("yes", "1", [1], ())],
-    ],
-)
-def test_a_reward_is_true_false_1_0_or_none_and_all_else_an_error(value, expected):
-    verdict = judge(lambda text, problem: value, "", problem())
-    assert verdict.status is expected
-    reward = {Status.CORRECT: 1.0, Status.ERROR: np.nan}.get(expected, 0.0)
-    np.testing.assert_equal(verdict.reward, reward)
-    assert bool(verdict.detail) == (expected is Status.ERROR)
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("", "must be"),
-        ("math_reward", "must be"),
-        (":reward", "must be"),
-        ("no_such_package.module:reward", "cannot be imported"),
-        ("verifier_test_reward:no_such_function", "no function 'no_such_function'"),
-        ("verifier_test_reward:ITEMS", "no function 'ITEMS'"),
-        ("verifier_test_broken:reward", "ZeroDivisionError"),
-    ],
-)
-def test_a_reward_that_cannot_be_loaded_is_a_config_error_before_any_worker(
-    path, message, reward_path, tmp_path
-):
-    (tmp_path / "verifier_test_broken.py").write_text("1 / 0")
-    for load in (load_reward, make_verifier):
-        with pytest.raises(ConfigError, match=r"config\.task\.reward") as error:
-            load(path)
-        assert message in str(error.value)
-
-
 # What is made of verdicts
 
 
@@ -283,16 +240,43 @@ def test_the_five_counters_add_up():
     assert count_verdicts([]) == {"correct": 0, "wrong": 0, "unparsed": 0, "timeout": 0, "error": 0}
 
 
+def limits(errors, timeouts=0.0):
+    return VerifierSettings(1, 5.0, max_error_rate=errors, max_timeout_rate=timeouts)
+
+
+def test_a_reward_of_ones_own_that_is_slow_stops_the_run_with_the_limit_and_the_count():
+    slow = [Verdict.of_slow_reward(5.0)] * 384
+    assert all(verdict.status is Status.TIMEOUT and np.isnan(verdict.reward) for verdict in slow)
+    with pytest.raises(VerifierFailure) as error:
+        check_failures(slow, limits(1.0))
+    assert "384 of 384 answers took over verifier.timeout_s = 5;" in str(error.value)
+    assert "config.verifier.max_timeout_rate" in str(error.value)
+    few = slow[:1] + [Verdict.of(Status.WRONG)] * 9
+    check_failures(few, limits(0.0, 0.1))
+    with pytest.raises(VerifierFailure):
+        check_failures(few, limits(0.0, 0.09))
+
+
+def test_what_fails_from_the_start_ends_before_a_batch_is_full():
+    broken, fine = Verdict.of(Status.ERROR, "boom"), Verdict.of(Status.WRONG)
+    check_hopeless([broken] * 31, limits(0.0))  # too few to tell
+    check_hopeless([broken] * 20 + [fine] * 20, limits(0.0))
+    for failing in (broken, Verdict.of_slow_reward(5.0)):
+        with pytest.raises(VerifierFailure, match="30 of 40"):
+            check_hopeless([failing] * 30 + [fine] * 10, limits(0.0))
+        check_hopeless([failing] * 30 + [fine] * 10, limits(0.75, 0.75))
+
+
 def test_too_many_errors_stop_the_run_with_their_share_count_and_cause():
     verdicts = [Verdict.of(Status.CORRECT)] * 17 + [
         Verdict.of(Status.ERROR, "KeyError: 'a' (my.py:7)")
     ] * 2
     verdicts += [Verdict.of(Status.ERROR, "other")]
-    check_error_rate(verdicts, 0.15)  # at the limit, not above
-    check_error_rate([], 0.0)
-    check_error_rate([Verdict.of(Status.TIMEOUT), Verdict.of(Status.UNPARSED)], 0.0)
+    check_failures(verdicts, limits(0.15))  # at the limit, not above
+    check_failures([], limits(0.0))
+    check_failures([Verdict.of(Status.TIMEOUT), Verdict.of(Status.UNPARSED)], limits(0.0))
     with pytest.raises(VerifierFailure) as error:
-        check_error_rate(verdicts, 0.149)
+        check_failures(verdicts, limits(0.149))
     for part in (
         "3 of 20",
         "15.0%",

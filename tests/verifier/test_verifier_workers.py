@@ -74,19 +74,22 @@ def test_verdicts_of_a_users_reward_keep_the_order_and_report_errors(reward_path
     echo = Problem("e", "?", "é\n" * 200_000, {"x": [1, None]})
     items = [(f"wait_for {late}", problem())]  # ends only after the next-to-last item
     items += [("return True", problem()), ("return 0", problem()), ("return None", problem())]
-    items += [("raise boom", problem()), ("return 0.5", problem()), ("return 'yes'", problem())]
+    items += [("raise boom", problem()), ("return 1.5", problem()), ("return 'yes'", problem())]
     items += [("echo " + echo.answer, echo), ("modules", problem()), (f"touch {late}", problem())]
-    items += [("return 1", problem())]
+    items += [("return 1", problem()), ("return (0.25, 'é')", problem())]
     with make_verifier(reward_path, workers=2) as verifier:
         verdicts = verifier.verify(items)
         assert len(worker_pids()) == 2
         assert statuses(verifier.verify(items[1:3])) == ["correct", "wrong"]
-    expected = "correct correct wrong unparsed error error error correct correct wrong correct"
+    expected = (
+        "correct correct wrong unparsed error error error correct correct wrong correct wrong"
+    )
     assert statuses(verdicts) == expected.split()
     assert (
         "ValueError: boom" in verdicts[4].detail and "verifier_test_reward.py" in verdicts[4].detail
     )
-    assert "0.5" in verdicts[5].detail and "'yes'" in verdicts[6].detail
+    assert (verdicts[-1].reward, verdicts[-1].answer) == (0.25, "é")
+    assert "1.5" in verdicts[5].detail and "'yes'" in verdicts[6].detail
     assert np.isnan([verdict.reward for verdict in verdicts[4:7]]).all()
 
 
@@ -141,6 +144,23 @@ def test_an_item_is_tried_again_on_a_fresh_worker_though_a_used_one_is_idle(rewa
         assert statuses(verifier.verify([("hang_once_used", problem())])) == ["correct"]
 
 
+def test_a_slow_reward_of_ones_own_is_no_wrong_answer(reward_path):
+    with make_verifier(reward_path, workers=2, timeout_s=0.5) as verifier:
+        verdicts = verifier.verify([("sleep 1000", problem()), ("return 0.5", problem())])
+    assert statuses(verdicts) == ["timeout", "wrong"]
+    assert np.isnan(verdicts[0].reward) and "verifier.timeout_s = 0.5" in verdicts[0].detail
+
+
+def test_what_a_reward_prints_has_its_name_in_front_of_every_line(reward_path, capfd):
+    items = [("print one\ntwo", problem()), ("print three", problem()), ("return 1", problem())]
+    with make_verifier(reward_path) as verifier:
+        assert statuses(verifier.verify(items)) == ["correct"] * 3
+    out, err = capfd.readouterr()
+    lines = [f"[{reward_path}] {word}" for word in ("one", "two", "three")]
+    assert out.splitlines() == lines
+    assert err.splitlines() == [f"[{reward_path}] to stderr"] * 2
+
+
 def test_close_leaves_no_process_not_even_one_that_a_reward_has_started(reward_path, tmp_path):
     file = tmp_path / "child"
     with pytest.raises(KeyError), make_verifier(reward_path, workers=2) as verifier:
@@ -184,6 +204,7 @@ def test_no_worker_outlives_a_parent_that_is_killed(command, reward_path, tmp_pa
     [
         ("1 / 0", "ZeroDivisionError"),
         ("os._exit(5)", "exit code 5"),
+        ("os.environ['NOT_SET_HERE']", "config.verifier.environment"),
         ("time.sleep(1000)", "not ready after 2 s"),
     ],
 )
