@@ -27,6 +27,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +37,7 @@ from spiral_jax.core.errors import UserError
 FILE = "lock.json"
 _BEAT_S = 5.0  # between two signs of life
 _SILENT_S = 60.0  # without one: network file systems show a change late, but not so late
-_SETTLE_S = 0.5  # after a take-over: what another one has done at the same moment is seen then
+_SETTLE_S = 0.5  # where there was a lock: what another has done at the same moment is seen then
 # Network file systems remember for up to a minute that a file was not there.
 _SHARED_WITHIN_S = 90.0
 
@@ -95,18 +96,17 @@ class _Lock:
             "process_start": _process_start(pid),
             "machine": _machine(),
         }
-        took_over = False
+        was_there = False
         while not self._make():
+            was_there = True
             holder = self._read()
             if holder is None:
                 continue  # it was released meanwhile
             self._check_stale(holder)
-            if self._read() == holder:
+            if self._remove(holder):
                 left = f"{self._path}: left by {_words(holder)}, which is gone; taken over."
                 print(left, flush=True)
-                self._path.unlink(missing_ok=True)
-                took_over = True
-        if took_over:
+        if was_there:
             time.sleep(_SETTLE_S)
             if (holder := self._read()) != self._own:
                 raise self._held(holder or {}, "it has taken over a stale lock just now")
@@ -126,16 +126,28 @@ class _Lock:
             raise
         return True
 
-    def _read(self) -> dict[str, Any] | None:
-        """What the file says; {} if it is empty or damaged; None if it is not there."""
+    def _remove(self, holder: dict[str, Any]) -> bool:
+        """Removes a stale lock; returns whether it was still that one.
+
+        It is looked at once more when it has been put aside: another process may have taken it over
+        between a look and a removal, however long that takes.
+        """
+        aside = self._path.with_name(f"{FILE}.{uuid.uuid4().hex}")
         try:
-            content = json.loads(self._path.read_bytes())
+            os.rename(self._path, aside)
         except FileNotFoundError:
-            return None
-        except ValueError:
-            return {}
-        is_lock = isinstance(content, dict) and isinstance(content.get("pid"), int)
-        return content if is_lock else {}
+            return False
+        try:
+            was_stale = _content(aside) == holder
+            if not was_stale:
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, self._path)  # back, unless there is a third one by now
+        finally:
+            aside.unlink()
+        return was_stale
+
+    def _read(self) -> dict[str, Any] | None:
+        return _content(self._path)
 
     def _check_stale(self, holder: dict[str, Any]) -> None:
         """Raises `LockError`: the process of a lock that is there still runs."""
@@ -212,6 +224,18 @@ class _Lock:
         with self._guard, contextlib.suppress(OSError):
             if self._read() == self._own:
                 self._path.unlink()
+
+
+def _content(path: pathlib.Path) -> dict[str, Any] | None:
+    """What a lock file says; {} if it is empty or damaged; None if it is not there."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    is_lock = isinstance(content, dict) and isinstance(content.get("pid"), int)
+    return content if is_lock else {}
 
 
 def _words(holder: dict[str, Any]) -> str:
