@@ -25,6 +25,7 @@ DOORS = {
     "studies": "design directory gather processes runner text",
 }
 ORDER = list(DOORS)
+OF_ALL = ("spiral_jax.STARTED", "spiral_jax.__version__")
 
 
 def imported_files(path):
@@ -36,7 +37,7 @@ def imported_files(path):
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
-            if name.startswith("spiral_jax.") and name != "spiral_jax.STARTED":
+            if name.startswith("spiral_jax.") and name not in OF_ALL:
                 yield name.split(".")[1:3]
 
 
