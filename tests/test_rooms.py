@@ -19,7 +19,8 @@ DOORS = {
     "learner": "blocks logprobs settings state step",
     "rollout": "actor collect feed judge requests settings stages traces",
     "evaluation": "answers comparison measures results settings stages statistics tables wave",
-    "run": "checkpoint evaluation_run log preemption setup start trace_log training_run workdir",
+    "run": "checkpoint evaluation_run log preemption rehearsal setup start trace_log training_run "
+    "workdir",
     "planning": "text whole_step",
     "reporting": "axes evaluation_figures main_page series style summary",
     "studies": "design directory gather processes runner text",

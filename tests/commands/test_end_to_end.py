@@ -236,3 +236,4 @@ def test_a_dry_run_checks_shapes_and_writes_nothing(run, tmp_path):
     done = run(tmp_path / "run", "--dry_run")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "nothing was written" in done.stdout and not (tmp_path / "run").exists()
+    assert "reward " in done.stdout and "keep_tail_tokens" not in done.stdout

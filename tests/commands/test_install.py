@@ -65,5 +65,6 @@ def test_commands_run_from_any_directory(installed, tmp_path):
         assert f"spiral_jax.{name} " in listing.stdout and commands()[name]
     # a configuration that imports another of its folder, and a bundled model
     config = f"--config={ROOT}/configs/end_digit.py"
-    checked = run(installed, tmp_path, "spiral_jax.train", config, "--dry_run")
+    checked = run(installed, tmp_path, "spiral_jax.train", config, "--dry_run=config")
     assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "keep_tail_tokens" in checked.stdout  # the whole configuration
