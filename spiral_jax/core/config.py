@@ -70,7 +70,9 @@ def defaults() -> ConfigDict:
     c.mesh.tensor = 1  # heads and feed-forward columns
 
     c.task = ConfigDict()
-    c.task.name = "jsonl"  # a row of tasks/load.py
+    # a row of tasks/load.py; or your "package.module:function", a function (task.seed,
+    # **task.generator_args) -> spiral_jax.library.Task
+    c.task.name = "jsonl"
     # jsonl: file of {"problem" or "question", "answer"}, GSM8K's `#### 42` is understood; parquet:
     # verl's layout; all other columns reach a reward of yours as problem.metadata
     c.task.train_path = ""
