@@ -114,12 +114,19 @@ def test_a_run_writes_what_the_readme_lists(finished):
         "traces",
         "checkpoints",
         "curves.png",
+        "curves.svg",
         "results.md",
     }
     evaluations = (workdir / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in evaluations] == [0, 4]
     assert "search prompt" in done.stdout and "aggregation trace" in done.stdout
-    assert (workdir / "results.md").read_text() in done.stdout
+    results = (workdir / "results.md").read_text()
+    assert results in done.stdout
+    (start,) = map(json.loads, (workdir / "starts.jsonl").open())
+    digest_of_run = json.loads((workdir / "config.json").read_text())["config_digest"]
+    commit = start["commit"] or "not known"
+    for part in ("bundled:tiny", digest_of_run[:12], commit, start["time"]):
+        assert part in results
     row = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
     for key in (
         "reward/aggregated",
