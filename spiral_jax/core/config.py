@@ -184,15 +184,12 @@ def defaults() -> ConfigDict:
 
     c.batch = ConfigDict()
     c.batch.problems = 256  # B kept problems an optimizer step (paper)
-    c.batch.search_lengths = ((1024, 4096),)  # (P, G) of the search micro-batches, ascending
-    c.batch.search_groups = 16  # U of a search micro-batch
-    # the same for aggregation
-    c.batch.aggregation_lengths = (
-        (2048, 4096),
-        (9216, 4096),
-        (17920, 4096),
-    )
-    c.batch.aggregation_groups = 16  # U of an aggregation micro-batch
+    # (P, G) of the search micro-batches, ascending; () = what the limits on prompts and traces ask
+    c.batch.search_lengths = ()
+    # U of a search micro-batch; 0 = as many as have 32,768 tokens on each shard of the groups
+    c.batch.search_groups = 0
+    c.batch.aggregation_lengths = ()  # the same for aggregation
+    c.batch.aggregation_groups = 0
 
     c.loss = ConfigDict()
     c.loss.estimator = "marginal_mean"  # a row of objective/estimators.py (paper)

@@ -50,7 +50,7 @@ def _by_role(prefix: str) -> dict[str, tuple[str, str]]:
 _PANELS = (
     Panel("mean trace length", "tokens", _by_role("length/"), legend=True, from_zero=True),
     Panel(
-        "traces that the limit cut off",
+        "traces cut off",
         "% cut off",
         _by_role("length/cut_off_"),
         scale=100,
@@ -58,7 +58,7 @@ _PANELS = (
         from_zero=True,
     ),
     Panel(
-        "answers that could be parsed",
+        "answers parsed",
         "% of traces",
         _by_role("verifier/parse_rate_"),
         scale=100,

@@ -85,8 +85,9 @@ def kept_traces(workdir, step):
 
 
 def contents_of(workdir):
-    files = [path for path in workdir.rglob("*") if path.is_file() and path.suffix != ".png"]
-    return {path: path.read_bytes() for path in files}
+    pictures = (".png", ".svg")  # are drawn again
+    files = [path for path in workdir.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if path.suffix not in pictures}
 
 
 @pytest.fixture(scope="module")
