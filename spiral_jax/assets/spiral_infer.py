@@ -21,6 +21,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import http.client
 import importlib
 import json
 import math
@@ -198,7 +199,7 @@ class Endpoint:
                 reason = f"{error.code} {error.read().decode(errors='replace')[:500]}"
                 if error.code != 429 and error.code < 500:
                     break
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 reason = str(error)
             if attempt + 1 < _ATTEMPTS:
                 time.sleep(2**attempt * 0.5)

@@ -191,7 +191,7 @@ def _check_file(file: pathlib.Path) -> None:
         raise config.ConfigError(
             f"--config={file}: no such file. Give one of configs/, or one of your own."
         )
-    sys.path.append(str(file.resolve().parents[1]))  # commands run from any directory
+    sys.path.append(str(file.resolve().parent.parent))  # commands run from any directory
 
 
 def _check_config(file: pathlib.Path, value: Any) -> None:
