@@ -2,7 +2,7 @@
 
 It is compiled for a slice that need not exist.
 
-    pip install -r requirements-plan.txt
+    pip install ".[plan]"
     python -m benchmarks.decode_tpu --topology=v5p:2x2x2 --json=docs/decode_tpu.json
 
 Reports, for the program of all slot classes of `configs/qwen3_4b.py` on one chip:

@@ -230,7 +230,8 @@ def _metric_differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
 
 def _file_differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     def files(workdir: pathlib.Path) -> dict[str, bytes]:
-        paths = [workdir / "results.md", workdir / "evaluations.jsonl"]
+        # not results.md, which says when it was made: its table is of evaluations.jsonl
+        paths = [workdir / "evaluations.jsonl"]
         paths += [*workdir.glob("traces/*"), *workdir.glob("evaluations/*/*.json")]
         return {str(p.relative_to(workdir)): p.read_bytes() for p in paths if p.exists()}
 

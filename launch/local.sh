@@ -4,7 +4,7 @@
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 
-install requirements.txt
+install .
 workdir=runs/tiny
 if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
   workdir=$1

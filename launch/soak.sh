@@ -7,7 +7,7 @@
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 
-install requirements.txt
+install .
 export JAX_PLATFORMS=cpu
 "$VENV/bin/python" -m benchmarks.kill_soak --folder=runs/soak --kills=100 "$@"
 "$VENV/bin/python" -m benchmarks.verifier_soak

@@ -5,9 +5,10 @@
 cd "$(dirname "$0")/.."
 source launch/venv.sh
 
-install requirements-test.txt
 # Where its compiler exists, the tiny model's programs are compiled for TPUs too; elsewhere that test is skipped.
-[ "$(uname -sm)" != "Linux x86_64" ] || install requirements-plan.txt
+extras="test"
+[ "$(uname -sm)" != "Linux x86_64" ] || extras="test,plan"
+install ".[$extras]"
 # The report's tests need a browser. A container's root gets one from the system's packages; elsewhere they are skipped.
 if ! command -v chromium chromium-browser google-chrome > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
   echo "installing chromium for the tests of the report"

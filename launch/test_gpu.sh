@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What matters on one GPU: tests of the kernels, then of model, learner and sampler (8 minutes at most), five steps of
 # configs/tiny.py, and benchmarks/one_device.py, which compares with transformers and cuDNN. A stage that fails or takes
-# too long is named at the end, and the next one runs all the same. Same .venv as local.sh, plus requirements-gpu.txt.
+# too long is named at the end, and the next one runs all the same. Same .venv as local.sh, plus the extra gpu.
 # Usage: bash launch/test_gpu.sh [--small] [--minutes=15] [STAGE ...]
 #   STAGE: kernels, tests, train, benchmark; default: all of them in this order
 #   --minutes: after which the benchmark starts no further case; its report is runs/test_gpu/one_device.json
@@ -29,8 +29,8 @@ export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu} PYTHONUNBUFFERED=1
 if [ -n "${READY_PYTHON:-}" ]; then
   python=$READY_PYTHON
 else
-  [ "${JAX_PLATFORMS%%,*}" = cpu ] || install requirements-gpu.txt
-  install requirements-test.txt
+  [ "${JAX_PLATFORMS%%,*}" = cpu ] || install ".[gpu]"
+  install ".[test]"
   python=$VENV/bin/python
 fi
 # jax takes the CPU in silence where its CUDA plugin is not installed.

@@ -86,7 +86,7 @@ install_on_all() {
 sudo apt-get -qq update && sudo apt-get -qq install -y nfs-common python3.11 python3.11-venv
 sudo mkdir -p /mnt/spiral && { mountpoint -q /mnt/spiral || sudo mount -t nfs $(printf %q "$share") /mnt/spiral; }
 mkdir -p spiral_jax && tar -xzf spiral_jax.tar.gz -C spiral_jax
-cd spiral_jax && PYTHON=python3.11 && source launch/venv.sh && install requirements-tpu.txt"
+cd spiral_jax && PYTHON=python3.11 && source launch/venv.sh && install .[tpu]"
 }
 
 train=$(printf ' %q' .venv/bin/python -m spiral_jax.train --workdir="$workdir" "$@")

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by the launch scripts: makes .venv once and installs requirements into it, again only when they changed.
-# Usage: install requirements.txt [requirements-test.txt ...]
+# Sourced by the launch scripts: makes .venv once and installs this repository into it, again only when what it needs
+# has changed. Usage: install . or install ".[EXTRA,EXTRA]"; the extras are those of pyproject.toml.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}
@@ -12,15 +12,12 @@ install() {
     exit 1
   fi
   [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
-  local file
-  for file in "$@"; do
-    local stamp="$VENV/.installed-$file"
-    local want
-    want=$(cat requirements*.txt | cksum)
-    if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$want" ]; then
-      echo "installing $file into $VENV (minutes, once)"
-      "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file"
-      echo "$want" > "$stamp"
-    fi
-  done
+  local stamp="$VENV/.installed-$1" want
+  want=$(cat requirements.txt pyproject.toml | cksum)
+  if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$want" ]; then
+    echo "installing $1 into $VENV (minutes, once)"
+    # Editable: the code that runs is the checkout's, from whatever directory.
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -e "$1"
+    echo "$want" > "$stamp"
+  fi
 }

@@ -3,6 +3,7 @@
     python -m spiral_jax.evaluate --config=configs/qwen3_4b.py --workdir=W
                                   --config.model.hf_path=DIR
     python -m spiral_jax.evaluate --compare A/results.json B/results.json [--workdir=W]
+                                  [--labels=base,trained]
 
 Held-out problems are evaluated in waves of `config.eval.wave`; each finished wave is a line of
 W/waves.jsonl, so that the same command goes on where it was stopped and ends with the same
@@ -16,7 +17,7 @@ of `eval.searcher` where that names another.
 
 `--compare` sets two results on the same problems and scaffold side by side: samples that B needs
 for what A reaches, gaps with paired intervals, the same four pictures with both (in B's directory,
-`compare/`, unless --workdir is given).
+`compare/`, unless --workdir is given). Pictures are PNG and SVG.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import make_mesh
 from spiral_jax.evaluation.comparison import compare, write_comparison
 from spiral_jax.evaluation.results import make_results, read_results, write_results
-from spiral_jax.evaluation.tables import comparison_tables, name_by_directory, results_tables
+from spiral_jax.evaluation.tables import comparison_tables, name_sides, results_tables
 from spiral_jax.reporting.evaluation_figures import plot_evaluation
 from spiral_jax.run.evaluation_run import model_fingerprint, run_waves
 from spiral_jax.run.preemption import exit_code
@@ -79,8 +80,14 @@ def evaluate(c: ConfigDict, workdir: str) -> signal.Signals | None:
     return None
 
 
-def compare_results(path_a: str, path_b: str, workdir: str | None) -> None:
-    """Prints and plots B against A; writes comparison.json beside the pictures."""
+def compare_results(
+    path_a: str, path_b: str, workdir: str | None, labels: Sequence[str] = ()
+) -> None:
+    """Prints and plots B against A; writes comparison.json beside the pictures.
+
+    Args:
+      labels: what A and B are called; none: see `name_sides`.
+    """
     out = pathlib.Path(workdir or pathlib.Path(path_b).parent / "compare")
     a, b = read_results(path_a), read_results(path_b)
     comparison = compare(a, b)
@@ -91,9 +98,10 @@ def compare_results(path_a: str, path_b: str, workdir: str | None) -> None:
             f"--workdir={out}: not a directory that can be written ({error})."
         ) from error
     write_comparison(out / "comparison.json", comparison)
-    named = name_by_directory(path_a, a, path_b, b)
+    names = labels or name_sides((path_a, path_b), (a["model"], b["model"]))
+    named = dict(zip(names, (a, b), strict=True))
     pictures = plot_evaluation(named, out, comparison["efficiency"][-1])
-    _show(comparison_tables(comparison), out / "comparison.json", pictures)
+    _show(comparison_tables(comparison, names), out / "comparison.json", pictures)
 
 
 def _show(tables: Sequence[Table], file: pathlib.Path, pictures: Sequence[pathlib.Path]) -> None:
@@ -112,6 +120,7 @@ def define_flags() -> None:
         "workdir", None, "directory of the evaluation, or of the comparison's pictures"
     )
     flags.DEFINE_bool("compare", False, "compare two results.json: A, the baseline, and B")
+    flags.DEFINE_list("labels", [], "what --compare calls A and B; default: model@step")
     distributed.define_flags()
     flags.FLAGS.set_gnu_getopt(True)  # flags may follow the two files
 
@@ -124,7 +133,9 @@ def main(argv: list[str]) -> None:
         if given.compare:
             if len(argv) != 3:
                 raise app.UsageError(f"--compare takes two results.json, got {argv[1:]}")
-            compare_results(argv[1], argv[2], given.workdir)
+            if len(set(given.labels)) != len(given.labels) or len(given.labels) not in (0, 2):
+                raise app.UsageError(f"--labels={given.labels}: two different names, A,B")
+            compare_results(argv[1], argv[2], given.workdir, given.labels)
             return
         if len(argv) > 1:
             raise app.UsageError(f"unknown arguments: {argv[1:]}")

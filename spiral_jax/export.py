@@ -6,7 +6,7 @@
 trained arrays + base checkpoint -> merged weights, streamed tensor by tensor in the base's dtypes
 -> shards, config, tokenizer; or, with --adapter, a PEFT adapter. The scaffold (prompts, rules,
 sizes of the sets) is part of the model, so it travels along: spiral_scaffold.json, and
-spiral_infer.py, which runs it on any OpenAI-style endpoint.
+spiral_infer.py, which runs it on any OpenAI-style endpoint; README.md says how.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import functools
 import json
 import pathlib
 import shutil
+import string
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from absl import app, flags, logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from spiral_jax import __version__
 from spiral_jax.core.command import run_command
 from spiral_jax.core.config import ConfigError, digest, to_plain
 from spiral_jax.core.errors import UserError
@@ -41,6 +43,7 @@ from spiral_jax.run.start import Trained, find_trained
 
 SCAFFOLD = "spiral_scaffold.json"
 INFER = pathlib.Path(__file__).parent / "assets" / "spiral_infer.py"
+CARD = pathlib.Path(__file__).parent / "assets" / "model_card.md"
 _COPIED_FILES = (
     "tokenizer*",
     "vocab*",
@@ -120,6 +123,7 @@ def export(
             shutil.copy(file, out / file.name)
     shutil.copy(INFER, out / INFER.name)
     _write_json(out / SCAFFOLD, scaffold_fields(trained, scaffold, stop_ids))
+    (out / "README.md").write_text(model_card(trained, out.name, adapter))
 
     mesh = host_mesh()
     if adapter:
@@ -251,6 +255,32 @@ def scaffold_fields(
             "config_digest": digest(c),
         },
     }
+
+
+def model_card(trained: Trained, name: str, adapter: bool) -> str:
+    """What the directory holds, how it is served and how its model aggregates, in Markdown."""
+    c = trained.c
+    serve = f"vllm serve . --served-model-name={name}"
+    if adapter:
+        rank = f"--max-lora-rank={c.model.lora_rank}"
+        serve = f"vllm serve {c.model.hf_path} --enable-lora {rank} --lora-modules {name}=."
+    return string.Template(CARD.read_text()).substitute(
+        name=name,
+        what="LoRA adapter" if adapter else "Weights",
+        base=c.model.hf_path,
+        version=__version__,
+        estimator=c.loss.estimator,
+        step=trained.step,
+        task=c.task.name,
+        digest=digest(c)[:12],
+        traces=c.search.traces,
+        subsets=c.aggregation.subsets,
+        size=c.aggregation.subset_size,
+        aggregations=c.aggregation.traces,
+        rounds=c.aggregation.rounds,
+        temperature=f"{c.sampling.temperature:g}",
+        serve=serve,
+    )
 
 
 def generation_fields(

@@ -1,6 +1,6 @@
 """Will it fit, and how fast can it be? The programs of a run, compiled for machines not there.
 
-    pip install -r requirements-plan.txt  (TPUs; for GPUs -r requirements-plan-gpu.txt)
+    pip install ".[plan]"  (TPUs; for GPUs ".[plan-gpu]")
     python -m spiral_jax.plan --config=configs/qwen3_4b.py --topology=v5p:4x4x4 [--json=FILE]
         [--config.mesh.tensor=2]
 

@@ -1,6 +1,6 @@
 """Trains one model to search and to aggregate (SPIRAL, arXiv 2606.23595). Start reading here.
 
-    python -m spiral_jax.train --config=configs/tiny.py --workdir=runs/tiny [--dry_run]
+    python -m spiral_jax.train --config=configs/tiny.py --workdir=runs/tiny [--dry_run[=config]]
                                [--config.optimizer.lr=1e-3]
 
 The same command on the same workdir resumes at the newest checkpoint, bit for bit; a finished run
@@ -25,8 +25,11 @@ from spiral_jax.learner.step import make_train_step
 from spiral_jax.objective.advantages import compute_advantages
 from spiral_jax.reporting.summary import summarise_run
 from spiral_jax.run.preemption import exit_code
+from spiral_jax.run.rehearsal import rehearse
 from spiral_jax.run.setup import Setup, check_shapes, keep_compiled_programs, set_up_training
 from spiral_jax.run.training_run import open_run
+
+CONFIG = "config"  # of --dry_run
 
 
 def train(setup: Setup, workdir: str) -> signal.Signals | None:
@@ -82,7 +85,16 @@ def train(setup: Setup, workdir: str) -> signal.Signals | None:
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "a file of configs/", lock_config=True)
     flags.DEFINE_string("workdir", None, "directory of the run: logs, traces, checkpoints")
-    flags.DEFINE_bool("dry_run", False, "check config, data, tokenizer, shapes; write nothing")
+    flags.DEFINE_flag(
+        flags.EnumFlag(
+            "dry_run",
+            None,
+            "check config, data, rewards, tokenizer and shapes, say what a step takes, and write "
+            "nothing; --dry_run=config prints the whole configuration too",
+            ["true", CONFIG],
+            boolean=True,  # so that it needs no value
+        )
+    )
     flags.DEFINE_integer(
         "preempted_exit_code",
         0,
@@ -108,8 +120,10 @@ def main(argv: list[str]) -> None:
             setup = set_up_training(given.config)
             if given.dry_run:
                 check_shapes(setup)
-                print(setup.c, *filter(None, [setup.task.report]), sep="\n")
-                print("config, data, tokenizer and shapes are fine; nothing was written")
+                print(rehearse(setup))
+                if given.dry_run == CONFIG:
+                    print(setup.c)
+                print("config, data, rewards, tokenizer and shapes are fine; nothing was written")
             else:
                 notice = train(setup, given.workdir)
     except UserError as error:

@@ -10,6 +10,7 @@ import functools
 import jax
 import numpy as np
 import optax
+import small_pods
 from jax.sharding import Mesh
 
 from spiral_jax.core import mesh as meshes
@@ -32,10 +33,7 @@ MODELS = {
 }
 P, G = 6, 8
 TRACES = {Role.SEARCH: 3, Role.AGGREGATION: 2}
-# Another code generator of XLA's for CPUs compiles the same program four times as fast.
-QUICK = {}
-if jax.default_backend() == "cpu":
-    QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK = small_pods.QUICK if jax.default_backend() == "cpu" else {}
 
 
 def shapes_of(role, lengths=((P, G),), micro=4, most=16):

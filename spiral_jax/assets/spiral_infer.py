@@ -1,11 +1,13 @@
 """Search and aggregation on any OpenAI-style endpoint, as a model was trained to. Stand-alone.
 
     python spiral_infer.py --base_url=http://localhost:8000/v1 --model=NAME "What is 6 * 7?"
+    python spiral_infer.py --base_url=... --model=NAME --problems=problems.jsonl --out=answers.jsonl
 
 ("-": the problem comes from stdin.) spiral_scaffold.json, beside this file, has prompts, rules and
-sizes: N search traces, K subsets of S of them, M aggregation traces for each, then a vote among the
-aggregated answers. Needs Python >= 3.11 and nothing else; a key, if one is needed, comes from the
-environment: OPENAI_API_KEY.
+sizes: N search traces, K subsets of S of them, M aggregation traces for each, in more rounds K
+subsets of those and so on, then a vote among the answers of the last round. Needs Python >= 3.11
+and nothing else; a key, if one is needed, comes from the environment: OPENAI_API_KEY. Requests that
+fail are left out, and named: the exit code is 1 then.
 
 In training candidates are spliced into prompts as token ids. An endpoint takes text, so the strings
 of special tokens are removed from problem and candidates here: otherwise they would become turns of
@@ -19,6 +21,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import http.client
 import importlib
 import json
 import math
@@ -46,9 +49,16 @@ _KNOWN_PROMPT_FIELDS = {
     "thinking",
     "max_problem_tokens",
 }
+_KNOWN_STAGE_FIELDS = {
+    "search": {"traces", "max_tokens"},
+    "aggregation": {"traces", "max_tokens", "subsets", "subset_size", "rounds", "order"},
+}
+_ORDERS = ("shuffled", "sampled")
 _ATTEMPTS = 4
 _TRACES_PER_SEED = 10_000  # the traces of one --seed have seeds of their own below this
 _TIMEOUT_S = 1800.0
+_SHOWN = 200  # characters of a reply that is none
+_QUIET_S = 10.0  # between two lines of progress where there is no terminal
 
 
 class EndpointError(RuntimeError):
@@ -89,10 +99,15 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """Where completions come from."""
+    """Where completions come from.
+
+    Attributes:
+      timeout_s: seconds for one request.
+    """
 
     base_url: str
     model: str
+    timeout_s: float = _TIMEOUT_S
 
     def complete(self, message: str, scaffold: dict, max_tokens: int, seed: int) -> Trace:
         """One trace of at most `max_tokens` tokens, prompted and sampled as in training."""
@@ -105,6 +120,12 @@ class Endpoint:
         completion = ask(message, rule, body, needs_tail)
 
         text = completion.text
+        if message in text and remove_specials(text, scaffold) != text:
+            raise EndpointError(
+                f"{self.base_url}: the server puts the prompt, with its special tokens, into its "
+                "answers. transformers' serve does so with chat templates that differ from those "
+                "of the model's family; use another server."
+            )
         if completion.thought is not None:
             opening = "" if scaffold["opens_thinking"] else "<think>"
             closing = "</think>" if text else ""
@@ -125,14 +146,17 @@ class Endpoint:
         body = body | {"prompt": prompt}
         if with_tokens:
             body["logprobs"] = 1
-        choice = self._post("completions", body)["choices"][0]
-        tokens = (choice.get("logprobs") or {}).get("tokens", [])
-        return Completion(
-            text=choice["text"],
-            thought=None,
-            truncated=choice["finish_reason"] == "length",
-            tokens=[token.encode() for token in tokens],
-        )
+
+        def read(choice: dict) -> Completion:
+            tokens = (choice.get("logprobs") or {}).get("tokens", [])
+            return Completion(
+                text=choice["text"],
+                thought=None,
+                truncated=choice["finish_reason"] == "length",
+                tokens=[token.encode() for token in tokens],
+            )
+
+        return self._post("completions", body, read)
 
     def _answer_chat(self, message: str, rule: dict, body: dict, with_tokens: bool) -> Completion:
         turns = [{"role": "user", "content": message}]
@@ -143,16 +167,20 @@ class Endpoint:
             body["chat_template_kwargs"] = rule["template_kwargs"]
         if with_tokens:
             body["logprobs"] = True
-        choice = self._post("chat/completions", body)["choices"][0]
-        tokens = (choice.get("logprobs") or {}).get("content") or []
-        return Completion(
-            text=choice["message"].get("content") or "",
-            thought=choice["message"].get("reasoning_content"),
-            truncated=choice["finish_reason"] == "length",
-            tokens=[bytes(token.get("bytes") or token["token"].encode()) for token in tokens],
-        )
 
-    def _post(self, path: str, body: dict) -> dict:
+        def read(choice: dict) -> Completion:
+            tokens = (choice.get("logprobs") or {}).get("content") or []
+            return Completion(
+                text=choice["message"].get("content") or "",
+                thought=choice["message"].get("reasoning_content"),
+                truncated=choice["finish_reason"] == "length",
+                tokens=[bytes(token.get("bytes") or token["token"].encode()) for token in tokens],
+            )
+
+        return self._post("chat/completions", body, read)
+
+    def _post(self, path: str, body: dict, read: Callable[[dict], Completion]) -> Completion:
+        """What `read` makes of the reply's first choice."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -160,13 +188,18 @@ class Endpoint:
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         for attempt in range(_ATTEMPTS):
             try:
-                with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-                    return json.load(response)
+                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                    reply = response.read()
+                try:
+                    return read(json.loads(reply)["choices"][0])
+                except (ValueError, LookupError, TypeError, AttributeError):
+                    shown = reply.decode(errors="replace")[:_SHOWN]
+                    raise EndpointError(f"{url}: not an OpenAI answer: {shown!r}") from None
             except urllib.error.HTTPError as error:
                 reason = f"{error.code} {error.read().decode(errors='replace')[:500]}"
                 if error.code != 429 and error.code < 500:
                     break
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 reason = str(error)
             if attempt + 1 < _ATTEMPTS:
                 time.sleep(2**attempt * 0.5)
@@ -218,8 +251,10 @@ def aggregation_message(problem: str, candidates: list[Trace], scaffold: dict) -
     )
 
 
-def draw_subsets(rng: random.Random, n: int, size: int, count: int) -> list[list[int]]:
-    """`count` distinct subsets of `size` of n traces, each in random order."""
+def draw_subsets(
+    rng: random.Random, n: int, size: int, count: int, order: str = "shuffled"
+) -> list[list[int]]:
+    """`count` distinct subsets of `size` of n traces, each in the order in which it is shown."""
     if not 1 <= size <= n or not 1 <= count <= math.comb(n, size):
         raise ValueError(
             f"{count} different subsets of {size} out of {n} traces do not exist: "
@@ -229,7 +264,7 @@ def draw_subsets(rng: random.Random, n: int, size: int, count: int) -> list[list
     while len(drawn) < count:
         subset = rng.sample(range(n), size)
         drawn.setdefault(tuple(sorted(subset)), subset)
-    return list(drawn.values())
+    return [sorted(subset) if order == "sampled" else subset for subset in drawn.values()]
 
 
 def last_boxed(text: str) -> str | None:
@@ -282,21 +317,65 @@ def answer_of_reward(path: str) -> Callable[[str, str], str | None]:
     return answer
 
 
-def sample(
-    messages: list[str],
-    endpoint: Endpoint,
-    scaffold: dict,
-    max_tokens: int,
-    seed: int,
-    workers: int,
-) -> list[Trace]:
-    """A trace for each message, `workers` at once; their seeds count from `seed`."""
+def answer_of_pattern(pattern: str) -> Callable[[str, str], str | None]:
+    """The first group of the last match of a regular expression, behind thinking; None: no match.
 
-    def complete(i: int) -> Trace:
-        return endpoint.complete(messages[i], scaffold, max_tokens, seed + i)
+    Raises:
+      ValueError: no regular expression, or one without a group.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--answer={pattern}: no regular expression ({error})") from error
+    if compiled.groups < 1:
+        raise ValueError(f"--answer={pattern}: needs a group in brackets, which is the answer")
 
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(complete, range(len(messages))))
+    def answer(problem: str, text: str) -> str | None:
+        del problem
+        found = list(compiled.finditer(text.rpartition("</think>")[2]))
+        return (found[-1].group(1) or "").strip() or None if found else None
+
+    return answer
+
+
+class Sampler:
+    """Completes messages, `workers` at once; says on stderr how far it is.
+
+    Attributes:
+      failed: why requests have failed, in words.
+      sent: how many there were.
+    """
+
+    def __init__(self, endpoint: Endpoint, scaffold: dict, workers: int):
+        self._endpoint, self._scaffold, self._workers = endpoint, scaffold, workers
+        self._said = time.monotonic()
+        self.failed: list[str] = []
+        self.sent = 0
+
+    def sample(self, name: str, messages: list[str], max_tokens: int, seed: int) -> list[Trace]:
+        """A trace for each message but those whose request fails; their seeds count from `seed`."""
+
+        def complete(i: int) -> Trace:
+            return self._endpoint.complete(messages[i], self._scaffold, max_tokens, seed + i)
+
+        traces: list[Trace | None] = [None] * len(messages)
+        self.sent += len(messages)
+        with concurrent.futures.ThreadPoolExecutor(self._workers) as pool:
+            running = {pool.submit(complete, i): i for i in range(len(messages))}
+            for done, future in enumerate(concurrent.futures.as_completed(running), start=1):
+                try:
+                    traces[running[future]] = future.result()
+                except EndpointError as error:
+                    self.failed.append(str(error))
+                self._say(f"{name}: {done} of {len(messages)}", last=done == len(messages))
+        return [trace for trace in traces if trace is not None]
+
+    def _say(self, text: str, last: bool) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{text}", end="\n" if last else "", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._said > _QUIET_S:
+            self._said = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
 
 
 def run(
@@ -307,30 +386,46 @@ def run(
     workers: int,
     answer_of: Callable[[str, str], str | None] = boxed_answer,
 ) -> dict:
-    """Search, then aggregation, `workers` requests at once; answers, votes and all texts."""
+    """Search, then rounds of aggregation, `workers` requests at once; answers, votes, all texts.
+
+    What failed is left out: sets are then drawn from fewer traces.
+
+    Raises:
+      EndpointError: all requests of a stage have failed.
+    """
     search, aggregation = scaffold["search"], scaffold["aggregation"]
-    N, S, K = search["traces"], aggregation["subset_size"], aggregation["subsets"]
-    subsets = draw_subsets(random.Random(seed), N, S, K)
+    rounds, order = aggregation.get("rounds", 1), aggregation.get("order", "shuffled")
+    size, sets = aggregation["subset_size"], aggregation["subsets"]
+    draw_subsets(random.Random(seed), search["traces"], size, sets)  # else it would fail late
+    sampler, rng = Sampler(endpoint, scaffold, workers), random.Random(seed)
     first = seed * _TRACES_PER_SEED
 
-    messages = [search_message(problem, scaffold)] * N
-    traces = sample(messages, endpoint, scaffold, search["max_tokens"], first, workers)
+    messages = [search_message(problem, scaffold)] * search["traces"]
+    traces = sampler.sample("search", messages, search["max_tokens"], first)
+    found, pool, of_round = traces, traces, []
+    for number in range(1, rounds + 1):
+        if not pool:
+            raise EndpointError(sampler.failed[0])
+        S = min(size, len(pool))
+        subsets = draw_subsets(rng, len(pool), S, min(sets, math.comb(len(pool), S)), order)
+        messages = []
+        for subset in subsets:
+            message = aggregation_message(problem, [pool[n] for n in subset], scaffold)
+            messages += [message] * aggregation["traces"]
+        name, limit = f"aggregation {number}", aggregation["max_tokens"]
+        pool = sampler.sample(name, messages, limit, first + sampler.sent)
+        of_round.append({"subsets": subsets, "traces": [dataclasses.asdict(t) for t in pool]})
 
-    messages = []
-    for subset in subsets:
-        message = aggregation_message(problem, [traces[n] for n in subset], scaffold)
-        messages += [message] * aggregation["traces"]
-    aggregated = sample(messages, endpoint, scaffold, aggregation["max_tokens"], first + N, workers)
-
-    answers = [answer_of(problem, trace.text) for trace in aggregated]
+    answers = [answer_of(problem, trace.text) for trace in pool]
     votes = collections.Counter(answer for answer in answers if answer is not None)
     return {
         "answer": votes.most_common(1)[0][0] if votes else None,
         "votes": dict(votes),
         "without_answer": answers.count(None),
-        "subsets": subsets,
-        "search": [dataclasses.asdict(trace) for trace in traces],
-        "aggregation": [dataclasses.asdict(trace) for trace in aggregated],
+        "search": [dataclasses.asdict(trace) for trace in found],
+        "rounds": of_round,
+        "requests": sampler.sent,
+        "failed": sampler.failed,
     }
 
 
@@ -348,13 +443,43 @@ def load_scaffold(path: pathlib.Path) -> dict:
             f"{path}: made by another version (format {scaffold['format']}, unknown: {unknown}, "
             f"missing: {missing}). Use the script that was exported with it."
         )
+    for stage, known in _KNOWN_STAGE_FIELDS.items():
+        if strange := sorted(scaffold[stage].keys() - known):
+            raise ValueError(
+                f"{path}: {stage} has {strange}, which this script does not know. Use the one that "
+                "was exported with it."
+            )
+    order = scaffold["aggregation"].get("order", "shuffled")
+    if order not in _ORDERS:
+        raise ValueError(f"{path}: aggregation.order = {order!r}: must be {' or '.join(_ORDERS)}.")
     return scaffold
+
+
+def read_problems(path: pathlib.Path) -> list[str]:
+    """The problems of a file: a JSON object a line, with "problem" or "question".
+
+    Raises:
+      ValueError: names the line that is none.
+    """
+    problems = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            problems.append(row["problem"] if "problem" in row else row["question"])
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(
+                f'{path}:{number}: not a JSON object with "problem" or "question"'
+            ) from None
+    return problems
 
 
 def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     beside = pathlib.Path(__file__).parent / "spiral_scaffold.json"
-    parser.add_argument("problem", help='its text, or "-" to read it from stdin')
+    parser.add_argument("problem", nargs="?", help='its text, or "-" to read it from stdin')
+    parser.add_argument("--problems", help='JSONL file of {"problem" or "question"}, in its place')
     parser.add_argument("--base_url", required=True, help="such as http://localhost:8000/v1")
     parser.add_argument("--model", required=True, help="its name there")
     parser.add_argument("--scaffold", default=str(beside))
@@ -362,13 +487,19 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--subsets", type=int, help="K; default: as trained")
     parser.add_argument("--subset_size", type=int, help="S; default: as trained")
     parser.add_argument("--aggregation_traces", type=int, help="M of a subset; default: as trained")
+    parser.add_argument("--rounds", type=int, help="of aggregation; default: as trained")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=16, help="requests at once")
+    parser.add_argument("--timeout", type=float, default=_TIMEOUT_S, help="seconds for a request")
     parser.add_argument(
         "--reward", help="package.module:function, which returns (reward, answer); default: boxes"
     )
-    parser.add_argument("--out", help="JSON file that gets every trace")
-    return parser.parse_args()
+    parser.add_argument("--answer", help="regular expression; the group of its last match")
+    parser.add_argument("--out", help="file that gets every trace: a JSON object a problem")
+    flags = parser.parse_args()
+    if (flags.problem is None) == (flags.problems is None):
+        parser.error("give a problem, or --problems=FILE")
+    return flags
 
 
 def main() -> None:
@@ -377,21 +508,58 @@ def main() -> None:
         scaffold = load_scaffold(pathlib.Path(flags.scaffold))
         search, aggregation = scaffold["search"], scaffold["aggregation"]
         search["traces"] = flags.traces or search["traces"]
-        aggregation["subsets"] = flags.subsets or aggregation["subsets"]
-        aggregation["subset_size"] = flags.subset_size or aggregation["subset_size"]
+        for name in ("subsets", "subset_size", "rounds"):
+            if given := getattr(flags, name):
+                aggregation[name] = given
         aggregation["traces"] = flags.aggregation_traces or aggregation["traces"]
-        problem = sys.stdin.read() if flags.problem == "-" else flags.problem
-        endpoint = Endpoint(flags.base_url, flags.model)
-        answer_of = answer_of_reward(flags.reward) if flags.reward else boxed_answer
-        result = run(problem, scaffold, endpoint, flags.seed, flags.workers, answer_of)
-    except (EndpointError, ValueError, OSError) as error:
+        if flags.problems:
+            problems = read_problems(pathlib.Path(flags.problems))
+        else:
+            problems = [sys.stdin.read() if flags.problem == "-" else flags.problem]
+        endpoint = Endpoint(flags.base_url, flags.model, flags.timeout)
+        answer_of = boxed_answer
+        if flags.reward:
+            answer_of = answer_of_reward(flags.reward)
+        elif flags.answer:
+            answer_of = answer_of_pattern(flags.answer)
+        if flags.out:
+            pathlib.Path(flags.out).write_text("")
+        failed = False
+        for number, problem in enumerate(problems, start=1):
+            if len(problems) > 1:
+                print(f"problem {number} of {len(problems)}", file=sys.stderr, flush=True)
+            failed |= solve(problem, scaffold, endpoint, flags, answer_of)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    sys.exit(1 if failed else 0)
+
+
+def solve(
+    problem: str,
+    scaffold: dict,
+    endpoint: Endpoint,
+    flags: argparse.Namespace,
+    answer_of: Callable[[str, str], str | None],
+) -> bool:
+    """Solves a problem, prints its answer and writes it to --out; whether a request has failed."""
+    try:
+        result = run(problem, scaffold, endpoint, flags.seed, flags.workers, answer_of)
+    except EndpointError as error:
+        result = {"answer": None, "failed": [str(error)]}
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        print(
+            f"answer: {result['answer']}   votes: {result['votes']}   "
+            f"without an answer: {result['without_answer']}",
+            flush=True,
+        )
+        if failed := result["failed"]:
+            of = f"{len(failed)} of {result['requests']} requests failed, the rest is used"
+            print(f"error: {of}: {failed[0]}", file=sys.stderr, flush=True)
     if flags.out:
-        pathlib.Path(flags.out).write_text(json.dumps(result, indent=2) + "\n")
-    print(
-        f"answer: {result['answer']}   votes: {result['votes']}   "
-        f"without an answer: {result['without_answer']}"
-    )
+        with open(flags.out, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"problem": problem} | result) + "\n")
+    return bool(result["failed"])
 
 
 if __name__ == "__main__":

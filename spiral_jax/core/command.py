@@ -182,11 +182,16 @@ def _config_file(argv: Sequence[str]) -> pathlib.Path | None:
 
 
 def _check_file(file: pathlib.Path) -> None:
-    """Raises `ConfigError`: there is no such file."""
+    """Makes what stands beside the file's folder importable: `from configs import tiny`.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
     if not file.is_file():
         raise config.ConfigError(
             f"--config={file}: no such file. Give one of configs/, or one of your own."
         )
+    sys.path.append(str(file.resolve().parent.parent))  # commands run from any directory
 
 
 def _check_config(file: pathlib.Path, value: Any) -> None:

@@ -70,7 +70,9 @@ def defaults() -> ConfigDict:
     c.mesh.tensor = 1  # heads and feed-forward columns
 
     c.task = ConfigDict()
-    c.task.name = "jsonl"  # a row of tasks/load.py
+    # a row of tasks/load.py; or your "package.module:function", a function (task.seed,
+    # **task.generator_args) -> spiral_jax.library.Task
+    c.task.name = "jsonl"
     # jsonl: file of {"problem" or "question", "answer"}, GSM8K's `#### 42` is understood; parquet:
     # verl's layout; all other columns reach a reward of yours as problem.metadata
     c.task.train_path = ""
@@ -182,15 +184,12 @@ def defaults() -> ConfigDict:
 
     c.batch = ConfigDict()
     c.batch.problems = 256  # B kept problems an optimizer step (paper)
-    c.batch.search_lengths = ((1024, 4096),)  # (P, G) of the search micro-batches, ascending
-    c.batch.search_groups = 16  # U of a search micro-batch
-    # the same for aggregation
-    c.batch.aggregation_lengths = (
-        (2048, 4096),
-        (9216, 4096),
-        (17920, 4096),
-    )
-    c.batch.aggregation_groups = 16  # U of an aggregation micro-batch
+    # (P, G) of the search micro-batches, ascending; () = what the limits on prompts and traces ask
+    c.batch.search_lengths = ()
+    # U of a search micro-batch; 0 = as many as have 32,768 tokens on each shard of the groups
+    c.batch.search_groups = 0
+    c.batch.aggregation_lengths = ()  # the same for aggregation
+    c.batch.aggregation_groups = 0
 
     c.loss = ConfigDict()
     c.loss.estimator = "marginal_mean"  # a row of objective/estimators.py (paper)

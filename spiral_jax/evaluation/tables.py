@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -138,17 +139,20 @@ def _counts_table(counts: Mapping[str, Mapping[str, int]]) -> Table:
 # Two evaluations
 
 
-def comparison_tables(comparison: Mapping[str, Any]) -> list[Table]:
-    """The content of comparison.json: efficiency, gaps, gaps at equal tokens."""
+def comparison_tables(comparison: Mapping[str, Any], names: Sequence[str]) -> list[Table]:
+    """The content of comparison.json: efficiency, gaps, gaps at equal tokens.
+
+    Args:
+      names: of A and B; see `name_sides`.
+    """
     equal_tokens = _equal_tokens_table(comparison["equal_tokens"])
     left_out = [f"left out: {reason}" for reason in comparison["left_out"]]
     equal_tokens.caption = "; ".join(left_out) or None
-    return [_efficiency_table(comparison), _gaps_table(comparison["gaps"]), equal_tokens]
+    return [_efficiency_table(comparison, names), _gaps_table(comparison["gaps"]), equal_tokens]
 
 
-def _efficiency_table(comparison: Mapping[str, Any]) -> Table:
-    model_a, model_b = (comparison[side]["model"]["hf_path"] for side in "ab")
-    title = f"A {model_a}, B {model_b}: samples for equal coverage"
+def _efficiency_table(comparison: Mapping[str, Any], names: Sequence[str]) -> Table:
+    title = f"A {names[0]}, B {names[1]}: samples for equal coverage"
     table = _make_table(title, "coverage", "samples of A", "samples of B", "A / B [95 %]")
     for row in comparison["efficiency"]:
         coverage = f"{100 * row['coverage']:.1f} %"
@@ -178,12 +182,26 @@ def _equal_tokens_table(gaps: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def name_by_directory(path_a: str, a: dict, path_b: str, b: dict) -> dict[str, dict]:
-    """Results by the name of their directory, which is what pictures call them; A first."""
-    name_a, name_b = (pathlib.Path(path).absolute().parent.name for path in (path_a, path_b))
-    if name_a == name_b:
-        name_a, name_b = f"A: {name_a}", f"B: {name_b}"
-    return {name_a: a, name_b: b}
+def name_sides(paths: Sequence[str], models: Sequence[Mapping[str, str]]) -> list[str]:
+    """What tables and pictures call A and B: model@step, RUN@STEP where a run has trained it.
+
+    Args:
+      paths: of two results.json.
+      models: their `model`.
+    """
+    names = [_name_model(path, model) for path, model in zip(paths, models, strict=True)]
+    if names[0] == names[1]:  # the same model, evaluated twice
+        folders = (pathlib.Path(path).absolute().parent.name for path in paths)
+        names = [f"{name} ({folder})" for name, folder in zip(names, folders, strict=True)]
+    return names if names[0] != names[1] else [f"A: {names[0]}", f"B: {names[1]}"]
+
+
+def _name_model(path: str, model: Mapping[str, str]) -> str:
+    folder = pathlib.Path(path).absolute().parent
+    if folder.parent.name == "evaluations" and (at := re.fullmatch(r"step_(\d+)", folder.name)):
+        return f"{folder.parent.parent.name}@{int(at[1])}"  # made by training
+    name = model["init_from"] or model["adapter_path"] or model["hf_path"]
+    return pathlib.Path(name).name
 
 
 # The evaluations of a training run

@@ -33,7 +33,7 @@ from spiral_jax.evaluation.stages import evaluation_stages
 from spiral_jax.evaluation.statistics import bootstrap_weights, mean_and_interval
 from spiral_jax.prompts.prompts import search_prompt
 from spiral_jax.prompts.scaffold import Scaffold
-from spiral_jax.rollout.feed import Course, Feed
+from spiral_jax.rollout.feed import Course, Feed, Listed
 from spiral_jax.rollout.judge import Strategy, reward, trace_texts
 from spiral_jax.rollout.requests import Asked, Writer
 from spiral_jax.rollout.stages import Stage
@@ -94,20 +94,6 @@ class Wave(NamedTuple):
     records: list[Record]
     counts: Counter
     groups: dict[str, Groups]
-
-
-class _Listed:
-    """`feed.Problems` that are all there from the start."""
-
-    def __init__(self, asked: Sequence[Asked]):
-        self._waiting = list(reversed(asked))
-
-    def next(self) -> Asked | None:
-        return self._waiting.pop() if self._waiting else None
-
-    @property
-    def exhausted(self) -> bool:
-        return not self._waiting
 
 
 def held_out_problems(settings: EvaluationSettings, task: Task, scaffold: Scaffold) -> list[Asked]:
@@ -222,7 +208,7 @@ class Evaluator:
     ) -> Feed:
         """All groups of the stages; `given` has the problems' search groups."""
         writer = Writer(self.scaffold, Purpose.EVALUATION, step, self.settings.seed, self.order)
-        feed = Feed(stages, writer, _Listed(() if given else asked))
+        feed = Feed(stages, writer, Listed(() if given else asked))
         for each in asked if given else ():
             feed.begin_with(each, given.courses[each.cursor].of_stage(stages[0]))
         with self.progress.phase("sampling"):

@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from spiral_jax.core.config import ConfigError
 
 GPUS_A_HOST = 8
-INSTALL = "pip install -r requirements-plan-gpu.txt"
+INSTALL = 'pip install ".[plan-gpu]"'
 
 # Tiles are chosen by a rule: timing them needs the GPU.
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}

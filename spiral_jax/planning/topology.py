@@ -23,7 +23,7 @@ from spiral_jax.model.flops import PEAK_FLOPS_PER_S
 from spiral_jax.planning import gpus
 
 GB, GIB = 1e9, 2**30
-INSTALL = "pip install -r requirements-plan.txt"
+INSTALL = 'pip install ".[plan]"'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -100,3 +101,11 @@ def save(figure: Figure, path: str | os.PathLike) -> None:
     """Writes the figure as a PNG; `path` may be an address that etils' epath knows."""
     with epath.Path(path).open("wb") as file:
         figure.savefig(file, format="png")
+
+
+def save_both(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes the figure as the PNG `path`, and as an SVG beside it, for papers."""
+    save(figure, path)
+    same_bytes = {"svg.hashsalt": "spiral_jax"}  # for the same figure
+    with epath.Path(path).with_suffix(".svg").open("wb") as file, rc_context(same_bytes):
+        figure.savefig(file, format="svg", metadata={"Date": None})

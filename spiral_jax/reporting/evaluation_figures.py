@@ -20,14 +20,15 @@ from spiral_jax.reporting.axes import (
     new_figure,
     plot_curve,
     round_axis,
-    save,
+    save_both,
     set_note,
     set_title,
     tidy,
 )
 from spiral_jax.reporting.style import BLACK, BLUE, GREEN, ORANGE, VERMILION
 
-_SIDES = (ORANGE, BLUE)  # A, B
+_SIDES = {ORANGE: -1, BLUE: 1}  # A, B: colour, and on which side of a place they stand
+_APART = 1.03  # how far, as a factor
 _INTERVALS = "bands and bars: 95 % bootstrap interval over problems"
 _WIDTH, _HEIGHT = 7.6, 5.0  # inches
 
@@ -60,12 +61,14 @@ class _Side:
       measures, settings: of its results.json.
       color: of all its curves; None: each way has its own.
       prefix: of its labels.
+      aside: -1, 0 or 1: where its lone points stand, so that no bar hides another's.
     """
 
     measures: dict[str, Any]
     settings: dict[str, Any]
     color: str | None
     prefix: str
+    aside: int
 
     def plot(
         self,
@@ -91,7 +94,8 @@ class _Side:
         )
 
     def plot_once(self, axes: Axes, x: float) -> None:
-        """The point of one aggregation."""
+        """The point of one aggregation; the x axis is logarithmic."""
+        x *= _APART**self.aside
         label = f"aggregated once, of {self.settings['subset_size']} traces"
         self.plot(axes, "aggregated once", [x], [self.measures["aggregated"]], label=label)
 
@@ -99,10 +103,10 @@ class _Side:
 def _sides(results: Mapping[str, dict]) -> Iterator[_Side]:
     if len(results) == 1:
         (evaluation,) = results.values()
-        yield _Side(evaluation["measures"], evaluation["settings"], None, "")
+        yield _Side(evaluation["measures"], evaluation["settings"], None, "", 0)
         return
-    for color, (name, evaluation) in zip(_SIDES, results.items(), strict=True):
-        yield _Side(evaluation["measures"], evaluation["settings"], color, f"{name}: ")
+    for (color, aside), (name, evaluation) in zip(_SIDES.items(), results.items(), strict=True):
+        yield _Side(evaluation["measures"], evaluation["settings"], color, f"{name}: ", aside)
 
 
 def plot_evaluation(
@@ -110,7 +114,7 @@ def plot_evaluation(
     directory: pathlib.Path,
     efficiency: Mapping[str, Any] | None = None,
 ) -> list[pathlib.Path]:
-    """Writes pass_at_k.png, rsa.png, tokens.png and voting.png into `directory`.
+    """Writes pass_at_k, rsa, tokens and voting into `directory`, each as PNG and as SVG.
 
     Args:
       results: name for the legend -> content of results.json; one, or A and B.
@@ -118,7 +122,7 @@ def plot_evaluation(
         curves.
 
     Returns:
-      The paths of the pictures.
+      The paths of the PNGs.
     """
     figures = {
         "pass_at_k": _pass_at_k(results, efficiency),
@@ -129,7 +133,7 @@ def plot_evaluation(
     paths = []
     for name, figure in figures.items():
         paths.append(directory / f"{name}.png")
-        save(figure, paths[-1])
+        save_both(figure, paths[-1])
     return paths
 
 
@@ -169,6 +173,8 @@ def _rsa(results: Mapping[str, dict]) -> Figure:
     for side in _sides(results):
         rows = side.measures["rsa"]
         rounds = [row["round"] for row in rows]
+        if len(rows) == 1:  # points with bars, not curves with bands
+            rounds = [rounds[0] + (_APART - 1) * side.aside]
         side.plot(accuracy, "RSA", rounds, [row["single"] for row in rows], label="mean")
         side.plot(accuracy, "pass@N", rounds, [row["pass_at_n"] for row in rows], band=False)
         side.plot(accuracy, "maj@N", rounds, [row["majority"] for row in rows], band=False)

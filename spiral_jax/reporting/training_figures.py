@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from spiral_jax.evaluation.tables import defined_estimate
-from spiral_jax.reporting.axes import new_figure, save, tidy
+from spiral_jax.reporting.axes import new_figure, save_both, tidy
 from spiral_jax.reporting.series import has_values, running_mean, series, smoothing_window
 from spiral_jax.reporting.style import AGGREGATION, GREY, SEARCH, VOTE
 
@@ -50,7 +50,15 @@ def _by_role(prefix: str) -> dict[str, tuple[str, str]]:
 _PANELS = (
     Panel("mean trace length", "tokens", _by_role("length/"), legend=True, from_zero=True),
     Panel(
-        "answers that could be parsed",
+        "traces cut off",
+        "% cut off",
+        _by_role("length/cut_off_"),
+        scale=100,
+        legend=True,
+        from_zero=True,
+    ),
+    Panel(
+        "answers parsed",
         "% of traces",
         _by_role("verifier/parse_rate_"),
         scale=100,
@@ -76,7 +84,7 @@ _HELD_OUT = {
 def plot_training(
     metrics: Sequence[dict], evaluations: Sequence[dict], png_path: epath.PathLike
 ) -> None:
-    """Plots reward, trace length, parse rate, gradient norm and mismatch over optimizer steps.
+    """Plots reward, trace length, truncation, parse rate, gradient norm and mismatch over steps.
 
     A panel or curve whose metrics are missing, null or NaN throughout is left out; single such
     steps are gaps.
@@ -85,7 +93,7 @@ def plot_training(
       metrics: rows of metrics.jsonl, one a step.
       evaluations: rows of evaluations.jsonl, each with `step` and some of `single`, `majority`,
         `aggregated` (the fields of `statistics.Estimate` as a dict).
-      png_path: file that is written, 1,680 x 840 pixels.
+      png_path: file that is written, 1,680 x 840 pixels; and an SVG beside it.
 
     Raises:
       ValueError: there is nothing to plot.
@@ -117,7 +125,7 @@ def plot_training(
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         tidy(axes)
-    save(figure, png_path)
+    save_both(figure, png_path)
 
 
 def _grid(figure: Figure | SubFigure, panels: int) -> list[Axes]:

@@ -32,6 +32,20 @@ class Problems(Protocol):
         """Whether no other problem will come."""
 
 
+class Listed:
+    """`Problems` that are all there from the start."""
+
+    def __init__(self, asked: Sequence[Asked]):
+        self._waiting = list(reversed(asked))
+
+    def next(self) -> Asked | None:
+        return self._waiting.pop() if self._waiting else None
+
+    @property
+    def exhausted(self) -> bool:
+        return not self._waiting
+
+
 @dataclasses.dataclass
 class Course:
     """One problem on its way.

@@ -92,6 +92,10 @@ class RunLog:
         """The rows of metrics.jsonl; of several processes the first alone can count on them."""
         return self._metrics.read()
 
+    def starts(self) -> list[dict[str, Any]]:
+        """The rows of starts.jsonl."""
+        return StepLog(self.path / "starts.jsonl").read()
+
     def add_step(
         self, step: int, metrics: dict[str, float | None], traces: Iterable[dict] | None
     ) -> None:

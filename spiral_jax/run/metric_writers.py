@@ -25,7 +25,7 @@ def check_installed(writers: Sequence[str]) -> None:
         if importlib.util.find_spec(_PACKAGE[name]) is None:
             raise ConfigError(
                 f"config.metrics.writers has {name!r}, which needs the package {_PACKAGE[name]}: "
-                "pip install -r requirements-writers.txt, or leave it out."
+                'pip install ".[writers]", or leave it out.'
             )
 
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spiral_jax.core.config import ConfigError
+from spiral_jax.core.functions import load_function
 from spiral_jax.core.groups import Groups
 from spiral_jax.core.mesh import make_mesh
 from spiral_jax.core.progress import Progress
@@ -52,7 +53,6 @@ from spiral_jax.sampling.settings import check_sampling
 from spiral_jax.tasks.load import check_task, load_task
 from spiral_jax.tasks.problem import Task
 from spiral_jax.verifier.choice import RewardChoice
-from spiral_jax.verifier.functions import load_function
 from spiral_jax.verifier.references import check_references
 from spiral_jax.verifier.rewards import MATH
 from spiral_jax.verifier.settings import VerifierSettings

@@ -26,6 +26,7 @@ from spiral_jax.run.examples import Examples, show_nothing
 from spiral_jax.run.guards import NumericsGuard, check_mismatch, watched_metrics
 from spiral_jax.run.log import RunLog
 from spiral_jax.run.preemption import Preemption
+from spiral_jax.run.rehearsal import prompt_lengths
 from spiral_jax.run.retention import Retention
 from spiral_jax.run.saver import Saver
 from spiral_jax.run.setup import Setup, make_evaluator
@@ -81,7 +82,8 @@ class TrainingRun:
         setup, reports = self.setup, ()
         if not self.finished:
             with self.progress.phase("compiling"), self.preemption.interruptible():
-                reports = setup.task.report, setup.sampler.start_report()
+                lengths = prompt_lengths(setup)
+                reports = setup.task.report, lengths, setup.sampler.start_report()
         self.progress.take_times()  # a step's times are its own
         if self.preemption.notice:
             return

@@ -75,9 +75,7 @@ def sweep_module() -> ModuleType:
     try:
         return importlib.import_module("spiral_jax.studies.sweep")
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"a sweep needs {error.name}: pip install -r requirements-sweep.txt"
-        ) from error
+        raise ConfigError(f'a sweep needs {error.name}: pip install ".[sweep]"') from error
 
 
 @dataclasses.dataclass(frozen=True)

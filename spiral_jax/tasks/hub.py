@@ -1,6 +1,6 @@
 """A data set of the Hugging Face Hub, or a local directory that `datasets` reads -> `Task`.
 
-The package is optional: pip install -r requirements-datasets.txt. From version 4 on it runs no code
+The package is optional: pip install ".[datasets]". From version 4 on it runs no code
 of data sets.
 """
 
@@ -118,7 +118,7 @@ def _load(dataset: str, subset: str, split: str) -> Any:
     except ImportError as error:
         raise TaskError(
             'config.task.name = "hf" needs the package datasets, which is optional: '
-            "pip install -r requirements-datasets.txt"
+            'pip install ".[datasets]"'
         ) from error
     try:
         return datasets.load_dataset(dataset, subset or None, split=split)

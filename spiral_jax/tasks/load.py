@@ -1,6 +1,7 @@
 """config.task -> `Task`: the one place that knows tasks by name.
 
-A new task is a file in this folder and a row of `TASKS`.
+A new task is a file in this folder and a row of `TASKS`; or a function elsewhere, which
+config.task.name names as "package.module:function".
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from spiral_jax.core.config import ConfigError
+from spiral_jax.core.functions import load_function
 from spiral_jax.tasks.problem import Task
 
 
@@ -90,9 +92,12 @@ def load_task(task: ConfigDict, seed: int, system: str) -> Task:
       system: config.prompt.system, which problems with a system message of their own must have.
 
     Raises:
-      ConfigError: unknown name or negative seed.
+      ConfigError: unknown name or negative seed; or a function that cannot be loaded, or returns
+        something else.
       spiral_jax.tasks.problem.TaskError: the problems cannot be had.
     """
+    if ":" in task.name:
+        return _load_own(task)
     row = _row(task.name)
     values = {"seed": seed, "prompt.system": system}
     values |= {f"task.{name}": value for name, value in task.to_dict().items()}
@@ -113,6 +118,8 @@ def check_task(task: ConfigDict, training: bool, evaluated: bool) -> None:
     Raises:
       ConfigError: an unknown name, or a field that must not be empty.
     """
+    if ":" in task.name:  # what it needs it says when it is called
+        return
     row = _row(task.name)
     _check_named(task, row.needs)
     if training:
@@ -132,9 +139,28 @@ def load_demonstrations(name: str) -> ModuleType:
     return importlib.import_module(TASKS[name].module)
 
 
+def _load_own(task: ConfigDict) -> Task:
+    """What a function of the user's returns; it is called with task.seed and task.generator_args.
+
+    Raises:
+      ConfigError: there is no such function, or it returns no `Task`.
+    """
+    function = load_function("task.name", task.name, 'must be "package.module:function".')
+    loaded = function(task.seed, **task.generator_args.to_dict())
+    if not isinstance(loaded, Task):
+        raise ConfigError(
+            f"config.task.name = {task.name!r}: it returned {type(loaded).__name__}, and must "
+            "return a spiral_jax.library.Task."
+        )
+    return loaded
+
+
 def _row(name: str) -> TaskRow:
     if name not in TASKS:
-        raise ConfigError(f"config.task.name = {name!r}: must be one of {', '.join(TASKS)}.")
+        raise ConfigError(
+            f"config.task.name = {name!r}: must be one of {', '.join(TASKS)}, or your "
+            '"package.module:function".'
+        )
     return TASKS[name]
 
 

@@ -69,5 +69,15 @@ class RewardChoice:
 
 
 def as_choice(reward: str | RewardChoice) -> RewardChoice:
-    """One reward for all problems, where it is a name."""
+    """One reward for all problems, where it is a name.
+
+    Raises:
+      ConfigError: it is a function.
+    """
+    if callable(reward):
+        raise ConfigError(
+            f"the reward is {reward!r}: it must be named, as "
+            '"package.module:function", because processes of their own import it. Write it into a '
+            "file, in a folder of sys.path."
+        )
     return RewardChoice(reward) if isinstance(reward, str) else reward

@@ -24,9 +24,9 @@ from multiprocessing.connection import Connection, Pipe, wait
 
 from spiral_jax.core import faults
 from spiral_jax.core.errors import UserError
+from spiral_jax.core.functions import hint_at
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier import sandbox
-from spiral_jax.verifier.functions import hint_at
 from spiral_jax.verifier.rewards import MATH, Status, Verdict, is_users, judge, load_reward
 from spiral_jax.verifier.settings import VerifierSettings
 

@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from spiral_jax.core.config import ConfigError
+from spiral_jax.core.functions import describe_error, load_function, source_fingerprint
 from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier import mathematics
-from spiral_jax.verifier.functions import describe_error, load_function, source_fingerprint
 
 MATH = "math"
 Reward = bool | float | None
@@ -166,6 +167,11 @@ def load_reward(path: str) -> RewardFunction:
         # imports and tables take seconds, which are to be no part of the first answer's time
         mathematics.warm_up()
         return math_reward
+    if path.startswith("__main__:"):
+        raise ConfigError(
+            f"config.task.reward = {path!r}: its processes import it, and their __main__ is not "
+            "yours. Write the function into a file of its own."
+        )
     return load_function("task.reward", path, 'must be "math" or "package.module:function".')
 
 

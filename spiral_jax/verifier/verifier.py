@@ -36,7 +36,7 @@ class Verifier:
         never need them. Each reward function has its own.
 
     Raises:
-      ConfigError: a reward function cannot be loaded.
+      ConfigError: a reward function cannot be loaded, or is given as such and not named.
     """
 
     def __init__(self, reward: str | RewardChoice, settings: VerifierSettings):

@@ -1,5 +1,6 @@
 """The stand-alone script: the prompts of training, on an endpoint of the tests' own."""
 
+import contextlib
 import functools
 import http.server
 import json
@@ -8,6 +9,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -49,9 +51,10 @@ class Server(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append((self.path, body, self.headers.get("Authorization")))
         status, content = self.server.reply(body)
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(json.dumps(content).encode())
+        with contextlib.suppress(BrokenPipeError):  # nobody waits any more
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
 
     def log_message(self, *_):
         pass
@@ -155,14 +158,16 @@ def test_the_script_searches_aggregates_and_votes(server, tmp_path):
     assert sorted(body["max_tokens"] for body in bodies) == [40] * 4 + [50] * 6
     assert {body["seed"] for body in bodies} == set(range(10))
 
-    assert len({tuple(sorted(subset)) for subset in result["subsets"]}) == 3
+    (of_round,) = result["rounds"]
+    assert len({tuple(sorted(subset)) for subset in of_round["subsets"]}) == 3
+    assert result["failed"] == [] and result["requests"] == 10
     shown = [body["messages"][0]["content"] for body in bodies if body["max_tokens"] == 50]
-    for subset in result["subsets"]:
+    for subset in of_round["subsets"]:
         first, second = (result["search"][n]["text"] for n in subset)
         listed = f"Attempt 1:\n{first}\n\nAttempt 2:\n{second}"
         assert sum(listed in text for text in shown) == 2
     _, again = run_script("six by seven")
-    assert again["subsets"] == result["subsets"]
+    assert again["rounds"][0]["subsets"] == of_round["subsets"]
 
 
 def test_a_reward_that_says_what_the_answer_is_votes_without_boxes(server, tmp_path, monkeypatch):
@@ -250,6 +255,99 @@ def test_an_endpoint_that_refuses_is_an_error_in_its_own_words(server, monkeypat
     assert [key for _, _, key in server.asked] == ["Bearer k"]
 
 
+def echo(body):
+    """Answers that name their request, so that prompts show whose answers they hold."""
+    return 200, choice(f"trace {body['seed']} says \\boxed{{{body['seed'] % 2}}}")
+
+
+def test_rounds_read_the_round_before_in_the_order_of_the_scaffold(server):
+    server.reply = echo
+    rules = scaffold()
+    rules["aggregation"] |= {"rounds": 2, "order": "sampled", "subset_size": 3}
+    result = spiral_infer.run("x", rules, Endpoint(server.url, "m"), 0, 2)
+    assert len(server.asked) == result["requests"] == 4 + 6 + 6
+    shown = {body["seed"]: body["messages"][0]["content"] for _, body, _ in server.asked}
+    for number, of_round in enumerate(result["rounds"]):
+        first_read, first = (0, 4) if number == 0 else (4, 10)
+        for k, subset in enumerate(of_round["subsets"]):
+            assert subset == sorted(subset) and len(subset) == 3
+            read = "\n\n".join(
+                f"Attempt {place}:\ntrace {first_read + n} says \\boxed{{{(first_read + n) % 2}}}"
+                for place, n in enumerate(subset, start=1)
+            )
+            assert all(read in shown[first + 2 * k + m] for m in range(2))
+    assert result["votes"] == {"0": 3, "1": 3}  # of the last round alone
+
+
+def test_what_fails_is_left_out_named_and_ends_with_an_error_when_all_is_done(
+    server, tmp_path, monkeypatch, capsys
+):
+    def reply(body):
+        return (400, {"error": "too hot"}) if body["seed"] in (1, 6) else echo(body)
+
+    server.reply = reply
+    (tmp_path / "scaffold.json").write_text(json.dumps(scaffold()))
+    (tmp_path / "problems.jsonl").write_text('{"problem": "a"}\n\n{"question": "b"}\n')
+    out = tmp_path / "out.jsonl"
+    flags = [f"--base_url={server.url}", "--model=m", f"--out={out}"]
+    flags += [f"--scaffold={tmp_path}/scaffold.json", f"--problems={tmp_path}/problems.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["spiral_infer.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        spiral_infer.main()
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.out.count("votes: ") == 2
+    assert "2 of 10 requests failed, the rest is used" in printed.err and "too hot" in printed.err
+    a, b = map(json.loads, out.read_text().splitlines())
+    assert (a["problem"], b["problem"]) == ("a", "b")
+    assert [trace["text"][:7] for trace in a["search"]] == ["trace 0", "trace 2", "trace 3"]
+    assert sum(a["votes"].values()) == 5 and len(a["failed"]) == 2
+
+
+def test_where_nothing_answers_the_error_is_the_endpoints(server, tmp_path, monkeypatch, capsys):
+    server.reply = lambda body: (404, "no model m")
+    (tmp_path / "scaffold.json").write_text(json.dumps(scaffold()))
+    flags = [f"--base_url={server.url}", "--model=m", f"--scaffold={tmp_path}/scaffold.json", "x"]
+    monkeypatch.setattr(sys, "argv", ["spiral_infer.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        spiral_infer.main()
+    assert ended.value.code == 1 and "404" in capsys.readouterr().err
+
+
+def test_answers_without_a_box_are_found_by_a_pattern(server):
+    answer_of = spiral_infer.answer_of_pattern(r"(?i)answer:\s*(\S+)")
+    assert answer_of("x", "Answer: 3, no\nanswer: 42 of course") == "42"
+    assert answer_of("x", "<think>answer: 3</think>none") is None
+    for pattern, expected in (("answer", "needs a group"), ("(", "no regular expression")):
+        with pytest.raises(ValueError, match=expected):
+            spiral_infer.answer_of_pattern(pattern)
+
+
+def test_a_reply_that_is_no_openai_answer_is_quoted(server):
+    page = "<html>" + 300 * "x"
+    server.reply = lambda body: (200, page)
+    with pytest.raises(EndpointError, match="v1/chat/completions: not an OpenAI answer") as error:
+        Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
+    assert "<html>xxx" in str(error.value) and 150 < str(error.value).count("x") < 210
+
+
+def test_a_server_that_sends_the_prompt_back_is_refused(server):
+    # as transformers 5.17 serves a Qwen3 model whose chat template is not Qwen3's
+    server.reply = lambda body: (200, choice("<|user|>six by seven<|end|><|assistant|>42<|end|>"))
+    rules = scaffold(search="{problem}")
+    with pytest.raises(EndpointError, match="puts the prompt"):
+        Endpoint(server.url, "m").complete("six by seven", rules, 40, 0)
+    server.reply = lambda body: (200, choice("six by seven is 42"))
+    assert Endpoint(server.url, "m").complete("six by seven", rules, 40, 0).text.endswith("42")
+
+
+def test_a_request_that_takes_too_long_is_an_error(server, monkeypatch):
+    monkeypatch.setattr(spiral_infer, "_ATTEMPTS", 1)
+    server.reply = lambda body: time.sleep(0.5) or echo(body)
+    with pytest.raises(EndpointError, match="timed out"):
+        Endpoint(server.url, "m", timeout_s=0.1).complete("x", scaffold(), 40, 0)
+
+
 def test_sets_that_do_not_exist_and_scaffolds_of_another_version_are_errors(tmp_path):
     with pytest.raises(ValueError, match="4 different subsets of 2 out of 3"):
         spiral_infer.draw_subsets(random.Random(0), 3, 2, 4)
@@ -262,6 +360,12 @@ def test_sets_that_do_not_exist_and_scaffolds_of_another_version_are_errors(tmp_
     file.write_text(json.dumps(of_the_past))
     with pytest.raises(ValueError, match=r"missing: \['system'\].*exported with it"):
         spiral_infer.load_scaffold(file)
+    for field, expected in (("order", "order = 'of_the_future'"), ("weights", r"\['weights'\]")):
+        strange = scaffold()
+        strange["aggregation"][field] = "of_the_future"
+        file.write_text(json.dumps(strange))
+        with pytest.raises(ValueError, match=expected):
+            spiral_infer.load_scaffold(file)
 
 
 TEXTS = ("", "4", r"\boxed{4}", r"\boxed {\frac{1}{2}} x", r"\boxed{1} \boxed{2", r"\boxed{\}}")

@@ -269,13 +269,13 @@ def test_what_a_data_set_lacks_is_named(shelf, monkeypatch):
         hub.task("d", "main", "train", "", "q", "a", 0)
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
     with pytest.raises(
-        TaskError, match=r"needs the package datasets.*pip install -r requirements-datasets\.txt"
+        TaskError, match=r"needs the package datasets.*pip install \"\.\[datasets\]"
     ):
         hub.task("d", "main", "train", "", "q", "a", 0)
 
 
 def test_the_real_package_reads_a_local_directory_without_a_network(tmp_path, monkeypatch):
-    pytest.importorskip("datasets", reason="optional: pip install -r requirements-datasets.txt")
+    pytest.importorskip("datasets", reason='optional: pip install ".[datasets]"')
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.jsonl").write_text(
         '{"problem": "1?", "answer": 1}\n{"problem": "2?", "answer": 2}\n'

@@ -85,8 +85,9 @@ def kept_traces(workdir, step):
 
 
 def contents_of(workdir):
-    files = [path for path in workdir.rglob("*") if path.is_file() and path.suffix != ".png"]
-    return {path: path.read_bytes() for path in files}
+    pictures = (".png", ".svg")  # are drawn again
+    files = [path for path in workdir.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if path.suffix not in pictures}
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +115,19 @@ def test_a_run_writes_what_the_readme_lists(finished):
         "traces",
         "checkpoints",
         "curves.png",
+        "curves.svg",
         "results.md",
     }
     evaluations = (workdir / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in evaluations] == [0, 4]
     assert "search prompt" in done.stdout and "aggregation trace" in done.stdout
-    assert (workdir / "results.md").read_text() in done.stdout
+    results = (workdir / "results.md").read_text()
+    assert results in done.stdout
+    (start,) = map(json.loads, (workdir / "starts.jsonl").open())
+    digest_of_run = json.loads((workdir / "config.json").read_text())["config_digest"]
+    commit = start["commit"] or "not known"
+    for part in ("bundled:tiny", digest_of_run[:12], commit, start["time"]):
+        assert part in results
     row = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
     for key in (
         "reward/aggregated",
@@ -236,3 +244,4 @@ def test_a_dry_run_checks_shapes_and_writes_nothing(run, tmp_path):
     done = run(tmp_path / "run", "--dry_run")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "nothing was written" in done.stdout and not (tmp_path / "run").exists()
+    assert "reward " in done.stdout and "keep_tail_tokens" not in done.stdout

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -32,7 +33,8 @@ from spiral_jax.verifier.choice import RewardChoice
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden_results.json"
-PICTURES = {"pass_at_k.png", "rsa.png", "tokens.png", "voting.png"}
+PICTURES = {f"{name}.png" for name in ("pass_at_k", "rsa", "tokens", "voting")}
+PICTURES |= {name.replace("png", "svg") for name in PICTURES}
 
 
 def script(role, cursor, k, i):
@@ -226,6 +228,9 @@ def test_the_fingerprint_of_weights_shows_what_changed_inside_a_file(tmp_path):
 
 def assert_pictures(workdir):
     for name in PICTURES:
+        if name.endswith(".svg"):
+            assert ElementTree.parse(workdir / name).getroot().tag.endswith("}svg")
+            continue
         pixels = imread(workdir / name)
         assert min(pixels.shape[:2]) >= 600 and pixels.std() > 0.05
 

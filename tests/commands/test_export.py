@@ -21,7 +21,7 @@ from small_runs import make_run
 
 from configs import tiny
 from spiral_jax.core.config import ConfigError, to_plain
-from spiral_jax.export import export, merged_outputs
+from spiral_jax.export import export, merged_outputs, model_card
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.tensor_files import WeightsError, open_tensors
@@ -207,11 +207,24 @@ def test_peft_gives_our_logits_for_the_exported_adapter(run_of, mesh, tmp_path):
     assert gap(our_logits(run, mesh, ids), ids, loaded) <= PARITY
 
 
+def test_a_model_card_says_how_to_serve_and_aggregate(run_of):
+    c = run_of("llama lora").c
+    merged, adapter = (
+        model_card(run_of("llama lora").trained, "mine", adapter) for adapter in (False, True)
+    )
+    for card in (merged, adapter):
+        assert "step 5" in card and c.model.hf_path in card
+        assert "spiral_infer.py --base_url=http://localhost:8000/v1 --model=mine" in card
+    assert "vllm serve . --served-model-name=mine" in merged
+    assert f"vllm serve {c.model.hf_path} --enable-lora --max-lora-rank=4" in adapter
+
+
 def test_tokenizer_stop_ids_sampling_and_scaffold_travel_along(run_of, merged_of):
     run, out = run_of("llama full"), merged_of("llama full")
     names = {path.name for path in out.iterdir() if path.suffix != ".safetensors"}
     expected = {"config.json", "generation_config.json", "model.safetensors.index.json"}
-    assert names == expected | {*TOKENIZER, "spiral_infer.py", "spiral_scaffold.json"}
+    expected |= {*TOKENIZER, "spiral_infer.py", "spiral_scaffold.json", "README.md"}
+    assert names == expected
 
     ours, theirs = load_tokenizer(out), load_tokenizer(run.base)
     turns = [{"role": "user", "content": "12+3"}]

@@ -83,7 +83,7 @@ def test_a_dry_run_of_a_tpu_pod_prints_every_command_and_keeps_the_flags(without
         "--runtime-version=v2-alpha-tpuv5-lite",
     } <= set(create)
     assert archive[:2] == ["git", "archive"] and copy[4] == "scp" and "--worker=all" in copy
-    assert "10.0.0.2:/share /mnt/spiral" in str(install) and "requirements-tpu.txt" in str(install)
+    assert "10.0.0.2:/share /mnt/spiral" in str(install) and "install .[tpu]" in str(install)
     expected = [
         ".venv/bin/python",
         "-m",
@@ -145,7 +145,7 @@ def test_a_preempted_slice_is_made_again_and_a_failed_run_started_again(
     done = bash(*TPU, SHARE="10.0.0.2:/share", PATH=path, **state)
     assert done.returncode == 0, done.stdout + done.stderr
     calls = (tmp_path / "calls").read_text()
-    assert calls.count("queued-resources create") == made == calls.count("requirements-tpu.txt")
+    assert calls.count("queued-resources create") == made == calls.count("install .[tpu]")
     assert (
         calls.count("spiral_jax.train") == 2 and calls.count("queued-resources delete") == made - 1
     )

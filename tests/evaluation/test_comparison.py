@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 
 from spiral_jax import evaluate
 from spiral_jax.evaluation import comparison
@@ -42,7 +44,7 @@ def results(correct_B, n, rsa_right_B=None, tokens=10, **settings):
     count = len(records)
     return {
         "version": VERSION,
-        "model": {"hf_path": "m"},
+        "model": {"hf_path": "models/m", "adapter_path": "", "init_from": ""},
         "problems": {"task": "t", "reward": "", "count": count, "fingerprint": "same"},
         "scaffold": {"search": "{problem}", "thinking": "full"},
         "settings": SETTINGS | {"n": n} | settings,
@@ -146,7 +148,10 @@ def test_what_was_not_sampled_alike_is_left_out_and_named():
         "aggregated pass@1 (subset_size: 2 -> 1)",
         "RSA by round (population: 2 -> 4)",
     ]
-    assert "left out: RSA by round (population: 2 -> 4)" in comparison_tables(found)[-1].caption
+    assert (
+        "left out: RSA by round (population: 2 -> 4)"
+        in comparison_tables(found, ["a", "b"])[-1].caption
+    )
 
 
 def changed(**parts):
@@ -199,19 +204,39 @@ def test_results_from_before_a_field_existed_count_as_its_default():
     comparison.check_comparable(results([1, 2, 0], 4), newer)
 
 
-def test_compare_writes_its_findings_and_pictures_beside_b(tmp_path, capsys):
+@pytest.fixture
+def two_results(tmp_path):
+    """Paths of two results.json, the second with more right answers."""
     rng = np.random.default_rng(3)
     for name, low in (("grpo", 1), ("spiral", 3)):
         side = results(rng.integers(low, low + 4, 30), 8, rsa_right_B=rng.random(30) < low / 4)
         side["measures"] = summarise(side["records"], 0)
         write_results(tmp_path / name / "results.json", side)
-    paths = [str(tmp_path / name / "results.json") for name in ("grpo", "spiral")]
-    evaluate.compare_results(*paths, None)
+    return [str(tmp_path / name / "results.json") for name in ("grpo", "spiral")]
+
+
+def test_bars_of_two_sides_stand_side_by_side_under_their_names(two_results, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    evaluate.compare_results(*two_results, str(tmp_path), ["before", "after"])
+    (voting,) = {f for f in figures if f.axes[0].get_title("left").startswith("Voting")}
+    lone = [line for line in voting.axes[0].get_lines() if "once" in line.get_label()]
+    assert [line.get_label().partition(":")[0] for line in lone] == ["before", "after"]
+    (a,), (b,) = (line.get_xdata() for line in lone)
+    assert a < b < 1.2 * a  # both at S + 1 traces
+    bars = [bar for bar in voting.axes[0].collections if isinstance(bar, LineCollection)]
+    assert sorted(bar.get_segments()[0][0][0] for bar in bars) == [a, b]
+
+
+def test_compare_writes_its_findings_and_pictures_beside_b(two_results, tmp_path, capsys):
+    evaluate.compare_results(*two_results, None)
     out = tmp_path / "spiral" / "compare"
-    pictures = {"pass_at_k.png", "rsa.png", "tokens.png", "voting.png"}
+    names = ("pass_at_k", "rsa", "tokens", "voting")
+    pictures = {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     assert {path.name for path in out.iterdir()} == {"comparison.json"} | pictures
     found = json.loads((out / "comparison.json").read_text())
     assert found["version"] == comparison.VERSION and found["efficiency"][-1]["ratio"] > 1
     printed = capsys.readouterr().out
-    assert "samples for equal coverage" in printed and "gaps at equal sampled tokens" in printed
+    assert "A m (grpo), B m (spiral): samples for equal coverage" in printed
+    assert "gaps at equal sampled tokens" in printed
     assert "nan" not in printed

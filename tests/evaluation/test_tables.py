@@ -9,7 +9,7 @@ from rich.console import Console
 from spiral_jax.evaluation.results import summarise
 from spiral_jax.evaluation.tables import (
     evaluation_table,
-    name_by_directory,
+    name_sides,
     number,
     percent,
     powers_of_two,
@@ -69,12 +69,24 @@ def test_powers_of_two_end_with_n():
     assert powers_of_two(6) == [1, 2, 4, 6]
 
 
-def test_results_are_named_by_their_directories_and_never_alike():
-    def names(path_a, path_b):
-        return list(name_by_directory(path_a, {}, path_b, {}))
+BASE = {"hf_path": "models/Qwen3-4B", "adapter_path": "", "init_from": ""}
 
-    assert names("x/grpo/results.json", "x/spiral/results.json") == ["grpo", "spiral"]
-    assert names("a/run/results.json", "b/run/results.json") == ["A: run", "B: run"]
+
+@pytest.mark.parametrize(
+    "paths, models, expected",
+    [
+        (("a/r.json", "b/r.json"), (BASE, BASE | {"init_from": "runs/4b@200"}), "Qwen3-4B,4b@200"),
+        (
+            ("runs/4b/evaluations/step_000000/results.json", "b/r.json"),
+            (BASE, BASE | {"adapter_path": "x/lora"}),
+            "4b@0,lora",
+        ),
+        (("x/one/r.json", "x/two/r.json"), (BASE, BASE), "Qwen3-4B (one),Qwen3-4B (two)"),
+        (("a/run/r.json", "b/run/r.json"), (BASE, BASE), "A: Qwen3-4B (run),B: Qwen3-4B (run)"),
+    ],
+)
+def test_sides_of_a_comparison_are_named_by_model_and_step_and_never_alike(paths, models, expected):
+    assert name_sides(paths, models) == expected.split(",")
 
 
 # The table of a training run

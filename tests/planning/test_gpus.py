@@ -78,7 +78,7 @@ def test_a_cublas_call_is_a_product_and_another_call_is_named():
 
 def test_without_the_plugin_gpus_are_planned_by_arithmetic(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "requirements-plan-gpu.txt" in gpus.missing_compiler()
+    assert "[plan-gpu]" in gpus.missing_compiler()
     assert find_topology("b200:16").devices is None
 
 
@@ -92,7 +92,7 @@ def test_a_plugin_that_cannot_be_loaded_is_an_error_of_one_line(monkeypatch):
         find_topology("h100:8")
     message = str(raised.value)
     assert "--topology=h100:8" in message and "not implemented for cuda" in message
-    assert "requirements-plan-gpu.txt" in message and "\n" not in message
+    assert "[plan-gpu]" in message and "\n" not in message
 
 
 def test_hosts_are_full_or_there_is_one(monkeypatch):

@@ -34,7 +34,7 @@ from spiral_jax.planning.whole_step import Assumptions, bucket_of, work_of_step
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 NEEDS_LIBTPU = pytest.mark.skipif(
-    not LIBTPU, reason="libtpu is not installed: pip install -r requirements-plan.txt"
+    not LIBTPU, reason='libtpu is not installed: pip install ".[plan]"'
 )
 
 
@@ -76,7 +76,7 @@ def test_an_unknown_topology_names_the_known_ones(name):
 
 def test_without_libtpu_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"v5e:2x2.*requirements-plan\.txt"):
+    with pytest.raises(ConfigError, match=r"v5e:2x2.*\[plan\]"):
         find_topology("v5e:2x2")
     assert find_topology("h200:8").chips == 8  # GPUs need none
 

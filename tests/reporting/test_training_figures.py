@@ -1,6 +1,7 @@
 """A run's curves: what is plotted is what was given."""
 
 import math
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,11 +16,14 @@ PANEL_OF = {  # metric: label of the panel that shows it
     "reward/search": None,  # left out where there are aggregated ones
     "length/search": "tokens",
     "length/aggregation": "tokens",
+    "length/cut_off_search": "% cut off",
+    "length/cut_off_aggregation": "% cut off",
     "verifier/parse_rate_search": "% of traces",
     "verifier/parse_rate_aggregation": "% of traces",
     "grad_norm": "L2 norm",
     "mismatch/kl": "KL (nats per token)",
 }
+CUT_OFF = ("length/cut_off_search", "length/cut_off_aggregation")
 PANELS = {panel for panel in PANEL_OF.values() if panel}
 HELD_OUT = {
     "single": "held-out, single trace",
@@ -82,6 +86,7 @@ def test_png_is_a_picture_with_ink_in_it(tmp_path):
     plot_training(random_metrics(rng, 60), evaluations, str(tmp_path / "curves.png"))
     image = imread(tmp_path / "curves.png")
     assert image.shape[:2] == (840, 1680)
+    assert ElementTree.parse(tmp_path / "curves.svg").getroot().tag.endswith("}svg")
     for quarter in (image[:420, :840], image[420:, :840], image[:420, 840:], image[420:, 840:]):
         assert 0.005 < (quarter[..., :3].min(axis=-1) < 0.9).mean() < 0.5
 
@@ -94,7 +99,7 @@ def test_every_metric_is_shown_raw_and_averaged_in_a_labelled_panel(plotted):
     for key, panel in PANEL_OF.items():
         if panel is None:
             continue
-        scale = 100 if panel == "% of traces" else 1
+        scale = 100 if "%" in panel else 1
         values = scale * np.array([row[key] for row in metrics])
         mean = [values[max(0, i - 2) : i + 1].mean() for i in range(60)]  # 60 steps: a window of 3
         assert has_curve(shown[panel], steps, values), key
@@ -135,13 +140,13 @@ def test_without_aggregation_the_search_reward_is_shown_and_nothing_of_aggregati
 def test_a_panel_without_values_is_left_out(plotted, missing):
     metrics = random_metrics(np.random.default_rng(4), 5)
     for row in metrics:
-        for key in ("grad_norm", "length/search", "length/aggregation"):
+        for key in ("grad_norm", "length/search", "length/aggregation", *CUT_OFF):
             row[key] = missing
         row["verifier/parse_rate_search"] = missing
     if missing == "absent":
         metrics = [{k: v for k, v in row.items() if v != "absent"} for row in metrics]
     shown = panels(plotted(metrics, []))
-    assert shown.keys() == PANELS - {"tokens", "L2 norm"}
+    assert shown.keys() == PANELS - {"tokens", "% cut off", "L2 norm"}
     (label,) = [text.get_text() for text in shown["% of traces"].get_legend().get_texts()]
     assert label == "aggregation"
 

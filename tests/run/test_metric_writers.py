@@ -97,6 +97,6 @@ def test_a_writer_whose_package_is_missing_is_an_error_that_says_how_to_install_
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as refusal:
         check_installed(("wandb",))
-    for part in ("config.metrics.writers", "wandb", "pip install -r requirements-writers.txt"):
+    for part in ("config.metrics.writers", "wandb", 'pip install ".[writers]"'):
         assert part in str(refusal.value)
     check_installed(())

@@ -5,14 +5,32 @@ import re
 
 import pytest
 
-from configs import end_digit, grpo_qwen3_4b, qwen3_4b, smollm2_135m, smollm2_chain_sum, tiny
+from configs import (
+    end_digit,
+    grpo_qwen3_4b,
+    qwen3_4b,
+    smollm2_135m,
+    smollm2_chain_sum,
+    tiny,
+    your_data,
+)
 from spiral_jax.core.config import ConfigError, defaults, from_plain, to_plain
+from spiral_jax.core.groups import Role
+from spiral_jax.core.mesh import group_count_multiple
 from spiral_jax.run.setup import check_evaluation, check_training, set_up_training
 from spiral_jax.tasks.problem import Problem, TaskError
 
 CONFIGS = {
     module.__name__: module
-    for module in (tiny, qwen3_4b, grpo_qwen3_4b, smollm2_135m, smollm2_chain_sum, end_digit)
+    for module in (
+        tiny,
+        qwen3_4b,
+        grpo_qwen3_4b,
+        smollm2_135m,
+        smollm2_chain_sum,
+        end_digit,
+        your_data,
+    )
 }
 
 
@@ -336,3 +354,31 @@ def test_references_that_mathematics_cannot_read_end_the_start(tmp_path):
     c.eval.problems = 1
     with pytest.raises(TaskError, match=r"2 of 4 reference answers[^$]*train:2: '3/4x'"):
         set_up_training(c)
+
+
+def test_micro_batches_that_are_not_given_hold_every_prompt_and_divide_the_groups():
+    c = config(batch__search_lengths=(), batch__aggregation_lengths=())
+    c.batch.search_groups = c.batch.aggregation_groups = 0
+    setup = set_up_training(c)  # which checks the longest prompts by the tokenizer
+    search, aggregation = (setup.training.learner.shapes[role] for role in Role)
+    assert search.lengths == ((16, 26),)
+    ((P, G),) = aggregation.lengths
+    assert P >= 124 and P % 16 == 0 and G == 12  # 124: what tiny.py states
+    multiple = group_count_multiple(setup.mesh)
+    for shapes in (search, aggregation):
+        assert shapes.most_groups % shapes.micro_groups == shapes.micro_groups % multiple == 0
+
+    c = your_data.get_config()
+    c.mesh.data = 1
+    learner = check_training(c).training.learner
+    for role, shapes in learner.shapes.items():
+        longest = shapes.lengths[-1][0] + c[role.label].traces * 2048
+        assert shapes.micro_groups * longest <= 32_768 < 2 * shapes.micro_groups * longest
+    widths = [P for P, _ in learner.shapes[Role.AGGREGATION].lengths]
+    # the problem and four candidates of 2,048 tokens, and some hundred tokens around them
+    assert 1024 + 4 * 2048 + 100 < widths[-1] < 1024 + 4 * 2048 + 1200 and len(widths) == 3
+
+
+def test_groups_that_the_mesh_does_not_divide_are_refused_where_they_are_not_given():
+    c = config(batch__search_groups=0, mesh__data=3)
+    assert_refused(check_training, c, "batch.problems", "data * fsdp = 3")

@@ -151,7 +151,7 @@ def missing_library() -> str | None:
         check_cudnn_version()
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        return f"jax finds no cuDNN ({reason}): pip install -r requirements-gpu.txt"
+        return f'jax finds no cuDNN ({reason}): pip install ".[gpu]"'
     return None
 
 

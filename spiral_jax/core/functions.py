@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 from spiral_jax.core.config import ConfigError
-from spiral_jax.tasks.problem import Problem
 
 _PACKAGE = str(pathlib.Path(__file__).parents[1]) + os.sep
 _LIBRARIES = tuple(
@@ -24,8 +23,8 @@ _LIBRARIES = tuple(
 )
 
 
-def load_function(field: str, path: str, allowed: str) -> Callable[[str, Problem], Any]:
-    """The function of (text, problem) that config.`field` = "package.module:function" names.
+def load_function(field: str, path: str, allowed: str) -> Callable[..., Any]:
+    """The function that config.`field` = "package.module:function" names.
 
     Raises:
       ConfigError: the path has another form (the message says what is `allowed`), the module cannot
