@@ -36,13 +36,18 @@ Ref = Any  # an array in the GPU's memory
 
 LOG2_E = math.log2(math.e)
 
-KEYS = 64  # a step of a program's loop: 32 KiB of bfloat16 keys and values with heads of 128
+# Keys and values of a step of a program's loop: 64 keys of 128 bfloat16 numbers. With STAGES,
+# Triton's pipeline holds two steps in shared memory, as the page's number takes stages too: each
+# of 2 or 3 programs a multiprocessor then has one step under way while it computes. An H100 needs
+# some 25 KiB a multiprocessor under way.
+STEP_BYTES = 32 * 1024
+STAGES = 5
 ROWS = (16, 64)  # fewest and most queries a program: 16 is the least that tensor cores multiply
 
-# Shares of a sequence. A GPU of some 132 multiprocessors holds two or three programs on each, which
-# then fetch while others compute; and it waits for the longest program at the end.
-PROGRAMS = 4 * 132
-LONGEST, SHORTEST = 2048, 256  # keys of a share, where the programs are many, and few
+# Shares of a sequence: at least as many as fill a GPU of 132 multiprocessors, and none longer than
+# LONGEST keys, as the GPU waits for the last program at the end. No share is shorter than SHORTEST.
+PROGRAMS = 3 * 132
+LONGEST, SHORTEST = 2048, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +119,7 @@ def attend_pages(
         out_specs=out_specs,
         out_shape=out_shapes,
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
         cost_estimate=_cost(shape, q_SxJxNxE, arrays),
         name="attention_pages",
     )(q_SxJxNxE, table_SxT, length_S, *arrays)
@@ -135,7 +140,8 @@ def _make_shape(q_SxJxNxE: jax.Array, pages: Pages, table_SxT: jax.Array) -> _Sh
     programs = S * J * pl.cdiv(N, rows)
     shares = max(pl.cdiv(PROGRAMS, programs), pl.cdiv(T * page, LONGEST))
     shares = min(shares, pl.cdiv(T * page, SHORTEST))
-    return _Shape(S, T, J, N, E, page, rows, min(KEYS, page), shares)
+    step_keys = STEP_BYTES // (2 * E * pages["k"].dtype.itemsize)
+    return _Shape(S, T, J, N, E, page, rows, min(step_keys, page), shares)
 
 
 def _check_offsets(pool: jax.Array) -> None:
@@ -167,8 +173,9 @@ def _kernel(shape, q_NxE, table_SxT, length_S, *refs) -> None:
     s, query_block = program // shape.query_blocks, program % shape.query_blocks
     length = length_S[s]
     steps = pl.cdiv(length, shape.keys)
-    first = share * pl.cdiv(steps, shape.shares)
-    end = jnp.minimum(first + pl.cdiv(steps, shape.shares), steps)
+    share_steps = jnp.maximum(pl.cdiv(steps, shape.shares), pl.cdiv(SHORTEST, shape.keys))
+    first = share * share_steps
+    end = jnp.minimum(first + share_steps, steps)
 
     exists_N = query_block * shape.rows + jnp.arange(shape.rows) < shape.N
     exists_NxE = _over(exists_N[:, None], shape.rows, shape.E)

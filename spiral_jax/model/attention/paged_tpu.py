@@ -159,9 +159,7 @@ def _cores() -> int:
     return info.num_cores if info.is_megacore else 1
 
 
-def _schedule(
-    length_S: jax.Array, keys: int, most: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _schedule(length_S: jax.Array, keys: int, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Which block of which sequence a step of the grid is.
 
     Returns:
@@ -202,31 +200,23 @@ def _kernel(shape, sequence, first_S, length_S, table, q, *refs) -> None:
         """Does something with the copies of a step's pages into its slot of the ring."""
         s, slot = sequence[of_step], of_step % SLOTS
         start = (of_step - first_S[s]) * shape.pages
-        pages = pl.cdiv(length_S[s], shape.page) - start
+        used = pl.cdiv(length_S[s], shape.page) - start
 
-        for g in range(shape.pages):
+        @pl.loop(0, jnp.minimum(used, shape.pages))
+        def one_page(g: jax.Array) -> None:
+            page = table[s * shape.T + start + g]
+            for array, ring in zip(arrays, rings, strict=True):
+                place = ring.at[slot, g]
+                act(pltpu.make_async_copy(array.at[page, heads], place, arrived.at[slot]))
 
-            @pl.when(g < pages)
-            def one_page(g: int = g) -> None:
-                page = table[s * shape.T + start + g]
-                for array, ring in zip(arrays, rings, strict=True):
-                    act(
-                        pltpu.make_async_copy(
-                            array.at[page, heads], ring.at[slot, g], arrived.at[slot]
-                        )
-                    )
+    # A step fetches into the slot that the step before it has read; the first one, into all.
+    ahead = SLOTS - 1
+    end = jnp.minimum(step + ahead + 1, steps)
 
+    @pl.loop(jnp.where(step == 0, 0, step + ahead), end)
     def fetch(of_step: jax.Array) -> None:
-        @pl.when(of_step < steps)
-        def start() -> None:
-            each_copy(of_step, lambda copy: copy.start())
+        each_copy(of_step, lambda copy: copy.start())
 
-    @pl.when(step == 0)
-    def fill() -> None:
-        for ahead in range(SLOTS - 1):
-            fetch(jnp.int32(ahead))
-
-    fetch(step + SLOTS - 1)  # into the slot that the step before has read
     each_copy(step, lambda copy: copy.wait())
 
     block = step - first_S[sequence[step]]
@@ -313,7 +303,9 @@ def _cost(shape: _Shape, q_SxJxNxE: jax.Array, arrays: list[jax.Array]) -> pl.Co
     S, J, N, E = q_SxJxNxE.shape
     pairs = S * J * N * shape.T * shape.page
     page_bytes = sum(array[0].size * array.dtype.itemsize for array in arrays)
-    read = S * shape.T * page_bytes * pl.cdiv(N, shape.N) + q_SxJxNxE.size * q_SxJxNxE.dtype.itemsize
+    read = (
+        S * shape.T * page_bytes * pl.cdiv(N, shape.N) + q_SxJxNxE.size * q_SxJxNxE.dtype.itemsize
+    )
     written = 4 * S * J * N * (E + 2 * LANES)
     return pl.CostEstimate(
         flops=4 * pairs * E, bytes_accessed=read + written, transcendentals=pairs
