@@ -146,7 +146,7 @@ def _make_shape(q_SxJxNxE: jax.Array, pages: Pages, table_SxT: jax.Array) -> _Sh
 
 def _check_offsets(pool: jax.Array) -> None:
     """jax's lowering counts elements in 32 bits up to 2**32 bytes, and 2**31 is then negative."""
-    if 2**31 < pool.size and pool.size * pool.dtype.itemsize <= 2**32:
+    if pool.size > 2**31 and pool.size * pool.dtype.itemsize <= 2**32:
         raise ValueError(
             f"a pool of {pool.size:,} {pool.dtype} keys a layer: jax's Triton lowering addresses "
             "up to 2**31, or more than 2**32 bytes. Give sampling less memory or more."
