@@ -20,7 +20,7 @@ from spiral_jax.planning.traffic import uncounted_kernels
 pytestmark = pytest.mark.cpu_bits("kernels for TPUs, in Pallas's interpreter")
 
 PAGE = 128
-PAGES = 9  # of a table: three blocks of pages at most
+PAGES = 9  # of a table: two or three of the kernel's blocks
 
 # Idle sequences lie first, between busy ones, and last.
 LENGTHS = [0, 1, PAGE - 1, 0, 0, PAGE, PAGE + 1, PAGE * PAGES, PAGE * PAGES - 1, 0]

@@ -2,8 +2,8 @@
 
 A page [J, page, E] of keys, or of values, is one run of bytes in HBM, so it is fetched by one copy,
 whatever page of the pool it is. Pages of a sequence lie anywhere, which blocks of Pallas's own
-pipeline cannot follow; the kernel therefore copies by itself, into a ring of SLOTS blocks of some
-pages each, and computes on one block while the next ones are on their way.
+pipeline cannot follow; the kernel therefore copies by itself, into a ring of blocks of some pages
+each, and computes on one block while the next ones are on their way.
 
 Heads narrower than LANES are stored padded with zeros to whole lanes (`empty_pages`), as HBM would
 pad them anyway: otherwise XLA chooses another layout for the pool and copies it for every call.
@@ -35,12 +35,16 @@ Ref = Any  # an array in HBM, a block in fast memory, or numbers in scalar memor
 
 LANES = 128  # of a vector register; a page is a multiple of it
 
-# A copy reaches HBM's speed if about a microsecond's worth of bytes is under way: 0.8 MB on v5e,
-# 1.6 MB on v6e. SLOTS - 1 blocks are, of 512 KiB (4 pages of 2 heads, or 1 of 8). A block has no
-# more than 512 keys, as a short sequence computes with a whole one.
-SLOTS = 4
-BLOCK_BYTES = 512 * 1024
-BLOCK_KEYS = 512
+# Computing on a block takes less time than fetching it from 512 keys on, and from 1,024 where they
+# are converted from int8 (counted in the programs that the compiler makes for v5e, with 32 queries
+# a head). A sequence's last block costs as much as a full one, so blocks are not larger, and two of
+# them with many heads must fit into fast memory.
+BLOCK_KEYS = (512, 1024)
+BLOCK_BYTES = (512 * 1024, 2 * 1024 * 1024)  # of keys and values
+
+# HBM's speed is reached if about a microsecond's worth of bytes is under way: 0.8 MB on v5e, 1.6 MB
+# on v6e.
+BYTES_UNDER_WAY = 3 * 512 * 1024
 
 # More queries a head than this, as of a group of 256 traces, read the pages several times: with so
 # many, the matrix units need as long as the copies.
@@ -55,6 +59,7 @@ class _Shape:
       N: queries a step.
       J: key heads a step; the cores of a chip share the rest.
       pages: pages a block.
+      slots: blocks of the ring; one is read while the others are fetched.
     """
 
     S: int
@@ -64,6 +69,7 @@ class _Shape:
     E: int
     page: int
     pages: int
+    slots: int
 
     @property
     def keys(self) -> int:
@@ -115,9 +121,8 @@ def _attend(q_SxJxNxE: jax.Array, pages: Pages, table_SxT: jax.Array, length_S: 
     def rows(width: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((S, J, N, width), jnp.float32)
 
-    ring = [
-        pltpu.VMEM((SLOTS, shape.pages, shape.J, *array.shape[2:]), array.dtype) for array in arrays
-    ]
+    block = shape.slots, shape.pages, shape.J
+    ring = [pltpu.VMEM((*block, *array.shape[2:]), array.dtype) for array in arrays]
     values, top, weight = pl.pallas_call(
         functools.partial(_kernel, shape),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -125,7 +130,7 @@ def _attend(q_SxJxNxE: jax.Array, pages: Pages, table_SxT: jax.Array, length_S: 
             grid=(J // shape.J, pl.cdiv(N, shape.N), steps),
             in_specs=[of_sequence(E)] + [pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
             out_specs=[of_sequence(E), of_sequence(LANES), of_sequence(LANES)],
-            scratch_shapes=[*ring, pltpu.SemaphoreType.DMA((SLOTS,))],
+            scratch_shapes=[*ring, pltpu.SemaphoreType.DMA((shape.slots,))],
         ),
         out_shape=[rows(E), rows(LANES), rows(LANES)],
         compiler_params=pltpu.CompilerParams(
@@ -145,9 +150,11 @@ def _make_shape(q_SxJxNxE: jax.Array, pages: Pages, table_SxT: jax.Array) -> _Sh
             f"pages of {page} tokens: on TPUs a page is a multiple of {LANES}; choose {LANES}."
         )
     heads = J // _cores() if J % _cores() == 0 else J
-    page_bytes = 2 * heads * page * E * pages["k"].dtype.itemsize
-    most = min(BLOCK_BYTES // page_bytes, BLOCK_KEYS // page, T)
-    return _Shape(S, T, heads, min(N, QUERIES), E, page, pages=max(most, 1))
+    token_bytes = 2 * heads * E * pages["k"].dtype.itemsize
+    keys = min(max(BLOCK_BYTES[0] // token_bytes, BLOCK_KEYS[0]), BLOCK_KEYS[1])
+    block = max(min(keys, BLOCK_BYTES[1] // token_bytes, T * page) // page, 1)
+    slots = 1 + pl.cdiv(BYTES_UNDER_WAY, block * page * token_bytes)
+    return _Shape(S, T, heads, min(N, QUERIES), E, page, pages=block, slots=slots)
 
 
 def _cores() -> int:
@@ -198,7 +205,7 @@ def _kernel(shape, sequence, first_S, length_S, table, q, *refs) -> None:
 
     def each_copy(of_step: jax.Array, act: Callable[[Any], None]) -> None:
         """Does something with the copies of a step's pages into its slot of the ring."""
-        s, slot = sequence[of_step], of_step % SLOTS
+        s, slot = sequence[of_step], of_step % shape.slots
         start = (of_step - first_S[s]) * shape.pages
         used = pl.cdiv(length_S[s], shape.page) - start
 
@@ -210,7 +217,7 @@ def _kernel(shape, sequence, first_S, length_S, table, q, *refs) -> None:
                 act(pltpu.make_async_copy(array.at[page, heads], place, arrived.at[slot]))
 
     # A step fetches into the slot that the step before it has read; the first one, into all.
-    ahead = SLOTS - 1
+    ahead = shape.slots - 1
     end = jnp.minimum(step + ahead + 1, steps)
 
     @pl.loop(jnp.where(step == 0, 0, step + ahead), end)
@@ -221,7 +228,7 @@ def _kernel(shape, sequence, first_S, length_S, table, q, *refs) -> None:
 
     block = step - first_S[sequence[step]]
     visible = length_S[sequence[step]] - block * shape.keys
-    slot = step % SLOTS
+    slot = step % shape.slots
 
     @pl.when(block == 0)
     def begin() -> None:
@@ -264,10 +271,11 @@ def _add(
         v_KxE = _keys(shape, v, j)
         if scales:
             weight_NxK *= _scales(shape, scales[1], j)
-        if visible is not None:  # 0 x NaN is no 0
-            v_KxE = _zero_unless(_iota(shape.keys, axis=0) < visible, v_KxE)
+        if visible is not None:  # 0 x NaN is no 0; int8 is never NaN, its scale may be
             if scales:
                 weight_NxK = _zero_unless(_iota(shape.keys, axis=1) < visible, weight_NxK)
+            else:
+                v_KxE = _zero_unless(_iota(shape.keys, axis=0) < visible, v_KxE)
         seen_NxE = _dot(weight_NxK.astype(dtype), v_KxE.astype(dtype), (1, 0))
         values[0, j] = values[0, j] * shrink[:, :1] + seen_NxE
 
@@ -303,10 +311,8 @@ def _cost(shape: _Shape, q_SxJxNxE: jax.Array, arrays: list[jax.Array]) -> pl.Co
     S, J, N, E = q_SxJxNxE.shape
     pairs = S * J * N * shape.T * shape.page
     page_bytes = sum(array[0].size * array.dtype.itemsize for array in arrays)
-    read = (
-        S * shape.T * page_bytes * pl.cdiv(N, shape.N) + q_SxJxNxE.size * q_SxJxNxE.dtype.itemsize
-    )
-    written = 4 * S * J * N * (E + 2 * LANES)
+    read = S * shape.T * page_bytes * pl.cdiv(N, shape.N)
+    queries = S * J * N * (E * q_SxJxNxE.dtype.itemsize + 4 * (E + 2 * LANES))  # and results
     return pl.CostEstimate(
-        flops=4 * pairs * E, bytes_accessed=read + written, transcendentals=pairs
+        flops=4 * pairs * E, bytes_accessed=read + queries, transcendentals=pairs
     )
