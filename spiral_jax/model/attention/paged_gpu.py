@@ -8,10 +8,11 @@ the shares.
 Loads are masked by length, so nothing is read that is not used, and what lies there reaches
 nothing. Page numbers behind a length are not looked at.
 
-Why Triton, which jax deprecates from 0.11 on: its kernels were measured as fast as cuDNN's paged
-attention, which takes neither int8 nor float32 and has no public name in jax; and they can be
-interpreted on a CPU. Decoding is bound by memory, so Mosaic GPU's larger matrix instructions, of at
-least 64 rows where these heads have 4 to 32, would gain nothing.
+Why Triton, which jax deprecates from 0.11 on: its example of such a kernel was measured as fast as
+cuDNN's paged attention, which takes neither int8 nor float32 and has no public name in jax; and
+such kernels can be interpreted on a CPU. Decoding is bound by memory, so Mosaic GPU's larger matrix
+instructions, of at least 64 rows where these heads have 4 to 32, would gain nothing. This kernel
+has been interpreted and compiled for an H100; it has not run on one.
 
 Exponentials have base 2, which is what the hardware computes: inside the kernel, scores are in
 units of log 2.

@@ -14,6 +14,9 @@ the next.
 
 Scores are [queries, keys]: a head has 4 to 32 queries here, which fill few sublanes, and keys fill
 the lanes. Each head's queries are one product with its keys.
+
+Tokens must be written by `paged_tpu_write`, or by a scatter that XLA does not change the pool's
+layout for; see there. Both kernels have been interpreted and compiled; they have not run on a TPU.
 """
 
 from __future__ import annotations
