@@ -17,9 +17,9 @@ from spiral_jax.planning.shipped_models import planned_model
 
 
 class GroupShape(NamedTuple):
-    """The groups that are sampled: a slot each, C traces of up to G tokens after P of a prompt."""
+    """The groups that are sampled at once: C traces of up to G tokens after P of a prompt."""
 
-    slots: int
+    groups: int
     C: int
     P: int
     G: int
@@ -109,10 +109,10 @@ def layer_cases(
 ) -> Iterator[Case]:
     """One layer's attention: of prompts as prefill computes it, and of a group in training."""
     layer = Contestant(LAYER, {"small": small})
-    for role, (slots, C, P, G) in shapes.items():
+    for role, (groups, C, P, G) in shapes.items():
         group = f"a group of {P:,} + {C} x {G:,}"
         for method, what in (
-            ("prompts", f"{slots} prompts of {P:,}"),
+            ("prompts", f"{groups} prompts of {P:,}"),
             ("forward", f"{group}, forward"),
             ("both_passes", f"{group}, both passes"),
         ):
@@ -161,8 +161,8 @@ def transformers_cases(shapes: dict[Role, GroupShape], small: bool) -> Iterator[
     theirs = Contestant(THEIRS, {"arch": arch, "small": small})
     calls = []
     for role, shape in shapes.items():
-        slots, C, P, G = shape
-        prompts, rows = {"rows": slots, "P": P}, {"rows": slots * C, "P": P, "tokens": G // 8}
+        groups, C, P, G = shape
+        prompts, rows = {"rows": groups, "P": P}, {"rows": groups * C, "P": P, "tokens": G // 8}
         group = {"rows": TRAINED_ROWS[role], "C": C, "P": P, "G": G}
         calls += [
             (0, "prefill", prefill_name(shape), prompts),
@@ -174,11 +174,11 @@ def transformers_cases(shapes: dict[Role, GroupShape], small: bool) -> Iterator[
 
 
 def prefill_name(shape: GroupShape) -> str:
-    return f"prefill {shape.slots} x {shape.P:,}"
+    return f"prefill {shape.groups} x {shape.P:,}"
 
 
 def decode_name(shape: GroupShape) -> str:
-    return f"decode {shape.slots} x ({shape.P:,} + {shape.C} x {shape.G:,})"
+    return f"decode {shape.groups} x ({shape.P:,} + {shape.C} x {shape.G:,})"
 
 
 def train_name(shape: GroupShape) -> str:

@@ -35,7 +35,7 @@ from spiral_jax.planning.settings import apply_overrides, as_flags, mesh_overrid
 from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.text import plan
 from spiral_jax.planning.topology import find_topology, make_mesh
-from spiral_jax.planning.whole_step import Assumptions
+from spiral_jax.planning.work import Assumptions
 
 ONLY = flags.DEFINE_string("only", None, 'one machine, or "weak" for the table of weak scaling')
 TABLE_ONLY = flags.DEFINE_bool("table_only", False, "compile nothing")
@@ -49,7 +49,6 @@ class Fit(NamedTuple):
 
     Attributes:
       mesh: data, fsdp, tensor.
-      slots: of every class of the sampler, two a shard where the memory allows.
       groups: of a micro-batch, one a shard.
       remat: the fastest that fits, and the one that keeps the least if several are.
       attention_block: on v5p scores lie in HBM, whatever their size, so that large blocks pass
@@ -57,18 +56,13 @@ class Fit(NamedTuple):
     """
 
     mesh: tuple[int, int, int]
-    slots: int
     groups: int
     remat: str = "attention"
     attention_block: int = 256
 
     def overrides(self) -> dict[str, Any]:
-        classes = tuple(
-            (self.slots, C, P, G) for _, C, P, G in qwen3_4b.get_config().sampling.classes
-        )
         return {
             **mesh_overrides(self.mesh),
-            "sampling.classes": classes,
             "batch.search_groups": self.groups,
             "batch.aggregation_groups": self.groups,
             "model.remat": self.remat,
@@ -77,11 +71,11 @@ class Fit(NamedTuple):
 
 
 MACHINES = {
-    "v5e:8x8": Fit((2, 8, 4), 32, 16),
-    "v6e:8x8": Fit((4, 8, 2), 64, 32),
-    "v5p:4x4x4": Fit((8, 4, 2), 128, 32, attention_block=512),
-    "h100:8": Fit((1, 8, 1), 16, 8),
-    "h200:8": Fit((1, 8, 1), 16, 8, remat="dots"),
+    "v5e:8x8": Fit((2, 8, 4), 16),
+    "v6e:8x8": Fit((4, 8, 2), 32),
+    "v5p:4x4x4": Fit((8, 4, 2), 32, attention_block=512),
+    "h100:8": Fit((1, 8, 1), 8),
+    "h200:8": Fit((1, 8, 1), 8, remat="dots"),
 }
 # v5e slices of 16 to 256 chips: 4 x 4 of them hold the model, and `data` repeats them, each with 4
 # groups.
@@ -112,10 +106,11 @@ def compile_plans() -> None:
 
 def weak(name: str, data: int) -> dict[str, Any]:
     """The train step on search groups of 1,024 + 8 x 1,024 tokens, four for each 16 chips."""
-    fit = Fit((data, 4, 4), 4 * data, 4 * data, remat="layer")
+    fit = Fit((data, 4, 4), 4 * data, remat="layer")
     c, topology = apply_overrides(qwen3_4b.get_config(), fit.overrides()), find_topology(name)
     model, _ = planned_model(c.model, topology.devices)
-    inventory = take_inventory(c, model, make_mesh(c.mesh, topology))
+    mesh = make_mesh(c.mesh, topology)
+    inventory = take_inventory(c, model, mesh, topology.chip.hbm_bytes)
     shapes = RoleShapes(((1024, 1024),), micro_groups=4 * data, most_groups=16 * data, traces=8)
     block = abstract_block(Role.SEARCH, shapes, 1024, 1024)
     program = train_program(inventory, place_block(block, inventory.mesh))

@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from benchmarks.markdown import table_lines
+from spiral_jax.planning.text import pages_line
 
 GIB = 2**30
 PLANS = ("v5e_8x8", "v6e_8x8", "v5p_4x4x4", "h100_8", "h200_8")
@@ -22,15 +23,16 @@ decoding took 1.9 times that and prefill 3 times, of the one shape that was meas
 (one_device.json). `python -m spiral_jax.plan --config=configs/qwen3_4b.py --topology=MACHINE` says
 the same with the flags given below.
 
-Assumed for a step: mean problem of 256 tokens, mean traces of 2,048, half of the problems kept,
-80 % of decode rows busy. Verifier and host are not counted.
+Assumed for a step: mean problem of 256 tokens, traces of 0 to 4,096 tokens, 2,048 in the mean, half
+of the problems kept, 80 % of decode rows busy. So a row that runs holds 1,365 tokens of its own,
+and the rows of a group read its prompt together until they end. Verifier and host are not counted.
 
 What lies on a chip of a mesh (data, fsdp, tensor) beside a program's own memory, by arithmetic: the
 frozen base, 4,022,468,096 parameters of 2 bytes over fsdp x tensor; adapters, 66,060,288 of 4
 bytes, and twice that for Adam, over fsdp on their side of width D and over tensor on a side that is
 cut by heads or columns; and while traces are sampled the decode copy, base, adapters and a
-transposed head of 388,956,160, 2 bytes each, over tensor, and keys and values, 147,456 bytes a
-token over all chips. "Padding" is what the compiled program's arguments take beyond that,
+transposed head of 388,956,160, 2 bytes each, over tensor, and pages of keys and values, 147,456
+bytes a token over tensor. "Padding" is what the compiled program's arguments take beyond that,
 "activations" what the remat policy keeps.
 """
 
@@ -108,6 +110,7 @@ def _programs(plan: dict[str, Any]) -> list[str]:
         "",
         f"`{plan['flags']}`",
         "",
+        *([pages_line(plan["sampler"]), ""] if "sampler" in plan else []),
         *table_lines(heads, [_program_cells(program) for program in plan["programs"].values()]),
         "",
     ]

@@ -72,9 +72,11 @@ def configuration() -> ConfigDict:
     c.model.hf_path, c.model.lora_rank = HF_PATH.value, 0
     c.task.train_path = c.task.eval_path = QUESTIONS.value
     c.eval.temperature = 0
-    longest = max(P for _, _, P, _ in c.sampling.classes)
-    all_questions = (COUNT.value, 1, c.prompt.max_problem_tokens, MAX_TOKENS.value)
-    c.sampling.classes = (all_questions, (1, 1, longest, c.aggregation.max_tokens))
+    c.sampling.rows = COUNT.value
+    c.search.max_tokens = MAX_TOKENS.value
+    # nothing is trained: micro-batches need only be wide enough to be allowed
+    c.batch.search_lengths = ((c.prompt.max_problem_tokens, MAX_TOKENS.value),)
+    c.loss.estimator = "grpo"
     return c
 
 

@@ -14,7 +14,6 @@ def get_config() -> ConfigDict:
     c.prompt.keep_tail_tokens = 28
     c.search.max_tokens = 28  # one try has 25 to 27 tokens
     c.aggregation.max_tokens = 28  # it may try once more itself
-    c.sampling.classes = ((32, 8, 16, 28), (128, 4, 132, 28))
     c.batch.search_lengths = ((16, 28),)
     c.batch.aggregation_lengths = ((132, 28),)
     return c.lock()

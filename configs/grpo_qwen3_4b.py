@@ -35,9 +35,7 @@ def get_config() -> ConfigDict:
     c.search.max_tokens = 8192  # tokens a trace (paper)
 
     c.sampling.temperature = 1.0  # (SPIRAL's)
-    # Slots (slots, C, P, G); there are no aggregation prompts. At the limit a group's cache is 14.6
-    # GB, against 5.0 in SPIRAL.
-    c.sampling.classes = ((16, 12, 1024, 2048), (16, 12, 1024, 8192), (16, 6, 1024, 8192))
+    # At the limit a group has 14.6 GB of keys and values, against 5.0 in SPIRAL.
     c.sampling.max_ratio = 4.0  # problems tried / batch.problems, at most
 
     c.batch.problems = 256  # B, with a non-zero advantage (SPIRAL's)

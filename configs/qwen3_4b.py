@@ -45,14 +45,8 @@ def get_config() -> ConfigDict:
     c.aggregation.max_tokens = 4096  # tokens an aggregation trace (paper)
 
     c.sampling.temperature = 1.0  # (paper)
-    # Slots (slots, C, P, G), 144 KiB of cache a token in bfloat16: 20, 76, 40 and 79 GB over all
-    # devices. The last P: 1,024 + 4 * 4,096 + words. Lower the slots for devices of 16 GB.
-    c.sampling.classes = (
-        (16, 8, 1024, 1024),
-        (16, 8, 1024, 4096),
-        (16, 4, 1024, 4096),
-        (16, 4, 17920, 4096),
-    )
+    # Keys and values take 144 KiB a token in bfloat16, over the devices of mesh.tensor.
+    c.sampling.memory = 0.8
     c.sampling.max_ratio = 4.0  # problems tried / batch.problems, at most
 
     c.batch.problems = 256  # B, with a non-zero advantage (paper)

@@ -61,20 +61,10 @@ def get_config() -> ConfigDict:
     c.aggregation.traces = 2
     c.aggregation.max_tokens = 192
 
-    # (slots, C, P, G); the longest aggregation prompt, example, question and 4 candidates, has
-    # 1,232 tokens
-    c.sampling.classes = (
-        (4, 8, 384, 192),
-        (4, 4, 384, 192),
-        (4, 2, 384, 192),
-        (8, 2, 1280, 192),
-        (4, 1, 1280, 192),
-    )
+    c.sampling.rows = 64
     c.sampling.chunk = 16
-    c.sampling.exit_groups = 1
     c.sampling.prefill_tokens = 2560
     c.sampling.prefill_chunk = 128
-    c.sampling.row_counts = (2, 4, 8, 12, 16, 24, 32, 48)
     c.batch.problems = 4
     c.batch.search_lengths = ((384, 192),)
     c.batch.search_groups = 2

@@ -8,7 +8,6 @@ Two numbers of one or two digits, added or subtracted in one line; an aggregatio
 such lines. GRPO at as many traces a problem:
 
     --config.loss.estimator=grpo --config.search.traces=24
-    '--config.sampling.classes=((22,24,128,32),)'
 
 On an H100 a step takes seconds (docs/README.md). Nothing is tuned.
 """
@@ -63,7 +62,7 @@ def get_config() -> ConfigDict:
     c.aggregation.traces = 4
     c.aggregation.max_tokens = 32
 
-    c.sampling.classes = ((64, 8, 128, 32), (64, 4, 320, 32))  # (slots, C, P, G)
+    c.sampling.rows = 512
     c.sampling.chunk = 16
     c.sampling.prefill_tokens = 16384
     c.batch.problems = 32  # and as many groups a micro-batch, for a device of 80 GB

@@ -26,16 +26,11 @@ def get_config() -> ConfigDict:
     # below the cost of one half: an aggregation trace can read, not compute
     c.aggregation.max_tokens = 12
 
-    # (slots, C, P, G): search, aggregation
-    c.sampling.classes = (
-        (32, 8, 16, 26),
-        (128, 4, 124, 12),
-    )
+    c.sampling.rows = 512
     c.sampling.chunk = 8
     c.sampling.prefill_tokens = 4096
     c.sampling.prefill_chunk = 64
     c.sampling.keep_rate = 0.75  # at the start; it rises with training
-    c.sampling.row_counts = (64, 128, 256, 512)  # two CPU cores: rows cost
     c.batch.problems = 16
     c.batch.search_lengths = ((16, 26),)
     c.batch.search_groups = 16

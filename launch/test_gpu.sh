@@ -71,7 +71,7 @@ pytest=(
   --at_once --tb=short -rs --durations=5
 )
 files=(
-  tests/sampling/test_{engine,wide_groups,keys,draw}.py
+  tests/sampling/test_{engine,keys,draw}.py
   tests/learner/test_{train_step,step_gradient,train_state,logprobs,loss}.py
   tests/model/test_{attention,cache,precision,model,parity,adapter,hf}.py
   tests/run/test_stacked_checkpoints.py
@@ -83,7 +83,7 @@ files=(
 # own kernels.
 xla_of_tests="${XLA_FLAGS:-} --xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
 
-stage kernels 120 "${pytest[@]}" tests/model/test_attention_gpu.py
+stage kernels 120 "${pytest[@]}" tests/model/test_attention_gpu.py tests/model/test_pages_gpu.py
 stage tests 360 env XLA_FLAGS="$xla_of_tests" "${pytest[@]}" "${files[@]}"
 stage train 240 "$python" -m spiral_jax.train --config=configs/tiny.py --workdir="$out/tiny" \
   --config.train.steps=5 --config.eval.problems=0

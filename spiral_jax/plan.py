@@ -8,8 +8,8 @@ No TPU, no weights, no tokenizer: config.json of `model.hf_path` is enough, or i
 spiral_jax ships the architecture. For each program: bytes a chip by kind, operations and bytes of
 one unit of its work against the ideal count, bytes sent by kind of collective, the roofline and
 what bounds it; from these a whole step, at its best. What does not fit is changed (micro-batch,
-remat, slots, mesh) until it does. For GPUs (h100:8, h200:8, b200:8) the same, compiled where jax's
-CUDA plugin is installed, else by arithmetic alone.
+remat, memory for pages, mesh) until it does. For GPUs (h100:8, h200:8, b200:8) the same, compiled
+where jax's CUDA plugin is installed, else by arithmetic alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ml_collections import config_flags
 from spiral_jax.core.command import run_command
 from spiral_jax.core.errors import UserError
 from spiral_jax.planning.text import plan
-from spiral_jax.planning.whole_step import Assumptions
+from spiral_jax.planning.work import Assumptions
 
 
 def define_flags() -> None:
@@ -38,7 +38,7 @@ def define_flags() -> None:
     shares = (
         ("problem_share", "mean search prompt / prompt.max_problem_tokens", 0),
         ("response_share", "mean trace / its limit, of both roles", 0),
-        ("row_occupancy", "decode rows that draw a token", 0.01),
+        ("row_occupancy", "decode rows that draw a token, if pages allow", 0.01),
     )
     for name, meaning, least in shares:
         flags.DEFINE_float(name, getattr(defaults, name), meaning, least, 1)

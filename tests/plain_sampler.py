@@ -1,6 +1,6 @@
 """Sampling as it is defined: the training forward pass of the whole group for every token.
 
-No cache, no slots.
+No cache, no pages.
 """
 
 import functools

@@ -14,7 +14,7 @@ from spiral_jax.model.transformer import ModelConfig, init_variables
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.protocol import sample
-from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
+from spiral_jax.sampling.settings import DecodeSettings, Schedule
 
 C, G, V = 3, 12, 97
 ARCH = Architecture(
@@ -24,8 +24,9 @@ MODEL = ModelConfig(ARCH, lora_rank=4)
 ONE_LAYER = ModelConfig(dataclasses.replace(ARCH, L=1))  # compiles in half the time
 DRAW = Draw(temperature=0.7)
 OTHER_PROGRAM = 1e-5  # nat; float32 sums in another order, log-probs down to about -10
-ONE_SIZE = ((4, C, 16, G),)  # (slots, C, P, G): no group ever moves
-MANY_SIZES = ((4, 3, 8, 4), (4, 3, 8, 12), (4, 1, 8, 12), (4, 2, 16, 12))
+# Pages for all rows at their longest, and so few that rows must wait for them.
+AMPLE = {"pages": 65, "rows": (12,)}
+SCARCE = {"pages": 29, "rows": (4, 8), "page": 2, "width": 2}
 
 
 def random_variables(config, mesh):
@@ -59,19 +60,23 @@ def make_settings(mesh, stop_ids=(), **changes):
     return dataclasses.replace(settings, **changes)
 
 
-def make_engine(
-    mesh,
-    stop_ids=(),
-    classes=ONE_SIZE,
+def make_schedule(
+    pages=65,
+    rows=(12,),
+    page=4,
+    width=C,
+    together=C,
+    prompts=(8, 16),
+    trace=G,
     chunk=5,
-    exit_groups=2,
-    row_counts=(),
     prefill_tokens=32,
-    **changes,
+    fill=1,
 ):
-    classes = tuple(SlotClass(*row) for row in classes)
-    schedule = Schedule(classes, chunk, exit_groups, prefill_tokens, row_counts)
-    return Engine(make_settings(mesh, stop_ids, **changes), schedule)
+    return Schedule(page, pages, rows, width, together, prompts, trace, chunk, prefill_tokens, fill)
+
+
+def make_engine(mesh, stop_ids=(), schedule=None, **changes):
+    return Engine(make_settings(mesh, stop_ids, **changes), make_schedule(**(schedule or {})))
 
 
 def requests_of(rows, cursor=0, step=0, traces=C, max_tokens=G, limit_UxC=None):

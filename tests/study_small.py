@@ -31,7 +31,7 @@ def get_config(name: str = "") -> ConfigDict:
         return s
     c = tiny.get_config()
     c.batch.problems, c.batch.search_groups, c.batch.aggregation_groups = 4, 4, 8
-    c.sampling.classes, c.sampling.row_counts = ((8, 8, 16, 26), (32, 4, 124, 12)), ()
+    c.sampling.rows = 24
     c.train.steps, c.checkpoint.every, c.trace_log.every = 3, 1, 0
     c.eval.problems, c.eval.n, c.eval.rounds, c.eval.wave = 8, 8, 1, 4
     if name.startswith("N"):

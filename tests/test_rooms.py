@@ -10,18 +10,18 @@ SOURCES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))]
 # All rooms in their order, each with its files that other rooms or commands import.
 DOORS = {
     "core": "command config distributed errors faults functions groups mesh metrics progress",
-    "model": "adapter architecture attention cache flops hf tensor_files transformer",
+    "model": "adapter architecture attention flops hf tensor_files transformer",
     "tasks": "answer finite hub jsonl load overlap problem tiny_tokenizer",
     "prompts": "prompts scaffold settings tokenizer",
     "verifier": "choice pool references rewards settings verifier",
     "objective": "advantages estimators explain rewards settings subsets weights",
-    "sampling": "decode engine prefill programs protocol settings shapes weights",
+    "sampling": "decode engine memory prefill programs protocol settings shapes weights",
     "learner": "blocks logprobs settings state step",
     "rollout": "actor collect feed judge requests settings stages traces",
     "evaluation": "answers comparison measures results settings stages statistics tables wave",
     "run": "checkpoint evaluation_run log preemption rehearsal setup start trace_log training_run "
     "workdir",
-    "planning": "text whole_step",
+    "planning": "text work",
     "reporting": "axes evaluation_figures main_page series style summary",
     "studies": "design directory gather processes runner text",
 }

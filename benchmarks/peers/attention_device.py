@@ -63,10 +63,10 @@ class AttentionDevice:
 
     def prompts(self, role: str, attention: str) -> dict[str, Any]:
         """Forward pass of all prompts."""
-        slots, _, P, _ = self.shapes[role]
-        arrays = self._arrays(GroupShape(slots, 1, P, 1))
+        groups, _, P, _ = self.shapes[role]
+        arrays = self._arrays(GroupShape(groups, 1, P, 1))
         attend = functools.partial(_prompts, attention)
-        pairs = slots * attention_pairs(np.array([P]), np.zeros((1, 0)))
+        pairs = groups * attention_pairs(np.array([P]), np.zeros((1, 0)))
         return self._measure("prompts", role, attention, attend, arrays, FORWARD * pairs)
 
     def forward(self, role: str, attention: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ It also records log-probs, as training needs.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import pathlib
 from typing import Any
@@ -16,55 +17,37 @@ from jax.sharding import AxisType
 
 from benchmarks.peers.contestant import Work, serve
 from spiral_jax.core import mesh as meshes
+from spiral_jax.core.config import defaults
 from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Role
 from spiral_jax.core.metrics import Mean
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.transformer import ModelConfig
+from spiral_jax.sampling import memory
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
+from spiral_jax.sampling.memory import Room, memory_of_a_device
 from spiral_jax.sampling.protocol import Feed, Sampling, sample
-from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
-from spiral_jax.sampling.shapes import abstract_state
+from spiral_jax.sampling.settings import DecodeSettings, GroupLimits, Schedule
 
-HEAVY_TAIL_ROWS = tuple(range(4, 64, 4))
-
-
-def equal_length_classes(U: int, C: int, P: int, G: int) -> tuple[SlotClass, ...]:
-    """What a user would configure for U groups of one length: slots for all of them."""
-    if G <= 128:
-        return (SlotClass(U, C, P, G),)
-    return SlotClass(U, C, P, G // 2), SlotClass(U, C, P, G)
+HEAVY_TAIL_ROWS = 64
 
 
-def heavy_tail_classes(P: int, G: int) -> tuple[SlotClass, ...]:
-    """What a user would configure for groups of 8 traces of very different lengths."""
-    return (
-        SlotClass(4, 8, P, G),
-        SlotClass(4, 4, P, G),
-        SlotClass(4, 2, P, G),
-        SlotClass(8, 1, P, G),
-    )
-
-
-def make_schedule(work: Work) -> Schedule:
-    """Slots for all groups where traces are of one length, else narrowing classes for a few."""
+def make_schedule(work: Work, settings: DecodeSettings) -> Schedule:
+    """What a user would configure: rows and pages for all groups of one length, else a few rows."""
     (U, P), C, G = work.prompt_UxP.shape, work.limit_UxC.shape[1], work.longest
-    if work.limit_UxC.min() == G:
-        return Schedule(
-            equal_length_classes(U, C, P, G),
-            chunk=max(1, G // 2),
-            exit_groups=1,
-            prefill_tokens=U * P,
-            row_counts=(U * C,),
-        )
-    return Schedule(
-        heavy_tail_classes(P, G),
-        chunk=64,
-        exit_groups=1,
-        prefill_tokens=P,
-        row_counts=HEAVY_TAIL_ROWS,
-    )
+    is_even = work.limit_UxC.min() == G
+    c = defaults()
+    c.sampling.rows = U * C if is_even else HEAVY_TAIL_ROWS
+    c.sampling.chunk = G if is_even else 64
+    c.sampling.prefill_tokens = U * P if is_even else P
+    room = Room(memory_of_a_device(settings.mesh), resident=0)
+    schedule = memory.make_schedule(c, settings, [GroupLimits(P, C, G)], room)
+    if not is_even:
+        return schedule
+    # a row begins where it leaves each of the others a page to grow by
+    filled = U * schedule.prompt_pages + U * C * (schedule.own_pages + 1)
+    return dataclasses.replace(schedule, pages=max(1 + filled, schedule.least_pages))
 
 
 def make_requests(work: Work, seed: int) -> GroupRequests:
@@ -96,16 +79,15 @@ class Spiral:
         self.engines: dict[tuple[Schedule, float], Engine] = {}
         return {
             "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax")},
-            "settings": "engine; equal lengths: all groups at once; heavy tail: slots of 8, 4, 2 "
-            "and 1 traces",
+            "settings": "engine; equal lengths: all groups at once; heavy tail: "
+            f"{HEAVY_TAIL_ROWS} rows",
         }
 
     def _engine(self, work: Work, temperature: float) -> Engine:
-        key = make_schedule(work), temperature
+        draw = Draw(temperature)
+        settings = DecodeSettings(self.config, jnp.float32, draw, 0, (), 256, self.mesh)
+        key = make_schedule(work, settings), temperature
         if key not in self.engines:
-            settings = DecodeSettings(
-                self.config, jnp.float32, Draw(temperature), 0, (), 256, self.mesh
-            )
             self.engines[key] = Engine(settings, key[0])
             self.weights = self.engines[key].prepare({"params": self.params})
         return self.engines[key]
@@ -129,21 +111,16 @@ class Spiral:
         groups, metrics = self._groups(work, seed, temperature)
         if (groups.trace_len_UxC < work.limit_UxC).any():
             raise RuntimeError("traces shorter than their limits")
-        first_tokens = groups.trace_len_UxC.size  # drawn by prefill
-        return int(metrics["sampling/row_occupancy"].count) + first_tokens
+        return int(metrics["sampling/row_occupancy"].count)
 
     def peak_bytes(self, work: dict[str, Any], groups_per_batch: int) -> int:
-        """Of the program that needs most, with every slot and the weights."""
-        engine = self._engine(Work.from_json(work), 1.0)
-        states = [abstract_state(engine.settings, slots) for slots in engine.schedule.classes]
-        slots = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(states))
+        """Of the program that needs most: weights and all pages are among its arguments."""
         needed = []
-        for (kind, *_), program in engine.programs.items():
-            memory = program.run.memory_analysis()
-            arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
-            in_and_out = arguments + results - memory.alias_size_in_bytes
-            beside = slots if kind == "prefill" else 0
-            needed.append(in_and_out + memory.temp_size_in_bytes + beside)
+        for program in self._engine(Work.from_json(work), 1.0).programs.values():
+            found = program.run.memory_analysis()
+            arguments, results = found.argument_size_in_bytes, found.output_size_in_bytes
+            in_and_out = arguments + results - found.alias_size_in_bytes
+            needed.append(in_and_out + found.temp_size_in_bytes)
         return max(needed)
 
 

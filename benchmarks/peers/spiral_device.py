@@ -1,8 +1,8 @@
 """spiral_jax on one accelerator: random weights of Qwen3-4B's sizes sample, and are trained.
 
-bfloat16 and adapters of rank 32, as `configs/qwen3_4b.py` has them, with slots and micro-batches
-for one device of 80 GB. All slots are filled, every trace is decoded up to its limit (no id ends
-one), and two of the groups are trained on, one a micro-batch. Beside each time is the roofline of
+bfloat16 and adapters of rank 32, as `configs/qwen3_4b.py` has them, with rows and micro-batches
+for one device of 80 GB. All rows run, every trace is decoded up to its limit (no id ends one), and
+two of the groups are trained on, one a micro-batch. Beside each time is the roofline of
 `spiral_jax.plan` for the same program by arithmetic.
 """
 
@@ -48,9 +48,13 @@ from spiral_jax.planning.planned_program import (
 )
 from spiral_jax.planning.roofline import roofline
 from spiral_jax.planning.topology import CHIPS
+from spiral_jax.planning.usage import Usage
 from spiral_jax.run import telemetry
-from spiral_jax.sampling.engine import Engine, make_samplers
+from spiral_jax.sampling.engine import Engine
+from spiral_jax.sampling.memory import Room, make_schedule, memory_of_a_device
 from spiral_jax.sampling.protocol import sample
+from spiral_jax.sampling.settings import GroupLimits
+from spiral_jax.sampling.shapes import abstract_pool
 
 TRAINED = 2  # groups, one a micro-batch
 XLA_BLOCK = 1024  # of 256 and 1,024 the faster one on an H100
@@ -130,7 +134,7 @@ class SpiralDevice:
         return self.cases[Role.SEARCH.label].inventory
 
     def _sample(self, case: RoleCase, tokens: int) -> Groups:
-        """Groups of traces of that many tokens, the first one included, which prefill draws."""
+        """Groups of traces of that many tokens."""
         if self.weights is None:
             _, state = init_state(
                 self.inventory.settings.learner, self.model, self.inventory.mesh, self.base
@@ -139,18 +143,18 @@ class SpiralDevice:
         return sample(case.engine, self.weights, requests(case, tokens))
 
     def prefill(self, role: str) -> dict[str, Any]:
-        """Of all prompts, the draw of their first tokens included."""
+        """Of all prompts, the first token of every row included."""
         case = self.cases[role]
-        slots, _, P, _ = case.shape
+        U, _, P, _ = case.shape
         self._sample(case, 1)  # the first calls
         seconds, _ = timed(lambda: self._sample(case, 1))
         program = prefill_program(case.inventory, P)
-        flops = prefill_flops(self.model.arch, self.model.lora_rank, np.full(slots, P))
-        calls = slots / program.groups
+        flops = prefill_flops(self.model.arch, self.model.lora_rank, np.full(U, P))
+        calls = U / program.groups
         return {
             "seconds": seconds,
             "roofline_seconds": roofline(program.estimate, CHIP, 1).seconds * calls,
-            "tokens_per_s": slots * P / seconds,
+            "tokens_per_s": U * P / seconds,
             "mfu": flops / seconds / CHIP.flops_per_s,
             "peak_gb": peak_gb(),
         }
@@ -158,17 +162,17 @@ class SpiralDevice:
     def decode(self, role: str) -> dict[str, Any]:
         """Of one token of every row."""
         case = self.cases[role]
-        slots, C, _, G = case.shape
-        few = G // 8 + 1
+        U, C, _, G = case.shape
+        few = G // 8
         self._sample(case, 2)  # the first calls
         start, _ = timed(lambda: self._sample(case, few))
         whole, case.groups = timed(lambda: self._sample(case, G))
         seconds = (whole - start) / (G - few)
-        program = decode_program(case.inventory)
+        program = decode_program(case.inventory, full_rows(case, own=(few + G) / 2))
         return {
             "seconds": seconds,
             "roofline_seconds": roofline(program.estimate, CHIP, 1).seconds,
-            "tokens_per_s": slots * C / seconds,
+            "tokens_per_s": U * C / seconds,
             "hbm_gb": program.ideal_hbm_bytes / 1e9,
             "peak_gb": peak_gb(),
         }
@@ -212,48 +216,74 @@ def make_case(role: Role, shape: GroupShape, model: ModelConfig) -> RoleCase:
     """The 4B run of one role alone, on the first device."""
     c = qwen3_4b.get_config()
     c.mesh.data = c.mesh.fsdp = c.mesh.tensor = 1
-    c.sampling.classes, c.sampling.row_counts = (tuple(shape),), ()
+    c.sampling.rows = shape.groups * shape.C
     c[role.label].traces, c[role.label].max_tokens = shape.C, shape.G
     c.batch[f"{role.label}_groups"] = 1
     c.batch[f"{role.label}_lengths"] = ((shape.P, shape.G),)
     mesh = meshes.make_mesh(c.mesh, jax.devices()[:1])
-    engine, _ = make_samplers(c, model, mesh, stop_ids=())
-    return RoleCase(role, shape, c, take_inventory(c, model, mesh), engine)
+    device = memory_of_a_device(mesh)
+    inventory = take_inventory(c, model, mesh, device)
+    settings = dataclasses.replace(inventory.engine.settings, stop_ids=())
+    limits = [GroupLimits(shape.P, shape.C, shape.G)]
+    room = Room(device, resident=sum(inventory.state_memory().values()))
+    schedule = make_schedule(c, settings, limits, room)
+    engine, pool = Engine(settings, schedule), abstract_pool(settings, schedule)
+    inventory = dataclasses.replace(inventory, engine=engine, pool=pool)
+    return RoleCase(role, shape, c, inventory, engine)
+
+
+def full_rows(case: RoleCase, own: float) -> Usage:
+    """All rows run, and have so many tokens of their own."""
+    U, C, P, G = case.shape
+    bundles = 1 / min(C, case.engine.schedule.width)
+    return Usage(
+        rows=U * C,
+        bound="rows",
+        pages_a_row=case.engine.schedule.pages / (U * C),
+        own=own,
+        prompt=P,
+        bundles_a_row=bundles,
+        prompt_read=P * bundles,
+        longest_trace=G,
+        longest_prompt=P,
+    )
 
 
 def compile_step(case: RoleCase, remat: str) -> CompiledStep:
     model = dataclasses.replace(case.inventory.model, remat=remat)
-    program = train_program(take_inventory(case.c, model, case.inventory.mesh), case.block)
+    mesh = case.inventory.mesh
+    inventory = take_inventory(case.c, model, mesh, memory_of_a_device(mesh))
+    program = train_program(inventory, case.block)
     return CompiledStep(program, program.lower().compile())
 
 
 def requests(case: RoleCase, tokens: int) -> GroupRequests:
-    """Groups of random prompts for all slots, whose traces have that many tokens."""
-    slots, C, P, G = case.shape
+    """Groups of random prompts for all rows, whose traces have that many tokens."""
+    U, C, P, G = case.shape
     V = case.inventory.model.arch.V
-    id_Ux6 = np.zeros((slots, 6), np.int32)
+    id_Ux6 = np.zeros((U, 6), np.int32)
     id_Ux6[:] = (Purpose.EVALUATION, 0, 0, 0, case.role, 0)
-    id_Ux6[:, 2] = np.arange(slots)
+    id_Ux6[:, 2] = np.arange(U)
     return GroupRequests(
-        np.random.default_rng(0).integers(1, V, (slots, P), np.int32),
-        np.full(slots, P, np.int32),
+        np.random.default_rng(0).integers(1, V, (U, P), np.int32),
+        np.full(U, P, np.int32),
         id_Ux6,
         C,
         G,
-        np.full((slots, C), tokens, np.int32),
+        np.full((U, C), tokens, np.int32),
     )
 
 
 def random_groups(case: RoleCase) -> Groups:
     """Where nothing was sampled: traces of random ids, recorded as if they were equally likely."""
-    slots, C, _, G = case.shape
+    U, C, _, G = case.shape
     V = case.inventory.model.arch.V
     return Groups(
         requests(case, G),
-        trace_UxCxG=np.random.default_rng(2).integers(1, V, (slots, C, G), np.int32),
-        trace_len_UxC=np.full((slots, C), G, np.int32),
-        logprob_UxCxG=np.full((slots, C, G), -np.log(V), np.float32),
-        stop_UxC=np.zeros((slots, C), np.int32),
+        trace_UxCxG=np.random.default_rng(2).integers(1, V, (U, C, G), np.int32),
+        trace_len_UxC=np.full((U, C), G, np.int32),
+        logprob_UxCxG=np.full((U, C, G), -np.log(V), np.float32),
+        stop_UxC=np.zeros((U, C), np.int32),
     )
 
 

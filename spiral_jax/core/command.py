@@ -21,6 +21,13 @@ _HELP = ("-h", "--help", "-help", "--helpshort")
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks
 _CLOSE = 0.5  # of two names, as difflib measures it
 
+# Fields of earlier versions, and what took their place.
+_GONE = dict.fromkeys(
+    ("classes", "row_counts", "exit_groups"),
+    "Slots have become pages. Leave it out, or set sampling.memory and sampling.rows: lengths "
+    "follow from the limits on prompts and traces.",
+)
+
 
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Parses the flags and runs `main` with the arguments that are left; ends the process.
@@ -135,6 +142,8 @@ def _no_such_field(name: str, fields: Iterable[str]) -> str:
     """That a room has no such field, the nearest of those that it has, and rooms that have it."""
     near = difflib.get_close_matches(name, list(fields), n=1, cutoff=_CLOSE)
     text = f"no such field: {name}."
+    if name in _GONE:
+        return f"{text} {_GONE[name]}"
     if near:
         return f'{text} Did you mean "{near[0]}"?'
     elsewhere = [

@@ -154,29 +154,20 @@ def defaults() -> ConfigDict:
     c.sampling = ConfigDict()
     # (paper); top-p and top-k do not exist in training: their log-probs would be others
     c.sampling.temperature = 1.0
-    # Slots of the rollout engine: rows of (slots, C, P, G) tokens. A group enters the widest class
-    # of the shortest P that holds its prompt (cut into pieces if it is wider), goes on in a longer
-    # one when G is full, and in a narrower one as its traces end. Every P needs its widest C also
-    # with its longest G.
-    c.sampling.classes = (
-        (32, 8, 1024, 1024),
-        (32, 8, 1024, 4096),
-        (32, 4, 1024, 4096),
-        (64, 4, 17920, 4096),
-    )
+    # for the pages that hold keys and values: at most 1, a share of what weights and state leave
+    # free of a device's memory; above 1, bytes of each device
+    c.sampling.memory = 0.8
+    # traces that each shard of the mesh's data * fsdp decodes at once; 0 = as many as the pages
+    # feed, at most 1,024, on CPUs 128
+    c.sampling.rows = 0
     # of keys and values: "compute" (model.compute_dtype) or "int8"
     c.sampling.cache_dtype = "compute"
     c.sampling.chunk = 64  # decode steps between two looks at who has ended, at most
-    # a chunk ends early when this many groups could leave their slot
-    c.sampling.exit_groups = 4
     # prompt tokens, padding included, prefilled at once on each shard
     c.sampling.prefill_tokens = 16384
     # of them in each prompt, as many as run, and attend to each other, at once; where attention
     # is computed by kernels, 2,048 at least
     c.sampling.prefill_chunk = 256
-    # Rows of a device shard, ascending, for which decode programs are compiled beside the one for
-    # all rows of all classes. Pays where rows cost: on CPUs; accelerators need none.
-    c.sampling.row_counts = ()
     # share of problems that are expected to carry a signal, until some are decided
     c.sampling.keep_rate = 0.5
     # at most this many times batch.problems are tried for one batch

@@ -57,7 +57,7 @@ class GroupRequests:
       prompt_len_U: int32, >= 1.
       id_Ux6: int32 (purpose, step, cursor, round, role, set): with the run's seed and the trace's
         index this is all that a group's random numbers depend on, so a trace does not know its
-        neighbours or its slot.
+        neighbours or its pages.
       traces: C.
       max_tokens: limit on a trace's length G, its stop id included.
       limit_UxC: int32 limits of single traces, 1 ... max_tokens. None: `max_tokens` for all.

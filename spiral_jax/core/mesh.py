@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -173,3 +173,23 @@ def constrain_groups(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, P(GROUP_AXES))
+
+
+def over_shards(
+    mesh: Mesh, function: Callable[..., Any], arguments: tuple[P, ...], results: Any
+) -> Callable[..., Any]:
+    """`function`, run on each device's own part of arrays [Z, ...], with Z taken away.
+
+    Z: the shards of the groups, data * fsdp.
+
+    Args:
+      arguments, results: how each, or all arrays of a tree, lie on the mesh; GROUP_AXES first.
+    """
+
+    def on_one(*parts: Any) -> Any:
+        own = jax.tree.map(lambda a: a[0], parts)
+        return jax.tree.map(lambda a: a[None], function(*own))
+
+    if mesh.size == 1:
+        return on_one
+    return jax.shard_map(on_one, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)

@@ -35,7 +35,7 @@ def cache_entries(k_xTxJxE: jax.Array, v_xTxJxE: jax.Array, dtype: jnp.dtype) ->
     k, v = jnp.moveaxis(k_xTxJxE, -3, -1), jnp.moveaxis(v_xTxJxE, -3, -2)
     if dtype != jnp.int8:
         return {"k": k.astype(dtype), "v": v.astype(dtype)}
-    (k, k_scale), (v, v_scale) = _to_int8(k, -2), _to_int8(v, -1)
+    (k, k_scale), (v, v_scale) = to_int8(k, -2), to_int8(v, -1)
     return {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
 
 
@@ -58,7 +58,7 @@ def read_tokens(cache: Cache, start: jax.Array, count: int) -> Cache:
     }
 
 
-def _to_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+def to_int8(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """(int8, float32 scale along `axis`): the largest entry becomes 127; all zeros stay zeros."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=axis, keepdims=True) / 127

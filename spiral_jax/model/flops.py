@@ -24,6 +24,8 @@ a remat policy (`model.remat`) the count has what this program computes twice un
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from spiral_jax.core.config import REMAT
@@ -146,10 +148,16 @@ def ideal_train_flops(
 
 
 def prefill_flops(arch: Architecture, lora_rank: int, prompt_len_U: np.ndarray) -> float:
-    """Operations of running prompts forward once, the head behind each one's last token alone."""
+    """Operations of the keys and values of prompts: of the last layer nothing else is needed."""
     U, tokens = len(prompt_len_U), int(np.sum(prompt_len_U, dtype=np.int64))
     pairs = attention_pairs(prompt_len_U, np.zeros((U, 0), int))
-    return _forward_flops(arch, lora_rank, tokens, pairs, logits=U)
+    before = dataclasses.replace(arch, L=arch.L - 1)
+    projections = _projections(arch)
+    last_layer = sum(
+        width * features + lora_rank * (width + features)
+        for width, features in (projections["k"], projections["v"])
+    )
+    return _forward_flops(before, lora_rank, tokens, pairs, logits=0) + 2.0 * tokens * last_layer
 
 
 def decode_flops(arch: Architecture, lora_rank: int, keys_N: np.ndarray) -> float:

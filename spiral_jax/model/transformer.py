@@ -47,6 +47,7 @@ class ModelConfig:
       lora_rank: 0 = no adapters.
       lora_alpha: adapters are scaled by alpha / rank.
       attention: which backend computes attention, one of `backends.BACKENDS`.
+      pages: which one the sampler reads and writes its pages with.
       attention_block: queries, and keys, whose scores exist at once in training where the backend
         is xla.
       remat: what the backward pass keeps of each layer, one of `config.REMAT`; it computes the rest
@@ -59,6 +60,7 @@ class ModelConfig:
     lora_rank: int = 0
     lora_alpha: float = 1.0
     attention: str = XLA
+    pages: str = XLA
     attention_block: int = 512
     remat: str = "layer"
 

@@ -69,23 +69,26 @@ class Cost:
         return sum(self.sent_bytes.values())
 
 
-def cost_of(module: Module, passes: dict[str, float]) -> Cost:
+def cost_of(
+    module: Module, passes: dict[str, float], kernels: dict[str, Cost] | None = None
+) -> Cost:
     """The whole program.
 
     Args:
       passes: how often loops run whose text does not say so: a pattern of `Instruction.op_name` ->
         passes, which may be 0, or a mean. The first that matches counts.
+      kernels: costs of a call of kernels that read as much as is in use, by pattern too.
 
     Raises:
       UnknownLoop: a loop that no pattern matches.
     """
-    walk = _Walk(module, passes)
+    walk = _Walk(module, passes, kernels or {})
     return walk.computation(module.entry.name)
 
 
 class _Walk:
-    def __init__(self, module: Module, passes: dict[str, float]):
-        self.module, self.passes = module, passes
+    def __init__(self, module: Module, passes: dict[str, float], kernels: dict[str, Cost]):
+        self.module, self.passes, self.kernels = module, passes, kernels
         self.computation = functools.cache(self._computation)
 
     def _computation(self, name: str) -> Cost:
@@ -106,6 +109,10 @@ class _Walk:
             return self._all_called(instruction)
         if operation in _FREE:
             return Cost()
+        if operation == "custom-call":
+            for pattern, cost in self.kernels.items():
+                if re.search(pattern, instruction.op_name):
+                    return cost
         moved = hbm_bytes(instruction, where, self.module)
         kind = operation.removesuffix("-start")
         if kind in COLLECTIVES:

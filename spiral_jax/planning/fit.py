@@ -12,14 +12,16 @@ from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
 from spiral_jax.learner.settings import RoleShapes
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.planning.inventory import Inventory, SamplerMisfit
+from spiral_jax.planning.inventory import Inventory, TooFewPages
 from spiral_jax.planning.planned_program import plan_programs
 from spiral_jax.planning.profile import Profile, profile
 from spiral_jax.planning.settings import Overrides, PlanSettings, mesh_overrides, micro_field
 from spiral_jax.planning.topology import Topology
-from spiral_jax.planning.whole_step import Assumptions, predict, work_of_step
+from spiral_jax.planning.usage import usage_of
+from spiral_jax.planning.whole_step import predict
+from spiral_jax.planning.work import Assumptions, work_of_step
 
-Part = Literal["train", "sampler", "mesh"]
+Part = Literal["train", "sampler", "pages", "mesh"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Attempt:
     """A configuration that was tried: what it changes, and what came of it.
 
     Attributes:
-      at_fault: what has to change if it does not fit; None where it fits.
+      at_fault: what has to change if it does not fit; None where it fits. "sampler": it takes too
+        much; "pages": what it takes is too little for one group.
+      pages: what the sampler has, for JSON; None where it has too few.
       profiles: of the programs by name, up to the first that does not fit.
       step: what `predict` says of a whole step, where it fits.
     """
@@ -35,6 +39,7 @@ class Attempt:
     overrides: Overrides
     verdict: str
     at_fault: Part | None
+    pages: dict[str, Any] | None = None
     profiles: dict[str, Profile] = dataclasses.field(default_factory=dict)
     step: dict[str, Any] | None = None
 
@@ -66,8 +71,8 @@ class Planner:
     def attempts(self, most: int) -> Iterator[Attempt]:
         """Tries the configuration as it is, then changes of it until one fits or `most` were tried.
 
-        What was too large decides what is changed next: micro-batch and remat, slots and cache, or
-        the mesh.
+        What was at fault decides what is changed next: micro-batch and remat, the memory for
+        pages, what a token takes of it, or the mesh.
         """
         as_configured = self.attempt({})
         yield as_configured
@@ -78,10 +83,15 @@ class Planner:
         settings = _resolve_mesh(self.settings, self.topology.chips)
         for shape in mesh_shapes(self.settings.mesh, self.arch, self.topology.chips):
             shards = shape[0] * shape[1]
-            train = deque(train_options(settings, shards))
-            sampler = deque(sampler_options(settings, shards))
-            while train and sampler:
-                overrides = mesh_overrides(shape) | train[0] | sampler[0]
+            options: dict[Part, deque[Overrides]] = {
+                "train": deque(train_options(settings, shards)),
+                "sampler": deque(memory_options(settings)),
+                "pages": deque([{}, {"sampling.cache_dtype": "int8"}]),
+            }
+            while all(options.values()):
+                overrides = mesh_overrides(shape)
+                for of_part in options.values():
+                    overrides |= of_part[0]
                 attempt = as_configured
                 if settings.is_changed_by(overrides):
                     attempt = self.attempt(overrides)
@@ -91,14 +101,14 @@ class Planner:
                     return
                 if attempt.at_fault == "mesh":
                     break
-                (train if attempt.at_fault == "train" else sampler).popleft()
+                options[attempt.at_fault].popleft()
 
     def attempt(self, overrides: Overrides) -> Attempt:
         """Compiles (or estimates) the programs, the largest first, up to one that is too large."""
         try:
             inventory = self.take(overrides)
-        except SamplerMisfit as error:
-            return Attempt(overrides, str(error), "sampler")
+        except TooFewPages as error:
+            return Attempt(overrides, str(error), "pages")
         except ConfigError as error:
             return Attempt(overrides, str(error), "train")
 
@@ -111,10 +121,11 @@ class Planner:
             needed = sum(memory.values())
             if needed > room:
                 verdict = f"{', '.join(memory)}: {_gib(needed)} of {_gib(room)}"
-                return Attempt(overrides, verdict, part)
+                return Attempt(overrides, verdict, part, inventory.pages())
 
-        works = work_of_step(inventory.settings, self.assumed)
-        programs = plan_programs(inventory, {work.role: work.prompt for work in works})
+        works, schedule = work_of_step(inventory.settings, self.assumed), inventory.engine.schedule
+        usage = usage_of(works, schedule, self.assumed.row_occupancy)
+        programs = plan_programs(inventory, works, usage)
         profiles = {}
         for name, program in programs.items():
             self.say(program.name)
@@ -123,9 +134,17 @@ class Planner:
                 needed, room = profiles[name].needed, profiles[name].room
                 verdict = f"{program.name}: {_gib(needed)} of {_gib(room)}"
                 part = "train" if name.startswith("train") else "sampler"
-                return Attempt(overrides, verdict, part, profiles)
-        step = predict(inventory.settings, self.topology, works, self.assumed, profiles)
-        return Attempt(overrides, "fits", None, profiles, step)
+                return Attempt(overrides, verdict, part, inventory.pages(), profiles)
+        step = predict(
+            inventory.settings,
+            self.topology,
+            works,
+            self.assumed,
+            usage,
+            inventory.shards,
+            profiles,
+        )
+        return Attempt(overrides, "fits", None, inventory.pages(), profiles, step)
 
 
 def _resolve_mesh(settings: PlanSettings, chips: int) -> PlanSettings:
@@ -176,19 +195,10 @@ def _halve(shapes: RoleShapes, halvings: int, multiple: int) -> int:
     return max(multiple, shapes.micro_groups // 2**halvings // multiple * multiple)
 
 
-def sampler_options(settings: PlanSettings, shards: int) -> list[Overrides]:
-    """Slots that the mesh divides: as configured, two a shard, one a shard; then an int8 cache."""
-    options = []
-    for slots in (None, 2 * shards, shards):
-        classes = settings.classes
-        if slots is not None:
-            classes = tuple((slots, C, P, G) for _, C, P, G in settings.classes)
-        if any(row[0] % shards for row in classes):
-            continue
-        option = {} if classes == settings.classes else {"sampling.classes": classes}
-        if option not in options:
-            options.append(option)
-    return options + [options[-1] | {"sampling.cache_dtype": "int8"}]
+def memory_options(settings: PlanSettings) -> list[Overrides]:
+    """The memory for pages: as configured, three quarters of it, half of it."""
+    lower = [{"sampling.memory": share * settings.memory} for share in (0.75, 0.5)]
+    return [{}, *lower]
 
 
 def _gib(size: float) -> str:

@@ -1,4 +1,4 @@
-"""What lies on the chips of a run, from shapes alone: state, decode copy, slots, batch."""
+"""What lies on the chips of a run, from shapes alone: state, decode copy, pages, batch."""
 
 from __future__ import annotations
 
@@ -22,16 +22,18 @@ from spiral_jax.model.architecture import check_mesh
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.planning.analytic import ShardedModel, bytes_a_chip
 from spiral_jax.planning.settings import PlanSettings
-from spiral_jax.sampling import shapes
+from spiral_jax.sampling.decode import Pool
 from spiral_jax.sampling.engine import Engine, make_samplers
+from spiral_jax.sampling.memory import Room
 from spiral_jax.sampling.programs import Name, Recipe, recipes
+from spiral_jax.sampling.shapes import abstract_pool
 from spiral_jax.sampling.weights import abstract_weights
 
 _STOP_IDS = (0, 1)  # which ids end a trace changes no shape, and the tokenizer is not read
 
 
-class SamplerMisfit(ConfigError):
-    """The mesh does not divide the sampler's slots."""
+class TooFewPages(ConfigError):
+    """The memory for pages does not hold the largest group."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Inventory:
       base: frozen parameters, None where all are trained.
       blocks: of one step.
       decode_weights: the decode copy.
-      slots: the sampler's state, by class.
+      pool: the sampler's pages of keys and values.
     """
 
     settings: PlanSettings
@@ -55,7 +57,7 @@ class Inventory:
     blocks: list[Block]
     engine: Engine
     decode_weights: Any
-    slots: list[Any]
+    pool: Pool
 
     @property
     def chips(self) -> int:
@@ -76,15 +78,22 @@ class Inventory:
         width = self.model.compute_dtype.itemsize
         return ShardedModel(self.model.arch, dict(self.mesh.shape), width)
 
-    @property
-    def caches(self) -> list[Any]:
-        """Keys and values of prompts and of traces, by class."""
-        return [[state.prompt, state.own] for state in self.slots]
-
     @functools.cached_property
     def recipes(self) -> dict[Name, Recipe]:
         """The sampler's programs; made for the first that is lowered; arithmetic needs none."""
         return recipes(self.engine.settings, self.engine.schedule)
+
+    def pages(self) -> dict[str, int]:
+        """What the sampler of a shard has: for JSON."""
+        schedule = self.engine.schedule
+        return {
+            "pages": schedule.pages - 1,
+            "page_tokens": schedule.page,
+            "tokens": (schedule.pages - 1) * schedule.page,
+            "rows": schedule.rows[-1],
+            "rows_a_bundle": schedule.width,
+            "shards": self.shards,
+        }
 
     def state_memory(self) -> dict[str, int]:
         """Bytes a chip that always lie there: base and adapters (or all in float32), optimizer."""
@@ -98,41 +107,47 @@ class Inventory:
         return self.state_memory() | {"decode copy": bytes_a_chip(self.decode_weights)}
 
     def sampler_memory(self) -> dict[str, int]:
-        """The same and the caches of all slots, which are there while traces are sampled."""
-        return self.policy_memory() | {"keys and values": bytes_a_chip(self.caches)}
+        """The same and the pool of pages, which is there while traces are sampled."""
+        return self.policy_memory() | {"keys and values": bytes_a_chip(self.pool)}
 
 
-def take_inventory(c: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh) -> Inventory:
+def take_inventory(
+    c: ConfigDict, model: ModelConfig, mesh: Mesh | AbstractMesh, chip_bytes: int
+) -> Inventory:
     """What a run of this configuration holds.
 
+    Args:
+      chip_bytes: memory of a chip, of which `config.sampling.memory` takes its share for pages.
+
     Raises:
-      SamplerMisfit: slots that the mesh does not divide.
-      ConfigError: heads, columns or groups that it does not divide.
+      TooFewPages: that share does not hold the largest group.
+      ConfigError: heads, columns or groups that the mesh does not divide.
     """
     settings = PlanSettings.from_config(c)
     learner = settings.learner
     check_mesh(model.arch, mesh)
     check_micro_batches(learner.shapes, mesh)
-    try:
-        engine, _ = make_samplers(c, model, mesh, _STOP_IDS)
-    except ConfigError as error:
-        raise SamplerMisfit(str(error)) from error
-
     base = None
     if keeps_base(learner, model):
         base = hf.abstract_params(model)
         base = meshes.with_shardings(base, meshes.weight_shardings(base, mesh))
+    state = abstract_state(learner, model, mesh)
+    room = Room(chip_bytes, resident=bytes_a_chip([base, state]))
+    try:
+        engine, _ = make_samplers(c, model, mesh, _STOP_IDS, settings.limits, room)
+    except ConfigError as error:
+        raise TooFewPages(str(error)) from error
     return Inventory(
         settings=settings,
         model=model,
         mesh=mesh,
         train_step=make_train_step(learner, model),
         base=base,
-        state=abstract_state(learner, model, mesh),
+        state=state,
         blocks=[place_block(block, mesh) for block in abstract_blocks(learner.shapes)],
         engine=engine,
         decode_weights=abstract_weights(model, mesh),
-        slots=[shapes.abstract_state(engine.settings, slots) for slots in engine.schedule.classes],
+        pool=abstract_pool(engine.settings, engine.schedule),
     )
 
 

@@ -11,22 +11,27 @@ import jax
 import numpy as np
 from jax.stages import Lowered
 
-from spiral_jax.core.groups import Role
 from spiral_jax.learner.blocks import Block
 from spiral_jax.learner.logprobs import LOGPROBS_SCOPE
 from spiral_jax.learner.step import block_scope, variables
 from spiral_jax.model.attention.caches import PREFIX_SCOPE
 from spiral_jax.model.attention.groups import PROMPT_SCOPE, TRACE_SCOPE
+from spiral_jax.model.attention.pages import OWN_SCOPE, PROMPTS_SCOPE, WRITE_SCOPE
 from spiral_jax.model.attention.xla import OWN_KEYS_SCOPE, PROMPT_KEYS_SCOPE, even_block
 from spiral_jax.model.flops import decode_flops, ideal_train_flops, prefill_flops
 from spiral_jax.planning import analytic
 from spiral_jax.planning.analytic import bytes_a_chip
 from spiral_jax.planning.costs import Cost
 from spiral_jax.planning.inventory import Inventory
+from spiral_jax.planning.usage import Usage
+from spiral_jax.planning.work import Work
 from spiral_jax.sampling.decode import DECODE_SCOPE
+from spiral_jax.sampling.memory import page_bytes
 from spiral_jax.sampling.prefill import PREFILL_SCOPE
-from spiral_jax.sampling.shapes import prompt_shapes
+from spiral_jax.sampling.shapes import prompt_shapes, row_shapes
 from spiral_jax.sampling.weights import lay_out
+
+_WRITTEN_TILE = 16  # tokens: of two-byte numbers, on a TPU; those of one byte are twice as many
 
 
 class Forbidden(NamedTuple):
@@ -58,7 +63,8 @@ class PlannedProgram:
       estimate: cost of one unit by arithmetic.
       estimated_temporary: bytes beside `memory` and `kept`, by arithmetic.
       unit_loop: pattern of the outer loop's `op_name`; "" = the program is one unit.
-      passes: of its other loops whose text does not say it; see `costs.cost_of`.
+      passes, kernels: of its other loops whose text does not say it, and costs of kernels whose
+        work depends on what they are given; see `costs.cost_of`.
       kept: bytes of its own that the forward pass keeps for the backward pass.
       ideal_flops: of one unit; 0 where no single number is meant.
       ideal_hbm_bytes: of one unit; 0 where no single number is meant.
@@ -77,6 +83,7 @@ class PlannedProgram:
     estimated_temporary: int
     unit_loop: str = ""
     passes: dict[str, float] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, Cost] = dataclasses.field(default_factory=dict)
     kept: int = 0
     ideal_flops: float = 0.0
     ideal_hbm_bytes: float = 0.0
@@ -84,11 +91,13 @@ class PlannedProgram:
     compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def plan_programs(inventory: Inventory, prompts: dict[Role, int]) -> dict[str, PlannedProgram]:
+def plan_programs(
+    inventory: Inventory, works: list[Work], usage: Usage
+) -> dict[str, PlannedProgram]:
     """All of them: train/ROLE/BUCKET, the largest first, decode, prefill/ROLE, decode_copy.
 
     Args:
-      prompts: mean tokens of each role's prompts, which admissions are counted for.
+      works: whose prompts are of mean length.
     """
     training, buckets = {}, Counter()
     for block in inventory.blocks:
@@ -97,9 +106,9 @@ def plan_programs(inventory: Inventory, prompts: dict[Role, int]) -> dict[str, P
         buckets[label] += 1
     programs = dict(sorted(training.items(), key=lambda item: -item[1].tokens))
 
-    programs["decode"] = decode_program(inventory)
-    for role, prompt in sorted(prompts.items(), reverse=True):
-        programs[f"prefill/{role.label}"] = prefill_program(inventory, prompt)
+    programs["decode"] = decode_program(inventory, usage)
+    for work in sorted(works, key=lambda work: -work.role):
+        programs[f"prefill/{work.role.label}"] = prefill_program(inventory, work.prompt)
     programs["decode_copy"] = decode_copy_program(inventory)
     return programs
 
@@ -197,50 +206,84 @@ def _forbidden(inventory: Inventory, U: int, C: int, P: int, G: int) -> dict[str
     return forbidden
 
 
-def decode_program(inventory: Inventory) -> PlannedProgram:
-    """The program of all rows; the unit is one token of every row."""
-    model, schedule = inventory.model, inventory.engine.schedule
-    rows = schedule.decode_rows(inventory.shards)[-1]
-    keys_N = np.concatenate([np.full(slots.rows, slots.P + slots.G) for slots in schedule.classes])
+def decode_program(inventory: Inventory, usage: Usage) -> PlannedProgram:
+    """The program of all rows; the unit is one token of every row.
+
+    All rows are computed, `usage.rows` of them draw, and pages are read as far as they are used.
+    """
+    model, engine = inventory.model, inventory.engine
+    rows = engine.schedule.rows[-1]
+    token = page_bytes(engine.settings, engine.schedule.page) / engine.schedule.page
+    keys_N = np.zeros(rows * inventory.shards)
+    keys_N[: round(usage.rows * inventory.shards)] = usage.own + usage.prompt
     flops = decode_flops(model.arch, model.lora_rank, keys_N) / inventory.chips
-    read = bytes_a_chip([inventory.decode_weights, inventory.caches])
+    weights = bytes_a_chip(inventory.decode_weights)
+    read = int(weights + usage.tokens_read * token)
     recipe = inventory.recipes["decode", rows]
+    given = row_shapes(engine.settings, engine.schedule, rows)
     return PlannedProgram(
         name=f"decode, {rows * inventory.shards} rows",
         unit="token of every row",
-        groups=sum(slots.slots for slots in schedule.classes),
+        groups=0,
         tokens=rows * inventory.shards,
         lower=recipe.lower,
         compiler_options=recipe.compiler_options,
         memory=inventory.sampler_memory(),
-        arguments=bytes_a_chip([inventory.decode_weights, inventory.slots]),
+        arguments=bytes_a_chip([inventory.decode_weights, inventory.pool, given]),
         estimate=analytic.forward_cost(
             inventory.sharded_model, flops=flops, read=read, tokens=rows
         ),
         estimated_temporary=rows * model.arch.V // inventory.tensor * 4 * 3,
         unit_loop=_loop_of(DECODE_SCOPE),
+        kernels=_decode_kernels(inventory, usage, token),
         ideal_flops=flops,
         ideal_hbm_bytes=read,
     )
 
 
+def _decode_kernels(inventory: Inventory, usage: Usage, token: float) -> dict[str, Cost]:
+    """Costs of a layer's calls of kernels that read and write pages, by pattern.
+
+    They read whole pages, the last of each sequence is half full. Memory is written in tiles, which
+    are read before.
+
+    Args:
+      token: bytes of one token's keys and values on a chip.
+    """
+    arch, page = inventory.model.arch, inventory.engine.schedule.page
+    flops_a_key = 4 * arch.H // inventory.tensor * arch.E
+    bundles = usage.rows * usage.bundles_a_row
+    own_read = usage.rows * (usage.own + page / 2)
+    prompt_read = usage.rows * usage.prompt_read + bundles * page / 2
+
+    def of_a_layer(keys: float, tokens_read: float) -> Cost:
+        return Cost(keys * flops_a_key, tokens_read * token / arch.L)
+
+    return {
+        rf"\b{OWN_SCOPE}\b": of_a_layer(usage.rows * usage.own, own_read),
+        rf"\b{PROMPTS_SCOPE}\b": of_a_layer(usage.rows * usage.prompt, prompt_read),
+        rf"\b{WRITE_SCOPE}\b": of_a_layer(0, 2 * _WRITTEN_TILE * usage.rows),
+    }
+
+
 def prefill_program(inventory: Inventory, prompt: int) -> PlannedProgram:
-    """Prompts of so many tokens, in the shapes of the class that they enter; the unit is a call."""
+    """Prompts of so many tokens, in the shortest program that holds them; the unit is a call."""
     model, sharded = inventory.model, inventory.sharded_model
     schedule, settings = inventory.engine.schedule, inventory.engine.settings
-    wide_enough = [i for i in schedule.entries() if prompt <= schedule.classes[i].P]
-    i = min(wide_enough, key=lambda i: schedule.classes[i].P)
-    given = prompt_shapes(settings, schedule, i)
-    shards, W, P = given.prompt_ZxWxP.shape
+    computed = max(1, prompt - 1)  # the last is the first that is decoded
+    P = next(P for P in schedule.prompts if computed <= P)
+    given = prompt_shapes(settings, schedule, P)
+    shards, W, _ = given.token_ZxWxP.shape
 
     chunk = settings.chunk_of(P)
-    chunks = -(-prompt // chunk)
+    chunks = -(-computed // chunk)
     tokens = chunks * chunk  # of one prompt
     all_flops = prefill_flops(model.arch, model.lora_rank, np.full(shards * W, tokens))
     flops = all_flops / inventory.chips
     weights = bytes_a_chip(inventory.decode_weights)
-    caches = bytes_a_chip(inventory.slots[i].prompt) // schedule.classes[i].slots * shards * W
-    recipe = inventory.recipes["prefill", i]
+    arch, width = model.arch, model.compute_dtype.itemsize
+    stored = W * P * 2 * arch.L * arch.J * arch.E * width // inventory.tensor
+    recipe = inventory.recipes["prefill", P]
     return PlannedProgram(
         name=f"prefill, {shards * W} prompts of {prompt} in {P}",
         unit="call",
@@ -249,11 +292,11 @@ def prefill_program(inventory: Inventory, prompt: int) -> PlannedProgram:
         lower=recipe.lower,
         compiler_options=recipe.compiler_options,
         memory=inventory.sampler_memory(),
-        arguments=bytes_a_chip([inventory.decode_weights, given]),
+        arguments=bytes_a_chip([inventory.decode_weights, inventory.pool, given]),
         estimate=analytic.forward_cost(
-            sharded, flops=flops, read=chunks * weights + caches, tokens=W * tokens
+            sharded, flops=flops, read=chunks * weights + stored, tokens=W * tokens
         ),
-        estimated_temporary=caches + analytic.working_set(sharded, W * chunk, logits=W),
+        estimated_temporary=stored + analytic.working_set(sharded, W * chunk, logits=W),
         passes={_loop_of(PREFILL_SCOPE): chunks, _loop_of(PREFIX_SCOPE): (chunks + 1) / 2},
         ideal_flops=flops,
     )

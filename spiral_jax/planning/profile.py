@@ -119,7 +119,7 @@ def profile(program: PlannedProgram, topology: Topology, free: float) -> Profile
         return _estimate(program, topology, free, {"program": compiled.needed}, compiled.seconds)
 
     module = parse(compiled.text)
-    unit, call = unit_and_call(module, program.unit_loop, program.passes)
+    unit, call = unit_and_call(module, program.unit_loop, program.passes, program.kernels)
     return Profile(
         program=program,
         memory=_memory(program, compiled, workspace_bytes(module)),
@@ -164,15 +164,20 @@ def _ratio(value: float, ideal: float) -> float | None:
     return value / ideal if ideal and value else None
 
 
-def unit_and_call(module: Module, unit_loop: str, passes: dict[str, float]) -> tuple[Cost, Cost]:
-    """Cost of one pass of the unit loop, and of everything outside of it.
+def unit_and_call(
+    module: Module,
+    unit_loop: str,
+    passes: dict[str, float],
+    kernels: dict[str, Cost] | None = None,
+) -> tuple[Cost, Cost]:
+    """Cost of one pass of the unit loop, and of everything outside of it; see `costs.cost_of`.
 
     Without such a loop all is the unit.
     """
     if not unit_loop:
-        return cost_of(module, passes), Cost()
-    call = cost_of(module, {unit_loop: 0} | passes)
-    return cost_of(module, {unit_loop: 1} | passes) + call * -1, call
+        return cost_of(module, passes, kernels), Cost()
+    call = cost_of(module, {unit_loop: 0} | passes, kernels)
+    return cost_of(module, {unit_loop: 1} | passes, kernels) + call * -1, call
 
 
 def largest_array(module: Module) -> Array:

@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import AXES
-from spiral_jax.learner.settings import LearnerSettings
+from spiral_jax.learner.settings import LearnerSettings, derived_lengths
 from spiral_jax.rollout.settings import DynamicSampling, TrainingStages
-from spiral_jax.run.setup import check_training
+from spiral_jax.run.setup import check_training, sampled_stages
+from spiral_jax.sampling.settings import GroupLimits
 
 Overrides = dict[str, Any]  # field of the configuration, such as "mesh.tensor" -> its new value
 
@@ -23,15 +24,18 @@ class PlanSettings:
     Attributes:
       mesh: sizes of the axes data, fsdp and tensor; -1 = all the rest.
       remat: what the forward pass of training keeps.
-      classes: (slots, C, P, G) of each class of the sampler.
+      memory: for pages: at most 1, a share of what is free, or above it, bytes.
       cache_dtype: of the sampler's keys and values.
+      limits: of the groups of every stage. No tokenizer is read, so their prompts may be as long
+        as the micro-batches have room for; in a run they can be a little shorter.
       max_problem_tokens: limit of a search prompt.
     """
 
     mesh: tuple[int, int, int]
     remat: str
-    classes: tuple[tuple[int, int, int, int], ...]
+    memory: float
     cache_dtype: str
+    limits: tuple[GroupLimits, ...]
     max_problem_tokens: int
     stages: TrainingStages
     dynamic_sampling: DynamicSampling
@@ -40,12 +44,17 @@ class PlanSettings:
     @classmethod
     def from_config(cls, c: ConfigDict) -> PlanSettings:
         """Checks the whole configuration. Raises `ConfigError`."""
-        training = check_training(c).training
+        checked = check_training(c)
+        training = checked.training
         return cls(
             mesh=tuple(c.mesh[axis] for axis in AXES),
             remat=c.model.remat,
-            classes=tuple(tuple(row) for row in c.sampling.classes),
+            memory=c.sampling.memory,
             cache_dtype=c.sampling.cache_dtype,
+            limits=tuple(
+                GroupLimits(_widest_prompt(c, stage.role), stage.traces, stage.max_tokens)
+                for stage in sampled_stages(checked)
+            ),
             max_problem_tokens=c.prompt.max_problem_tokens,
             stages=training.stages,
             dynamic_sampling=training.dynamic_sampling,
@@ -56,12 +65,18 @@ class PlanSettings:
         """Whether the overrides give a field another value than it has."""
         values = mesh_overrides(self.mesh) | {
             "model.remat": self.remat,
-            "sampling.classes": self.classes,
+            "sampling.memory": self.memory,
             "sampling.cache_dtype": self.cache_dtype,
         }
         for role, shapes in self.learner.shapes.items():
             values[micro_field(role)] = shapes.micro_groups
         return any(values[field] != value for field, value in overrides.items())
+
+
+def _widest_prompt(c: ConfigDict, role: Role) -> int:
+    """Tokens of the longest prompt that a micro-batch of the role has room for."""
+    lengths = c.batch[f"{role.label}_lengths"] or derived_lengths(c, role)
+    return max(prompt for prompt, _ in lengths)
 
 
 def micro_field(role: Role) -> str:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from spiral_jax.core.config import ConfigError
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
-from spiral_jax.model.attention.backends import choose_backend
+from spiral_jax.model.attention.backends import choose_backend, choose_page_backend
 from spiral_jax.model.transformer import ModelConfig
 
 _SHIPPED = pathlib.Path(__file__).parent.parent / "assets" / "architectures"
@@ -36,7 +36,8 @@ def planned_model(c: ConfigDict, devices: list[Any] | None = None) -> tuple[Mode
     model = hf.model_config(read_architecture(path), c)
     if devices:
         attention = choose_backend(c.attention, devices[0], model.compute_dtype, model.arch.E)
-        model = dataclasses.replace(model, attention=attention)
+        pages = choose_page_backend(c.attention, devices[0], model.arch.E)
+        model = dataclasses.replace(model, attention=attention, pages=pages)
     return model, str(path / "config.json")
 
 

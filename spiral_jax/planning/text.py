@@ -17,7 +17,7 @@ from spiral_jax.planning.profile import Profile
 from spiral_jax.planning.settings import Overrides, PlanSettings, apply_overrides, as_flags
 from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.topology import find_topology, make_mesh
-from spiral_jax.planning.whole_step import Assumptions
+from spiral_jax.planning.work import Assumptions
 
 GIB = 2**30
 
@@ -53,7 +53,8 @@ def plan(
         changed = apply_overrides(c, overrides)
         changed_model = hf.model_config(model.arch, changed.model)
         changed_model = dataclasses.replace(changed_model, attention=model.attention)
-        return take_inventory(changed, changed_model, make_mesh(changed.mesh, topology))
+        mesh = make_mesh(changed.mesh, topology)
+        return take_inventory(changed, changed_model, mesh, topology.chip.hbm_bytes)
 
     def say_program(name: str) -> None:
         say(f"  {name}")
@@ -64,6 +65,8 @@ def plan(
         attempts.append(attempt)
         say(f"{as_flags(attempt.overrides) or 'as configured'}: {attempt.verdict}")
     last = attempts[-1]
+    if last.pages:
+        say("\n" + pages_line(last.pages))
     for profile in last.profiles.values():
         say("\n" + "\n".join(program_lines(profile)))
     say("\n" + "\n".join(verdict_lines(last, topology_name, free)))
@@ -79,9 +82,19 @@ def plan(
             {"change": as_flags(attempt.overrides), "verdict": attempt.verdict}
             for attempt in attempts
         ],
+        "sampler": last.pages,
         "programs": {name: profile.to_plain() for name, profile in last.profiles.items()},
         "step": last.step,
     }
+
+
+def pages_line(pages: dict[str, int]) -> str:
+    """What the sampler has room for."""
+    return (
+        f"sampler: each of {pages['shards']} shards has {pages['pages']:,} pages of "
+        f"{pages['page_tokens']} tokens, {pages['tokens']:,} in all, for {pages['rows']:,} rows; "
+        f"up to {pages['rows_a_bundle']} rows of a group read its prompt together"
+    )
 
 
 def program_lines(profile: Profile) -> list[str]:
@@ -102,7 +115,7 @@ def program_lines(profile: Profile) -> list[str]:
         flops += f" = {profile.flops_ratio:.2f} x ideal"
     moved = f"{unit.hbm_bytes / 1e9:.2f} GB of HBM"
     if profile.hbm_ratio:
-        moved += f" = {profile.hbm_ratio:.2f} x weights and cache"
+        moved += f" = {profile.hbm_ratio:.2f} x weights and used tokens"
     sent = ", ".join(
         f"{kind} {size / 1e9:.3f}" for kind, size in sorted(unit.sent_bytes.items()) if size
     )
@@ -146,6 +159,7 @@ def verdict_lines(last: Attempt, topology_name: str, free: float) -> list[str]:
         f"{role} {tokens['prompt']} + {tokens['response']}"
         for role, tokens in step["mean_tokens"].items()
     )
+    usage = step["usage_of_a_shard"]
     stated = ", ".join(f"{name} {value:g}" for name, value in step["assumptions"].items())
     return [
         f"Fits with {free:.0%} free: {as_flags(last.overrides) or 'as configured'}",
@@ -153,6 +167,9 @@ def verdict_lines(last: Attempt, topology_name: str, free: float) -> list[str]:
         f"{step['sampled_tokens_per_s']:,.0f} sampled tokens/s, "
         f"decoding alone {step['sampled_tokens_per_s_decoding']:,.0f}, "
         f"training alone {step['trained_tokens_per_s_training']:,.0f} trained tokens/s",
-        f"Assumed: {stated}; mean tokens {lengths}; "
+        f"Rows of a shard that draw at once: {usage['rows']:.0f}, bound by {usage['bound']}; each "
+        f"holds {usage['pages_a_row']:.1f} pages and reads {usage['own']:.0f} tokens of its own "
+        f"and {usage['prompt_read']:.0f} of prompts a token drawn.",
+        f"Assumed: {stated}; mean tokens {lengths}, traces of a role uniform around their mean; "
         "every program at its roofline, verifier and host not counted.",
     ]

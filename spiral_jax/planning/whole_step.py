@@ -6,88 +6,13 @@ import dataclasses
 import math
 from typing import Any
 
-from spiral_jax.core.groups import Role
 from spiral_jax.learner.settings import RoleShapes
 from spiral_jax.planning.profile import Profile
 from spiral_jax.planning.roofline import roofline
 from spiral_jax.planning.settings import PlanSettings
 from spiral_jax.planning.topology import Topology
-
-
-@dataclasses.dataclass(frozen=True)
-class Assumptions:
-    """What a step does that its configuration does not say.
-
-    Attributes:
-      problem_share: mean search prompt, as a share of prompt.max_problem_tokens.
-      response_share: mean trace of both roles, as a share of its limit.
-      row_occupancy: rows that draw a token, as a share of those that are computed.
-    """
-
-    problem_share: float = 0.25
-    response_share: float = 0.5
-    row_occupancy: float = 0.8
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """The groups of one role in a step.
-
-    Attributes:
-      sampled, trained: how many groups are sampled, and trained on.
-      traces: of a group.
-      prompt, response: mean tokens of a prompt and of a trace.
-    """
-
-    role: Role
-    sampled: int
-    trained: int
-    traces: int
-    prompt: int
-    response: int
-
-    @property
-    def sampled_tokens(self) -> int:
-        return self.sampled * self.traces * self.response
-
-    @property
-    def trained_tokens(self) -> int:
-        return self.trained * (self.prompt + self.traces * self.response)
-
-
-def work_of_step(settings: PlanSettings, assumed: Assumptions) -> list[Work]:
-    """What a step samples and trains on, by role.
-
-    Problems are sampled until config.batch.problems are kept, of config.sampling.keep_rate of them.
-    """
-    stages, sampling = settings.stages, settings.dynamic_sampling
-    tried = math.ceil(sampling.problems * min(1 / sampling.keep_rate, sampling.max_ratio))
-    problem = max(1, round(assumed.problem_share * settings.max_problem_tokens))
-    candidate = max(1, round(assumed.response_share * stages.search_tokens))
-    shapes = settings.learner.shapes
-    search = shapes[Role.SEARCH]
-    works = [
-        Work(
-            role=Role.SEARCH,
-            sampled=tried,
-            trained=search.most_groups,
-            traces=search.traces,
-            prompt=problem,
-            response=candidate,
-        )
-    ]
-    if aggregation := shapes.get(Role.AGGREGATION):
-        works.append(
-            Work(
-                role=Role.AGGREGATION,
-                sampled=tried * stages.subsets * stages.rounds,
-                trained=aggregation.most_groups,
-                traces=aggregation.traces,
-                prompt=problem + stages.subset_size * candidate,
-                response=max(1, round(assumed.response_share * stages.aggregation_tokens)),
-            )
-        )
-    return works
+from spiral_jax.planning.usage import Usage
+from spiral_jax.planning.work import Assumptions, Work
 
 
 def bucket_of(work: Work, shapes: RoleShapes) -> int:
@@ -103,6 +28,8 @@ def predict(
     topology: Topology,
     works: list[Work],
     assumed: Assumptions,
+    usage: Usage,
+    shards: int,
     profiles: dict[str, Profile],
 ) -> dict[str, Any]:
     """Seconds of each phase of a step at its roofline, and tokens a second.
@@ -110,6 +37,7 @@ def predict(
     Verifier and host are not in it.
 
     Args:
+      usage: of the rows of each of so many shards.
       profiles: by the names of `plan_programs`.
     """
     seconds = {
@@ -135,7 +63,7 @@ def predict(
     sampled = sum(work.sampled_tokens for work in works)
     trained = sum(work.trained_tokens for work in works)
     decode = profiles["decode"]
-    steps = math.ceil(sampled / (decode.program.tokens * assumed.row_occupancy))
+    steps = math.ceil(sampled / (shards * usage.rows))
     seconds["decode"] = steps * decode.roofline.seconds
     total = sum(seconds.values())
     return {
@@ -144,6 +72,7 @@ def predict(
         "mean_tokens": {
             work.role.label: {"prompt": work.prompt, "response": work.response} for work in works
         },
+        "usage_of_a_shard": dataclasses.asdict(usage) | {"tokens_read": usage.tokens_read},
         "seconds": seconds,
         "step_seconds": total,
         "sampled_tokens": sampled,

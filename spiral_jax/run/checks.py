@@ -13,11 +13,10 @@ from spiral_jax.core.config import MEASURES, METRIC_WRITERS, REMAT, require
 from spiral_jax.model.attention.backends import BACKENDS
 
 _ROWS = {  # tuples of rows of so many integers
-    "sampling.classes": 4,
     "batch.search_lengths": 2,
     "batch.aggregation_lengths": 2,
 }
-_INTEGERS = ("sampling.row_counts", "eval.limits")
+_INTEGERS = ("eval.limits",)
 # Of training and evaluation both; those `_OF_RUN` of training alone.
 _CHOICES = {
     "model.param_dtype": ("float32", "bfloat16"),

@@ -6,9 +6,7 @@ Nothing is sampled and no weight is read. A start prints the lengths, `--dry_run
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import jax
 import numpy as np
 
 from spiral_jax.core.mesh import weight_shardings, with_shardings
@@ -16,6 +14,8 @@ from spiral_jax.learner.state import abstract_state, keeps_base
 from spiral_jax.model import hf
 from spiral_jax.prompts.prompts import search_prompt
 from spiral_jax.run.setup import Setup
+from spiral_jax.sampling.memory import bytes_on_a_device
+from spiral_jax.sampling.shapes import abstract_pool
 from spiral_jax.sampling.weights import abstract_weights
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.choice import RewardChoice
@@ -142,24 +142,20 @@ def _memory(setup: Setup) -> str:
     held = {
         "weights that are trained and optimizer state": abstract_state(learner, model, mesh),
         "weights as the sampler reads them": abstract_weights(model, mesh),
+        "keys and values": abstract_pool(setup.sampler.settings, setup.sampler.schedule),
     }
     if keeps_base(learner, model):
         base = hf.abstract_params(model)
         held["frozen base"] = with_shardings(base, weight_shardings(base, mesh))
-    sizes = {name: _device_bytes(tree) for name, tree in held.items()}
+    sizes = {name: bytes_on_a_device(tree) for name, tree in held.items()}
     parts = ", ".join(f"{_words(size)} {name}" for name, size in sizes.items())
     stats = mesh.local_devices[0].memory_stats() or {}
     of = f" of its {_words(stats['bytes_limit'])}" if "bytes_limit" in stats else ""
     return (
-        f"a device holds {_words(sum(sizes.values()))}{of}: {parts}; keys and values, and what "
-        "programs need while they run, come on top (python -m spiral_jax.plan)"
+        f"a device holds {_words(sum(sizes.values()))}{of}: {parts}; what programs need while they "
+        "run comes on top (python -m spiral_jax.plan)"
     )
 
 
 def _words(size: int) -> str:
     return f"{size / _GIB:.2f} GiB" if size > _GIB / 10 else f"{size / 2**20:.1f} MiB"
-
-
-def _device_bytes(tree: Any) -> int:
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)

@@ -15,6 +15,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.functions import load_function
 from spiral_jax.core.groups import Groups
@@ -30,7 +31,7 @@ from spiral_jax.learner.state import abstract_state, keeps_base
 from spiral_jax.learner.step import make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import check_mesh, read_architecture
-from spiral_jax.model.attention.backends import choose_backend
+from spiral_jax.model.attention.backends import choose_backend, choose_page_backend
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.objective.settings import ObjectiveSettings, objective_settings
 from spiral_jax.prompts.scaffold import Scaffold, make_scaffold, max_aggregation_prompt
@@ -49,7 +50,8 @@ from spiral_jax.run.metric_writers import check_installed
 from spiral_jax.run.start import Start
 from spiral_jax.run.watchdog import deadline
 from spiral_jax.sampling.engine import Engine, make_samplers
-from spiral_jax.sampling.settings import check_sampling
+from spiral_jax.sampling.memory import Room, bytes_on_a_device, memory_of_a_device
+from spiral_jax.sampling.settings import GroupLimits, check_sampling
 from spiral_jax.tasks.load import check_task, load_task
 from spiral_jax.tasks.problem import Task
 from spiral_jax.verifier.choice import RewardChoice
@@ -192,8 +194,16 @@ def _set_up(c: ConfigDict, settings: RunSettings) -> Setup:
             f"{start.model.arch.V}."
         )
     stops = stop_ids(tokenizer, start.path, c.prompt.stop)
-    sampler, eval_sampler = make_samplers(c, start.model, mesh, stops)
-    setup = Setup(
+    scaffold = make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stops)
+    sampler, eval_sampler = make_samplers(
+        c,
+        start.model,
+        mesh,
+        stops,
+        limits=_group_limits(c, settings, scaffold),
+        room=Room(memory_of_a_device(mesh), _resident_bytes(settings, start.model, mesh)),
+    )
+    return Setup(
         c=c,
         mesh=mesh,
         start=start,
@@ -201,15 +211,13 @@ def _set_up(c: ConfigDict, settings: RunSettings) -> Setup:
         reward=reward,
         strategy=_load_strategy(c, task, settings.training),
         tokenizer=tokenizer,
-        scaffold=make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stops),
+        scaffold=scaffold,
         verifier=settings.verifier,
         evaluation=settings.evaluation,
         sampler=sampler,
         eval_sampler=eval_sampler,
         training=settings.training,
     )
-    _check_sampled_prompts(setup)
-    return setup
 
 
 def _load_task(c: ConfigDict, held_out: int) -> Task:
@@ -229,7 +237,8 @@ def _start(c: ConfigDict, mesh: Mesh, training: bool) -> Start:
     model = hf.model_config(read_architecture(path), c.model)
     device, arch = mesh.devices.flat[0], model.arch
     attention = choose_backend(c.model.attention, device, model.compute_dtype, arch.E)
-    model = dataclasses.replace(model, attention=attention)
+    pages = choose_page_backend(c.model.attention, device, arch.E)
+    model = dataclasses.replace(model, attention=attention, pages=pages)
     has_adapters = c.model.adapter_path or c.model.init_from or c.eval.searcher not in ("", "base")
     if not training and not has_adapters:
         # The checkpoint as it is: a base without adapters keeps its dtype.
@@ -276,36 +285,53 @@ def _load_strategy(c: ConfigDict, task: Task, training: Training | None) -> Stra
     )
 
 
-def _longest_prompt(setup: Setup, stage: Stage) -> int:
+def _group_limits(c: ConfigDict, settings: RunSettings, scaffold: Scaffold) -> list[GroupLimits]:
+    return [
+        GroupLimits(_longest_prompt(c, scaffold, stage), stage.traces, stage.max_tokens)
+        for stage in sampled_stages(settings)
+    ]
+
+
+def sampled_stages(settings: RunSettings) -> list[Stage]:
+    """Every stage of training and evaluation."""
+    stages = evaluation_stages(settings.evaluation) if settings.evaluation.problems else []
+    if settings.training:
+        stages += settings.training.stages.stages()
+    return stages
+
+
+def _longest_prompt(c: ConfigDict, scaffold: Scaffold, stage: Stage) -> int:
     """Tokens that a prompt of a stage has at most."""
-    problem_tokens = setup.c.prompt.max_problem_tokens
+    problem_tokens = c.prompt.max_problem_tokens
     if stage.reads is None:
         return problem_tokens
     return max_aggregation_prompt(
-        setup.scaffold,
+        scaffold,
         size=stage.set_size,
         candidate_tokens=stage.reads.max_tokens,
         problem_tokens=problem_tokens,
     )
 
 
-def _check_sampled_prompts(setup: Setup) -> None:
-    """The sampler has room for the longest prompt of every stage of training and evaluation."""
-    stages = evaluation_stages(setup.evaluation) if setup.evaluation.problems else []
-    if setup.training:
-        stages += setup.training.stages.stages()
-    for stage in stages:
-        longest = _longest_prompt(setup, stage)
-        widest = setup.sampler.schedule.widest_prompt(stage.max_tokens)
-        _require_room("sampling.classes", widest, stage, longest)
+def _resident_bytes(settings: RunSettings, model: ModelConfig, mesh: Mesh) -> int:
+    """Bytes a device of what lies there while traces are sampled, beside the sampler's own."""
+    base = meshes.with_shardings(
+        hf.abstract_params(model), meshes.weight_shardings(hf.abstract_params(model), mesh)
+    )
+    if settings.training is None:
+        return bytes_on_a_device(base)
+    learner = settings.training.learner
+    kept = base if keeps_base(learner, model) else None
+    return bytes_on_a_device([kept, abstract_state(learner, model, mesh)])
 
 
 def _check_trained_prompts(setup: Setup, training: Training) -> None:
-    """The same for the micro-batches."""
+    """The micro-batches have room for the longest prompt of every stage."""
     for stage in training.stages.stages():
         widest = training.learner.shapes[stage.role].lengths[-1][0]
         field = f"batch.{stage.role.label}_lengths"
-        _require_room(field, widest, stage, _longest_prompt(setup, stage))
+        longest = _longest_prompt(setup.c, setup.scaffold, stage)
+        _require_room(field, widest, stage, longest)
 
 
 def _require_room(field: str, widest: int, stage: Stage, longest: int) -> None:

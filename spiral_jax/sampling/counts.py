@@ -15,9 +15,10 @@ class Counts:
       chunks: decode chunks.
       rows_computed: rows of all decode steps.
       rows_live: those that drew a token.
-      first_tokens: tokens drawn on admission, one for each trace.
-      moves: of groups from slot to slot.
-      queue: waiting pieces, added up over the chunks.
+      paused: rows that had no page to go on with, added up over the chunks.
+      pages: that were in use, added up over the chunks.
+      tokens_read: of prompts, once a bundle, and of rows' own, added up over the decode steps.
+      waiting: groups that were asked for and not admitted, added up over the chunks.
       prompt_tokens: of the prompts of all traces that have begun.
       prefilled: of the prompts that were computed for them.
       prefill_computed: the same with padding.
@@ -26,33 +27,37 @@ class Counts:
     chunks: int = 0
     rows_computed: int = 0
     rows_live: int = 0
-    first_tokens: int = 0
-    moves: int = 0
-    queue: int = 0
+    paused: int = 0
+    pages: int = 0
+    tokens_read: int = 0
+    waiting: int = 0
     prompt_tokens: int = 0
     prefilled: int = 0
     prefill_computed: int = 0
     decode_seconds: float = 0.0
     prefill_seconds: float = 0.0
 
-    def metrics(self, programs: int, abandoned: int) -> dict[str, Mean | float]:
+    def metrics(self, programs: int, pages: int, abandoned: int) -> dict[str, Mean | float]:
         """(sum, count) pairs and counts.
 
         Args:
           programs: how many are compiled.
+          pages: of all shards.
           abandoned: groups that have begun, and have not ended.
         """
         padding = self.prefill_computed - self.prefilled
         return {
-            "sampling/generated_tokens": float(self.first_tokens + self.rows_live),
+            "sampling/generated_tokens": float(self.rows_live),
             "sampling/row_occupancy": _mean(self.rows_live, self.rows_computed),
+            "sampling/page_occupancy": _mean(self.pages, self.chunks * pages),
+            "sampling/paused_rows": _mean(self.paused, self.chunks),
+            "sampling/tokens_read": _mean(self.tokens_read, self.rows_live),
             "sampling/prefill_padding": _mean(padding, self.prefill_computed),
             "tokens_per_s/decode": _mean(self.rows_live, self.decode_seconds),
             "tokens_per_s/prefill": _mean(self.prefilled, self.prefill_seconds),
-            "sampling/queue_depth": _mean(self.queue, self.chunks),
+            "sampling/queue_depth": _mean(self.waiting, self.chunks),
             "sampling/shared_prompt_tokens": float(self.prompt_tokens - self.prefilled),
             "sampling/prefilled_tokens": float(self.prefilled),
-            "sampling/moves": float(self.moves),
             "sampling/chunks": float(self.chunks),
             "sampling/programs": float(programs),
             "sampling/abandoned_groups": float(abandoned),

@@ -1,204 +1,262 @@
-"""The decode program: several tokens a call of all classes; linear layers on all rows together.
+"""The decode program: several tokens a call of all rows of a shard.
 
-token -> embedding -> for each layer: project (all rows) | write and attend (each class) | finish
-(all rows) -> head -> draw, until the chunk is full, nothing runs, or enough groups ask for another
-slot
+token -> embedding -> for each layer: project | write to its page and attend | finish -> head ->
+draw, until the chunk is full, nothing runs, or as many rows have ended as the host has use for
+
+Nothing but the pages stays on the device between two calls: the host knows every token, and says
+anew which rows there are and which pages they read.
+
+Axes: Z shards (data x fsdp), N rows of a shard, U bundles of a shard, W rows of a bundle.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from spiral_jax.core.mesh import GROUP_AXES, group_count_multiple
-from spiral_jax.model.attention.caches import decode_attention
-from spiral_jax.model.cache import Cache, cache_entries, write_entries
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.mesh import GROUP_AXES, constrain_groups
+from spiral_jax.model.attention.backends import make_page_backend
+from spiral_jax.model.attention.pages import Bundles, PageBackend, Pages, Places, Sequences
+from spiral_jax.model.attention.part import KeyValue
 from spiral_jax.model.transformer import DecoderLayer, rms_norm
 from spiral_jax.sampling.draw import draw_token
-from spiral_jax.sampling.keys import uniforms
-from spiral_jax.sampling.rows import RowLayout, pack_rows
-from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
-from spiral_jax.sampling.slots import SlotState, TraceState, is_stop
+from spiral_jax.sampling.keys import trace_keys, uniforms
+from spiral_jax.sampling.settings import DecodeSettings
 from spiral_jax.sampling.weights import DecodeWeights
 
 DECODE_SCOPE = "decode"  # a plan finds the loop over tokens in a compiled program by this name
 
-States = tuple[SlotState, ...]
+Pool = tuple[Pages, ...]  # of each layer, with the shards in front: [Z, pages, J, page, ..]
+HEADS_SPEC = POOL_SPEC = P(GROUP_AXES, None, "tensor")  # [Z, N, H or J, E], and a pool
+
+
+@struct.dataclass
+class Rows:
+    """Traces that are to be decoded, on each shard; places without one have limit 0.
+
+    A row's first own token is the last one of its prompt; the prompt's pages hold those before it.
+
+    Attributes:
+      token_ZxN: int32, the newest token, whose key and value are not in any page yet.
+      drawn_ZxN: int32 tokens that the trace has: also the place of its newest among its own.
+      limit_ZxN: int32 tokens that it may have before the next call.
+      id_ZxNx6: int32, as in `GroupRequests`.
+      trace_ZxN: int32 index of the trace in its group.
+      own_table_ZxNxT: int32 pages of its own tokens.
+      prefix_ZxN: int32 tokens of its prompt but the last.
+      place_ZxN: int32, its place among the U * W of the bundles.
+      member_ZxUxW: int32, the row at each place; any where there is none.
+      prompt_table_ZxUxT: int32 pages of each bundle's prompt.
+      prompt_ZxU: int32 tokens in them; 0 for bundles that are not there.
+    """
+
+    token_ZxN: jax.Array
+    drawn_ZxN: jax.Array
+    limit_ZxN: jax.Array
+    id_ZxNx6: jax.Array
+    trace_ZxN: jax.Array
+    own_table_ZxNxT: jax.Array
+    prefix_ZxN: jax.Array
+    place_ZxN: jax.Array
+    member_ZxUxW: jax.Array
+    prompt_table_ZxUxT: jax.Array
+    prompt_ZxU: jax.Array
+
+
+@struct.dataclass
+class Exit:
+    """When a chunk ends early.
+
+    Attributes:
+      rows: int32 scalar; when no shard has more running rows.
+      ended: int32 scalar; when so many rows of all shards have stopped since it began.
+    """
+
+    rows: jax.Array
+    ended: jax.Array
 
 
 class Chunk(NamedTuple):
-    """What `decode_chunk` returns: the states after some steps, and what was drawn in them.
+    """What `decode_chunk` returns: the pages after some steps, and what was drawn in them.
 
     Attributes:
-      token_NxZxR: int32; -1 where a row drew none. N: steps of a full chunk; R: rows of all classes
-        on one shard, class after class.
-      logprob_NxZxR: float32.
+      token_TxZxN: int32; -1 where a row drew none. T: steps of a full chunk.
+      logprob_TxZxN: float32.
       steps: int32, how many were done.
     """
 
-    states: States
-    token_NxZxR: jax.Array
-    logprob_NxZxR: jax.Array
+    pool: Pool
+    token_TxZxN: jax.Array
+    logprob_TxZxN: jax.Array
+    steps: jax.Array
+
+
+class _Progress(NamedTuple):
+    """What the loop over tokens carries.
+
+    Attributes:
+      views: of each layer's pages, as the backend reads and writes them.
+      ended_ZxN: rows that drew a stop id.
+      token_TxZxN, logprob_TxZxN, steps: as in `Chunk`.
+    """
+
+    views: tuple[Any, ...]
+    token_ZxN: jax.Array
+    drawn_ZxN: jax.Array
+    ended_ZxN: jax.Array
+    token_TxZxN: jax.Array
+    logprob_TxZxN: jax.Array
     steps: jax.Array
 
 
 def decode_chunk(
     settings: DecodeSettings,
-    schedule: Schedule,
-    rows: int,
+    steps: int,
     weights: DecodeWeights,
-    states: States,
+    pool: Pool,
+    rows: Rows,
+    exit_at: Exit,
 ) -> Chunk:
-    """Decodes up to `schedule.chunk` tokens of every running trace.
+    """Decodes up to `steps` tokens of every row."""
+    layers = _on_shards(settings, make_page_backend(settings.config.pages))
+    keys_ZxNx2 = trace_keys(settings.seed, rows.id_ZxNx6, rows.trace_ZxN)
 
-    The chunk ends early when `schedule.exit_groups` more groups than at its start can leave their
-    slot, and when so few rows of each shard run that a smaller program can compute them.
+    def runs_ZxN(now: _Progress) -> jax.Array:
+        return ~now.ended_ZxN & (now.drawn_ZxN < rows.limit_ZxN)
 
-    Args:
-      rows: of each shard that linear layers compute, one of `schedule.decode_rows`. At least as
-        many as run there; those that run are packed.
-      states: of `schedule.classes`.
-    """
-    shards = group_count_multiple(settings.mesh)
-    layout = RowLayout(schedule.classes, shards)
-    all_rows = schedule.decode_rows(shards)[-1]
-    fewer_rows = max((n for n in schedule.decode_rows(shards) if n < rows), default=0)
+    def go_on(now: _Progress) -> jax.Array:
+        running = runs_ZxN(now)
+        stopped = jnp.sum(runs_ZxN(start)) - jnp.sum(running)
+        most_running = jnp.max(jnp.sum(running, axis=1))
+        return (now.steps < steps) & (most_running > exit_at.rows) & (stopped < exit_at.ended)
 
-    def running_ZxR(states: States) -> jax.Array:
-        return layout.join(_running(schedule.classes, states))
-
-    if rows < all_rows:
-        layout = dataclasses.replace(layout, packing=pack_rows(running_ZxR(states), rows))
-    leaving_at_start = _can_leave(schedule, states)
-
-    def go_on(chunk: Chunk) -> jax.Array:
-        most_running = jnp.max(jnp.sum(running_ZxR(chunk.states), axis=1))
-        leaving = _can_leave(schedule, chunk.states) - leaving_at_start
-        not_full = chunk.steps < schedule.chunk
-        return not_full & (most_running > fewer_rows) & (leaving < schedule.exit_groups)
-
-    def step(chunk: Chunk) -> Chunk:
-        states, token_ZxR, logprob_ZxR = decode_step(settings, layout, weights, chunk.states)
+    def step(now: _Progress) -> _Progress:
+        running = runs_ZxN(now)
+        views, logits_ZxNxV = _next_logits(settings, layers, weights, now, rows, running)
+        uniform_ZxN = uniforms(keys_ZxNx2, now.drawn_ZxN)
+        token_ZxN, logprob_ZxN = draw_token(settings.draw, logits_ZxNxV, uniform_ZxN)
+        token_ZxN = jnp.where(running, token_ZxN, -1)
 
         def put(all_steps: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_index_in_dim(all_steps, new, chunk.steps, 0)
+            return jax.lax.dynamic_update_index_in_dim(all_steps, new, now.steps, 0)
 
-        return Chunk(
-            states,
-            put(chunk.token_NxZxR, token_ZxR),
-            put(chunk.logprob_NxZxR, logprob_ZxR),
-            chunk.steps + 1,
+        return _Progress(
+            views,
+            token_ZxN=jnp.where(running, token_ZxN, now.token_ZxN),
+            drawn_ZxN=now.drawn_ZxN + running,
+            ended_ZxN=now.ended_ZxN | is_stop(settings.stop_ids, token_ZxN),
+            token_TxZxN=put(now.token_TxZxN, token_ZxN),
+            logprob_TxZxN=put(now.logprob_TxZxN, logprob_ZxN),
+            steps=now.steps + 1,
         )
 
-    def along_shards(a_NxZxR: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(a_NxZxR, P(None, GROUP_AXES))
-
-    shape = schedule.chunk, shards, all_rows
-    nothing_drawn = Chunk(
-        states,
-        along_shards(jnp.full(shape, -1, jnp.int32)),
-        along_shards(jnp.zeros(shape, jnp.float32)),
-        jnp.zeros((), jnp.int32),
-    )
+    start = _start(layers, steps, pool, rows)
     with jax.named_scope(DECODE_SCOPE):
-        return jax.lax.while_loop(go_on, step, nothing_drawn)
+        end = jax.lax.while_loop(go_on, step, start)
+    pool = tuple(layers.end(view, rows.own_table_ZxNxT) for view in end.views)
+    return Chunk(pool, end.token_TxZxN, end.logprob_TxZxN, end.steps)
 
 
-def decode_step(
-    settings: DecodeSettings, layout: RowLayout, weights: DecodeWeights, states: States
-) -> tuple[States, jax.Array, jax.Array]:
-    """One token of every running trace: (states, token [Z, R] or -1, log-prob [Z, R])."""
+def _start(layers: _Layers, steps: int, pool: Pool, rows: Rows) -> _Progress:
+    """Nothing is drawn yet."""
+    shape = steps, *rows.token_ZxN.shape
+    places = _places(rows, rows.drawn_ZxN, rows.drawn_ZxN < rows.limit_ZxN)
+
+    def along_shards(a_TxZxN: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(a_TxZxN, P(None, GROUP_AXES))
+
+    return _Progress(
+        views=tuple(layers.begin(pages, places) for pages in pool),
+        token_ZxN=rows.token_ZxN,
+        drawn_ZxN=rows.drawn_ZxN,
+        ended_ZxN=jnp.zeros(rows.token_ZxN.shape, bool),
+        token_TxZxN=along_shards(jnp.full(shape, -1, jnp.int32)),
+        logprob_TxZxN=along_shards(jnp.zeros(shape, jnp.float32)),
+        steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def is_stop(stop_ids: tuple[int, ...], token: jax.Array) -> jax.Array:
+    """bool, like `token`: whether it ends its trace."""
+    stops = jnp.zeros(token.shape, bool)
+    for stop in stop_ids:
+        stops |= token == stop
+    return stops
+
+
+class _Layers(NamedTuple):
+    """The pages of all layers in a chunk, on the shards; Z in front of everything.
+
+    Attributes:
+      begin, step, end: those of the page backend.
+    """
+
+    begin: Callable[..., Any]
+    step: Callable[..., Any]
+    end: Callable[..., Any]
+
+
+def _on_shards(settings: DecodeSettings, backend: PageBackend) -> _Layers:
+    along = P(GROUP_AXES)
+
+    def over(
+        function: Callable[..., Any], arguments: tuple[P, ...], results: Any
+    ) -> Callable[..., Any]:
+        return meshes.over_shards(settings.mesh, function, arguments, results)
+
+    return _Layers(
+        begin=over(backend.begin, (POOL_SPEC, along), POOL_SPEC),
+        step=over(
+            backend.step, (POOL_SPEC, HEADS_SPEC, HEADS_SPEC, along), (HEADS_SPEC, POOL_SPEC)
+        ),
+        end=over(backend.end, (POOL_SPEC, along), POOL_SPEC),
+    )
+
+
+def _places(rows: Rows, drawn_ZxN: jax.Array, runs_ZxN: jax.Array) -> Places:
+    """Rows that do not run read as little as there is."""
+
+    def runs_U(member_UxW: jax.Array, runs_N: jax.Array) -> jax.Array:
+        return jnp.any((member_UxW >= 0) & runs_N[member_UxW], axis=1)
+
+    runs_ZxU = jax.vmap(runs_U)(rows.member_ZxUxW, runs_ZxN)
+    prompts = Sequences(rows.prompt_table_ZxUxT, jnp.where(runs_ZxU, rows.prompt_ZxU, 0))
+    return Places(
+        runs_ZxN,
+        own=Sequences(rows.own_table_ZxNxT, jnp.where(runs_ZxN, drawn_ZxN + 1, 1)),
+        bundles=Bundles(prompts, rows.member_ZxUxW, rows.place_ZxN),
+    )
+
+
+def _next_logits(
+    settings: DecodeSettings,
+    layers: _Layers,
+    weights: DecodeWeights,
+    now: _Progress,
+    rows: Rows,
+    runs_ZxN: jax.Array,
+) -> tuple[tuple[Any, ...], jax.Array]:
+    """The layers' views with the newest tokens in them, and float32 logits [Z, N, V]."""
     config, module = settings.config, DecoderLayer(settings.config)
-    traces = [state.traces for state in states]
-    running = _running(layout.classes, states)
+    position_ZxN = rows.prefix_ZxN + now.drawn_ZxN
+    places = _places(rows, now.drawn_ZxN, runs_ZxN)
+    views = []
 
-    step_ZxN = layout.rows_of_groups([t.step_U for t in traces])
-    prompt_len_ZxN = layout.rows_of_groups([t.prompt_len_U for t in traces])
-    position_ZxN = prompt_len_ZxN + step_ZxN - 1
-
-    x_ZxNxD = weights.embed[layout.rows([t.token_UxC for t in traces])]
-    own: list[list[Cache]] = [[] for _ in states]  # each class's caches, layer by layer
-    for i, layer in enumerate(weights.layers):
+    x_ZxNxD = constrain_groups(weights.embed[now.token_ZxN])
+    for layer, view in zip(weights.layers, now.views, strict=True):
         q, k, v = module.apply(layer, x_ZxNxD, position_ZxN, method="project")
-        q, k, v = layout.split(q), layout.split(k), layout.split(v)
-        attended = []
-        for j, state in enumerate(states):
-            cache = _write_token(
-                state.own[i], k[j], v[j], state.traces.step_U - 1, settings.cache_dtype
-            )
-            own[j].append(cache)
-            attended.append(_attend_if_running(running[j], q[j], state, i, cache))
-        x_ZxNxD = module.apply(layer, x_ZxNxD, layout.rows(attended), method="finish")
+        attended, view = layers.step(view, q, KeyValue(k, v), places)
+        views.append(view)
+        x_ZxNxD = module.apply(layer, x_ZxNxD, attended, method="finish")
 
     x_ZxNxD = rms_norm(x_ZxNxD, weights.final_norm, config.arch.norm_eps)
     logits_ZxNxV = jnp.einsum(
         "znd,dv->znv", x_ZxNxD, weights.head, preferred_element_type=jnp.float32
     )
-    uniform_ZxN = uniforms(layout.rows([t.key_UxCx2 for t in traces]), step_ZxN)
-    token_ZxN, logprob_ZxN = draw_token(settings.draw, logits_ZxNxV, uniform_ZxN)
-    token_ZxN = jnp.where(layout.rows(running), token_ZxN, -1)
-
-    advanced = []
-    for state, caches, token_UxC in zip(
-        states, own, layout.split(token_ZxN, missing=-1), strict=True
-    ):
-        traces_after = _advance(settings, state.traces, token_UxC)
-        advanced.append(SlotState(traces_after, state.prompt, tuple(caches)))
-    return tuple(advanced), layout.unpack(token_ZxN, missing=-1), layout.unpack(logprob_ZxN)
-
-
-def _running(classes: tuple[SlotClass, ...], states: States) -> list[jax.Array]:
-    """Of each class, which of its traces [U, C] draw at the next step."""
-    return [state.traces.running_UxC(slots.G) for state, slots in zip(states, classes, strict=True)]
-
-
-def _can_leave(schedule: Schedule, states: States) -> jax.Array:
-    """How many slots have so few running traces that a narrower class can take them.
-
-    Free slots count too, at a chunk's start as well as later.
-    """
-    total = jnp.zeros((), jnp.int32)
-    for i, running_UxC in enumerate(_running(schedule.classes, states)):
-        few_U = jnp.sum(running_UxC, axis=1) <= schedule.leave_at(i)
-        total += jnp.sum(few_U)
-    return total
-
-
-def _attend_if_running(
-    running_UxC: jax.Array, q_UxCxHxE: jax.Array, state: SlotState, layer: int, own: Cache
-) -> jax.Array:
-    """Attention [U, C, H, E] of one class; zeros, at no cost, where no trace of it runs."""
-
-    def attend(q_UxCxHxE: jax.Array, prompt: Cache, own: Cache) -> jax.Array:
-        newest_U = state.traces.step_U - 1
-        return decode_attention(q_UxCxHxE, prompt, state.traces.prompt_len_U, own, newest_U)
-
-    def skip(q_UxCxHxE: jax.Array, prompt: Cache, own: Cache) -> jax.Array:
-        return jnp.zeros_like(q_UxCxHxE)
-
-    return jax.lax.cond(jnp.any(running_UxC), attend, skip, q_UxCxHxE, state.prompt[layer], own)
-
-
-def _advance(settings: DecodeSettings, traces: TraceState, token_UxC: jax.Array) -> TraceState:
-    """Takes in the drawn tokens; -1 leaves a trace as it is."""
-    drew_UxC = token_UxC >= 0
-    step_U = traces.step_U + jnp.any(drew_UxC, axis=1)
-    at_limit_UxC = step_U[:, None] >= traces.limit_UxC
-    ends_UxC = is_stop(settings.stop_ids, token_UxC) | at_limit_UxC
-    return traces.replace(
-        step_U=step_U,
-        token_UxC=jnp.where(drew_UxC, token_UxC, traces.token_UxC),
-        ended_UxC=traces.ended_UxC | (drew_UxC & ends_UxC),
-    )
-
-
-def _write_token(
-    cache: Cache, k_UxCxJxE: jax.Array, v_UxCxJxE: jax.Array, index_U: jax.Array, dtype: jnp.dtype
-) -> Cache:
-    """Writes one key and value of every trace at its group's index, in place."""
-    entries = cache_entries(k_UxCxJxE[:, :, None], v_UxCxJxE[:, :, None], dtype)
-    return jax.vmap(write_entries)(cache, entries, index_U)
+    return tuple(views), logits_ZxNxV

@@ -6,25 +6,25 @@ The programs are compiled once (`programs.py`); each stream is a `Decoding`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.sampling.decoding import Decoding
-from spiral_jax.sampling.memory import check_memory, describe, memory_of_a_device
+from spiral_jax.sampling.memory import Room, describe, make_schedule
 from spiral_jax.sampling.programs import CompiledProgram, Name, compile_programs
 from spiral_jax.sampling.protocol import Feed
 from spiral_jax.sampling.settings import (
     DecodeSettings,
+    GroupLimits,
     Schedule,
     make_decode_settings,
     make_eval_draw,
-    make_schedule,
 )
 from spiral_jax.sampling.weights import DecodeWeights, lay_out
 
@@ -34,26 +34,22 @@ class Engine:
 
     Args:
       settings: model, draws, mesh.
-      schedule: classes of slots and how long they are decoded at a time.
+      schedule: pages, rows, and how long they are decoded at a time.
 
     Raises:
-      ConfigError: slots that the mesh does not divide, a stop id outside the vocabulary; and when
-        the programs are compiled, devices without room for weights and slots.
+      ConfigError: a stop id outside the vocabulary.
     """
 
     def __init__(self, settings: DecodeSettings, schedule: Schedule):
         self.settings = settings
         self.schedule = schedule
         self._programs: dict[Name, CompiledProgram] = {}
-        _check_slots(settings, schedule)
         _check_stop_ids(settings)
 
     @property
     def programs(self) -> dict[Name, CompiledProgram]:
         """All compiled programs; compiles them at the first use."""
         if not self._programs:
-            memory = memory_of_a_device(self.settings.mesh)
-            check_memory(self.settings, self.schedule, memory)
             self._programs = compile_programs(self.settings, self.schedule)
         return self._programs
 
@@ -72,27 +68,29 @@ class Engine:
 
 
 def make_samplers(
-    c: ConfigDict, model: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...]
+    c: ConfigDict,
+    model: ModelConfig,
+    mesh: Mesh,
+    stop_ids: tuple[int, ...],
+    limits: Sequence[GroupLimits],
+    room: Room,
 ) -> tuple[Engine, Engine]:
     """The samplers of training and of evaluation.
 
     They are one and the same unless `config.eval` draws in another way.
+
+    Args:
+      limits: of the groups of every stage of both.
+
+    Raises:
+      ConfigError: not even the largest group has room; a stop id outside the vocabulary.
     """
-    settings, schedule = make_decode_settings(c, model, mesh, stop_ids), make_schedule(c)
+    settings = make_decode_settings(c, model, mesh, stop_ids)
+    schedule = make_schedule(c, settings, limits, room)
     sampler, eval_draw = Engine(settings, schedule), make_eval_draw(c)
     if eval_draw == settings.draw:
         return sampler, sampler
     return sampler, Engine(dataclasses.replace(settings, draw=eval_draw), schedule)
-
-
-def _check_slots(settings: DecodeSettings, schedule: Schedule) -> None:
-    shards = meshes.group_count_multiple(settings.mesh)
-    for i, slots in enumerate(schedule.classes):
-        if slots.slots % shards:
-            raise ConfigError(
-                f"config.sampling.classes[{i}]: its {slots.slots} slots must be a multiple of the "
-                f"mesh's data * fsdp = {shards}."
-            )
 
 
 def _check_stop_ids(settings: DecodeSettings) -> None:

@@ -1,7 +1,7 @@
 """Keys: one uniform number per (trace, position), from integers alone.
 
 threefry keys from (seed, purpose, step, cursor, round, role, set, trace, position): a trace's
-numbers depend neither on its slot nor on its neighbours, the batch's shape, the device count or a
+numbers depend neither on its pages nor on its neighbours, the batch's shape, the device count or a
 restart.
 """
 

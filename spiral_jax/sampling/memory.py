@@ -1,65 +1,89 @@
-"""Whether a device has room for the sampler, and the report that a run starts with."""
+"""How many pages and rows a device has room for, and the report that a run starts with."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
+from spiral_jax.model.attention.backends import XLA
 from spiral_jax.sampling.programs import CompiledProgram, Name
-from spiral_jax.sampling.settings import DecodeSettings, Schedule
-from spiral_jax.sampling.shapes import abstract_prefilled, abstract_state
+from spiral_jax.sampling.settings import DecodeSettings, GroupLimits, Schedule
+from spiral_jax.sampling.shapes import abstract_pool
 from spiral_jax.sampling.weights import abstract_weights
 
 GIB = 2**30
+KERNEL_PAGE = 128  # tokens, as kernels read them
+# Of a shard, unless config.sampling.rows says more: the host's work grows with them, and without
+# kernels, on CPUs, each row costs.
+MOST_ROWS, MOST_ROWS_OF_LOOPS = 1024, 128
+ROWS_MULTIPLE = 8
+FEWEST_ROWS = 16  # with which a program of its own pays for its compilation
+MOST_TOGETHER = 16  # traces of a group for which pages are reserved; more begin one by one
 
 
 @dataclasses.dataclass(frozen=True)
-class Needed:
-    """Bytes on a device of what lies there while traces are sampled."""
+class Room:
+    """Bytes of one device.
 
-    weights: int
-    slots: int
-    prompts: int
+    Attributes:
+      device: all that it has.
+      resident: of what lies there while traces are sampled, beside the sampler: state, base.
+    """
 
-    @property
-    def total(self) -> int:
-        return self.weights + self.slots + self.prompts
-
-
-def needed_bytes(settings: DecodeSettings, schedule: Schedule) -> Needed:
-    """What the sampler needs on each device, beside what its programs take while they run."""
-    slots = [abstract_state(settings, slots) for slots in schedule.classes]
-    prompts = [abstract_prefilled(settings, schedule, i) for i in schedule.entries()]
-    return Needed(
-        weights=_bytes_on_a_device(abstract_weights(settings.config, settings.mesh)),
-        slots=_bytes_on_a_device(slots),
-        prompts=_bytes_on_a_device(prompts),
-    )
+    device: int
+    resident: int
 
 
-def check_memory(settings: DecodeSettings, schedule: Schedule, device_bytes: int) -> None:
-    """Checks that decode weights, slots and prefilled prompts fit into a device's memory.
+def make_schedule(
+    c: ConfigDict, settings: DecodeSettings, limits: Sequence[GroupLimits], room: Room
+) -> Schedule:
+    """The pages that `config.sampling.memory` pays for, and the rows that they feed.
+
+    Args:
+      limits: of the groups of every stage of training and evaluation.
 
     Raises:
-      ConfigError: they alone need more than it has.
+      ConfigError: not even the largest group has room.
     """
-    needed = needed_bytes(settings, schedule)
-    missing = needed.total - device_bytes
-    if missing > 0:
-        raise ConfigError(
-            f"config.sampling.classes need {needed.slots / GIB:.2f} GiB of keys and values a "
-            f"device, beside {needed.prompts / GIB:.2f} GiB of prefilled prompts and "
-            f"{needed.weights / GIB:.2f} GiB of decode weights: {missing / GIB:.2f} GiB more than "
-            f"its {device_bytes / GIB:.2f} GiB. Lower slots, C, P or G of the largest class, or "
-            "sampling.prefill_tokens, set sampling.cache_dtype = 'int8', or raise mesh.tensor."
-        )
+    s = c.sampling
+    trace = max(stage.tokens for stage in limits)
+    page = _page(settings, limits)
+    together = min(max(stage.traces for stage in limits), s.rows or MOST_TOGETHER, MOST_TOGETHER)
+    schedule = Schedule(
+        page=page,
+        pages=0,
+        rows=(together,),
+        width=_width(settings, limits),
+        together=together,
+        prompts=_prompt_lengths(settings, limits),
+        trace=trace,
+        chunk=s.chunk,
+        prefill_tokens=s.prefill_tokens,
+        # bundles that are not taken cost nothing where kernels read, else each has its copy
+        fill=1 if settings.config.pages != XLA else min(2, _width(settings, limits)),
+    )
+    fit = int(_page_budget(s.memory, settings, schedule, room) // page_bytes(settings, page))
+    most_rows = MOST_ROWS_OF_LOOPS if settings.config.pages == XLA else MOST_ROWS
+    rows = s.rows or min(most_rows, _rows(schedule, limits, fit))
+    schedule = dataclasses.replace(schedule, rows=_row_counts(rows))
+    most = 1 + rows * schedule.own_pages + schedule.bundles(rows) * schedule.prompt_pages
+    schedule = dataclasses.replace(schedule, pages=min(fit, most))
+    _check_one_group(s.memory, settings, schedule)
+    return schedule
+
+
+def page_bytes(settings: DecodeSettings, page: int) -> int:
+    """Bytes on a device of one page of all layers."""
+    one = Schedule(page, 1, (1,), 1, 1, (1,), 1, 1, 1)
+    return bytes_on_a_device(abstract_pool(settings, one))
 
 
 def memory_of_a_device(mesh: Mesh) -> int:
@@ -74,32 +98,105 @@ def memory_of_a_device(mesh: Mesh) -> int:
 def describe(
     programs: dict[Name, CompiledProgram], settings: DecodeSettings, schedule: Schedule
 ) -> str:
-    """The report of a start: every program with its compile time and memory, and the caches."""
+    """The report of a start: pages, rows, and every program with its compile time and memory."""
     seconds = sum(program.seconds for program in programs.values())
-    needed = needed_bytes(settings, schedule)
+    pool = bytes_on_a_device(abstract_pool(settings, schedule))
+    weights = bytes_on_a_device(abstract_weights(settings.config, settings.mesh))
+    tokens = (schedule.pages - 1) * schedule.page
     lines = [
-        f"sampler: {len(programs)} programs, compiled in {seconds:.1f} s; a device holds "
-        f"{needed.weights / GIB:.2f} GiB of weights, {needed.slots / GIB:.2f} GiB of keys and "
-        f"values, and up to {needed.prompts / GIB:.2f} GiB of prefilled prompts"
+        f"sampler: a shard has {schedule.pages - 1:,} pages of {schedule.page} tokens, "
+        f"{tokens:,} in all, for {schedule.rows[-1]} rows; a device holds {pool / GIB:.2f} GiB of "
+        f"keys and values beside {weights / GIB:.2f} GiB of weights; {len(programs)} programs, "
+        f"compiled in {seconds:.1f} s"
     ]
-    for (kind, *which), program in programs.items():
-        if kind == "decode":
-            sizes = f"{which[0]} rows a shard"
-        else:
-            sizes = " -> ".join(str(schedule.classes[i].sizes) for i in which)
+    units = {"pool": "", "prefill": "tokens a prompt", "decode": "rows a shard"}
+    for (kind, *size), program in programs.items():
         temporary = f"{program.temp_bytes / 2**20:9.1f} MiB temporary"
+        sizes = f"{size[0]} {units[kind]}" if size else "all pages"
         lines.append(f"  {kind:7} {program.seconds:6.1f} s {temporary}  {sizes}")
-
-    shards = meshes.group_count_multiple(settings.mesh)
-    for i, slots in enumerate(schedule.classes):
-        if slots.slots == shards:
-            lines.append(
-                f"  note: config.sampling.classes[{i}] has one slot a shard, whose cache a TPU "
-                f"copies once a call, which takes memory. {2 * shards} slots avoid that."
-            )
     return "\n".join(lines)
 
 
-def _bytes_on_a_device(tree: Any) -> int:
+def bytes_on_a_device(tree: Any) -> int:
+    """Of a tree of shapes with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+
+
+def _page(settings: DecodeSettings, limits: Sequence[GroupLimits]) -> int:
+    """Tokens of a page.
+
+    Without kernels pages are copied, which is fastest where a trace has few of them.
+    """
+    if settings.config.pages != XLA:
+        return KERNEL_PAGE
+    trace = max(stage.tokens for stage in limits)
+    return min(KERNEL_PAGE, max(16, 2 ** math.ceil(math.log2(trace))))
+
+
+def _width(settings: DecodeSettings, limits: Sequence[GroupLimits]) -> int:
+    """Rows of a bundle.
+
+    Kernels compute no place that is empty. Without them empty places cost, so bundles are as wide
+    as the narrower of most groups.
+    """
+    traces = sorted(min(stage.traces, ROWS_MULTIPLE) for stage in limits)
+    return traces[len(traces) // 2] if settings.config.pages == XLA else traces[-1]
+
+
+def _prompt_lengths(settings: DecodeSettings, limits: Sequence[GroupLimits]) -> tuple[int, ...]:
+    """Of prefill programs: the longest, and others where they are less than half as long."""
+    lengths: list[int] = []
+    for prompt in sorted({max(1, stage.prompt - 1) for stage in limits}, reverse=True):
+        if not lengths or 2 * prompt < lengths[-1]:
+            lengths.append(prompt)
+    return tuple(settings.in_chunks(prompt) for prompt in reversed(lengths))
+
+
+def _page_budget(memory: float, settings: DecodeSettings, schedule: Schedule, room: Room) -> float:
+    """Bytes of a device for pages."""
+    if memory > 1:
+        return memory
+    weights = bytes_on_a_device(abstract_weights(settings.config, settings.mesh))
+    longest = schedule.prompts[-1]
+    pages_of_a_call = schedule.prompts_of_a_call(longest) * schedule.pages_of(longest)
+    as_computed = dataclasses.replace(settings, cache_dtype=settings.config.compute_dtype)
+    prefilled = pages_of_a_call * page_bytes(as_computed, schedule.page)
+    return memory * (room.device - room.resident - weights - prefilled)
+
+
+def _rows(schedule: Schedule, limits: Sequence[GroupLimits], pages: int) -> int:
+    """Rows that so many pages feed, if traces and prompts are half as long as they can be.
+
+    A running row then holds a third of the longest trace (`planning.usage`), and as many rows as
+    its group has traces share the prompt. Too many rows would only wait, too few leave pages empty:
+    the mean over the stages decides.
+    """
+    needs = [
+        schedule.pages_of(stage.tokens) / 3 + schedule.pages_of(stage.prompt) / stage.traces / 2
+        for stage in limits
+    ]
+    rows = int(pages * len(needs) / sum(needs))
+    return max(schedule.together, rows // ROWS_MULTIPLE * ROWS_MULTIPLE)
+
+
+def _row_counts(rows: int) -> tuple[int, ...]:
+    """For which there are programs: all, a half and a quarter of them."""
+    counts = {rows}
+    for share in (2, 4):
+        fewer = -(-rows // share // ROWS_MULTIPLE) * ROWS_MULTIPLE
+        if rows >= share * FEWEST_ROWS and fewer < rows:
+            counts.add(fewer)
+    return tuple(sorted(counts))
+
+
+def _check_one_group(memory: float, settings: DecodeSettings, schedule: Schedule) -> None:
+    needed = schedule.least_pages
+    missing = (needed - schedule.pages) * page_bytes(settings, schedule.page)
+    if missing > 0:
+        raise ConfigError(
+            f"config.sampling.memory = {memory:g}: pays for {max(0, schedule.pages):,} pages of "
+            f"{schedule.page} tokens a shard, but the largest group needs {needed:,}, "
+            f"{missing / GIB:.2f} GiB more a device. Raise it, lower the limits on prompts or "
+            "traces, set sampling.cache_dtype = 'int8', or raise mesh.tensor."
+        )

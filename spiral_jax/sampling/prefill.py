@@ -1,18 +1,24 @@
-"""Prompts -> their keys and values and the logits of the first token, in chunks of the prompt."""
+"""Prompts -> their keys and values in pages, in chunks of the prompt.
+
+A prompt's last token is not among them: it is the first that each of its traces decodes.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
-from spiral_jax.core.mesh import constrain_groups
-from spiral_jax.model.attention.backends import make_prompt_backend
+from spiral_jax.core import mesh as meshes
+from spiral_jax.core.mesh import GROUP_AXES, constrain_groups
+from spiral_jax.model.attention.backends import make_page_backend, make_prompt_backend
 from spiral_jax.model.attention.part import KeyValue
-from spiral_jax.model.cache import Cache
-from spiral_jax.model.transformer import DecoderLayer, ModelConfig, rms_norm
+from spiral_jax.model.transformer import DecoderLayer
+from spiral_jax.sampling.decode import POOL_SPEC, Pool
+from spiral_jax.sampling.settings import DecodeSettings
 from spiral_jax.sampling.weights import DecodeWeights
 
 PREFILL_SCOPE = "prefill"  # a plan finds the loop in a compiled program by this name
@@ -23,90 +29,61 @@ class Prompts:
     """What is computed in one call: W prompts of each of Z shards.
 
     Attributes:
-      prompt_ZxWxP: int32, right-padded.
-      prompt_len_ZxW: int32, >= 1.
+      token_ZxWxP: int32, right-padded, without each prompt's last token.
+      length_ZxW: int32, of them; 0 where there is none.
+      table_ZxWxT: int32 pages that they fill; page 0, nobody's, behind them.
     """
 
-    prompt_ZxWxP: jax.Array
-    prompt_len_ZxW: jax.Array
-
-
-@struct.dataclass
-class Prefilled:
-    """Computed prompts: any number of groups, or pieces of one, may enter from each of them.
-
-    Attributes:
-      prompt_len_ZxW: int32.
-      logits_ZxWxV: float32, behind each prompt's last token.
-      prompt: a cache [Z, W, J, ...] for each layer.
-    """
-
-    prompt_len_ZxW: jax.Array
-    logits_ZxWxV: jax.Array
-    prompt: tuple[Cache, ...]
-
-
-class _Progress(NamedTuple):
-    """What the loop over chunks carries.
-
-    Attributes:
-      stores: keys and values of each layer so far, as the backend stores them.
-      last_UxD: activations of each prompt's last token, once it was there.
-    """
-
-    stores: tuple[Any, ...]
-    last_UxD: jax.Array
+    token_ZxWxP: jax.Array
+    length_ZxW: jax.Array
+    table_ZxWxT: jax.Array
 
 
 def prefill(
-    config: ModelConfig, cache_dtype: jnp.dtype, chunk: int, weights: DecodeWeights, new: Prompts
-) -> Prefilled:
+    settings: DecodeSettings, chunk: int, weights: DecodeWeights, pool: Pool, new: Prompts
+) -> Pool:
     """Runs right-padded prompts in chunks of tokens; stops behind the longest one, whatever P is.
 
     Args:
       chunk: prompt tokens whose activations exist at once; divides P.
     """
-    Z, W, P = new.prompt_ZxWxP.shape
-    U, arch = Z * W, config.arch
-    prompt_UxP = constrain_groups(new.prompt_ZxWxP.reshape(U, P))
-    prompt_len_U = constrain_groups(new.prompt_len_ZxW.reshape(U))
-    module, backend = DecoderLayer(config), make_prompt_backend(config.attention, cache_dtype)
+    Z, W, P_ = new.token_ZxWxP.shape
+    config, U = settings.config, Z * W
+    arch = config.arch
+    token_UxP = constrain_groups(new.token_ZxWxP.reshape(U, P_))
+    length_U = constrain_groups(new.length_ZxW.reshape(U))
+    module, backend = DecoderLayer(config), make_prompt_backend(config.attention)
 
-    def run_chunk(i: jax.Array, before: _Progress) -> _Progress:
+    def run_chunk(i: jax.Array, stores: tuple[Any, ...]) -> tuple[Any, ...]:
         start = i * chunk
-        ids_UxT = jax.lax.dynamic_slice_in_dim(prompt_UxP, start, chunk, axis=1)
+        ids_UxT = jax.lax.dynamic_slice_in_dim(token_UxP, start, chunk, axis=1)
         position_UxT = jnp.broadcast_to(start + jnp.arange(chunk), (U, chunk))
 
-        x_UxTxD, stores = constrain_groups(weights.embed[ids_UxT]), []
-        for layer, store in zip(weights.layers, before.stores, strict=True):
+        x_UxTxD, filled = constrain_groups(weights.embed[ids_UxT]), []
+        for layer, store in zip(weights.layers, stores, strict=True):
             q, k, v = module.apply(layer, x_UxTxD, position_UxT, method="project")
-            attended, store = backend.attend(store, q, KeyValue(k, v), start, prompt_len_U)
+            attended, store = backend.attend(store, q, KeyValue(k, v), start, length_U)
             x_UxTxD = module.apply(layer, x_UxTxD, attended, method="finish")
-            stores.append(store)
-
-        at_U = prompt_len_U - 1 - start
-        is_here_U = (at_U >= 0) & (at_U < chunk)
-        nearest_Ux1x1 = jnp.clip(at_U, 0, chunk - 1)[:, None, None]
-        here_UxD = jnp.take_along_axis(x_UxTxD, nearest_Ux1x1, axis=1)[:, 0]
-        last_UxD = jnp.where(is_here_U[:, None], here_UxD, before.last_UxD)
-        return _Progress(tuple(stores), last_UxD)
+            filled.append(store)
+        return tuple(filled)
 
     with jax.named_scope(PREFILL_SCOPE):
         empty = tuple(
-            backend.empty(U, P, arch.J, arch.E, config.compute_dtype) for _ in range(arch.L)
+            backend.empty(U, P_, arch.J, arch.E, config.compute_dtype) for _ in range(arch.L)
         )
-        nothing = jnp.zeros((U, arch.D), config.compute_dtype)
-        start = jax.tree.map(constrain_groups, _Progress(empty, nothing))
-        chunks = (jnp.max(prompt_len_U) + chunk - 1) // chunk
-        end = jax.lax.fori_loop(0, chunks, run_chunk, start)
-
-        last_UxD = rms_norm(end.last_UxD, weights.final_norm, arch.norm_eps)
-        logits_UxV = jnp.einsum(
-            "ud,dv->uv", last_UxD, weights.head, preferred_element_type=jnp.float32
-        )
+        chunks = (jnp.max(length_U) + chunk - 1) // chunk
+        stores = jax.lax.fori_loop(0, chunks, run_chunk, jax.tree.map(constrain_groups, empty))
 
     def by_shard(a_Ux: jax.Array) -> jax.Array:
         return a_Ux.reshape(Z, W, *a_Ux.shape[1:])
 
-    caches = jax.tree.map(by_shard, tuple(backend.cache(store) for store in end.stores))
-    return Prefilled(new.prompt_len_ZxW, by_shard(logits_UxV), caches)
+    on_shards = meshes.over_shards(
+        settings.mesh,
+        make_page_backend(config.pages).write_prompts,
+        arguments=(POOL_SPEC, P(GROUP_AXES, None, None, "tensor"), P(GROUP_AXES)),
+        results=POOL_SPEC,
+    )
+    return tuple(
+        on_shards(pages, jax.tree.map(by_shard, backend.written(store)), new.table_ZxWxT)
+        for pages, store in zip(pool, stores, strict=True)
+    )

@@ -1,10 +1,8 @@
 """All programs of a sampler, compiled once from shapes alone.
 
-    decode[rows]   for all rows, and for fewer of them as `Schedule.row_counts` says
-    prefill[i]     prompts of each length, i: the class that groups with such prompts enter
-    enter[i]       groups whose prompts are prefilled into that class
-    move[i, j]     from a class to one that is narrower or longer
-    clear[i]       a class without groups
+    pool           pages of zeros
+    prefill[P]     prompts of up to P tokens
+    decode[N]      N rows of each shard
 
 A shape that is not among them is an error, never a compilation.
 """
@@ -27,22 +25,19 @@ from spiral_jax.sampling.decode import Chunk, decode_chunk
 from spiral_jax.sampling.prefill import prefill
 from spiral_jax.sampling.settings import DecodeSettings, Schedule
 from spiral_jax.sampling.shapes import (
-    abstract_prefilled,
-    abstract_state,
-    admission_shapes,
-    move_shapes,
+    abstract_pool,
+    empty_pool,
+    exit_shapes,
     prompt_shapes,
-    shardings,
+    row_shapes,
 )
-from spiral_jax.sampling.slots import Entered, empty_state, enter, move
 from spiral_jax.sampling.weights import abstract_weights
 
 # Unless told not to, XLA for GPUs lays all weights that multiply the same few rows side by side, to
 # have one product: it would copy the weights of every layer for every token that is decoded.
 _GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 
-# ("decode", rows), ("prefill", i), ("enter", i), ("move", i, j), ("clear", i)
-Name = tuple[Any, ...]
+Name = tuple[Any, ...]  # ("pool",), ("prefill", P), ("decode", N)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,70 +102,46 @@ def compile_programs(settings: DecodeSettings, schedule: Schedule) -> dict[Name,
 
 def recipes(settings: DecodeSettings, schedule: Schedule) -> dict[Name, Recipe]:
     """The same before they are compiled; the last decode program is that of all rows."""
-    shards = meshes.group_count_multiple(settings.mesh)
-    programs: dict[Name, Recipe] = {}
-    for i in range(len(schedule.classes)):
-        programs["clear", i] = _clear(settings, schedule, i)
-    for i in schedule.entries():
-        programs["prefill", i] = _prefill(settings, schedule, i)
-        programs["enter", i] = _enter(settings, schedule, i)
-    for i, j in schedule.moves():
-        programs["move", i, j] = _move(settings, schedule, i, j)
-    for rows in schedule.decode_rows(shards):
+    programs: dict[Name, Recipe] = {("pool",): _pool(settings, schedule)}
+    for tokens in schedule.prompts:
+        programs["prefill", tokens] = _prefill(settings, schedule, tokens)
+    for rows in schedule.rows:
         programs["decode", rows] = _decode(settings, schedule, rows)
     return programs
 
 
-def _clear(settings: DecodeSettings, schedule: Schedule, i: int) -> Recipe:
-    slots = schedule.classes[i]
-    function = functools.partial(empty_state, settings, slots)
-    return Recipe(settings.mesh, function, (), shardings(abstract_state(settings, slots)))
+def _pool(settings: DecodeSettings, schedule: Schedule) -> Recipe:
+    function = functools.partial(empty_pool, settings, schedule)
+    return Recipe(settings.mesh, function, (), shardings(abstract_pool(settings, schedule)))
 
 
-def _prefill(settings: DecodeSettings, schedule: Schedule, i: int) -> Recipe:
-    chunk = settings.chunk_of(schedule.classes[i].P)
-    function = functools.partial(prefill, settings.config, settings.cache_dtype, chunk)
+def _prefill(settings: DecodeSettings, schedule: Schedule, tokens: int) -> Recipe:
+    function = functools.partial(prefill, settings, settings.chunk_of(tokens))
+    pool = abstract_pool(settings, schedule)
     weights = abstract_weights(settings.config, settings.mesh)
     return Recipe(
         settings.mesh,
         with_matmul_precision(settings.config, function),
-        (weights, prompt_shapes(settings, schedule, i)),
-        shardings(abstract_prefilled(settings, schedule, i)),
-    )
-
-
-def _enter(settings: DecodeSettings, schedule: Schedule, i: int) -> Recipe:
-    state = abstract_state(settings, schedule.classes[i])
-    ready = abstract_prefilled(settings, schedule, i)
-    everywhere = meshes.replicated(settings.mesh)  # every process follows all groups
-    return Recipe(
-        settings.mesh,
-        functools.partial(enter, settings),
-        (state, ready, admission_shapes(settings, schedule, i)),
-        Entered(shardings(state), everywhere, everywhere),
-        donate=(0,),
-    )
-
-
-def _move(settings: DecodeSettings, schedule: Schedule, i: int, j: int) -> Recipe:
-    source, target = (abstract_state(settings, schedule.classes[at]) for at in (i, j))
-    return Recipe(
-        settings.mesh,
-        functools.partial(move, settings),
-        (source, target, move_shapes(settings, schedule.classes[j])),
-        (shardings(source), shardings(target)),
-        donate=(0, 1),
+        (weights, pool, prompt_shapes(settings, schedule, tokens)),
+        shardings(pool),
+        donate=(1,),
     )
 
 
 def _decode(settings: DecodeSettings, schedule: Schedule, rows: int) -> Recipe:
-    states = tuple(abstract_state(settings, slots) for slots in schedule.classes)
-    function = functools.partial(decode_chunk, settings, schedule, rows)
+    function = functools.partial(decode_chunk, settings, schedule.chunk)
+    pool = abstract_pool(settings, schedule)
+    weights = abstract_weights(settings.config, settings.mesh)
     everywhere = meshes.replicated(settings.mesh)  # every process follows all groups
     return Recipe(
         settings.mesh,
         with_matmul_precision(settings.config, function),
-        (abstract_weights(settings.config, settings.mesh), states),
-        Chunk(shardings(states), everywhere, everywhere, everywhere),
+        (weights, pool, row_shapes(settings, schedule, rows), exit_shapes(settings)),
+        Chunk(shardings(pool), everywhere, everywhere, everywhere),
         donate=(1,),
     )
+
+
+def shardings(tree: Any) -> Any:
+    """The shardings of a tree of shapes or arrays."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)

@@ -1,4 +1,4 @@
-"""What the sampler is told, frozen: model, draws, slots, schedule; and the checks of all that."""
+"""What the sampler is told, frozen: model, draws, pages and rows; and the checks of all that."""
 
 from __future__ import annotations
 
@@ -20,75 +20,79 @@ KERNEL_CHUNK, KERNEL_TILE = 2048, 128
 
 
 @dataclasses.dataclass(frozen=True)
-class SlotClass:
-    """Places for groups of up to C traces, with prompts of up to P and traces of up to G tokens.
+class GroupLimits:
+    """How large the groups of one stage can be.
 
     Attributes:
-      slots: how many groups find a place.
+      prompt: tokens of the longest prompt.
+      traces: of a group.
+      tokens: of the longest trace.
     """
 
-    slots: int
-    C: int
-    P: int
-    G: int
-
-    @property
-    def rows(self) -> int:
-        return self.slots * self.C
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """(slots, C, P, G), as a configuration writes it."""
-        return self.slots, self.C, self.P, self.G
-
-    def can_move_to(self, other: SlotClass) -> bool:
-        """Whether a group may go on in `other`: the same prompt length, no wider, no shorter."""
-        differs = (other.C, other.G) != (self.C, self.G)
-        return other.P == self.P and other.C <= self.C and other.G >= self.G and differs
+    prompt: int
+    traces: int
+    tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Static shape of the work.
+    """Static shape of the work on each shard.
 
     Attributes:
-      classes: of slots; within one prompt length a group may move from class to class.
+      page: tokens of a page.
+      pages: of the pool, page 0 among them.
+      rows: for which there are decode programs, ascending; the last are all that there are.
+      width: W, rows of a bundle.
+      together: traces of a group for which pages are kept free until they have ended.
+      prompts: lengths P of the prefill programs, ascending, in whole chunks.
+      trace: tokens of the longest trace.
       chunk: decode steps a call, at most.
-      exit_groups: a chunk ends early when this many groups can leave their slot.
-      prefill_tokens: prompt tokens, padding included, of one call a shard.
-      row_counts: rows of a shard, ascending, for which there are decode programs beside the one for
-        all rows.
+      prefill_tokens: prompt tokens of one call, padding included.
+      fill: rows that a bundle has on average when all bundles are taken; rows beyond them wait.
     """
 
-    classes: tuple[SlotClass, ...]
+    page: int
+    pages: int
+    rows: tuple[int, ...]
+    width: int
+    together: int
+    prompts: tuple[int, ...]
+    trace: int
     chunk: int
-    exit_groups: int
     prefill_tokens: int
-    row_counts: tuple[int, ...] = ()
+    fill: int = 1
 
-    def widest_prompt(self, trace_tokens: int) -> int:
-        """P of the widest class whose traces may have so many tokens; 0 where there is none."""
-        return max((slots.P for slots in self.classes if trace_tokens <= slots.G), default=0)
+    @property
+    def own_pages(self) -> int:
+        """Pages of the longest trace."""
+        return self.pages_of(self.trace)
 
-    def entries(self) -> list[int]:
-        """The class in which groups of each prompt length begin, the shortest prompts first.
+    @property
+    def prompt_pages(self) -> int:
+        """Pages of the longest prompt."""
+        return self.pages_of(self.prompts[-1])
 
-        The widest class of that prompt length; among equally wide ones that of the shortest traces.
-        """
+    @property
+    def least_pages(self) -> int:
+        """With fewer the largest group could never end."""
+        return 1 + self.prompt_pages + self.together * self.own_pages
 
-        def widest_then_shortest(i: int) -> tuple[int, int]:
-            return -self.classes[i].C, self.classes[i].G
+    def pages_of(self, tokens: int) -> int:
+        return -(-tokens // self.page)
 
-        by_prompt: dict[int, list[int]] = {}
-        for i, slots in enumerate(self.classes):
-            by_prompt.setdefault(slots.P, []).append(i)
-        return [min(by_prompt[P], key=widest_then_shortest) for P in sorted(by_prompt)]
+    def bundles(self, rows: int) -> int:
+        """U of a decode program for so many rows."""
+        return -(-rows // self.fill)
 
-    def entries_for(self, request: GroupRequests) -> list[int]:
-        """Entry classes that can hold a request (U = 1), the shortest prompts first.
+    def prompts_of_a_call(self, P: int) -> int:
+        """W of a prefill program: as many prompts as `prefill_tokens` pays for, at least one."""
+        return max(1, min(self.prefill_tokens // P, self.rows[-1]))
+
+    def check_request(self, request: GroupRequests) -> None:
+        """Checks that a request (U = 1) is for something, and that it can be held.
 
         Raises:
-          ValueError: none can, or the request is for nothing.
+          ValueError: it names what is wrong.
         """
         P, G = int(request.prompt_len_U[0]), request.max_tokens
         if P < 1 or request.traces < 1:
@@ -96,44 +100,11 @@ class Schedule:
                 f"a request with a prompt of {P} tokens and {request.traces} traces: "
                 "both must be >= 1."
             )
-
-        entries = [
-            i
-            for i in self.entries()
-            if self.classes[i].P >= P and self.longest_trace(self.classes[i].P) >= G
-        ]
-        if not entries:
-            sizes = [slots.sizes for slots in self.classes]
+        if self.prompts[-1] < P - 1 or self.trace < G:
             raise ValueError(
-                f"a prompt of {P} tokens with traces of up to {G} fits into none of "
-                f"config.sampling.classes = {sizes} (slots, C, P, G): add a longer one."
+                f"a prompt of {P} tokens with traces of up to {G}: the sampler was made for "
+                f"prompts of up to {self.prompts[-1] + 1} with traces of up to {self.trace}."
             )
-        return entries
-
-    def longest_trace(self, P: int) -> int:
-        """G of the longest class for prompts of up to P tokens: where every group may move."""
-        return max(slots.G for slots in self.classes if slots.P == P)
-
-    def targets(self, i: int) -> list[int]:
-        """Classes that a group may move to from class i."""
-        return [j for j, to in enumerate(self.classes) if self.classes[i].can_move_to(to)]
-
-    def moves(self) -> list[tuple[int, int]]:
-        """Pairs (from, to) of classes between which groups may move."""
-        return [(i, j) for i in range(len(self.classes)) for j in self.targets(i)]
-
-    def leave_at(self, i: int) -> int:
-        """Running traces at which a group can move from class i to a narrower one.
-
-        0 where there is no narrower one.
-        """
-        widths = [self.classes[j].C for j in self.targets(i)]
-        return max((C for C in widths if C < self.classes[i].C), default=0)
-
-    def decode_rows(self, shards: int) -> list[int]:
-        """Rows of a shard that each decode program computes, ascending; the last computes all."""
-        every_row = sum(slots.rows for slots in self.classes) // shards
-        return [*(rows for rows in self.row_counts if rows < every_row), every_row]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +138,8 @@ class DecodeSettings:
             return min(self.prefill_chunk, prompt)
         return kernel_chunk(prompt, self.prefill_chunk)
 
-    def cached_prompt(self, prompt: int) -> int:
-        """Tokens of a prompt cache for prompts of up to `prompt` tokens: whole chunks."""
+    def in_chunks(self, prompt: int) -> int:
+        """So many prompt tokens in whole chunks."""
         chunk = self.chunk_of(prompt)
         return -(-prompt // chunk) * chunk
 
@@ -184,18 +155,6 @@ def kernel_chunk(prompt: int, least: int) -> int:
     """
     chunk = -(-prompt // max(1, prompt // max(least, KERNEL_CHUNK)))
     return min(chunk + -chunk % KERNEL_TILE, prompt)
-
-
-def make_schedule(c: ConfigDict) -> Schedule:
-    """The schedule that `config.sampling` describes."""
-    s = c.sampling
-    return Schedule(
-        classes=tuple(SlotClass(*row) for row in s.classes),
-        chunk=s.chunk,
-        exit_groups=s.exit_groups,
-        prefill_tokens=s.prefill_tokens,
-        row_counts=tuple(s.row_counts),
-    )
 
 
 def make_decode_settings(
@@ -227,8 +186,15 @@ def check_sampling(c: ConfigDict) -> None:
       ConfigError: a value that cannot be.
     """
     s, e = c.sampling, c.eval
-    for name in ("chunk", "exit_groups", "prefill_tokens", "prefill_chunk"):
+    for name in ("chunk", "prefill_tokens", "prefill_chunk"):
         require(s[name] >= 1, f"sampling.{name}", s[name], ">= 1")
+    require(
+        s.memory > 0,
+        "sampling.memory",
+        s.memory,
+        "above 0: at most 1, a share of a device's free memory, or above it, bytes",
+    )
+    require(s.rows >= 0, "sampling.rows", s.rows, ">= 0, where 0 means: as many as memory feeds")
     require(s.temperature > 0, "sampling.temperature", s.temperature, "> 0")
     require(
         s.cache_dtype in ("compute", "int8"),
@@ -236,39 +202,7 @@ def check_sampling(c: ConfigDict) -> None:
         s.cache_dtype,
         "one of compute, int8",
     )
-    _check_classes([tuple(row) for row in s.classes])
-
-    counts = list(s.row_counts)
-    ascending = all(_is_count(n) for n in counts) and counts == sorted(set(counts))
-    require(ascending, "sampling.row_counts", counts, "ascending whole numbers >= 1")
-
     for name in ("temperature", "top_k", "min_p"):
         require(e[name] >= 0, f"eval.{name}", e[name], ">= 0")
     require(0 < e.top_p <= 1, "eval.top_p", e.top_p, "above 0 and at most 1")
     require(e.min_p < 1, "eval.min_p", e.min_p, "below 1")
-
-
-def _check_classes(rows: list[tuple[int, ...]]) -> None:
-    """Checks the table of classes, and that groups of each prompt length can go on to the end."""
-    complete = all(len(row) == 4 and all(_is_count(n) for n in row) for row in rows)
-    require(
-        bool(rows) and complete and len(set(rows)) == len(rows),
-        "sampling.classes",
-        rows,
-        "different rows (slots, C, P, G) of whole numbers >= 1",
-    )
-
-    for prompt in sorted({P for _, _, P, _ in rows}):
-        sizes = [(C, G) for _, C, P, G in rows if prompt == P]
-        widest, longest = max(C for C, _ in sizes), max(G for _, G in sizes)
-        require(
-            (widest, longest) in sizes,
-            "sampling.classes",
-            rows,
-            f"with a class of C = {widest} and G = {longest} for P = {prompt}",
-            "Else a group that stays wide has nowhere to go on.",
-        )
-
-
-def _is_count(n: Any) -> bool:
-    return type(n) is int and n >= 1

@@ -24,6 +24,7 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Role
 from spiral_jax.evaluation.wave import Evaluator
 from spiral_jax.model.tensor_files import WeightsError
+from spiral_jax.prompts.scaffold import max_aggregation_prompt
 from spiral_jax.run.evaluation_run import model_fingerprint
 from spiral_jax.run.setup import set_up_evaluation
 from spiral_jax.run.start import Start
@@ -48,7 +49,7 @@ def script(role, cursor, k, i):
 def small_config():
     c = tiny.get_config()
     c.search.max_tokens, c.eval.limits = 32, (6, 12)
-    c.sampling.classes = ((4, 8, 16, 32), (4, 4, 124, 12))
+    c.sampling.rows = 16
     c.eval.problems, c.eval.wave, c.eval.n, c.eval.population, c.eval.set_size = 5, 2, 6, 4, 2
     c.eval.rounds, c.eval.subset_size, c.eval.subsets, c.eval.traces = 2, 3, 2, 2
     return c
@@ -246,12 +247,23 @@ def test_pictures_without_limits_have_something_on_them(scripted, tmp_path):
     assert_pictures(tmp_path / "run")
 
 
-def test_set_up_sizes_prompts_for_the_largest_sets_and_needs_no_training_data(tmp_path):
-    c = tiny.get_config()
-    c.eval.set_size = 8
-    named = "config.sampling.classes.*aggregation prompts may have up to"
-    with pytest.raises(ConfigError, match=named):
-        set_up_evaluation(c)
+def test_set_up_sizes_prompts_for_the_largest_sets():
+    c, room = tiny.get_config(), {}
+    for size in (4, 8):
+        c.eval.set_size = size
+        setup = set_up_evaluation(c)
+        longest = max_aggregation_prompt(
+            setup.scaffold,
+            size=size,
+            candidate_tokens=c.search.max_tokens,
+            problem_tokens=c.prompt.max_problem_tokens,
+        )
+        room[size] = setup.eval_sampler.schedule.prompts[-1]
+        assert longest - 1 <= room[size]
+    assert room[4] < room[8]
+
+
+def test_set_up_needs_no_training_data(tmp_path):
     held_out = tmp_path / "test.jsonl"
     held_out.write_text('{"problem": "left=1", "answer": "7"}\n')
     c = tiny.get_config()
@@ -285,8 +297,7 @@ def command(*arguments):
 def test_the_bundled_model_is_evaluated_and_compared_as_a_user_would(tmp_path):
     done = command(
         "--config=configs/tiny.py",
-        "--config.sampling.classes=((2, 8, 16, 26), (8, 4, 124, 12))",
-        "--config.sampling.row_counts=()",
+        "--config.sampling.rows=16",
         "--config.eval.problems=4",
         "--config.eval.wave=2",
         "--config.eval.n=4",

@@ -20,7 +20,7 @@ SCRIPTS = [
 ]
 FLAGS = [
     "--config=configs/qwen3_4b.py",
-    "--config.sampling.classes=((16, 8, 1024, 4096),)",
+    "--config.batch.search_lengths=((1024, 4096),)",
     "--config.prompt.system=it's",
 ]
 SCHEMA = jsonschema.Draft202012Validator(
@@ -325,7 +325,7 @@ def test_stages_run_in_their_order_whatever_fails_and_what_failed_is_named(gpu_s
     done = gpu_script("--minutes=3")
     assert done.returncode == 1
     _, kernels, tests, benchmark = (tmp_path / "calls").read_text().splitlines()
-    assert "pytest" in kernels and kernels.endswith("tests/model/test_attention_gpu.py")
+    assert "pytest" in kernels and kernels.endswith("tests/model/test_pages_gpu.py")
     assert "pytest" in tests and "tests/learner/test_train_step.py" in tests
     assert "benchmarks.one_device" in benchmark and benchmark.endswith("--minutes=3")
     failures = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

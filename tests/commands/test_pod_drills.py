@@ -19,10 +19,8 @@ pytestmark = pytest.mark.cpu_bits("it runs in processes of its own, on CPUs")
 
 STEPS = 5
 # The least to compile, which process 1 does at every start (JAX keeps the programs of process 0
-# alone): one role of traces in one class of slots. A notice and a checkpoint do not know of roles.
-CLASSES = "--config.sampling.classes="
-ONE_ROLE = [flag for flag in drill.FLAGS if not flag.startswith(CLASSES)]  # they would add up
-ONE_ROLE += ["--config.loss.estimator=grpo", f"{CLASSES}((2, 4, 16, 26),)"]
+# alone): one role of traces. A notice and a checkpoint do not know of roles.
+ONE_ROLE = [*drill.FLAGS, "--config.loss.estimator=grpo"]
 ONE_ROLE += ["--config.eval.problems=0"]  # an evaluation aggregates
 PREEMPTED = 143  # as a process that SIGTERM has killed
 

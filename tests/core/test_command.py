@@ -46,7 +46,14 @@ FILES = {
         f"{SMALL}    c.train.steps = 'many'\n    return c\n",
         ["line 4", "steps = many", "int", "str"],
     ),
-    "is no tuple": (f"{SMALL}    c.sampling.classes = 5\n    return c\n", ["classes = 5", "tuple"]),
+    "is no tuple": (
+        f"{SMALL}    c.batch.search_lengths = 5\n    return c\n",
+        ["search_lengths = 5", "tuple"],
+    ),
+    "has slots": (
+        f"{SMALL}    c.sampling.classes = ((4, 8, 16, 26),)\n    return c\n",
+        ["line 4", "sampling.memory", "sampling.rows"],
+    ),
 }
 
 
@@ -73,6 +80,7 @@ OVERRIDES = {
     "--config.search.trace=4": 'Did you mean "traces"',
     "--config.optimzer.lr=4": 'Did you mean "optimizer"',
     "--config.train.lr=4": "Did you mean optimizer.lr",
+    "--config.sampling.classes=((4, 8, 16, 26),)": "sampling.memory",
     "--config.search.xyz=4": "There are max_tokens, traces",
     "--config.train.steps=many": "'many'",
     "--config.search.traces.x=4": "search.traces.x",

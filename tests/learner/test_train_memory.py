@@ -13,7 +13,6 @@ def test_during_an_update_neither_decode_weights_nor_caches_take_memory(tmp_path
     c = small_training(tmp_path, steps=2)
     # one role, without evaluations: the fewest programs
     c.loss.estimator, c.eval.problems = "grpo", 0
-    c.sampling.classes = c.sampling.classes[:1]
     c.checkpoint.every = 0  # a save copies the state, on CPUs to where the state lies
     make_train_step, before, left_by_step = program.make_train_step, jax.live_arrays(), []
     small = "key<", "int32[]", "uint32[]"

@@ -32,7 +32,7 @@ from spiral_jax.learner.step import make_train_step
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.protocol import sample
-from spiral_jax.sampling.settings import DecodeSettings, Schedule, SlotClass
+from spiral_jax.sampling.settings import DecodeSettings, Schedule
 
 # ---- optimizer
 
@@ -132,7 +132,19 @@ def test_sampled_logprobs_give_ratio_one_and_shifted_ones_the_ratio_of_the_shift
     mesh, kind = one_device(), "lora"
     frozen, state = start(kind, mesh)
     settings = DecodeSettings(MODELS[kind], jnp.float32, Draw(0.7), 0, (5, 6, 7), 4, mesh)
-    sampler = Engine(settings, Schedule((SlotClass(8, TRACES[Role.SEARCH], P, G),), 8, 1, 64))
+    C = TRACES[Role.SEARCH]
+    schedule = Schedule(
+        page=4,
+        pages=1 + 8 * (-(-P // 4) + C * -(-G // 4)),
+        rows=(8 * C,),
+        width=C,
+        together=C,
+        prompts=(P,),
+        trace=G,
+        chunk=8,
+        prefill_tokens=64,
+    )
+    sampler = Engine(settings, schedule)
     requests = search_alone()[Role.SEARCH][0].requests
     requests.id_Ux6[:, 2] = np.arange(8)
     policy = sampler.prepare(variables(MODELS[kind], frozen, state.trained))

@@ -10,7 +10,7 @@ from jax._src.cudnn import fused_attention_stablehlo as private
 from configs import qwen3_4b
 from spiral_jax.core.config import ConfigError
 from spiral_jax.model.attention import backends
-from spiral_jax.model.attention.backends import choose_backend
+from spiral_jax.model.attention.backends import choose_backend, choose_page_backend
 from spiral_jax.planning.shipped_models import planned_model
 
 V5P = SimpleNamespace(platform="tpu")
@@ -30,6 +30,21 @@ A100 = SimpleNamespace(platform="gpu", compute_capability="8.0")
 )
 def test_auto_takes_kernels_where_they_serve(device, dtype, E, name):
     assert choose_backend("auto", device, dtype, E) == name
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "E", "name"),
+    [
+        ("auto", V5P, 128, "tpu"),
+        ("auto", H100, 128, "gpu"),
+        ("auto", H100, 80, "xla"),  # no power of 2
+        ("xla", V5P, 128, "xla"),
+        ("auto", jax.devices("cpu")[0], 128, "xla"),
+    ],
+)
+def test_pages_are_read_by_the_devices_own_kernels(asked, device, E, name, capsys):
+    assert choose_page_backend(asked, device, E) == name
+    assert ("heads of 80" in capsys.readouterr().out) == (E == 80)
 
 
 def test_auto_needs_no_accelerator():

@@ -121,9 +121,10 @@ def test_another_policy_is_an_error_and_peaks_are_per_second():
     assert all(1e14 < peak < 1e16 for peak in PEAK_FLOPS_PER_S.values())
 
 
-def test_prefill_runs_every_token_forward_and_the_head_once_a_prompt():
+def test_prefill_runs_every_token_forward_to_the_keys_and_values_of_the_last_layer():
     pairs = (1 + 2 + 3) + 1
-    assert prefill_flops(ARCH, 2, PROMPT) == 3 * (4 * 2 * (W + A) + pairs * PAIR) + 2 * 2 * 6 * 11
+    before, last = 4 * 2 * (W + A) + pairs * PAIR, 4 * 2 * (W_KV + A_KV)
+    assert prefill_flops(ARCH, 2, PROMPT) == 2 * before + last
 
 
 def test_a_decoded_token_attends_to_its_keys():

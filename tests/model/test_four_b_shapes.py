@@ -1,7 +1,6 @@
 """The 4B experiments on shapes alone: every program traces, and the budgets are the paper's."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -18,14 +17,11 @@ from spiral_jax.learner.step import make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.run.setup import check_training
-from spiral_jax.sampling.decode import decode_step
 from spiral_jax.sampling.engine import make_samplers
-from spiral_jax.sampling.rows import RowLayout
-from spiral_jax.sampling.settings import SlotClass
-from spiral_jax.sampling.shapes import abstract_prefilled, admission_shapes
-from spiral_jax.sampling.shapes import abstract_state as abstract_state_of
-from spiral_jax.sampling.slots import enter
-from spiral_jax.sampling.weights import abstract_weights
+from spiral_jax.sampling.memory import Room
+from spiral_jax.sampling.programs import recipes
+from spiral_jax.sampling.settings import GroupLimits
+from spiral_jax.sampling.shapes import abstract_pool
 
 # config.json of Qwen3-4B-Instruct-2507
 ARCH = Architecture(
@@ -52,21 +48,29 @@ def longest_prompt(stage):
     return 1024 + (stage.set_size * stage.reads.max_tokens if stage.reads else 0)
 
 
-def classes_of(c):
-    return tuple(SlotClass(*row) for row in c.sampling.classes)
+def make_sampler(c, mesh, device=80 * 2**30):
+    """Of two layers: the others are the same again."""
+    limits = [
+        GroupLimits(longest_prompt(stage), stage.traces, stage.max_tokens) for stage in stages_of(c)
+    ]
+    model = hf.model_config(dataclasses.replace(ARCH, L=2), c.model)
+    room = Room(device, resident=0)
+    sampler, eval_sampler = make_samplers(c, model, mesh, (151645, 151643), limits, room)
+    assert sampler is eval_sampler
+    return sampler
 
 
 def count(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def test_config_is_valid_and_every_longest_group_has_a_bucket(c):
-    shapes = learner_of(c).shapes
+def test_config_is_valid_and_every_longest_group_has_room(c, mesh):
+    shapes, schedule = learner_of(c).shapes, make_sampler(c, mesh).schedule
     for stage in stages_of(c):
         longest = longest_prompt(stage), stage.max_tokens
         P, G = shapes[stage.role].lengths[-1]
         assert longest[0] <= P and longest[1] <= G
-        assert any(longest[0] <= slots.P and longest[1] <= slots.G for slots in classes_of(c))
+        assert longest[0] - 1 <= schedule.prompts[-1] and longest[1] <= schedule.trace
 
 
 def test_both_runs_may_sample_98304_tokens_a_problem(c):
@@ -84,7 +88,6 @@ def test_grpo_differs_from_spiral_in_its_rollout_and_in_nothing_else():
         "search.max_tokens",
         "batch.search_lengths",
         "batch.search_groups",
-        "sampling.classes",
     }
 
 
@@ -124,7 +127,6 @@ def test_one_host_of_eight_devices_holds_an_eighth_of_the_base_and_a_small_state
     assert bytes_a_device(state) == 4 * (3 * adapters + 3)  # weights, two moments; counts
     multiple = group_count_multiple(planned)
     assert c.batch.search_groups % multiple == c.batch.aggregation_groups % multiple == 0
-    assert not any(slots.slots % multiple for slots in classes_of(c))
 
 
 def test_train_step_returns_the_state_in_its_shapes_and_dtypes(c, mesh):
@@ -140,24 +142,22 @@ def test_train_step_returns_the_state_in_its_shapes_and_dtypes(c, mesh):
 
 
 def test_every_program_of_the_sampler_traces_at_its_full_shapes(c, mesh):
-    two_layers = dataclasses.replace(ARCH, L=2)  # the others are the same again
-    model = hf.model_config(two_layers, c.model)
-    sampler, eval_sampler = make_samplers(c, model, mesh, (151645, 151643))
-    assert sampler is eval_sampler
-    settings, schedule, classes = sampler.settings, sampler.schedule, classes_of(c)
-    weights = abstract_weights(model, mesh)
-    states = [abstract_state_of(settings, slots) for slots in classes]
-    with jax.set_mesh(mesh):
-        for i in schedule.entries():
-            ready = abstract_prefilled(settings, schedule, i)
-            new = admission_shapes(settings, schedule, i)
-            entered = jax.eval_shape(functools.partial(enter, settings), states[i], ready, new)
-            shape = (*new.slot_ZxW.shape, classes[i].C)
-            assert entered.token_ZxWxC.shape == entered.logprob_ZxWxC.shape == shape
-        layout = RowLayout(classes, group_count_multiple(mesh))
-        step = functools.partial(decode_step, settings, layout)
-        after, token, logprob = jax.eval_shape(step, weights, tuple(states))
-    assert schedule.moves()
-    assert math.prod(token.shape) == sum(slots.rows for slots in classes)
-    assert logprob.dtype == jnp.float32
-    assert shapes_and_dtypes(after) == shapes_and_dtypes(tuple(states))
+    sampler = make_sampler(c, mesh)
+    settings, schedule = sampler.settings, sampler.schedule
+    pool = shapes_and_dtypes(abstract_pool(settings, schedule))
+    shards = group_count_multiple(mesh)
+    for (kind, *size), recipe in recipes(settings, schedule).items():
+        with jax.set_mesh(mesh):
+            made = jax.eval_shape(recipe.function, *recipe.shapes)
+        if kind != "decode":
+            assert shapes_and_dtypes(made) == pool
+            continue
+        drawn = schedule.chunk, shards, size[0]
+        assert shapes_and_dtypes(made.pool) == pool
+        assert shapes_and_dtypes(made.token_TxZxN) == (drawn, jnp.int32)
+        assert shapes_and_dtypes(made.logprob_TxZxN) == (drawn, jnp.float32)
+
+
+def test_rows_follow_from_memory(c, mesh):
+    fewer, more = (make_sampler(c, mesh, device * 2**30).schedule for device in (4, 8))
+    assert fewer.pages < more.pages and fewer.rows[-1] < more.rows[-1]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
-from small_sampler import MANY_SIZES, make_settings, one_device
+from small_sampler import make_schedule, make_settings, one_device
 from small_steps import (
     MODELS,
     blocks_of,
@@ -28,7 +28,6 @@ from spiral_jax.core.groups import Role
 from spiral_jax.learner.blocks import place_blocks
 from spiral_jax.learner.step import make_train_step
 from spiral_jax.sampling.programs import recipes
-from spiral_jax.sampling.settings import Schedule, SlotClass
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +59,7 @@ def sampler(changes):
     settings = make_settings(one_device())
     model = dataclasses.replace(settings.config, **changes)
     settings = dataclasses.replace(settings, config=model, cache_dtype=model.compute_dtype)
-    schedule = Schedule(tuple(SlotClass(*row) for row in MANY_SIZES), 5, 2, 32, (2,))
-    return {name: recipe.lower() for name, recipe in recipes(settings, schedule).items()}
+    return {name: recipe.lower() for name, recipe in recipes(settings, make_schedule()).items()}
 
 
 @pytest.mark.parametrize("settings", [{}, {"kl_coef": 0.1}], ids=["policy", "reference"])

@@ -82,6 +82,17 @@ def test_a_loop_of_unknown_length_must_be_stated():
     assert (unit.flops, call.flops) == (once, once)
 
 
+def test_a_kernel_that_reads_what_is_in_use_costs_what_is_said_of_it():
+    body = """
+  %pool = bf16[4096,128]{1,0} parameter(0)
+  %own = f32[16]{0} custom-call(%pool), custom_call_target="k", metadata={op_name="f/own/call"}
+  ROOT %all = f32[16]{0} custom-call(%pool), custom_call_target="k", metadata={op_name="f/all"}"""
+    module, said = module_of(body), Cost(7.0, 11.0)
+    whole = cost_of(module, {}).hbm_bytes
+    assert whole == 2 * (2 * 4096 * 128 + 4 * 16)
+    assert cost_of(module, {}, {r"\bown\b": said}) == Cost(7.0, whole / 2 + 11.0)
+
+
 def test_of_a_branch_the_dearer_side_counts():
     body = """
   %p = pred[] constant(true)

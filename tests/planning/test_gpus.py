@@ -7,19 +7,20 @@ from test_costs import module_of
 
 from configs import tiny
 from spiral_jax.core.config import ConfigError
-from spiral_jax.core.groups import Role
 from spiral_jax.planning import gpus
 from spiral_jax.planning.compiled import compile_kept
 from spiral_jax.planning.costs import cost_of
 from spiral_jax.planning.hlo import parse
 from spiral_jax.planning.inventory import take_inventory
 from spiral_jax.planning.kernels import counted_by_formula, workspace_bytes
-from spiral_jax.planning.planned_program import decode_program, plan_programs
+from spiral_jax.planning.planned_program import decode_program, prefill_program
 from spiral_jax.planning.profile import profile
 from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.text import source_line
 from spiral_jax.planning.topology import find_topology, make_mesh
 from spiral_jax.planning.traffic import uncounted_kernels
+from spiral_jax.planning.usage import usage_of
+from spiral_jax.planning.work import Assumptions, work_of_step
 
 NEEDS_COMPILER = pytest.mark.skipif(
     gpus.missing_compiler() is not None, reason=str(gpus.missing_compiler())
@@ -115,9 +116,9 @@ def test_a_program_of_the_tiny_model_computes_what_the_ideal_count_says(tmp_path
     monkeypatch.setenv("SPIRAL_JAX_PLANS", str(tmp_path))
     c = tiny.get_config()
     topology = find_topology("h100:1")
-    inventory = take_inventory(c, planned_model(c.model)[0], make_mesh(c.mesh, topology))
-    programs = plan_programs(inventory, {Role.SEARCH: 4, Role.AGGREGATION: 56})
-    result = profile(programs["prefill/search"], topology, free=0.0)
+    mesh = make_mesh(c.mesh, topology)
+    inventory = take_inventory(c, planned_model(c.model)[0], mesh, topology.chip.hbm_bytes)
+    result = profile(prefill_program(inventory, prompt=5), topology, free=0.0)
     assert result.compiled and result.fits and not result.kernels
     assert 0.99 <= result.flops_ratio <= 1.1
     assert "compiled programs' HLO" in source_line([result])
@@ -127,10 +128,12 @@ def test_a_program_of_the_tiny_model_computes_what_the_ideal_count_says(tmp_path
 def test_decoding_lays_no_weights_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setenv("SPIRAL_JAX_PLANS", str(tmp_path))
     c = tiny.get_config()
-    c.sampling.classes, c.sampling.row_counts = ((32, 8, 16, 26),), ()
     topology = find_topology("h100:1")
-    inventory = take_inventory(c, planned_model(c.model)[0], make_mesh(c.mesh, topology))
-    program, arch = decode_program(inventory), inventory.model.arch
+    mesh = make_mesh(c.mesh, topology)
+    inventory = take_inventory(c, planned_model(c.model)[0], mesh, topology.chip.hbm_bytes)
+    works = work_of_step(inventory.settings, Assumptions())
+    usage = usage_of(works, inventory.engine.schedule, row_occupancy=1.0)
+    program, arch = decode_program(inventory, usage), inventory.model.arch
     options = topology.compiler_options | program.compiler_options
     module = parse(compile_kept(program.lower(), topology.name, options).text)
     joined = [

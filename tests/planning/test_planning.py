@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
@@ -19,6 +20,7 @@ from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import AXES, mesh_shape
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.flops import decode_flops
 from spiral_jax.planning import topology as topologies
 from spiral_jax.planning.compiled import compile_kept, needed_bytes
 from spiral_jax.planning.fit import Planner
@@ -30,7 +32,9 @@ from spiral_jax.planning.profile import forbidden_arrays, profile
 from spiral_jax.planning.settings import PlanSettings, apply_overrides, as_flags
 from spiral_jax.planning.shipped_models import planned_model
 from spiral_jax.planning.topology import CHIPS, Topology, find_topology, make_mesh
-from spiral_jax.planning.whole_step import Assumptions, bucket_of, work_of_step
+from spiral_jax.planning.usage import Usage
+from spiral_jax.planning.whole_step import bucket_of
+from spiral_jax.planning.work import Assumptions, Work, work_of_step
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 NEEDS_LIBTPU = pytest.mark.skipif(
@@ -47,7 +51,8 @@ def planner(c, arch, topology, free=0.1):
     def take(overrides):
         changed = apply_overrides(c, overrides)
         model = hf.model_config(arch, changed.model)
-        return take_inventory(changed, model, make_mesh(changed.mesh, topology))
+        mesh = make_mesh(changed.mesh, topology)
+        return take_inventory(changed, model, mesh, topology.chip.hbm_bytes)
 
     return Planner(
         settings=PlanSettings.from_config(c),
@@ -104,7 +109,8 @@ def test_state_bytes_of_a_chip_are_those_of_the_arithmetic():
     """64 chips, base cut in 8 x 4, its decode copy in 4: the numbers of docs/scaling.md."""
     c, arch = four_b()
     mesh = AbstractMesh((2, 8, 4), AXES)
-    inventory = take_inventory(c, hf.model_config(arch, c.model), mesh)
+    chip_bytes = CHIPS["v5e"].hbm_bytes
+    inventory = take_inventory(c, hf.model_config(arch, c.model), mesh, chip_bytes)
     memory = inventory.sampler_memory()
     base = 2 * arch.parameters / 32
     adapters = 66_060_288
@@ -116,8 +122,10 @@ def test_state_bytes_of_a_chip_are_those_of_the_arithmetic():
     decode_copy = 2 * (arch.parameters + head + adapters) / 4
     assert memory["decode copy"] == pytest.approx(decode_copy, rel=0.02)
     token = 2 * 2 * arch.L * arch.J * arch.E  # keys and values of one token in bfloat16: 144 KiB
-    tokens = sum(slots * (P + C * G) for slots, C, P, G in c.sampling.classes)
-    assert memory["keys and values"] == tokens * token // 64
+    page = inventory.engine.schedule.page
+    assert memory["keys and values"] == inventory.engine.schedule.pages * page * token // 4
+    free = chip_bytes - sum(inventory.policy_memory().values())
+    assert 0.5 * free < memory["keys and values"] <= c.sampling.memory * free
 
     training = train_program(inventory, inventory.blocks[0]).memory
     assert training["weights"] == memory["weights"]
@@ -133,20 +141,31 @@ def test_groups_that_the_mesh_does_not_divide_lead_to_the_first_change_that_fits
     assert not first.fits and first.at_fault == "train"
     assert "batch.search_groups = 16" in first.verdict and "64" in first.verdict
     assert last.fits and last.overrides["batch.search_groups"] % 64 == 0
-    assert all(slots % 64 == 0 for slots, *_ in last.overrides["sampling.classes"])
     assert "--config.batch.search_groups=64" in as_flags(last.overrides)
 
     again = planner(apply_overrides(c, last.overrides), arch, gpus(chips=64)).attempt({})
     assert again.fits and again.step == last.step
 
 
-def test_slots_that_the_mesh_does_not_divide_are_what_changes():
+def test_pages_that_leave_a_program_no_room_become_fewer():
     c, arch = four_b()
-    c.sampling.classes = tuple((slots + 1, C, P, G) for slots, C, P, G in c.sampling.classes)
+    c.sampling.memory = 1.0
     first, *_, last = planner(c, arch, gpus()).attempts(most=12)
-    assert first.at_fault == "sampler" and "sampling.classes" in first.verdict
-    assert last.fits and "sampling.classes" in last.overrides
+    assert first.at_fault == "sampler"
+    assert last.fits and last.overrides["sampling.memory"] < 1
     assert "batch.search_groups" not in last.overrides
+    assert last.pages["pages"] < first.pages["pages"]
+
+
+def test_pages_too_few_for_a_group_become_smaller():
+    """The largest group has a prompt of 17,920 tokens and 8 traces of 4,096, 144 KiB a token."""
+    c, arch = four_b()
+    group = (17_920 + 8 * 4096) * 147_456
+    c.sampling.memory = 0.75 * group
+    first, *_, last = planner(c, arch, gpus()).attempts(most=12)
+    assert first.at_fault == "pages" and "config.sampling.memory" in first.verdict
+    assert last.fits and last.overrides["sampling.cache_dtype"] == "int8"
+    assert "sampling.memory" not in last.overrides
 
 
 def test_what_was_too_large_is_what_changes():
@@ -159,7 +178,7 @@ def test_what_was_too_large_is_what_changes():
     assert failed[0].at_fault == "train"
     assert "train" in failed[0].verdict and not failed[0].overrides
     assert last.fits and last.overrides["batch.search_groups"] < c.batch.search_groups
-    assert "sampling.classes" not in last.overrides
+    assert "sampling.memory" not in last.overrides
 
 
 @pytest.mark.parametrize("mesh", [(2, 4, 1), (1, -1, 1)])
@@ -232,6 +251,20 @@ def test_a_program_is_compiled_once(tmp_path, monkeypatch):
     assert compile_kept(NeverCompiled(lowered), "here") == first
 
 
+ROWS = 16
+FULL = Usage(  # all rows run, at their limits
+    rows=ROWS,
+    bound="rows",
+    pages_a_row=7,
+    own=64,
+    prompt=96,
+    bundles_a_row=0.5,
+    prompt_read=48,
+    longest_trace=64,
+    longest_prompt=96,
+)
+
+
 @pytest.fixture(scope="module")
 def small_run(mesh):
     """A small model in which attention is as large a part as in a large one, on our devices."""
@@ -241,13 +274,13 @@ def small_run(mesh):
     c.search.max_tokens = c.aggregation.max_tokens = 64
     c.batch.problems = c.batch.search_groups = c.batch.aggregation_groups = 8
     c.batch.search_lengths, c.batch.aggregation_lengths = ((32, 64),), ((96, 64),)
-    c.sampling.classes, c.sampling.prefill_chunk = ((8, 8, 32, 64), (8, 4, 96, 64)), 32
+    c.sampling.rows, c.sampling.prefill_chunk, c.eval.problems = ROWS, 32, 0
     # L = 3: of two layers the scan holds one and is no loop to count; 0.972 of the ideal operations
     # were found then
     arch = Architecture(
         V=512, D=64, F=128, L=3, H=4, J=2, E=16, norm_eps=1e-6, rope_theta=5e6, tied=True
     )
-    return take_inventory(c, hf.model_config(arch, c.model), mesh)
+    return take_inventory(c, hf.model_config(arch, c.model), mesh, CHIPS["v5e"].hbm_bytes)
 
 
 @pytest.fixture(scope="module")
@@ -260,9 +293,13 @@ def test_the_real_programs_compute_what_the_ideal_count_says(
     small_run, here, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("SPIRAL_JAX_PLANS", str(tmp_path))
-    programs = plan_programs(small_run, {Role.SEARCH: 32, Role.AGGREGATION: 90})
+    works = [
+        Work(Role.SEARCH, 8, 8, traces=8, prompt=32, response=32, limit=64),
+        Work(Role.AGGREGATION, 32, 32, traces=4, prompt=90, response=32, limit=64),
+    ]
+    programs = plan_programs(small_run, works, FULL)
     # one and several micro-batches
-    for name in ("train/search/0", "train/aggregation/0", "decode"):
+    for name in ("train/search/0", "train/aggregation/0", "prefill/aggregation"):
         result = profile(programs[name], here, free=0.0)
         assert result.compiled and result.fits, name
         ratio = result.flops_ratio
@@ -270,6 +307,17 @@ def test_the_real_programs_compute_what_the_ideal_count_says(
         assert result.memory["padding"] <= 0.05 * result.program.arguments, name
         assert not result.forbidden and not result.kernels
         json.dumps(result.to_plain())
+
+    result, arch = profile(programs["decode"], here, free=0.0), small_run.model.arch
+    # without kernels all places of all bundles are computed, over all tokens that pages hold
+    schedule = small_run.engine.schedule
+    places = schedule.bundles(ROWS) * schedule.width / ROWS
+    keys = schedule.page * (schedule.own_pages + places * schedule.prompt_pages)
+    keys_N = np.full(ROWS * small_run.shards, keys)
+    computed = decode_flops(arch, small_run.model.lora_rank, keys_N) / small_run.chips
+    assert result.compiled and result.fits
+    assert 0.99 <= result.unit.flops / computed <= 1.02
+    assert result.memory["padding"] <= 0.05 * result.program.arguments
 
 
 @pytest.mark.parametrize(
@@ -328,7 +376,7 @@ def test_the_command_ends_with_one_line_on_bad_input(tmp_path):
 @NEEDS_LIBTPU
 def test_the_small_run_fits_four_tpu_chips(tmp_path):
     """One role's programs, in bfloat16: float32's products take twice as long to compile."""
-    flags = ["--config.loss.estimator=grpo", "--config.sampling.classes=((32, 8, 16, 26),)"]
+    flags = ["--config.loss.estimator=grpo", "--config.sampling.rows=64"]
     flags += ["--config.model.compute_dtype=bfloat16"]
     done, report = run_plan(tmp_path, "--config=configs/tiny.py", "--topology=v5e:2x2", *flags)
     assert done.returncode == 0, done.stderr

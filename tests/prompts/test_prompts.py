@@ -334,12 +334,12 @@ def test_no_prompt_exceeds_the_bound_and_the_bound_is_reached(tokenizer):
     assert min(slack) == 0  # "q" is one token here, and no trace is shortened in the fullest case
 
 
-def test_the_papers_settings_fit_their_longest_slots(tokenizer):
+def test_the_papers_settings_fit_their_widest_micro_batch(tokenizer):
     c = config.defaults()
     bound = max_aggregation_prompt(
         scaffold_of(tokenizer), size=4, candidate_tokens=4096, problem_tokens=1024
     )
-    assert 4 * 4096 < bound <= max(P for _, _, P, _ in c.sampling.classes)
+    assert 4 * 4096 < bound <= max(P for P, _ in c.batch.aggregation_lengths)
 
 
 # ---- templates that cannot work

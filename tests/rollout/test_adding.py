@@ -80,8 +80,7 @@ def smallest_config(model):
     c.model.hf_path = str(model)
     c.search.traces, c.aggregation.subsets, c.aggregation.subset_size = 3, 2, 2
     c.aggregation.traces = 2
-    c.sampling.classes = ((8, 3, 124, 26),)
-    c.sampling.row_counts = ()
+    c.sampling.rows = 16
     c.batch.problems, c.batch.search_groups, c.batch.aggregation_groups = 2, 2, 4
     c.train.steps = 1
     c.eval.problems = 0

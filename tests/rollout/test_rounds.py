@@ -187,11 +187,12 @@ def test_the_page_of_a_problem_explains_every_logged_advantage_of_two_rounds(est
 def test_prompts_have_room_for_candidates_that_are_aggregations():
     c = tiny.get_config()
     c.aggregation.max_tokens = 30  # search traces have 26
-    c.sampling.classes = ((32, 8, 16, 26), (128, 4, 124, 30))
     c.batch.aggregation_lengths = ((124, 30),)
     set_up_training(c)
     c.aggregation.rounds = 2
     with pytest.raises(ConfigError) as refused:
         set_up_training(c)
-    parts = ("sampling.classes", "30 tokens", "124", "140", "prompt.keep_tail_tokens")
+    parts = ("batch.aggregation_lengths", "30 tokens", "124", "140", "prompt.keep_tail_tokens")
     assert [part for part in parts if part not in str(refused.value)] == []
+    c.batch.aggregation_lengths = ((140, 30),)
+    assert set_up_training(c).sampler.schedule.prompts[-1] >= 139  # all but the last of 140

@@ -87,11 +87,11 @@ BAD = {
     "optimizer.lr": (0.0, "> 0"),
     "optimizer.warmup_steps": (-1, ">= 0"),
     "sampling.temperature": (0.0, "> 0"),
-    "sampling.classes": (((4, 8, 16, 26), (4, 4, 16, 52)), "C = 8 and G = 52 for P = 16"),
+    "sampling.memory": (0.0, "above 0"),
     "sampling.cache_dtype": ("int4", "compute, int8"),
     "sampling.keep_rate": (0.0, "> 0"),
     "sampling.max_ratio": (0.5, ">= 1"),
-    "sampling.row_counts": ((8, 4), "ascending"),
+    "sampling.rows": (-1, ">= 0"),
     "search.max_tokens": (0, ">= 1"),
     "prompt.template": ("jinja", "chat, plain"),
     "prompt.truncated": ("skip", "keep_tail, drop, mark"),
@@ -132,8 +132,6 @@ def test_training_refuses_a_bad_value_with_field_value_and_what_is_allowed(field
 
 
 TUPLES = {
-    "sampling.classes": [(4, 8, 256, 16), ((4, 8, 256),), (4, (4, 8, 256, 16)), ((4, 8, 2.5, 1),)],
-    "sampling.row_counts": [("a",), ((1, 2),)],
     "batch.search_lengths": [(16, 26), ((16,),), (("a", 26),)],
     "batch.aggregation_lengths": [(124, 12), ((124, 12, 3),)],
     "eval.limits": [("a",), ((6, 12),)],
@@ -145,8 +143,8 @@ def test_a_tuple_of_other_things_is_refused_and_a_missing_comma_is_named(field):
     for value in TUPLES[field]:
         c = config(**{field.replace(".", "__"): value})
         assert_refused(check_training, c, field, "integers")
-    c = config(sampling__classes=(4, 8, 256, 16))
-    assert_refused(check_training, c, "sampling.classes", "comma behind it: ((4, 8, 256, 16),)")
+    c = config(batch__search_lengths=(16, 26))
+    assert_refused(check_training, c, "batch.search_lengths", "comma behind it: ((16, 26),)")
 
 
 def test_the_seed_is_refused_too():
@@ -295,7 +293,7 @@ SHARED = (
     "model.compute_dtype",
     "prompt.truncated",
     "sampling.temperature",
-    "sampling.classes",
+    "sampling.memory",
     "eval.top_p",
     "task.name",
     "task.reward",

@@ -1,4 +1,4 @@
-"""The engine draws what the definition draws, wherever a group sits and whoever sits beside it."""
+"""The engine draws what the definition draws, whatever the pages and whoever the neighbours."""
 
 import dataclasses
 import functools
@@ -9,11 +9,11 @@ import pytest
 from plain_sampler import plain_sample
 from scipy import stats
 from small_sampler import (
+    AMPLE,
     DRAW,
-    MANY_SIZES,
     MODEL,
     ONE_LAYER,
-    ONE_SIZE,
+    SCARCE,
     C,
     G,
     ListFeed,
@@ -77,12 +77,9 @@ def engine(mesh, stop_ids):
 
 
 @pytest.fixture(scope="module")
-def moving(mesh, stop_ids):
-    """An engine in which groups start in a short slot, go on in a longer one, and narrow.
-
-    Wide groups are cut, and one of its decode programs computes a few packed rows.
-    """
-    return make_engine(mesh, stop_ids, MANY_SIZES, exit_groups=1, row_counts=(3,))
+def scarce(mesh, stop_ids):
+    """An engine with few and small pages, for which groups wait, and programs of two sizes."""
+    return make_engine(mesh, stop_ids, SCARCE)
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +95,8 @@ def shallow_weights(mesh):
 
 @pytest.fixture(scope="module")
 def wide(mesh):
-    """Four slots of one kind, for the model of one layer; nothing ends a trace but its limit."""
-    return make_engine(
-        mesh, (), ONE_SIZE, chunk=4, exit_groups=9, prefill_tokens=16, config=ONE_LAYER
-    )
+    """Rows for four groups, for the model of one layer; nothing ends a trace but its limit."""
+    return make_engine(mesh, (), {"chunk": 4, "prefill_tokens": 16}, config=ONE_LAYER)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
@@ -144,10 +139,22 @@ def test_the_engine_draws_what_the_definition_draws(sampled, expected, stop_ids)
 
 
 @pytest.mark.devices8
-def test_moving_being_cut_into_pieces_and_packing_rows_changes_no_token(moving, weights, expected):
-    groups, metrics = sample_with_metrics(moving, weights, mixed_requests())
+def test_waiting_for_pages_and_other_programs_change_no_token(scarce, weights, expected):
+    groups, metrics = sample_with_metrics(scarce, weights, mixed_requests())
     assert_same_up_to_rounding(groups, expected)
-    assert metrics["sampling/moves"] > 5  # longer slots, narrower ones
+    assert metrics["sampling/queue_depth"].total > 0  # groups waited for room
+    assert metrics["sampling/page_occupancy"].total > 0
+
+
+@pytest.mark.devices8
+def test_rows_that_pause_go_on_as_if_they_had_not(mesh, weights, stop_ids, expected):
+    """Pages for the longest traces of a single row, and twelve rows that want to grow."""
+    pages = 1 + 8 + 6 + 8  # the longest prompt, one longest trace, and a few more
+    schedule = SCARCE | {"pages": pages, "rows": (12,), "together": 1, "chunk": 2}
+    engine = make_engine(mesh, stop_ids, schedule)
+    groups, metrics = sample_with_metrics(engine, weights, mixed_requests())
+    assert_same_up_to_rounding(groups, expected)
+    assert metrics["sampling/paused_rows"].total > 0
 
 
 @pytest.mark.devices8
@@ -158,7 +165,7 @@ def test_recorded_logprobs_are_those_of_teacher_forcing(mesh, variables, sampled
 
 
 @pytest.mark.devices8
-@pytest.mark.parametrize("kind", ["engine", "moving"])
+@pytest.mark.parametrize("kind", ["engine", "scarce"])
 def test_every_trace_ends_at_its_own_limit(request, weights, expected, kind):
     limit_UxC = np.random.default_rng(1).integers(1, G + 1, (9, C)).astype(np.int32)
     requests = mixed_requests(limit_UxC=limit_UxC)
@@ -178,7 +185,7 @@ def test_every_trace_ends_at_its_own_limit(request, weights, expected, kind):
 
 def test_greedy_takes_the_most_likely_token_with_log_prob_0(mesh, shallow_weights):
     changes = {"draw": Draw(temperature=0), "config": ONE_LAYER}
-    groups = sample(make_engine(mesh, (), **changes), shallow_weights, mixed_requests())
+    groups = sample(make_engine(mesh, (), AMPLE, **changes), shallow_weights, mixed_requests())
     variables, settings = random_variables(ONE_LAYER, mesh), make_settings(mesh, (), **changes)
     assert_same_up_to_rounding(groups, plain_sample(settings, variables, mixed_requests()))
     assert not groups.logprob_UxCxG.any()
@@ -186,7 +193,7 @@ def test_greedy_takes_the_most_likely_token_with_log_prob_0(mesh, shallow_weight
 
 
 def test_an_int8_cache_moves_log_probs_by_little(mesh, variables, weights, stop_ids):
-    engine = make_engine(mesh, stop_ids, ONE_SIZE, cache_dtype=np.dtype("int8"))
+    engine = make_engine(mesh, stop_ids, AMPLE, cache_dtype=np.dtype("int8"))
     groups = sample(engine, weights, mixed_requests())
     forced, live = teacher_forced_logprobs(mesh, variables, groups), live_tokens(groups)
     difference = np.abs(groups.logprob_UxCxG - forced)[live]
@@ -199,14 +206,14 @@ def test_an_int8_cache_moves_log_probs_by_little(mesh, variables, weights, stop_
 
 
 @pytest.mark.devices8
-def test_a_second_call_gives_the_same_bits_and_compiles_nothing(engine, moving, weights, sampled):
-    first = sample(moving, weights, mixed_requests())
+def test_a_second_call_gives_the_same_bits_and_compiles_nothing(engine, scarce, weights, sampled):
+    first = sample(scarce, weights, mixed_requests())
 
     def again():
         assert_bit_equal(sample(engine, weights, mixed_requests()), sampled)
-        assert_bit_equal(sample(moving, weights, mixed_requests()), first)
+        assert_bit_equal(sample(scarce, weights, mixed_requests()), first)
         other_shapes = [[1, 2]] * 3 + [np.arange(11)] * 5
-        sample(moving, weights, requests_of(other_shapes, cursor=90, traces=2))
+        sample(scarce, weights, requests_of(other_shapes, cursor=90, traces=2))
 
     assert compilations(again) == 0
     # the event has this name
@@ -214,7 +221,7 @@ def test_a_second_call_gives_the_same_bits_and_compiles_nothing(engine, moving, 
 
 
 @pytest.mark.devices8
-def test_another_slot_neighbours_and_order_of_admission_change_no_bit(engine, weights, sampled):
+def test_other_pages_neighbours_and_order_of_admission_change_no_bit(engine, weights, sampled):
     rng = np.random.default_rng(0)
     orders = [rng.permutation(9) for _ in range(3)]
     alone = [[2], [8]]
@@ -225,32 +232,37 @@ def test_another_slot_neighbours_and_order_of_admission_change_no_bit(engine, we
 
 @pytest.mark.devices8
 @pytest.mark.parametrize("seed", range(3))
-def test_any_order_of_admission_gives_the_same_tokens_where_groups_move(
-    moving, weights, expected, seed
+def test_any_order_of_admission_gives_the_same_tokens_where_rows_wait(
+    scarce, weights, expected, seed
 ):
     order = np.random.default_rng(seed).permutation(9)[: 9 - seed]
-    groups = sample(moving, weights, expected.requests.take(order))
+    groups = sample(scarce, weights, expected.requests.take(order))
     assert_same_up_to_rounding(groups, groups_at(expected, *order))
 
 
 @pytest.mark.cpu_bits("bits of two programs")
-@pytest.mark.parametrize("chunk, exit_groups", [(1, 1), (12, 4)])
-def test_how_long_a_chunk_is_changes_no_bit(mesh, stop_ids, weights, sampled, chunk, exit_groups):
-    engine = make_engine(mesh, stop_ids, chunk=chunk, exit_groups=exit_groups)
+@pytest.mark.parametrize("chunk", [1, 12])
+def test_how_long_a_chunk_is_changes_no_bit(mesh, stop_ids, weights, sampled, chunk):
+    engine = make_engine(mesh, stop_ids, {"chunk": chunk})
     assert_bit_equal(sample(engine, weights, mixed_requests()), sampled)
 
 
-def test_a_longer_cache_gives_the_same_tokens(mesh, stop_ids, weights, sampled):
-    longer = make_engine(mesh, stop_ids, ((4, C, 40, 3 * G),))
-    assert_same_up_to_rounding(sample(longer, weights, mixed_requests()), sampled)
+@pytest.mark.parametrize(
+    "schedule",
+    [{"page": 16, "trace": 3 * G, "prompts": (40,)}, {"width": 1, "page": 1, "pages": 200}],
+    ids=["longer limits", "pages of one token"],
+)
+def test_other_pages_give_the_same_tokens(mesh, stop_ids, weights, sampled, schedule):
+    engine = make_engine(mesh, stop_ids, schedule)
+    assert_same_up_to_rounding(sample(engine, weights, mixed_requests()), sampled)
 
 
 @pytest.mark.devices8
 def test_another_device_mesh_gives_the_same_tokens(mesh, stop_ids, sampled):
     if mesh.size == 1:
         pytest.skip("needs more than one device")
-    for classes in (ONE_SIZE, MANY_SIZES):
-        engine = make_engine(one_device(), stop_ids, classes)
+    for schedule in (AMPLE, SCARCE):
+        engine = make_engine(one_device(), stop_ids, schedule)
         weights = engine.prepare(random_variables(MODEL, engine.settings.mesh))
         assert_same_up_to_rounding(sample(engine, weights, mixed_requests()), sampled)
 
@@ -266,7 +278,7 @@ def test_another_step_cursor_or_trace_gives_other_tokens(engine, weights, sample
     assert live.any() and (first != second).any(-1).all()
 
 
-def test_stray_state_of_an_earlier_group_in_a_slot_is_never_read(engine, weights, sampled):
+def test_what_an_earlier_group_left_in_pages_is_never_read(engine, weights, sampled):
     before, after = requests_of([np.arange(16)] * 12, cursor=500), sampled.requests
     both = dataclasses.replace(
         before,
@@ -274,7 +286,7 @@ def test_stray_state_of_an_earlier_group_in_a_slot_is_never_read(engine, weights
         prompt_len_U=np.concatenate([before.prompt_len_U, after.prompt_len_U]),
         id_Ux6=np.concatenate([before.id_Ux6, after.id_Ux6]),
     )
-    groups = sample(engine, weights, both)  # every slot held a long prompt before
+    groups = sample(engine, weights, both)  # the pages held long prompts before
     assert_bit_equal(groups_at(groups, *range(12, 21)), sampled)
 
 
@@ -326,48 +338,38 @@ def test_rows_tokens_and_shared_prompts_are_counted_exactly(wide, shallow_weight
     requests = requests_of([[1, 2, 3], [4] * 7], limit_UxC=limit_UxC)
     _, metrics = sample_with_metrics(wide, shallow_weights, requests)
     assert metrics["sampling/generated_tokens"] == limit_UxC.sum()
-    assert metrics["sampling/prefilled_tokens"] == 3 + 7
-    assert metrics["sampling/shared_prompt_tokens"] == (3 + 7) * 2
+    assert metrics["sampling/prefilled_tokens"] == 2 + 6  # the last token is each trace's own
+    assert metrics["sampling/shared_prompt_tokens"] == 3 * (3 + 7) - (2 + 6)
     assert metrics["sampling/prefill_padding"].count == 16
-    assert metrics["sampling/chunks"] == 2
 
     occupancy = metrics["sampling/row_occupancy"]
-    assert occupancy.total == limit_UxC.sum() - 6  # the first token of each comes from prefill
-    assert occupancy.count == 8 * 4 * 3  # 8 steps of all 12 rows
+    assert occupancy.total == limit_UxC.sum()
+    assert occupancy.count == 9 * 12  # as many steps as the longest trace has tokens, of all rows
 
 
 def test_only_rows_that_run_are_computed_where_there_are_programs_for_fewer(mesh, shallow_weights):
+    """Three traces of one token and one of twelve a group: after the first token a third runs."""
     limit_UxC = np.tile(np.array([12, 1, 1], np.int32), (4, 1))
     requests = requests_of([[1, 2]] * 4, limit_UxC=limit_UxC)
-    engine = make_engine(mesh, (), row_counts=(4,), chunk=12, config=ONE_LAYER)
+    engine = make_engine(mesh, (), {"rows": (8, 12), "chunk": 12}, config=ONE_LAYER)
     _, metrics = sample_with_metrics(engine, shallow_weights, requests)
-    occupancy = metrics["sampling/row_occupancy"]  # one row of each group after its first tokens
-    assert (occupancy.total, occupancy.count) == (4 * 11, 4 * 11)
+    occupancy = metrics["sampling/row_occupancy"]
+    shards = meshes.group_count_multiple(mesh)
+    computed = 12 + 11 * 8 if shards == 1 else 12 * 8  # on several shards three rows are the most
+    assert (occupancy.total, occupancy.count) == (4 * 14, shards * computed)
 
 
-def test_groups_that_wait_for_a_longer_slot_hold_nobody_up(mesh, wide, shallow_weights):
-    """Their rows do not run: their number must not end the program of the one group that does."""
-    classes = ((4, C, 16, 4), (1, C, 16, G))
-    engine = make_engine(mesh, (), classes, row_counts=(C,), config=ONE_LAYER)
-    assert_same_up_to_rounding(
-        sample(engine, shallow_weights, mixed_requests()),
-        sample(wide, shallow_weights, mixed_requests()),
-    )
-
-
-def test_narrowing_keeps_rows_busy(mesh, wide, shallow_weights):
-    """One long trace a group: without narrower slots two thirds of the rows have nothing to do."""
-    limit_UxC = np.tile(np.array([12, 1, 1], np.int32), (12, 1))
-    requests = requests_of([[1, 2]] * 12, limit_UxC=limit_UxC)
-    narrowing = make_engine(mesh, (), (*ONE_SIZE, (8, 1, 16, G)), exit_groups=1, config=ONE_LAYER)
-
-    def occupancy(engine):
-        mean = sample_with_metrics(engine, shallow_weights, requests)[1]["sampling/row_occupancy"]
-        return mean.total / mean.count
-
-    assert occupancy(wide) == pytest.approx(1 / 3)
-    # eight moved on at once; four found no narrow slot
-    assert occupancy(narrowing) == pytest.approx(12 / 20)
+def test_a_wide_groups_prompt_is_computed_and_kept_once(mesh, shallow_weights):
+    """Five times as many traces as rows: they begin as others end."""
+    engine = make_engine(mesh, (), {"rows": (12,), "width": 4}, config=ONE_LAYER)
+    limits = np.random.default_rng(0).integers(1, G + 1, (1, 60)).astype(np.int32)
+    requests = requests_of([[1, 2, 3, 4, 5]], traces=60, limit_UxC=limits)
+    groups, metrics = sample_with_metrics(engine, shallow_weights, requests)
+    assert metrics["sampling/prefilled_tokens"] == 4
+    np.testing.assert_array_equal(groups.trace_len_UxC, limits)
+    settings = make_settings(mesh, config=ONE_LAYER)
+    expected = plain_sample(settings, random_variables(ONE_LAYER, mesh), requests)
+    assert_same_up_to_rounding(groups, expected)
 
 
 # Bad input
@@ -376,8 +378,8 @@ def test_narrowing_keeps_rows_busy(mesh, wide, shallow_weights):
 @pytest.mark.parametrize(
     "rows, change, message",
     [
-        ([[1], np.arange(17)], {}, r"17 tokens.*config\.sampling\.classes.*\(4, 3, 16, 12\)"),
-        ([[1]], {"max_tokens": 13}, r"traces of up to 13.*config\.sampling\.classes"),
+        ([[1], np.arange(18)], {}, r"18 tokens.*prompts of up to 17"),
+        ([[1]], {"max_tokens": 13}, r"traces of up to 13.*traces of up to 12"),
         ([[1], []], {}, r"prompt of 0 tokens.*>= 1"),
         ([[1]], {"traces": 0}, r"0 traces.*>= 1"),
     ],
@@ -394,13 +396,6 @@ def test_two_requests_with_one_id_are_an_error(engine, weights):
     requests.id_Ux6[1] = requests.id_Ux6[0]
     with pytest.raises(ValueError, match="same id"):
         sample(engine, weights, requests)
-
-
-def test_slots_that_do_not_divide_over_the_mesh_are_an_error_that_names_the_field():
-    mesh = jax.sharding.AbstractMesh((2, 3, 5), meshes.AXES)
-    make_engine(mesh, (), ((12, 1, 8, 8),))
-    with pytest.raises(ConfigError, match=r"sampling\.classes\[1\].* 4 slots .*data \* fsdp = 6"):
-        make_engine(mesh, (), ((12, 1, 8, 8), (4, 1, 16, 8)))
 
 
 def test_a_stop_id_outside_the_vocabulary_is_an_error(mesh):
@@ -421,7 +416,8 @@ def every_sequence(stop):
 def test_frequencies_of_whole_traces_are_their_exact_probabilities(mesh, temperature):
     config = dataclasses.replace(ONE_LAYER, arch=dataclasses.replace(ONE_LAYER.arch, V=4))
     variables, stop, traces, steps = random_variables(config, mesh), 3, 500, 10
-    engine = make_engine(mesh, (stop,), ((4, traces, 4, 4),), config=config, draw=Draw(temperature))
+    schedule = {"rows": (500,), "pages": 600, "trace": 4, "width": 4, "prompts": (4,)}
+    engine = make_engine(mesh, (stop,), schedule, config=config, draw=Draw(temperature))
     weights, prompts = engine.prepare(variables), [[0], [1, 3, 2], [2, 2], [3, 1, 0, 3]]
 
     sequence_Nx2, length_N = every_sequence(stop)
@@ -456,12 +452,9 @@ def test_frequencies_of_whole_traces_are_their_exact_probabilities(mesh, tempera
 # Start-up
 
 
-def test_the_start_report_names_every_program_with_its_classes(moving):
-    lines = moving.start_report().splitlines()
-    assert f"{len(moving.programs)} programs" in lines[0] and "GiB of keys and values" in lines[0]
-    assert len(lines) == 1 + len(moving.programs)
-    moves = [line for line in lines if line.startswith("  move")]
-    assert any("(4, 3, 8, 4) -> (4, 3, 8, 12)" in line for line in moves)
-    for kind in ("prefill", "enter"):
-        of_kind = [line for line in lines if line.startswith(f"  {kind}")]
-        assert any(line.endswith("(4, 2, 16, 12)") for line in of_kind)
+def test_the_start_report_names_pages_rows_and_every_program(scarce):
+    lines = scarce.start_report().splitlines()
+    pages, tokens, rows = "28 pages of 2 tokens", "56 in all", "8 rows"
+    assert all(part in lines[0] for part in (pages, tokens, rows, "GiB of keys and values"))
+    assert f"{len(scarce.programs)} programs" in lines[0]
+    assert len(lines) == 1 + len(scarce.programs)

@@ -9,9 +9,19 @@ import jax.numpy as jnp
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.mesh import GPU_PLATFORMS
-from spiral_jax.model.attention import gpu, tpu
+from spiral_jax.model.attention import (
+    gpu,
+    pages_gpu,
+    pages_kernels,
+    pages_tpu,
+    pages_tpu_write,
+    tpu,
+)
 from spiral_jax.model.attention.groups import Backend
 from spiral_jax.model.attention.kernels import Kernels
+from spiral_jax.model.attention.pages import PageBackend
+from spiral_jax.model.attention.pages_kernels import KernelPages, scatter_tokens
+from spiral_jax.model.attention.pages_xla import XlaPages
 from spiral_jax.model.attention.prompts import KernelPrompts, PromptBackend, XlaPrompts
 from spiral_jax.model.attention.xla import Xla
 
@@ -31,11 +41,35 @@ def make_backend(name: str, block: int) -> Backend:
     return Kernels(kernels.forward, kernels.backward)
 
 
-def make_prompt_backend(name: str, cache_dtype: jnp.dtype) -> PromptBackend:
+def make_prompt_backend(name: str) -> PromptBackend:
     """What prefill attends with; see `prompts`."""
+    return XlaPrompts() if name == XLA else KernelPrompts(make_backend(name, block=0))
+
+
+def make_page_backend(name: str) -> PageBackend:
+    """What decoding reads and writes pages with; see `pages`."""
     if name == XLA:
-        return XlaPrompts(cache_dtype)
-    return KernelPrompts(make_backend(name, block=0), cache_dtype)
+        return XlaPages()
+    if name == GPU:
+        return KernelPages(pages_kernels.empty_pages, scatter_tokens, pages_gpu.attend_pages)
+    return KernelPages(pages_tpu.empty_pages, pages_tpu_write.write_tokens, pages_tpu.attend_pages)
+
+
+def choose_page_backend(asked: str, device: jax.Device, E: int) -> str:
+    """The name of the backend for pages: the devices' own kernels, unless loops are asked for.
+
+    Loops need as much memory again, and read as many tokens as a sequence may have; so "auto"
+    takes kernels here before they have run on every kind of device.
+
+    Args:
+      asked: config.model.attention.
+      E: head width.
+    """
+    best = XLA if asked == XLA else _PLATFORMS.get(device.platform, XLA)
+    if best == GPU and not pages_gpu.takes(E):
+        _say_once(f"pages are read by {XLA} and not by {GPU}: heads of {E} are no power of 2")
+        return XLA
+    return best
 
 
 def choose_backend(asked: str, device: jax.Device, dtype: jnp.dtype, E: int) -> str:

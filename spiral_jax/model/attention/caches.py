@@ -1,7 +1,4 @@
-"""The sampler's attention to its caches: of a prompt in prefill, and of one token in decoding.
-
-Training has `groups.py`.
-"""
+"""Attention of loops to a prompt whose earlier chunks are stored: the sampler's prefill."""
 
 from __future__ import annotations
 
@@ -12,36 +9,6 @@ from spiral_jax.model.attention.part import Part, attend, join, nothing_seen, sp
 from spiral_jax.model.cache import Cache, read_tokens
 
 PREFIX_SCOPE = "prefix_attention"  # a plan finds its loop in a compiled program by this name
-
-
-def decode_attention(
-    q_UxCxHxE: jax.Array, prompt: Cache, prompt_len_U: jax.Array, own: Cache, own_index_U: jax.Array
-) -> jax.Array:
-    """One query of every trace, over its group's prompt and its own tokens so far; [U, C, H, E].
-
-    Args:
-      q_UxCxHxE: queries of the newest tokens.
-      prompt: [U, J, ...], shared by the C traces, visible up to `prompt_len_U`.
-      prompt_len_U: int32.
-      own: [U, C, J, ...], visible up to and including `own_index_U`.
-      own_index_U: int32 index of the newest token, which is the same for all traces of a group.
-    """
-    U, C, H, E = q_UxCxHxE.shape
-    J = own["v"].shape[2]
-    with jax.named_scope("decode_attention"):
-        q_UxCxJxRxE = split_heads(q_UxCxHxE, J)
-
-        # Queries of all traces are rows of one product with the prompt's keys.
-        by_group = jnp.moveaxis(q_UxCxJxRxE, 1, 2).reshape(U, J, -1, E)  # u j (c r) e
-        in_prompt = jnp.arange(prompt["v"].shape[-2]) < prompt_len_U[:, None]
-        of_group = attend(by_group, prompt, in_prompt[:, None, None])
-        of_prompt = jax.tree.map(
-            lambda a: jnp.moveaxis(a.reshape(U, J, C, H // J, *a.shape[3:]), 2, 1), of_group
-        )
-
-        so_far = jnp.arange(own["v"].shape[-2]) <= own_index_U[:, None]
-        of_own = attend(q_UxCxJxRxE, own, so_far[:, None, None, None])
-        return join(of_prompt, of_own).output(q_UxCxHxE.dtype).reshape(U, C, H, E)
 
 
 def prefix_attention(q_UxQxHxE: jax.Array, prompt: Cache, start: jax.Array) -> jax.Array:

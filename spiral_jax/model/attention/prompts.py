@@ -1,7 +1,7 @@
 """Causal attention of prompts that are computed chunk by chunk: in prefill, without a derivative.
 
 A chunk's queries see all chunks before theirs and their own past. What was seen is stored as the
-backend reads it, and becomes a cache of the sampler when the prompt is whole.
+backend reads it, and is written to the sampler's pages when the prompt is whole.
 """
 
 from __future__ import annotations
@@ -39,19 +39,16 @@ class PromptBackend(Protocol):
           start: scalar int32, a multiple of T: the first token's place in the prompt.
         """
 
-    def cache(self, store: Any) -> Cache:
-        """A cache [U, J, ...] of P tokens."""
+    def written(self, store: Any) -> KeyValue:
+        """Keys and values [U, P, J, E] of all that it stores."""
 
 
 @dataclasses.dataclass(frozen=True)
 class XlaPrompts:
-    """The cache itself is the store; blocks behind the last query are not read."""
-
-    cache_dtype: jnp.dtype
+    """Stored heads first; blocks behind the last query are not read."""
 
     def empty(self, U: int, P: int, J: int, E: int, dtype: jnp.dtype) -> Cache:
-        del dtype
-        return empty_cache((U, J), E, P, self.cache_dtype)
+        return empty_cache((U, J), E, P, dtype)
 
     def attend(
         self,
@@ -62,11 +59,11 @@ class XlaPrompts:
         prompt_len_U: jax.Array,
     ) -> tuple[jax.Array, Cache]:
         del prompt_len_U  # causality hides the padding from every real query
-        store = write_entries(store, cache_entries(new.k, new.v, self.cache_dtype), start)
+        store = write_entries(store, cache_entries(new.k, new.v, store["k"].dtype), start)
         return prefix_attention(q_UxTxHxE, store, start), store
 
-    def cache(self, store: Cache) -> Cache:
-        return store
+    def written(self, store: Cache) -> KeyValue:
+        return KeyValue(jnp.moveaxis(store["k"], -1, 1), jnp.moveaxis(store["v"], -2, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +71,6 @@ class KernelPrompts:
     """Keys and values are stored as they are projected: kernels read them without a transpose."""
 
     kernels: Kernels
-    cache_dtype: jnp.dtype
 
     def empty(self, U: int, P: int, J: int, E: int, dtype: jnp.dtype) -> KeyValue:
         zeros = jnp.zeros((U, P, J, E), dtype)
@@ -93,5 +89,5 @@ class KernelPrompts:
         v = jax.lax.dynamic_update_slice_in_dim(store.v, new.v, start, axis=1)
         return attended, KeyValue(k, v)
 
-    def cache(self, store: KeyValue) -> Cache:
-        return cache_entries(store.k, store.v, self.cache_dtype)
+    def written(self, store: KeyValue) -> KeyValue:
+        return store

@@ -10,9 +10,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
-from paged_cases import DTYPES, assert_agrees, make_case
+from pages_cases import DTYPES, assert_agrees, make_case
 
-from spiral_jax.model.attention import paged_tpu, paged_tpu_write
+from spiral_jax.model.attention import pages_tpu, pages_tpu_write
 from spiral_jax.planning.costs import cost_of
 from spiral_jax.planning.hlo import parse
 from spiral_jax.planning.traffic import uncounted_kernels
@@ -38,7 +38,7 @@ def run(case, *, copies="on_wait", cores=1):
         detect_races=True, dma_execution_mode=copies, num_cores_or_threads=cores
     )
     arrays = case.q, case.pages, case.table, case.length
-    return interpreted(paged_tpu.attend_pages, params, *arrays)
+    return interpreted(pages_tpu.attend_pages, params, *arrays)
 
 
 def interpreted(function, params, *arrays):
@@ -64,7 +64,7 @@ def test_where_all_are_idle_nothing_is_seen():
 def test_more_queries_than_a_step_takes_and_heads_narrower_than_lanes():
     """As of a large group; 300 are no whole number of steps."""
     case = make_case([200, 0, 129], 2, PAGE, J=1, N=300, E=64, width=128)
-    assert case.pages["k"].shape == paged_tpu.empty_pages(9, PAGE, 1, 64, jnp.float32)["k"].shape
+    assert case.pages["k"].shape == pages_tpu.empty_pages(9, PAGE, 1, 64, jnp.float32)["k"].shape
     assert_agrees(run(case), case)
 
 
@@ -95,7 +95,7 @@ def test_tokens_are_written_to_their_places_and_nothing_else_changes(dtype):
     """More rows than are written at once; the first and last tokens of tiles; rows of nobody."""
     rng = np.random.default_rng(0)
     N, pages, J, E = 40, 50, 2, 64
-    pool = paged_tpu.empty_pages(pages, PAGE, J, E, jnp.dtype(dtype))
+    pool = pages_tpu.empty_pages(pages, PAGE, J, E, jnp.dtype(dtype))
     pool = {name: jnp.asarray(50 * rng.normal(size=a.shape), a.dtype) for name, a in pool.items()}
     shapes = {name: (N, J, E) if a.ndim == 4 else (N, J) for name, a in pool.items()}
     entries = {
@@ -103,7 +103,7 @@ def test_tokens_are_written_to_their_places_and_nothing_else_changes(dtype):
         for name, shape in shapes.items()
     }
     page_N = rng.permutation(np.arange(1, pages))[:N]
-    page_N[[5, 8]] = paged_tpu_write.NOWHERE
+    page_N[[5, 8]] = pages_tpu_write.NOWHERE
     offset_N = rng.integers(0, PAGE, size=N)
     offset_N[:8] = [0, 7, 8, 15, 16, 31, 32, PAGE - 1]
 
@@ -117,7 +117,7 @@ def test_tokens_are_written_to_their_places_and_nothing_else_changes(dtype):
 
     places = jnp.asarray(page_N, jnp.int32), jnp.asarray(offset_N, jnp.int32)
     params = pltpu.InterpretParams(detect_races=True)
-    written = interpreted(paged_tpu_write.write_tokens, params, pool, entries, *places)
+    written = interpreted(pages_tpu_write.write_tokens, params, pool, entries, *places)
     for name, array in expected.items():
         np.testing.assert_array_equal(np.asarray(written[name]), array)
 
@@ -139,8 +139,8 @@ def test_a_loop_over_tokens_copies_no_pool_on_v5e(monkeypatch, dtype):
             new = {name: q[:, :, 0, 0] if a.ndim == 3 else q[:, :, 0] for name, a in pages.items()}
             new = {name: a.astype(pages[name].dtype) for name, a in new.items()}
             page = jnp.take_along_axis(table, (length // PAGE)[:, None], axis=1)[:, 0]
-            pages = paged_tpu_write.write_tokens(pages, new, page, length % PAGE)
-            part = paged_tpu.attend_pages(q, pages, table, length + 1)
+            pages = pages_tpu_write.write_tokens(pages, new, page, length % PAGE)
+            part = pages_tpu.attend_pages(q, pages, table, length + 1)
             return part.output(q.dtype), pages, length + 1
 
         return jax.lax.fori_loop(0, tokens, one_token, (q, pages, length))
@@ -148,7 +148,7 @@ def test_a_loop_over_tokens_copies_no_pool_on_v5e(monkeypatch, dtype):
     devices = _v5e_devices(monkeypatch)
     mesh = topologies.make_mesh(devices, (len(devices.devices),), ("x",))
     replicated = NamedSharding(mesh, PartitionSpec())
-    pages = jax.eval_shape(lambda: paged_tpu.empty_pages(count, PAGE, J, E, jnp.dtype(dtype)))
+    pages = jax.eval_shape(lambda: pages_tpu.empty_pages(count, PAGE, J, E, jnp.dtype(dtype)))
     arrays = (
         jax.ShapeDtypeStruct((S, J, N, E), jnp.bfloat16),
         pages,

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from paged_cases import DTYPES, assert_agrees, make_case
+from pages_cases import DTYPES, assert_agrees, make_case
 
-from spiral_jax.model.attention import paged_gpu
+from spiral_jax.model.attention import pages_gpu
 from spiral_jax.planning.gpus import missing_compiler
 from spiral_jax.planning.hlo import parse
 from spiral_jax.planning.topology import find_topology
@@ -30,7 +30,7 @@ LENGTHS = [0, 1, PAGE - 1, 0, 0, PAGE, PAGE + 1, PAGE * PAGES, PAGE * PAGES - 1,
 
 def run(case):
     interpret = jax.default_backend() != "gpu"
-    attend = jax.jit(functools.partial(paged_gpu.attend_pages, interpret=interpret))
+    attend = jax.jit(functools.partial(pages_gpu.attend_pages, interpret=interpret))
     return attend(case.q, case.pages, case.table, case.length)
 
 
@@ -73,7 +73,7 @@ def test_a_pool_that_jax_would_address_wrongly_is_refused():
     q = jax.ShapeDtypeStruct((2, 8, 4, 128), jnp.bfloat16)
     table, length = (jax.ShapeDtypeStruct(sizes, jnp.int32) for sizes in ((2, 4), (2,)))
     with pytest.raises(ValueError, match="int8 keys a layer"):
-        jax.eval_shape(paged_gpu.attend_pages, q, pages, table, length)
+        jax.eval_shape(pages_gpu.attend_pages, q, pages, table, length)
 
 
 @NEEDS_COMPILER
@@ -90,7 +90,7 @@ def test_compiles_for_an_h100_to_one_call_that_copies_no_page(dtype):
     pages = {name: array(dtype, count, J, page, E) for name in ("k", "v")}
     if dtype == jnp.int8:
         pages |= {f"{name}_scale": array(jnp.float32, count, J, page) for name in ("k", "v")}
-    lowered = jax.jit(paged_gpu.attend_pages).lower(
+    lowered = jax.jit(pages_gpu.attend_pages).lower(
         array(jnp.bfloat16, S, J, N, E), pages, array(jnp.int32, S, T), array(jnp.int32, S)
     )
     compiled = lowered.compile(compiler_options=topology.compiler_options)

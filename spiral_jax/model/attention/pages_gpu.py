@@ -30,9 +30,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from spiral_jax.model.attention.pages import Pages
 from spiral_jax.model.attention.part import MASKED, Part
 
-Pages = dict[str, jax.Array]
 Ref = Any  # an array in the GPU's memory
 
 LOG2_E = math.log2(math.e)
@@ -74,6 +74,11 @@ class _Shape:
     @property
     def query_blocks(self) -> int:
         return pl.cdiv(self.N, self.rows)
+
+
+def takes(size: int) -> bool:
+    """Whether pages, or heads, may have this size: Triton's blocks are powers of 2."""
+    return size >= 16 and size & (size - 1) == 0
 
 
 def attend_pages(
@@ -131,7 +136,7 @@ def _make_shape(q_SxJxNxE: jax.Array, pages: Pages, table_SxT: jax.Array) -> _Sh
     S, J, N, E = q_SxJxNxE.shape
     T, page = table_SxT.shape[1], pages["k"].shape[2]
     for name, size in (("pages", page), ("heads", E)):
-        if size < 16 or size & (size - 1):
+        if not takes(size):
             raise ValueError(
                 f"{name} of {size}: Triton's blocks are powers of 2 of at least 16; choose such a "
                 "size, or the xla backend."

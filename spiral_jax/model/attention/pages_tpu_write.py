@@ -1,7 +1,7 @@
 """Writes decoded tokens into pages on TPUs, in place: a Pallas kernel.
 
 XLA's scatter of [J, E] into [pages, J, page, E] wants another layout than the kernel of
-`paged_tpu` reads, and copies the whole pool for each token; with one index for each head it does
+`pages_tpu` reads, and copies the whole pool for each token; with one index for each head it does
 not, but goes through them one after the other. This kernel has all copies under way at once.
 
 Memory is written in tiles of 8 to 32 tokens, by the size of a number. The kernel fetches the tile
@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-Pages = dict[str, jax.Array]
+from spiral_jax.model.attention.pages import NOWHERE, Pages
+
 Ref = Any  # an array in HBM, a block in fast memory, or numbers in scalar memory
 
-NOWHERE = 0  # the page that belongs to nobody
 ROWS = 32  # at once: 2 MiB of fast memory with 8 heads of 128 numbers
 
 
@@ -31,7 +31,7 @@ def write_tokens(pages: Pages, entries: Pages, page_N: jax.Array, offset_N: jax.
     """The pool with one token of each of N rows written, in place if it is donated.
 
     Args:
-      pages: as `paged_tpu.empty_pages` makes it.
+      pages: as `pages_tpu.empty_pages` makes it.
       entries: what is to be stored, by the pool's names and in its dtypes: `k`, `v` [N, J, E],
         `k_scale`, `v_scale` [N, J]. E may be less than the pool's.
       page_N: int32. Each row has a page of its own; rows of page 0 write nothing.

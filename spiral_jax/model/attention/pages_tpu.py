@@ -15,7 +15,7 @@ the next.
 Scores are [queries, keys]: a head has 4 to 32 queries here, which fill few sublanes, and keys fill
 the lanes. Each head's queries are one product with its keys.
 
-Tokens must be written by `paged_tpu_write`, or by a scatter that XLA does not change the pool's
+Tokens must be written by `pages_tpu_write`, or by a scatter that XLA does not change the pool's
 layout for; see there. Both kernels have been interpreted and compiled; they have not run on a TPU.
 """
 
@@ -31,9 +31,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from spiral_jax.model.attention.pages import Pages
 from spiral_jax.model.attention.part import MASKED, Part
 
-Pages = dict[str, jax.Array]
 Ref = Any  # an array in HBM, a block in fast memory, or numbers in scalar memory
 
 LANES = 128  # of a vector register; a page is a multiple of it

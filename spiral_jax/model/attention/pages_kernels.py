@@ -1,0 +1,109 @@
+"""Pages where kernels read them: each token from where it lies, as many as are used.
+
+A pool is what the kernels read: `k` and `v` [pages, J, page, E], E perhaps padded; stored as int8
+also `k_scale` and `v_scale` [pages, J, page], float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from spiral_jax.model.attention.pages import (
+    NOWHERE,
+    WRITE_SCOPE,
+    Pages,
+    Places,
+    attend_two_parts,
+)
+from spiral_jax.model.attention.part import KeyValue, Part
+from spiral_jax.model.cache import to_int8
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelPages:
+    """See `pages.PageBackend`; what the loop over tokens carries is the pool itself.
+
+    Attributes:
+      empty_pages: as `PageBackend.empty`.
+      write_tokens: (pages, entries [N, J, ..] by the pool's names, page_N, offset_N) -> pages, in
+        place.
+      attend_pages: (queries [S, J, N, E], pages, table_SxT, length_S) -> Part.
+    """
+
+    empty_pages: Callable[[int, int, int, int, jnp.dtype], Pages]
+    write_tokens: Callable[[Pages, Pages, jax.Array, jax.Array], Pages]
+    attend_pages: Callable[[jax.Array, Pages, jax.Array, jax.Array], Part]
+
+    def empty(self, pages: int, page: int, J: int, E: int, dtype: jnp.dtype) -> Pages:
+        return self.empty_pages(pages, page, J, E, dtype)
+
+    def page(self, pages: Pages) -> int:
+        return pages["k"].shape[2]
+
+    def write_prompts(self, pages: Pages, new: KeyValue, table_WxT: jax.Array) -> Pages:
+        (W, T), page = table_WxT.shape, self.page(pages)
+        entries = stored(new, pages["k"].dtype)
+
+        def put(name: str) -> jax.Array:
+            pool, a_WxSxJx = pages[name], entries[name]
+            behind = [(0, 0), (0, T * page - a_WxSxJx.shape[1]), (0, 0)]
+            if a_WxSxJx.ndim == 4:
+                behind += [(0, pool.shape[3] - a_WxSxJx.shape[3])]
+            padded = jnp.pad(a_WxSxJx, behind)
+            by_page = padded.reshape(W * T, page, *padded.shape[2:])
+            return pool.at[table_WxT.reshape(-1)].set(jnp.swapaxes(by_page, 1, 2))
+
+        return {name: put(name) for name in pages}
+
+    def begin(self, pages: Pages, places: Places) -> Pages:
+        del places
+        return pages
+
+    def step(
+        self, view: Pages, q_NxHxE: jax.Array, new: KeyValue, places: Places
+    ) -> tuple[jax.Array, Pages]:
+        own, page = places.own, self.page(view)
+        at_N = own.length_S - 1
+        table_N = jnp.take_along_axis(own.table_SxT, (at_N // page)[:, None], axis=1)[:, 0]
+        page_N = jnp.where(places.runs_N, table_N, NOWHERE)
+        with jax.named_scope(WRITE_SCOPE):
+            pages = self.write_tokens(view, stored(new, view["k"].dtype), page_N, at_N % page)
+
+        def attend_prompts(q_UxJxWRxE: jax.Array) -> Part:
+            return self.attend_pages(q_UxJxWRxE, pages, *places.bundles.prompts)
+
+        def attend_own(q_NxJxRxE: jax.Array) -> Part:
+            return self.attend_pages(q_NxJxRxE, pages, *own)
+
+        J = pages["k"].shape[1]
+        return attend_two_parts(q_NxHxE, J, places.bundles, attend_prompts, attend_own), pages
+
+    def end(self, view: Pages, own_table_NxT: jax.Array) -> Pages:
+        del own_table_NxT
+        return view
+
+
+def empty_pages(pages: int, page: int, J: int, E: int, dtype: jnp.dtype) -> Pages:
+    """A pool of zeros."""
+    pool = {name: jnp.zeros((pages, J, page, E), dtype) for name in ("k", "v")}
+    if dtype == jnp.int8:
+        scales = jnp.zeros((pages, J, page), jnp.float32)
+        pool |= {"k_scale": scales, "v_scale": scales}
+    return pool
+
+
+def scatter_tokens(pages: Pages, entries: Pages, page_N: jax.Array, offset_N: jax.Array) -> Pages:
+    """`KernelPages.write_tokens` by XLA."""
+    return {name: pool.at[page_N, :, offset_N].set(entries[name]) for name, pool in pages.items()}
+
+
+def stored(new: KeyValue, dtype: jnp.dtype) -> Pages:
+    """Keys and values [.., E] as a pool stores them, by its names; scales [..]."""
+    if dtype != jnp.int8:
+        return {"k": new.k.astype(dtype), "v": new.v.astype(dtype)}
+    (k, k_scale), (v, v_scale) = to_int8(new.k, -1), to_int8(new.v, -1)
+    return {"k": k, "v": v, "k_scale": k_scale[..., 0], "v_scale": v_scale[..., 0]}
