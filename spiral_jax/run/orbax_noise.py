@@ -19,6 +19,7 @@ _HALF = 120  # characters of the beginning and of the end of a reason
 def silence() -> None:
     """Drops orbax's log, and what its abandoned coroutines raise where nobody can catch it."""
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    logging.getLogger("asyncio").addFilter(_is_not_of_tensorstore)
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
@@ -30,6 +31,12 @@ def silence() -> None:
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in pathlib.Path(record.pathname).parts
+
+
+def _is_not_of_tensorstore(record: logging.LogRecord) -> bool:
+    """Whether it is no error of a write that asyncio found nobody to tell of."""
+    error = record.exc_info[1] if record.exc_info else None
+    return "OCDBT database" not in str(error)  # TensorStore's format of a checkpoint
 
 
 def _is_left_by_orbax(unraisable: Any) -> bool:

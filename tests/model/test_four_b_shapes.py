@@ -88,6 +88,9 @@ def test_grpo_differs_from_spiral_in_its_rollout_and_in_nothing_else():
         "search.max_tokens",
         "batch.search_lengths",
         "batch.search_groups",
+        # there are no aggregation groups
+        "batch.aggregation_lengths",
+        "batch.aggregation_groups",
     }
 
 

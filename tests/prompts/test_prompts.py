@@ -7,6 +7,7 @@ from small_tokenizer import CHATML, chatml_tokenizer, decode, encode, scaffold_o
 from spiral_jax.core import config
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Purpose, Role, Stop
+from spiral_jax.learner.settings import derived_lengths
 from spiral_jax.prompts import prompts
 from spiral_jax.prompts.scaffold import max_aggregation_prompt
 
@@ -339,7 +340,7 @@ def test_the_papers_settings_fit_their_widest_micro_batch(tokenizer):
     bound = max_aggregation_prompt(
         scaffold_of(tokenizer), size=4, candidate_tokens=4096, problem_tokens=1024
     )
-    assert 4 * 4096 < bound <= max(P for P, _ in c.batch.aggregation_lengths)
+    assert 4 * 4096 < bound <= max(P for P, _ in derived_lengths(c, Role.AGGREGATION))
 
 
 # ---- templates that cannot work
