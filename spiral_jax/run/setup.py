@@ -315,9 +315,8 @@ def _longest_prompt(c: ConfigDict, scaffold: Scaffold, stage: Stage) -> int:
 
 def _resident_bytes(settings: RunSettings, model: ModelConfig, mesh: Mesh) -> int:
     """Bytes a device of what lies there while traces are sampled, beside the sampler's own."""
-    base = meshes.with_shardings(
-        hf.abstract_params(model), meshes.weight_shardings(hf.abstract_params(model), mesh)
-    )
+    base = hf.abstract_params(model)
+    base = meshes.with_shardings(base, meshes.weight_shardings(base, mesh))
     if settings.training is None:
         return bytes_on_a_device(base)
     learner = settings.training.learner

@@ -103,8 +103,9 @@ def test_rows_attend_to_their_prompts_and_to_their_own_tokens_through_pages(toke
     backend, rng = BACKENDS[kind], np.random.default_rng(1)
     count, prompt_UxT, own_NxT = make_tables(rng)
     pages = backend.empty(count, PAGE, J, E, jnp.dtype(dtype))
-    poison = 127 if dtype == "int8" else np.nan  # scales stay 0: nothing was ever stored there
-    pages = {name: a if "scale" in name else jnp.full_like(a, poison) for name, a in pages.items()}
+    pages = {
+        name: jnp.full_like(a, 127 if a.dtype == jnp.int8 else np.nan) for name, a in pages.items()
+    }
 
     longest = PROMPTS.max()
     padded = [

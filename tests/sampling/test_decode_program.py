@@ -22,8 +22,10 @@ from spiral_jax.sampling.weights import abstract_weights
 
 pytestmark = pytest.mark.cpu_bits("arrays and memory of XLA's program for CPUs")
 
+# Two key heads a device: of a single one XLA for CPUs lays the axes of what rows have of their own
+# in another order, and copies it once a step (docs/pages.md).
 ARCH = Architecture(
-    V=97, D=256, F=1024, L=4, H=4, J=2, E=64, norm_eps=1e-6, rope_theta=1e4, tied=False
+    V=97, D=256, F=1024, L=4, H=8, J=4, E=64, norm_eps=1e-6, rope_theta=1e4, tied=False
 )
 SCHEDULE = make_schedule(
     pages=1 + 16 * 8 + 8 * 8,
@@ -110,12 +112,12 @@ def program(mesh):
     return compiled_decode(mesh)
 
 
-# Asked of one device: on several, XLA for CPUs copies what rows have of their own once a step, a
-# shortcoming of pages without kernels. Those with kernels are looked at by benchmarks.decode_tpu.
+@pytest.mark.devices8
 def test_decode_loop_copies_and_gathers_neither_weights_nor_pages(mesh, program):
     assert max(moves_in_decode_loop(program)) < min(smallest_on_a_device(mesh))
 
 
+@pytest.mark.devices8
 def test_decode_needs_a_tenth_of_the_weights_in_memory_beside_what_it_reads(mesh, program):
     """Without kernels what is read is copied once a call."""
     bound = 0.1 * weight_bytes(mesh) + read_bytes(mesh)
