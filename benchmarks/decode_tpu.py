@@ -26,7 +26,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from benchmarks.machine import machine
+from benchmarks.machine import commit, machine
 from benchmarks.scaling import MACHINES
 from configs import qwen3_4b
 from spiral_jax.planning.compiled import compile_kept
@@ -86,6 +86,7 @@ def report(name: str, cache_dtype: str) -> dict[str, Any]:
     steps = sum(work.sampled_tokens for work in works) / (inventory.shards * usage.rows)
     return {
         "machine": machine(),
+        "commit": commit(),
         "topology": topology.name,
         "cache_dtype": cache_dtype,
         "sampler": inventory.pages(),

@@ -136,6 +136,14 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(placed, shapes, shardings)
 
 
+def bytes_on_a_device(tree: Any) -> int:
+    """Bytes of a tree of shapes with shardings, or of arrays, that lie on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def group_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Arrays whose axis number `leading` is U."""
     return NamedSharding(mesh, P(*(None,) * leading, GROUP_AXES))

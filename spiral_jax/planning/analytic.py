@@ -8,10 +8,7 @@ trained are reduced once a micro-batch.
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
-
-import jax
+from typing import NamedTuple
 
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.flops import linear_weights
@@ -70,14 +67,6 @@ class ShardedModel:
         all_reduces = 2 * self.arch.L * passes
         share = 2 * _others(self.axes["tensor"])
         return share * all_reduces * tokens * self.arch.D * self.width
-
-
-def bytes_a_chip(tree: Any) -> int:
-    """Bytes of a tree of shapes with shardings that lie on each chip."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def kept_activations(model: ShardedModel, remat: str, tokens: int) -> int:

@@ -14,13 +14,14 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
+from spiral_jax.core.mesh import bytes_on_a_device
 from spiral_jax.learner.blocks import Block, abstract_blocks, check_micro_batches
 from spiral_jax.learner.state import TrainState, abstract_state, keeps_base
 from spiral_jax.learner.step import make_train_step
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import check_mesh
 from spiral_jax.model.transformer import ModelConfig
-from spiral_jax.planning.analytic import ShardedModel, bytes_a_chip
+from spiral_jax.planning.analytic import ShardedModel
 from spiral_jax.planning.settings import PlanSettings
 from spiral_jax.sampling.decode import Pool
 from spiral_jax.sampling.engine import Engine, make_samplers
@@ -98,17 +99,17 @@ class Inventory:
     def state_memory(self) -> dict[str, int]:
         """Bytes a chip that always lie there: base and adapters (or all in float32), optimizer."""
         return {
-            "weights": bytes_a_chip([self.base, self.state.trained]),
-            "optimizer": bytes_a_chip(self.state.opt),
+            "weights": bytes_on_a_device([self.base, self.state.trained]),
+            "optimizer": bytes_on_a_device(self.state.opt),
         }
 
     def policy_memory(self) -> dict[str, int]:
         """The same and the decode copy, which is there from one update to the start of the next."""
-        return self.state_memory() | {"decode copy": bytes_a_chip(self.decode_weights)}
+        return self.state_memory() | {"decode copy": bytes_on_a_device(self.decode_weights)}
 
     def sampler_memory(self) -> dict[str, int]:
         """The same and the pool of pages, which is there while traces are sampled."""
-        return self.policy_memory() | {"keys and values": bytes_a_chip(self.pool)}
+        return self.policy_memory() | {"keys and values": bytes_on_a_device(self.pool)}
 
 
 def take_inventory(
@@ -132,7 +133,7 @@ def take_inventory(
         base = hf.abstract_params(model)
         base = meshes.with_shardings(base, meshes.weight_shardings(base, mesh))
     state = abstract_state(learner, model, mesh)
-    room = Room(chip_bytes, resident=bytes_a_chip([base, state]))
+    room = Room(chip_bytes, resident=bytes_on_a_device([base, state]))
     try:
         engine, _ = make_samplers(c, model, mesh, _STOP_IDS, settings.limits, room)
     except ConfigError as error:

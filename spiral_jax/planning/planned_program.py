@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.stages import Lowered
 
+from spiral_jax.core.mesh import bytes_on_a_device
 from spiral_jax.learner.blocks import Block
 from spiral_jax.learner.logprobs import LOGPROBS_SCOPE
 from spiral_jax.learner.step import block_scope, variables
@@ -20,7 +21,6 @@ from spiral_jax.model.attention.pages import OWN_SCOPE, PROMPTS_SCOPE, WRITE_SCO
 from spiral_jax.model.attention.xla import OWN_KEYS_SCOPE, PROMPT_KEYS_SCOPE, even_block
 from spiral_jax.model.flops import decode_flops, ideal_train_flops, prefill_flops
 from spiral_jax.planning import analytic
-from spiral_jax.planning.analytic import bytes_a_chip
 from spiral_jax.planning.costs import Cost
 from spiral_jax.planning.inventory import Inventory
 from spiral_jax.planning.usage import Usage
@@ -122,10 +122,10 @@ def train_program(inventory: Inventory, block: Block) -> PlannedProgram:
     tokens_a_shard = tokens // inventory.shards
     groups_a_shard = U // inventory.shards
 
-    trained = bytes_a_chip(inventory.state.trained)
+    trained = bytes_on_a_device(inventory.state.trained)
     other_roles = len({other.role for other in inventory.blocks}) - 1
     memory = inventory.state_memory() | {
-        "batch": bytes_a_chip(inventory.blocks),
+        "batch": bytes_on_a_device(inventory.blocks),
         "gradients of other roles": other_roles * trained,
     }
     logits = groups_a_shard * C * min(inventory.settings.learner.logprob_chunk, G)
@@ -143,7 +143,7 @@ def train_program(inventory: Inventory, block: Block) -> PlannedProgram:
         tokens=tokens,
         lower=lower,
         memory=memory,
-        arguments=bytes_a_chip([inventory.base, inventory.state, block]),
+        arguments=bytes_on_a_device([inventory.base, inventory.state, block]),
         estimate=analytic.train_cost(
             sharded, model.remat, flops=flops, tokens=tokens_a_shard, trained=trained
         ),
@@ -217,7 +217,7 @@ def decode_program(inventory: Inventory, usage: Usage) -> PlannedProgram:
     keys_N = np.zeros(rows * inventory.shards)
     keys_N[: round(usage.rows * inventory.shards)] = usage.own + usage.prompt
     flops = decode_flops(model.arch, model.lora_rank, keys_N) / inventory.chips
-    weights = bytes_a_chip(inventory.decode_weights)
+    weights = bytes_on_a_device(inventory.decode_weights)
     read = int(weights + usage.tokens_read * token)
     recipe = inventory.recipes["decode", rows]
     given = row_shapes(engine.settings, engine.schedule, rows)
@@ -229,7 +229,7 @@ def decode_program(inventory: Inventory, usage: Usage) -> PlannedProgram:
         lower=recipe.lower,
         compiler_options=recipe.compiler_options,
         memory=inventory.sampler_memory(),
-        arguments=bytes_a_chip([inventory.decode_weights, inventory.pool, given]),
+        arguments=bytes_on_a_device([inventory.decode_weights, inventory.pool, given]),
         estimate=analytic.forward_cost(
             inventory.sharded_model, flops=flops, read=read, tokens=rows
         ),
@@ -280,7 +280,7 @@ def prefill_program(inventory: Inventory, prompt: int) -> PlannedProgram:
     tokens = chunks * chunk  # of one prompt
     all_flops = prefill_flops(model.arch, model.lora_rank, np.full(shards * W, tokens))
     flops = all_flops / inventory.chips
-    weights = bytes_a_chip(inventory.decode_weights)
+    weights = bytes_on_a_device(inventory.decode_weights)
     arch, width = model.arch, model.compute_dtype.itemsize
     stored = W * P * 2 * arch.L * arch.J * arch.E * width // inventory.tensor
     recipe = inventory.recipes["prefill", P]
@@ -292,7 +292,7 @@ def prefill_program(inventory: Inventory, prompt: int) -> PlannedProgram:
         lower=recipe.lower,
         compiler_options=recipe.compiler_options,
         memory=inventory.sampler_memory(),
-        arguments=bytes_a_chip([inventory.decode_weights, inventory.pool, given]),
+        arguments=bytes_on_a_device([inventory.decode_weights, inventory.pool, given]),
         estimate=analytic.forward_cost(
             sharded, flops=flops, read=chunks * weights + stored, tokens=W * tokens
         ),
@@ -306,7 +306,7 @@ def decode_copy_program(inventory: Inventory) -> PlannedProgram:
     """The decode copy that is made after an update; the unit is the whole."""
     model, fsdp = inventory.model, inventory.mesh.shape["fsdp"]
     collections = variables(model, inventory.base, inventory.state.trained)
-    given, copy = bytes_a_chip(collections), bytes_a_chip(inventory.decode_weights)
+    given, copy = bytes_on_a_device(collections), bytes_on_a_device(inventory.decode_weights)
 
     def lower() -> Lowered:
         with jax.set_mesh(inventory.mesh):

@@ -9,12 +9,11 @@ import math
 
 import numpy as np
 
-from spiral_jax.core.mesh import weight_shardings, with_shardings
+from spiral_jax.core.mesh import bytes_on_a_device, weight_shardings, with_shardings
 from spiral_jax.learner.state import abstract_state, keeps_base
 from spiral_jax.model import hf
 from spiral_jax.prompts.prompts import search_prompt
 from spiral_jax.run.setup import Setup
-from spiral_jax.sampling.memory import bytes_on_a_device
 from spiral_jax.sampling.shapes import abstract_pool
 from spiral_jax.sampling.weights import abstract_weights
 from spiral_jax.tasks.problem import Problem

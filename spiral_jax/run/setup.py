@@ -19,7 +19,7 @@ from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.functions import load_function
 from spiral_jax.core.groups import Groups
-from spiral_jax.core.mesh import make_mesh
+from spiral_jax.core.mesh import bytes_on_a_device, make_mesh
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation import settings as evaluation_settings
 from spiral_jax.evaluation.settings import EvaluationSettings
@@ -50,7 +50,7 @@ from spiral_jax.run.metric_writers import check_installed
 from spiral_jax.run.start import Start
 from spiral_jax.run.watchdog import deadline
 from spiral_jax.sampling.engine import Engine, make_samplers
-from spiral_jax.sampling.memory import Room, bytes_on_a_device, memory_of_a_device
+from spiral_jax.sampling.memory import Room, memory_of_a_device
 from spiral_jax.sampling.settings import GroupLimits, check_sampling
 from spiral_jax.tasks.load import check_task, load_task
 from spiral_jax.tasks.problem import Task

@@ -6,13 +6,13 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spiral_jax.core.config import ConfigError
+from spiral_jax.core.mesh import bytes_on_a_device
 from spiral_jax.model.attention.backends import XLA
 from spiral_jax.sampling.programs import CompiledProgram, Name
 from spiral_jax.sampling.settings import DecodeSettings, GroupLimits, Schedule
@@ -115,12 +115,6 @@ def describe(
         sizes = f"{size[0]} {units[kind]}" if size else "all pages"
         lines.append(f"  {kind:7} {program.seconds:6.1f} s {temporary}  {sizes}")
     return "\n".join(lines)
-
-
-def bytes_on_a_device(tree: Any) -> int:
-    """Of a tree of shapes with shardings."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
 
 
 def _page(settings: DecodeSettings, limits: Sequence[GroupLimits]) -> int:

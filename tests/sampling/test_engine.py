@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from plain_sampler import plain_sample
@@ -104,13 +105,13 @@ def teacher_forced(config, variables, prompt, prompt_len, trace, temperature):
     return group_logprobs(config, variables, prompt, prompt_len, trace, temperature, 5)[0]
 
 
-def teacher_forced_logprobs(mesh, variables, groups):
+def teacher_forced_logprobs(mesh, variables, groups, config=MODEL):
     """Log-probs of nine groups in the training forward pass."""
     index = np.arange(12) % 9  # a multiple of the mesh's groups
     arrays = (groups.requests.prompt_UxP, groups.requests.prompt_len_U, groups.trace_UxCxG)
     with jax.set_mesh(mesh):
         placed = jax.device_put(tuple(a[index] for a in arrays), meshes.group_sharding(mesh))
-        forced = teacher_forced(MODEL, variables, *placed, DRAW.temperature)
+        forced = teacher_forced(config, variables, *placed, DRAW.temperature)
     return np.asarray(forced)[:9]
 
 
@@ -200,6 +201,17 @@ def test_an_int8_cache_moves_log_probs_by_little(mesh, variables, weights, stop_
     # One part in 254 of each key's and value's largest entry; logits of order 3 move by a few
     # hundredths.
     assert 1e-4 < difference.mean() < 0.03 and difference.max() < 0.2
+
+
+def test_a_bfloat16_model_decodes_what_its_trainer_reads(mesh):
+    narrow = dataclasses.replace(ONE_LAYER, param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
+    engine = make_engine(mesh, (), AMPLE, config=narrow, cache_dtype=jnp.dtype(jnp.bfloat16))
+    variables = random_variables(narrow, mesh)
+    groups = sample(engine, engine.prepare(variables), mixed_requests())
+    forced = teacher_forced_logprobs(mesh, variables, groups, narrow)
+    difference = np.abs(groups.logprob_UxCxG - forced)[live_tokens(groups)]
+    # 8 bits of logits of order 3, divided by the temperature, are a few hundredths
+    assert 0 < difference.mean() < 0.02 and difference.max() < 0.15
 
 
 # What a trace depends on

@@ -8,7 +8,8 @@ from small_sampler import make_settings, one_device
 
 from configs import tiny
 from spiral_jax.core.config import ConfigError
-from spiral_jax.sampling.memory import Room, bytes_on_a_device, make_schedule, page_bytes
+from spiral_jax.core.mesh import bytes_on_a_device
+from spiral_jax.sampling.memory import Room, make_schedule, page_bytes
 from spiral_jax.sampling.settings import GroupLimits
 from spiral_jax.sampling.shapes import abstract_pool
 from spiral_jax.sampling.weights import abstract_weights

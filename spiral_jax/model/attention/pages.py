@@ -72,9 +72,6 @@ class PageBackend(Protocol):
     def empty(self, pages: int, page: int, J: int, E: int, dtype: jnp.dtype) -> Pages:
         """Zeros; int8 comes with a float32 scale for each (token, head)."""
 
-    def page(self, pages: Pages) -> int:
-        """Tokens of a page."""
-
     def write_prompts(self, pages: Pages, new: KeyValue, table_WxT: jax.Array) -> Pages:
         """Writes W prompts [W, S, J, E] whole, in place; the S tokens fill at most T pages."""
 

@@ -41,11 +41,8 @@ class KernelPages:
     def empty(self, pages: int, page: int, J: int, E: int, dtype: jnp.dtype) -> Pages:
         return self.empty_pages(pages, page, J, E, dtype)
 
-    def page(self, pages: Pages) -> int:
-        return pages["k"].shape[2]
-
     def write_prompts(self, pages: Pages, new: KeyValue, table_WxT: jax.Array) -> Pages:
-        (W, T), page = table_WxT.shape, self.page(pages)
+        (W, T), page = table_WxT.shape, _page(pages)
         entries = stored(new, pages["k"].dtype)
 
         def put(name: str) -> jax.Array:
@@ -66,7 +63,7 @@ class KernelPages:
     def step(
         self, view: Pages, q_NxHxE: jax.Array, new: KeyValue, places: Places
     ) -> tuple[jax.Array, Pages]:
-        own, page = places.own, self.page(view)
+        own, page = places.own, _page(view)
         at_N = own.length_S - 1
         table_N = jnp.take_along_axis(own.table_SxT, (at_N // page)[:, None], axis=1)[:, 0]
         page_N = jnp.where(places.runs_N, table_N, NOWHERE)
@@ -85,6 +82,11 @@ class KernelPages:
     def end(self, view: Pages, own_table_NxT: jax.Array) -> Pages:
         del own_table_NxT
         return view
+
+
+def _page(pages: Pages) -> int:
+    """Tokens of a page."""
+    return pages["k"].shape[2]
 
 
 def empty_pages(pages: int, page: int, J: int, E: int, dtype: jnp.dtype) -> Pages:

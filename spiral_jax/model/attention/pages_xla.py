@@ -47,11 +47,8 @@ class XlaPages:
     def empty(self, pages: int, page: int, J: int, E: int, dtype: jnp.dtype) -> Pages:
         return empty_cache((pages, J), E, page, dtype)
 
-    def page(self, pages: Pages) -> int:
-        return pages["v"].shape[-2]
-
     def write_prompts(self, pages: Pages, new: KeyValue, table_WxT: jax.Array) -> Pages:
-        page, T = self.page(pages), table_WxT.shape[1]
+        page, T = _page(pages), table_WxT.shape[1]
         behind = ((0, 0), (0, T * page - new.k.shape[1]), (0, 0), (0, 0))
         k, v = (jnp.pad(a, behind) for a in new)
         return _scatter(pages, cache_entries(k, v, pages["k"].dtype), table_WxT)
@@ -96,7 +93,7 @@ class XlaPages:
 
     def _parts(self, pages: Pages, read: Sequences) -> list[Sequences]:
         """The sequences' beginnings, and their rests."""
-        T, page = read.table_SxT.shape[1], self.page(pages)
+        T, page = read.table_SxT.shape[1], _page(pages)
         first = -(-T // BEGINNING)
         beginning = Sequences(read.table_SxT[:, :first], jnp.minimum(read.length_S, first * page))
         if first == T:
@@ -112,6 +109,11 @@ class XlaPages:
             is_read = jnp.any(read.length_S > 0)
             seen = jax.lax.cond(is_read, _add, _skip, seen, q_SxJxNxE, cache, read.length_S)
         return seen
+
+
+def _page(pages: Pages) -> int:
+    """Tokens of a page."""
+    return pages["v"].shape[-2]
 
 
 def _add(seen: Part, q_SxJxNxE: jax.Array, cache: Cache, length_S: jax.Array) -> Part:
@@ -184,7 +186,7 @@ def _joined(a_SxTxJx: jax.Array, name: str) -> jax.Array:
 def _scatter(pages: Pages, cache: Cache, table_SxT: jax.Array) -> Pages:
     """Writes all tokens of each sequence of a cache [S, J, ..] to their pages."""
     S, T = table_SxT.shape
-    page = pages["v"].shape[-2]
+    page = _page(pages)
 
     def by_page(name: str) -> jax.Array:
         a = cache[name]
