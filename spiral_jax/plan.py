@@ -7,9 +7,10 @@
 No TPU, no weights, no tokenizer: config.json of `model.hf_path` is enough, or its name where
 spiral_jax ships the architecture. For each program: bytes a chip by kind, operations and bytes of
 one unit of its work against the ideal count, bytes sent by kind of collective, the roofline and
-what bounds it; from these a whole step, at its best. What does not fit is changed (micro-batch,
-remat, memory for pages, mesh) until it does. For GPUs (h100:8, h200:8, b200:8) the same, compiled
-where jax's CUDA plugin is installed, else by arithmetic alone.
+what bounds it; from these a whole step, and the run in hours and chip-hours, at their best; and
+what of a chip's memory stays free. What does not fit is changed (micro-batch, remat, memory for
+pages, mesh) until it does. For GPUs (h100:8, h200:8, b200:8) the same, compiled where jax's CUDA
+plugin is installed, else by arithmetic alone.
 """
 
 from __future__ import annotations

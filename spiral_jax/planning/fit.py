@@ -18,7 +18,7 @@ from spiral_jax.planning.profile import Profile, profile
 from spiral_jax.planning.settings import Overrides, PlanSettings, mesh_overrides, micro_field
 from spiral_jax.planning.topology import Topology
 from spiral_jax.planning.usage import usage_of
-from spiral_jax.planning.whole_step import predict
+from spiral_jax.planning.whole_step import predict, whole_run
 from spiral_jax.planning.work import Assumptions, work_of_step
 
 Part = Literal["train", "sampler", "pages", "mesh"]
@@ -34,6 +34,7 @@ class Attempt:
       pages: what the sampler has, for JSON; None where it has too few.
       profiles: of the programs by name, up to the first that does not fit.
       step: what `predict` says of a whole step, where it fits.
+      run: what `whole_run` says of all steps, where it fits.
     """
 
     overrides: Overrides
@@ -42,6 +43,12 @@ class Attempt:
     pages: dict[str, Any] | None = None
     profiles: dict[str, Profile] = dataclasses.field(default_factory=dict)
     step: dict[str, Any] | None = None
+    run: dict[str, Any] | None = None
+
+    @property
+    def fullest(self) -> Profile:
+        """Of the program that needs most of a chip's memory."""
+        return max(self.profiles.values(), key=lambda profile: profile.needed)
 
     @property
     def fits(self) -> bool:
@@ -144,7 +151,8 @@ class Planner:
             inventory.shards,
             profiles,
         )
-        return Attempt(overrides, "fits", None, inventory.pages(), profiles, step)
+        run = whole_run(inventory.settings, step, inventory.chips)
+        return Attempt(overrides, "fits", None, inventory.pages(), profiles, step, run)
 
 
 def _resolve_mesh(settings: PlanSettings, chips: int) -> PlanSettings:

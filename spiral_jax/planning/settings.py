@@ -29,6 +29,8 @@ class PlanSettings:
       limits: of the groups of every stage. No tokenizer is read, so their prompts may be as long
         as the micro-batches have room for; in a run they can be a little shorter.
       max_problem_tokens: limit of a search prompt.
+      steps: of the whole run, at most.
+      max_sampled_tokens: it ends after the step that reaches them; 0 = no limit.
     """
 
     mesh: tuple[int, int, int]
@@ -37,6 +39,8 @@ class PlanSettings:
     cache_dtype: str
     limits: tuple[GroupLimits, ...]
     max_problem_tokens: int
+    steps: int
+    max_sampled_tokens: int
     stages: TrainingStages
     dynamic_sampling: DynamicSampling
     learner: LearnerSettings
@@ -56,6 +60,8 @@ class PlanSettings:
                 for stage in sampled_stages(checked)
             ),
             max_problem_tokens=c.prompt.max_problem_tokens,
+            steps=c.train.steps,
+            max_sampled_tokens=c.train.max_sampled_tokens,
             stages=training.stages,
             dynamic_sampling=training.dynamic_sampling,
             learner=training.learner,

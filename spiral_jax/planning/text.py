@@ -69,7 +69,8 @@ def plan(
         say("\n" + pages_line(last.pages))
     for profile in last.profiles.values():
         say("\n" + "\n".join(program_lines(profile)))
-    say("\n" + "\n".join(verdict_lines(last, topology_name, free)))
+    memory = chip_memory(last, topology.chip.hbm_bytes) if last.fits else None
+    say("\n" + "\n".join(verdict_lines(last, topology_name, free, memory)))
     say(source_line(list(last.profiles.values())))
     return {
         "topology": topology_name,
@@ -84,7 +85,20 @@ def plan(
         ],
         "sampler": last.pages,
         "programs": {name: profile.to_plain() for name, profile in last.profiles.items()},
+        "memory_of_a_chip": memory,
         "step": last.step,
+        "run": last.run,
+    }
+
+
+def chip_memory(last: Attempt, chip_bytes: int) -> dict[str, Any]:
+    """What the fullest program of a plan that fits leaves free of a chip, in bytes: for JSON."""
+    fullest = last.fullest
+    return {
+        "bytes": chip_bytes,
+        "needed_bytes": fullest.needed,
+        "free_bytes": chip_bytes - fullest.needed,
+        "fullest": fullest.program.name,
     }
 
 
@@ -146,14 +160,20 @@ def source_line(profiles: list[Profile]) -> str:
     )
 
 
-def verdict_lines(last: Attempt, topology_name: str, free: float) -> list[str]:
-    """What to change, and a step at its best."""
+def verdict_lines(
+    last: Attempt, topology_name: str, free: float, memory: dict[str, Any] | None
+) -> list[str]:
+    """What to change, what stays free, a step and the run at their best.
+
+    Args:
+      memory: what `chip_memory` says; None where nothing fits.
+    """
     if not last.fits:
         return [
             f"Nothing that was tried fits {topology_name} with {free:.0%} free. "
             f"Last: {last.verdict}"
         ]
-    step = last.step
+    step, run = last.step, last.run
     phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in step["seconds"].items())
     lengths = ", ".join(
         f"{role} {tokens['prompt']} + {tokens['response']}"
@@ -163,10 +183,15 @@ def verdict_lines(last: Attempt, topology_name: str, free: float) -> list[str]:
     stated = ", ".join(f"{name} {value:g}" for name, value in step["assumptions"].items())
     return [
         f"Fits with {free:.0%} free: {as_flags(last.overrides) or 'as configured'}",
+        f"Free of a chip's {memory['bytes'] / GIB:.2f} GiB: {memory['free_bytes'] / GIB:.2f} "
+        f"({memory['free_bytes'] / memory['bytes']:.0%}) in the fullest program, "
+        f"{memory['fullest']}",
         f"A step at its best: {step['step_seconds']:.1f} s ({phases}); "
         f"{step['sampled_tokens_per_s']:,.0f} sampled tokens/s, "
         f"decoding alone {step['sampled_tokens_per_s_decoding']:,.0f}, "
         f"training alone {step['trained_tokens_per_s_training']:,.0f} trained tokens/s",
+        f"The run at its best: {run['steps']:,} steps, {run['hours']:,.2f} hours, "
+        f"{run['chip_hours']:,.1f} chip-hours; evaluations, compiling and checkpoints not counted",
         f"Rows of a shard that draw at once: {usage['rows']:.0f}, bound by {usage['bound']}; each "
         f"holds {usage['pages_a_row']:.1f} pages and reads {usage['own']:.0f} tokens of its own "
         f"and {usage['prompt_read']:.0f} of prompts a token drawn.",

@@ -1,4 +1,4 @@
-"""A whole training step from its programs' rooflines, under assumptions that are stated."""
+"""A whole training step, and a whole run, from its programs' rooflines; what is assumed is said."""
 
 from __future__ import annotations
 
@@ -84,3 +84,18 @@ def predict(
         "micro_batches": micro_batches,
         "train_flops_a_chip": flops,
     }
+
+
+def whole_run(settings: PlanSettings, step: dict[str, Any], chips: int) -> dict[str, Any]:
+    """Steps, hours and chip-hours of the run, all steps alike.
+
+    Training alone: evaluations, compiling and checkpoints are not in it.
+
+    Args:
+      step: what `predict` says of one.
+    """
+    steps = settings.steps
+    if settings.max_sampled_tokens:
+        steps = min(steps, math.ceil(settings.max_sampled_tokens / step["sampled_tokens"]))
+    hours = steps * step["step_seconds"] / 3600
+    return {"steps": steps, "hours": hours, "chip_hours": hours * chips}

@@ -31,6 +31,7 @@ from spiral_jax.planning.planned_program import Forbidden, plan_programs, train_
 from spiral_jax.planning.profile import forbidden_arrays, profile
 from spiral_jax.planning.settings import PlanSettings, apply_overrides, as_flags
 from spiral_jax.planning.shipped_models import planned_model
+from spiral_jax.planning.text import chip_memory
 from spiral_jax.planning.topology import CHIPS, Topology, find_topology, make_mesh
 from spiral_jax.planning.usage import Usage
 from spiral_jax.planning.whole_step import bucket_of
@@ -218,6 +219,31 @@ def test_a_step_samples_and_trains_the_groups_of_its_configuration():
     assert step["step_seconds"] == pytest.approx(sum(step["seconds"].values()))
 
 
+@pytest.mark.parametrize("budget, steps", [(0, 250), (1, 1), (10**8, 4), (10**12, 250)])
+def test_a_run_takes_its_steps_until_the_tokens_are_spent(budget, steps):
+    """A step samples 512 * 8 + 2048 * 4 traces of 2,048 tokens: 25,165,824."""
+    c, arch = four_b()
+    c.train.max_sampled_tokens = budget
+    last = planner(c, arch, gpus()).attempt({})
+    assert last.run["steps"] == steps
+    seconds = sum(last.step["step_seconds"] for _ in range(steps))
+    assert last.run["hours"] * 60 * 60 == pytest.approx(seconds)
+    assert last.run["chip_hours"] * 60 * 60 == pytest.approx(8 * seconds)
+
+
+def test_what_is_left_free_is_what_a_smaller_chip_may_lack():
+    c, arch = four_b()
+    c.sampling.memory = 20e9  # bytes: a share of the chip would be less on a smaller one
+    chip_bytes = CHIPS["h100"].hbm_bytes
+    memory = chip_memory(planner(c, arch, gpus()).attempt({}), chip_bytes)
+    assert memory["bytes"] == chip_bytes and memory["free_bytes"] > 0
+    for lacking, fits in ((0, True), (1, False)):
+        small = gpus(hbm_bytes=chip_bytes - memory["free_bytes"] - lacking)
+        attempt = planner(c, arch, small, free=0.0).attempt({})
+        assert attempt.fits == fits
+    assert memory["fullest"] in attempt.verdict
+
+
 @pytest.mark.parametrize(
     "message, size",
     [
@@ -363,6 +389,10 @@ def test_the_command_plans_gpus(tmp_path):
     assert report["source"] == "arithmetic" and report["fits"]
     assert report["tried"][-1]["verdict"] == "fits"
     assert "by arithmetic" in done.stdout and "A step at its best" in done.stdout
+    assert report["run"]["chip_hours"] == pytest.approx(8 * report["run"]["hours"])
+    free = report["memory_of_a_chip"]["free_bytes"]
+    needed = max(program["needed_bytes"] for program in report["programs"].values())
+    assert free == CHIPS["h100"].hbm_bytes - needed
     assert {program["source"] for program in report["programs"].values()} == {"arithmetic"}
 
 
