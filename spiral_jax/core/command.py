@@ -88,6 +88,8 @@ def file_message(file: pathlib.Path, error: BaseException) -> str:
         return f"--config={file}: {error}"
     line = _line_of(file, error)
     where = f"--config={file}" + (f", line {line}" if line else "")
+    if dotted := _dotted_key(error):
+        return f"{where}: {dotted}"
     if isinstance(error, SyntaxError):
         return f"{where}: {error.msg}."
     if isinstance(error, AttributeError | KeyError | TypeError):
@@ -123,6 +125,18 @@ def _field_message(error: BaseException) -> str:
     if match := re.match(r"'(\w+)' Did you mean \"(\w+)\"", text):
         return f'no such field: {match[1]}. Did you mean "{match[2]}"?'
     return f"{type(error).__name__}: {text}"
+
+
+def _dotted_key(error: BaseException) -> str:
+    """What to do about a key with a dot, which ml_collections refuses; "": that is not it."""
+    match = re.search(r"ConfigDict does not accept dots .* key (.*) contains one", str(error))
+    if match is None:
+        return ""
+    return (
+        f"the key {match[1]!r} has a dot. In a configuration's file, write "
+        "ConfigDict({...}, allow_dotted_keys=True) around the dict of task.rewards; other fields "
+        "have no such keys."
+    )
 
 
 def _override_message(argv: Sequence[str], error: Exception) -> str:
@@ -175,6 +189,8 @@ def _help_text(program: str) -> str:
 
 def _flag_message(error: flags.Error) -> str:
     text = " ".join(str(error).split())
+    if dotted := _dotted_key(error):
+        return f"{text.partition(': ConfigDict')[0]}: {dotted}"
     if match := re.search(r"[Ff]lag --(\w+)(=None| must have a value)", text):
         return f"--{match[1]} is missing: {flags.FLAGS[match[1]].help}. --help shows all flags."
     return f"{text.rstrip('.')}. --help shows all flags."

@@ -93,8 +93,9 @@ def defaults() -> ConfigDict:
     # one of these and the answer as a string
     c.task.reward = ""
     # the same by the problem's column data_source, such as {"gsm8k": "math", "code": "my:run"};
-    # task.reward judges all other sources
-    c.task.rewards = ConfigDict()
+    # task.reward judges all other sources. Around names with a dot there must be
+    # ConfigDict({...}, allow_dotted_keys=True)
+    c.task.rewards = ConfigDict(allow_dotted_keys=True)
     # a trace's strategy, which polychromic rewards and evaluations report: "" = the task's own, if
     # it has one; your "package.module:function", a function (text, problem) -> anything hashable,
     # None = none (the paper asks a language model)

@@ -50,6 +50,10 @@ FILES = {
         f"{SMALL}    c.batch.search_lengths = 5\n    return c\n",
         ["search_lengths = 5", "tuple"],
     ),
+    "has a dotted name": (
+        f"{SMALL}    c.task.rewards = {{'code-v1.5': 'math'}}\n    return c\n",
+        ["line 4", "'code-v1.5'", "ConfigDict({...}, allow_dotted_keys=True)"],
+    ),
     "has slots": (
         f"{SMALL}    c.sampling.classes = ((4, 8, 16, 26),)\n    return c\n",
         ["line 4", "sampling.memory", "sampling.rows"],
@@ -86,6 +90,7 @@ OVERRIDES = {
     "--config.search.traces.x=4": "search.traces.x",
     "--numbr=3": "number",
     "--number=x": "number=x",
+    "--config.task.rewards={'code-v1.5': 'math'}": "allow_dotted_keys=True",
 }
 
 

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import (
     end_digit,
@@ -319,14 +320,14 @@ def test_an_evaluation_checks_its_own_numbers():
 def test_rewards_go_by_data_source_from_the_config_to_the_verifier(tmp_path):
     rows = [
         {"problem": "1?", "answer": "5", "data_source": "sums"},
-        {"problem": "2?", "data_source": "own"},
+        {"problem": "2?", "data_source": "own-v1.5"},
     ]
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     c = config(task__name="jsonl", task__train_path=str(path), task__eval_path=str(path))
     c.eval.problems = 1
-    with c.task.rewards.unlocked():
-        c.task.rewards = {"sums": "math", "own": "small_rewards:slow_coin"}
+    by_source = {"sums": "math", "own-v1.5": "small_rewards:slow_coin"}
+    c.task.rewards = ConfigDict(by_source, allow_dotted_keys=True)
     choice = set_up_training(from_plain(to_plain(c))).reward
     assert [choice.of(Problem("p", "?", "", row)) for row in rows] == [
         "math",
@@ -334,7 +335,7 @@ def test_rewards_go_by_data_source_from_the_config_to_the_verifier(tmp_path):
     ]
     with c.task.rewards.unlocked():
         c.task.rewards = {"sums": "math"}
-    with pytest.raises(ConfigError, match=r"no reward for the data_source \['own'\]"):
+    with pytest.raises(ConfigError, match=r"no reward for the data_source \['own-v1\.5'\]"):
         set_up_training(c)
     c.task.reward = "math"  # which needs an answer
     with pytest.raises(TaskError, match="train:2: there is no answer"):
