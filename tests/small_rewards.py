@@ -22,3 +22,8 @@ def slow_coin(text, problem):
     """
     time.sleep(0.25)
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) % 2 == 0
+
+
+def unable_to_judge_aggregation(text, problem):
+    """For scripted traces of which those of aggregation say "right"."""
+    return {"left": 0}[text.split("=")[0]]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,13 +37,28 @@ from spiral_jax.rollout.feed import Course, Feed, Listed
 from spiral_jax.rollout.judge import Strategy, reward, trace_texts
 from spiral_jax.rollout.requests import Asked, Writer
 from spiral_jax.rollout.stages import Stage
+from spiral_jax.rollout.traces import Rollouts, Round
 from spiral_jax.sampling.protocol import Sampler
 from spiral_jax.tasks.problem import Problem, Task
+from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.rewards import Status, Verdict
 from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier, check_failures, count_verdicts
 
 Record = dict[str, Any]
+
+
+class FailedEvaluation(VerifierFailure):
+    """Too many answers could not be judged.
+
+    Attributes:
+      rollouts: the problems with the traces of search, and of plain aggregation where it was
+        reached; judged as far as they could be, with advantages that are all 0.
+    """
+
+    def __init__(self, message: str, rollouts: Rollouts):
+        super().__init__(message)
+        self.rollouts = rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +185,9 @@ class Evaluator:
         Args:
           step: of training, which has its own random numbers; the command's are those of step 0.
           search_policy: draws the search traces; None: `policy` does.
+
+        Raises:
+          FailedEvaluation: see `check_failures`.
         """
         stages = evaluation_stages(self.settings)
         given = None
@@ -189,6 +207,10 @@ class Evaluator:
         for stage in stages:
             judged[stage.name] = self._judge(problems, sampled[stage.name])
             self.show(stage, judged[stage.name].groups)
+            try:
+                check_failures(judged[stage.name].verdicts, self.failures)
+            except VerifierFailure as error:
+                raise FailedEvaluation(str(error), _rollouts(courses, judged)) from error
         counts = Counter()
         for stage in stages:
             counts += judged[stage.name].counts(stage.label)
@@ -222,7 +244,6 @@ class Evaluator:
         items = [(text, problems[i // per_problem]) for i, text in enumerate(texts)]
         with self.progress.phase("verifying"):
             verdicts = self.verifier.verify(items)
-        check_failures(verdicts, self.failures)
         answers = number_classes(self.verifier, problems, texts, verdicts)
         return Judged(reward(groups, verdicts), texts, verdicts, answers)
 
@@ -236,10 +257,11 @@ class Evaluator:
                 texts = judged.texts[b * per_problem : (b + 1) * per_problem]
                 names = [self.strategy(text, problem) for text in texts]
                 rows[b]["strategy"] = [None if name is None else str(name) for name in names]
-        cut = {
-            limit: self._judge(problems, judged.groups.cut_at(limit)).answers
-            for limit in self.settings.limits
-        }
+        cut = {}
+        for limit in self.settings.limits:
+            of_limit = self._judge(problems, judged.groups.cut_at(limit))
+            check_failures(of_limit.verdicts, self.failures)
+            cut[limit] = of_limit.answers
         return [
             {
                 "index": course.asked.cursor,
@@ -253,6 +275,20 @@ class Evaluator:
             }
             for b, course in enumerate(courses)
         ]
+
+
+def _rollouts(courses: Sequence[Course], judged: Mapping[str, Judged]) -> Rollouts:
+    """Search, and plain aggregation where it is judged, as a step of training has them."""
+    rounds = []
+    if "aggregation" in judged:
+        member_BxKxS = np.stack([course.member["aggregation"] for course in courses])
+        rounds.append(Round(member_BxKxS, judged["aggregation"].groups))
+    return Rollouts(
+        problems=[course.asked.problem for course in courses],
+        cursor_B=np.array([course.asked.cursor for course in courses]),
+        search=judged["search"].groups,
+        rounds=tuple(rounds),
+    ).without_advantages()
 
 
 def _add_to_records(

@@ -157,7 +157,7 @@ class FirstKept:
     def decided(self) -> Rollouts | None:
         """All that is decided, with advantage 0, in cursor order; None: nothing is."""
         decided = [self._decided[cursor][0] for cursor in self._tried if cursor in self._decided]
-        return _without_advantages(concat_rollouts(decided)) if decided else None
+        return concat_rollouts(decided).without_advantages() if decided else None
 
     def batch(self, objective: ObjectiveSettings) -> Batch:
         """The first B kept problems, with their credit.
@@ -199,16 +199,10 @@ class FirstKept:
         return Batch(
             rollouts=chosen.with_advantages([of_stage.advantage_UxC for of_stage in credit]),
             credit=credit,
-            discarded=_without_advantages(rollouts.take(discarded)),
+            discarded=rollouts.take(discarded).without_advantages(),
             next_cursor=next_cursor,
             metrics=metrics | _rollout_metrics(rollouts, advantages),
         )
-
-
-def _without_advantages(rollouts: Rollouts) -> Rollouts:
-    return rollouts.with_advantages(
-        [np.zeros(groups.trace_len_UxC.shape, np.float32) for groups in rollouts.stages]
-    )
 
 
 def _no_signal_message(rollouts: Rollouts, kept: int, starved: int, B: int) -> str:

@@ -99,6 +99,12 @@ class Rollouts:
             strategy_BxN=None if self.strategy_BxN is None else self.strategy_BxN[index],
         )
 
+    def without_advantages(self) -> Rollouts:
+        """The same with advantages that are all 0: nothing is trained on."""
+        return self.with_advantages(
+            [np.zeros(groups.trace_len_UxC.shape, np.float32) for groups in self.stages]
+        )
+
     def with_advantages(self, advantages: Sequence[np.ndarray]) -> Rollouts:
         """The same with advantages [U, C] of each of `stages`."""
         stages = [

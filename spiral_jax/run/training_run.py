@@ -16,7 +16,7 @@ from spiral_jax.core.groups import Groups
 from spiral_jax.core.metrics import divide
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.tables import evaluation_line
-from spiral_jax.evaluation.wave import Evaluator
+from spiral_jax.evaluation.wave import Evaluator, FailedEvaluation
 from spiral_jax.learner.state import TrainState, abstract_state, init_state
 from spiral_jax.rollout.actor import Actor
 from spiral_jax.rollout.collect import Batch, FirstKept, NoSignal
@@ -110,15 +110,19 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def keeping_failed(self) -> Iterator[None]:
-        """Writes the traces of a step that gives no batch, and names their file in the error."""
+        """Writes the traces of a step that gives no batch, or of an evaluation that could not be
+        judged, and names their file in the error.
+        """
         try:
             yield
         except (NoSignal, VerifierFailure) as error:
-            rollouts = self._problems.decided() if self._problems else None
+            kind, rollouts = type(error), self._problems.decided() if self._problems else None
+            if isinstance(error, FailedEvaluation):
+                kind, rollouts = VerifierFailure, error.rollouts
             if rollouts is None:
                 raise
             path = self.log.add_failed(self.at.step, self.trace_rows.make_failed(rollouts))
-            raise type(error)(
+            raise kind(
                 f"{error} The traces of all {len(rollouts)} problems are in {path}; `python -m "
                 f"spiral_jax.report --workdir={self.log.path}` shows them."
             ) from error

@@ -66,9 +66,10 @@ def test_the_verdict_on_what_was_printed_follows(capsys):
     ]
 
 
-def scripted_setup():
+def scripted_setup(reward=""):
     """Of a training whose traces are all wrong; everything else of it is real."""
     c = tiny.get_config()
+    c.task.reward = reward
     c.batch.problems, c.batch.search_groups, c.batch.aggregation_groups = 4, 4, 8
     c.eval.problems = 3
     setup, sampler = set_up_training(c), ScriptedSampler(always_wrong)
@@ -118,3 +119,19 @@ def test_the_traces_of_a_failed_batch_are_named_in_the_error_and_the_report_read
     said = write_report(str(workdir), str(workdir))
     assert "16 problems of 1 steps" in said
     assert "No step is finished yet: the traces" in (workdir / "report.html").read_text()
+
+
+def test_an_evaluation_that_cannot_be_judged_leaves_its_traces_too(tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(VerifierFailure) as failed:
+        train(scripted_setup("small_rewards:unable_to_judge_aggregation"), str(workdir))
+    (file,) = trace_files(workdir / "traces").values()
+    assert str(file) in str(failed.value) and "KeyError: 'right'" in str(failed.value)
+    rows = list(read_traces(file))
+    # 3 problems: 8 search traces, and 2 sets of 4 of them, each read by 2 aggregation traces
+    search = [row for row in rows if row["role"] == "search"]
+    assert len(search) == 3 * 8 and {row["verdict"] for row in search} == {"wrong"}
+    aggregation = [row for row in rows if row["role"] == "aggregation"]
+    assert len(aggregation) == 3 * 4 and {row["verdict"] for row in aggregation} == {"error"}
+    assert {len(row["subset"]) for row in aggregation} == {4}
+    assert "3 problems of 1 steps" in write_report(str(workdir), str(workdir))
