@@ -21,6 +21,8 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     field = f"config.model.hf_path = {str(path)!r}"
     if not pathlib.Path(path).is_dir():
         raise ConfigError(f"{field}: not a directory.")
+    # else it says that without PyTorch there are no models, of which we use none
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # takes seconds: not before what can be checked without
 
     try:
