@@ -121,6 +121,7 @@ def export(
     for pattern in _COPIED_FILES:
         for file in base.glob(pattern):
             shutil.copy(file, out / file.name)
+    add_response_template(out / "tokenizer_config.json", scaffold, stop_ids)
     shutil.copy(INFER, out / INFER.name)
     _write_json(out / SCAFFOLD, scaffold_fields(trained, scaffold, stop_ids))
     (out / "README.md").write_text(model_card(trained, out.name, adapter))
@@ -230,6 +231,33 @@ class _TrainedParameters:
 # What travels beside the weights
 
 
+def add_response_template(
+    file: pathlib.Path, scaffold: Scaffold, stop_ids: tuple[int, ...]
+) -> None:
+    """Says in tokenizer_config.json, where it must be said, which text of a chat is the answer.
+
+    transformers' `serve` reads it there as `response_template`. Where it is missing, `serve` takes
+    every Qwen model's chats for ChatML, and gives those in another format back with the prompt in
+    front of the answer. ChatML is left to it, which knows its tool calls, and what the base says
+    itself stays as it is.
+    """
+    if scaffold.settings.template == "plain" or not file.is_file():
+        return
+    fields = json.loads(file.read_text())
+    decode = functools.partial(scaffold.tokenizer.decode, skip_special_tokens=False)
+    around = "".join(decode(piece) for piece in scaffold.search if not isinstance(piece, str))
+    if "response_template" in fields or "<|im_start|>assistant\n" in around:
+        return
+    content = {
+        "close": [decode([stop_id]) for stop_id in stop_ids],
+        "content": "text",
+        "content_args": {"strip": False},
+    }
+    # the answer begins where the prompt ends
+    template = {"start_anchor_pattern": r"\Z", "fields": {"content": content}}
+    _write_json(file, fields | {"response_template": template})
+
+
 def scaffold_fields(
     trained: Trained, scaffold: Scaffold, stop_ids: tuple[int, ...]
 ) -> dict[str, Any]:
@@ -260,10 +288,13 @@ def scaffold_fields(
 def model_card(trained: Trained, name: str, adapter: bool) -> str:
     """What the directory holds, how it is served and how its model aggregates, in Markdown."""
     c = trained.c
-    serve = f"vllm serve . --served-model-name={name}"
+    servers = [
+        f"vllm serve . --served-model-name={name}",
+        "transformers serve .    # pip install 'transformers[serving]'; its --model below is .",
+    ]
     if adapter:
         rank = f"--max-lora-rank={c.model.lora_rank}"
-        serve = f"vllm serve {c.model.hf_path} --enable-lora {rank} --lora-modules {name}=."
+        servers = [f"vllm serve {c.model.hf_path} --enable-lora {rank} --lora-modules {name}=."]
     return string.Template(CARD.read_text()).substitute(
         name=name,
         what="LoRA adapter" if adapter else "Weights",
@@ -279,7 +310,7 @@ def model_card(trained: Trained, name: str, adapter: bool) -> str:
         aggregations=c.aggregation.traces,
         rounds=c.aggregation.rounds,
         temperature=f"{c.sampling.temperature:g}",
-        serve=serve,
+        servers="\n".join(f"    {server}" for server in servers),
     )
 
 

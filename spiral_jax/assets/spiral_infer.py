@@ -123,8 +123,9 @@ class Endpoint:
         if message in text and remove_specials(text, scaffold) != text:
             raise EndpointError(
                 f"{self.base_url}: the server puts the prompt, with its special tokens, into its "
-                "answers. transformers' serve does so with chat templates that differ from those "
-                "of the model's family; use another server."
+                "answers. transformers' serve does so where tokenizer_config.json does not say "
+                "what an answer is (response_template): export the model again, or use another "
+                "server."
             )
         if completion.thought is not None:
             opening = "" if scaffold["opens_thinking"] else "<think>"

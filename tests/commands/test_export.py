@@ -9,6 +9,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -18,10 +19,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small_model import forward, on_mesh, quickly_compiled, random_ids, rows_of
 from small_runs import make_run
+from small_tokenizer import chatml_tokenizer, scaffold_of
 
 from configs import tiny
 from spiral_jax.core.config import ConfigError, to_plain
-from spiral_jax.export import export, merged_outputs, model_card
+from spiral_jax.export import add_response_template, export, merged_outputs, model_card
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.tensor_files import WeightsError, open_tensors
@@ -216,6 +218,7 @@ def test_a_model_card_says_how_to_serve_and_aggregate(run_of):
         assert "step 5" in card and c.model.hf_path in card
         assert "spiral_infer.py --base_url=http://localhost:8000/v1 --model=mine" in card
     assert "vllm serve . --served-model-name=mine" in merged
+    assert "transformers serve ." in merged and "transformers serve" not in adapter
     assert f"vllm serve {c.model.hf_path} --enable-lora --max-lora-rank=4" in adapter
 
 
@@ -241,6 +244,41 @@ def test_tokenizer_stop_ids_sampling_and_scaffold_travel_along(run_of, merged_of
     assert scaffold["prompt"] == to_plain(run.c.prompt)
     assert (scaffold["search"]["traces"], scaffold["aggregation"]["subsets"]) == (8, 4)
     assert scaffold["trained"]["step"] == 5 and "<|end|>" in scaffold["special_tokens"]
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_chat_server_finds_the_answer_alone(merged_of, ended):
+    """By the function that `transformers serve` calls for its chats."""
+    from transformers.cli.serving.utils import parse_assistant_message
+
+    tokenizer, answer = load_tokenizer(merged_of("qwen3 lora")), " left:3, \\boxed{38}\n"
+    turns = [{"role": "user", "content": "left=4*7+5 right=6*3+8"}]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    ids += [tokenizer.eos_token_id] * ended
+    model = types.SimpleNamespace(config=types.SimpleNamespace(model_type="qwen3"))
+    content, thought, calls = parse_assistant_message(tokenizer, model, ids, input_ids=prompt)
+    assert content == answer and thought is None and calls is None
+
+
+def test_what_an_answer_is_is_said_only_where_it_must_be(tmp_path):
+    tokenizer, file = chatml_tokenizer(), tmp_path / "tokenizer_config.json"
+    scaffolds = {name: scaffold_of(tokenizer, template=name) for name in ("chat", "plain")}
+    add_response_template(file, scaffolds["chat"], (1,))
+    assert not file.exists()
+
+    def after(fields, scaffold):
+        file.write_text(json.dumps(fields))
+        add_response_template(file, scaffold, (1,))
+        return json.loads(file.read_text())
+
+    assert after({}, scaffolds["chat"]) == {}  # ChatML, which servers know
+    other = scaffold_of(
+        chatml_tokenizer(template=chatml_tokenizer().chat_template.replace("im_", ""))
+    )
+    assert after({"a": 1}, other).keys() == {"a", "response_template"}
+    assert after({"response_template": {}}, other) == {"response_template": {}}
+    assert after({}, scaffolds["plain"]) == {}
 
 
 def test_an_earlier_step_can_be_exported(run_of, tmp_path):

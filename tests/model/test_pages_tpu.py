@@ -9,7 +9,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from pages_cases import DTYPES, assert_agrees, make_case
 
 from spiral_jax.model.attention import pages_tpu, pages_tpu_write
@@ -74,12 +74,11 @@ def test_larger_pages():
 
 
 @pytest.mark.parametrize("J", [2, 3])
-def test_two_cores_share_the_heads_if_they_can(J):
-    v5p = AbstractDevice("TPU v5", 2, "tpu")
+def test_two_cores_share_the_heads_if_they_can(J, monkeypatch):
+    v5p = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 2)
+    monkeypatch.setattr(pltpu, "get_tpu_info", lambda: v5p)
     case = make_case([130, 0, 1200], 10, PAGE, J=J)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=v5p)):
-        part = run(case, cores=2)
-    assert_agrees(part, case)
+    assert_agrees(run(case, cores=2), case)
 
 
 def test_pages_that_do_not_fill_lanes_are_refused():
