@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -59,6 +59,11 @@ def make_mesh(sizes: ConfigDict, devices: Sequence[jax.Device] | None = None) ->
     shape = mesh_shape(sizes, len(devices), devices[0].platform)
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:
+    """A mesh of no devices, for shapes and plans."""
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def mesh_shape(sizes: ConfigDict, count: int, kind: str) -> tuple[int, int, int]:

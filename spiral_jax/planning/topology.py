@@ -140,7 +140,7 @@ def make_mesh(sizes: ConfigDict, topology: Topology) -> Mesh | AbstractMesh:
     """
     if topology.devices is not None:
         return meshes.make_mesh(sizes, topology.devices)
-    return AbstractMesh(meshes.mesh_shape(sizes, topology.chips, "GPU"), meshes.AXES)
+    return meshes.abstract_mesh(meshes.mesh_shape(sizes, topology.chips, "GPU"))
 
 
 def _tpu_devices(name: str) -> list[Any]:

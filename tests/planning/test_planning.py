@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
 
 from configs import qwen3_4b, tiny
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Role
-from spiral_jax.core.mesh import AXES, mesh_shape
+from spiral_jax.core.mesh import AXES, abstract_mesh, mesh_shape
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.flops import decode_flops
@@ -109,7 +108,7 @@ def test_a_directory_with_config_json_alone_is_enough(tmp_path):
 def test_state_bytes_of_a_chip_are_those_of_the_arithmetic():
     """64 chips, base cut in 8 x 4, its decode copy in 4: the numbers of docs/scaling.md."""
     c, arch = four_b()
-    mesh = AbstractMesh((2, 8, 4), AXES)
+    mesh = abstract_mesh((2, 8, 4))
     chip_bytes = CHIPS["v5e"].hbm_bytes
     inventory = take_inventory(c, hf.model_config(arch, c.model), mesh, chip_bytes)
     memory = inventory.sampler_memory()

@@ -51,7 +51,7 @@ def test_three_saves_on_a_full_disk_and_a_damaged_checkpoint_are_two_lines_each(
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 2 * 3 + 2, done.stdout
-    assert all("File too large" in line for line in lines[:6:2])
+    assert all("File too large" in line for line in lines[:6:2]), done.stdout
     assert "damaged" in lines[6] and lines[7].startswith("Set aside: ")
 
 
