@@ -292,14 +292,15 @@ def boxed_answer(problem: str, text: str) -> str | None:
 
 
 def answer_of_reward(path: str) -> Callable[[str, str], str | None]:
-    """The answers that a reward function finds, which returns (reward, answer).
+    """The answers that a reward function finds, which returns (reward, answer), or None: there is
+    none.
 
     Args:
       path: "package.module:function", as config.task.reward. The function is given a problem with
         its text alone: `answer` is "", `metadata` is {}.
 
     Raises:
-      ValueError: there is no such function, or it returns no pair.
+      ValueError: there is no such function, it fails, or it returns something else.
     """
     module, _, name = path.partition(":")
     sys.path.insert(0, os.getcwd())
@@ -310,7 +311,16 @@ def answer_of_reward(path: str) -> Callable[[str, str], str | None]:
 
     def answer(problem: str, text: str) -> str | None:
         asked = types.SimpleNamespace(id="", text=problem, answer="", metadata={})
-        returned = reward(text, asked)
+        try:
+            returned = reward(text, asked)
+        except Exception as error:
+            raise ValueError(
+                f"--reward={path}: {type(error).__name__}: {error}. Here it is given a problem's "
+                "text alone, without answer and metadata; where it needs them, leave the flag out "
+                "or give --answer."
+            ) from error
+        if returned is None:
+            return None
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise ValueError(f"--reward={path}: returned {returned!r}, not (reward, answer)")
         return returned[1] or None

@@ -177,6 +177,10 @@ def test_a_reward_that_says_what_the_answer_is_votes_without_boxes(server, tmp_p
         "    return 0.5, text.rpartition('Answer:')[2].strip()\n"
         "def alone(text, problem):\n"
         "    return 0.5\n"
+        "def unparsed(text, problem):\n"
+        "    return None\n"
+        "def needs_tests(text, problem):\n"
+        "    return problem.metadata['tests'], text\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -188,6 +192,9 @@ def test_a_reward_that_says_what_the_answer_is_votes_without_boxes(server, tmp_p
     assert result["answer"] == "42" and result["votes"]["42"] == 4
     with pytest.raises(ValueError, match="told_reward:alone.*0.5"):
         spiral_infer.answer_of_reward("told_reward:alone")("x", "")
+    assert spiral_infer.answer_of_reward("told_reward:unparsed")("x", "") is None
+    with pytest.raises(ValueError, match="told_reward:needs_tests: KeyError: 'tests'.*metadata"):
+        spiral_infer.answer_of_reward("told_reward:needs_tests")("x", "")
     with pytest.raises(ValueError, match="told_reward:absent: no such function"):
         spiral_infer.answer_of_reward("told_reward:absent")
 
