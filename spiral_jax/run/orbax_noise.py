@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import logging
 import pathlib
+import re
 import sys
 import traceback
 from typing import Any
 
 _HALF = 120  # characters of the beginning and of the end of a reason
+_ANNOTATION = re.compile(r" \[[\w ]+='")  # TensorStore's, behind its reasons
 
 
 @functools.cache
@@ -52,6 +54,7 @@ def in_short(error: Exception) -> str:
     while cause.__cause__ is not None:
         cause = cause.__cause__
     text = " ".join(str(cause).partition("See full TensorStore details")[0].split())
+    text = _ANNOTATION.split(text)[0]
     if len(text) > 2 * _HALF:
         text = f"{text[:_HALF]} ... {text[-_HALF:]}"  # what failed, and why at the end
     return f"{type(cause).__name__}: {text}"

@@ -55,10 +55,13 @@ def test_three_saves_on_a_full_disk_and_a_damaged_checkpoint_are_two_lines_each(
     assert "damaged" in lines[6] and lines[7].startswith("Set aside: ")
 
 
-def test_a_reason_is_that_of_the_first_cause_in_a_part_of_a_line():
+@pytest.mark.parametrize(
+    "more", ["", " [os_error_code='28', tensorstore_spec='{" + 400 * "x" + "}']"]
+)
+def test_a_reason_is_that_of_the_first_cause_in_a_part_of_a_line(more):
     try:
         try:
-            raise ValueError("OUT_OF_RANGE:\n" + "path/" * 200 + " No space left")
+            raise ValueError("OUT_OF_RANGE:\n" + "path/" * 200 + " No space left" + more)
         except ValueError as error:
             raise RuntimeError("pages\n" * 100) from error
     except RuntimeError as error:
