@@ -1,4 +1,4 @@
-"""Qwen3 and Llama decoders in Flax Linen, purely functional: used by `init` and `apply` alone.
+"""Decoders in Flax Linen, purely functional: used by `init` and `apply` alone.
 
 Collections: `params` (the base, or what full fine-tuning trains) and `lora` (adapters; absent at
 rank 0). Both hold `layers`, the first L - 1 layers stacked (absent where L = 1), and `last_layer`:
@@ -34,6 +34,7 @@ from spiral_jax.model.attention.groups import (
 )
 from spiral_jax.model.attention.part import KeyValue, Lengths
 from spiral_jax.model.linear import INNER, PROJECTED, Linear, joint_linear
+from spiral_jax.model.rope import rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,19 +90,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (y * scale.astype(jnp.float32)).astype(x.dtype).reshape(x.shape)
 
 
-def rope(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding, halves rotated against each other.
-
-    x [..., heads, E], position [...] int32.
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 class DecoderLayer(nn.Module):
     """One layer: `__call__` and `predict` run groups, `project` and `finish` surround attention.
 
@@ -135,7 +123,7 @@ class DecoderLayer(nn.Module):
 
         self.attention_norm = norm_scale("attention_norm", arch.D)
         self.mlp_norm = norm_scale("mlp_norm", arch.D)
-        if arch.qk_norm:
+        if arch.family.qk_norm:
             self.q_norm = norm_scale("q_norm", arch.E)
             self.k_norm = norm_scale("k_norm", arch.E)
 
@@ -198,18 +186,18 @@ class DecoderLayer(nn.Module):
     def _queries(self, projected: jax.Array, position: jax.Array) -> jax.Array:
         arch = self.config.arch
         q = self._split_heads(projected)
-        if arch.qk_norm:
+        if arch.family.qk_norm:
             q = rms_norm(q, self.q_norm, arch.norm_eps)
-        return rope(q, position, arch.rope_theta)
+        return rope(q, position, arch.rope_theta, arch.rope_scaling)
 
     def _keys_values(
         self, projected_k: jax.Array, projected_v: jax.Array, position: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         arch = self.config.arch
         k, v = self._split_heads(projected_k), self._split_heads(projected_v)
-        if arch.qk_norm:
+        if arch.family.qk_norm:
             k = rms_norm(k, self.k_norm, arch.norm_eps)
-        return rope(k, position, arch.rope_theta), v
+        return rope(k, position, arch.rope_theta, arch.rope_scaling), v
 
     def _split_heads(self, projected: jax.Array) -> jax.Array:
         return projected.reshape(*projected.shape[:-1], -1, self.config.arch.E)
