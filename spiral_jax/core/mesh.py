@@ -32,6 +32,7 @@ GPU_PLATFORMS = ("gpu", "cuda")  # of devices that are here, and of those that a
 _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(q|k|v|gate|up)/kernel$", ("fsdp", "tensor")),
     (r"/(o|down)/kernel$", ("tensor", "fsdp")),
+    (r"/(q|k|v|gate|up)/bias$", ("tensor",)),
     (r"/(q|k|v|gate|up)/a$", ("fsdp", None)),
     (r"/(q|k|v|gate|up)/b$", (None, "tensor")),
     (r"/(o|down)/a$", ("tensor", None)),

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.model.config_fields import boolean, number, positive
-from spiral_jax.model.families import FAMILIES, Family
+from spiral_jax.model.families import FAMILIES, MISSING, Family
 from spiral_jax.model.rope import Scaling, read_rope, rope_fields
 
 # Fields that change the computation, each with the values under which it does not.
@@ -37,6 +37,7 @@ class Architecture:
       tied: the head is the embedding.
       family: what its layers compute.
       rope_scaling: None: rope turns as `rope_theta` says.
+      unrotated: layers without rope.
     """
 
     V: int
@@ -51,12 +52,16 @@ class Architecture:
     tied: bool
     family: Family = FAMILIES["qwen3"]
     rope_scaling: Scaling | None = None
+    unrotated: tuple[int, ...] = ()
 
     @property
     def parameters(self) -> int:
         """Number of base parameters."""
-        norms = 2 * self.D + (2 * self.E if self.family.qk_norm else 0)
-        layer = 2 * self.D * self.E * (self.H + self.J) + 3 * self.D * self.F + norms
+        heads, kv = self.H * self.E, self.J * self.E
+        columns = {"q": heads, "k": kv, "v": kv, "o": self.D}
+        vectors = 2 * self.D + (2 * self.E if self.family.qk_norm else 0)
+        vectors += sum(columns[name] for name in self.family.biases)
+        layer = 2 * self.D * (heads + kv) + 3 * self.D * self.F + vectors
         return self.L * layer + self.D + self.V * self.D * (1 if self.tied else 2)
 
 
@@ -95,23 +100,8 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
     Raises:
       ConfigError: begins with `where` and names the field.
     """
-    kind = fields.get("model_type")
-    if kind not in FAMILIES:
-        raise ConfigError(
-            f"{where}: model_type = {kind!r} is not supported; supported: {', '.join(FAMILIES)}."
-        )
-    family = FAMILIES[kind]
-    for name, neutral in _NEUTRAL.items():
-        if name in fields and fields[name] not in neutral:
-            raise ConfigError(
-                f"{where}: {name} = {fields[name]!r} is not supported; must be {neutral[0]!r} or "
-                "absent."
-            )
-    windowed = [kind for kind in fields.get("layer_types") or [] if kind != "full_attention"]
-    if windowed:
-        raise ConfigError(
-            f"{where}: layer_types contains {windowed[0]!r}; only 'full_attention' is supported."
-        )
+    family = _family(fields, where)
+    _refuse_unsupported(fields, family, where)
     fields = _completed(fields, family, where)
     theta, scaling = read_rope(fields, where, dict(family.unstated).get("rope_theta"))
     arch = Architecture(
@@ -127,6 +117,7 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
         tied=boolean(fields, "tie_word_embeddings", where),
         family=family,
         rope_scaling=scaling,
+        unrotated=_unrotated(fields, where) if family.skips_rope else (),
     )
     if arch.H % arch.J:
         raise ConfigError(
@@ -136,7 +127,45 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
         raise ConfigError(
             f"{where}: head_dim = {arch.E}: must be even, as rope rotates its halves."
         )
+    if arch.unrotated and scaling and scaling.attention_factor != 1:
+        raise ConfigError(
+            f"{where}: rope_type 'yarn' is not supported with layers without rope "
+            "(no_rope_layers), as its attention_factor would stretch theirs too."
+        )
     return arch
+
+
+def _family(fields: dict[str, Any], where: str) -> Family:
+    kind = fields.get("model_type")
+    if kind not in FAMILIES:
+        lacks = f" It would need: {MISSING[kind]}." if kind in MISSING else ""
+        raise ConfigError(
+            f"{where}: model_type = {kind!r} is not supported; supported: "
+            f"{', '.join(FAMILIES)}.{lacks}"
+        )
+    return FAMILIES[kind]
+
+
+def _refuse_unsupported(fields: dict[str, Any], family: Family, where: str) -> None:
+    """Refuses fields that change the computation to one that we do not have."""
+    neutral = _NEUTRAL | {name: (value, None) for name, value in family.states}
+    for name, values in neutral.items():
+        if name in fields and name not in family.ignores and fields[name] not in values:
+            raise ConfigError(
+                f"{where}: {name} = {fields[name]!r} is not supported for model_type = "
+                f"{family.model_type!r}; must be {json.dumps(values[0])}."
+            )
+    for name in family.must_state:
+        if name not in fields:
+            raise ConfigError(
+                f"{where}: {name} is missing, for which {family.writes} has a default that is not "
+                f"supported; must be {json.dumps(dict(family.states)[name])}."
+            )
+    windowed = [kind for kind in fields.get("layer_types") or [] if kind != "full_attention"]
+    if windowed:
+        raise ConfigError(
+            f"{where}: layer_types contains {windowed[0]!r}; only 'full_attention' is supported."
+        )
 
 
 def check_mesh(arch: Architecture, mesh: Mesh | AbstractMesh) -> None:
@@ -180,6 +209,7 @@ def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
         "tie_word_embeddings": arch.tied,
         "hidden_act": "silu",
         **dict(arch.family.states),
+        **_skipping_fields(arch),
         "eos_token_id": list(stop_ids),
         "torch_dtype": "float32",
     }
@@ -199,3 +229,28 @@ def _completed(fields: dict[str, Any], family: Family, where: str) -> dict[str, 
             f"hidden_size = {width}."
         )
     return fields | missing
+
+
+def _unrotated(fields: dict[str, Any], where: str) -> tuple[int, ...]:
+    """Layers of which no_rope_layers says 0, or each that no_rope_layer_interval counts to."""
+    layers = positive(fields, "num_hidden_layers", where)
+    has_rope = fields.get("no_rope_layers")
+    if has_rope is None:
+        interval = positive(fields, "no_rope_layer_interval", where)
+        has_rope = [(layer + 1) % interval != 0 for layer in range(layers)]
+    elif (
+        not isinstance(has_rope, list)
+        or len(has_rope) < layers
+        or any(flag not in (0, 1) for flag in has_rope)
+    ):
+        raise ConfigError(
+            f"{where}: no_rope_layers = {has_rope!r}: must be a list of 0 (no rope) and 1 (rope), "
+            f"one for each of the {layers} layers."
+        )
+    return tuple(layer for layer in range(layers) if not has_rope[layer])
+
+
+def _skipping_fields(arch: Architecture) -> dict[str, Any]:
+    if not arch.family.skips_rope:
+        return {}
+    return {"no_rope_layers": [int(layer not in arch.unrotated) for layer in range(arch.L)]}

@@ -17,15 +17,15 @@ PROJECTED, INNER = "projected", "adapter_inner"
 
 
 class Linear(nn.Module):
-    """x W, plus (alpha / rank) x A B with adapters (LoRA, arXiv 2106.09685).
+    """x W, plus a bias, plus (alpha / rank) x A B with adapters (LoRA, arXiv 2106.09685).
 
-    W is [width, features], in `params`; A [width, rank] and B [rank, features] are float32, in
-    `lora`. B starts as zeros and so changes nothing.
+    W is [width, features] and the bias [features], in `params`; A [width, rank] and B [rank,
+    features] are float32, in `lora`. B starts as zeros and so changes nothing.
 
     Attributes:
       width: of what it reads.
       features: that it writes.
-      dtype: of W.
+      dtype: of W and of the bias.
       lora_rank: 0 = no adapter.
     """
 
@@ -34,10 +34,13 @@ class Linear(nn.Module):
     dtype: Any
     lora_rank: int
     lora_alpha: float
+    has_bias: bool = False
 
     def setup(self) -> None:
         size = (self.width, self.features)
         self.kernel = self.param("kernel", nn.initializers.normal(0.02), size, self.dtype)
+        if self.has_bias:
+            self.bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
         if not self.lora_rank:
             return
 
@@ -54,8 +57,9 @@ class Linear(nn.Module):
         return y
 
     def without_adapter(self, x_NxD: jax.Array) -> jax.Array:
-        """x W."""
-        return x_NxD @ self.kernel.astype(x_NxD.dtype)
+        """x W, plus the bias."""
+        y_NxF = x_NxD @ self.kernel.astype(x_NxD.dtype)
+        return y_NxF + self.bias.astype(x_NxD.dtype) if self.has_bias else y_NxF
 
 
 def joint_linear(x: jax.Array, *projections: Linear) -> list[jax.Array]:

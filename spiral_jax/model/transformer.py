@@ -107,19 +107,20 @@ class DecoderLayer(nn.Module):
     def setup(self) -> None:
         c, arch = self.config, self.config.arch
 
-        def linear(width: int, features: int) -> Linear:
-            return Linear(width, features, c.param_dtype, c.lora_rank, c.lora_alpha)
+        def linear(name: str, width: int, features: int) -> Linear:
+            has_bias = name in arch.family.biases
+            return Linear(width, features, c.param_dtype, c.lora_rank, c.lora_alpha, has_bias)
 
         def norm_scale(name: str, width: int) -> jax.Array:
             return self.param(name, nn.initializers.ones, (width,), c.param_dtype)
 
-        self.q = linear(arch.D, arch.H * arch.E)
-        self.k = linear(arch.D, arch.J * arch.E)
-        self.v = linear(arch.D, arch.J * arch.E)
-        self.o = linear(arch.H * arch.E, arch.D)
-        self.gate = linear(arch.D, arch.F)
-        self.up = linear(arch.D, arch.F)
-        self.down = linear(arch.F, arch.D)
+        self.q = linear("q", arch.D, arch.H * arch.E)
+        self.k = linear("k", arch.D, arch.J * arch.E)
+        self.v = linear("v", arch.D, arch.J * arch.E)
+        self.o = linear("o", arch.H * arch.E, arch.D)
+        self.gate = linear("gate", arch.D, arch.F)
+        self.up = linear("up", arch.D, arch.F)
+        self.down = linear("down", arch.F, arch.D)
 
         self.attention_norm = norm_scale("attention_norm", arch.D)
         self.mlp_norm = norm_scale("mlp_norm", arch.D)
@@ -158,7 +159,8 @@ class DecoderLayer(nn.Module):
         last_U = (lengths.prompt_U - 1)[:, None, None]
         x = jnp.concatenate([jnp.take_along_axis(x, last_U, 1), x[:, P:]], axis=1)
         h = jnp.concatenate([jnp.take_along_axis(h, last_U, 1), h[:, P:]], axis=1)
-        position = jnp.concatenate([last_U[..., 0], position_UxT[:, P:]], axis=1)
+        last = jnp.take_along_axis(position_UxT, last_U[..., 0], 1)
+        position = jnp.concatenate([last, position_UxT[:, P:]], axis=1)
         q = self._queries(self.q(h), position)
 
         prompt = KeyValue(k[:, :P], v[:, :P])
@@ -264,6 +266,7 @@ class Transformer(nn.Module):
             self.param("head", nn.initializers.normal(0.02), (arch.D, arch.V), c.param_dtype)
 
         ids_UxT, position_UxT = _rows_of_groups(prompt_UxP, prompt_len_U, trace_UxCxG)
+        last_position_UxT = rope_position(arch, arch.L - 1, position_UxT)
         lengths = _lengths(prompt_len_U, trace_UxCxG, trace_len_UxC)
         x = embed[ids_UxT].astype(c.compute_dtype)
 
@@ -272,22 +275,30 @@ class Transformer(nn.Module):
                 _rematerialised(c.remat, "__call__", in_scan=True),
                 variable_axes={"params": 0, "lora": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast),
+                in_axes=(0 if arch.unrotated else nn.broadcast, nn.broadcast),
                 length=arch.L - 1,
                 check_constancy_invariants=False,  # would trace the layer twice
             )
+            if arch.unrotated:
+                of_layers = [rope_position(arch, i, position_UxT) for i in range(arch.L - 1)]
+                position_UxT = jnp.stack(of_layers)
             x, _ = layers(c, P, C, name="layers")(x, position_UxT, lengths)
 
         if C:
             last_layer = _rematerialised(c.remat, "predict", in_scan=False)
-            x = last_layer(c, P, C, name="last_layer").predict(x, position_UxT, lengths)
+            x = last_layer(c, P, C, name="last_layer").predict(x, last_position_UxT, lengths)
             # Else the backward pass gathers every group's cotangent, to spare itself the weights.
             x = constrain_groups(x)
         else:
-            x, _ = DecoderLayer(c, P, name="last_layer")(x, position_UxT, lengths)
+            x, _ = DecoderLayer(c, P, name="last_layer")(x, last_position_UxT, lengths)
 
         norm = self.param("final_norm", nn.initializers.ones, (arch.D,), c.param_dtype)
         return rms_norm(x, norm, arch.norm_eps)
+
+
+def rope_position(arch: Architecture, layer: int, position: jax.Array) -> jax.Array:
+    """`position`, or zeros for a layer without rope: at position 0 nothing is rotated."""
+    return jnp.zeros_like(position) if layer in arch.unrotated else position
 
 
 def _rows_of_groups(

@@ -24,7 +24,7 @@ from spiral_jax.core.mesh import GROUP_AXES, constrain_groups
 from spiral_jax.model.attention.backends import make_page_backend
 from spiral_jax.model.attention.pages import Bundles, PageBackend, Pages, Places, Sequences
 from spiral_jax.model.attention.part import KeyValue
-from spiral_jax.model.transformer import DecoderLayer, rms_norm
+from spiral_jax.model.transformer import DecoderLayer, rms_norm, rope_position
 from spiral_jax.sampling.draw import draw_token
 from spiral_jax.sampling.keys import trace_keys, uniforms
 from spiral_jax.sampling.settings import DecodeSettings
@@ -249,8 +249,9 @@ def _next_logits(
     views = []
 
     x_ZxNxD = constrain_groups(weights.embed[now.token_ZxN])
-    for layer, view in zip(weights.layers, now.views, strict=True):
-        q, k, v = module.apply(layer, x_ZxNxD, position_ZxN, method="project")
+    for i, (layer, view) in enumerate(zip(weights.layers, now.views, strict=True)):
+        rotated_ZxN = rope_position(config.arch, i, position_ZxN)
+        q, k, v = module.apply(layer, x_ZxNxD, rotated_ZxN, method="project")
         attended, view = layers.step(view, q, KeyValue(k, v), places)
         views.append(view)
         x_ZxNxD = module.apply(layer, x_ZxNxD, attended, method="finish")
