@@ -33,7 +33,14 @@ from spiral_jax.model.attention.groups import (
     trace_attention,
 )
 from spiral_jax.model.attention.part import KeyValue, Lengths
-from spiral_jax.model.linear import INNER, PROJECTED, Linear, joint_linear
+from spiral_jax.model.linear import (
+    INNER,
+    PROJECTED,
+    JoinedLinear,
+    Linear,
+    join_linears,
+    joint_linear,
+)
 from spiral_jax.model.rope import rope
 
 
@@ -53,6 +60,8 @@ class ModelConfig:
         is xla.
       remat: what the backward pass keeps of each layer, one of `config.REMAT`; it computes the rest
         once more.
+      joined: how many parts the mesh axis `tensor` has, where projections of the same input are one
+        matrix, as decoding reads them (`join_projections`); 0: each is its own, as trained.
     """
 
     arch: Architecture
@@ -64,6 +73,7 @@ class ModelConfig:
     pages: str = XLA
     attention_block: int = 512
     remat: str = "layer"
+    joined: int = 0
 
 
 def with_matmul_precision(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,12 +124,22 @@ class DecoderLayer(nn.Module):
         def norm_scale(name: str, width: int) -> jax.Array:
             return self.param(name, nn.initializers.ones, (width,), c.param_dtype)
 
-        self.q = linear("q", arch.D, arch.H * arch.E)
-        self.k = linear("k", arch.D, arch.J * arch.E)
-        self.v = linear("v", arch.D, arch.J * arch.E)
+        def joined(names: tuple[str, ...], features: tuple[int, ...]) -> JoinedLinear:
+            rank, scale = len(names) * c.lora_rank, c.lora_alpha / max(1, c.lora_rank)
+            has_bias = names[0] in arch.family.biases
+            return JoinedLinear(arch.D, features, c.joined, c.param_dtype, rank, scale, has_bias)
+
+        own = arch.J * arch.E
+        if c.joined:
+            self.qkv = joined(QKV, (arch.H * arch.E, own, own))
+            self.gate_up = joined(GATE_UP, (arch.F, arch.F))
+        else:
+            self.q = linear("q", arch.D, arch.H * arch.E)
+            self.k = linear("k", arch.D, own)
+            self.v = linear("v", arch.D, own)
+            self.gate = linear("gate", arch.D, arch.F)
+            self.up = linear("up", arch.D, arch.F)
         self.o = linear("o", arch.H * arch.E, arch.D)
-        self.gate = linear("gate", arch.D, arch.F)
-        self.up = linear("up", arch.D, arch.F)
         self.down = linear("down", arch.F, arch.D)
 
         self.attention_norm = norm_scale("attention_norm", arch.D)
@@ -171,7 +191,10 @@ class DecoderLayer(nn.Module):
     def project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., D] at `position` [...] -> q [..., H, E], k and v [..., J, E]."""
         h = self._norm_before_attention(x)
-        q, k, v = joint_linear(h, self.q, self.k, self.v)
+        if self.config.joined:
+            q, k, v = self.qkv(h)
+        else:
+            q, k, v = joint_linear(h, self.q, self.k, self.v)
         return self._queries(q, position), *self._keys_values(k, v, position)
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
@@ -179,7 +202,10 @@ class DecoderLayer(nn.Module):
         x += self.o(attended.reshape(*x.shape[:-1], -1))
         h = rms_norm(x, self.mlp_norm, self.config.arch.norm_eps)
         with jax.named_scope("mlp"):
-            gate, up = joint_linear(h, self.gate, self.up)
+            if self.config.joined:
+                gate, up = self.gate_up(h)
+            else:
+                gate, up = joint_linear(h, self.gate, self.up)
             return x + self.down(nn.silu(gate) * up)
 
     def _norm_before_attention(self, x: jax.Array) -> jax.Array:
@@ -343,6 +369,21 @@ def unstack_layers(variables: dict[str, Any], L: int) -> tuple[dict[str, Any], .
     last = {name: tree["last_layer"] for name, tree in variables.items()}
     layers = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(L - 1)]
     return *layers, last
+
+
+QKV, GATE_UP = ("q", "k", "v"), ("gate", "up")  # projections that read the same input
+
+
+def join_projections(config: ModelConfig, layer: dict[str, Any]) -> dict[str, Any]:
+    """The variables of one layer as `DecoderLayer` takes them where `config.joined`."""
+    params, lora = dict(layer["params"]), dict(layer.get("lora", {}))
+
+    def join(names: tuple[str, ...]) -> dict[str, jax.Array]:
+        linears = [{**params.pop(name), **lora.pop(name, {})} for name in names]
+        return join_linears(linears, config.joined)
+
+    params |= {"qkv": join(QKV), "gate_up": join(GATE_UP)}
+    return {"params": params, **({"lora": lora} if lora else {})}
 
 
 def head_kernel(config: ModelConfig, params: dict[str, Any]) -> jax.Array:

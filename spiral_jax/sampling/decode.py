@@ -28,7 +28,7 @@ from spiral_jax.model.transformer import DecoderLayer, rms_norm, rope_position
 from spiral_jax.sampling.draw import draw_token
 from spiral_jax.sampling.keys import trace_keys, uniforms
 from spiral_jax.sampling.settings import DecodeSettings
-from spiral_jax.sampling.weights import DecodeWeights
+from spiral_jax.sampling.weights import DecodeWeights, decode_config
 
 DECODE_SCOPE = "decode"  # a plan finds the loop over tokens in a compiled program by this name
 
@@ -243,7 +243,8 @@ def _next_logits(
     runs_ZxN: jax.Array,
 ) -> tuple[tuple[Any, ...], jax.Array]:
     """The layers' views with the newest tokens in them, and float32 logits [Z, N, V]."""
-    config, module = settings.config, DecoderLayer(settings.config)
+    config = settings.config
+    module = DecoderLayer(decode_config(config, settings.mesh))
     position_ZxN = rows.prefix_ZxN + now.drawn_ZxN
     places = _places(rows, now.drawn_ZxN, runs_ZxN)
     views = []

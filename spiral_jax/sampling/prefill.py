@@ -19,7 +19,7 @@ from spiral_jax.model.attention.part import KeyValue
 from spiral_jax.model.transformer import DecoderLayer, rope_position
 from spiral_jax.sampling.decode import POOL_SPEC, Pool
 from spiral_jax.sampling.settings import DecodeSettings
-from spiral_jax.sampling.weights import DecodeWeights
+from spiral_jax.sampling.weights import DecodeWeights, decode_config
 
 PREFILL_SCOPE = "prefill"  # a plan finds the loop in a compiled program by this name
 
@@ -52,7 +52,8 @@ def prefill(
     arch = config.arch
     token_UxP = constrain_groups(new.token_ZxWxP.reshape(U, P_))
     length_U = constrain_groups(new.length_ZxW.reshape(U))
-    module, backend = DecoderLayer(config), make_prompt_backend(config.attention)
+    module = DecoderLayer(decode_config(config, settings.mesh))
+    backend = make_prompt_backend(config.attention)
 
     def run_chunk(i: jax.Array, stores: tuple[Any, ...]) -> tuple[Any, ...]:
         start = i * chunk
