@@ -22,6 +22,7 @@ import pytest
 from ml_collections import ConfigDict
 from small_verifier import REWARD_MODULE
 
+from benchmarks.family_cases import FIELDS, randomise
 from spiral_jax.core.mesh import make_mesh
 
 LONGEST_FIRST = ("commands", "run", "sampling", "learner", "model", "planning")
@@ -77,42 +78,6 @@ def mesh():
     """The mesh of all devices: 2 x 2 x 2 in a process with 8 of them, 1 x 1 x 1 with one."""
     cut = 2 if jax.device_count() % 8 == 0 else 1
     return make_mesh(ConfigDict({"data": -1, "fsdp": cut, "tensor": cut}))
-
-
-# Every field off its default; two families that differ in the norms of queries and keys alone.
-FIELDS = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-3,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 777.0},
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 640,
-    "eos_token_id": 5,
-}
-
-
-def randomise(model):
-    """Peaks attention: with transformers' own values a wrong rope theta would go unnoticed."""
-    import torch
-
-    torch.manual_seed(0)
-    normed = any("q_norm" in name for name, _ in model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "q_norm" in name or "k_norm" in name:
-                parameter.uniform_(0, 6)
-            elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-            elif not normed and ("q_proj" in name or "k_proj" in name):
-                parameter.normal_(0, 0.25)  # scores of order three without any norm
-            else:  # logits and activations of order one
-                parameter.normal_(0, 0.1)
-    return model.eval()
 
 
 @pytest.fixture(scope="session")

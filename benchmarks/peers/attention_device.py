@@ -152,7 +152,7 @@ def _prompts(attention: str, arrays: Arrays) -> jax.Array:
         lambda a: jnp.pad(a, ((0, 0), (0, -P % chunk), (0, 0), (0, 0))),
         (arrays.prompt_q, arrays.prompt),
     )
-    backend = make_prompt_backend(attention, jnp.dtype(DTYPE))
+    backend = make_prompt_backend(attention)
     length_U = jnp.full(U, P, jnp.int32)
     store = backend.empty(U, P + -P % chunk, arrays.prompt.k.shape[2], E, DTYPE)
 

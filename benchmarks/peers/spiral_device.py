@@ -36,7 +36,7 @@ from spiral_jax.learner.blocks import Block, abstract_block, make_blocks
 from spiral_jax.learner.settings import RoleShapes
 from spiral_jax.learner.state import init_state, variables
 from spiral_jax.model import hf
-from spiral_jax.model.attention.backends import refusal
+from spiral_jax.model.attention.backends import choose_page_backend, refusal
 from spiral_jax.model.flops import ideal_train_flops, prefill_flops
 from spiral_jax.model.transformer import ModelConfig, init_variables
 from spiral_jax.planning.inventory import Inventory, place_block, take_inventory
@@ -106,7 +106,10 @@ class SpiralDevice:
             return NO_ACCELERATOR
         arch = architecture(small)
         model = dataclasses.replace(
-            hf.model_config(arch, c.model), attention=attention, attention_block=XLA_BLOCK
+            hf.model_config(arch, c.model),
+            attention=attention,
+            pages=choose_page_backend(attention, device, arch.E),
+            attention_block=XLA_BLOCK,
         )
         reason = refusal(attention, device, model.compute_dtype, arch.E)
         if reason:

@@ -32,10 +32,13 @@ GPU_PLATFORMS = ("gpu", "cuda")  # of devices that are here, and of those that a
 _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(q|k|v|gate|up)/kernel$", ("fsdp", "tensor")),
     (r"/(o|down)/kernel$", ("tensor", "fsdp")),
+    (r"/(q|k|v|gate|up|qkv|gate_up)/bias$", ("tensor",)),
     (r"/(q|k|v|gate|up)/a$", ("fsdp", None)),
     (r"/(q|k|v|gate|up)/b$", (None, "tensor")),
     (r"/(o|down)/a$", ("tensor", None)),
     (r"/(o|down)/b$", (None, "fsdp")),
+    (r"/(qkv|gate_up)/kernel$", (None, "tensor")),  # of decode weights: `linear.JoinedLinear`
+    (r"/(qkv|gate_up)/a$", (None, None)),
     (r"(^|/)embed$", ("tensor", "fsdp")),
     (r"(^|/)head$", ("fsdp", "tensor")),
     (r"(^|/|_)norm$|count$|step$", ()),

@@ -110,9 +110,9 @@ def _schedule(o: OptimizerSettings) -> optax.Schedule:
 
 
 def _are_matrices(tree: Any) -> Any:
-    """Which leaves are matrices, by name: stacked scales of norms have two axes too."""
+    """Which leaves are matrices, by name: stacked norms and biases have two axes too."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: not path_name(path).endswith("norm"), tree
+        lambda path, _: not path_name(path).endswith(("norm", "bias")), tree
     )
 
 

@@ -20,7 +20,7 @@ from spiral_jax.model.transformer import ModelConfig, init_variables
 
 STEM = "adapter_model"
 _CONFIG = "adapter_config.json"
-_TARGETS = sorted(theirs.split(".")[1] for theirs in PROJECTIONS.values())
+TARGETS = sorted(theirs.split(".")[1] for theirs in PROJECTIONS.values())
 # Fields of adapter_config.json that do not change what a trained adapter computes. Any other must
 # be empty.
 _INERT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"}
@@ -57,8 +57,8 @@ def check_adapter(path: pathlib.Path, config: ModelConfig) -> None:
                 f"{getattr(config, ours)!r}: they must be equal."
             )
     targets = fields.get("target_modules")
-    if not isinstance(targets, list) or sorted(targets) != _TARGETS:
-        refuse("target_modules", f"the list of all of {', '.join(_TARGETS)}")
+    if not isinstance(targets, list) or sorted(targets) != TARGETS:
+        refuse("target_modules", f"the list of all of {', '.join(TARGETS)}")
     if fields.get("init_lora_weights") not in (True, False, None, "gaussian"):
         refuse("init_lora_weights", "true, false or 'gaussian'")  # others change the base weights
     for name, value in fields.items():
@@ -114,7 +114,7 @@ def save_adapter(path: pathlib.Path, lora: Any, config: ModelConfig, base: str) 
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": _TARGETS,
+        "target_modules": TARGETS,
         "fan_in_fan_out": False,
         "inference_mode": True,
     }

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
 import pathlib
 from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
 from spiral_jax.core.config import ConfigError
+from spiral_jax.model.config_fields import boolean, number, positive
+from spiral_jax.model.families import FAMILIES, MISSING, Family
+from spiral_jax.model.rope import Scaling, read_rope, rope_fields
 
-# model_type -> whether queries and keys of each head are normalised. The families differ in nothing
-# else that runs.
-_QK_NORM = {"qwen3": True, "llama": False}
 # Fields that change the computation, each with the values under which it does not.
 _NEUTRAL = {
     "attention_bias": (False, None),
@@ -32,12 +30,14 @@ _NEUTRAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Sizes and constants of a dense Qwen3 or Llama decoder.
+    """Sizes and constants of a decoder.
 
     Attributes:
       V, D, F, L, H, J, E: sizes by their axis letter (see `spiral_jax.core.groups`).
       tied: the head is the embedding.
-      qk_norm: queries and keys are normalised per head (Qwen3) or not (Llama).
+      family: what its layers compute.
+      rope_scaling: None: rope turns as `rope_theta` says.
+      unrotated: layers without rope.
     """
 
     V: int
@@ -50,13 +50,18 @@ class Architecture:
     norm_eps: float
     rope_theta: float
     tied: bool
-    qk_norm: bool = True
+    family: Family = FAMILIES["qwen3"]
+    rope_scaling: Scaling | None = None
+    unrotated: tuple[int, ...] = ()
 
     @property
     def parameters(self) -> int:
         """Number of base parameters."""
-        attention = self.D * self.E * 2 * (self.H + self.J) + (2 * self.E if self.qk_norm else 0)
-        layer = attention + 3 * self.D * self.F + 2 * self.D
+        heads, kv = self.H * self.E, self.J * self.E
+        columns = {"q": heads, "k": kv, "v": kv, "o": self.D}
+        vectors = 2 * self.D + (2 * self.E if self.family.qk_norm else 0)
+        vectors += sum(columns[name] for name in self.family.biases)
+        layer = 2 * self.D * (heads + kv) + 3 * self.D * self.F + vectors
         return self.L * layer + self.D + self.V * self.D * (1 if self.tied else 2)
 
 
@@ -89,41 +94,30 @@ def read_architecture(path: pathlib.Path) -> Architecture:
 def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
     """`fields` of a config.json -> Architecture.
 
-    Rope is understood in the spellings of transformers 4 and 5. Fields that older Llama files leave
-    out have the values that their authors' code gave them: see `_complete_llama`.
+    Rope is understood in the spellings of transformers 4 and 5. Fields that a family's
+    files may leave out have the values that their authors' code gave them: see `_completed`.
 
     Raises:
       ConfigError: begins with `where` and names the field.
     """
-    kind = fields.get("model_type")
-    if kind not in _QK_NORM:
-        raise ConfigError(
-            f"{where}: model_type = {kind!r} is not supported; supported: {', '.join(_QK_NORM)}."
-        )
-    for name, neutral in _NEUTRAL.items():
-        if name in fields and fields[name] not in neutral:
-            raise ConfigError(
-                f"{where}: {name} = {fields[name]!r} is not supported; must be {neutral[0]!r} or "
-                "absent."
-            )
-    windowed = [kind for kind in fields.get("layer_types") or [] if kind != "full_attention"]
-    if windowed:
-        raise ConfigError(
-            f"{where}: layer_types contains {windowed[0]!r}; only 'full_attention' is supported."
-        )
-    fields = _complete_llama(fields, where) if kind == "llama" else fields
+    family = _family(fields, where)
+    _refuse_unsupported(fields, family, where)
+    fields = _completed(fields, family, where)
+    theta, scaling = read_rope(fields, where, dict(family.unstated).get("rope_theta"))
     arch = Architecture(
-        V=_positive(fields, "vocab_size", where),
-        D=_positive(fields, "hidden_size", where),
-        F=_positive(fields, "intermediate_size", where),
-        L=_positive(fields, "num_hidden_layers", where),
-        H=_positive(fields, "num_attention_heads", where),
-        J=_positive(fields, "num_key_value_heads", where),
-        E=_positive(fields, "head_dim", where),
-        norm_eps=_number(fields, "rms_norm_eps", where),
-        rope_theta=_rope_theta(fields, where, unstated=10_000.0 if kind == "llama" else None),
-        tied=_boolean(fields, "tie_word_embeddings", where),
-        qk_norm=_QK_NORM[kind],
+        V=positive(fields, "vocab_size", where),
+        D=positive(fields, "hidden_size", where),
+        F=positive(fields, "intermediate_size", where),
+        L=positive(fields, "num_hidden_layers", where),
+        H=positive(fields, "num_attention_heads", where),
+        J=positive(fields, "num_key_value_heads", where),
+        E=positive(fields, "head_dim", where),
+        norm_eps=number(fields, "rms_norm_eps", where),
+        rope_theta=theta,
+        tied=boolean(fields, "tie_word_embeddings", where),
+        family=family,
+        rope_scaling=scaling,
+        unrotated=_unrotated(fields, where) if family.skips_rope else (),
     )
     if arch.H % arch.J:
         raise ConfigError(
@@ -133,7 +127,45 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
         raise ConfigError(
             f"{where}: head_dim = {arch.E}: must be even, as rope rotates its halves."
         )
+    if arch.unrotated and scaling and scaling.attention_factor != 1:
+        raise ConfigError(
+            f"{where}: rope_type 'yarn' is not supported with layers without rope "
+            "(no_rope_layers), as its attention_factor would stretch theirs too."
+        )
     return arch
+
+
+def _family(fields: dict[str, Any], where: str) -> Family:
+    kind = fields.get("model_type")
+    if kind not in FAMILIES:
+        lacks = f" It would need: {MISSING[kind]}." if kind in MISSING else ""
+        raise ConfigError(
+            f"{where}: model_type = {kind!r} is not supported; supported: "
+            f"{', '.join(FAMILIES)}.{lacks}"
+        )
+    return FAMILIES[kind]
+
+
+def _refuse_unsupported(fields: dict[str, Any], family: Family, where: str) -> None:
+    """Refuses fields that change the computation to one that we do not have."""
+    neutral = _NEUTRAL | {name: (value, None) for name, value in family.states}
+    for name, values in neutral.items():
+        if name in fields and name not in family.ignores and fields[name] not in values:
+            raise ConfigError(
+                f"{where}: {name} = {fields[name]!r} is not supported for model_type = "
+                f"{family.model_type!r}; must be {json.dumps(values[0])}."
+            )
+    for name in family.must_state:
+        if name not in fields:
+            raise ConfigError(
+                f"{where}: {name} is missing, for which {family.writes} has a default that is not "
+                f"supported; must be {json.dumps(dict(family.states)[name])}."
+            )
+    windowed = [kind for kind in fields.get("layer_types") or [] if kind != "full_attention"]
+    if windowed:
+        raise ConfigError(
+            f"{where}: layer_types contains {windowed[0]!r}; only 'full_attention' is supported."
+        )
 
 
 def check_mesh(arch: Architecture, mesh: Mesh | AbstractMesh) -> None:
@@ -163,8 +195,8 @@ def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
     It is in the spelling of the 2507 checkpoints.
     """
     return {
-        "architectures": ["Qwen3ForCausalLM" if arch.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if arch.qk_norm else "llama",
+        "architectures": [arch.family.writes],
+        "model_type": arch.family.model_type,
         "vocab_size": arch.V,
         "hidden_size": arch.D,
         "intermediate_size": arch.F,
@@ -173,26 +205,24 @@ def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
         "num_key_value_heads": arch.J,
         "head_dim": arch.E,
         "rms_norm_eps": arch.norm_eps,
-        "rope_theta": arch.rope_theta,
+        **rope_fields(arch.rope_theta, arch.rope_scaling),
         "tie_word_embeddings": arch.tied,
         "hidden_act": "silu",
-        "attention_bias": False,
-        **({"use_sliding_window": False} if arch.qk_norm else {"mlp_bias": False}),
+        **dict(arch.family.states),
+        **_skipping_fields(arch),
         "eos_token_id": list(stop_ids),
         "torch_dtype": "float32",
     }
 
 
-def _complete_llama(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    """`fields` with those of which files from before grouped queries and tying say nothing."""
-    heads = _positive(fields, "num_attention_heads", where)
-    width = _positive(fields, "hidden_size", where)
-    implied = {
-        "head_dim": width // heads,
-        "num_key_value_heads": heads,
-        "tie_word_embeddings": False,
-    }
-    missing = {name: value for name, value in implied.items() if fields.get(name) is None}
+def _completed(fields: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """`fields` with those that the family's files may leave out, but for rope_theta."""
+    heads = positive(fields, "num_attention_heads", where)
+    width = positive(fields, "hidden_size", where)
+    sizes = {"head_dim": width // heads, "num_key_value_heads": heads}
+    absent = dict(family.unstated) | {name: sizes[name] for name in family.implied}
+    missing = {name: value for name, value in absent.items() if fields.get(name) is None}
+    missing.pop("rope_theta", None)  # may be in rope_parameters
     if "head_dim" in missing and width % heads:
         raise ConfigError(
             f"{where}: head_dim is missing, and num_attention_heads = {heads} does not divide "
@@ -201,63 +231,26 @@ def _complete_llama(fields: dict[str, Any], where: str) -> dict[str, Any]:
     return fields | missing
 
 
-# Fields of a rope type that does not scale, beside rope_theta.
-_PLAIN_ROPE = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-
-
-def _rope_theta(fields: dict[str, Any], where: str, unstated: float | None) -> float:
-    """Plain rope alone: any other type, or a field that a scaled type would read, is an error."""
-    sources = [fields]
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = fields.get(name) or {}
-        if not isinstance(rope, dict):
-            raise ConfigError(f"{where}: {name} = {rope!r}: must be an object or absent.")
-        for key, value in rope.items():
-            plain = _PLAIN_ROPE.get(key)
-            if key != "rope_theta" and (plain is None or value != plain):
-                need = f"must be {plain!r}" if plain else "only unscaled rope is"
-                raise ConfigError(f"{where}: {name}.{key} = {value!r} is not supported; {need}.")
-        sources.append(rope)
-
-    stated = set()
-    for source in sources:
-        if source.get("rope_theta") is not None:
-            stated.add(_number(source, "rope_theta", where))
-    if not stated and unstated is not None:
-        return unstated
-    if len(stated) != 1:
-        what = f"contradicts itself: {sorted(stated)}" if stated else "is missing"
+def _unrotated(fields: dict[str, Any], where: str) -> tuple[int, ...]:
+    """Layers of which no_rope_layers says 0, or each that no_rope_layer_interval counts to."""
+    layers = positive(fields, "num_hidden_layers", where)
+    has_rope = fields.get("no_rope_layers")
+    if has_rope is None:
+        interval = positive(fields, "no_rope_layer_interval", where)
+        has_rope = [(layer + 1) % interval != 0 for layer in range(layers)]
+    elif (
+        not isinstance(has_rope, list)
+        or len(has_rope) < layers
+        or any(flag not in (0, 1) for flag in has_rope)
+    ):
         raise ConfigError(
-            f"{where}: rope_theta {what}. It must be given once, at the top or in rope_parameters."
+            f"{where}: no_rope_layers = {has_rope!r}: must be a list of 0 (no rope) and 1 (rope), "
+            f"one for each of the {layers} layers."
         )
-    return stated.pop()
+    return tuple(layer for layer in range(layers) if not has_rope[layer])
 
 
-def _positive(fields: dict[str, Any], name: str, where: str) -> int:
-    value = _field(fields, name, where)
-    if type(value) is not int or value < 1:  # a bool is an int to isinstance
-        raise ConfigError(f"{where}: {name} = {value!r}: must be a positive integer.")
-    return value
-
-
-def _number(fields: dict[str, Any], name: str, where: str) -> float:
-    value = _field(fields, name, where)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ConfigError(f"{where}: {name} = {value!r}: must be a positive number.")
-    return float(value)
-
-
-def _boolean(fields: dict[str, Any], name: str, where: str) -> bool:
-    value = _field(fields, name, where)
-    if type(value) is not bool:
-        raise ConfigError(f"{where}: {name} = {value!r}: must be true or false.")
-    return value
-
-
-def _field(fields: dict[str, Any], name: str, where: str) -> Any:
-    if fields.get(name) is None:
-        near = difflib.get_close_matches(name, fields, 1)
-        raise ConfigError(
-            f"{where}: {name} is missing{f'; did you mean {near[0]!r}?' if near else '.'}"
-        )
-    return fields[name]
+def _skipping_fields(arch: Architecture) -> dict[str, Any]:
+    if not arch.family.skips_rope:
+        return {}
+    return {"no_rope_layers": [int(layer not in arch.unrotated) for layer in range(arch.L)]}

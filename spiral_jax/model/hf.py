@@ -63,6 +63,7 @@ _PEFT = "base_model.model."  # PEFT names an adapter's weights so
 for _name, _theirs in PROJECTIONS.items():
     _module = f"model.layers.{{}}.{_theirs}"
     _LAYER[f"{_name}/kernel"] = (f"{_module}.weight", True)
+    _LAYER[f"{_name}/bias"] = (f"{_module}.bias", False)
     _LAYER[f"{_name}/a"] = (f"{_PEFT}{_module}.lora_A.weight", True)
     _LAYER[f"{_name}/b"] = (f"{_PEFT}{_module}.lora_B.weight", True)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,15 +19,15 @@ PROJECTED, INNER = "projected", "adapter_inner"
 
 
 class Linear(nn.Module):
-    """x W, plus (alpha / rank) x A B with adapters (LoRA, arXiv 2106.09685).
+    """x W, plus a bias, plus (alpha / rank) x A B with adapters (LoRA, arXiv 2106.09685).
 
-    W is [width, features], in `params`; A [width, rank] and B [rank, features] are float32, in
-    `lora`. B starts as zeros and so changes nothing.
+    W is [width, features] and the bias [features], in `params`; A [width, rank] and B [rank,
+    features] are float32, in `lora`. B starts as zeros and so changes nothing.
 
     Attributes:
       width: of what it reads.
       features: that it writes.
-      dtype: of W.
+      dtype: of W and of the bias.
       lora_rank: 0 = no adapter.
     """
 
@@ -34,10 +36,13 @@ class Linear(nn.Module):
     dtype: Any
     lora_rank: int
     lora_alpha: float
+    has_bias: bool = False
 
     def setup(self) -> None:
         size = (self.width, self.features)
         self.kernel = self.param("kernel", nn.initializers.normal(0.02), size, self.dtype)
+        if self.has_bias:
+            self.bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
         if not self.lora_rank:
             return
 
@@ -54,8 +59,9 @@ class Linear(nn.Module):
         return y
 
     def without_adapter(self, x_NxD: jax.Array) -> jax.Array:
-        """x W."""
-        return x_NxD @ self.kernel.astype(x_NxD.dtype)
+        """x W, plus the bias."""
+        y_NxF = x_NxD @ self.kernel.astype(x_NxD.dtype)
+        return y_NxF + self.bias.astype(x_NxD.dtype) if self.has_bias else y_NxF
 
 
 def joint_linear(x: jax.Array, *projections: Linear) -> list[jax.Array]:
@@ -75,6 +81,82 @@ def joint_linear(x: jax.Array, *projections: Linear) -> list[jax.Array]:
 
     named = [checkpoint_name(y_NxF, PROJECTED) for y_NxF in outputs]
     return [y_NxF.reshape(*x.shape[:-1], y_NxF.shape[-1]) for y_NxF in named]
+
+
+class JoinedLinear(nn.Module):
+    """What `joint_linear` makes of several projections, as one product: for decoding.
+
+    One matrix holds the W of all, and below it their B: [x, (alpha / rank) x A] times it is what
+    they and their adapters make of x. Few rows are decoded at once, so a product costs what its
+    weights take to read, and a narrow one hardly less than a wide one.
+
+    `kernel` is [width + rank, columns], `a` [width, rank], of all adapters, and `bias` [columns].
+    Columns come in blocks, each a part of every projection's, so that they can be cut between any
+    two blocks.
+
+    Attributes:
+      width: of what it reads.
+      features: that each projection writes.
+      blocks: divides all of them.
+      rank: of all adapters together.
+      scale: alpha / rank of one adapter.
+    """
+
+    width: int
+    features: tuple[int, ...]
+    blocks: int
+    dtype: Any
+    rank: int
+    scale: float
+    has_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """x [..., width] -> [..., features] of each, in x's dtype."""
+        columns = sum(self.features)
+
+        def weight(name: str, *shape: int) -> jax.Array:
+            return self.param(name, nn.initializers.zeros, shape, self.dtype).astype(x.dtype)
+
+        rows_NxK = layouts.token_rows(x)
+        kernel = weight("kernel", self.width + self.rank, columns)
+        if self.rank:
+            inner_NxR = self.scale * (rows_NxK @ weight("a", self.width, self.rank))
+            rows_NxK = jnp.concatenate([rows_NxK, inner_NxR], axis=1)
+        y = rows_NxK @ kernel
+        if self.has_bias:
+            y += weight("bias", columns)
+
+        by_block = y.reshape(*x.shape[:-1], self.blocks, -1)
+        ends = list(itertools.accumulate(F // self.blocks for F in self.features))
+        parts = jnp.split(by_block, ends[:-1], axis=-1)
+        return [y.reshape(*x.shape[:-1], F) for y, F in zip(parts, self.features, strict=True)]
+
+
+def join_linears(linears: Sequence[dict[str, jax.Array]], blocks: int) -> dict[str, jax.Array]:
+    """The variables of a `JoinedLinear`.
+
+    Args:
+      linears: those of each projection: `kernel`, and all or none with `bias`, or with `a` and `b`.
+    """
+
+    def side_by_side(parts: Sequence[jax.Array]) -> jax.Array:
+        by_block = [part.reshape(len(part), blocks, -1) for part in parts]
+        return jnp.concatenate(by_block, axis=2).reshape(len(parts[0]), -1)
+
+    def in_own_columns(own: dict[str, jax.Array]) -> jax.Array:
+        """An adapter's B; zeros in the columns of the other projections."""
+        return side_by_side(
+            [linear["b"] if linear is own else jnp.zeros_like(linear["b"]) for linear in linears]
+        )
+
+    rows, joined = [side_by_side([linear["kernel"] for linear in linears])], {}
+    if "a" in linears[0]:
+        rows += [in_own_columns(linear) for linear in linears]
+        joined["a"] = jnp.concatenate([linear["a"] for linear in linears], axis=1)
+    if "bias" in linears[0]:
+        joined["bias"] = side_by_side([linear["bias"][None] for linear in linears])[0]
+    return joined | {"kernel": jnp.concatenate(rows, axis=0)}
 
 
 _Arrays = tuple[jax.Array, ...]  # one for each adapter

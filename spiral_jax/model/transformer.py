@@ -1,4 +1,4 @@
-"""Qwen3 and Llama decoders in Flax Linen, purely functional: used by `init` and `apply` alone.
+"""Decoders in Flax Linen, purely functional: used by `init` and `apply` alone.
 
 Collections: `params` (the base, or what full fine-tuning trains) and `lora` (adapters; absent at
 rank 0). Both hold `layers`, the first L - 1 layers stacked (absent where L = 1), and `last_layer`:
@@ -33,7 +33,15 @@ from spiral_jax.model.attention.groups import (
     trace_attention,
 )
 from spiral_jax.model.attention.part import KeyValue, Lengths
-from spiral_jax.model.linear import INNER, PROJECTED, Linear, joint_linear
+from spiral_jax.model.linear import (
+    INNER,
+    PROJECTED,
+    JoinedLinear,
+    Linear,
+    join_linears,
+    joint_linear,
+)
+from spiral_jax.model.rope import rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,8 @@ class ModelConfig:
         is xla.
       remat: what the backward pass keeps of each layer, one of `config.REMAT`; it computes the rest
         once more.
+      joined: how many parts the mesh axis `tensor` has, where projections of the same input are one
+        matrix, as decoding reads them (`join_projections`); 0: each is its own, as trained.
     """
 
     arch: Architecture
@@ -63,6 +73,7 @@ class ModelConfig:
     pages: str = XLA
     attention_block: int = 512
     remat: str = "layer"
+    joined: int = 0
 
 
 def with_matmul_precision(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,19 +100,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (y * scale.astype(jnp.float32)).astype(x.dtype).reshape(x.shape)
 
 
-def rope(x: jax.Array, position: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding, halves rotated against each other.
-
-    x [..., heads, E], position [...] int32.
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 class DecoderLayer(nn.Module):
     """One layer: `__call__` and `predict` run groups, `project` and `finish` surround attention.
 
@@ -119,23 +117,34 @@ class DecoderLayer(nn.Module):
     def setup(self) -> None:
         c, arch = self.config, self.config.arch
 
-        def linear(width: int, features: int) -> Linear:
-            return Linear(width, features, c.param_dtype, c.lora_rank, c.lora_alpha)
+        def linear(name: str, width: int, features: int) -> Linear:
+            has_bias = name in arch.family.biases
+            return Linear(width, features, c.param_dtype, c.lora_rank, c.lora_alpha, has_bias)
 
         def norm_scale(name: str, width: int) -> jax.Array:
             return self.param(name, nn.initializers.ones, (width,), c.param_dtype)
 
-        self.q = linear(arch.D, arch.H * arch.E)
-        self.k = linear(arch.D, arch.J * arch.E)
-        self.v = linear(arch.D, arch.J * arch.E)
-        self.o = linear(arch.H * arch.E, arch.D)
-        self.gate = linear(arch.D, arch.F)
-        self.up = linear(arch.D, arch.F)
-        self.down = linear(arch.F, arch.D)
+        def joined(names: tuple[str, ...], features: tuple[int, ...]) -> JoinedLinear:
+            rank, scale = len(names) * c.lora_rank, c.lora_alpha / max(1, c.lora_rank)
+            has_bias = names[0] in arch.family.biases
+            return JoinedLinear(arch.D, features, c.joined, c.param_dtype, rank, scale, has_bias)
+
+        own = arch.J * arch.E
+        if c.joined:
+            self.qkv = joined(QKV, (arch.H * arch.E, own, own))
+            self.gate_up = joined(GATE_UP, (arch.F, arch.F))
+        else:
+            self.q = linear("q", arch.D, arch.H * arch.E)
+            self.k = linear("k", arch.D, own)
+            self.v = linear("v", arch.D, own)
+            self.gate = linear("gate", arch.D, arch.F)
+            self.up = linear("up", arch.D, arch.F)
+        self.o = linear("o", arch.H * arch.E, arch.D)
+        self.down = linear("down", arch.F, arch.D)
 
         self.attention_norm = norm_scale("attention_norm", arch.D)
         self.mlp_norm = norm_scale("mlp_norm", arch.D)
-        if arch.qk_norm:
+        if arch.family.qk_norm:
             self.q_norm = norm_scale("q_norm", arch.E)
             self.k_norm = norm_scale("k_norm", arch.E)
 
@@ -170,7 +179,8 @@ class DecoderLayer(nn.Module):
         last_U = (lengths.prompt_U - 1)[:, None, None]
         x = jnp.concatenate([jnp.take_along_axis(x, last_U, 1), x[:, P:]], axis=1)
         h = jnp.concatenate([jnp.take_along_axis(h, last_U, 1), h[:, P:]], axis=1)
-        position = jnp.concatenate([last_U[..., 0], position_UxT[:, P:]], axis=1)
+        last = jnp.take_along_axis(position_UxT, last_U[..., 0], 1)
+        position = jnp.concatenate([last, position_UxT[:, P:]], axis=1)
         q = self._queries(self.q(h), position)
 
         prompt = KeyValue(k[:, :P], v[:, :P])
@@ -181,7 +191,10 @@ class DecoderLayer(nn.Module):
     def project(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., D] at `position` [...] -> q [..., H, E], k and v [..., J, E]."""
         h = self._norm_before_attention(x)
-        q, k, v = joint_linear(h, self.q, self.k, self.v)
+        if self.config.joined:
+            q, k, v = self.qkv(h)
+        else:
+            q, k, v = joint_linear(h, self.q, self.k, self.v)
         return self._queries(q, position), *self._keys_values(k, v, position)
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
@@ -189,7 +202,10 @@ class DecoderLayer(nn.Module):
         x += self.o(attended.reshape(*x.shape[:-1], -1))
         h = rms_norm(x, self.mlp_norm, self.config.arch.norm_eps)
         with jax.named_scope("mlp"):
-            gate, up = joint_linear(h, self.gate, self.up)
+            if self.config.joined:
+                gate, up = self.gate_up(h)
+            else:
+                gate, up = joint_linear(h, self.gate, self.up)
             return x + self.down(nn.silu(gate) * up)
 
     def _norm_before_attention(self, x: jax.Array) -> jax.Array:
@@ -198,18 +214,18 @@ class DecoderLayer(nn.Module):
     def _queries(self, projected: jax.Array, position: jax.Array) -> jax.Array:
         arch = self.config.arch
         q = self._split_heads(projected)
-        if arch.qk_norm:
+        if arch.family.qk_norm:
             q = rms_norm(q, self.q_norm, arch.norm_eps)
-        return rope(q, position, arch.rope_theta)
+        return rope(q, position, arch.rope_theta, arch.rope_scaling)
 
     def _keys_values(
         self, projected_k: jax.Array, projected_v: jax.Array, position: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         arch = self.config.arch
         k, v = self._split_heads(projected_k), self._split_heads(projected_v)
-        if arch.qk_norm:
+        if arch.family.qk_norm:
             k = rms_norm(k, self.k_norm, arch.norm_eps)
-        return rope(k, position, arch.rope_theta), v
+        return rope(k, position, arch.rope_theta, arch.rope_scaling), v
 
     def _split_heads(self, projected: jax.Array) -> jax.Array:
         return projected.reshape(*projected.shape[:-1], -1, self.config.arch.E)
@@ -276,6 +292,7 @@ class Transformer(nn.Module):
             self.param("head", nn.initializers.normal(0.02), (arch.D, arch.V), c.param_dtype)
 
         ids_UxT, position_UxT = _rows_of_groups(prompt_UxP, prompt_len_U, trace_UxCxG)
+        last_position_UxT = rope_position(arch, arch.L - 1, position_UxT)
         lengths = _lengths(prompt_len_U, trace_UxCxG, trace_len_UxC)
         x = embed[ids_UxT].astype(c.compute_dtype)
 
@@ -284,22 +301,30 @@ class Transformer(nn.Module):
                 _rematerialised(c.remat, "__call__", in_scan=True),
                 variable_axes={"params": 0, "lora": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast),
+                in_axes=(0 if arch.unrotated else nn.broadcast, nn.broadcast),
                 length=arch.L - 1,
                 check_constancy_invariants=False,  # would trace the layer twice
             )
+            if arch.unrotated:
+                of_layers = [rope_position(arch, i, position_UxT) for i in range(arch.L - 1)]
+                position_UxT = jnp.stack(of_layers)
             x, _ = layers(c, P, C, name="layers")(x, position_UxT, lengths)
 
         if C:
             last_layer = _rematerialised(c.remat, "predict", in_scan=False)
-            x = last_layer(c, P, C, name="last_layer").predict(x, position_UxT, lengths)
+            x = last_layer(c, P, C, name="last_layer").predict(x, last_position_UxT, lengths)
             # Else the backward pass gathers every group's cotangent, to spare itself the weights.
             x = constrain_groups(x)
         else:
-            x, _ = DecoderLayer(c, P, name="last_layer")(x, position_UxT, lengths)
+            x, _ = DecoderLayer(c, P, name="last_layer")(x, last_position_UxT, lengths)
 
         norm = self.param("final_norm", nn.initializers.ones, (arch.D,), c.param_dtype)
         return rms_norm(x, norm, arch.norm_eps)
+
+
+def rope_position(arch: Architecture, layer: int, position: jax.Array) -> jax.Array:
+    """`position`, or zeros for a layer without rope: at position 0 nothing is rotated."""
+    return jnp.zeros_like(position) if layer in arch.unrotated else position
 
 
 def _rows_of_groups(
@@ -344,6 +369,21 @@ def unstack_layers(variables: dict[str, Any], L: int) -> tuple[dict[str, Any], .
     last = {name: tree["last_layer"] for name, tree in variables.items()}
     layers = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(L - 1)]
     return *layers, last
+
+
+QKV, GATE_UP = ("q", "k", "v"), ("gate", "up")  # projections that read the same input
+
+
+def join_projections(config: ModelConfig, layer: dict[str, Any]) -> dict[str, Any]:
+    """The variables of one layer as `DecoderLayer` takes them where `config.joined`."""
+    params, lora = dict(layer["params"]), dict(layer.get("lora", {}))
+
+    def join(names: tuple[str, ...]) -> dict[str, jax.Array]:
+        linears = [{**params.pop(name), **lora.pop(name, {})} for name in names]
+        return join_linears(linears, config.joined)
+
+    params |= {"qkv": join(QKV), "gate_up": join(GATE_UP)}
+    return {"params": params, **({"lora": lora} if lora else {})}
 
 
 def head_kernel(config: ModelConfig, params: dict[str, Any]) -> jax.Array:

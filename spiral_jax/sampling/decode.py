@@ -24,11 +24,11 @@ from spiral_jax.core.mesh import GROUP_AXES, constrain_groups
 from spiral_jax.model.attention.backends import make_page_backend
 from spiral_jax.model.attention.pages import Bundles, PageBackend, Pages, Places, Sequences
 from spiral_jax.model.attention.part import KeyValue
-from spiral_jax.model.transformer import DecoderLayer, rms_norm
+from spiral_jax.model.transformer import DecoderLayer, rms_norm, rope_position
 from spiral_jax.sampling.draw import draw_token
 from spiral_jax.sampling.keys import trace_keys, uniforms
 from spiral_jax.sampling.settings import DecodeSettings
-from spiral_jax.sampling.weights import DecodeWeights
+from spiral_jax.sampling.weights import DecodeWeights, decode_config
 
 DECODE_SCOPE = "decode"  # a plan finds the loop over tokens in a compiled program by this name
 
@@ -243,14 +243,16 @@ def _next_logits(
     runs_ZxN: jax.Array,
 ) -> tuple[tuple[Any, ...], jax.Array]:
     """The layers' views with the newest tokens in them, and float32 logits [Z, N, V]."""
-    config, module = settings.config, DecoderLayer(settings.config)
+    config = settings.config
+    module = DecoderLayer(decode_config(config, settings.mesh))
     position_ZxN = rows.prefix_ZxN + now.drawn_ZxN
     places = _places(rows, now.drawn_ZxN, runs_ZxN)
     views = []
 
     x_ZxNxD = constrain_groups(weights.embed[now.token_ZxN])
-    for layer, view in zip(weights.layers, now.views, strict=True):
-        q, k, v = module.apply(layer, x_ZxNxD, position_ZxN, method="project")
+    for i, (layer, view) in enumerate(zip(weights.layers, now.views, strict=True)):
+        rotated_ZxN = rope_position(config.arch, i, position_ZxN)
+        q, k, v = module.apply(layer, x_ZxNxD, rotated_ZxN, method="project")
         attended, view = layers.step(view, q, KeyValue(k, v), places)
         views.append(view)
         x_ZxNxD = module.apply(layer, x_ZxNxD, attended, method="finish")

@@ -16,10 +16,10 @@ from spiral_jax.core import mesh as meshes
 from spiral_jax.core.mesh import GROUP_AXES, constrain_groups
 from spiral_jax.model.attention.backends import make_page_backend, make_prompt_backend
 from spiral_jax.model.attention.part import KeyValue
-from spiral_jax.model.transformer import DecoderLayer
+from spiral_jax.model.transformer import DecoderLayer, rope_position
 from spiral_jax.sampling.decode import POOL_SPEC, Pool
 from spiral_jax.sampling.settings import DecodeSettings
-from spiral_jax.sampling.weights import DecodeWeights
+from spiral_jax.sampling.weights import DecodeWeights, decode_config
 
 PREFILL_SCOPE = "prefill"  # a plan finds the loop in a compiled program by this name
 
@@ -52,7 +52,8 @@ def prefill(
     arch = config.arch
     token_UxP = constrain_groups(new.token_ZxWxP.reshape(U, P_))
     length_U = constrain_groups(new.length_ZxW.reshape(U))
-    module, backend = DecoderLayer(config), make_prompt_backend(config.attention)
+    module = DecoderLayer(decode_config(config, settings.mesh))
+    backend = make_prompt_backend(config.attention)
 
     def run_chunk(i: jax.Array, stores: tuple[Any, ...]) -> tuple[Any, ...]:
         start = i * chunk
@@ -60,8 +61,9 @@ def prefill(
         position_UxT = jnp.broadcast_to(start + jnp.arange(chunk), (U, chunk))
 
         x_UxTxD, filled = constrain_groups(weights.embed[ids_UxT]), []
-        for layer, store in zip(weights.layers, stores, strict=True):
-            q, k, v = module.apply(layer, x_UxTxD, position_UxT, method="project")
+        for number, (layer, store) in enumerate(zip(weights.layers, stores, strict=True)):
+            rotated_UxT = rope_position(arch, number, position_UxT)
+            q, k, v = module.apply(layer, x_UxTxD, rotated_UxT, method="project")
             attended, store = backend.attend(store, q, KeyValue(k, v), start, length_U)
             x_UxTxD = module.apply(layer, x_UxTxD, attended, method="finish")
             filled.append(store)

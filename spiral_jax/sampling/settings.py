@@ -150,11 +150,12 @@ def kernel_chunk(prompt: int, least: int) -> int:
     Even, so that the last one is not half empty.
 
     Args:
-      prompt: tokens of the longest prompt; a shorter one than a chunk is one chunk.
+      prompt: tokens of the longest prompt; a shorter one than a chunk is one chunk, rounded up to
+        what kernels take, as they would pad it.
       least: tokens that a chunk has at least, if that is more.
     """
     chunk = -(-prompt // max(1, prompt // max(least, KERNEL_CHUNK)))
-    return min(chunk + -chunk % KERNEL_TILE, prompt)
+    return chunk if prompt < KERNEL_TILE else chunk + -chunk % KERNEL_TILE
 
 
 def make_decode_settings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,6 +15,7 @@ from spiral_jax.model.transformer import (
     ModelConfig,
     head_kernel,
     init_variables,
+    join_projections,
     unstack_layers,
 )
 
@@ -22,7 +24,8 @@ from spiral_jax.model.transformer import (
 class DecodeWeights:
     """Weights in the compute dtype, replicated over groups and cut along `tensor` only.
 
-    Adapters stay apart from the base.
+    Adapters are not added to the base, which would round them to its dtype. Projections that read
+    the same input are one matrix, with B of their adapters below it (`linear.JoinedLinear`).
 
     Attributes:
       embed: [V, D].
@@ -38,16 +41,22 @@ class DecodeWeights:
     layers: tuple[dict[str, Any], ...]
 
 
+def decode_config(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """Of the `DecoderLayer` that takes `DecodeWeights.layers`."""
+    return dataclasses.replace(config, joined=mesh.shape["tensor"])
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def lay_out(variables: dict[str, Any], config: ModelConfig, mesh: Mesh) -> DecodeWeights:
     """`DecodeWeights` from the model's collections, wherever those lie."""
     variables = jax.tree.map(lambda a: a.astype(config.compute_dtype), variables)
-    params = variables["params"]
+    params, joined = variables["params"], decode_config(config, mesh)
+    layers = unstack_layers(variables, config.arch.L)
     weights = DecodeWeights(
         embed=params["embed"],
         head=head_kernel(config, params),
         final_norm=params["final_norm"],
-        layers=unstack_layers(variables, config.arch.L),
+        layers=tuple(join_projections(joined, layer) for layer in layers),
     )
     place = meshes.weight_shardings(weights, mesh, decode=True)
     return jax.lax.with_sharding_constraint(weights, place)

@@ -152,7 +152,7 @@ def test_placed_arrays_are_those_of_the_host():
 
 
 @pytest.mark.parametrize(
-    "name", ["params", "layers/q/bias", "layers/q", "layers/rotary/kernel", "layers/q/kernel/x"]
+    "name", ["params", "layers/o/bias", "layers/q", "layers/rotary/kernel", "layers/q/kernel/x"]
 )
 def test_an_unknown_path_is_an_error_that_names_it(name):
     with pytest.raises(KeyError, match=name):
@@ -171,6 +171,7 @@ def test_an_unknown_path_is_an_error_that_names_it(name):
             (f"layers/{n}/kernel", (3, 48, 96), P(None, "fsdp", "tensor"), P(None, None, "tensor"))
             for n in "qkv"
         ],
+        ("layers/k/bias", (3, 96), P(None, "tensor"), P(None, "tensor")),
         ("layers/up/kernel", (3, 48, 80), P(None, "fsdp", "tensor"), P(None, None, "tensor")),
         ("layers/o/kernel", (3, 96, 48), P(None, "tensor", "fsdp"), P(None, "tensor", None)),
         ("layers/down/kernel", (3, 80, 48), P(None, "tensor", "fsdp"), P(None, "tensor", None)),

@@ -8,11 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spiral_jax.model.attention import pages_gpu, pages_kernels
+from spiral_jax.model.attention import pages_gpu, pages_gpu_write
 from spiral_jax.model.attention.pages import Bundles, Places, Sequences
-from spiral_jax.model.attention.pages_kernels import KernelPages
+from spiral_jax.model.attention.pages_kernels import (
+    KernelPages,
+    empty_pages,
+    scatter_pages,
+    write_then_attend,
+)
 from spiral_jax.model.attention.pages_xla import XlaPages
-from spiral_jax.model.attention.part import KeyValue
+from spiral_jax.model.attention.part import MASKED, KeyValue, Part
 
 PAGE, J, R, E, W = 16, 2, 2, 16, 2
 PROMPTS = np.array([0, 1, 16, 40])  # of four groups
@@ -26,13 +31,41 @@ STEPS = ((0, 15), (15, 17), (17, OWN))  # chunks: their first tokens, and their 
 ERROR = {"float32": 1e-5, "int8": 0.05}
 
 
-def interpreted(*arguments):
-    return pages_gpu.attend_pages(*arguments, interpret=True)
+def write_plainly(pages, newest, page_N, offset_N):
+    return {name: pool.at[page_N, :, offset_N].set(newest[name]) for name, pool in pages.items()}
 
 
+def attend_plainly(q_SxJxNxE, pages, table_SxT, length_S):
+    """What a kernel that attends returns, by a softmax over all tokens of the pages."""
+    S, T = table_SxT.shape
+    visible_SxK = jnp.arange(T * PAGE) < length_S[:, None]
+
+    def tokens_of(name):
+        a = pages[name][jnp.clip(table_SxT, 0, len(pages[name]) - 1)].astype(jnp.float32)
+        if f"{name}_scale" in pages:
+            a *= pages[f"{name}_scale"][table_SxT][..., None]
+        a = jnp.moveaxis(a, 2, 1).reshape(S, J, T * PAGE, E)
+        return jnp.where(visible_SxK[:, None, :, None], a, 0)
+
+    score = jnp.einsum("sjne,sjke->sjnk", q_SxJxNxE, tokens_of("k"))
+    score = jnp.where(visible_SxK[:, None, None], score, MASKED)
+    top = jnp.max(score, axis=-1)
+    weight = jnp.where(visible_SxK[:, None, None], jnp.exp(score - top[..., None]), 0)
+    values = jnp.einsum("sjnk,sjke->sjne", weight, tokens_of("v"))
+    return Part(values, top, jnp.sum(weight, axis=-1))
+
+
+INTERPRETED = {"interpret": jax.default_backend() != "gpu"}
 BACKENDS = {
     "xla": XlaPages(),
-    "kernels": KernelPages(pages_kernels.empty_pages, pages_kernels.scatter_tokens, interpreted),
+    "two kernels": KernelPages(
+        empty_pages, scatter_pages, write_then_attend(write_plainly, attend_plainly)
+    ),
+    "gpu": KernelPages(
+        empty_pages,
+        functools.partial(pages_gpu_write.write_pages, **INTERPRETED),
+        functools.partial(pages_gpu.attend_newest, **INTERPRETED),
+    ),
 }
 
 

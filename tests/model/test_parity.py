@@ -21,6 +21,7 @@ from small_model import (
 
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
+from spiral_jax.model.families import FAMILIES
 from spiral_jax.model.transformer import ModelConfig
 
 PARITY = 1e-4  # float32 against float32 in another order of sums, logits up to about 3
@@ -73,7 +74,7 @@ def logprob_gap_to_transformers(model, mesh, config, params):
 
 @pytest.fixture(params=["qwen3", "llama"])
 def make_checkpoint(request, qwen3_checkpoint, llama_checkpoint):
-    """One of conftest's makers; whether it is Qwen3 says `read_architecture(...).qk_norm`."""
+    """One of conftest's makers."""
     return {"qwen3": qwen3_checkpoint, "llama": llama_checkpoint}[request.param]
 
 
@@ -87,8 +88,8 @@ def test_logits_and_logprobs_are_those_of_transformers(
     )
     assert len(list(directory.glob("model-*.safetensors"))) > 5
     config, params = load(directory, mesh, attention_block=block)
-    qk_norm = model.config.model_type == "qwen3"
-    assert config.arch == dataclasses.replace(ARCH, J=kv_heads, tied=tied, qk_norm=qk_norm)
+    family = FAMILIES[model.config.model_type]
+    assert config.arch == dataclasses.replace(ARCH, J=kv_heads, tied=tied, family=family)
     assert config.arch.E != config.arch.D / config.arch.H
     assert gap_to_transformers(model, mesh, config, params) <= PARITY
     assert logprob_gap_to_transformers(model, mesh, config, params) <= PARITY
@@ -151,11 +152,11 @@ QWEN3_MUTATIONS = MUTATIONS | {
     "H, J and E with the same products": ({"H": 12, "J": 6, "E": 8}, eight_wide_heads),
     "no q_norm": ({}, of_leaf("q_norm", jnp.ones_like)),
     "no k_norm": ({}, of_leaf("k_norm", jnp.ones_like)),
-    "qk_norm": ({"qk_norm": False}, None),  # Linen ignores the norms' parameters then
+    "qk_norm": ({"family": FAMILIES["llama"]}, None),  # Linen ignores the norms' parameters then
 }
 LLAMA_MUTATIONS = MUTATIONS | {
     "H, J and E with the same products": ({"H": 12, "J": 6, "E": 8}, None),
-    "qk_norm": ({"qk_norm": True}, norms_of_ones),
+    "qk_norm": ({"family": FAMILIES["qwen3"]}, norms_of_ones),
 }
 
 

@@ -12,7 +12,7 @@ from spiral_jax.core.mesh import GPU_PLATFORMS
 from spiral_jax.model.attention import (
     gpu,
     pages_gpu,
-    pages_kernels,
+    pages_gpu_write,
     pages_tpu,
     pages_tpu_write,
     tpu,
@@ -20,7 +20,12 @@ from spiral_jax.model.attention import (
 from spiral_jax.model.attention.groups import Backend
 from spiral_jax.model.attention.kernels import Kernels
 from spiral_jax.model.attention.pages import PageBackend
-from spiral_jax.model.attention.pages_kernels import KernelPages, scatter_tokens
+from spiral_jax.model.attention.pages_kernels import (
+    KernelPages,
+    empty_pages,
+    scatter_pages,
+    write_then_attend,
+)
 from spiral_jax.model.attention.pages_xla import XlaPages
 from spiral_jax.model.attention.prompts import KernelPrompts, PromptBackend, XlaPrompts
 from spiral_jax.model.attention.xla import Xla
@@ -51,8 +56,9 @@ def make_page_backend(name: str) -> PageBackend:
     if name == XLA:
         return XlaPages()
     if name == GPU:
-        return KernelPages(pages_kernels.empty_pages, scatter_tokens, pages_gpu.attend_pages)
-    return KernelPages(pages_tpu.empty_pages, pages_tpu_write.write_tokens, pages_tpu.attend_pages)
+        return KernelPages(empty_pages, pages_gpu_write.write_pages, pages_gpu.attend_newest)
+    attend_newest = write_then_attend(pages_tpu_write.write_tokens, pages_tpu.attend_pages)
+    return KernelPages(pages_tpu.empty_pages, scatter_pages, attend_newest)
 
 
 def choose_page_backend(asked: str, device: jax.Device, E: int) -> str:

@@ -73,7 +73,7 @@ class Kernels:
         self,
         q_UxTxHxE: jax.Array,
         own: KeyValue,
-        before: KeyValue,
+        before: KeyValue | None,
         start: jax.Array,
         prompt_len_U: jax.Array,
     ) -> jax.Array:
@@ -81,7 +81,7 @@ class Kernels:
 
         Args:
           own: [U, T, J, E], the chunk's.
-          before: [U, P, J, E], of which the first `start` tokens are there.
+          before: [U, P, J, E], of which the first `start` tokens are there; None: nothing is.
         """
         groups = P(GROUP_AXES)
         return _on_shards(self._attend_chunk, (_PROMPT, _PROMPT, _PROMPT, P(), groups), _PROMPT)(
@@ -92,13 +92,15 @@ class Kernels:
         self,
         q: jax.Array,
         own: KeyValue,
-        before: KeyValue,
+        before: KeyValue | None,
         start: jax.Array,
         prompt_len_U: jax.Array,
     ) -> jax.Array:
         length_U = jnp.clip(prompt_len_U - start, 0, q.shape[1])
-        before_U = jnp.minimum(prompt_len_U, start)
         of_own = self.part_forward(q, own.k, own.v, length_U, length_U, causal=True)
+        if before is None:
+            return of_own.out_BxTxHxE
+        before_U = jnp.minimum(prompt_len_U, start)
         of_before = self.part_forward(q, before.k, before.v, length_U, before_U, causal=False)
         return merge(of_own, of_before).out_BxTxHxE
 

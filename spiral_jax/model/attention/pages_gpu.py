@@ -1,20 +1,26 @@
-"""Decode attention over pages on GPUs: one Pallas kernel, lowered by Triton.
+"""Decode attention over pages on GPUs: two Pallas kernels a layer, lowered by Triton.
+
+    read_prompts   queries of a bundle's rows -> what they see of their prompt, row by row
+    read_own       each row writes its newest key and value, and goes on from what it saw of its
+                   prompt, through its own tokens -> attention of the row
+
+A token of a small model takes as long as the kernels that it starts, so these two do what is around
+them too: they gather queries by bundle, write pages, and join the parts of a softmax.
 
 A program of the grid takes the queries of one key head of a sequence, and a share of its keys: with
-few long sequences there would else be fewer programs than a GPU has multiprocessors (16 groups of 8
-key heads are 128 on the 132 of an H100, and each would wait for its own copies alone). XLA joins
-the shares.
+few long sequences there would else be fewer programs than a GPU has multiprocessors. XLA joins the
+shares of a row's own tokens, where there are several.
 
 Loads are masked by length, so nothing is read that is not used, and what lies there reaches
 nothing. Page numbers behind a length are not looked at.
 
-Why Triton, which jax deprecates from 0.11 on: its example of such a kernel was measured as fast as
-cuDNN's paged attention, which takes neither int8 nor float32 and has no public name in jax; and
-such kernels can be interpreted on a CPU. Decoding is bound by memory, so Mosaic GPU's larger matrix
-instructions, of at least 64 rows where these heads have 4 to 32, would gain nothing. This kernel
-has been interpreted and compiled for an H100; it has not run on one.
+Why Triton, which jax deprecates from 0.11 on: such kernels can be interpreted on a CPU, and read
+pages at 2.4 TB/s on an H100 that copies at 2.9 (128 rows of 512 tokens). cuDNN's paged attention is
+no faster, takes neither int8 nor float32, and has no public name in jax. Decoding is bound by
+memory, so Mosaic GPU's larger matrix instructions, of at least 64 rows where these heads have 4 to
+32, would gain nothing.
 
-Exponentials have base 2, which is what the hardware computes: inside the kernel, scores are in
+Exponentials have base 2, which is what the hardware computes: inside the kernels, scores are in
 units of log 2.
 """
 
@@ -23,57 +29,40 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from spiral_jax.model.attention.pages import Pages
-from spiral_jax.model.attention.part import MASKED, Part
+from spiral_jax.model.attention.pages import (
+    NOWHERE,
+    OWN_SCOPE,
+    PROMPTS_SCOPE,
+    Bundles,
+    Pages,
+    Places,
+    Sequences,
+)
+from spiral_jax.model.attention.part import MASKED, Part, split_heads
 
 Ref = Any  # an array in the GPU's memory
 
 LOG2_E = math.log2(math.e)
 
-# Keys and values of a step of a program's loop: 64 keys of 128 bfloat16 numbers. With STAGES,
-# Triton's pipeline holds two steps in shared memory, as the page's number takes stages too: each
-# of 2 or 3 programs a multiprocessor then has one step under way while it computes. An H100 needs
-# some 25 KiB a multiprocessor under way.
-STEP_BYTES = 32 * 1024
-STAGES = 5
+# Keys and values of a step of a program's loop, and the steps that Triton's pipeline holds: of
+# 2 to 10 variants each on an H100, within 4 % of the fastest for bfloat16 and int8, 32 to 1,024
+# rows, and prompts of 1,024 and 9,216 tokens.
+STEP_KEYS = 64
+STAGES = 3
+WARPS = 4
 ROWS = (16, 64)  # fewest and most queries a program: 16 is the least that tensor cores multiply
 
 # Shares of a sequence: at least as many as fill a GPU of 132 multiprocessors, and none longer than
 # LONGEST keys, as the GPU waits for the last program at the end. No share is shorter than SHORTEST.
-PROGRAMS = 3 * 132
+PROGRAMS = 6 * 132
 LONGEST, SHORTEST = 2048, 256
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    """Sizes of a call: S sequences of up to T pages, N queries for each of J key heads.
-
-    Attributes:
-      rows: queries a program.
-      keys: keys a step.
-      shares: programs that share a sequence's keys.
-    """
-
-    S: int
-    T: int
-    J: int
-    N: int
-    E: int
-    page: int
-    rows: int
-    keys: int
-    shares: int
-
-    @property
-    def query_blocks(self) -> int:
-        return pl.cdiv(self.N, self.rows)
 
 
 def takes(size: int) -> bool:
@@ -81,60 +70,68 @@ def takes(size: int) -> bool:
     return size >= 16 and size & (size - 1) == 0
 
 
-def attend_pages(
-    q_SxJxNxE: jax.Array,
-    pages: Pages,
-    table_SxT: jax.Array,
-    length_S: jax.Array,
-    *,
-    interpret: bool = False,
-) -> Part:
-    """Attention of each sequence's queries to the first `length` tokens of its pages.
+def attend_newest(
+    pages: Pages, q_NxHxE: jax.Array, newest: Pages, places: Places, *, interpret: bool = False
+) -> tuple[jax.Array, Pages]:
+    """Writes rows' newest tokens, and attends: see `pages_kernels.KernelPages`.
 
     Args:
-      q_SxJxNxE: scaled queries: all those of a sequence that share a key head.
       pages: one layer's pool on one shard: `k`, `v` [pages, J, page, E] in the queries' dtype or
         int8, then with `k_scale`, `v_scale` float32 [pages, J, page].
-      table_SxT: int32, pages of each sequence in order; of no meaning behind its length.
-      length_S: int32, 0 to T * page; where it is 0, nothing is seen.
+      newest: [N, J, E] as the pool stores them, scales [N, J].
       interpret: for tests on CPUs.
+
+    Returns:
+      attention [N, H, E] in the queries' dtype, and the pool, changed in place.
 
     Raises:
       ValueError: `page` or E is not a power of 2 of at least 16, or the pool is too large.
     """
-    shape = _make_shape(q_SxJxNxE, pages, table_SxT)
-    arrays = [pages[name] for name in ("k", "v", "k_scale", "v_scale") if name in pages]
-
-    def of_program(share: int, j: int, program: int) -> tuple[int, ...]:
-        return share, program // shape.query_blocks, j, program % shape.query_blocks
-
-    def results(*width: int) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
-        array = (shape.shares, shape.S, shape.J, shape.N, *width)
-        block = (None, None, None, shape.rows, *width)
-        spec = pl.BlockSpec(block, lambda *program: (*of_program(*program), *(0 for _ in width)))
-        return jax.ShapeDtypeStruct(array, jnp.float32), spec
-
-    out_shapes, out_specs = zip(results(shape.E), results(), results(), strict=True)
-    queries = pl.BlockSpec(
-        (None, None, shape.rows, shape.E), lambda *program: (*of_program(*program)[1:], 0)
-    )
-    values, top, weight = pl.pallas_call(
-        functools.partial(_kernel, shape),
-        grid=(shape.shares, shape.J, shape.S * shape.query_blocks),
-        in_specs=[queries] + [pl.BlockSpec()] * (2 + len(arrays)),
-        out_specs=out_specs,
-        out_shape=out_shapes,
-        interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=STAGES),
-        cost_estimate=_cost(shape, q_SxJxNxE, arrays),
-        name="attention_pages",
-    )(q_SxJxNxE, table_SxT, length_S, *arrays)
-    return _joined(values, top, weight)
+    J, own, (prompts, member_UxW, place_N) = pages["k"].shape[1], places.own, places.bundles
+    q_NxJxRxE = split_heads(q_NxHxE, J)
+    with jax.named_scope(PROMPTS_SCOPE):
+        of_prompts = attend_prompts(pages, q_NxJxRxE, places.bundles, interpret=interpret)
+    prompt_N = prompts.length_S[place_N // member_UxW.shape[1]]
+    rows = _Rows(own, places.runs_N, jnp.where(places.runs_N, prompt_N, 0))
+    with jax.named_scope(OWN_SCOPE):
+        out, pages = attend_own(pages, q_NxJxRxE, newest, rows, of_prompts, interpret=interpret)
+    return out.reshape(q_NxHxE.shape), pages
 
 
-def _make_shape(q_SxJxNxE: jax.Array, pages: Pages, table_SxT: jax.Array) -> _Shape:
-    S, J, N, E = q_SxJxNxE.shape
-    T, page = table_SxT.shape[1], pages["k"].shape[2]
+class _Rows(NamedTuple):
+    """What a row's program must know.
+
+    Attributes:
+      own: its tokens, the newest included.
+      runs_N: bool, whether it writes.
+      prompt_N: int32 tokens of its prompt in pages; 0: what it saw of them has no meaning.
+    """
+
+    own: Sequences
+    runs_N: jax.Array
+    prompt_N: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keys:
+    """How a program walks through a sequence.
+
+    Attributes:
+      page: tokens of a page.
+      step: keys of a step.
+      shares: programs that share a sequence's keys.
+      E: head width.
+    """
+
+    page: int
+    step: int
+    shares: int
+    E: int
+
+
+def _make_keys(pages: Pages, table_SxT: jax.Array, programs: int) -> _Keys:
+    """`programs`: of a grid in which nobody shares."""
+    *_, page, E = pages["k"].shape
     for name, size in (("pages", page), ("heads", E)):
         if not takes(size):
             raise ValueError(
@@ -142,12 +139,9 @@ def _make_shape(q_SxJxNxE: jax.Array, pages: Pages, table_SxT: jax.Array) -> _Sh
                 "size, or the xla backend."
             )
     _check_offsets(pages["k"])
-    rows = min(max(1 << (N - 1).bit_length(), ROWS[0]), ROWS[1])
-    programs = S * J * pl.cdiv(N, rows)
-    shares = max(pl.cdiv(PROGRAMS, programs), pl.cdiv(T * page, LONGEST))
-    shares = min(shares, pl.cdiv(T * page, SHORTEST))
-    step_keys = STEP_BYTES // (2 * E * pages["k"].dtype.itemsize)
-    return _Shape(S, T, J, N, E, page, rows, min(step_keys, page), shares)
+    most = table_SxT.shape[1] * page
+    shares = max(pl.cdiv(PROGRAMS, programs), pl.cdiv(most, LONGEST))
+    return _Keys(page, min(STEP_KEYS, page), min(shares, pl.cdiv(most, SHORTEST)), E)
 
 
 def _check_offsets(pool: jax.Array) -> None:
@@ -159,68 +153,273 @@ def _check_offsets(pool: jax.Array) -> None:
         )
 
 
-def _joined(values: jax.Array, top: jax.Array, weight: jax.Array) -> Part:
-    """The part of all shares, in units of log e. A share without keys adds exact zeros."""
-    most = jnp.max(top, axis=0)
-    shrink = jnp.exp2(top - most)
-    total = jnp.sum(weight * shrink, axis=0)
+def _rows_of_a_program(queries: int) -> int:
+    return min(max(1 << (queries - 1).bit_length(), ROWS[0]), ROWS[1])
+
+
+def _pool(pages: Pages) -> list[jax.Array]:
+    """In the order in which the kernels take them."""
+    return [pages[name] for name in ("k", "v", "k_scale", "v_scale") if name in pages]
+
+
+# -- prompts ---------------------------------------------------------------------------------------
+
+
+def attend_prompts(
+    pages: Pages, q_NxJxRxE: jax.Array, bundles: Bundles, *, interpret: bool = False
+) -> Part:
+    """What scaled queries of rows see of their prompts.
+
+    Returns:
+      [shares, N, J, R, ..], in units of log 2. Rows of bundles whose length is 0, or of none, have
+      no meaning.
+    """
+    (U, W), (N, J, R, E) = bundles.member_UxW.shape, q_NxJxRxE.shape
+    rows = _rows_of_a_program(W * R)
+    blocks = pl.cdiv(W * R, rows)
+    # Bundles are full while many rows run; those that are not there take no time.
+    keys = _make_keys(pages, bundles.prompts.table_SxT, pl.cdiv(N, W) * J * blocks)
+    sizes = keys.shares, N, J, R
     return Part(
-        jnp.sum(values * shrink[..., None], axis=0),
-        jnp.where(total > 0, most / LOG2_E, MASKED),
-        total,
+        *pl.pallas_call(
+            functools.partial(_prompt_kernel, keys, rows, blocks),
+            grid=(keys.shares, J, U * blocks),
+            out_shape=[
+                jax.ShapeDtypeStruct((*sizes, E), jnp.float32),
+                jax.ShapeDtypeStruct(sizes, jnp.float32),
+                jax.ShapeDtypeStruct(sizes, jnp.float32),
+            ],
+            interpret=interpret,
+            compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+            name="read_prompts",
+        )(q_NxJxRxE, bundles.member_UxW, *bundles.prompts, *_pool(pages))
     )
 
 
-def _kernel(shape, q_NxE, table_SxT, length_S, *refs) -> None:
-    """Grid [shares, J, S * query blocks]; `refs`: k, v, with int8 their scales, three results."""
-    k, v, *scales = refs[:-3]
-    values, top, weight = refs[-3:]
+def _prompt_kernel(keys: _Keys, rows: int, blocks: int, q, member, table, length_U, *refs) -> None:
+    """Grid [shares, J, U * blocks]; `refs`: k, v, with int8 their scales, three results."""
+    pool, (values, top, weight) = refs[:-3], refs[-3:]
     share, j, program = (pl.program_id(axis) for axis in range(3))
-    s, query_block = program // shape.query_blocks, program % shape.query_blocks
-    length = length_S[s]
-    steps = pl.cdiv(length, shape.keys)
-    share_steps = jnp.maximum(pl.cdiv(steps, shape.shares), pl.cdiv(SHORTEST, shape.keys))
-    first = share * share_steps
-    end = jnp.minimum(first + share_steps, steps)
+    u, block = program // blocks, program % blocks
+    N, R, W = q.shape[0], q.shape[2], member.shape[1]
+    length = length_U[u]
 
-    exists_N = query_block * shape.rows + jnp.arange(shape.rows) < shape.N
-    exists_NxE = _over(exists_N[:, None], shape.rows, shape.E)
-    q = plgpu.load(q_NxE, mask=exists_NxE, other=0.0)
+    query_I = block * rows + jnp.arange(rows)
+    is_query_I = query_I < W * R
+    n_I = plgpu.load(member.at[u, query_I // R], mask=is_query_I, other=-1)
+    exists_I = is_query_I & (n_I >= 0) & (length > 0)
+    n_I = jnp.where(exists_I, n_I, N)  # nobody's
+    places = _Queries(n_I, j, query_I % R, exists_I, keys.E)
+    q_IxE = places.load(q)
+    seen = _walk(keys, q_IxE, pool, table, u, j, length, share, _nothing(rows, keys.E))
+    places.store_part(Part(values, top, weight), share, seen)
 
-    def add(step: jax.Array, seen: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        values_NxE, top_N, weight_N = seen
-        start = step * shape.keys
-        tokens = pl.ds(start % shape.page, shape.keys)
-        at = (table_SxT[s, start // shape.page], j, tokens)
-        visible_K = start + jnp.arange(shape.keys) < length
-        visible_KxE = _over(visible_K[:, None], shape.keys, shape.E)
 
-        k_KxE = plgpu.load(k.at[at], mask=visible_KxE, other=0).astype(q.dtype)
-        score_NxK = LOG2_E * _dot(q, k_KxE, (1, 1))
-        if scales:
-            score_NxK *= plgpu.load(scales[0].at[at], mask=visible_K, other=0.0)[None, :]
-        score_NxK = jnp.where(visible_K[None, :], score_NxK, MASKED)
+# -- rows' own tokens ------------------------------------------------------------------------------
 
-        new_top_N = jnp.maximum(top_N, jnp.max(score_NxK, axis=1))
-        shrink_N = jnp.exp2(top_N - new_top_N)
-        weight_NxK = jnp.exp2(score_NxK - new_top_N[:, None])
-        weight_N = weight_N * shrink_N + jnp.sum(weight_NxK, axis=1)
 
-        v_KxE = plgpu.load(v.at[at], mask=visible_KxE, other=0).astype(q.dtype)
-        if scales:
-            weight_NxK *= plgpu.load(scales[1].at[at], mask=visible_K, other=0.0)[None, :]
-        seen_NxE = _dot(weight_NxK.astype(q.dtype), v_KxE, (1, 0))
-        return values_NxE * shrink_N[:, None] + seen_NxE, new_top_N, weight_N
-
-    nothing = (
-        jnp.zeros((shape.rows, shape.E), jnp.float32),
-        jnp.full((shape.rows,), MASKED, jnp.float32),
-        jnp.zeros((shape.rows,), jnp.float32),
+def attend_own(
+    pages: Pages,
+    q_NxJxRxE: jax.Array,
+    newest: Pages,
+    rows: _Rows,
+    of_prompts: Part,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, Pages]:
+    """Attention [N, J, R, E] of rows to their prompts and to their own tokens, and the pool."""
+    N, J, R, E = q_NxJxRxE.shape
+    keys = _make_keys(pages, rows.own.table_SxT, N * J)
+    pool = _pool(pages)
+    inputs = (
+        *(q_NxJxRxE, *rows.own, rows.runs_N.astype(jnp.int32), rows.prompt_N),
+        *(*of_prompts, *_pool(newest)),
     )
-    values_NxE, top_N, weight_N = jax.lax.fori_loop(first, end, add, nothing)
-    plgpu.store(values, values_NxE, mask=exists_NxE)
-    plgpu.store(top, top_N, mask=exists_N)
-    plgpu.store(weight, weight_N, mask=exists_N)
+    sizes = keys.shares, N, J, R
+    results = [jax.ShapeDtypeStruct((*sizes, E), q_NxJxRxE.dtype)]
+    if keys.shares > 1:
+        results = [jax.ShapeDtypeStruct((*sizes, E), jnp.float32)]
+        results += [jax.ShapeDtypeStruct(sizes, jnp.float32)] * 2
+    found = pl.pallas_call(
+        functools.partial(_own_kernel, keys, max(ROWS[0], pl.next_power_of_2(R)), len(pool)),
+        grid=(keys.shares, J, N),
+        out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in pool] + results,
+        input_output_aliases={len(inputs) + i: i for i in range(len(pool))},
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        name="read_own",
+    )(*inputs, *pool)
+    names = [name for name in ("k", "v", "k_scale", "v_scale") if name in pages]
+    pages = dict(zip(names, found[: len(pool)], strict=True))
+    if keys.shares == 1:
+        return found[-1][0], pages
+    return _joined(Part(*found[len(pool) :])).output(q_NxJxRxE.dtype), pages
+
+
+def _joined(shares: Part) -> Part:
+    """The part of all shares. One without keys adds exact zeros."""
+    top = jnp.max(shares.top, axis=0)
+    shrink = jnp.exp2(shares.top - top)
+    values = jnp.sum(shares.values * shrink[..., None], axis=0)
+    return Part(values, top, jnp.sum(shares.weight * shrink, axis=0))
+
+
+def _own_kernel(
+    keys: _Keys, rows: int, arrays: int, q, table, length_N, runs_N, prompt_N, *refs
+) -> None:
+    """Grid [shares, J, N].
+
+    refs: of the prompts values, top, weight; `arrays` of the newest tokens; as many of the pool
+    as it comes in, and as it goes out, which is the same memory; results.
+    """
+    of_prompts, newest = Part(*refs[:3]), refs[3 : 3 + arrays]
+    pool, results = refs[3 + 2 * arrays : 3 + 3 * arrays], refs[3 + 3 * arrays :]
+    share, j, n = (pl.program_id(axis) for axis in range(3))
+    R, is_first = q.shape[2], share == 0
+    older = length_N[n] - 1
+    r_I = jnp.arange(rows)
+    places = _Queries(jnp.full_like(r_I, n), j, r_I, r_I < R, keys.E)
+    q_IxE = places.load(q)
+
+    new = [plgpu.load(ref.at[n, j, :] if ref.ndim == 3 else ref.at[n, j]) for ref in newest]
+    page, offset = table[n, older // keys.page], older % keys.page
+    page = jnp.where((runs_N[n] > 0) & is_first, page, NOWHERE)
+    for ref, value in zip(pool, new, strict=True):
+        plgpu.store(ref.at[page, j, offset, :] if ref.ndim == 4 else ref.at[page, j, offset], value)
+
+    # The newest token is not read back: other threads of this program may still be writing it.
+    seen = _see_one(q_IxE, new, is_first)
+    sees_prompt = places._replace(exists_I=places.exists_I & (prompt_N[n] > 0) & is_first)
+    for of_share in range(of_prompts.values.shape[0]):
+        seen = _join(seen, sees_prompt.load_part(of_prompts, of_share))
+    seen = _walk(keys, q_IxE, pool, table, n, j, older, share, seen)
+
+    if keys.shares == 1:
+        places.store(results[0], seen.output(results[0].dtype), first=0)
+    else:
+        places.store_part(Part(*results), share, seen)
+
+
+def _see_one(q_IxE: jax.Array, token: list[jax.Array], is_seen: jax.Array) -> Part:
+    """Of one key and value, with int8 their scales."""
+    k_E, v_E, *scales = token
+    score_I = LOG2_E * jnp.sum(q_IxE.astype(jnp.float32) * k_E.astype(jnp.float32), axis=1)
+    v_E = v_E.astype(jnp.float32)
+    if scales:
+        score_I, v_E = score_I * scales[0], v_E * scales[1]
+    weight_I = jnp.where(is_seen, jnp.ones_like(score_I), 0.0)
+    return Part(
+        weight_I[:, None] * v_E[None, :], jnp.where(is_seen, score_I, MASKED), weight_I
+    )
+
+
+# -- both ------------------------------------------------------------------------------------------
+
+
+class _Queries(NamedTuple):
+    """Where a program's queries lie in arrays [.., N, J, R], and [.., N, J, R, E].
+
+    Indices are arrays throughout, as the interpreter takes no others that gather.
+    """
+
+    n_I: jax.Array
+    j: jax.Array
+    r_I: jax.Array
+    exists_I: jax.Array
+    E: int
+
+    def load(self, ref: Ref) -> jax.Array:
+        mask = _over(self.exists_I[:, None], len(self.n_I), self.E)
+        return plgpu.load(ref.at[self._each()], mask=mask, other=0.0)
+
+    def store(self, ref: Ref, values_IxE: jax.Array, first: jax.Array) -> None:
+        mask = _over(self.exists_I[:, None], len(self.n_I), self.E)
+        plgpu.store(ref.at[self._each(first)], values_IxE, mask=mask)
+
+    def load_part(self, refs: Part, share: int) -> Part:
+        """What is not there is no key's."""
+        mask = _over(self.exists_I[:, None], len(self.n_I), self.E)
+        at_I = self._of_heads(share)
+        return Part(
+            plgpu.load(refs.values.at[self._each(share)], mask=mask, other=0.0),
+            plgpu.load(refs.top.at[at_I], mask=self.exists_I, other=MASKED),
+            plgpu.load(refs.weight.at[at_I], mask=self.exists_I, other=0.0),
+        )
+
+    def store_part(self, refs: Part, share: jax.Array, part: Part) -> None:
+        at_I = self._of_heads(share)
+        self.store(refs.values, part.values, share)
+        plgpu.store(refs.top.at[at_I], part.top, mask=self.exists_I)
+        plgpu.store(refs.weight.at[at_I], part.weight, mask=self.exists_I)
+
+    def _of_heads(self, *first: jax.Array | int) -> tuple[jax.Array, ...]:
+        n_I = self.n_I
+        return *(jnp.full_like(n_I, i) for i in first), n_I, jnp.full_like(n_I, self.j), self.r_I
+
+    def _each(self, *first: jax.Array | int) -> tuple[jax.Array, ...]:
+        I, E = len(self.n_I), self.E
+        at = [_over(index_I[:, None], I, E) for index_I in self._of_heads(*first)]
+        return *at, _over(jnp.arange(E)[None, :], I, E)
+
+
+def _walk(
+    keys: _Keys,
+    q_IxE: jax.Array,
+    pool: tuple[Ref, ...],
+    table: Ref,
+    s: jax.Array,
+    j: jax.Array,
+    length: jax.Array,
+    share: jax.Array,
+    seen: Part,
+) -> Part:
+    """`seen`, and this share of the first `length` tokens of sequence s."""
+    k, v, *scales = pool
+    steps = pl.cdiv(length, keys.step)
+    of_a_share = jnp.maximum(pl.cdiv(steps, keys.shares), pl.cdiv(SHORTEST, keys.step))
+    first = share * of_a_share
+    end = jnp.minimum(first + of_a_share, steps)
+
+    def add(step: jax.Array, seen: Part) -> Part:
+        start = step * keys.step
+        at = table[s, start // keys.page], j, pl.ds(start % keys.page, keys.step)
+        visible_K = start + jnp.arange(keys.step) < length
+        visible_KxE = _over(visible_K[:, None], keys.step, keys.E)
+
+        k_KxE = plgpu.load(k.at[*at, :], mask=visible_KxE, other=0).astype(q_IxE.dtype)
+        score_IxK = LOG2_E * _dot(q_IxE, k_KxE, (1, 1))
+        if scales:
+            score_IxK *= plgpu.load(scales[0].at[at], mask=visible_K, other=0.0)[None, :]
+        score_IxK = jnp.where(visible_K[None, :], score_IxK, MASKED)
+
+        top_I = jnp.maximum(seen.top, jnp.max(score_IxK, axis=1))
+        shrink_I = jnp.exp2(seen.top - top_I)
+        weight_IxK = jnp.exp2(score_IxK - top_I[:, None])
+        weight_I = seen.weight * shrink_I + jnp.sum(weight_IxK, axis=1)
+
+        v_KxE = plgpu.load(v.at[*at, :], mask=visible_KxE, other=0).astype(q_IxE.dtype)
+        if scales:
+            weight_IxK *= plgpu.load(scales[1].at[at], mask=visible_K, other=0.0)[None, :]
+        values_IxE = _dot(weight_IxK.astype(q_IxE.dtype), v_KxE, (1, 0))
+        return Part(seen.values * shrink_I[:, None] + values_IxE, top_I, weight_I)
+
+    return jax.lax.fori_loop(first, end, add, seen)
+
+
+def _nothing(rows: int, E: int) -> Part:
+    return Part(
+        jnp.zeros((rows, E), jnp.float32),
+        jnp.full((rows,), MASKED, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+    )
+
+
+def _join(a: Part, b: Part) -> Part:
+    """As `part.join`, in units of log 2."""
+    top = jnp.maximum(a.top, b.top)
+    shrink_a, shrink_b = jnp.exp2(a.top - top), jnp.exp2(b.top - top)
+    values = a.values * shrink_a[:, None] + b.values * shrink_b[:, None]
+    return Part(values, top, a.weight * shrink_a + b.weight * shrink_b)
 
 
 def _over(mask: jax.Array, rows: int, columns: int) -> jax.Array:
@@ -232,15 +431,3 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     contract = ((axes[0],), (axes[1],)), ((), ())
     return jax.lax.dot_general(a, b, contract, precision, preferred_element_type=jnp.float32)
-
-
-def _cost(shape: _Shape, q_SxJxNxE: jax.Array, arrays: list[jax.Array]) -> pl.CostEstimate:
-    """Of full tables."""
-    tokens = shape.S * shape.T * shape.page
-    pairs = tokens * shape.J * shape.N
-    token_bytes = sum(array[0, :, 0].size * array.dtype.itemsize for array in arrays)
-    read = tokens * token_bytes * shape.query_blocks
-    queries = q_SxJxNxE.size * (q_SxJxNxE.dtype.itemsize + 4 * shape.shares)
-    return pl.CostEstimate(
-        flops=4 * pairs * shape.E, bytes_accessed=read + queries, transcendentals=pairs
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,38 +24,36 @@ from spiral_jax.model.attention.part import KeyValue, Part
 from spiral_jax.model.cache import to_int8
 
 
+class AttendNewest(Protocol):
+    def __call__(
+        self, pages: Pages, q_NxHxE: jax.Array, newest: Pages, places: Places
+    ) -> tuple[jax.Array, Pages]:
+        """Writes the newest tokens, entries [N, J, ..] by the pool's names, and attends.
+
+        Returns attention [N, H, E], and the pool, changed in place.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class KernelPages:
     """See `pages.PageBackend`; what the loop over tokens carries is the pool itself.
 
     Attributes:
       empty_pages: as `PageBackend.empty`.
-      write_tokens: (pages, entries [N, J, ..] by the pool's names, page_N, offset_N) -> pages, in
-        place.
-      attend_pages: (queries [S, J, N, E], pages, table_SxT, length_S) -> Part.
+      write_pages: (pages, entries of W prompts [W, S, J, ..] by the pool's names, table_WxT) ->
+        pages, in place; behind the S tokens, what stands in the pages has no meaning.
+      attend_newest: of one layer.
     """
 
     empty_pages: Callable[[int, int, int, int, jnp.dtype], Pages]
-    write_tokens: Callable[[Pages, Pages, jax.Array, jax.Array], Pages]
-    attend_pages: Callable[[jax.Array, Pages, jax.Array, jax.Array], Part]
+    write_pages: Callable[[Pages, Pages, jax.Array], Pages]
+    attend_newest: AttendNewest
 
     def empty(self, pages: int, page: int, J: int, E: int, dtype: jnp.dtype) -> Pages:
         return self.empty_pages(pages, page, J, E, dtype)
 
     def write_prompts(self, pages: Pages, new: KeyValue, table_WxT: jax.Array) -> Pages:
-        (W, T), page = table_WxT.shape, _page(pages)
-        entries = stored(new, pages["k"].dtype)
-
-        def put(name: str) -> jax.Array:
-            pool, a_WxSxJx = pages[name], entries[name]
-            behind = [(0, 0), (0, T * page - a_WxSxJx.shape[1]), (0, 0)]
-            if a_WxSxJx.ndim == 4:
-                behind += [(0, pool.shape[3] - a_WxSxJx.shape[3])]
-            padded = jnp.pad(a_WxSxJx, behind)
-            by_page = padded.reshape(W * T, page, *padded.shape[2:])
-            return pool.at[table_WxT.reshape(-1)].set(jnp.swapaxes(by_page, 1, 2))
-
-        return {name: put(name) for name in pages}
+        return self.write_pages(pages, stored(new, pages["k"].dtype), table_WxT)
 
     def begin(self, pages: Pages, places: Places) -> Pages:
         del places
@@ -63,30 +62,45 @@ class KernelPages:
     def step(
         self, view: Pages, q_NxHxE: jax.Array, new: KeyValue, places: Places
     ) -> tuple[jax.Array, Pages]:
-        own, page = places.own, _page(view)
-        at_N = own.length_S - 1
-        table_N = jnp.take_along_axis(own.table_SxT, (at_N // page)[:, None], axis=1)[:, 0]
-        page_N = jnp.where(places.runs_N, table_N, NOWHERE)
-        with jax.named_scope(WRITE_SCOPE):
-            pages = self.write_tokens(view, stored(new, view["k"].dtype), page_N, at_N % page)
-
-        def attend_prompts(q_UxJxWRxE: jax.Array) -> Part:
-            return self.attend_pages(q_UxJxWRxE, pages, *places.bundles.prompts)
-
-        def attend_own(q_NxJxRxE: jax.Array) -> Part:
-            return self.attend_pages(q_NxJxRxE, pages, *own)
-
-        J = pages["k"].shape[1]
-        return attend_two_parts(q_NxHxE, J, places.bundles, attend_prompts, attend_own), pages
+        return self.attend_newest(view, q_NxHxE, stored(new, view["k"].dtype), places)
 
     def end(self, view: Pages, own_table_NxT: jax.Array) -> Pages:
         del own_table_NxT
         return view
 
 
-def _page(pages: Pages) -> int:
-    """Tokens of a page."""
-    return pages["k"].shape[2]
+def write_then_attend(
+    write_tokens: Callable[[Pages, Pages, jax.Array, jax.Array], Pages],
+    attend_pages: Callable[[jax.Array, Pages, jax.Array, jax.Array], Part],
+) -> AttendNewest:
+    """`AttendNewest` of a kernel that writes, and one that attends to either part.
+
+    Args:
+      write_tokens: (pages, entries, page_N, offset_N) -> pages, in place.
+      attend_pages: (queries [S, J, N, E], pages, table_SxT, length_S) -> Part.
+    """
+
+    def attend_newest(
+        pages: Pages, q_NxHxE: jax.Array, newest: Pages, places: Places
+    ) -> tuple[jax.Array, Pages]:
+        own, page = places.own, pages["k"].shape[2]
+        at_N = own.length_S - 1
+        table_N = jnp.take_along_axis(own.table_SxT, (at_N // page)[:, None], axis=1)[:, 0]
+        page_N = jnp.where(places.runs_N, table_N, NOWHERE)
+        with jax.named_scope(WRITE_SCOPE):
+            written = write_tokens(pages, newest, page_N, at_N % page)
+
+        def attend_prompts(q_UxJxWRxE: jax.Array) -> Part:
+            return attend_pages(q_UxJxWRxE, written, *places.bundles.prompts)
+
+        def attend_own(q_NxJxRxE: jax.Array) -> Part:
+            return attend_pages(q_NxJxRxE, written, *own)
+
+        J = written["k"].shape[1]
+        out = attend_two_parts(q_NxHxE, J, places.bundles, attend_prompts, attend_own)
+        return out, written
+
+    return attend_newest
 
 
 def empty_pages(pages: int, page: int, J: int, E: int, dtype: jnp.dtype) -> Pages:
@@ -98,9 +112,20 @@ def empty_pages(pages: int, page: int, J: int, E: int, dtype: jnp.dtype) -> Page
     return pool
 
 
-def scatter_tokens(pages: Pages, entries: Pages, page_N: jax.Array, offset_N: jax.Array) -> Pages:
-    """`KernelPages.write_tokens` by XLA."""
-    return {name: pool.at[page_N, :, offset_N].set(entries[name]) for name, pool in pages.items()}
+def scatter_pages(pages: Pages, entries: Pages, table_WxT: jax.Array) -> Pages:
+    """`KernelPages.write_pages` by XLA."""
+    (W, T), page = table_WxT.shape, pages["k"].shape[2]
+
+    def put(name: str) -> jax.Array:
+        pool, a_WxSxJx = pages[name], entries[name]
+        behind = [(0, 0), (0, T * page - a_WxSxJx.shape[1]), (0, 0)]
+        if a_WxSxJx.ndim == 4:
+            behind += [(0, pool.shape[3] - a_WxSxJx.shape[3])]
+        padded = jnp.pad(a_WxSxJx, behind)
+        by_page = padded.reshape(W * T, page, *padded.shape[2:])
+        return pool.at[table_WxT.reshape(-1)].set(jnp.swapaxes(by_page, 1, 2))
+
+    return {name: put(name) for name in pages}
 
 
 def stored(new: KeyValue, dtype: jnp.dtype) -> Pages:

@@ -84,6 +84,8 @@ class KernelPrompts:
         start: jax.Array,
         prompt_len_U: jax.Array,
     ) -> tuple[jax.Array, KeyValue]:
+        if new.k.shape == store.k.shape:  # one chunk: nothing comes before it
+            return self.kernels.attend_chunk(q_UxTxHxE, new, None, start, prompt_len_U), new
         attended = self.kernels.attend_chunk(q_UxTxHxE, new, store, start, prompt_len_U)
         k = jax.lax.dynamic_update_slice_in_dim(store.k, new.k, start, axis=1)
         v = jax.lax.dynamic_update_slice_in_dim(store.v, new.v, start, axis=1)
