@@ -357,9 +357,9 @@ class _Queries(NamedTuple):
         return *(jnp.full_like(n_I, i) for i in first), n_I, jnp.full_like(n_I, self.j), self.r_I
 
     def _each(self, *first: jax.Array | int) -> tuple[jax.Array, ...]:
-        I, E = len(self.n_I), self.E
-        at = [_over(index_I[:, None], I, E) for index_I in self._of_heads(*first)]
-        return *at, _over(jnp.arange(E)[None, :], I, E)
+        count, E = len(self.n_I), self.E
+        at = [_over(index_I[:, None], count, E) for index_I in self._of_heads(*first)]
+        return *at, _over(jnp.arange(E)[None, :], count, E)
 
 
 def _walk(
