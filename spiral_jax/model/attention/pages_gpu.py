@@ -308,9 +308,7 @@ def _see_one(q_IxE: jax.Array, token: list[jax.Array], is_seen: jax.Array) -> Pa
     if scales:
         score_I, v_E = score_I * scales[0], v_E * scales[1]
     weight_I = jnp.where(is_seen, jnp.ones_like(score_I), 0.0)
-    return Part(
-        weight_I[:, None] * v_E[None, :], jnp.where(is_seen, score_I, MASKED), weight_I
-    )
+    return Part(weight_I[:, None] * v_E[None, :], jnp.where(is_seen, score_I, MASKED), weight_I)
 
 
 # -- both ------------------------------------------------------------------------------------------
