@@ -106,9 +106,7 @@ def test_rows_write_their_newest_token_and_go_on_from_their_prompts(dtype, progr
     own = make_case([1, PAGE, PAGE + 1, 600], PAGES, PAGE, dtype=dtype)
     newest, emptied = without_newest(own)
     # one page before them that is nobody's
-    pages = {
-        name: jnp.concatenate([a[:1], a, prompts.pages[name]]) for name, a in emptied.items()
-    }
+    pages = {name: jnp.concatenate([a[:1], a, prompts.pages[name]]) for name, a in emptied.items()}
     own = own._replace(table=own.table + 1)
     prompt_UxT = prompts.table + 1 + len(own.pages["k"])
     index_N = jnp.arange(4, dtype=jnp.int32)
