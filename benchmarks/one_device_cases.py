@@ -30,6 +30,8 @@ SHAPES = {
     Role.SEARCH: GroupShape(16, 8, 1024, 1024),
     Role.AGGREGATION: GroupShape(8, 4, 9216, 1024),
 }
+# Of a small model, whose tokens take as long as the kernels that they start.
+SMALL_MODEL, SMALL_MODEL_SHAPE = "SmolLM2-135M", GroupShape(16, 8, 128, 256)
 SHORT = {Role.SEARCH: GroupShape(2, 8, 64, 16), Role.AGGREGATION: GroupShape(2, 4, 128, 16)}
 REMATS = ("attention", "dots")
 DATA_SHEET = (
@@ -84,12 +86,14 @@ class Case:
         return self.peer.rpartition(", ")[2]
 
 
-def architecture(small: bool) -> Architecture:
-    """Qwen3-4B's sizes, or small ones to try the program itself."""
-    model, _ = planned_model(qwen3_4b.get_config().model)
-    if not small:
-        return model.arch
-    return dataclasses.replace(model.arch, V=2048, D=256, F=512, L=2, H=8, J=2, E=32)
+def architecture(small: bool, name: str = "") -> Architecture:
+    """Qwen3-4B's sizes or those of SMALL_MODEL; small ones to try the program itself."""
+    arch = planned_model(qwen3_4b.get_config().model)[0].arch
+    if small:
+        return dataclasses.replace(arch, V=2048, D=256, F=512, L=2, H=8, J=2, E=32)
+    if name == SMALL_MODEL:
+        return dataclasses.replace(arch, V=49152, D=576, F=1536, L=30, H=9, J=3, E=64)
+    return arch
 
 
 def all_cases(small: bool) -> list[Case]:
@@ -98,6 +102,7 @@ def all_cases(small: bool) -> list[Case]:
     return [
         *layer_cases(("cudnn", "gpu"), shapes, small),
         *model_cases("gpu", shapes, small),
+        *small_model_cases("gpu", small),
         *transformers_cases(shapes, small),
         *model_cases("xla", shapes, small),
         *layer_cases(("xla",), shapes, small),
@@ -153,6 +158,14 @@ def model_cases(attention: str, shapes: dict[Role, GroupShape], small: bool) -> 
                 f"{train_name(shape)}, transformers",
                 TRAIN_TARGETS[role] if tried else {},
             )
+
+
+def small_model_cases(attention: str, small: bool) -> Iterator[Case]:
+    """A token of a small model, all rows at once."""
+    shape = SHORT[Role.SEARCH] if small else SMALL_MODEL_SHAPE
+    arguments = {"small": small, "attention": attention, "model": SMALL_MODEL}
+    name = f"{SMALL_MODEL}, {decode_name(shape)}, {attention}"
+    yield Case(name, Contestant(OURS, arguments), "decode", {"role": Role.SEARCH.label})
 
 
 def transformers_cases(shapes: dict[Role, GroupShape], small: bool) -> Iterator[Case]:

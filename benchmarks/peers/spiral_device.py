@@ -24,6 +24,8 @@ from benchmarks.one_device_cases import (
     NO_ACCELERATOR,
     SHAPES,
     SHORT,
+    SMALL_MODEL,
+    SMALL_MODEL_SHAPE,
     GroupShape,
     architecture,
 )
@@ -52,9 +54,11 @@ from spiral_jax.planning.usage import Usage
 from spiral_jax.run import telemetry
 from spiral_jax.sampling.engine import Engine
 from spiral_jax.sampling.memory import Room, make_schedule, memory_of_a_device
+from spiral_jax.sampling.prefill import Prompts
 from spiral_jax.sampling.protocol import sample
 from spiral_jax.sampling.settings import GroupLimits
-from spiral_jax.sampling.shapes import abstract_pool
+from spiral_jax.sampling.shapes import abstract_pool, prompt_shapes
+from spiral_jax.sampling.weights import DecodeWeights
 
 TRAINED = 2  # groups, one a micro-batch
 XLA_BLOCK = 1024  # of 256 and 1,024 the faster one on an H100
@@ -93,8 +97,8 @@ class CompiledStep:
 
 
 class SpiralDevice:
-    def load(self, small: bool, attention: str) -> dict[str, Any]:
-        """Makes the weights.
+    def load(self, small: bool, attention: str, model: str = "") -> dict[str, Any]:
+        """Makes the weights of Qwen3-4B's sizes, or of another model's.
 
         Programs are compiled when they are asked for, one after the other: a GPU's compiler times
         kernels, and another one beside it would spoil that.
@@ -104,23 +108,25 @@ class SpiralDevice:
         c, device = qwen3_4b.get_config(), jax.devices()[0]
         if device.platform == "cpu" and not small:
             return NO_ACCELERATOR
-        arch = architecture(small)
-        model = dataclasses.replace(
+        arch = architecture(small, model)
+        config = dataclasses.replace(
             hf.model_config(arch, c.model),
             attention=attention,
             pages=choose_page_backend(attention, device, arch.E),
             attention_block=XLA_BLOCK,
         )
-        reason = refusal(attention, device, model.compute_dtype, arch.E)
+        reason = refusal(attention, device, config.compute_dtype, arch.E)
         if reason:
             return {"skip": f"attention {attention}: {reason}"}
 
         shapes = SHORT if small else SHAPES
-        self.cases = {role.label: make_case(role, shape, model) for role, shape in shapes.items()}
-        self.model, mesh = model, self.inventory.mesh
+        if model == SMALL_MODEL and not small:
+            shapes = {Role.SEARCH: SMALL_MODEL_SHAPE}
+        self.cases = {role.label: make_case(role, shape, config) for role, shape in shapes.items()}
+        self.model, mesh = config, self.inventory.mesh
 
         def make_base() -> Any:
-            return init_variables(model, jax.random.key(0))["params"]
+            return init_variables(config, jax.random.key(0))["params"]
 
         shardings = meshes.weight_shardings(jax.eval_shape(make_base), mesh)
         self.base = jax.block_until_ready(jax.jit(make_base, out_shardings=shardings)())
@@ -136,24 +142,39 @@ class SpiralDevice:
     def inventory(self) -> Inventory:
         return self.cases[Role.SEARCH.label].inventory
 
-    def _sample(self, case: RoleCase, tokens: int) -> Groups:
-        """Groups of traces of that many tokens."""
+    def _weights(self, case: RoleCase) -> DecodeWeights:
         if self.weights is None:
             _, state = init_state(
                 self.inventory.settings.learner, self.model, self.inventory.mesh, self.base
             )
             self.weights = case.engine.prepare(variables(self.model, self.base, state.trained))
-        return sample(case.engine, self.weights, requests(case, tokens))
+        return self.weights
+
+    def _sample(self, case: RoleCase, tokens: int) -> Groups:
+        """Groups of traces of that many tokens."""
+        return sample(case.engine, self._weights(case), requests(case, tokens))
 
     def prefill(self, role: str) -> dict[str, Any]:
-        """Of all prompts, the first token of every row included."""
+        """Of all prompts but their last tokens, which are the first that their traces decode.
+
+        The program's calls alone: pages of zeros are made once a step, not once a prompt.
+        """
         case = self.cases[role]
         U, _, P, _ = case.shape
-        self._sample(case, 1)  # the first calls
-        seconds, _ = timed(lambda: self._sample(case, 1))
+        engine, prompts = case.engine, prompts_of_a_call(case)
+        name = "prefill", prompts.token_ZxWxP.shape[2]
+        calls = -(-U // int(np.sum(prompts.length_ZxW > 0)))
+        weights, pool = self._weights(case), engine.programs[("pool",)].run()
+
+        def run(pool: Any) -> Any:
+            for _ in range(calls):
+                pool = engine.programs[name].run(weights, pool, prompts)
+            return jax.block_until_ready(pool)
+
+        pool = run(pool)  # the first calls
+        seconds, _ = timed(lambda: run(pool))
         program = prefill_program(case.inventory, P)
         flops = prefill_flops(self.model.arch, self.model.lora_rank, np.full(U, P))
-        calls = U / program.groups
         return {
             "seconds": seconds,
             "roofline_seconds": roofline(program.estimate, CHIP, 1).seconds * calls,
@@ -258,6 +279,24 @@ def compile_step(case: RoleCase, remat: str) -> CompiledStep:
     inventory = take_inventory(case.c, model, mesh, memory_of_a_device(mesh))
     program = train_program(inventory, case.block)
     return CompiledStep(program, program.lower().compile())
+
+
+def prompts_of_a_call(case: RoleCase) -> Prompts:
+    """As many random prompts as a call of the prefill program takes, each with its own pages."""
+    U, _, P, _ = case.shape
+    settings, schedule = case.engine.settings, case.engine.schedule
+    shapes = prompt_shapes(settings, schedule, schedule.prompts[-1])
+    _, W, T = shapes.table_ZxWxT.shape
+    W = min(W, U)
+    rng, V = np.random.default_rng(0), case.inventory.model.arch.V
+    prompts = Prompts(
+        rng.integers(1, V, shapes.token_ZxWxP.shape, np.int32),
+        np.zeros(shapes.length_ZxW.shape, np.int32),
+        np.zeros(shapes.table_ZxWxT.shape, np.int32),
+    )
+    prompts.length_ZxW[:, :W] = P - 1
+    prompts.table_ZxWxT[:, :W] = 1 + np.arange(W * T).reshape(W, T)
+    return meshes.place(prompts, jax.tree.map(lambda leaf: leaf.sharding, shapes))
 
 
 def requests(case: RoleCase, tokens: int) -> GroupRequests:

@@ -88,7 +88,9 @@ def defaults() -> ConfigDict:
     # reasoning_gym: the generator's own settings, such as {"max_numbers": 4}; {} = its defaults
     c.task.generator_args = ConfigDict()
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one
-    # "" = the task's own; "math" (0/1 on the last \\boxed{}); your "package.module:function", a
+    # "" = the task's own; "math" (0/1 on the last \\boxed{}); "code", the share of its problem's
+    # tests that the last fenced block of Python passes, or "code_all", whether it passes all
+    # (verifier/programs.py says in which columns tests are); your "package.module:function", a
     # function (text, problem) -> True, False, a number in [0, 1], None = unparsed, or a pair of
     # one of these and the answer as a string
     c.task.reward = ""

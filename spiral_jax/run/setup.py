@@ -55,8 +55,7 @@ from spiral_jax.sampling.settings import GroupLimits, check_sampling
 from spiral_jax.tasks.load import check_task, load_task
 from spiral_jax.tasks.problem import Task
 from spiral_jax.verifier.choice import RewardChoice
-from spiral_jax.verifier.references import check_references
-from spiral_jax.verifier.rewards import MATH
+from spiral_jax.verifier.references import check_problems
 from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
@@ -259,10 +258,9 @@ def _with_readable_references(task: Task, reward: RewardChoice) -> Task:
     """The task, whose report says which references may be read in two ways.
 
     Raises:
-      TaskError: the reward "math" cannot read some; see `check_references`.
+      TaskError: a reward of this package cannot read some, or some tests; see `check_problems`.
     """
-    by_math = [problem for problem in task.problems if reward.of(problem) == MATH]
-    notes = check_references(by_math)
+    notes = check_problems(task.problems, reward.of)
     report = "\n".join(filter(None, (task.report, notes)))
     return dataclasses.replace(task, report=report)
 

@@ -73,7 +73,7 @@ def make_schedule(
     fit = int(_page_budget(s.memory, settings, schedule, room) // page_bytes(settings, page))
     most_rows = MOST_ROWS_OF_LOOPS if settings.config.pages == XLA else MOST_ROWS
     rows = s.rows or min(most_rows, _rows(schedule, limits, fit))
-    schedule = dataclasses.replace(schedule, rows=_row_counts(rows))
+    schedule = dataclasses.replace(schedule, rows=_row_counts(rows, settings.config.pages))
     most = 1 + rows * schedule.own_pages + schedule.bundles(rows) * schedule.prompt_pages
     schedule = dataclasses.replace(schedule, pages=min(fit, most))
     _check_one_group(s.memory, settings, schedule)
@@ -174,10 +174,14 @@ def _rows(schedule: Schedule, limits: Sequence[GroupLimits], pages: int) -> int:
     return max(schedule.together, rows // ROWS_MULTIPLE * ROWS_MULTIPLE)
 
 
-def _row_counts(rows: int) -> tuple[int, ...]:
-    """For which there are programs: all, a half and a quarter of them."""
+def _row_counts(rows: int, pages: str) -> tuple[int, ...]:
+    """For which there are programs: all of them, a quarter, and without kernels a half.
+
+    Where kernels read, a row that does not run costs its share of the products alone, which take
+    what reading the weights takes until there are hundreds of rows.
+    """
     counts = {rows}
-    for share in (2, 4):
+    for share in (2, 4) if pages == XLA else (4,):
         fewer = -(-rows // share // ROWS_MULTIPLE) * ROWS_MULTIPLE
         if rows >= share * FEWEST_ROWS and fewer < rows:
             counts.add(fewer)

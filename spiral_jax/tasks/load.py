@@ -80,6 +80,7 @@ TASKS = {
         arguments=("task.generator", "task.seed", "task.generator_args"),
         needs={"generator": "the name of a reasoning-gym generator"},
     ),
+    "small_programs": TaskRow(module="spiral_jax.tasks.small_programs", arguments=("seed",)),
 }
 
 

@@ -241,7 +241,7 @@ def serve() -> None:
     try:
         if is_users(path):
             sandbox.prefix_prints(f"[{path}] ")
-        reward = load_reward(path)
+        reward = load_reward(path, timeout_s)
         if path == MATH:
             sandbox.lock_down()
     except BaseException as error:

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Callable, Sequence
 
 from spiral_jax.tasks.problem import Problem, TaskError
 from spiral_jax.verifier.notation import Unreadable, is_ambiguous, read_reference
+from spiral_jax.verifier.programs import check_tests
+from spiral_jax.verifier.rewards import CODE, CODE_ALL, MATH
 
 _SHOWN = 10
+
+
+def check_problems(problems: Sequence[Problem], reward_of: Callable[[Problem], str]) -> str:
+    """Looks at what the rewards of this package compare answers with: references, or tests.
+
+    Args:
+      reward_of: the name of the reward that judges a problem.
+
+    Returns:
+      what a user should know of them; "" where there is nothing.
+
+    Raises:
+      TaskError: see `check_references` and `programs.check_tests`.
+    """
+    by_reward: dict[str, list[Problem]] = collections.defaultdict(list)
+    for problem in problems:
+        by_reward[reward_of(problem)].append(problem)
+    check_tests(by_reward[CODE] + by_reward[CODE_ALL])
+    return check_references(by_reward[MATH])
 
 
 def check_references(problems: Sequence[Problem]) -> str:

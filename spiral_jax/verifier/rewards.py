@@ -1,4 +1,4 @@
-"""(text of a trace, problem) -> verdict: our mathematics reward, or a user's own function."""
+"""(text of a trace, problem) -> verdict: a reward of this package, or a user's own function."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.core.functions import describe_error, load_function, source_fingerprint
 from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier import mathematics
+from spiral_jax.verifier import mathematics, programs
 
 MATH = "math"
+CODE, CODE_ALL = "code", "code_all"
+NAMED = (MATH, CODE, CODE_ALL)  # of this package; others are "package.module:function"
 Reward = bool | float | None
 RewardFunction = Callable[[str, Problem], Reward | tuple[Reward, str | None]]
 
@@ -151,11 +153,12 @@ def math_reward(text: str, problem: Problem) -> bool | None:
         ) from error
 
 
-def load_reward(path: str) -> RewardFunction:
+def load_reward(path: str, timeout_s: float = 60.0) -> RewardFunction:
     """The reward function that config.task.reward names, with all its imports done.
 
     Args:
-      path: "math" or "package.module:function".
+      path: one of NAMED, or "package.module:function".
+      timeout_s: that an answer may take.
 
     Raises:
       ConfigError: the path has another form, the module cannot be imported, or it has no such
@@ -167,17 +170,20 @@ def load_reward(path: str) -> RewardFunction:
         # imports and tables take seconds, which are to be no part of the first answer's time
         mathematics.warm_up()
         return math_reward
+    if path in (CODE, CODE_ALL):
+        return programs.make_code_reward(timeout_s, needs_all=path == CODE_ALL)
     if path.startswith("__main__:"):
         raise ConfigError(
             f"config.task.reward = {path!r}: its processes import it, and their __main__ is not "
             "yours. Write the function into a file of its own."
         )
-    return load_function("task.reward", path, 'must be "math" or "package.module:function".')
+    named = ", ".join(f'"{name}"' for name in NAMED)
+    return load_function("task.reward", path, f'must be {named} or "package.module:function".')
 
 
 def is_users(path: str) -> bool:
     """Whether config.task.reward names a function that is none of this package's."""
-    return path != MATH and not path.startswith("spiral_jax.")
+    return path not in NAMED and not path.startswith("spiral_jax.")
 
 
 def reward_fingerprint(path: str) -> str:

@@ -92,13 +92,16 @@ def limit_cpu(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
-def lock_down() -> None:
+def lock_down(processes: int = 0) -> None:
     """Lets this process read installed packages from here on, and no more.
 
     It neither writes files nor starts programs nor connects.
+
+    Args:
+      processes: and threads, that its user may have.
     """
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # without effect for root
+    resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))  # without effect for root
     resource.setrlimit(resource.RLIMIT_NOFILE, (_OTHER_FILES, _OTHER_FILES))
     # not all of sys.path: the user's project is there too
     packages = [entry for entry in sys.path if entry.endswith("-packages")]

@@ -79,4 +79,5 @@ def test_kernels_read_pages_of_128_tokens_and_bundles_of_the_widest_group():
     c = tiny.get_config()
     schedule = make_schedule(c, settings, LIMITS, Room(2**40, 0))
     assert (schedule.page, schedule.width) == (128, 8)
+    assert len(schedule.rows) == 2 and schedule.rows[1] == 4 * schedule.rows[0]
     assert schedule_of(2**30)[0].width == 8  # the narrower ones, if they are most

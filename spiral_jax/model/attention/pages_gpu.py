@@ -14,11 +14,10 @@ shares of a row's own tokens, where there are several.
 Loads are masked by length, so nothing is read that is not used, and what lies there reaches
 nothing. Page numbers behind a length are not looked at.
 
-Why Triton, which jax deprecates from 0.11 on: such kernels can be interpreted on a CPU, and read
-pages at 2.4 TB/s on an H100 that copies at 2.9 (128 rows of 512 tokens). cuDNN's paged attention is
-no faster, takes neither int8 nor float32, and has no public name in jax. Decoding is bound by
-memory, so Mosaic GPU's larger matrix instructions, of at least 64 rows where these heads have 4 to
-32, would gain nothing.
+Why Triton, which jax deprecates from 0.11 on: such kernels can be interpreted on a CPU, and are as
+fast as cuDNN's paged attention, which takes neither int8 nor float32 and has no public name in jax.
+Decoding is bound by memory, so Mosaic GPU's larger matrix instructions, of at least 64 rows where
+these heads have 4 to 32, would gain nothing.
 
 Exponentials have base 2, which is what the hardware computes: inside the kernels, scores are in
 units of log 2.
@@ -51,12 +50,12 @@ Ref = Any  # an array in the GPU's memory
 
 LOG2_E = math.log2(math.e)
 
-# Keys and values of a step of a program's loop, and the steps that Triton's pipeline holds: of
-# 2 to 10 variants each on an H100, within 4 % of the fastest for bfloat16 and int8, 32 to 1,024
-# rows, and prompts of 1,024 and 9,216 tokens.
-STEP_KEYS = 64
-STAGES = 3
-WARPS = 4
+# Keys of a step of a program's loop, and the steps that Triton's pipeline holds: with bfloat16 the
+# fastest of 8 variants for 128 rows with prompts of 1,023 tokens, and within 2 % of it for 32 rows
+# with 9,215 (one H200).
+STEP_KEYS = 32
+STAGES = 4
+WARPS = 2
 ROWS = (16, 64)  # fewest and most queries a program: 16 is the least that tensor cores multiply
 
 # Shares of a sequence: at least as many as fill a GPU of 132 multiprocessors, and none longer than
@@ -355,9 +354,9 @@ class _Queries(NamedTuple):
         return *(jnp.full_like(n_I, i) for i in first), n_I, jnp.full_like(n_I, self.j), self.r_I
 
     def _each(self, *first: jax.Array | int) -> tuple[jax.Array, ...]:
-        count, E = len(self.n_I), self.E
-        at = [_over(index_I[:, None], count, E) for index_I in self._of_heads(*first)]
-        return *at, _over(jnp.arange(E)[None, :], count, E)
+        rows, E = len(self.n_I), self.E
+        at = [_over(index_I[:, None], rows, E) for index_I in self._of_heads(*first)]
+        return *at, _over(jnp.arange(E)[None, :], rows, E)
 
 
 def _walk(
