@@ -133,6 +133,8 @@ def defaults() -> ConfigDict:
     c.prompt.truncated = "keep_tail"
     # tokens of a truncated candidate that "keep_tail" and "mark" keep
     c.prompt.keep_tail_tokens = 4096
+    # of every candidate its last so many tokens are shown, 0 = all: bounds prompts over many rounds
+    c.prompt.candidate_tail = 0
     # "answer_only" drops a candidate's <think> block, "full" keeps it
     c.prompt.thinking = "answer_only"
     c.prompt.max_problem_tokens = 1024  # longer search prompts are left out and counted (paper)
