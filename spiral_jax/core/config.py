@@ -90,9 +90,10 @@ def defaults() -> ConfigDict:
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one
     # "" = the task's own; "math" (0/1 on the last \\boxed{}); "code", the share of its problem's
     # tests that the last fenced block of Python passes, or "code_all", whether it passes all
-    # (verifier/programs.py says in which columns tests are); your "package.module:function", a
-    # function (text, problem) -> True, False, a number in [0, 1], None = unparsed, or a pair of
-    # one of these and the answer as a string
+    # (verifier/programs.py says in which columns tests are); "instructions", the share of IFEval's
+    # instructions that are followed; your "package.module:function", a function (text, problem) ->
+    # True, False, a number in [0, 1], None = unparsed, or a pair of one of these and the answer as
+    # a string
     c.task.reward = ""
     # the same by the problem's column data_source, such as {"gsm8k": "math", "code": "my:run"};
     # task.reward judges all other sources
