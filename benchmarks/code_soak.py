@@ -71,12 +71,13 @@ def trace_of(kind: str, canary: pathlib.Path, secret: pathlib.Path) -> str:
 
 
 def descendants() -> list[int]:
-    """Of this process, and whatever else has appeared that was started as a fork of a worker."""
+    """Of this process, and orphans that were forked by a worker."""
     children = psutil.Process().children(recursive=True)
     return [child.pid for child in children] + [
         process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if "verifier import pool" in " ".join(process.info["cmdline"] or [])
+        for process in psutil.process_iter(["cmdline", "ppid"])
+        if process.info["ppid"] == 1
+        and "verifier import pool" in " ".join(process.info["cmdline"] or [])
     ]
 
 

@@ -19,12 +19,8 @@ from spiral_jax.verifier import instructions, mathematics, programs
 
 MATH = "math"
 CODE, CODE_ALL, INSTRUCTIONS = "code", "code_all", "instructions"
-NAMED = (
-    MATH,
-    CODE,
-    CODE_ALL,
-    INSTRUCTIONS,
-)  # of this package; others are "package.module:function"
+# Those of this package; others are "package.module:function".
+NAMED = (MATH, CODE, CODE_ALL, INSTRUCTIONS)
 Reward = bool | float | None
 RewardFunction = Callable[[str, Problem], Reward | tuple[Reward, str | None]]
 
