@@ -110,7 +110,6 @@ def defaults() -> ConfigDict:
     # system message before the user's turn; "" = none but what the chat template adds
     c.prompt.system = ""
     # variables of the chat template, such as {"enable_thinking": False}; {} = its own defaults
-
     c.prompt.template_kwargs = ConfigDict()
     # tokens that end a trace beside those of generation_config.json and the tokenizer: each a text
     # or id, such as ("<|eot_id|>", 151643)
@@ -185,7 +184,7 @@ def defaults() -> ConfigDict:
     # U of a search micro-batch; 0 = as many as have 32,768 tokens on each shard of the groups
     c.batch.search_groups = 0
     c.batch.aggregation_lengths = ()  # the same for aggregation
-    c.batch.aggregation_groups = 0
+    c.batch.aggregation_groups = 0  # the same for aggregation
 
     c.loss = ConfigDict()
     c.loss.estimator = "marginal_mean"  # a row of objective/estimators.py (paper)
