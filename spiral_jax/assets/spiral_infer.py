@@ -46,6 +46,7 @@ _KNOWN_PROMPT_FIELDS = {
     "candidate",
     "truncated",
     "keep_tail_tokens",
+    "candidate_tail",
     "thinking",
     "max_problem_tokens",
 }
@@ -72,7 +73,7 @@ class Trace:
     Attributes:
       text: all of it, thinking too.
       truncated: whether the token limit cut it off.
-      tail: the last tokens of a truncated one, where the scaffold shows no more of it.
+      tail: its last tokens, where the scaffold shows no more of it.
     """
 
     text: str
@@ -112,7 +113,12 @@ class Endpoint:
     def complete(self, message: str, scaffold: dict, max_tokens: int, seed: int) -> Trace:
         """One trace of at most `max_tokens` tokens, prompted and sampled as in training."""
         rule = scaffold["prompt"]
-        needs_tail = rule["truncated"] != "drop" and rule["keep_tail_tokens"] < max_tokens
+        tails = {True: rule["keep_tail_tokens"], False: max_tokens}  # by truncated
+        if every := rule.get("candidate_tail"):  # scaffolds of earlier exports have none
+            tails = {cut: min(every, tail) for cut, tail in tails.items()}
+        if rule["truncated"] == "drop":
+            tails[True] = tails[False]
+        needs_tail = min(tails.values()) < max_tokens
         body = {"model": self.model, "seed": seed, "max_tokens": max_tokens, **scaffold["sampling"]}
         if rule["stop"]:  # the model's own stop ids are known to the server
             body["stop_token_ids"] = scaffold["stop_ids"]
@@ -133,13 +139,13 @@ class Endpoint:
             text = opening + completion.thought + closing + text
 
         tail = None
-        if completion.truncated and needs_tail:
+        if tails[completion.truncated] < max_tokens:
             if not completion.tokens:
                 raise EndpointError(
-                    "the scaffold keeps the last tokens of truncated candidates, but the endpoint "
-                    "does not give tokens (logprobs). Serve the model with log-probs."
+                    "the scaffold shows the last tokens of candidates, but the endpoint does not "
+                    "give tokens (logprobs). Serve the model with log-probs."
                 )
-            last = completion.tokens[-rule["keep_tail_tokens"] :]
+            last = completion.tokens[-tails[completion.truncated] :]
             tail = b"".join(last).decode(errors="ignore")
         return Trace(text, completion.truncated, tail)
 

@@ -90,9 +90,10 @@ def defaults() -> ConfigDict:
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one
     # "" = the task's own; "math" (0/1 on the last \\boxed{}); "code", the share of its problem's
     # tests that the last fenced block of Python passes, or "code_all", whether it passes all
-    # (verifier/programs.py says in which columns tests are); your "package.module:function", a
-    # function (text, problem) -> True, False, a number in [0, 1], None = unparsed, or a pair of
-    # one of these and the answer as a string
+    # (verifier/programs.py says in which columns tests are); "instructions", the share of IFEval's
+    # instructions that are followed; your "package.module:function", a function (text, problem) ->
+    # True, False, a number in [0, 1], None = unparsed, or a pair of one of these and the answer as
+    # a string
     c.task.reward = ""
     # the same by the problem's column data_source, such as {"gsm8k": "math", "code": "my:run"};
     # task.reward judges all other sources. Around names with a dot there must be
@@ -110,7 +111,6 @@ def defaults() -> ConfigDict:
     # system message before the user's turn; "" = none but what the chat template adds
     c.prompt.system = ""
     # variables of the chat template, such as {"enable_thinking": False}; {} = its own defaults
-
     c.prompt.template_kwargs = ConfigDict()
     # tokens that end a trace beside those of generation_config.json and the tokenizer: each a text
     # or id, such as ("<|eot_id|>", 151643)
@@ -134,6 +134,8 @@ def defaults() -> ConfigDict:
     c.prompt.truncated = "keep_tail"
     # tokens of a truncated candidate that "keep_tail" and "mark" keep
     c.prompt.keep_tail_tokens = 4096
+    # of every candidate its last so many tokens are shown, 0 = all: bounds prompts over many rounds
+    c.prompt.candidate_tail = 0
     # "answer_only" drops a candidate's <think> block, "full" keeps it
     c.prompt.thinking = "answer_only"
     c.prompt.max_problem_tokens = 1024  # longer search prompts are left out and counted (paper)
@@ -183,7 +185,7 @@ def defaults() -> ConfigDict:
     # U of a search micro-batch; 0 = as many as have 32,768 tokens on each shard of the groups
     c.batch.search_groups = 0
     c.batch.aggregation_lengths = ()  # the same for aggregation
-    c.batch.aggregation_groups = 0
+    c.batch.aggregation_groups = 0  # the same for aggregation
 
     c.loss = ConfigDict()
     c.loss.estimator = "marginal_mean"  # a row of objective/estimators.py (paper)

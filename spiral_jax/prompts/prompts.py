@@ -93,7 +93,7 @@ def clean_candidate(scaffold: Scaffold, ids: np.ndarray, stop: Stop) -> tuple[np
     """What an aggregation prompt shows of a trace.
 
     Thinking is cut, special ids are taken out (left in, a sampled <|im_start|> would forge a turn),
-    and of a truncated trace the tail is kept.
+    and of a truncated trace the tail is kept; of every trace, with config.prompt.candidate_tail.
 
     Args:
       ids: sampled int32 ids; the stop id is the last one if `stop` is `Stop.STOP`.
@@ -112,10 +112,13 @@ def clean_candidate(scaffold: Scaffold, ids: np.ndarray, stop: Stop) -> tuple[np
 
     special = np.isin(ids, scaffold.special_ids)
     ids = ids[~special]
-    if stop == Stop.LENGTH and len(ids):
+    is_cut_off = stop == Stop.LENGTH and len(ids) > 0
+    if is_cut_off:
         ids = ids[max(0, len(ids) - settings.keep_tail_tokens) :]
-        if settings.truncated == "mark":
-            ids = np.concatenate([scaffold.cut_off_ids, ids])
+    if settings.candidate_tail:
+        ids = ids[-settings.candidate_tail :]
+    if is_cut_off and settings.truncated == "mark":
+        ids = np.concatenate([scaffold.cut_off_ids, ids])
     return ids, int(special.sum())
 
 

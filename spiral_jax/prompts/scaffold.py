@@ -120,6 +120,7 @@ def max_aggregation_prompt(
       candidate_tokens: limit on a candidate's trace.
       problem_tokens: limit on the search prompt of its problem.
     """
+    candidate_tokens = min(candidate_tokens, scaffold.settings.candidate_tail or candidate_tokens)
     shown = [candidate_tokens, len(scaffold.empty_ids)]
     if scaffold.settings.truncated == "mark":
         tail = min(candidate_tokens, scaffold.settings.keep_tail_tokens)

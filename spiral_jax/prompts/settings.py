@@ -22,6 +22,7 @@ class PromptSettings:
     candidate: str
     truncated: str
     keep_tail_tokens: int
+    candidate_tail: int
     thinking: str
     max_problem_tokens: int
 

@@ -35,6 +35,7 @@ _LEAST = {
     "model.attention_block": 1,
     "prompt.max_problem_tokens": 1,
     "prompt.keep_tail_tokens": 1,
+    "prompt.candidate_tail": 0,
     "search.max_tokens": 1,
     "aggregation.max_tokens": 1,
     "eval.problems": 0,

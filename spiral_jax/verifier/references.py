@@ -6,15 +6,16 @@ import collections
 from collections.abc import Callable, Sequence
 
 from spiral_jax.tasks.problem import Problem, TaskError
+from spiral_jax.verifier.instructions import check_instructions
 from spiral_jax.verifier.notation import Unreadable, is_ambiguous, read_reference
 from spiral_jax.verifier.programs import check_tests
-from spiral_jax.verifier.rewards import CODE, CODE_ALL, MATH
+from spiral_jax.verifier.rewards import CODE, CODE_ALL, INSTRUCTIONS, MATH
 
 _SHOWN = 10
 
 
 def check_problems(problems: Sequence[Problem], reward_of: Callable[[Problem], str]) -> str:
-    """Looks at what the rewards of this package compare answers with: references, or tests.
+    """Looks at what rewards of this package judge by: references, tests, instructions.
 
     Args:
       reward_of: the name of the reward that judges a problem.
@@ -23,12 +24,14 @@ def check_problems(problems: Sequence[Problem], reward_of: Callable[[Problem], s
       what a user should know of them; "" where there is nothing.
 
     Raises:
-      TaskError: see `check_references` and `programs.check_tests`.
+      TaskError: see `check_references`, `programs.check_tests` and
+        `instructions.check_instructions`.
     """
     by_reward: dict[str, list[Problem]] = collections.defaultdict(list)
     for problem in problems:
         by_reward[reward_of(problem)].append(problem)
     check_tests(by_reward[CODE] + by_reward[CODE_ALL])
+    check_instructions(by_reward[INSTRUCTIONS])
     return check_references(by_reward[MATH])
 
 

@@ -15,11 +15,12 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.core.functions import describe_error, load_function, source_fingerprint
 from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier import mathematics, programs
+from spiral_jax.verifier import instructions, mathematics, programs
 
 MATH = "math"
-CODE, CODE_ALL = "code", "code_all"
-NAMED = (MATH, CODE, CODE_ALL)  # of this package; others are "package.module:function"
+CODE, CODE_ALL, INSTRUCTIONS = "code", "code_all", "instructions"
+# Those of this package; others are "package.module:function".
+NAMED = (MATH, CODE, CODE_ALL, INSTRUCTIONS)
 Reward = bool | float | None
 RewardFunction = Callable[[str, Problem], Reward | tuple[Reward, str | None]]
 
@@ -177,6 +178,8 @@ def load_reward(path: str, timeout_s: float = 60.0) -> RewardFunction:
             f"config.task.reward = {path!r}: its processes import it, and their __main__ is not "
             "yours. Write the function into a file of its own."
         )
+    if path == INSTRUCTIONS:
+        return instructions.instructions_reward
     named = ", ".join(f'"{name}"' for name in NAMED)
     return load_function("task.reward", path, f'must be {named} or "package.module:function".')
 

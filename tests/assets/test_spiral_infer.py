@@ -211,6 +211,18 @@ def test_a_long_truncated_candidate_is_cut_by_tokens(server):
         Endpoint(server.url, "m").complete("x", rules, 40, 0)
 
 
+def test_every_candidate_is_cut_by_tokens_where_the_scaffold_shows_tails(server):
+    tokens = [{"token": "?", "bytes": list(part)} for part in (b"ab", b"cd", b"ef")]
+    rules = scaffold(candidate_tail=2)
+    server.reply = lambda body: (200, choice("abcdef", logprobs={"content": tokens}))
+    trace = Endpoint(server.url, "m").complete("x", rules, 40, 0)
+    assert server.asked[0][1]["logprobs"] is True
+    assert spiral_infer.shown_candidate(trace, rules) == "cdef"
+    server.reply = lambda body: (200, choice("abcdef"))
+    with pytest.raises(EndpointError, match="does not give tokens"):
+        Endpoint(server.url, "m").complete("x", rules, 40, 0)
+
+
 def test_thinking_that_the_server_took_out_of_the_text_counts_as_thinking(server):
     server.reply = lambda body: (200, choice("so 3", message={"reasoning_content": "hm"}))
     trace = Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)

@@ -1,5 +1,7 @@
 """Prompts: sampled ids arrive verbatim, nothing can forge a turn, and every rule is counted."""
 
+import itertools
+
 import numpy as np
 import pytest
 from small_tokenizer import CHATML, chatml_tokenizer, decode, encode, scaffold_of
@@ -207,6 +209,21 @@ def test_truncated_candidates_keep_their_last_ids_and_finished_ones_all(tokenize
     assert cleaned.tolist() == list(range(24, 30)) and removed == 2
 
 
+def test_of_every_candidate_a_tail_may_be_all_that_is_shown(tokenizer):
+    ids, end = np.arange(10, 30), encode(tokenizer, "</think>")
+    for truncated, before in (("keep_tail", []), ("mark", encode(tokenizer, "[cut off]\n"))):
+        scaffold = scaffold_of(tokenizer, truncated=truncated, keep_tail_tokens=6, candidate_tail=4)
+        cut_off, _ = prompts.clean_candidate(scaffold, ids, Stop.LENGTH)
+        assert cut_off.tolist() == [*before, *range(26, 30)]
+        finished, _ = prompts.clean_candidate(scaffold, np.append(ids, 1), Stop.STOP)
+        assert finished.tolist() == list(range(26, 30))
+        # thinking is cut first: it takes no room
+        short, _ = prompts.clean_candidate(
+            scaffold, np.concatenate([ids, end, [11, 12], [1]]), Stop.STOP
+        )
+        assert short.tolist() == [11, 12]
+
+
 def test_mark_says_so_before_the_tail_of_truncated_candidates_only(tokenizer):
     scaffold = scaffold_of(tokenizer, truncated="mark", keep_tail_tokens=6)
     ids = np.arange(10, 30)
@@ -314,8 +331,10 @@ def test_an_end_of_thinking_inside_random_ids_is_found_without_encoding_them_aga
 def test_no_prompt_exceeds_the_bound_and_the_bound_is_reached(tokenizer):
     rng, slack = np.random.default_rng(3), []
     for truncated in ("keep_tail", "drop", "mark"):
-        for tail in (0, 3, 30, 100):
-            scaffold = scaffold_of(tokenizer, truncated=truncated, keep_tail_tokens=tail)
+        for tail, every in itertools.product((0, 3, 30, 100), (0, 7)):
+            scaffold = scaffold_of(
+                tokenizer, truncated=truncated, keep_tail_tokens=tail, candidate_tail=every
+            )
             bound = max_aggregation_prompt(
                 scaffold, size=11, candidate_tokens=30, problem_tokens=180
             )
