@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -99,6 +100,17 @@ def finished(environment, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir, done
+
+
+@pytest.mark.slow
+def test_every_metric_has_a_meaning_in_the_docs(finished):
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    named = set()
+    for name in re.findall(r"`([\w/]+)`", page):
+        named |= {name.replace("ROLE", role) for role in ("search", "aggregation")}
+    workdir, _ = finished
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {key for row in rows for key in row} - named == set()
 
 
 @pytest.mark.slow
