@@ -7,8 +7,9 @@ ones, c of them right.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -69,6 +70,23 @@ def max_at_k(own_BxN: np.ndarray, k: int) -> np.ndarray:
     pi(y_i) is an unbiased gradient of pass@k. Arguments and result as in `pass_at_k`; 0 if n < k.
     """
     return _by_count(own_BxN, k, _max_at_k)
+
+
+def mean_best(rewards: Sequence[Fraction], size: int, at_least: Fraction = Fraction(0)) -> Fraction:
+    """Mean over all sets of `size` of these rewards of the higher of `at_least` and the set's best.
+
+    Exact, and without going through the sets: a share of C(m, size) / C(n, size) of them has no
+    reward of v or more, where m of the n rewards are below v.
+
+    Args:
+      rewards: in [0, 1]; at least `size` of them.
+    """
+    sets, total = math.comb(len(rewards), size), at_least
+    levels = [at_least, *sorted({reward for reward in rewards if reward > at_least})]
+    for below, level in itertools.pairwise(levels):
+        lower = sum(reward < level for reward in rewards)
+        total += (level - below) * (1 - Fraction(math.comb(lower, size), sets))
+    return total
 
 
 def varies(own_BxN: np.ndarray) -> np.ndarray:
