@@ -146,7 +146,7 @@ ESTIMATORS = {
     "set_control_variate": Estimator(
         sets="drawn",
         advantage=_controlled,
-        informative=lambda r: np.array([any(exact) for exact in r.controlled_BxN], bool),
+        informative=lambda r: _controlled(r).any(axis=-1),  # exact fractions, rounded once
         starved=lambda r: r.sets_B < 2,
         factor=lambda r: np.full(len(r.own_BxN), r.own_BxN.shape[1] / r.subset_size),
         explain=explain.with_control_variate,
@@ -200,20 +200,20 @@ ESTIMATORS = {
     "paragator": Estimator(
         sets="drawn",
         advantage=lambda r: of_own_answers.pass_at_k(r.own_BxN, r.subset_size),
-        informative=lambda r: of_own_answers.differs_at_k(r.own_BxN, r.subset_size),
+        informative=lambda r: of_own_answers.pass_at_k(r.own_BxN, r.subset_size).any(axis=-1),
         starved=lambda r: r.traces_B <= r.subset_size,
         factor=lambda r: r.traces_B / r.subset_size - 1,
         explain=explain.pass_at_k,
-        needs=Needs(outsider=True, bits=True),
+        needs=Needs(outsider=True),
     ),
     "pkpo": Estimator(
         sets="drawn",
         advantage=lambda r: of_own_answers.max_at_k(r.own_BxN, r.subset_size),
-        informative=lambda r: of_own_answers.differs_at_k(r.own_BxN, r.subset_size - 1),
+        informative=lambda r: of_own_answers.max_at_k(r.own_BxN, r.subset_size).any(axis=-1),
         starved=lambda r: r.traces_B < r.subset_size,
         factor=lambda r: np.ones(len(r.own_BxN)),
         explain=explain.max_at_k,
-        needs=Needs(set_size=2, bits=True),
+        needs=Needs(set_size=2),
     ),
     # Own correctness alone, no aggregation.
     "grpo": Estimator(

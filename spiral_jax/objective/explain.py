@@ -248,10 +248,12 @@ def pass_at_k(evidence: Evidence) -> Reason:
     if reason := _without_signal(evidence):
         return reason
     n, k = evidence.own.verified, evidence.set_size
-    wrong = n - int(evidence.own.total)
     if n <= k:
         words = f"There is one set of {k} at most, which has nothing to be compared with: 0."
         return Reason(0.0, words)
+    if not evidence.own.counts_right:
+        return _best_at_k(evidence)
+    wrong = n - int(evidence.own.total)
     missed = Fraction(math.comb(wrong, k), math.comb(n, k))
     missed_with_it = Fraction(0)
     if not evidence.reward:
@@ -263,18 +265,45 @@ def pass_at_k(evidence: Evidence) -> Reason:
     return Reason(float(missed - missed_with_it), words)
 
 
+def _best_at_k(evidence: Evidence) -> Reason:
+    """`pass_at_k` of rewards between 0 and 1."""
+    n, k = evidence.own.verified, evidence.set_size
+    verified = [None if reward is None else Fraction(reward) for reward in evidence.own_N]
+    own_n = [reward for reward in verified if reward is not None]
+    trace = sum(reward is not None for reward in verified[: evidence.trace])
+    # with it - all sets = (1 - k / n) (with it - without it), as a share of k / n of all have it
+    value = (1 - Fraction(k, n)) * _best_of_every_set(own_n, trace, k)
+    words = (
+        f"{evidence.own_words}. The mean best reward of all sets of {k} with this trace minus that "
+        f"of all sets of {k}: {_signed(value)}."
+    )
+    return Reason(float(value), words)
+
+
 def max_at_k(evidence: Evidence) -> Reason:
     """`of_own_answers.max_at_k`."""
     if reason := _without_signal(evidence):
         return reason
     n, k = evidence.own.verified, evidence.set_size
     if n < k or not evidence.reward:
-        return Reason(0.0, f"{evidence.own_words}. No set of {k} is solved because of it: 0.")
-    value = Fraction(math.comb(n - int(evidence.own.total), k - 1), math.comb(n, k))
-    words = (
-        f"{evidence.own_words}: it is the only right one in a share of {_decimal(value)} of all "
-        f"sets of {k}: {_signed(value)}."
-    )
+        return Reason(0.0, f"{evidence.own_words}. No set of {k} is better because of it: 0.")
+    # It adds what it is above the best of k - 1 others: by their rank, in ascending order.
+    others = sorted(Fraction(reward) for reward in evidence.own_N if reward is not None)
+    others.remove(Fraction(evidence.reward))
+    value = sum(
+        max(Fraction(evidence.reward) - best, 0) * math.comb(j, k - 2)
+        for j, best in enumerate(others)
+    ) / Fraction(math.comb(n, k))
+    if not evidence.own.counts_right:
+        words = (
+            f"{evidence.own_words}. What it adds to the best of the others, over all sets of {k}: "
+            f"{_signed(value)}."
+        )
+    else:
+        words = (
+            f"{evidence.own_words}: it is the only right one in a share of {_decimal(value)} of "
+            f"all sets of {k}: {_signed(value)}."
+        )
     return Reason(float(value), words)
 
 

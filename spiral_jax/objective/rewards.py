@@ -93,7 +93,7 @@ class Rewards:
     @functools.cached_property
     def polychromic_BxT(self) -> np.ndarray:
         """S^2 f_poly of all T = C(N, S) sets; see `of_sets.polychromic_score`."""
-        of_own_answers.counts(self.own_BxN)  # raises unless rewards are 0 and 1: sums stay exact
+        of_own_answers.check_bits(self.own_BxN)  # so that sums stay exact
         return of_sets.polychromic_score(self.own_BxN, self.strategy_BxN, self._every_TxS)
 
     @property
