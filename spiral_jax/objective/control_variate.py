@@ -42,9 +42,9 @@ if TYPE_CHECKING:  # it imports this module
 # Of the sums of earlier steps this is left after each step: the newest has a weight of 0.3, and
 # together they count as 3.3 steps. Longer lags behind the policy, shorter is noisier.
 _KEPT = 0.7
-# Added to the sum of squares, which one drawn set adds at most 1/4 to: c stays near 0 as long as
-# next to nothing has been seen of how f depends on g.
-_PRIOR = 1.0
+# Added to the sum of squares: as much as a drawn set adds at most, on average over its problem's
+# sets. So c stays near 0 as long as next to nothing has been seen of how f depends on g.
+_PRIOR = 0.25
 _METRIC = "advantage/control_c"
 
 

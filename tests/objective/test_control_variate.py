@@ -188,7 +188,7 @@ def random_round(seed, problems=30, n=6, s=3, k=4, m=3):
 
 
 def least_squares(steps):
-    """Slope on g with a mean for each problem, steps weighted; a row of weight 1 that says 0."""
+    """Slope on g with a mean for each problem, steps weighted; a row of weight 1/4 that says 0."""
     rows, values, weights = [], [], []
     problems = sum(len(step.own_BxN) for step in steps)
     place = 0
@@ -205,7 +205,7 @@ def least_squares(steps):
                     weights.append(0.7**age)
             place += 1
     rows.append([1.0, *np.zeros(problems)])
-    root = np.sqrt([*weights, 1.0])
+    root = np.sqrt([*weights, 0.25])
     design, target = np.array(rows) * root[:, None], np.array([*values, 0.0]) * root
     return np.linalg.lstsq(design, target, rcond=None)[0][0]
 

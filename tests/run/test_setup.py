@@ -101,7 +101,7 @@ BAD = {
     "model.compute_dtype": ("float16", "float32, bfloat16"),
     "model.remat": ("everything", "none, dots, attention, layer"),
     "model.attention": ("cuda", "auto, xla, gpu, tpu"),
-    "task.name": ("gsm", "jsonl, parquet, hf, two_halves, end_digit, reasoning_gym"),
+    "task.name": ("gsm", "jsonl, parquet, hf, two_halves, end_digit, three_parts, reasoning_gym"),
     "task.reward": ("my_reward", "package.module:function"),
     "eval.temperature": (-0.5, ">= 0"),
     "eval.top_p": (0.0, "above 0 and at most 1"),
