@@ -68,7 +68,7 @@ def _draw(seed: int, split: str, index: int) -> Problem:
     text = " ".join(f"{name}={a}*{b}+{c}" for name, (a, b, c) in zip(PARTS, parts, strict=True))
     metadata = {"parts": [list(part) for part in parts]}
     everything = {name: a * b + c for name, (a, b, c) in zip(PARTS, parts, strict=True)}
-    return Problem(id=f"{split}:{index}", text=text, answer=_box(everything), metadata=metadata)
+    return Problem(id=f"{split}:{index}", text=text, answer=_list(everything), metadata=metadata)
 
 
 def _part(number: int) -> tuple[int, int, int]:
@@ -150,7 +150,11 @@ def put_together(problem: Problem, names: set[str]) -> str:
 
 
 def _box(values: dict[str, int]) -> str:
-    return f"\\boxed{{{' '.join(f'{name}:{value}' for name, value in values.items())}}}"
+    return f"\\boxed{{{_list(values)}}}"
+
+
+def _list(values: dict[str, int]) -> str:
+    return " ".join(f"{name}:{value}" for name, value in values.items())
 
 
 def tokenizer_texts(problem: Problem, rng: np.random.Generator) -> Iterator[str]:

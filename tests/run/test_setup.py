@@ -11,6 +11,7 @@ from configs import (
     qwen3_4b,
     smollm2_135m,
     smollm2_chain_sum,
+    three_parts,
     tiny,
     your_data,
 )
@@ -29,6 +30,7 @@ CONFIGS = {
         smollm2_135m,
         smollm2_chain_sum,
         end_digit,
+        three_parts,
         your_data,
     )
 }

@@ -68,8 +68,8 @@ def test_problems_are_a_pure_function_of_seed_and_cursor_and_right_by_their_own_
     for index in range(50):
         problem = task.held_out(index)
         x, y, z = values(problem)
-        assert problem.answer == f"\\boxed{{x:{x} y:{y} z:{z}}}"
-        assert three_parts.reward(problem.answer, problem) == 1
+        assert problem.answer == f"x:{x} y:{y} z:{z}"
+        assert three_parts.reward(f"so \\boxed{{{problem.answer}}}", problem) == 1
 
 
 def test_no_three_parts_are_in_both_splits_whatever_the_seeds():
