@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spiral_jax.core.groups import Groups, Purpose, concat_groups
+from spiral_jax.objective.of_sets import every_subset
 from spiral_jax.objective.subsets import Key, disjoint_subsets
 from spiral_jax.prompts.prompts import search_prompt
 from spiral_jax.rollout.feed import Feed
@@ -43,9 +44,15 @@ class Listed:
 
 
 class HeldOut:
-    """The first held-out problems of a task, and a policy that works on them as in training."""
+    """The first held-out problems of a task, and a policy that works on them as in training.
 
-    def __init__(self, setup: Setup, verifier: Verifier, policy: Any, problems: int):
+    Args:
+      every_set: whether all C(N, S) sets are read, in the order of `every_subset`; else one is.
+    """
+
+    def __init__(
+        self, setup: Setup, verifier: Verifier, policy: Any, problems: int, every_set: bool = False
+    ):
         self._setup, self._verifier, self._policy = setup, verifier, policy
         self._asked = []
         for index in range(problems):
@@ -61,7 +68,7 @@ class HeldOut:
             reads=self._search,
             candidates=stages.search_traces,
             set_size=stages.subset_size,
-            sets=self._one_set,
+            sets=self._every_set if every_set else self._one_set,
         )
 
     @property
@@ -89,18 +96,23 @@ class HeldOut:
         key = Key(stages.seed, int(Purpose.EVALUATION), step, cursor, 0)
         return disjoint_subsets(key, stages.search_traces, stages.subset_size, 1)
 
+    def _every_set(self, step: int, cursor: int) -> np.ndarray:
+        del step, cursor
+        stages = self._setup.training.stages
+        return every_subset(stages.search_traces, stages.subset_size)
+
     def _feed(self, stages: list[Stage], asked: list[Asked]) -> Feed:
         c, scaffold = self._setup.c, self._setup.scaffold
         writer = Writer(scaffold, Purpose.EVALUATION, 0, c.seed, c.aggregation.order)
         return Feed(stages, writer, Listed(list(asked)))
 
     def _draw(self, stages: list[Stage], feed: Feed) -> JudgedTraces:
-        """The judged traces of the last stage."""
+        """The judged traces of the last stage, a group for each set."""
         for _ in self._setup.sampler.stream(self._policy, feed):
             pass
         courses = [feed.courses[asked.cursor] for asked in self._asked]
         groups = concat_groups([course.of_stage(stages[-1]) for course in courses])
         texts = trace_texts(self._setup.tokenizer, groups)
-        problems = np.repeat(self.problems, groups.trace_len_UxC.shape[1])
+        problems = np.repeat(self.problems, groups.trace_len_UxC.size // len(self.problems))
         verdicts = self._verifier.verify(list(zip(texts, problems, strict=True)))
         return JudgedTraces(reward(groups, verdicts), texts, verdicts)

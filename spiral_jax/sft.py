@@ -1,7 +1,8 @@
 """Makes a bundled model: tokenizer, random weights, supervised demonstrations -> a directory.
 
-    python -m spiral_jax.sft --config=configs/tiny_sft.py --out=DIR        # bundled:tiny
-    python -m spiral_jax.sft --config=configs/end_digit_sft.py --out=DIR   # bundled:end_digit
+    python -m spiral_jax.sft --config=configs/tiny_sft.py --out=DIR         # bundled:tiny
+    python -m spiral_jax.sft --config=configs/end_digit_sft.py --out=DIR    # bundled:end_digit
+    python -m spiral_jax.sft --config=configs/three_parts_sft.py --out=DIR  # bundled:three_parts
 
 One step: problems -> demonstrated search traces and aggregation traces, as groups -> mean negative
 log-likelihood a token of both roles, added -> one Adam step. The directory is a Hugging Face one.

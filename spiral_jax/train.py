@@ -55,7 +55,8 @@ def train(setup: Setup, workdir: str) -> signal.Signals | None:
                     # Set RL for search, the set's own mean as the baseline for aggregation.
                     # Problems whose advantages are all zero are not kept.
                     rewards = rollout.rewards()
-                    problems.add(rollout, compute_advantages(objective.estimator, rewards))
+                    advantages = compute_advantages(objective.estimator, rewards, run.at.c_R)
+                    problems.add(rollout, advantages)
             if run.preemption.notice:
                 break
             # The first B kept problems; their traces' advantages become loss weights.

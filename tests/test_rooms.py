@@ -14,7 +14,7 @@ DOORS = {
     "tasks": "answer finite hub jsonl load overlap problem tiny_tokenizer",
     "prompts": "prompts scaffold settings tokenizer",
     "verifier": "choice pool references rewards settings verifier",
-    "objective": "advantages estimators explain rewards settings subsets weights",
+    "objective": "advantages control_variate estimators explain rewards settings subsets weights",
     "sampling": "decode engine memory prefill programs protocol settings shapes weights",
     "learner": "blocks logprobs settings state step",
     "rollout": "actor collect feed judge requests settings stages traces",

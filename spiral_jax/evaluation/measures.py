@@ -5,6 +5,8 @@ A record is what became of one problem, in JSON types:
     index, id     of the held-out problem
     search        answer, length, cut_off [N]: cut_off is 1 where a trace reached its limit, else 0;
                   strategy [N], where something names them (config.task.strategy): names, or None
+    search, aggregation and rounds of rsa have too, where an answer has earned partial credit:
+                  reward [..] of each answer, None = an error of ours
     limits        for each smaller limit: limit, answer [N]: the same traces, cut off there
     aggregation   member [K][S], which search traces each set holds;
                   answer, length, cut_off [K * M], by set and trace
@@ -40,6 +42,7 @@ from spiral_jax.evaluation.statistics import (
 BOOTSTRAP_DRAWS = 2000
 RATES = ("rescue_vote_wrong", "spoil_vote_right", "rescue_none_right", "spoil_some_right")
 STRATEGIES = ("commonest", "mixed", "right_if_mixed", "right_if_alike")
+REWARD = "reward/aggregated"  # a column where answers have earned partial credit
 Answers = Sequence[int | None]
 
 
@@ -103,6 +106,19 @@ def entropy(answers: Answers) -> float:
     return answer_entropy([answer for answer in answers if answer != ERROR])
 
 
+def rewards(stage: Mapping[str, Any]) -> list[float]:
+    """What a stage's answers have earned; errors of ours are left out."""
+    if "reward" in stage:
+        return [reward for reward in stage["reward"] if reward is not None]
+    return [float(answer == CORRECT) for answer in stage["answer"] if answer != ERROR]
+
+
+def mean_reward(stage: Mapping[str, Any]) -> float:
+    """NaN if all are errors of ours."""
+    earned = rewards(stage)
+    return sum(earned) / len(earned) if earned else math.nan
+
+
 def set_votes(search: dict, member_KxS: Sequence[Sequence[int]]) -> list[float]:
     """`vote` among the candidates of each set."""
     return [vote([search["answer"][n] for n in member_S]) for member_S in member_KxS]
@@ -134,12 +150,15 @@ def columns(records: Sequence[dict]) -> dict[str, Column]:
     """Every measure of `records`, all sampled with the same numbers N, K, S, M, T and limits.
 
     Q is N for names in `_at_k` (k = 1..N), T + 1 for `rsa/` (rounds 0..T), the number of limits for
-    `limits/`, else 1.
+    `limits/`, T + 1 for `reward/rsa`, else 1. Those in `reward/` are there if answers have earned
+    partial credit.
     """
     found = _search_columns(records) | _aggregation_columns(records) | _rate_columns(records)
     found |= _rsa_columns(records) | _limit_columns(records)
     if "strategy" in records[0]["search"]:
         found |= _strategy_columns(records)
+    if any("reward" in stage for record in records for stage in _rewarded_stages(record)):
+        found |= _reward_columns(records)
     return found
 
 
@@ -276,6 +295,19 @@ def _rsa_columns(records: Sequence[dict]) -> dict[str, Column]:
         "rsa/cut_off": by_round(_cut_off),
         "rsa/tokens": spent(sum),
         "rsa/critical_path": spent(max),
+    }
+
+
+def _rewarded_stages(record: dict) -> list[dict]:
+    return [record["search"], record["aggregation"], *record["rsa"]]
+
+
+def _reward_columns(records: Sequence[dict]) -> dict[str, Column]:
+    """Mean rewards where some are partial credit; of rsa by round."""
+    return {
+        "reward/single": _means(records, lambda r: [mean_reward(r["search"])]),
+        REWARD: _means(records, lambda r: [mean_reward(r["aggregation"])]),
+        "reward/rsa": _means(records, lambda r: [mean_reward(stage) for stage in populations(r)]),
     }
 
 

@@ -25,7 +25,14 @@ import numpy as np
 from etils import epath
 
 from spiral_jax.core.errors import UserError
-from spiral_jax.evaluation.measures import BOOTSTRAP_DRAWS, RATES, STRATEGIES, Column, columns
+from spiral_jax.evaluation.measures import (
+    BOOTSTRAP_DRAWS,
+    RATES,
+    REWARD,
+    STRATEGIES,
+    Column,
+    columns,
+)
 from spiral_jax.evaluation.settings import EvaluationSettings
 from spiral_jax.evaluation.statistics import Estimate, bootstrap_weights, ratios_and_intervals
 from spiral_jax.tasks.problem import Problem
@@ -149,6 +156,14 @@ def summarise(records: Sequence[dict], seed: int) -> dict[str, Any]:
     if STRATEGIES[0] in measured:
         measures["strategies"] = {name: estimates.fields(name) for name in STRATEGIES}
 
+    rounds = range(len(records[0]["rsa"]) + 1)
+    if REWARD in measured:
+        measures["rewards"] = {
+            "single": estimates.fields("reward/single"),
+            "aggregated": estimates.fields(REWARD),
+            "rsa": [{"round": t} | estimates.fields("reward/rsa", t) for t in rounds],
+        }
+
     ks = range(1, len(records[0]["search"]["answer"]) + 1)
     measures["single"] = estimates.fields("single")
     measures["pass_at_k"] = [_curve_row(estimates, "pass_at_k", k) for k in ks]
@@ -162,7 +177,6 @@ def summarise(records: Sequence[dict], seed: int) -> dict[str, Any]:
     measures["aggregated_majority"] = estimates.fields("aggregated/majority")
     measures |= {name: estimates.fields(name) for name in RATES}
 
-    rounds = range(len(records[0]["rsa"]) + 1)
     limits = [stage["limit"] for stage in records[0]["limits"]]
     measures["rsa"] = [_rsa_row(estimates, t) for t in rounds]
     measures["limits"] = [_limit_row(estimates, q, limit) for q, limit in enumerate(limits)]

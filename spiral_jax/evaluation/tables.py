@@ -85,6 +85,11 @@ def _main_table(results: Mapping[str, Any]) -> Table:
         table.add_row(label, percent(measures[name]))
     for name, estimate in measures.get("strategies", {}).items():
         table.add_row(_STRATEGIES[name], percent(estimate))
+    if "rewards" in measures:
+        table.add_row("mean reward, single trace", percent(measures["rewards"]["single"]))
+        table.add_row("mean reward, aggregated", percent(measures["rewards"]["aggregated"]))
+        for row in measures["rewards"]["rsa"][1:]:
+            table.add_row(f"mean reward, RSA round {row['round']}", percent(row))
     for role, estimate in measures["cut_off"].items():
         table.add_row(f"{role} traces cut off", percent(estimate))
     return table

@@ -81,7 +81,7 @@ class Judged:
         B = len(self.answers)
         length = self.groups.trace_len_UxC.reshape(B, -1)
         cut_off = (self.groups.stop_UxC == Stop.LENGTH).astype(int).reshape(B, -1)
-        return [
+        rows = [
             {
                 "answer": self.answers[b],
                 "length": length[b].tolist(),
@@ -89,6 +89,10 @@ class Judged:
             }
             for b in range(B)
         ]
+        for row, reward_C in zip(rows, self.groups.reward_UxC.reshape(B, -1), strict=True):
+            if ((reward_C > 0) & (reward_C < 1)).any():  # else they are what the answers say
+                row["reward"] = [None if np.isnan(r) else float(r) for r in reward_C]
+        return rows
 
     def counts(self, label: str) -> Counter:
         """Verdicts and sampled tokens of the stage."""

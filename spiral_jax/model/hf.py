@@ -35,7 +35,7 @@ from spiral_jax.model.transformer import ModelConfig, init_variables
 STEM = "model"  # of the weight files' names
 MAX_SHARD_BYTES = 5 * 10**9  # larger files are awkward to copy and to resume
 _ASSETS = pathlib.Path(__file__).parent.parent / "assets"
-BUNDLED = {"bundled:tiny": _ASSETS / "tiny", "bundled:end_digit": _ASSETS / "end_digit"}
+BUNDLED = {f"bundled:{name}": _ASSETS / name for name in ("tiny", "end_digit", "three_parts")}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FROM_HUB = ["*.json", "*.safetensors", "*.jinja", "LICENSE*", "NOTICE*"]
 _FROM_HUB += ["tokenizer*", "vocab*", "merges*"]

@@ -99,16 +99,23 @@ def concat_advantages(parts: Sequence[Advantages]) -> Advantages:
     return Advantages(tuple(rounds))
 
 
-def compute_advantages(estimator: str, rewards: Sequence[Rewards]) -> Advantages:
+def compute_advantages(
+    estimator: str, rewards: Sequence[Rewards], c_R: Sequence[float] = ()
+) -> Advantages:
     """The advantages of B problems under one of `ESTIMATORS`, before the length gate.
 
     Args:
       rewards: of each round of aggregation; of search alone, one.
+      c_R: of each round, what an estimator with a `fit` has fitted on earlier steps; (): 0.
 
     Raises:
-      ValueError: another estimator.
+      ValueError: another estimator; or another number of c than of rounds.
       FractionalRewards: own rewards other than 0, 1 and NaN where sets are scored by them.
     """
+    if c_R:
+        rewards = [
+            dataclasses.replace(of_round, c=c) for of_round, c in zip(rewards, c_R, strict=True)
+        ]
     return Advantages(tuple(_of_round(estimator, of_round) for of_round in rewards))
 
 

@@ -82,6 +82,8 @@ class Evidence:
       member_KxS: which candidates each set of that round holds.
       scores: the aggregations of each set.
       names: what the page calls each set.
+      own_N: the own rewards of all candidates; None: our failure.
+      c: what the estimator has fitted on earlier steps; None: not known.
     """
 
     trace: int
@@ -91,6 +93,8 @@ class Evidence:
     member_KxS: Sequence[Sequence[int]] = ()
     scores: Sequence[Score] = ()
     names: Sequence[str] = ()
+    own_N: Sequence[float | None] = ()
+    c: float | None = None
 
     @property
     def own_words(self) -> str:
@@ -152,6 +156,62 @@ def _against(evidence: Evidence, others: list[int], others_name: str) -> Reason:
     return Reason(float(score - reference), words)
 
 
+def with_control_variate(evidence: Evidence) -> Reason:
+    """`control_variate.set_control_variate`."""
+    if evidence.c is None:
+        return Reason(None, "The step's c was not logged, so the number is not explained here.")
+    c, sets = Fraction(evidence.c), evidence.scored_sets()
+    if len(sets) < 2:
+        return Reason(0.0, "Fewer than two sets were scored: there is nothing to compare, 0.")
+    own_N = [Fraction(reward or 0) for reward in evidence.own_N]
+    best_K = [max(own_N[i] for i in members) for members in evidence.member_KxS]
+    with_it = evidence.sets_with_it()
+    without = [k for k in sets if k not in with_it]
+    of_scores, of_best = Fraction(0), Fraction(0)
+    words = "It is in all sets that were scored or in none: they say nothing of it."
+    if with_it and without:
+        of_scores = evidence.mean_score(with_it) - evidence.mean_score(without)
+        of_best = sum(best_K[k] for k in with_it) / len(with_it)
+        of_best -= sum(best_K[k] for k in without) / len(without)
+        words = (
+            f"Mean score of sets with it ({evidence.list_scores(with_it)}) minus that of sets "
+            f"without it ({evidence.list_scores(without)}): {_signed(of_scores)}; the same of "
+            f"their candidates' best own reward: {_signed(of_best)}."
+        )
+    of_every = _best_of_every_set(own_N, evidence.trace, evidence.set_size)
+    q = _chance_of_comparison(len(own_N), evidence.set_size, len(sets))
+    value = (of_scores - c * of_best) / q + c * of_every
+    words += (
+        f" Over all possible sets of {evidence.set_size} the best own reward differs by "
+        f"{_signed(of_every)}. With c = {float(c):.3f}, the slope of scores on best own rewards in "
+        f"earlier steps, and the chance {_decimal(q)} of a comparison: ({_signed(of_scores)} - c * "
+        f"{_signed(of_best)}) / {_decimal(q)} + c * {_signed(of_every)} = {_signed(value)}."
+    )
+    return Reason(float(value), words)
+
+
+def _best_of_every_set(own_N: Sequence[Fraction], trace: int, size: int) -> Fraction:
+    """Mean best own reward of all sets with the trace minus that of all sets without it.
+
+    By rank: of m others in ascending order, C(j, size - 1) sets of them have the j-th as the best.
+    """
+    others = sorted(reward for i, reward in enumerate(own_N) if i != trace)
+    with_it = [max(reward, own_N[trace]) for reward in others]
+
+    def mean(best: Sequence[Fraction], drawn: int) -> Fraction:
+        counted = sum(best[j] * math.comb(j, drawn - 1) for j in range(len(best)))
+        return counted / math.comb(len(best), drawn)
+
+    return (mean(with_it, size - 1) if size > 1 else own_N[trace]) - mean(others, size)
+
+
+def _chance_of_comparison(n: int, size: int, sets: int) -> Fraction:
+    """That a trace is in some of the drawn sets, but not in all of them."""
+    with_it, draws = math.comb(n - 1, size - 1), math.comb(math.comb(n, size), sets)
+    in_none, in_all = math.comb(math.comb(n - 1, size), sets), math.comb(with_it, sets)
+    return 1 - Fraction(in_none + in_all, draws)
+
+
 # --- being read, by own correctness ---------------------------------------------------------------
 
 
@@ -188,10 +248,12 @@ def pass_at_k(evidence: Evidence) -> Reason:
     if reason := _without_signal(evidence):
         return reason
     n, k = evidence.own.verified, evidence.set_size
-    wrong = n - int(evidence.own.total)
     if n <= k:
         words = f"There is one set of {k} at most, which has nothing to be compared with: 0."
         return Reason(0.0, words)
+    if not evidence.own.counts_right:
+        return _best_at_k(evidence)
+    wrong = n - int(evidence.own.total)
     missed = Fraction(math.comb(wrong, k), math.comb(n, k))
     missed_with_it = Fraction(0)
     if not evidence.reward:
@@ -203,18 +265,45 @@ def pass_at_k(evidence: Evidence) -> Reason:
     return Reason(float(missed - missed_with_it), words)
 
 
+def _best_at_k(evidence: Evidence) -> Reason:
+    """`pass_at_k` of rewards between 0 and 1."""
+    n, k = evidence.own.verified, evidence.set_size
+    verified = [None if reward is None else Fraction(reward) for reward in evidence.own_N]
+    own_n = [reward for reward in verified if reward is not None]
+    trace = sum(reward is not None for reward in verified[: evidence.trace])
+    # with it - all sets = (1 - k / n) (with it - without it), as a share of k / n of all have it
+    value = (1 - Fraction(k, n)) * _best_of_every_set(own_n, trace, k)
+    words = (
+        f"{evidence.own_words}. The mean best reward of all sets of {k} with this trace minus that "
+        f"of all sets of {k}: {_signed(value)}."
+    )
+    return Reason(float(value), words)
+
+
 def max_at_k(evidence: Evidence) -> Reason:
     """`of_own_answers.max_at_k`."""
     if reason := _without_signal(evidence):
         return reason
     n, k = evidence.own.verified, evidence.set_size
     if n < k or not evidence.reward:
-        return Reason(0.0, f"{evidence.own_words}. No set of {k} is solved because of it: 0.")
-    value = Fraction(math.comb(n - int(evidence.own.total), k - 1), math.comb(n, k))
-    words = (
-        f"{evidence.own_words}: it is the only right one in a share of {_decimal(value)} of all "
-        f"sets of {k}: {_signed(value)}."
-    )
+        return Reason(0.0, f"{evidence.own_words}. No set of {k} is better because of it: 0.")
+    # It adds what it is above the best of k - 1 others: by their rank, in ascending order.
+    others = sorted(Fraction(reward) for reward in evidence.own_N if reward is not None)
+    others.remove(Fraction(evidence.reward))
+    value = sum(
+        max(Fraction(evidence.reward) - best, 0) * math.comb(j, k - 2)
+        for j, best in enumerate(others)
+    ) / Fraction(math.comb(n, k))
+    if not evidence.own.counts_right:
+        words = (
+            f"{evidence.own_words}. What it adds to the best of the others, over all sets of {k}: "
+            f"{_signed(value)}."
+        )
+    else:
+        words = (
+            f"{evidence.own_words}: it is the only right one in a share of {_decimal(value)} of "
+            f"all sets of {k}: {_signed(value)}."
+        )
     return Reason(float(value), words)
 
 

@@ -7,10 +7,10 @@ ones, c of them right.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple
 
 import numpy as np
 
@@ -50,25 +50,37 @@ def pass_at_k(own_BxN: np.ndarray, k: int) -> np.ndarray:
 
         right: 1 - mu        wrong: 1 - mu - C(n-c-1, k-1) / C(n-1, k-1)
 
-    It is `marginal_mean` over all k-sets of the score "one of them is right". 0 if n <= k: there is
-    no other set.
-
-    Args:
-      own_BxN: 0, 1 or NaN.
-
-    Returns:
-      float32 [B, N].
+    It is `marginal_mean` over all k-sets of their best reward, which is how rewards between 0 and 1
+    are taken (max@k). 0 if n <= k: there is no other set. [B, N] -> float32 [B, N], 0 at NaN and
+    just where it is 0 without rounding.
     """
-    return _by_count(own_BxN, k, _pass_at_k)
+    return _by_reward(own_BxN, k, _pass_at_k)
 
 
 def max_at_k(own_BxN: np.ndarray, k: int) -> np.ndarray:
     """PKPO's s^(loo-1) (arXiv 2505.15201): sum over k-sets I of (max_I r - max_{I-i} r) / C(n, k).
 
     Of 0/1 rewards C(n-c, k-1) / C(n, k) for a right trace and 0 for a wrong one; sum_i s_i grad log
-    pi(y_i) is an unbiased gradient of pass@k. Arguments and result as in `pass_at_k`; 0 if n < k.
+    pi(y_i) is an unbiased gradient of max@k. Arguments and result as in `pass_at_k`; 0 if n < k.
     """
-    return _by_count(own_BxN, k, _max_at_k)
+    return _by_reward(own_BxN, k, _max_at_k)
+
+
+def mean_best(rewards: Sequence[Fraction], size: int, at_least: Fraction = Fraction(0)) -> Fraction:
+    """Mean over all sets of `size` of these rewards of the higher of `at_least` and the set's best.
+
+    Exact, and without going through the sets: a share of C(m, size) / C(n, size) of them has no
+    reward of v or more, where m of the n rewards are below v.
+
+    Args:
+      rewards: in [0, 1]; at least `size` of them.
+    """
+    sets, total = math.comb(len(rewards), size), at_least
+    levels = [at_least, *sorted({reward for reward in rewards if reward > at_least})]
+    for below, level in itertools.pairwise(levels):
+        lower = sum(reward < level for reward in rewards)
+        total += (level - below) * (1 - Fraction(math.comb(lower, size), sets))
+    return total
 
 
 def varies(own_BxN: np.ndarray) -> np.ndarray:
@@ -79,61 +91,47 @@ def varies(own_BxN: np.ndarray) -> np.ndarray:
     return highest > lowest
 
 
-def differs_at_k(own_BxN: np.ndarray, others: int) -> np.ndarray:
-    """Whether a trace is right and `others` are wrong -> bool [B].
-
-    `pass_at_k` is non-zero just then with others = k (some k-set must have no right trace),
-    `max_at_k` with k - 1.
-    """
-    n_B, c_B = counts(own_BxN)
-    return (c_B >= 1) & (n_B - c_B >= others)
-
-
-def counts(own_BxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(valid traces n, right ones c), int [B] each.
-
-    Raises:
-      ValueError: a reward that is not 0, 1 or NaN.
-    """
-    valid_BxN = ~np.isnan(own_BxN)
-    if not np.isin(own_BxN[valid_BxN], (0, 1)).all():
+def check_bits(own_BxN: np.ndarray) -> None:
+    """Raises `ValueError` for a reward that is not 0, 1 or NaN."""
+    if not np.isin(own_BxN[~np.isnan(own_BxN)], (0, 1)).all():
         raise ValueError(
-            "own correctness must be 0, 1 or NaN: sets are scored by whether a right trace is in "
-            "them."
+            "own correctness must be 0, 1 or NaN: sets are scored by how many of their traces are "
+            "right."
         )
-    return valid_BxN.sum(axis=-1), (own_BxN == 1).sum(axis=-1)
 
 
-class _ByReward(NamedTuple):
-    """The advantages of a problem's traces: all right ones have the same, and all wrong ones."""
-
-    right: float
-    wrong: float
-
-
-def _by_count(
-    own_BxN: np.ndarray, k: int, advantages: Callable[[int, int, int], _ByReward]
+def _by_reward(
+    own_BxN: np.ndarray,
+    k: int,
+    advantage: Callable[[tuple[Fraction, ...], Fraction, int], Fraction],
 ) -> np.ndarray:
-    """float32 [B, N] from `advantages(n, c, k)` of each problem; 0 at NaN."""
-    n_B, c_B = counts(own_BxN)
-    by_reward_B = [advantages(int(n), int(c), k) for n, c in zip(n_B, c_B, strict=True)]
-    right_B = np.array([each.right for each in by_reward_B], np.float64)
-    wrong_B = np.array([each.wrong for each in by_reward_B], np.float64)
-    advantage_BxN = np.where(own_BxN == 1, right_B[:, None], wrong_B[:, None])
-    return np.where(np.isnan(own_BxN), 0.0, advantage_BxN).astype(np.float32)
+    """float32 [B, N] from `advantage(all valid rewards, the trace's, k)`; 0 at NaN."""
+    advantage_BxN = np.zeros(own_BxN.shape, np.float32)
+    for b, own_N in enumerate(own_BxN):
+        valid = tuple(sorted(Fraction(reward) for reward in own_N[~np.isnan(own_N)].tolist()))
+        for reward in set(valid):
+            advantage_BxN[b, own_N == float(reward)] = float(advantage(valid, reward, k))
+    return advantage_BxN
+
+
+def _without(rewards: tuple[Fraction, ...], reward: Fraction) -> list[Fraction]:
+    others = list(rewards)
+    others.remove(reward)
+    return others
 
 
 @functools.lru_cache(maxsize=4096)
-def _pass_at_k(n: int, c: int, k: int) -> _ByReward:
-    if n <= k or c in (0, n):
-        return _ByReward(0.0, 0.0)
-    missed = Fraction(math.comb(n - c, k), math.comb(n, k))
-    missed_with_it = Fraction(math.comb(n - c - 1, k - 1), math.comb(n - 1, k - 1))
-    return _ByReward(float(missed), float(missed - missed_with_it))
+def _pass_at_k(rewards: tuple[Fraction, ...], reward: Fraction, k: int) -> Fraction:
+    if len(rewards) <= k:
+        return Fraction(0)
+    with_it = mean_best(_without(rewards, reward), k - 1, at_least=reward)
+    return with_it - mean_best(rewards, k)
 
 
 @functools.lru_cache(maxsize=4096)
-def _max_at_k(n: int, c: int, k: int) -> _ByReward:
+def _max_at_k(rewards: tuple[Fraction, ...], reward: Fraction, k: int) -> Fraction:
+    n, others = len(rewards), _without(rewards, reward)
     if n < k:
-        return _ByReward(0.0, 0.0)
-    return _ByReward(math.comb(n - c, k - 1) / math.comb(n, k), 0.0)
+        return Fraction(0)
+    gain = mean_best(others, k - 1, at_least=reward) - mean_best(others, k - 1)
+    return Fraction(k, n) * gain

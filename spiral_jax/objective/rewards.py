@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from fractions import Fraction
 
 import numpy as np
 
 from spiral_jax.objective import of_own_answers, of_sets
+from spiral_jax.objective.control_variate import set_control_variate
 from spiral_jax.objective.subsets import incidence
 
 
@@ -24,6 +26,8 @@ class Rewards:
       member_BxKxS: int, which candidates each set holds; None without that stage.
       strategy_BxN: int, equal numbers are the same strategy, -1 = none; None unless the estimator
         rewards strategies.
+      c: weight of own correctness as a control variate, fitted on earlier steps; 0 unless the
+        estimator has a `fit`.
 
     Raises:
       ValueError: arrays whose shapes do not fit together.
@@ -33,6 +37,7 @@ class Rewards:
     aggregated_BxKxM: np.ndarray | None = None
     member_BxKxS: np.ndarray | None = None
     strategy_BxN: np.ndarray | None = None
+    c: float = 0.0
 
     def __post_init__(self):
         for name in ("own_BxN", "aggregated_BxKxM"):
@@ -81,9 +86,14 @@ class Rewards:
         return (~np.isnan(self.aggregated_BxKxM)).any(axis=-1).sum(axis=-1)
 
     @functools.cached_property
+    def controlled_BxN(self) -> list[list[Fraction]]:
+        """Exact advantages; see `control_variate.set_control_variate`."""
+        return set_control_variate(self.own_BxN, self.aggregated_BxKxM, self.member_BxKxS, self.c)
+
+    @functools.cached_property
     def polychromic_BxT(self) -> np.ndarray:
         """S^2 f_poly of all T = C(N, S) sets; see `of_sets.polychromic_score`."""
-        of_own_answers.counts(self.own_BxN)  # raises unless rewards are 0 and 1: sums stay exact
+        of_own_answers.check_bits(self.own_BxN)  # so that sums stay exact
         return of_sets.polychromic_score(self.own_BxN, self.strategy_BxN, self._every_TxS)
 
     @property

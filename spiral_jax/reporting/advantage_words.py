@@ -24,12 +24,14 @@ class AdvantageSettings:
     Attributes:
       length_gate: of `config.loss`: 0, a share of the limit, or tokens.
       max_tokens: limit of a trace, by role.
+      c_R: of each round, what the estimator had fitted before the step; (): nothing is known of it.
     """
 
     estimator: str
     subset_size: int
     length_gate: float
     max_tokens: dict[str, int]
+    c_R: tuple[float, ...] = ()
 
     @classmethod
     def from_plain(cls, config: dict[str, Any]) -> AdvantageSettings:
@@ -97,6 +99,8 @@ def _reasons(
             member_KxS=[other.members for other in sets],
             scores=[other.score for other in sets],
             names=[other.name for other in sets],
+            own_N=[other.row["reward"] for other in stage.traces],
+            c=settings.c_R[stage.round] if settings.c_R else None,
         )
         reasons.append(estimator.explain(evidence))
     return reasons

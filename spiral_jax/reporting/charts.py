@@ -93,6 +93,12 @@ def _learning_charts(
             "share of problems solved",
         ),
         *make_chart(
+            "Own correctness as a control variate",
+            "c: the slope of sets' scores on their best own reward, fitted on earlier steps.",
+            _line(metrics, "advantage/control_c", "last round", SEARCH),
+            "c",
+        ),
+        *make_chart(
             "Entropy",
             "Of the policy, mean over trained tokens.",
             _by_role(metrics, "entropy/"),

@@ -118,6 +118,7 @@ def write_pages(
 
 def _steps(run: RecordedRun, folder: epath.Path, sample_bytes: int, page_bytes: int) -> list[_Step]:
     settings = PageSettings.from_plain(run.config)
+    metrics = {row["step"]: row for row in run.metrics}
     links = [(f"step {step}", _file_name(step, 0)) for step in run.traces]
     steps = []
     for i, (step, file) in enumerate(run.traces.items()):
@@ -127,7 +128,7 @@ def _steps(run: RecordedRun, folder: epath.Path, sample_bytes: int, page_bytes: 
                 run=run.path.name,
                 step=step,
                 file=file,
-                settings=settings,
+                settings=settings.at_step(metrics.get(step, {})),
                 folder=folder,
                 links=around,
                 page_bytes=page_bytes,

@@ -16,6 +16,7 @@ from typing import Any
 from spiral_jax.core.groups import Stop
 from spiral_jax.evaluation.answers import ERROR
 from spiral_jax.evaluation.measures import vote
+from spiral_jax.objective.control_variate import logged_c
 from spiral_jax.reporting.advantage_words import AdvantageSettings, explain_advantage
 from spiral_jax.reporting.logged_problem import (
     LoggedProblem,
@@ -57,6 +58,11 @@ class PageSettings:
         """Of a run's plain configuration."""
         full = config["prompt"]["thinking"] == "full"
         return cls(AdvantageSettings.from_plain(config), full)
+
+    def at_step(self, metrics: dict[str, Any]) -> PageSettings:
+        """With what the estimator had fitted before a step, of which these are the metrics."""
+        objective = dataclasses.replace(self.objective, c_R=logged_c(metrics))
+        return dataclasses.replace(self, objective=objective)
 
 
 def problem_page(

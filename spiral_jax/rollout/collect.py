@@ -18,6 +18,7 @@ from spiral_jax.core.errors import UserError
 from spiral_jax.core.groups import Groups, Role, Stop
 from spiral_jax.core.metrics import Mean
 from spiral_jax.objective.advantages import Advantages, concat_advantages
+from spiral_jax.objective.rewards import Rewards
 from spiral_jax.objective.settings import ObjectiveSettings
 from spiral_jax.prompts.prompts import search_prompt
 from spiral_jax.prompts.scaffold import Scaffold
@@ -86,6 +87,11 @@ class Batch:
     discarded: Rollouts
     next_cursor: int
     metrics: dict[str, Mean | float]
+
+    def rewards(self) -> list[Rewards]:
+        """Of each round, of all problems before `next_cursor` in cursor order, kept or not."""
+        both = concat_rollouts([self.rollouts, self.discarded])
+        return both.take(np.argsort(both.cursor_B)).rewards()
 
     @property
     def roles(self) -> dict[Role, tuple[Groups, np.ndarray]]:

@@ -18,6 +18,7 @@ from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.tables import evaluation_line
 from spiral_jax.evaluation.wave import Evaluator, FailedEvaluation
 from spiral_jax.learner.state import TrainState, abstract_state, init_state
+from spiral_jax.objective.control_variate import Slopes, c_metrics
 from spiral_jax.rollout.actor import Actor
 from spiral_jax.rollout.collect import Batch, FirstKept, NoSignal
 from spiral_jax.rollout.stages import Stage
@@ -40,11 +41,40 @@ from spiral_jax.verifier.verifier import Verifier
 
 @dataclasses.dataclass
 class Position:
-    """Where a run stands beside its weights; saved with them, and a resumed run goes on from it."""
+    """Where a run stands beside its weights; saved with them, and a resumed run goes on from it.
+
+    Attributes:
+      slopes: what the estimator has fitted on the steps so far; None: it fits nothing.
+    """
 
     step: int = 0
     cursor: int = 0
     sampled_tokens: int = 0
+    slopes: Slopes | None = None
+
+    @property
+    def c_R(self) -> tuple[float, ...]:
+        """The estimator's c of each round; () where it fits none."""
+        return self.slopes.c_R if self.slopes else ()
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON types. Without `slopes` where nothing is fitted, as earlier versions wrote it."""
+        plain = dataclasses.asdict(self)
+        return plain if self.slopes else {k: v for k, v in plain.items() if k != "slopes"}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any], unknown: Slopes | None) -> Position:
+        """The position that was saved.
+
+        Args:
+          unknown: `slopes` before the first step, None if nothing is fitted: they begin anew if
+            nothing was saved of them, or of another number of rounds.
+        """
+        at = cls(**plain | {"slopes": unknown})
+        saved = plain.get("slopes")
+        if unknown and saved and len(saved["product_R"]) == len(unknown.product_R):
+            at.slopes = Slopes(*map(tuple, (saved["product_R"], saved["square_R"])))
+        return at
 
 
 @dataclasses.dataclass
@@ -148,8 +178,10 @@ class TrainingRun:
         """
         c, step, self._problems = self.setup.c, self.at.step, None
         sampled = int(metrics["sampling/generated_tokens"])
-        self._log(step, batch, _divide(batch.metrics | metrics), sampled)
-        self.at = Position(step + 1, batch.next_cursor, self.at.sampled_tokens + sampled)
+        metrics = batch.metrics | metrics | c_metrics(self.at.c_R)
+        self._log(step, batch, _divide(metrics), sampled)
+        slopes = self.at.slopes and self.at.slopes.after(batch.rewards())
+        self.at = Position(step + 1, batch.next_cursor, self.at.sampled_tokens + sampled, slopes)
         if self.finished or (c.checkpoint.every and self.at.step % c.checkpoint.every == 0):
             with self.progress.phase("checkpoint"):
                 self.saver.save(self.at.step, state, self._checkpoint_record())
@@ -192,7 +224,7 @@ class TrainingRun:
 
     def _checkpoint_record(self) -> dict[str, Any]:
         """What a checkpoint says beside its arrays."""
-        return {"at": dataclasses.asdict(self.at), "data": self.setup.task.fingerprint}
+        return {"at": self.at.to_plain(), "data": self.setup.task.fingerprint}
 
     def _log(self, step: int, batch: Batch, metrics: dict[str, Any], sampled: int) -> None:
         c, model = self.setup.c, self.setup.model
@@ -293,8 +325,10 @@ def _start_or_resume(setup: Setup, checkpoints: Checkpoints) -> tuple[Any, Train
     else:
         params, lora = setup.start.load_base(), None
     base, state = init_state(learner, model, mesh, params, lora)
+    fit = setup.training.objective.row.fit
+    unknown = fit(setup.training.stages.rounds) if fit else None
     if new:
-        return base, state, Position()
+        return base, state, Position(slopes=unknown)
     state, record = checkpoints.restore_newest(abstract_state(learner, model, mesh))
     there, here = record["data"], setup.task.fingerprint
     if there != here:
@@ -302,7 +336,7 @@ def _start_or_resume(setup: Setup, checkpoints: Checkpoints) -> tuple[Any, Train
             f"the task's data have changed since the checkpoint ({there[:12]} -> {here[:12]}): "
             "restore the files, or start in another --workdir."
         )
-    return base, state, Position(**record["at"])
+    return base, state, Position.from_plain(record["at"], unknown)
 
 
 def _make_actor(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spiral_jax.evaluation.measures import STRATEGIES, Column
+from spiral_jax.evaluation.measures import REWARD, STRATEGIES, Column
 from spiral_jax.evaluation.statistics import bootstrap_weights
 
 
@@ -29,6 +29,9 @@ _PLACES = {
     "pass": Place("pass_at_k", -1),
     "maj": Place("majority_at_k", -1),
     "rsa": Place("rsa/single", 0),
+    "reward": Place(REWARD, 0),
+    "reward_single": Place("reward/single", 0),
+    "reward_rsa": Place("reward/rsa", 0),
     **{name: Place(name, 0) for name in STRATEGIES},
 }
 

@@ -51,7 +51,9 @@ def defaults() -> ConfigDict:
     # (arm, seeds of its runs) in the report's order; the same seed sees the same problems in order
     s.arms = ()
     # shares that are reported, of held-out problems: "single", "aggregated", "pass@k", "maj@k",
-    # "rsa@t" (round t); and where strategies are named, those of `measures.STRATEGIES`
+    # "rsa@t" (round t); where strategies are named, those of `measures.STRATEGIES`; and where
+    # answers earn partial credit, mean rewards: "reward" (aggregated), "reward_single",
+    # "reward_rsa@t"
     s.measures = ("aggregated", "single")
     s.baseline = ""  # arm that gaps and scaling efficiency are against
     # V strategies, of which a set needs two: then at most 1 - V * V^-S of all sets of independent

@@ -138,7 +138,10 @@ def _columns(study: Study, results: Mapping[str, Any], file: str) -> dict[str, A
     needed = [*study.measures, *(["right_if_mixed"] if study.strategies else [])]
     missing = [measure for measure in needed if place_of(measure).column not in by_name]
     if missing:
-        raise ResultsError(f"{file}: has no {', '.join(missing)}: its task names no strategies.")
+        raise ResultsError(
+            f"{file}: has no {', '.join(missing)}: its task names no strategies, or no answer has "
+            "earned partial credit."
+        )
     return by_name
 
 

@@ -75,6 +75,9 @@ TASKS = {
     "end_digit": TaskRow(
         module="spiral_jax.tasks.end_digit", arguments=("task.seed",), demonstrated=True
     ),
+    "three_parts": TaskRow(
+        module="spiral_jax.tasks.three_parts", arguments=("task.seed",), demonstrated=True
+    ),
     "reasoning_gym": TaskRow(
         module="spiral_jax.tasks.reasoning_gym_task",
         arguments=("task.generator", "task.seed", "task.generator_args"),

@@ -69,6 +69,25 @@ def test_a_set_is_mixed_if_its_candidates_have_two_strategies():
     assert "strategies" not in summarise([record(stage([1] * 6), sets, aggregated)], 0)
 
 
+def test_mean_rewards_stand_beside_shares_where_answers_earn_partial_credit():
+    """A stage without a reward of its own has the answers' zeros and ones; None is an error."""
+    partial = stage([0, 1, 2, -1]) | {"reward": [1.0, 0.25, 0.0, None]}
+    rounds = (stage([1, 2]) | {"reward": [0.5, 0.75]}, (0, -1))
+    records = [
+        record(partial, [[0, 1]], stage([0, 1]) | {"reward": [1.0, 0.5]}, rounds),
+        record(stage([0, 0, 1, None]), [[0, 1]], stage([1, 1]), ((0, 0), (1, 1))),
+    ]
+    assert mean(records, "reward/single") == pytest.approx(((1 + 0.25) / 3 + 2 / 4) / 2)
+    assert mean(records, "single") == pytest.approx((1 / 3 + 2 / 4) / 2)
+    assert mean(records, "reward/aggregated") == pytest.approx((0.75 + 0) / 2)
+    by_round = [mean(records, "reward/rsa", t) for t in range(3)]
+    assert by_round == pytest.approx([(1.25 / 2 + 1) / 2, (0.625 + 1) / 2, (1 + 0) / 2])
+    measures = summarise(records, seed=0)["rewards"]
+    assert [row["mean"] for row in measures["rsa"]] == pytest.approx(by_round)
+    assert not [name for name in columns(records[1:]) if name.startswith("reward")]
+    assert "rewards" not in summarise(records[1:], seed=0)
+
+
 def test_rescue_and_spoil_are_shares_among_the_sets_of_their_kind():
     search = stage([0, 0, 1, 1, 2, None])
     # votes: right, tied, wrong, wrong; some right: yes, yes, no, no

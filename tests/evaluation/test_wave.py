@@ -91,7 +91,11 @@ def test_partial_credit_is_reported_beside_votes_that_go_by_answer():
     assert row["reward_aggregation"] == pytest.approx(0.25 + 0.75 / 2)
     assert row["single"]["mean"] == pytest.approx(2 / 8)
     assert "mean reward, search" in evaluation_table([row])
-    bits, _ = in_training(**sizes).evaluate(None, step=0)
+    rewards = full["measures"]["rewards"]
+    assert rewards["single"]["mean"] == pytest.approx(row["reward_search"])
+    assert rewards["aggregated"]["mean"] == pytest.approx(row["reward_aggregation"])
+    bits, of_bits = in_training(**sizes).evaluate(None, step=0)
+    assert "rewards" not in of_bits["measures"]
     assert "reward_search" not in bits  # it is the share of right answers
     assert full["measures"]["majority_at_k"][0]["mean"] == pytest.approx(2 / 8)
     assert full["measures"]["majority_at_k"][-1]["mean"] == 0.0  # eight has five votes of eight

@@ -22,8 +22,8 @@ from spiral_jax.verifier.rewards import judge
 
 NAN = float("nan")
 ZERO = Fraction(0)
-OVER_DRAWN_SETS = ("marginal_mean", "with_without", "disjoint_sets")
-OVER_EVERY_SET = ("paragator", "pkpo", "polychromic")  # their own rewards are 0 and 1
+OVER_DRAWN_SETS = ("marginal_mean", "with_without", "disjoint_sets", "set_control_variate")
+OVER_EVERY_SET = ("paragator", "pkpo", "polychromic")
 WITH_AGGREGATION = [name for name, row in ESTIMATORS.items() if row.aggregates]
 WITHOUT_AGGREGATION = [name for name, row in ESTIMATORS.items() if not row.aggregates]
 
@@ -41,6 +41,7 @@ class Given:
       aggregated: valid rewards of each drawn set.
       score: their mean by the set's members; sets without any are left out.
       strategy: of each trace.
+      c: of the control variate.
     """
 
     n: int
@@ -49,6 +50,7 @@ class Given:
     aggregated: list[list[Fraction]]
     score: dict[tuple[int, ...], Fraction]
     strategy: list[int]
+    c: Fraction
 
     @property
     def every_set(self):
@@ -108,6 +110,22 @@ def best(given, members):
     return max((given.own[i] for i in members), default=ZERO)
 
 
+def with_control_variate(given):
+    """The definition, through every set and every draw of as many sets as are valid."""
+    every_set, valid = list(itertools.combinations(range(given.n), given.s)), len(given.score)
+    if valid < 2:
+        return Expected([ZERO] * given.n, True)
+    own = {i: given.own.get(i, ZERO) for i in range(given.n)}
+    g = {members: max(own[i] for i in members) for members in every_set}
+    rest = {members: f - given.c * g[members] for members, f in given.score.items()}
+    every = against_those_without(g, given.n)
+    with_it, draws = sum(0 in members for members in every_set), math.comb(len(every_set), valid)
+    one_sided = math.comb(with_it, valid) + math.comb(len(every_set) - with_it, valid)
+    q = 1 - Fraction(one_sided, draws)
+    drawn = against_those_without(rest, given.n)
+    return Expected([a / q + given.c * b for a, b in zip(drawn, every, strict=True)], False)
+
+
 def right_and_different(given, members):
     strategies = len({given.strategy[i] for i in members} - {-1})
     right = mean(given.own[i] for i in members)
@@ -150,6 +168,7 @@ def nothing(given):
 ORACLES = {
     "marginal_mean": over_drawn_sets(against_all),
     "with_without": over_drawn_sets(against_those_without),
+    "set_control_variate": with_control_variate,
     "disjoint_sets": over_drawn_sets(against_all),
     "aggregator_only": nothing,
     "polychromic": over_every_set(right_and_different),
@@ -166,18 +185,18 @@ def valid(rewards):
     return [Fraction(reward) for reward in rewards if not math.isnan(reward)]
 
 
-def given_of(rewards, b):
+def given_of(rewards, b, c):
     """Problem `b` as the oracle sees it."""
     own_N = rewards.own_BxN[b]
     own = {i: Fraction(reward) for i, reward in enumerate(own_N) if not math.isnan(reward)}
     strategy = [] if rewards.strategy_BxN is None else rewards.strategy_BxN[b].tolist()
     if rewards.aggregated_BxKxM is None:
-        return Given(len(own_N), 0, own, [], {}, strategy)
+        return Given(len(own_N), 0, own, [], {}, strategy, Fraction(c))
     aggregated = [valid(rewards_M) for rewards_M in rewards.aggregated_BxKxM[b]]
     members = [tuple(member_S) for member_S in rewards.member_BxKxS[b].tolist()]
     scored = [k for k, rewards_M in enumerate(aggregated) if rewards_M]
     score = {members[k]: mean(aggregated[k]) for k in scored}
-    return Given(len(own_N), len(members[0]), own, aggregated, score, strategy)
+    return Given(len(own_N), len(members[0]), own, aggregated, score, strategy, Fraction(c))
 
 
 def aggregation_oracle(reward_KxM):
@@ -189,15 +208,15 @@ def aggregation_oracle(reward_KxM):
     return rows
 
 
-def check(estimator, rewards):
+def check(estimator, rewards, c=0.0):
     """Compares `compute_advantages` with the oracle, problem by problem."""
-    advantages = compute_advantages(estimator, [rewards])
+    advantages = compute_advantages(estimator, [rewards], (c,))
     of_round = advantages.rounds[0]
     assert of_round.candidate_BxN.dtype == np.float32
     assert advantages.keep_B.dtype == advantages.starved_B.dtype == bool
     assert (of_round.aggregation_BxKxM is None) == (estimator in WITHOUT_AGGREGATION)
     for b in range(len(rewards.own_BxN)):
-        given = given_of(rewards, b)
+        given = given_of(rewards, b, c)
         expected = ORACLES[estimator](given)
         candidate_N = np.array(expected.advantage_N, float)
         np.testing.assert_allclose(of_round.candidate_BxN[b], candidate_N, rtol=1e-6, atol=0)
@@ -252,7 +271,7 @@ def test_advantages_and_keep_rule_equal_the_definition_at_all_sizes(estimator, n
     for s, k in sizes(estimator, n):
         for values in ([0, 1], [0, 1, 1, NAN], [NAN, NAN, 0, 1], [0.1, 0.7, 1 / 3]):
             problems = 4 if k <= 11 and n < 7 else 1
-            fractional = 0.1 in values and estimator in OVER_EVERY_SET
+            fractional = 0.1 in values and ESTIMATORS[estimator].needs.bits
             own = random_rewards(rng, (problems, n), [0, 1, 1] if fractional else values)
             aggregated = random_rewards(rng, (problems, k, 3), values)
             strategy = rng.integers(-1, 3, size=(problems, n))
@@ -268,7 +287,9 @@ def test_advantages_of_own_correctness_equal_the_definition(estimator):
             check(estimator, Rewards(random_rewards(rng, (20, n), values)))
 
 
-@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name not in OVER_EVERY_SET])
+@pytest.mark.parametrize(
+    "estimator", [name for name, row in ESTIMATORS.items() if not row.needs.bits]
+)
 def test_the_keep_rule_is_exact_on_every_reward_that_a_verdict_can_have(estimator):
     """Neighbours on the grid of rewards, and tenths that add up to the same sums."""
     tenths = [judge(lambda text, problem, i=i: i / 10, "", None).reward for i in range(11)]
@@ -306,6 +327,32 @@ def test_keep_rule_on_sparse_rewards_and_cancelling_sets(estimator):
         check(estimator, Rewards(np.zeros((16, 4)), every_outcome, member))
     sparse = random_rewards(np.random.default_rng(5), (400, 4, 2), [0, 1, NAN, NAN])
     check(estimator, Rewards(np.zeros((400, 4)), sparse, draw(estimator, 5, 4, 2, 4, 400)))
+
+
+@pytest.mark.parametrize("c", [0.25, 0.7, 1.0, 1.9, -0.3])
+@pytest.mark.parametrize("values", [[0, 1], [0, 1, NAN], [0.1, 0.7, 1 / 3], [0, 0.25, 0.5, NAN]])
+def test_the_control_variate_and_its_keep_rule_equal_the_definition(values, c):
+    """Flat aggregations too, so that own rewards alone may decide; many of them cancel."""
+    rng = np.random.default_rng(9)
+    for n in range(2, 6):
+        for s, k in sizes("set_control_variate", n):
+            own = random_rewards(rng, (3, n), values)
+            member = draw("set_control_variate", n, n, s, k, 3)
+            check("set_control_variate", Rewards(own, np.ones((3, k, 2)), member), c)
+            aggregated = random_rewards(rng, (3, k, 2), values)
+            check("set_control_variate", Rewards(own, aggregated, member), c)
+
+
+def test_a_control_variate_that_cancels_the_scores_at_every_trace_is_dropped():
+    """All sets are drawn, so A is f's own comparison, flat; floats would leave roundings of 0.1."""
+    own = np.array([[0.1, 0.7, 0.3, 0.1]])
+    member = np.array([list(itertools.combinations(range(4), 2))])
+    rewards = Rewards(own, np.full((1, 6, 3), 0.1), member)
+    advantages = compute_advantages("set_control_variate", [rewards], (1.0,))
+    assert not advantages.by_stage()[0].any() and not advantages.keep_B[0]
+    some = Rewards(own, np.full((1, 3, 3), 0.1), member[:, :3])
+    assert compute_advantages("set_control_variate", [some], (1.0,)).keep_B[0]
+    assert not compute_advantages("set_control_variate", [some], (0.0,)).keep_B[0]
 
 
 # --- what holds of each estimator ---------------------------------------------------------------
@@ -447,11 +494,10 @@ def test_an_unknown_estimator_is_refused_with_the_names_that_there_are():
     assert all(name in str(refused.value) for name in ("reinforce", *ESTIMATORS))
 
 
-@pytest.mark.parametrize("estimator", OVER_EVERY_SET)
-def test_partly_right_own_rewards_are_refused_where_sets_are_scored_by_them(estimator):
+def test_partly_right_own_rewards_are_refused_where_right_traces_are_counted():
     sets = np.zeros((1, 2, 2)), np.zeros((1, 2, 3), int)
-    with pytest.raises(FractionalRewards, match=f"{estimator}.* 0.5.*marginal_mean"):
-        compute_advantages(estimator, [Rewards(np.full((1, 4), 0.5), *sets, np.zeros((1, 4)))])
+    with pytest.raises(FractionalRewards, match="polychromic.* 0.5.*marginal_mean"):
+        compute_advantages("polychromic", [Rewards(np.full((1, 4), 0.5), *sets, np.zeros((1, 4)))])
 
 
 @pytest.mark.parametrize("own, aggregated, member", [

@@ -1,5 +1,6 @@
 """What a page says of an advantage, against the objective's own number: at random and by hand."""
 
+import dataclasses
 import math
 import re
 
@@ -32,6 +33,11 @@ def evidence(trace, reward=1.0, own=None, set_size=2, members=MEMBERS, scores=SC
     return Evidence(trace, reward, own, set_size, members, scores, NAMES)
 
 
+# Candidates 0 and 3 are right: sets A, B and D have one. Of the six sets of two of four traces all
+# but {1, 2} have one: 1 of those with trace 0, 2/3 of those without.
+CONTROLLED = dataclasses.replace(evidence(0), own_N=[1.0, 0.0, 0.0, 1.0], c=0.5)
+
+
 def number_at_the_end(words):
     """What a reason's words come to, to three decimals; 0 where they say none."""
     said = re.search(r"([+-][\d.]+|\b0)\.$", words)
@@ -46,6 +52,7 @@ def check(reason, advantage):
 
 def test_every_estimator_but_the_one_that_needs_more_than_counts_is_tested_here():
     over_sets = {"marginal_mean", "with_without", "disjoint_sets", "aggregator_only"}
+    over_sets |= {"set_control_variate"}
     assert {*over_sets, *BY_OWN_ANSWERS, "polychromic"} == set(ESTIMATORS)
 
 
@@ -76,6 +83,28 @@ def test_the_reason_of_every_set_advantage_ends_in_the_objectives_number(
             check(reason, advantages.aggregation_BxKxM[0, k, m])
 
 
+@pytest.mark.parametrize("failing", [0.0, 0.4])
+@pytest.mark.parametrize("values", [(0.0, 1.0), (0.0, 0.25, 0.6875, 1.0)])
+@pytest.mark.parametrize("c", [0.0, 0.7])
+def test_the_reason_of_every_advantage_with_a_control_variate_ends_in_the_objectives_number(
+    c, values, failing
+):
+    rng = np.random.default_rng(2)
+    for case in range(24):
+        N, S, K, M = ((8, 4, 4, 4), (4, 2, 6, 3), (5, 1, 5, 2))[case % 3]
+        member_KxS = draw_subsets(Key(case, 0, 0, 0, 0), N, S, K)
+        own_N = np.where(rng.random(N) < failing, np.nan, rng.choice(values, size=N))
+        reward_KxM = np.where(rng.random((K, M)) < failing, np.nan, rng.choice(values, size=(K, M)))
+        rewards = Rewards(own_N[None], reward_KxM[None], member_KxS[None])
+        advantages = compute_advantages("set_control_variate", [rewards], (c,)).rounds[0]
+        scores = [score_of(reward_M) for reward_M in reward_KxM]
+        for i in range(N):
+            of_trace = evidence(i, set_size=S, members=member_KxS.tolist(), scores=scores)
+            of_trace = dataclasses.replace(of_trace, own_N=[*map(plain, own_N)], c=c)
+            reason = ESTIMATORS["set_control_variate"].explain(of_trace)
+            check(reason, advantages.candidate_BxN[0, i])
+
+
 @pytest.mark.parametrize("estimator", BY_OWN_ANSWERS)
 @pytest.mark.parametrize("failing", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize("values", [(0.0, 1.0), (0.0, 0.25, 0.6875, 1.0)])
@@ -83,20 +112,22 @@ def test_the_reason_of_every_advantage_of_own_answers_ends_in_the_objectives_num
     estimator, values, failing
 ):
     row, rng = ESTIMATORS[estimator], np.random.default_rng(1)
-    if row.needs.bits:
-        values = (0.0, 1.0)
     sets = (np.zeros((1, 2, 2)), np.array([[[0, 1, 2], [3, 4, 5]]])) if row.aggregates else ()
     for _ in range(60):
         own_N = np.where(rng.random(8) < failing, np.nan, rng.choice(values, size=8))
         advantages = compute_advantages(estimator, [Rewards(own_N[None], *sets)])
         for i in range(8):
             of_trace = evidence(i, plain(own_N[i]), score_of(own_N), 3)
+            of_trace = dataclasses.replace(of_trace, own_N=[*map(plain, own_N)])
             check(row.explain(of_trace), advantages.rounds[0].candidate_BxN[0, i])
 
 
 @pytest.mark.parametrize("explanation, value, parts", [
     (explain.against_sets_without(evidence(0)), 0.5,
      ("0.750", "A 3/4, B 3/4", "0.250", "C 0/4, D 2/4", "+0.500")),
+    (explain.with_control_variate(CONTROLLED), 5 / 12,
+     ("A 3/4, B 3/4", "C 0/4, D 2/4", "+0.500; the same", "reward: +0.500", "+0.333",
+      "c = 0.500", "+0.417")),
     (explain.against_all_sets(evidence(0)), 0.25,
      ("0.750", "A 3/4, B 3/4", "0.500", "A 3/4, B 3/4, C 0/4, D 2/4", "+0.250")),
     (explain.aggregation(1.0, SCORES[0]), 0.25,
@@ -127,6 +158,11 @@ def test_the_words_have_the_counts_that_the_number_follows_from(explanation, val
 ])  # fmt: skip
 def test_traces_without_a_comparison_say_so_and_have_none(reason, words):
     assert reason.value == 0 and words in reason.words
+
+
+def test_without_the_steps_c_no_number_is_claimed():
+    reason = explain.with_control_variate(dataclasses.replace(CONTROLLED, c=None))
+    assert reason.value is None and "not logged" in reason.words
 
 
 def test_an_estimator_that_is_not_explained_claims_no_number():

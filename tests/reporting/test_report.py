@@ -300,6 +300,13 @@ def test_metrics_without_values_have_no_chart():
     assert [chart.title for chart in overview_charts(metrics, [], {})] == ["Throughput"]
 
 
+def test_what_was_fitted_has_a_chart_where_it_was_logged():
+    metrics = [{"step": step, "advantage/control_c": step / 4} for step in range(3)]
+    (chart,) = overview_charts(metrics, [], {})
+    (curve,) = chart.figure["data"]
+    assert "control variate" in chart.title and list(curve["y"]) == [0.0, 0.25, 0.5]
+
+
 def test_nothing_of_a_text_can_leave_its_script_element():
     text = embed("</script><!-- <script> ]]> & '\" \u2028 \udc80")
     assert "<" not in text and text.isascii() and json.loads(text).startswith("</script><!--")

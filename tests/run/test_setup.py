@@ -12,6 +12,7 @@ from configs import (
     qwen3_4b,
     smollm2_135m,
     smollm2_chain_sum,
+    three_parts,
     tiny,
     your_data,
 )
@@ -30,6 +31,7 @@ CONFIGS = {
         smollm2_135m,
         smollm2_chain_sum,
         end_digit,
+        three_parts,
         your_data,
     )
 }
@@ -102,7 +104,7 @@ BAD = {
     "model.compute_dtype": ("float16", "float32, bfloat16"),
     "model.remat": ("everything", "none, dots, attention, layer"),
     "model.attention": ("cuda", "auto, xla, gpu, tpu"),
-    "task.name": ("gsm", "jsonl, parquet, hf, two_halves, end_digit, reasoning_gym"),
+    "task.name": ("gsm", "jsonl, parquet, hf, two_halves, end_digit, three_parts, reasoning_gym"),
     "task.reward": ("my_reward", "package.module:function"),
     "eval.temperature": (-0.5, ">= 0"),
     "eval.top_p": (0.0, "above 0 and at most 1"),

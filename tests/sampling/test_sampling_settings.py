@@ -8,6 +8,7 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.sampling.settings import check_sampling, kernel_chunk
 
 CONFIGS = ("tiny", "qwen3_4b", "grpo_qwen3_4b", "smollm2_135m", "smollm2_chain_sum", "end_digit")
+CONFIGS += ("three_parts",)
 
 BAD = {
     "sampling.memory": [(0.0, "above 0"), (-1.0, "bytes")],

@@ -446,7 +446,7 @@ def test_what_a_task_reads_must_be_named(fields, missing):
             check_task(task, training=False, evaluated=True)
 
 
-@pytest.mark.parametrize("name", ["two_halves", "end_digit"])
+@pytest.mark.parametrize("name", ["two_halves", "end_digit", "three_parts"])
 def test_a_task_that_is_made_needs_no_field(name):
     task = config.defaults().task
     task.name = name
