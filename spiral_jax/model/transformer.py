@@ -33,6 +33,7 @@ from spiral_jax.model.attention.groups import (
     trace_attention,
 )
 from spiral_jax.model.attention.part import KeyValue, Lengths
+from spiral_jax.model.experts import Experts
 from spiral_jax.model.linear import INNER, PROJECTED, Linear, joint_linear
 from spiral_jax.model.rope import rope
 
@@ -118,9 +119,12 @@ class DecoderLayer(nn.Module):
         self.k = linear("k", arch.D, arch.J * arch.E)
         self.v = linear("v", arch.D, arch.J * arch.E)
         self.o = linear("o", arch.H * arch.E, arch.D)
-        self.gate = linear("gate", arch.D, arch.F)
-        self.up = linear("up", arch.D, arch.F)
-        self.down = linear("down", arch.F, arch.D)
+        if arch.routing:
+            self.experts = Experts(arch, c.param_dtype)
+        else:
+            self.gate = linear("gate", arch.D, arch.F)
+            self.up = linear("up", arch.D, arch.F)
+            self.down = linear("down", arch.F, arch.D)
 
         self.attention_norm = norm_scale("attention_norm", arch.D)
         self.mlp_norm = norm_scale("mlp_norm", arch.D)
@@ -179,6 +183,8 @@ class DecoderLayer(nn.Module):
         x += self.o(attended.reshape(*x.shape[:-1], -1))
         h = rms_norm(x, self.mlp_norm, self.config.arch.norm_eps)
         with jax.named_scope("mlp"):
+            if self.config.arch.routing:
+                return x + self.experts(h)
             gate, up = joint_linear(h, self.gate, self.up)
             return x + self.down(nn.silu(gate) * up)
 
