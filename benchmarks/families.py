@@ -80,7 +80,7 @@ On CPUs XLA multiplies every row with every expert. Nothing of this was timed on
 PARITY = """
 ## Parity with torch
 
-Random checkpoints of 3 layers with every field off its default and with adapters that PEFT wrote,
+Random checkpoints of 2 or 3 layers with every field off its default and with adapters that PEFT wrote,
 in float32 on a CPU. Of rows that predict a token: largest difference of logits from PEFT's model.
 Gradient: of a weighted sum of log-probs, the worst parameter's and the worst adapter's norm of the
 difference over the norm of torch's. Greedy: tokens of our engine that are transformers' most
