@@ -106,8 +106,8 @@ def read_architecture(path: pathlib.Path) -> Architecture:
 def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
     """`fields` of a config.json -> Architecture.
 
-    Rope is understood in the spellings of transformers 4 and 5. Fields that a family's
-    files may leave out have the values that their authors' code gave them: see `_completed`.
+    Rope is understood in the spellings of transformers 4 and 5. Fields that a family's files may
+    leave out have the values that their authors' code gave them: see `_completed`.
 
     Raises:
       ConfigError: begins with `where` and names the field.
@@ -150,8 +150,8 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
 
 def _family(fields: dict[str, Any], where: str) -> Family:
     kind = fields.get("model_type")
-    if kind not in FAMILIES:
-        lacks = f" It would need: {MISSING[kind]}." if kind in MISSING else ""
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        lacks = f" It would need: {MISSING[kind]}." if str(kind) in MISSING else ""
         raise ConfigError(
             f"{where}: model_type = {kind!r} is not supported; supported: "
             f"{', '.join(FAMILIES)}.{lacks}"

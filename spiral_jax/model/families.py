@@ -118,5 +118,6 @@ MISSING = {
     "phi3": "projections that are stored as one",
     "qwen2_moe": "a shared expert",
     "qwen3_next": "linear attention (gated delta net)",
+    "qwen3_5": "linear attention (gated delta net), text_config",
     "qwen3_5_text": "linear attention (gated delta net)",
 }

@@ -145,6 +145,7 @@ UNSUPPORTED = [
     ("model_type", "gemma2"),
     ("model_type", "qwen2_moe"),
     ("model_type", ABSENT),
+    ("model_type", ["qwen3"]),
     ("attention_bias", True),
     ("attention_dropout", 0.1),
     ("hidden_act", "gelu"),
