@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spiral_jax.core import mesh as meshes
-from spiral_jax.core.groups import GroupRequests
+from spiral_jax.core.groups import GroupRequests, Groups
 from spiral_jax.learner.logprobs import response_hidden
 from spiral_jax.model import hf
-from spiral_jax.model.adapter import TARGETS, abstract_lora, load_adapter
+from spiral_jax.model.adapter import abstract_lora, load_adapter, target_modules
 from spiral_jax.model.architecture import Architecture, read_architecture
 from spiral_jax.model.transformer import ModelConfig, head_kernel
 from spiral_jax.sampling.draw import Draw
@@ -46,19 +46,31 @@ FIELDS = {
 _ORIGINAL = {"rope_theta": 777.0, "factor": 3.0, "original_max_position_embeddings": 40}
 # model_type -> fields beside FIELDS. Ramps of scaled rope lie within the positions that are used.
 CASES: dict[str, dict[str, Any]] = {
-    "qwen3": {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 777.0}},
+    "qwen3": {
+        "num_hidden_layers": 2,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 777.0},
+    },
     "qwen2": {
+        "num_hidden_layers": 2,
         "rope_parameters": _ORIGINAL
         | {"rope_type": "yarn", "beta_fast": 4.0, "beta_slow": 0.5, "attention_factor": 1.3},
         "tie_word_embeddings": True,
     },
     "llama": {
+        "num_hidden_layers": 2,
         "rope_parameters": _ORIGINAL
-        | {"rope_type": "llama3", "low_freq_factor": 0.5, "high_freq_factor": 4.0}
+        | {"rope_type": "llama3", "low_freq_factor": 0.5, "high_freq_factor": 4.0},
     },
-    "mistral": {"sliding_window": None},
+    "mistral": {"num_hidden_layers": 2, "sliding_window": None},
     # a stacked layer without rope, and the last one
     "smollm3": {"no_rope_layers": [1, 0, 0], "pretraining_tp": 2, "tie_word_embeddings": True},
+    "qwen3_moe": {
+        "num_key_value_heads": 2,  # so that two devices can share heads
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
 }
 RANK, ALPHA = 4, 6
 U, C, P, G = 4, 2, 9, 5
@@ -113,7 +125,9 @@ class Case:
     @functools.cached_property
     def config(self) -> ModelConfig:
         arch = read_architecture(self.directory)
-        return ModelConfig(arch, lora_rank=RANK, lora_alpha=ALPHA, attention_block=4)
+        # What is computed again is compiled again: once, for what only one family has.
+        remat = "layer" if arch.routing else "none"
+        return ModelConfig(arch, lora_rank=RANK, lora_alpha=ALPHA, attention_block=4, remat=remat)
 
     def variables(self, mesh: Mesh) -> dict[str, Any]:
         """What our files' readers make of it."""
@@ -132,9 +146,10 @@ def make_case(model_type: str, directory: pathlib.Path) -> Case:
     config = AutoConfig.for_model(model_type, **(FIELDS | CASES[model_type]))
     model = randomise(AutoModelForCausalLM.from_config(config))
     model.save_pretrained(directory)
+    targets = target_modules(read_architecture(directory))
     adapted = get_peft_model(
         model,
-        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM"),
+        LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM"),
     )
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -181,17 +196,28 @@ def _our_names(case: Case) -> dict[str, np.ndarray]:
     for name, parameter in case.model.named_parameters():
         name = name.replace(".base_layer", "").replace(".default", "")
         name = name if "lora_" in name else name.removeprefix("base_model.model.")
-        theirs[name] = parameter.grad.numpy()
+        theirs |= _as_stored(name, parameter.grad.numpy())
     shapes = {"params": hf.abstract_params(case.config), "lora": abstract_lora(case.config)}
     gradient = {}
     for at, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         ours = meshes.path_name(at)
-        stored = hf.stored(ours.partition("/")[2], case.config.arch.L)
-        tensors = [theirs.pop(name) for name in stored.names]
+        stored = hf.stored(ours.partition("/")[2], case.config.arch)
+        tensors = [theirs.pop(name) for name, _ in stored.tensors()]
         tensors = [tensor.T if stored.transposed else tensor for tensor in tensors]
         gradient[ours] = np.stack(tensors).reshape(leaf.shape)
     assert not theirs, f"parameters that we do not have: {sorted(theirs)}"
     return gradient
+
+
+def _as_stored(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """Experts, one array in torch, by the names that their tensors have in files."""
+    room, _, part = name.rpartition(".")
+    if part == "gate_up_proj":
+        gate, up = np.split(array, 2, axis=1)
+        return _as_stored(f"{room}.gate_proj", gate) | _as_stored(f"{room}.up_proj", up)
+    if not room.endswith(".experts"):
+        return {name: array}
+    return {f"{room}.{expert}.{part}.weight": each for expert, each in enumerate(array)}
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
@@ -235,9 +261,13 @@ def gradient_gaps(ours: Outcome, theirs: Outcome) -> dict[str, float]:
     }
 
 
-def greedy(config: ModelConfig, variables: Any, mesh: Mesh) -> np.ndarray:
-    """[U, GREEDY_TOKENS] by our engine: prefill, pages, decoding."""
-    settings = DecodeSettings(config, jnp.float32, Draw(temperature=0), 0, (), 8, mesh)
+def draw(
+    config: ModelConfig, variables: Any, mesh: Mesh, temperature: float, seed: int = 0
+) -> Groups:
+    """A trace of GREEDY_TOKENS for each prompt by our engine: prefill, pages, decoding."""
+    settings = DecodeSettings(
+        config, config.compute_dtype, Draw(temperature=temperature), seed, (), 8, mesh
+    )
     schedule = Schedule(
         page=4,
         pages=33,
@@ -253,7 +283,12 @@ def greedy(config: ModelConfig, variables: Any, mesh: Mesh) -> np.ndarray:
     id_Ux6 = np.zeros((U, 6), np.int32)
     id_Ux6[:, 2] = np.arange(U)
     requests = GroupRequests(random_ids()[0].prompt_UxP, PROMPT_LEN, id_Ux6, 1, GREEDY_TOKENS)
-    return sample(engine, engine.prepare(variables), requests).trace_UxCxG[:, 0]
+    return sample(engine, engine.prepare(variables), requests)
+
+
+def greedy(config: ModelConfig, variables: Any, mesh: Mesh) -> np.ndarray:
+    """[U, GREEDY_TOKENS], the most likely ones."""
+    return draw(config, variables, mesh, temperature=0).trace_UxCxG[:, 0]
 
 
 def not_greedy(case: Case, tokens_UxG: np.ndarray) -> list[float]:

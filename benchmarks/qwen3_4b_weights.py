@@ -123,7 +123,7 @@ def make(path: pathlib.Path, fields: dict) -> list[pathlib.Path]:
             output.dtype,
             functools.partial(array, output.name, output.shape),
         )
-        for output in hf.outputs_of(shapes, arch.L)
+        for output in hf.outputs_of(shapes, arch)
     ]
     return write_tensors(path, hf.STEM, outputs, SHARD_BYTES)
 

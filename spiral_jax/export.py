@@ -33,7 +33,7 @@ from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import host_mesh, path_name
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, save_adapter
-from spiral_jax.model.architecture import read_architecture
+from spiral_jax.model.architecture import Architecture, read_architecture
 from spiral_jax.model.tensor_files import Output, TensorFiles, open_tensors, write_tensors
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.prompts import tokenizer as tokenizers
@@ -149,13 +149,13 @@ class Place(NamedTuple):
     Attributes:
       theirs: its name in the checkpoint.
       ours: path of the parameter that holds it.
-      layer: which slice of it, None if it is all of it.
+      index: which part of it, by layer and expert; () if it is all of it.
       transposed: whether theirs is transposed.
     """
 
     theirs: str
     ours: str
-    layer: int | None
+    index: tuple[int, ...]
     transposed: bool
 
 
@@ -175,16 +175,16 @@ def merged_outputs(
         shape, dtype = base.shape(place.theirs), base.dtype(place.theirs)
         return Output(place.theirs, shape, dtype, functools.partial(make, place))
 
-    return [output(place) for place in _places(expected, model.arch.L)]
+    return [output(place) for place in _places(expected, model.arch)]
 
 
-def _places(expected: Any, layers: int) -> Iterator[Place]:
+def _places(expected: Any, arch: Architecture) -> Iterator[Place]:
     """The places of all tensors, parameter by parameter."""
     for path, _ in jax.tree_util.tree_leaves_with_path(expected):
         ours = path_name(path)
-        stored = hf.stored(ours, layers)
-        for layer, theirs in enumerate(stored.names):
-            yield Place(theirs, ours, layer if stored.stacked else None, stored.transposed)
+        stored = hf.stored(ours, arch)
+        for theirs, index in stored.tensors():
+            yield Place(theirs, ours, index, stored.transposed)
 
 
 def _merge_adapter(base: TensorFiles, lora: Any, scale: float, place: Place) -> np.ndarray:
@@ -194,9 +194,7 @@ def _merge_adapter(base: TensorFiles, lora: Any, scale: float, place: Place) -> 
         return array
     room, projection, _ = place.ours.split("/")
     a, b = (lora[room][projection][side] for side in ("a", "b"))
-    if place.layer is not None:
-        a, b = a[place.layer], b[place.layer]
-    update = np.float32(scale) * (a @ b).T
+    update = np.float32(scale) * (a[place.index] @ b[place.index]).T
     return (array.astype(np.float32) + update).astype(array.dtype)
 
 
@@ -214,9 +212,7 @@ class _TrainedParameters:
         self._held: np.ndarray | None = None
 
     def read(self, place: Place) -> np.ndarray:
-        array = self._load(place.ours)
-        if place.layer is not None:
-            array = array[place.layer]
+        array = self._load(place.ours)[place.index]
         return (array.T if place.transposed else array).astype(self._base.dtype(place.theirs))
 
     def _load(self, ours: str) -> np.ndarray:

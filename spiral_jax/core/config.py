@@ -42,7 +42,7 @@ def defaults() -> ConfigDict:
     c.seed = 0  # all randomness of a run: data order, subsets, candidate order, sampling
 
     c.model = ConfigDict()
-    # Qwen3 or Llama: a Hugging Face directory or Hub id; "bundled:tiny" is ours
+    # a Hugging Face directory or Hub id of a family of docs/models.md; "bundled:tiny" is ours
     c.model.hf_path = ""
     # PEFT LoRA directory that a new run starts from; "" = a fresh adapter
     c.model.adapter_path = ""
@@ -51,7 +51,9 @@ def defaults() -> ConfigDict:
     c.model.param_dtype = "bfloat16"  # of a frozen base; what is trained is always float32
     # of activations and caches; norms, rope and softmax are float32
     c.model.compute_dtype = "bfloat16"
-    c.model.lora_rank = 32  # adapters on all seven projections; 0 = full fine-tuning (paper)
+    # adapters on all seven projections, with experts on attention's four; 0 = full fine-tuning
+    # (paper)
+    c.model.lora_rank = 32
     c.model.lora_alpha = 32.0  # adapter output is scaled by alpha / rank (unpublished)
     # What the backward pass keeps of each layer, computing the rest once more: "layer": its input;
     # "attention": and the results of attention and of adapters' first products, which are narrow;

@@ -39,6 +39,9 @@ _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(o|down)/b$", (None, "fsdp")),
     (r"/(qkv|gate_up)/kernel$", (None, "tensor")),  # of decode weights: `linear.JoinedLinear`
     (r"/(qkv|gate_up)/a$", (None, None)),
+    (r"/experts/(gate|up)$", ("fsdp", "tensor")),
+    (r"/experts/down$", ("tensor", "fsdp")),
+    (r"/experts/router$", ("fsdp", None)),
     (r"(^|/)embed$", ("tensor", "fsdp")),
     (r"(^|/)head$", ("fsdp", "tensor")),
     (r"(^|/|_)norm$|count$|step$", ()),

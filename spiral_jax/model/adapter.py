@@ -14,18 +14,30 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spiral_jax.core.config import ConfigError
-from spiral_jax.model.hf import MAX_SHARD_BYTES, PROJECTIONS, check_tensors, outputs_of, read_tree
+from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.hf import (
+    MAX_SHARD_BYTES,
+    PROJECTIONS,
+    adapted_projections,
+    check_tensors,
+    outputs_of,
+    read_tree,
+)
 from spiral_jax.model.tensor_files import open_tensors, write_tensors
 from spiral_jax.model.transformer import ModelConfig, init_variables
 
 STEM = "adapter_model"
 _CONFIG = "adapter_config.json"
-TARGETS = sorted(theirs.split(".")[1] for theirs in PROJECTIONS.values())
 # Fields of adapter_config.json that do not change what a trained adapter computes. Any other must
 # be empty.
 _INERT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"}
 _INERT |= {"revision", "inference_mode", "r", "lora_alpha", "target_modules", "lora_dropout"}
 _INERT |= {"init_lora_weights", "megatron_core", "qalora_group_size"}
+
+
+def target_modules(arch: Architecture) -> list[str]:
+    """PEFT's names of the projections that have an adapter."""
+    return sorted(PROJECTIONS[name].split(".")[1] for name in adapted_projections(arch))
 
 
 def abstract_lora(config: ModelConfig) -> Any:
@@ -56,9 +68,9 @@ def check_adapter(path: pathlib.Path, config: ModelConfig) -> None:
                 f"{file}: {name} = {fields.get(name)!r}, but config.model.{ours} = "
                 f"{getattr(config, ours)!r}: they must be equal."
             )
-    targets = fields.get("target_modules")
-    if not isinstance(targets, list) or sorted(targets) != TARGETS:
-        refuse("target_modules", f"the list of all of {', '.join(TARGETS)}")
+    targets, ours = fields.get("target_modules"), target_modules(config.arch)
+    if not isinstance(targets, list) or sorted(targets) != ours:
+        refuse("target_modules", f"the list of all of {', '.join(ours)}")
     if fields.get("init_lora_weights") not in (True, False, None, "gaussian"):
         refuse("init_lora_weights", "true, false or 'gaussian'")  # others change the base weights
     for name, value in fields.items():
@@ -114,10 +126,10 @@ def save_adapter(path: pathlib.Path, lora: Any, config: ModelConfig, base: str) 
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": TARGETS,
+        "target_modules": target_modules(config.arch),
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    outputs = outputs_of(lora, config.arch.L, np.dtype(np.float32))
+    outputs = outputs_of(lora, config.arch, np.dtype(np.float32))
     write_tensors(path, STEM, outputs, MAX_SHARD_BYTES)
     (path / _CONFIG).write_text(json.dumps(fields, indent=2) + "\n")

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.model.config_fields import boolean, number, positive
-from spiral_jax.model.families import FAMILIES, MISSING, Family
+from spiral_jax.model.families import FAMILIES, MISSING, Family, Routing
 from spiral_jax.model.rope import Scaling, read_rope, rope_fields
 
 # Fields that change the computation, each with the values under which it does not.
@@ -26,6 +26,8 @@ _NEUTRAL = {
     "rope_interleaved": (False, None),
     "partial_rotary_factor": (1, 1.0, None),
 }
+# The field that says F: of layers without experts, of experts.
+_WIDTH = {False: "intermediate_size", True: "moe_intermediate_size"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Architecture:
       family: what its layers compute.
       rope_scaling: None: rope turns as `rope_theta` says.
       unrotated: layers without rope.
+      routing: F is the width of each expert; None: layers have no experts.
     """
 
     V: int
@@ -53,6 +56,12 @@ class Architecture:
     family: Family = FAMILIES["qwen3"]
     rope_scaling: Scaling | None = None
     unrotated: tuple[int, ...] = ()
+    routing: Routing | None = None
+
+    @property
+    def token_F(self) -> int:
+        """Feed-forward columns that a token passes: those of its experts."""
+        return self.F * (self.routing.chosen if self.routing else 1)
 
     @property
     def parameters(self) -> int:
@@ -61,7 +70,10 @@ class Architecture:
         columns = {"q": heads, "k": kv, "v": kv, "o": self.D}
         vectors = 2 * self.D + (2 * self.E if self.family.qk_norm else 0)
         vectors += sum(columns[name] for name in self.family.biases)
-        layer = 2 * self.D * (heads + kv) + 3 * self.D * self.F + vectors
+        mlp = 3 * self.D * self.F
+        if self.routing:
+            mlp = self.routing.experts * (mlp + self.D)
+        layer = 2 * self.D * (heads + kv) + mlp + vectors
         return self.L * layer + self.D + self.V * self.D * (1 if self.tied else 2)
 
 
@@ -94,8 +106,8 @@ def read_architecture(path: pathlib.Path) -> Architecture:
 def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
     """`fields` of a config.json -> Architecture.
 
-    Rope is understood in the spellings of transformers 4 and 5. Fields that a family's
-    files may leave out have the values that their authors' code gave them: see `_completed`.
+    Rope is understood in the spellings of transformers 4 and 5. Fields that a family's files may
+    leave out have the values that their authors' code gave them: see `_completed`.
 
     Raises:
       ConfigError: begins with `where` and names the field.
@@ -107,7 +119,7 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
     arch = Architecture(
         V=positive(fields, "vocab_size", where),
         D=positive(fields, "hidden_size", where),
-        F=positive(fields, "intermediate_size", where),
+        F=positive(fields, _WIDTH[family.routed], where),
         L=positive(fields, "num_hidden_layers", where),
         H=positive(fields, "num_attention_heads", where),
         J=positive(fields, "num_key_value_heads", where),
@@ -118,6 +130,7 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
         family=family,
         rope_scaling=scaling,
         unrotated=_unrotated(fields, where) if family.skips_rope else (),
+        routing=_routing(fields, where) if family.routed else None,
     )
     if arch.H % arch.J:
         raise ConfigError(
@@ -137,8 +150,8 @@ def parse_architecture(fields: dict[str, Any], where: str) -> Architecture:
 
 def _family(fields: dict[str, Any], where: str) -> Family:
     kind = fields.get("model_type")
-    if kind not in FAMILIES:
-        lacks = f" It would need: {MISSING[kind]}." if kind in MISSING else ""
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        lacks = f" It would need: {MISSING[kind]}." if str(kind) in MISSING else ""
         raise ConfigError(
             f"{where}: model_type = {kind!r} is not supported; supported: "
             f"{', '.join(FAMILIES)}.{lacks}"
@@ -148,7 +161,9 @@ def _family(fields: dict[str, Any], where: str) -> Family:
 
 def _refuse_unsupported(fields: dict[str, Any], family: Family, where: str) -> None:
     """Refuses fields that change the computation to one that we do not have."""
-    neutral = _NEUTRAL | {name: (value, None) for name, value in family.states}
+    neutral = dict(_NEUTRAL)
+    for name, value in family.states:
+        neutral[name] = (list(value) if isinstance(value, tuple) else value, None)
     for name, values in neutral.items():
         if name in fields and name not in family.ignores and fields[name] not in values:
             raise ConfigError(
@@ -199,7 +214,7 @@ def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
         "model_type": arch.family.model_type,
         "vocab_size": arch.V,
         "hidden_size": arch.D,
-        "intermediate_size": arch.F,
+        _WIDTH[arch.family.routed]: arch.F,
         "num_hidden_layers": arch.L,
         "num_attention_heads": arch.H,
         "num_key_value_heads": arch.J,
@@ -209,7 +224,7 @@ def hf_fields(arch: Architecture, stop_ids: tuple[int, ...]) -> dict[str, Any]:
         "tie_word_embeddings": arch.tied,
         "hidden_act": "silu",
         **dict(arch.family.states),
-        **_skipping_fields(arch),
+        **_row_fields(arch),
         "eos_token_id": list(stop_ids),
         "torch_dtype": "float32",
     }
@@ -250,7 +265,29 @@ def _unrotated(fields: dict[str, Any], where: str) -> tuple[int, ...]:
     return tuple(layer for layer in range(layers) if not has_rope[layer])
 
 
-def _skipping_fields(arch: Architecture) -> dict[str, Any]:
-    if not arch.family.skips_rope:
-        return {}
-    return {"no_rope_layers": [int(layer not in arch.unrotated) for layer in range(arch.L)]}
+def _routing(fields: dict[str, Any], where: str) -> Routing:
+    # transformers 5 writes the second name
+    count = "num_local_experts" if "num_local_experts" in fields else "num_experts"
+    routing = Routing(
+        experts=positive(fields, count, where),
+        chosen=positive(fields, "num_experts_per_tok", where),
+        normalised=boolean(fields, "norm_topk_prob", where),
+    )
+    if routing.chosen > routing.experts:
+        raise ConfigError(
+            f"{where}: num_experts_per_tok = {routing.chosen}: must be at most num_experts = "
+            f"{routing.experts}."
+        )
+    return routing
+
+
+def _row_fields(arch: Architecture) -> dict[str, Any]:
+    """Fields that one family alone has."""
+    fields: dict[str, Any] = {}
+    if arch.family.skips_rope:
+        fields["no_rope_layers"] = [int(layer not in arch.unrotated) for layer in range(arch.L)]
+    if arch.routing:
+        fields["num_experts"] = arch.routing.experts
+        fields["num_experts_per_tok"] = arch.routing.chosen
+        fields["norm_topk_prob"] = arch.routing.normalised
+    return fields

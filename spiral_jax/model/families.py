@@ -7,6 +7,21 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Routing:
+    """Which of a layer's experts a token passes.
+
+    Attributes:
+      experts: X, in each layer.
+      chosen: Y, the most likely ones, which each token passes.
+      normalised: their shares sum to 1, instead of being those of all experts.
+    """
+
+    experts: int
+    chosen: int
+    normalised: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """One row. All families are decoders of RMS norms, rope and gated SiLU feed-forward layers.
 
@@ -16,6 +31,7 @@ class Family:
       qk_norm: queries and keys are normalised per head, before rope.
       biases: projections that add one.
       skips_rope: config.json says which layers have no rope.
+      routed: each feed-forward layer is one of experts.
       implied: fields of config.json that may be absent, as sizes that others imply.
       unstated: (field, value) of others that may be absent, with the value that they then have.
       states: (field, value) of others that we write, each with the one value that we support.
@@ -28,6 +44,7 @@ class Family:
     qk_norm: bool = False
     biases: tuple[str, ...] = ()
     skips_rope: bool = False
+    routed: bool = False
     implied: tuple[str, ...] = ()
     unstated: tuple[tuple[str, Any], ...] = ()
     states: tuple[tuple[str, Any], ...] = ()
@@ -75,6 +92,18 @@ _ROWS = (
         states=(*_NO_BIAS, *_NO_WINDOW),
         ignores=("pretraining_tp",),
     ),
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        qk_norm=True,
+        routed=True,
+        states=(
+            ("attention_bias", False),
+            *_NO_WINDOW,
+            ("decoder_sparse_step", 1),
+            ("mlp_only_layers", ()),
+        ),
+    ),
 )
 FAMILIES = {row.model_type: row for row in _ROWS}
 
@@ -88,7 +117,7 @@ MISSING = {
     "olmo3": "norms behind each part of a layer, norms of all heads together, a window",
     "phi3": "projections that are stored as one",
     "qwen2_moe": "a shared expert",
-    "qwen3_moe": "experts",
     "qwen3_next": "linear attention (gated delta net)",
+    "qwen3_5": "linear attention (gated delta net), text_config",
     "qwen3_5_text": "linear attention (gated delta net)",
 }

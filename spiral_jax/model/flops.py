@@ -1,7 +1,7 @@
 """How many floating-point operations a train step needs: for MFU, the plan and the benchmarks.
 
 Matrix products alone, two operations a multiply-add. Per token and layer, with W base weights and A
-adapter weights:
+adapter weights that the token is multiplied with (of experts, those of the chosen ones):
 
     linear, forward      2 (W + A)
     linear, backward     2 (W + A) for activations; for weights 2 W in full fine-tuning, 2 A with
@@ -25,6 +25,7 @@ a remat policy (`model.remat`) the count has what this program computes twice un
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
@@ -50,28 +51,65 @@ PEAK_FLOPS_PER_S = {
 }
 
 
+class _Product(NamedTuple):
+    """A matrix that a layer's tokens are multiplied with.
+
+    Attributes:
+      width: of what it reads.
+      features: that it writes.
+      times: how many such a token is multiplied with.
+      of: how many such there are.
+      adapted: whether it can have an adapter.
+    """
+
+    width: int
+    features: int
+    times: int = 1
+    of: int = 1
+    adapted: bool = True
+
+    @property
+    def weights(self) -> int:
+        """That a token is multiplied with."""
+        return self.times * self.width * self.features
+
+    def adapter(self, lora_rank: int) -> int:
+        """Weights of its adapter."""
+        return lora_rank * (self.width + self.features) if self.adapted else 0
+
+
 def linear_weights(arch: Architecture) -> int:
-    """W: weights of one layer's seven projections; a token is multiplied with each once."""
-    return sum(width * features for width, features in _projections(arch).values())
+    """W: weights of one layer that a token is multiplied with, each once."""
+    return sum(product.weights for product in _products(arch).values())
+
+
+def layer_weights(arch: Architecture) -> int:
+    """Weights of all of a layer's matrices: of experts that a token does not pass, too."""
+    return sum(p.of * p.width * p.features for p in _products(arch).values())
 
 
 def adapter_weights(arch: Architecture, lora_rank: int) -> int:
-    """A: weights of one layer's adapters on all seven projections."""
-    return lora_rank * sum(width + features for width, features in _projections(arch).values())
+    """A: weights of one layer's adapters."""
+    return sum(product.adapter(lora_rank) for product in _products(arch).values())
 
 
-def _projections(arch: Architecture) -> dict[str, tuple[int, int]]:
-    """(width of what it reads, features that it writes) of each projection of a layer."""
+def _products(arch: Architecture) -> dict[str, _Product]:
+    """Those of one layer."""
     heads, kv = arch.H * arch.E, arch.J * arch.E
-    return {
-        "q": (arch.D, heads),
-        "k": (arch.D, kv),
-        "v": (arch.D, kv),
-        "o": (heads, arch.D),
-        "gate": (arch.D, arch.F),
-        "up": (arch.D, arch.F),
-        "down": (arch.F, arch.D),
+    products = {
+        "q": _Product(arch.D, heads),
+        "k": _Product(arch.D, kv),
+        "v": _Product(arch.D, kv),
+        "o": _Product(heads, arch.D),
     }
+    into, out_of = _Product(arch.D, arch.F), _Product(arch.F, arch.D)
+    if arch.routing:
+        X = arch.routing.experts
+        products["router"] = _Product(arch.D, X, adapted=False)
+        into, out_of = (
+            part._replace(times=arch.routing.chosen, of=X, adapted=False) for part in (into, out_of)
+        )
+    return products | {"gate": into, "up": into, "down": out_of}
 
 
 def attention_pairs(prompt_len_U: np.ndarray, trace_len_UxC: np.ndarray) -> int:
@@ -110,8 +148,8 @@ def train_flops(
     pairs_before_last_token = attention_pairs(np.asarray(prompt_len_U) - 1, np.zeros((U, 0), int))
 
     linear = {
-        name: _linear_flops(name, size, lora_rank, remat)
-        for name, size in _projections(arch).items()
+        name: _linear_flops(product, lora_rank, remat, needed=name != "down" or bool(arch.routing))
+        for name, product in _products(arch).items()
     }
     keys_values = linear["k"] + linear["v"]
     rest = sum(linear.values()) - keys_values
@@ -128,15 +166,18 @@ def train_flops(
     return float((arch.L - 1) * layer + last_layer + responses * head)
 
 
-def _linear_flops(name: str, size: tuple[int, int], lora_rank: int, remat: str | None) -> int:
-    """Operations of one projection and its adapter on one token, forward and backward."""
-    width, features = size
-    W, A = width * features, lora_rank * (width + features)
+def _linear_flops(product: _Product, lora_rank: int, remat: str | None, needed: bool) -> int:
+    """Operations of one product and its adapter on one token, forward and backward.
+
+    Args:
+      needed: whether the backward pass needs its result.
+    """
+    W, A = product.weights, product.adapter(lora_rank)
     flops = 4 * (W + A) + 2 * (A if lora_rank else W)
-    if remat == "layer":
-        flops += 2 * lora_rank * width
-    if remat in ("attention", "layer") and name != "down":
-        flops += 2 * (W + lora_rank * features)
+    if remat == "layer" and product.adapted:
+        flops += 2 * lora_rank * product.width
+    if remat in ("attention", "layer") and needed:
+        flops += 2 * (W + (lora_rank * product.features if product.adapted else 0))
     return flops
 
 
@@ -152,11 +193,8 @@ def prefill_flops(arch: Architecture, lora_rank: int, prompt_len_U: np.ndarray) 
     U, tokens = len(prompt_len_U), int(np.sum(prompt_len_U, dtype=np.int64))
     pairs = attention_pairs(prompt_len_U, np.zeros((U, 0), int))
     before = dataclasses.replace(arch, L=arch.L - 1)
-    projections = _projections(arch)
-    last_layer = sum(
-        width * features + lora_rank * (width + features)
-        for width, features in (projections["k"], projections["v"])
-    )
+    products = _products(arch)
+    last_layer = sum(products[name].weights + products[name].adapter(lora_rank) for name in "kv")
     return _forward_flops(before, lora_rank, tokens, pairs, logits=0) + 2.0 * tokens * last_layer
 
 

@@ -1,8 +1,8 @@
 """Hugging Face directories: safetensors to parameters or adapters and back, by one table.
 
 We iterate over our own leaves, not over the file's keys, and read lazily: each device's slice comes
-straight from the files. A leaf of our stacked layers [L - 1, ...] is L - 1 tensors there, and our
-kernels are [in, out] where theirs are [out, in].
+straight from the files. A leaf of our stacked layers [L - 1, ...] is L - 1 tensors there, one of
+experts [X, ...] is X tensors, and our kernels are [in, out] where theirs are [out, in].
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ _FROM_HUB += ["tokenizer*", "vocab*", "merges*"]
 _ROPE_CONSTANT = ".self_attn.rotary_emb.inv_freq"
 _COMPARED_ROWS = 8192  # of the embedding at once: a few hundred MB at most
 
-# Our name -> (their name, whether theirs is transposed); {} is the layer.
+# Our name -> (their name, whether theirs is transposed); {} is the layer, a second {} the expert.
 PROJECTIONS = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {
     name: f"mlp.{name}_proj" for name in ("gate", "up", "down")
 }
@@ -59,6 +59,10 @@ _LAYER = {
     "q_norm": ("model.layers.{}.self_attn.q_norm.weight", False),
     "k_norm": ("model.layers.{}.self_attn.k_norm.weight", False),
 }
+_LAYER["experts/router"] = ("model.layers.{}.mlp.gate.weight", True)
+for _name in ("gate", "up", "down"):
+    _theirs = f"model.layers.{{}}.mlp.experts.{{}}.{_name}_proj.weight"
+    _LAYER[f"experts/{_name}"] = (_theirs, True)
 _PEFT = "base_model.model."  # PEFT names an adapter's weights so
 for _name, _theirs in PROJECTIONS.items():
     _module = f"model.layers.{{}}.{_theirs}"
@@ -72,32 +76,42 @@ class Stored(NamedTuple):
     """How one of our leaves lies in the files.
 
     Attributes:
-      names: of their tensors, one a layer of a stacked leaf, one of any other.
-      stacked: whether our first axis is the layer; then tensor i is our leaf[i].
+      names: of their tensors, an array of strings [*lead]: the tensor of that name is our
+        leaf[index]. `lead` is the layers of a stacked leaf, then the experts of one that has them,
+        or nothing.
       transposed: whether each is the transpose of ours.
     """
 
-    names: list[str]
-    stacked: bool
+    names: np.ndarray
     transposed: bool
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of each tensor for a leaf of ours."""
-        ours = ours[1:] if self.stacked else ours
+        ours = ours[self.names.ndim :]
         return ours[::-1] if self.transposed else ours
 
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(name, index in our leaf) of each."""
+        for index in np.ndindex(self.names.shape):
+            yield str(self.names[index]), index
 
-def stored(name: str, L: int) -> Stored:
-    """How our leaf of this path lies in the files of a model of L layers."""
+
+def stored(name: str, arch: Architecture) -> Stored:
+    """How our leaf of this path lies in the files."""
     room, _, rest = name.partition("/")
-    if room == "layers":
-        theirs, transposed = _LAYER[rest]
-        return Stored([theirs.format(layer) for layer in range(L - 1)], True, transposed)
-    if room == "last_layer":
-        theirs, transposed = _LAYER[rest]
-        return Stored([theirs.format(L - 1)], False, transposed)
-    theirs, transposed = _TOP[name]
-    return Stored([theirs], False, transposed)
+    if room not in ("layers", "last_layer"):
+        theirs, transposed = _TOP[name]
+        return Stored(np.array(theirs), transposed)
+    theirs, transposed = _LAYER[rest]
+    layers = range(arch.L - 1) if room == "layers" else (arch.L - 1,)
+    names = [[theirs.format(layer, x) for x in _experts(theirs, arch)] for layer in layers]
+    lead = (len(names),) if room == "layers" else ()
+    lead += (len(names[0]),) if theirs.count("{}") == 2 else ()
+    return Stored(np.array(names).reshape(lead), transposed)
+
+
+def _experts(theirs: str, arch: Architecture) -> range:
+    return range(arch.routing.experts) if theirs.count("{}") == 2 else range(1)
 
 
 def resolve_path(hf_path: str) -> pathlib.Path:
@@ -126,6 +140,11 @@ def resolve_path(hf_path: str) -> pathlib.Path:
         raise ConfigError(
             f"{field}: no such directory, and the Hub did not give it ({reason}). {advice}"
         ) from error
+
+
+def adapted_projections(arch: Architecture) -> tuple[str, ...]:
+    """Ours that have an adapter: all but those of experts."""
+    return tuple(name for name in PROJECTIONS if not arch.routing or name in "qkvo")
 
 
 def abstract_params(config: ModelConfig) -> Any:
@@ -160,8 +179,8 @@ def check_tensors(files: TensorFiles, expected: Any, arch: Architecture) -> None
     """
     used = set()
     for at, leaf in jax.tree_util.tree_leaves_with_path(expected):
-        tensors = stored(path_name(at), arch.L)
-        for name in tensors.names:
+        tensors = stored(path_name(at), arch)
+        for name, _ in tensors.tensors():
             _check_tensor(files, name, tensors.shape(leaf.shape))
             used.add(name)
 
@@ -211,7 +230,7 @@ def read_tree(files: TensorFiles, expected: Any, arch: Architecture, mesh: Mesh)
 
     def read(at: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
         sharding = NamedSharding(mesh, weight_spec(path_name(at), leaf.shape, mesh))
-        return _read_leaf(files, stored(path_name(at), arch.L), leaf, sharding)
+        return _read_leaf(files, stored(path_name(at), arch), leaf, sharding)
 
     return jax.tree_util.tree_map_with_path(read, expected)
 
@@ -228,11 +247,10 @@ def _read_leaf(
     def read_slice(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
         slices = tuple(slice(*pair) for pair in bounds)
         out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
-        if tensors.stacked:
-            for row, name in zip(out, tensors.names[slices[0]], strict=True):
-                row[...] = read_tensor(name, slices[1:])
-        else:
-            out[...] = read_tensor(tensors.names[0], slices)
+        lead = tensors.names.ndim
+        names = np.asarray(tensors.names[slices[:lead]])
+        for index in np.ndindex(names.shape):
+            out[index] = read_tensor(str(names[index]), slices[lead:])
         return out
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -243,24 +261,24 @@ def _read_leaf(
     return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, read))
 
 
-def outputs_of(tree: Any, L: int, dtype: np.dtype | None = None) -> list[Output]:
+def outputs_of(tree: Any, arch: Architecture, dtype: np.dtype | None = None) -> list[Output]:
     """What `write_tensors` needs for `params` or `lora`, in `dtype` (None: their own)."""
     outputs = []
     for at, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        tensors, as_stored = stored(path_name(at), L), np.dtype(dtype or leaf.dtype)
-        for layer, name in enumerate(tensors.names):
-            read = _reader(leaf, layer if tensors.stacked else None, tensors.transposed, as_stored)
+        tensors, as_stored = stored(path_name(at), arch), np.dtype(dtype or leaf.dtype)
+        for name, index in tensors.tensors():
+            read = _reader(leaf, index, tensors.transposed, as_stored)
             outputs.append(Output(name, tensors.shape(leaf.shape), as_stored, read))
     return outputs
 
 
 def _reader(
-    leaf: Any, layer: int | None, transposed: bool, dtype: np.dtype
+    leaf: Any, index: tuple[int, ...], transposed: bool, dtype: np.dtype
 ) -> Callable[[], np.ndarray]:
-    """What copies a leaf, or one layer of a stacked one, to the host when it is to be written."""
+    """What copies a leaf, or the part of it at `index`, to the host when it is to be written."""
 
     def read() -> np.ndarray:
-        array = np.asarray(jax.device_get(leaf if layer is None else leaf[layer]))
+        array = np.asarray(jax.device_get(leaf[index] if index else leaf))
         return (array.T if transposed else array).astype(dtype, copy=False)
 
     return read
@@ -271,7 +289,7 @@ def save_params(
 ) -> None:
     """Writes config.json and weights, in the dtype of `params`, as transformers writes them."""
     path.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, STEM, outputs_of(params, config.arch.L), MAX_SHARD_BYTES)
+    write_tensors(path, STEM, outputs_of(params, config.arch), MAX_SHARD_BYTES)
     fields = hf_fields(config.arch, stop_ids)
     (path / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     (path / "generation_config.json").write_text(

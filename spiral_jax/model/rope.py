@@ -170,7 +170,7 @@ def _read_scaling(
 ) -> Scaling | None:
     """The scaling of what is stated: name -> (where in the file, value)."""
     room, kind = stated.pop("rope_type", ("rope_parameters", "default"))
-    if kind != "default" and kind not in SCALINGS:
+    if kind not in ("default", *SCALINGS):
         raise ConfigError(
             f"{where}: {room}.rope_type = {kind!r} is not supported; supported: default, "
             f"{', '.join(SCALINGS)}."

@@ -33,6 +33,7 @@ from spiral_jax.model.attention.groups import (
     trace_attention,
 )
 from spiral_jax.model.attention.part import KeyValue, Lengths
+from spiral_jax.model.experts import Experts
 from spiral_jax.model.linear import (
     INNER,
     PROJECTED,
@@ -132,15 +133,21 @@ class DecoderLayer(nn.Module):
         own = arch.J * arch.E
         if c.joined:
             self.qkv = joined(QKV, (arch.H * arch.E, own, own))
-            self.gate_up = joined(GATE_UP, (arch.F, arch.F))
         else:
             self.q = linear("q", arch.D, arch.H * arch.E)
             self.k = linear("k", arch.D, own)
             self.v = linear("v", arch.D, own)
+        self.o = linear("o", arch.H * arch.E, arch.D)
+
+        if arch.routing:
+            self.experts = Experts(arch, c.param_dtype)
+        elif c.joined:
+            self.gate_up = joined(GATE_UP, (arch.F, arch.F))
+        else:
             self.gate = linear("gate", arch.D, arch.F)
             self.up = linear("up", arch.D, arch.F)
-        self.o = linear("o", arch.H * arch.E, arch.D)
-        self.down = linear("down", arch.F, arch.D)
+        if not arch.routing:
+            self.down = linear("down", arch.F, arch.D)
 
         self.attention_norm = norm_scale("attention_norm", arch.D)
         self.mlp_norm = norm_scale("mlp_norm", arch.D)
@@ -202,6 +209,8 @@ class DecoderLayer(nn.Module):
         x += self.o(attended.reshape(*x.shape[:-1], -1))
         h = rms_norm(x, self.mlp_norm, self.config.arch.norm_eps)
         with jax.named_scope("mlp"):
+            if self.config.arch.routing:
+                return x + self.experts(h)
             if self.config.joined:
                 gate, up = self.gate_up(h)
             else:
@@ -382,7 +391,9 @@ def join_projections(config: ModelConfig, layer: dict[str, Any]) -> dict[str, An
         linears = [{**params.pop(name), **lora.pop(name, {})} for name in names]
         return join_linears(linears, config.joined)
 
-    params |= {"qkv": join(QKV), "gate_up": join(GATE_UP)}
+    params["qkv"] = join(QKV)
+    if not config.arch.routing:
+        params["gate_up"] = join(GATE_UP)
     return {"params": params, **({"lora": lora} if lora else {})}
 
 

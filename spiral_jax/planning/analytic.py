@@ -11,7 +11,7 @@ import dataclasses
 from typing import NamedTuple
 
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.flops import linear_weights
+from spiral_jax.model.flops import layer_weights
 from spiral_jax.planning.costs import Cost
 
 
@@ -54,13 +54,13 @@ class ShardedModel:
     @property
     def layer_weights(self) -> int:
         """Weights of one layer that a chip multiplies with."""
-        return linear_weights(self.arch) // self.axes["tensor"]
+        return layer_weights(self.arch) // self.axes["tensor"]
 
     @property
     def layer_columns(self) -> int:
         """Elements a token of a layer's inner arrays, forward and backward, on one chip."""
         heads = 2 * (self.arch.H + self.arch.J) * self.arch.E
-        return (heads + 3 * self.arch.F) // self.axes["tensor"]
+        return (heads + 3 * self.arch.token_F) // self.axes["tensor"]
 
     def sent_along_tensor(self, passes: int, tokens: int) -> float:
         """Bytes that a chip sends: two all-reduces of the hidden states a layer and pass."""
@@ -72,7 +72,7 @@ class ShardedModel:
 def kept_activations(model: ShardedModel, remat: str, tokens: int) -> int:
     """Bytes that a forward pass over a chip's `tokens` leaves for the backward pass."""
     arch, kept = model.arch, _KEPT[remat]
-    cut = kept.HE * arch.H * arch.E + kept.JE * arch.J * arch.E + kept.F * arch.F
+    cut = kept.HE * arch.H * arch.E + kept.JE * arch.J * arch.E + kept.F * arch.token_F
     columns = kept.D * arch.D + cut // model.axes["tensor"]
     return arch.L * tokens * columns * model.width
 
@@ -85,8 +85,10 @@ def working_set(model: ShardedModel, tokens: int, logits: int) -> int:
       logits: rows of logits that exist at once on one chip.
     """
     arch, tensor = model.arch, model.axes["tensor"]
-    heads = 2 * (arch.H + arch.J) * arch.E + 3 * arch.F
-    layer = tokens * (6 * arch.D + 2 * heads // tensor) * model.width
+    heads = 2 * (arch.H + arch.J) * arch.E + 3 * arch.token_F
+    # Rows sorted by expert, and what comes of them, forward and backward: whole on every chip.
+    sorted_rows = 4 * arch.routing.chosen * arch.D if arch.routing else 0
+    layer = tokens * (6 * arch.D + sorted_rows + 2 * heads // tensor) * model.width
     weights = 2 * model.layer_weights * model.width
     return layer + weights + 3 * logits * arch.V // tensor * 4
 

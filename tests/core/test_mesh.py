@@ -179,6 +179,18 @@ def test_an_unknown_path_is_an_error_that_names_it(name):
         ("layers/q/b", (3, 4, 96), P(None, None, "tensor"), P(None, None, "tensor")),
         ("layers/down/a", (3, 80, 4), P(None, "tensor", None), P(None, "tensor", None)),
         ("layers/down/b", (3, 4, 48), P(None, None, "fsdp"), P(None, None, None)),
+        *[
+            (f"layers/experts/{n}", (3, 5, 48, 80), P(None, None, "fsdp", "tensor"), decode)
+            for n in ("gate", "up")
+            for decode in [P(None, None, None, "tensor")]
+        ],
+        (
+            "last_layer/experts/down",
+            (5, 80, 48),
+            P(None, "tensor", "fsdp"),
+            P(None, "tensor", None),
+        ),
+        ("last_layer/experts/router", (48, 5), P("fsdp", None), P(None, None)),
         ("last_layer/gate/kernel", (48, 80), P("fsdp", "tensor"), P(None, "tensor")),
         ("last_layer/q/a", (48, 4), P("fsdp", None), P(None, None)),
         ("last_layer/q_norm", (16,), P(None), P(None)),

@@ -71,14 +71,15 @@ def test_learning_rate_rises_linearly_to_its_peak_and_then_follows_the_schedule(
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_weight_decay_shrinks_every_matrix_and_no_norm(kind):
+def test_weight_decay_shrinks_every_matrix_and_no_norm_or_bias(kind):
     base, lora = random_trees(kind)
     trained = base if lora is None else lora
+    trained = trained | {"bias": np.ones((2, 3), np.float32)}
     settings = optimizer(steps=1, lr=0.5, weight_decay=0.1)
     (update,) = updates_of(settings, jax.tree.map(np.zeros_like, trained), trained)
     changes, values = jax.tree_util.tree_leaves_with_path(update), jax.tree.leaves(trained)
     for (path, change), value in zip(changes, values, strict=True):
-        factor = 0.0 if path_name(path).endswith("norm") else -0.5 * 0.1
+        factor = 0.0 if path_name(path).endswith(("norm", "bias")) else -0.5 * 0.1
         np.testing.assert_allclose(change, factor * value, rtol=1e-6, err_msg=path_name(path))
 
 

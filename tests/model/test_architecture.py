@@ -14,7 +14,7 @@ from spiral_jax.model.architecture import (
     parse_architecture,
     read_architecture,
 )
-from spiral_jax.model.families import FAMILIES
+from spiral_jax.model.families import FAMILIES, Routing
 from spiral_jax.model.transformer import ModelConfig, init_variables
 
 # The config.json of Qwen3-4B-Instruct-2507, as transformers 4 wrote it.
@@ -145,6 +145,7 @@ UNSUPPORTED = [
     ("model_type", "gemma2"),
     ("model_type", "qwen2_moe"),
     ("model_type", ABSENT),
+    ("model_type", ["qwen3"]),
     ("attention_bias", True),
     ("attention_dropout", 0.1),
     ("hidden_act", "gelu"),
@@ -262,7 +263,8 @@ def test_a_file_is_read_and_a_missing_or_corrupt_one_is_an_error_with_its_path(t
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_what_we_write_is_read_back(tied, family):
-    arch = dataclasses.replace(SMALL, tied=tied, family=family)
+    routing = Routing(5, 2, True) if family.routed else None
+    arch = dataclasses.replace(SMALL, tied=tied, family=family, routing=routing)
     fields = json.loads(json.dumps(hf_fields(arch, (5, 6))))
     assert parse_architecture(fields, "config.json") == arch
     assert fields["eos_token_id"] == [5, 6]
@@ -271,6 +273,7 @@ def test_what_we_write_is_read_back(tied, family):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_the_number_of_parameters_is_that_of_the_initialised_tree(tied, family):
-    arch = dataclasses.replace(SMALL, tied=tied, family=family)
+    routing = Routing(5, 2, True) if family.routed else None
+    arch = dataclasses.replace(SMALL, tied=tied, family=family, routing=routing)
     tree = jax.eval_shape(lambda: init_variables(ModelConfig(arch), jax.random.key(0)))["params"]
     assert arch.parameters == sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

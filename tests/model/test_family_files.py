@@ -9,7 +9,8 @@ import pytest
 import spiral_jax
 from spiral_jax.core.config import ConfigError
 from spiral_jax.model.architecture import Architecture, hf_fields, parse_architecture
-from spiral_jax.model.families import FAMILIES, MISSING
+from spiral_jax.model.families import FAMILIES, MISSING, Routing
+from spiral_jax.model.flops import adapter_weights, linear_weights
 from spiral_jax.model.rope import Llama3, Yarn
 
 SHIPPED = pathlib.Path(spiral_jax.__file__).parent / "assets" / "architectures"
@@ -74,7 +75,8 @@ SMOLLM3 = {
     "use_sliding_window": False,
     "vocab_size": 128256,
 }
-PUBLISHED = {"qwen2": QWEN25, "mistral": MISTRAL, "smollm3": SMOLLM3}
+QWEN3_MOE = shipped("Qwen3-30B-A3B-Instruct-2507")
+PUBLISHED = {"qwen2": QWEN25, "mistral": MISTRAL, "smollm3": SMOLLM3, "qwen3_moe": QWEN3_MOE}
 
 
 def test_qwen25_has_biases_and_the_published_number_of_parameters():
@@ -100,6 +102,16 @@ def test_llama_32_has_scaled_rope_and_the_published_number_of_parameters():
     arch = parse_architecture(shipped("Llama-3.2-1B-Instruct"), "here")
     assert arch.rope_scaling == Llama3(32.0, 1.0, 4.0, 8192)
     assert arch.parameters == 1_235_814_400
+
+
+def test_qwen3_moe_has_experts_and_the_published_numbers_of_parameters():
+    arch = parse_architecture(QWEN3_MOE, "here")
+    assert arch.routing == Routing(experts=128, chosen=8, normalised=True) and arch.F == 768
+    assert arch.parameters == 30_532_122_624
+    # "3.3B activated" (its card): the matrices that a token passes, the head and the embedding
+    activated = arch.L * linear_weights(arch) + 2 * arch.V * arch.D
+    assert 3.3e9 <= activated < 3.4e9
+    assert adapter_weights(arch, 32) == 32 * (2 * (2048 + 4096) + 2 * (2048 + 512))
 
 
 def test_mistral_and_smollm3_have_the_published_numbers_of_parameters():
@@ -130,6 +142,12 @@ REFUSED = [
     ("smollm3", "no_rope_layers", [1, 1, 1, 0]),
     ("smollm3", "no_rope_layers", [1, 1, 1, 2] * 9),
     ("smollm3", "rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
+    ("qwen3_moe", "decoder_sparse_step", 2),
+    ("qwen3_moe", "mlp_only_layers", [0]),
+    ("qwen3_moe", "num_experts", 4),  # fewer than num_experts_per_tok
+    ("qwen3_moe", "num_experts_per_tok", None),
+    ("qwen3_moe", "norm_topk_prob", 1),
+    ("qwen3_moe", "moe_intermediate_size", 0),
 ]
 
 

@@ -7,12 +7,14 @@ import pytest
 
 from spiral_jax.core.config import REMAT
 from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.families import FAMILIES, Routing
 from spiral_jax.model.flops import (
     PEAK_FLOPS_PER_S,
     adapter_weights,
     attention_pairs,
     decode_flops,
     ideal_train_flops,
+    layer_weights,
     linear_weights,
     prefill_flops,
     train_flops,
@@ -52,6 +54,27 @@ def test_the_weights_of_a_layer_are_those_of_its_projections():
     assert 36 * adapter_weights(four_b, 32) == 66_060_288
     norms = 36 * (2 * 2560 + 2 * 128) + 2560
     assert 36 * linear_weights(four_b) + 151936 * 2560 + norms == four_b.parameters
+
+
+ROUTED = dataclasses.replace(
+    ARCH, family=FAMILIES["qwen3_moe"], routing=Routing(experts=7, chosen=2, normalised=True)
+)
+W_ATTENTION = 6 * 20 + 2 * 6 * 10 + 20 * 6
+W_ROUTED = W_ATTENTION + 6 * 7 + 2 * (3 * 6 * 10)  # the router, two experts
+A_ROUTED = 2 * ((6 + 20) * 2 + (6 + 10) * 2)
+
+
+def test_a_token_is_multiplied_with_the_experts_that_are_chosen_for_it_and_all_are_there():
+    assert linear_weights(ROUTED) == W_ROUTED and adapter_weights(ROUTED, 2) == A_ROUTED
+    assert layer_weights(ROUTED) == W_ATTENTION + 6 * 7 + 7 * (3 * 6 * 10)
+    assert layer_weights(ARCH) == W
+    norms = 3 * (2 * 6 + 2 * 5) + 6
+    assert ROUTED.parameters == 3 * layer_weights(ROUTED) + norms + 11 * 6
+    full = of_step(of_layers(6 * W_ROUTED, 6 * W_KV), 3, 6)
+    assert train_flops(ROUTED, 0, None, PROMPT, TRACE) == full
+    # of experts the last product is computed again too: their shares' gradient needs it
+    lora = of_layers(6 * W_ROUTED + 8 * A_ROUTED, 6 * W_KV + 8 * A_KV)
+    assert train_flops(ROUTED, 2, "layer", PROMPT, TRACE) == of_step(lora, 4.5, 4)
 
 
 def test_pairs_are_what_the_mask_shows():

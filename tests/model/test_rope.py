@@ -123,6 +123,7 @@ def test_both_spellings_are_one_scaling_and_nulls_say_nothing():
 BAD = [
     ({"rope_type": "dynamic", "factor": 2.0}, "rope_type = 'dynamic'.*default, linear, llama3, ya"),
     ({"rope_type": "longrope"}, "rope_type = 'longrope'"),
+    ({"rope_type": ["yarn"]}, "rope_type = .*is not supported"),
     ({"factor": 2.0}, "factor = 2.0 is not supported with rope_type 'default'"),
     (SCALED["linear"] | {"low_freq_factor": 1.0}, "low_freq_factor = 1.0.*'linear'"),
     ({"rope_type": "linear"}, "factor is missing"),
