@@ -2,8 +2,8 @@
 
     python -m spiral_jax.sft --config=configs/three_parts_sft.py --out=DIR
 
-It works out any part, but leans to the one that is worth least. Its reader puts together what
-candidates name, of search and of earlier aggregations.
+It works out any part, but leans to the one that is worth least. Its reader practises to put
+together what candidates name, three times in four those of search, else earlier aggregations.
 """
 
 from ml_collections import ConfigDict

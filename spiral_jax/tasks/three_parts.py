@@ -6,7 +6,7 @@ A problem has three parts, each of the form a*b+c; an answer names the values of
 
 The reward is the worth of the parts that are named with their right value; a wrong one takes
 nothing away. A trace has room to work out one part; an aggregation trace puts together what its
-candidates name, in the words that a candidate may have too, so that rounds go on:
+candidates name, in words that a candidate may have too, so that it can be one in turn:
 
     y=6*3+8=18+8=26, \boxed{y:26}
     x=4*7+5=28+5=33, \boxed{x:33}
