@@ -1,0 +1,61 @@
+"""The table of results of README.md, from the studies' JSON.
+
+    python -m benchmarks.readme_table      # writes it between the two comments
+
+A test holds the README to it.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from absl import app
+
+from benchmarks.markdown import table_lines
+
+ROOT = pathlib.Path(__file__).parents[1]
+BEGIN, END = "<!-- results -->\n", "<!-- /results -->"
+ARMS = {
+    "base": "base",
+    "marginal_mean": "**SPIRAL**",
+    "paragator": "ParaGator",
+    "aggregator_only": "aggregator only",
+    "grpo": "GRPO",
+}
+STUDIES = {"study": "two halves", "study_end_digit": "end digit"}
+
+
+def main(argv: list[str]) -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text()))
+
+
+def with_table(text: str) -> str:
+    """The README with the table as it should be."""
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + "\n".join(table()) + "\n" + END + rest.partition(END)[2]
+
+
+def table() -> list[str]:
+    heads = ("task", *ARMS.values(), "best possible", "command")
+    return table_lines(heads, [row(*study) for study in STUDIES.items()])
+
+
+def row(name: str, task: str) -> list[str]:
+    report = json.loads((ROOT / "docs" / f"{name}.json").read_text())
+    arms = {arm: report["arms"][arm]["measures"]["aggregated"] for arm in ARMS}
+    optimum = report["optimum"]
+    best = cell(optimum["aggregated"]) if optimum else ""
+    config = {"study": "study_two_halves"}.get(name, name)
+    command = f"`spiral_jax.study --config=configs/{config}.py`"
+    return [f"[{task}](docs/{name}.md)", *map(cell, arms.values()), best, command]
+
+
+def cell(estimate: dict) -> str:
+    mean, low, high = (100 * estimate[key] for key in ("mean", "low", "high"))
+    return f"{mean:.0f} [{low:.0f}, {high:.0f}]"
+
+
+if __name__ == "__main__":
+    app.run(main)
