@@ -91,7 +91,7 @@ the worst parameter and the worst adapter. Greedy: tokens of our engine that tra
 taken. Mismatch: |log-prob of the sampler - that of the trainer|, nat, mean and largest over tokens
 that our engine drew at T = 1. Random weights whose attention is peaked exaggerate it: compare rows.
 `tests/model/test_families.py` holds all but the last two columns, and that a field of a row,
-changed, is seen.
+changed, is seen; logits and fields of `qwen3` are in `tests/model/test_parity.py`.
 """
 
 PLANS = """

@@ -26,7 +26,10 @@ TIE = 1e-4  # two best logits nearer than this may change places
 
 # What experts do depends on the mesh.
 ON_MESHES = {"qwen3_moe": pytest.mark.devices8}
-PARAMS = [pytest.param(name, marks=ON_MESHES.get(name, ())) for name in cases.CASES]
+# Dense qwen3 is what most other tests of the model and of the engine run.
+PARAMS = [
+    pytest.param(name, marks=ON_MESHES.get(name, ())) for name in cases.CASES if name != "qwen3"
+]
 
 
 @pytest.fixture(scope="module", params=PARAMS)
@@ -113,10 +116,7 @@ FIELDS = {
         "rope in a stacked layer": {"unrotated": (2,)},
         "rope in the last layer": {"unrotated": (1,)},
     },
-    "qwen3_moe": {
-        "chosen": {"routing": Routing(5, 3, True)},
-        "normalised": {"routing": Routing(5, 2, False)},
-    },
+    "qwen3_moe": {"normalised": {"routing": Routing(5, 2, False)}},
 }
 # family -> name -> change of the arrays
 ARRAYS = {
