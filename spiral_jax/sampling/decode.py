@@ -51,7 +51,7 @@ class Rows:
       own_table_ZxNxT: int32 pages of its own tokens.
       prefix_ZxN: int32 tokens of its prompt but the last.
       place_ZxN: int32, its place among the U * W of the bundles.
-      member_ZxUxW: int32, the row at each place; any where there is none.
+      member_ZxUxW: int32, the row at each place; -1 where there is none.
       prompt_table_ZxUxT: int32 pages of each bundle's prompt.
       prompt_ZxU: int32 tokens in them; 0 for bundles that are not there.
     """

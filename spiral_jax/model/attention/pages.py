@@ -44,7 +44,7 @@ class Bundles(NamedTuple):
 
     Attributes:
       prompts: what each bundle reads; nothing where its length is 0.
-      member_UxW: int32, the row at each place; any where there is none.
+      member_UxW: int32, the row at each place; -1 where there is none.
       place_N: int32, each row's place among the U * W.
     """
 
