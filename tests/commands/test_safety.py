@@ -38,9 +38,15 @@ def findings(tree):
                     yield f"{name}.{function.attr}()"
 
 
-def test_no_file_of_the_program_runs_what_it_reads():
-    unsafe = {str(path): list(findings(ast.parse(path.read_text()))) for path in SOURCES}
-    assert not {path: lines for path, lines in unsafe.items() if lines}
+# Programs that models write are executed here and nowhere else, in a process made for it.
+RUNNER = ROOT / "spiral_jax" / "verifier" / "program_runner.py"
+
+
+def test_no_file_of_the_program_runs_what_it_reads_but_the_one_that_is_made_for_it():
+    unsafe = {path: set(findings(ast.parse(path.read_text()))) for path in SOURCES}
+    assert {path: lines for path, lines in unsafe.items() if lines} == {
+        RUNNER: {"exec()", "compile()"}
+    }
 
 
 @pytest.mark.parametrize(
