@@ -22,17 +22,15 @@ import json
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 from absl import app, flags
 from matplotlib.axes import Axes
 
-from benchmarks.held_out import HeldOut
+from benchmarks.held_out import open_held_out
 from benchmarks.machine import machine
 from configs import end_digit, three_parts, tiny
 from spiral_jax.evaluation.measures import BOOTSTRAP_DRAWS
 from spiral_jax.evaluation.statistics import bootstrap_weights
-from spiral_jax.learner.state import variables
 from spiral_jax.objective.advantages import compute_advantages
 from spiral_jax.objective.control_variate import Slopes
 from spiral_jax.objective.of_sets import every_subset
@@ -41,8 +39,6 @@ from spiral_jax.objective.settings import ObjectiveSettings
 from spiral_jax.objective.weights import candidate_weights
 from spiral_jax.reporting.axes import new_figure, set_note, set_title, tidy
 from spiral_jax.reporting.style import BLUE, GREY, ORANGE, VERMILION
-from spiral_jax.run.setup import set_up_training
-from spiral_jax.verifier.verifier import Verifier
 
 CONFIGS = {"tiny": tiny, "end_digit": end_digit, "three_parts": three_parts}
 TITLES = {"tiny": "two halves", "end_digit": "end digit", "three_parts": "three parts"}
@@ -72,14 +68,11 @@ def main(argv: list[str]) -> None:
 
 def record(task: str) -> dict[str, Any]:
     """Own rewards [B, N] and mean rewards of every set [B, T], by the bundled model."""
-    setup = set_up_training(CONFIGS[task].get_config())
-    settings = dataclasses.replace(setup.verifier, workers=1)
-    with Verifier(setup.reward, settings) as verifier, jax.set_mesh(setup.mesh):
-        policy = setup.sampler.prepare(variables(setup.model, None, setup.start.load_base()))
-        held_out = HeldOut(setup, verifier, policy, PROBLEMS.value, every_set=True)
+    config = CONFIGS[task].get_config()
+    with open_held_out(config, PROBLEMS.value, every_set=True) as held_out:
         searched = held_out.search()
         read = held_out.aggregate(searched.groups)
-    stages = setup.training.stages
+    stages = held_out.setup.training.stages
     reward_UxM = read.groups.reward_UxC
     return {
         "S": stages.subset_size,

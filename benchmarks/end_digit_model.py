@@ -8,25 +8,18 @@ On held-out problems at T = 1. A try is sound if its digits, arithmetic, verdict
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import pathlib
 
-import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from benchmarks.held_out import HeldOut
+from benchmarks.held_out import open_held_out, share
 from benchmarks.machine import machine
-from spiral_jax.evaluation.measures import BOOTSTRAP_DRAWS
-from spiral_jax.evaluation.statistics import bootstrap_weights, mean_and_interval
-from spiral_jax.learner.state import variables
-from spiral_jax.run.setup import set_up_training
 from spiral_jax.tasks import end_digit
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.verifier import Verifier
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/end_digit.py", "model and scaffold", lock_config=True
@@ -36,11 +29,7 @@ PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 
 
 def main(argv: list[str]) -> None:
-    setup = set_up_training(CONFIG.value)
-    settings = dataclasses.replace(setup.verifier, workers=1)
-    with Verifier(setup.reward, settings) as verifier, jax.set_mesh(setup.mesh):
-        policy = setup.sampler.prepare(variables(setup.model, None, setup.start.load_base()))
-        held_out = HeldOut(setup, verifier, policy, PROBLEMS.value)
+    with open_held_out(CONFIG.value, PROBLEMS.value) as held_out:
         searched = held_out.search()
         read = held_out.aggregate(searched.groups)
     problems, tried, said = held_out.problems, searched.texts, read.texts
@@ -99,11 +88,6 @@ def right_share(problem: Problem) -> float:
     """Share of the twelve expressions that hit: the chance of a trace that leans to none."""
     tries = [end_digit.try_out(problem, places) for places in end_digit.EXPRESSIONS]
     return float(np.mean([end_digit.reward(text, problem) for text in tries]))
-
-
-def share(values: np.ndarray) -> dict[str, float]:
-    estimate = mean_and_interval(values, bootstrap_weights(0, len(values), BOOTSTRAP_DRAWS))
-    return {name: round(value, 4) for name, value in vars(estimate).items()}
 
 
 if __name__ == "__main__":

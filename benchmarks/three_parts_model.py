@@ -10,24 +10,17 @@ the closed form of the task gives for the shares of parts that were measured, an
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 
-import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from benchmarks.held_out import HeldOut, JudgedTraces
+from benchmarks.held_out import JudgedTraces, open_held_out, share
 from benchmarks.machine import machine
-from spiral_jax.evaluation.measures import BOOTSTRAP_DRAWS
-from spiral_jax.evaluation.statistics import bootstrap_weights, mean_and_interval
-from spiral_jax.learner.state import variables
-from spiral_jax.run.setup import set_up_training
 from spiral_jax.tasks import three_parts
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.verifier import Verifier
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/three_parts.py", "model and scaffold", lock_config=True
@@ -37,11 +30,7 @@ PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 
 
 def main(argv: list[str]) -> None:
-    setup = set_up_training(CONFIG.value)
-    settings = dataclasses.replace(setup.verifier, workers=1)
-    with Verifier(setup.reward, settings) as verifier, jax.set_mesh(setup.mesh):
-        policy = setup.sampler.prepare(variables(setup.model, None, setup.start.load_base()))
-        held_out = HeldOut(setup, verifier, policy, PROBLEMS.value)
+    with open_held_out(CONFIG.value, PROBLEMS.value) as held_out:
         searched = held_out.search()
         read = held_out.aggregate(searched.groups)
     problems, size = held_out.problems, held_out.member_BxS.shape[1]
@@ -102,11 +91,6 @@ def read_report(
         "earn": share(read.groups.reward_UxC.mean(axis=1)),
         "a perfect reader of the same candidates would earn": share(np.array(possible_B)),
     }
-
-
-def share(values: np.ndarray) -> dict[str, float]:
-    estimate = mean_and_interval(values, bootstrap_weights(0, len(values), BOOTSTRAP_DRAWS))
-    return {name: round(value, 4) for name, value in vars(estimate).items()}
 
 
 if __name__ == "__main__":

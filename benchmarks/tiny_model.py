@@ -15,21 +15,15 @@ import pathlib
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from benchmarks.held_out import HeldOut
+from benchmarks.held_out import HeldOut, open_held_out, share
 from benchmarks.machine import machine
 from spiral_jax.core.groups import Groups
-from spiral_jax.evaluation.measures import BOOTSTRAP_DRAWS
-from spiral_jax.evaluation.statistics import bootstrap_weights, mean_and_interval
-from spiral_jax.learner.state import variables
-from spiral_jax.run.setup import set_up_training
 from spiral_jax.tasks import two_halves
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.verifier import Verifier
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerBase
@@ -44,15 +38,11 @@ _SAID = re.compile(r"maybe (left|right):(\d)")
 
 
 def main(argv: list[str]) -> None:
-    setup = set_up_training(CONFIG.value)
-    settings = dataclasses.replace(setup.verifier, workers=1)
-    with Verifier(setup.reward, settings) as verifier, jax.set_mesh(setup.mesh):
-        policy = setup.sampler.prepare(variables(setup.model, None, setup.start.load_base()))
-        held_out = HeldOut(setup, verifier, policy, PROBLEMS.value)
+    with open_held_out(CONFIG.value, PROBLEMS.value) as held_out:
         problems, searched = held_out.problems, held_out.search()
         report = {"machine": machine(), "problems": len(problems)}
         report |= search_report(problems, searched.texts, searched.verdicts)
-        fair = demonstrate(setup.tokenizer, problems, searched.groups)
+        fair = demonstrate(held_out.setup.tokenizer, problems, searched.groups)
         own = Candidates(searched.groups, searched.texts)
         for name, candidates in {"own": own, "fair": fair}.items():
             measures = reading_report(held_out, candidates)
@@ -157,11 +147,6 @@ class Acceptance:
             if digits:
                 self.exposed += 1
                 self.accepted += digit in digits
-
-
-def share(values: np.ndarray) -> dict[str, float]:
-    estimate = mean_and_interval(values, bootstrap_weights(0, len(values), BOOTSTRAP_DRAWS))
-    return {name: round(value, 4) for name, value in vars(estimate).items()}
 
 
 if __name__ == "__main__":

@@ -298,8 +298,7 @@ def boxed_answer(problem: str, text: str) -> str | None:
 
 
 def answer_of_reward(path: str) -> Callable[[str, str], str | None]:
-    """The answers that a reward function finds, which returns (reward, answer), or None: there is
-    none.
+    """The answers that a reward function finds: it returns (reward, answer), or None for no answer.
 
     Args:
       path: "package.module:function", as config.task.reward. The function is given a problem with

@@ -26,7 +26,7 @@ from spiral_jax.reporting.logged_problem import (
     read_problem,
 )
 from spiral_jax.reporting.quotes import Quoting
-from spiral_jax.tasks.answer import last_boxed
+from spiral_jax.tasks.answer import after_thinking, last_boxed
 from spiral_jax.verifier.rewards import Status
 
 FLAGS = {  # what a problem or set can be filtered by, and what it means
@@ -140,7 +140,7 @@ def _sets_with(problem: LoggedProblem, stage: Stage, trace: Trace) -> list[int]:
 def _quoting(problem: LoggedProblem, candidates: Stage, settings: PageSettings) -> Quoting:
     texts = [trace.row["text"] for trace in candidates.traces]
     if not settings.full_candidates:
-        texts = [text.rpartition("</think>")[2] for text in texts]
+        texts = [after_thinking(text) for text in texts]
     return Quoting(problem.first["problem_text"], texts)
 
 

@@ -9,6 +9,11 @@ _BOX = re.compile(r"\\boxed\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is text, not structure
 
 
+def after_thinking(text: str) -> str:
+    """What follows the last </think>; all of it where there is none."""
+    return text.rpartition(_END_THINK)[2]
+
+
 def last_boxed(text: str) -> str | None:
     r"""What is inside the last \boxed{...}, or None. Linear in the length of `text`.
 
@@ -17,8 +22,8 @@ def last_boxed(text: str) -> str | None:
     earlier box is what the trace thought before, or a candidate that it quotes. Of nested boxes the
     inner one is the last.
     """
-    start = None
-    for box in _BOX.finditer(text, text.rfind(_END_THINK) + 1):
+    text, start = after_thinking(text), None
+    for box in _BOX.finditer(text):
         start = box.end()
     if start is None:
         return None

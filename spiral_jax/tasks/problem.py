@@ -32,6 +32,12 @@ class Problem:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def columns(self) -> Mapping[str, Any]:
+        """`metadata`, and in it what verl's files have in `extra_info`."""
+        extra = self.metadata.get("extra_info")
+        return {**extra, **self.metadata} if isinstance(extra, Mapping) else self.metadata
+
+    @property
     def answers(self) -> list[str]:
         """Every reference that is right; [""] where there is none."""
         return [self.answer] if isinstance(self.answer, str) else self.answer

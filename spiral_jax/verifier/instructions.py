@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from spiral_jax.tasks.problem import Problem, TaskError
+from spiral_jax.tasks.answer import after_thinking
+from spiral_jax.tasks.problem import Problem
 
 _WORD = re.compile(r"[\w']+")
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|\Z)")
@@ -28,7 +29,6 @@ _DIVIDER = re.compile(r"\s?\*\*\*\s?")
 _CAPITALS = re.compile(r"[A-Z]+")
 _FENCED = re.compile(r"\A\s*```(?:json|JSON|Json)?\s*(.*?)\s*```\s*\Z", re.DOTALL)
 _CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
-_SHOWN = 5
 
 
 class BrokenInstructions(ValueError):
@@ -41,41 +41,27 @@ def instructions_reward(text: str, problem: Problem) -> float:
     Raises:
       BrokenInstructions: there are none, or one is unknown or lacks an argument.
     """
-    answer = text.rpartition("</think>")[2].strip()
+    answer = after_thinking(text).strip()
     asked = list(read_instructions(problem))
     if not answer:
         return 0.0
     return sum(bool(check(answer, **arguments)) for check, arguments in asked) / len(asked)
 
 
-def check_instructions(problems: Sequence[Problem]) -> None:
-    """Reads the instructions of all problems.
-
-    Raises:
-      TaskError: some cannot be checked; lists five of them with the reasons.
-    """
-    failing = []
-    for problem in problems:
+def check_instructions(problem: Problem) -> None:
+    """Whether the instructions of a problem can be checked. Raises `BrokenInstructions`."""
+    for check, arguments in read_instructions(problem):
         try:
-            for check, arguments in read_instructions(problem):
-                check("An answer.", **arguments)
-        except (BrokenInstructions, TypeError, ValueError) as error:
-            failing.append(f"  {problem.id}: {error}")
-    if failing:
-        raise TaskError(
-            f"{len(failing)} of {len(problems)} problems have instructions that cannot be "
-            "checked:\n" + "\n".join(failing[:_SHOWN]) + "\nRemove these problems, or set "
-            "config.task.reward to another reward."
-        )
+            check("An answer.", **arguments)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise BrokenInstructions(f"{check.__name__} of {arguments}: {error}") from error
 
 
 def read_instructions(
     problem: Problem,
 ) -> Iterator[tuple[Callable[..., bool], dict[str, Any]]]:
     """The check of each instruction, and its arguments. Raises `BrokenInstructions`."""
-    columns = dict(problem.metadata)
-    extra = columns.get("extra_info")
-    columns = {**extra, **columns} if isinstance(extra, Mapping) else columns
+    columns = problem.columns
     names = columns.get("instruction_id_list")
     given = columns.get("kwargs")
     given = [None] * len(names or []) if given is None else given

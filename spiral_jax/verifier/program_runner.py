@@ -80,8 +80,15 @@ class Runner:
         """
         if self._connection is None:
             self._connection = _start_runner()
-        self._connection.send_bytes(json.dumps([program, seconds, stdin, call]).encode())
-        return Ended(*json.loads(self._connection.recv_bytes()))
+        try:
+            self._connection.send_bytes(json.dumps([program, seconds, stdin, call]).encode())
+            return Ended(*json.loads(self._connection.recv_bytes()))
+        except (EOFError, OSError):  # a program has killed the runner: the next one gets another
+            self._connection.close()
+            self._connection = None
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-1, os.WNOHANG)
+            return Ended(False, "", None)
 
 
 def _start_runner() -> Connection:
@@ -187,6 +194,7 @@ def _execute(
     program: str, seconds: float, stdin: str, call: list | None, stdout: int, value_write: int
 ) -> None:
     """Never returns."""
+    _end_with(outside=None)
     os.setsid()
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(_file_of(stdin), 0)

@@ -27,20 +27,19 @@ import re
 import secrets
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from spiral_jax.tasks.problem import Problem, TaskError
+from spiral_jax.tasks.answer import after_thinking
+from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.program_runner import Runner
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.M | re.S)
 _PYTHON = ("", "python", "python3", "py")
-_END_THINK = "</think>"
 _TEXTS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 _AROUND_TEXT = ("PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP")
 _CLOSE = 1e-6  # relative, or absolute below 1
 _FOR_TESTS = 0.9  # share of an answer's time that its tests may take
-_SHOWN = 5
 
 
 class Output(NamedTuple):
@@ -97,7 +96,7 @@ def make_code_reward(timeout_s: float, needs_all: bool) -> Callable[[str, Proble
 
 def last_program(text: str) -> str | None:
     """The last fenced block of Python, or of no language, behind the last </think>."""
-    blocks = _FENCE.findall(text, text.rfind(_END_THINK) + 1)
+    blocks = _FENCE.findall(after_thinking(text))
     programs = [program for language, program in blocks if language.lower() in _PYTHON]
     return programs[-1] if programs else None
 
@@ -154,38 +153,13 @@ def _is_same_value(value: Any, expected: Any) -> bool:
 # -- tests of a problem ----------------------------------------------------------------------------
 
 
-def check_tests(problems: Sequence[Problem]) -> None:
-    """Reads the tests of all problems.
-
-    Raises:
-      TaskError: some cannot be read, or a problem has none; lists five of them with the reasons.
-    """
-    failing = []
-    for problem in problems:
-        try:
-            read_tests(problem)
-        except BrokenTests as error:
-            failing.append(f"  {problem.id}: {error}")
-    if failing:
-        more = f"\n  and {len(failing) - _SHOWN} more" if len(failing) > _SHOWN else ""
-        raise TaskError(
-            f"{len(failing)} of {len(problems)} problems have no tests that the reward can run:\n"
-            + "\n".join(failing[:_SHOWN])
-            + more
-            + "\nCorrect the data, or set config.task.reward to another reward."
-        )
-
-
 def read_tests(problem: Problem) -> list[Test]:
     """All tests of a problem, in order.
 
     Raises:
       BrokenTests: it has none, or one of them cannot be read.
     """
-    columns = dict(problem.metadata)
-    extra = columns.get("extra_info")
-    if isinstance(extra, Mapping):
-        columns = {**extra, **columns}
+    columns = problem.columns
     tests = list(_read_columns(columns))
     if not tests and isinstance(problem.answer, str) and problem.answer.lstrip().startswith("{"):
         tests = list(_read_pairs(_plain("the reference answer", problem.answer)))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from spiral_jax.tasks.problem import Problem, TaskError
-from spiral_jax.verifier.instructions import check_instructions
+from spiral_jax.verifier.instructions import BrokenInstructions, check_instructions
 from spiral_jax.verifier.notation import Unreadable, is_ambiguous, read_reference
-from spiral_jax.verifier.programs import check_tests
+from spiral_jax.verifier.programs import BrokenTests, read_tests
 from spiral_jax.verifier.rewards import CODE, CODE_ALL, INSTRUCTIONS, MATH
 
 _SHOWN = 10
@@ -24,15 +25,41 @@ def check_problems(problems: Sequence[Problem], reward_of: Callable[[Problem], s
       what a user should know of them; "" where there is nothing.
 
     Raises:
-      TaskError: see `check_references`, `programs.check_tests` and
-        `instructions.check_instructions`.
+      TaskError: some cannot be read; lists ten of them with the reasons.
     """
     by_reward: dict[str, list[Problem]] = collections.defaultdict(list)
     for problem in problems:
         by_reward[reward_of(problem)].append(problem)
-    check_tests(by_reward[CODE] + by_reward[CODE_ALL])
-    check_instructions(by_reward[INSTRUCTIONS])
+    with_tests = by_reward[CODE] + by_reward[CODE_ALL]
+    _check_each(with_tests, read_tests, "problems have no tests that can be run")
+    _check_each(
+        by_reward[INSTRUCTIONS],
+        check_instructions,
+        "problems have no instructions that can be checked",
+    )
     return check_references(by_reward[MATH])
+
+
+def _check_each(problems: Sequence[Problem], check: Callable[[Problem], Any], what: str) -> None:
+    failing = []
+    for problem in problems:
+        try:
+            check(problem)
+        except (BrokenTests, BrokenInstructions) as error:
+            failing.append(f"{problem.id}: {error}")
+    advice = "Correct the data, remove these problems, or set config.task.reward to another reward."
+    _refuse(failing, len(problems), what, advice)
+
+
+def _refuse(failing: list[str], count: int, what: str, advice: str) -> None:
+    """Raises `TaskError` if something fails."""
+    if not failing:
+        return
+    shown = failing[:_SHOWN]
+    if len(failing) > _SHOWN:
+        shown.append(f"... and {len(failing) - _SHOWN} more")
+    listed = "\n  ".join(shown)
+    raise TaskError(f"{len(failing)} of {count} {what}:\n  {listed}\n{advice}")
 
 
 def check_references(problems: Sequence[Problem]) -> str:
@@ -59,15 +86,13 @@ def check_references(problems: Sequence[Problem]) -> str:
                 failing.append(f"{problem.id}: {answer!r}: {error}")
             if is_ambiguous(answer):
                 ambiguous.append((problem.id, answer))
-    if failing:
-        shown = failing[:_SHOWN]
-        if len(failing) > _SHOWN:
-            shown.append(f"... and {len(failing) - _SHOWN} more")
-        raise TaskError(
-            f"{len(failing)} of {len(problems)} reference answers are not mathematics that can be "
-            "read in one way:\n  " + "\n  ".join(shown) + "\nWrite them in LaTeX, remove these "
-            'problems, or set config.task.reward to a function of your own in place of "math".'
-        )
+    _refuse(
+        failing,
+        len(problems),
+        "reference answers are not mathematics that can be read in one way",
+        "Write them in LaTeX, remove these problems, or set config.task.reward to a function of "
+        'your own in place of "math".',
+    )
     if not ambiguous:
         return ""
     name, answer = ambiguous[0]

@@ -9,6 +9,7 @@ from spiral_jax.verifier.instructions import (
     check_instructions,
     instructions_reward,
 )
+from spiral_jax.verifier.references import check_problems
 from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
 
@@ -128,7 +129,7 @@ def test_every_check_has_a_case():
 def test_what_follows_an_instruction_and_what_does_not(name):
     _, following, others = CASES[name]
     problem = asked(name, unused=None)  # data sets fill up kwargs with None
-    check_instructions([problem])
+    check_instructions(problem)
     for text in following:
         assert instructions_reward(f"<think>, Hm. *</think>\n{text}\n", problem) == 1, text
     for text in (*others, ""):
@@ -165,4 +166,4 @@ def test_instructions_that_cannot_be_checked_are_refused_at_the_start(columns, p
         with pytest.raises(BrokenInstructions, match=part):
             instructions_reward("x", problem)
     with pytest.raises(TaskError, match=part):
-        check_instructions([problem, asked("punctuation:no_comma")])
+        check_problems([problem, asked("punctuation:no_comma")], lambda problem: "instructions")

@@ -22,12 +22,12 @@ from spiral_jax.verifier.programs import (
     BrokenTests,
     Call,
     Output,
-    check_tests,
     is_same_output,
     last_program,
     passes,
     read_tests,
 )
+from spiral_jax.verifier.references import check_problems
 from spiral_jax.verifier.rewards import Status
 from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
@@ -112,9 +112,9 @@ def test_tests_that_cannot_be_read_are_refused_at_the_start(name):
         read_tests(problem_of(metadata))
     good = problem_of({"tests": [PAIR]})
     with pytest.raises(TaskError) as error:
-        check_tests([good, problem_of(metadata)])
+        check_problems([good, problem_of(metadata)], lambda problem: "code")
     assert part in str(error.value) and "1 of 2 problems" in str(error.value)
-    check_tests([good])
+    assert check_problems([good], lambda problem: "code_all") == ""
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,10 @@ class Elsewhere:
         self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         first, self._pid = self.call(start_runner, has_namespaces)
         assert first.output == "1\n"
+        self.rest()
+
+    def rest(self):
+        """From here on what is there now is no leftover."""
         self._at_rest = self.descendants()
 
     def call(self, function, *arguments):
@@ -218,6 +222,19 @@ CALLS = [
     ("import sys\nsys.exit(0)", Assertion("assert f(2) == 3"), False),
     ("if True: return", Assertion("assert True"), False),
 ]  # fmt: skip
+
+
+def kill_runner():
+    """The process that runs programs, and what stands between it and this one."""
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+
+
+def test_a_runner_that_has_died_costs_one_test(elsewhere):
+    elsewhere.call(kill_runner)
+    assert not elsewhere.call(run_there, "print(1)", 20.0).is_done
+    assert elsewhere.call(run_there, "print(2)", 20.0).output == "2\n"
+    elsewhere.rest()
 
 
 @pytest.mark.parametrize(("program", "test", "passed"), CALLS)
