@@ -76,8 +76,8 @@ EXPERTS = """
 Each shard of the groups sorts its tokens by expert and multiplies the sorted rows with
 `jax.lax.ragged_dot`. Every device holds all experts, cut along `mesh.tensor` in their columns, so
 no device waits for another, whatever the router says. Sampler and trainer compute routes with
-one function from the same weights, so they are not recorded and replayed. There is no auxiliary loss: the router is
-frozen under LoRA, and trained by the policy gradient alone in full fine-tuning.
+one function from the same weights, so they are not recorded and replayed. There is no auxiliary
+loss: the router is frozen under LoRA, and trained by the policy gradient alone in full fine-tuning.
 
 On CPUs XLA multiplies every row with every expert. Nothing of this was timed on an accelerator.
 """
