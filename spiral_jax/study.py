@@ -44,7 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_string("config", None, "the study: a file of configs/", required=True)
     flags.DEFINE_string("workdir", None, "directory of the study", required=True)
     flags.DEFINE_integer(
-        "at_once", 1, "runs side by side, each with its share of the cores; not on accelerators"
+        "at_once", 1, "runs side by side, each with its share of the cores, and of a GPU's memory"
     )
     flags.DEFINE_bool("report", False, "run nothing, only report")
     flags.DEFINE_integer(

@@ -39,7 +39,10 @@ EFFICIENCY = "efficiency"
 ENTROPY = "entropy"
 
 SWEEP_SEED = 0  # of the runs of a sweep
-_MEASURE = re.compile(rf"(single|aggregated|{'|'.join(STRATEGIES)}|(pass|maj|rsa)@[1-9][0-9]*)")
+_MEASURE = re.compile(
+    rf"(single|aggregated|reward|reward_single|{'|'.join(STRATEGIES)}"
+    r"|(pass|maj|rsa|reward_rsa)@[1-9][0-9]*)"
+)
 
 
 def defaults() -> ConfigDict:
@@ -324,10 +327,12 @@ def _check_measure(study: Study, measure: str) -> None:
     match = _MEASURE.fullmatch(measure)
     kind, _, number = measure.partition("@")
     e = study.evaluation
-    if not match or number and int(number) > (e.rounds if kind == "rsa" else e.n):
+    most = e.rounds if kind in ("rsa", "reward_rsa") else e.n
+    if not match or number and int(number) > most:
         raise ConfigError(
-            f"measures: {measure!r} must be single, aggregated, {', '.join(STRATEGIES)}, pass@k or "
-            f"maj@k with k up to eval.n = {e.n}, or rsa@t with t up to eval.rounds = {e.rounds}."
+            f"measures: {measure!r} must be single, aggregated, reward, reward_single, "
+            f"{', '.join(STRATEGIES)}, pass@k or maj@k with k up to eval.n = {e.n}, or rsa@t or "
+            f"reward_rsa@t with t up to eval.rounds = {e.rounds}."
         )
 
 

@@ -36,6 +36,7 @@ _DESCRIBE = (
     "import json; from spiral_jax.run import provenance; print(json.dumps(provenance.describe()))"
 )
 _MOST_SAID = 500  # characters of what a failed command said
+_SHARED_MEMORY = 0.85  # of a GPU's memory, for runs that share it; the rest is for CUDA's libraries
 
 
 def run_study(
@@ -47,7 +48,7 @@ def run_study(
       The study with the arms of its sweep, when every run is done or has failed.
 
     Raises:
-      ConfigError: several runs at once on an accelerator.
+      ConfigError: several runs at once on a device that they cannot share.
     """
     with (
         _lock(directory) as lock,
@@ -56,18 +57,32 @@ def run_study(
     ):
         directory.journal.cut_back(sys.maxsize)  # repairs a torn last line
         environment = _describe_environment()
-        if processes.at_once > 1 and "cpu" not in environment["devices"]:
-            raise ConfigError(
-                f"--at_once={processes.at_once}: must be 1 on {environment['devices']}; runs share "
-                "a CPU's cores only."
-            )
-        runner = Runner(study, directory, environment, lock, programs, processes)
+        share = share_of_device(environment["devices"], processes.at_once)
+        runner = Runner(study, directory, environment, lock, programs, share, processes)
         for seed in study.seeds:
             processes.each(runner.runs_of(seed))
             processes.each(runner.pairs_of(seed))
         if proposals:
             study = sweep_module().sweep(study, directory, proposals, runner.value_of)
     return study
+
+
+def share_of_device(devices: str, at_once: int) -> dict[str, str]:
+    """The variables with which `at_once` runs share the devices that `provenance.describe` names.
+
+    A process of JAX takes three quarters of a GPU's memory when it starts, so that several of them
+    must be told how much is theirs.
+
+    Raises:
+      ConfigError: a TPU belongs to one process.
+    """
+    if at_once == 1 or "(cpu)" in devices:
+        return {}
+    if "(gpu)" in devices:
+        return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{_SHARED_MEMORY / at_once:.3f}"}
+    raise ConfigError(
+        f"--at_once={at_once}: must be 1 on {devices}; runs can share CPUs and GPUs only."
+    )
 
 
 def sweep_module() -> ModuleType:
@@ -87,6 +102,7 @@ class Runner:
       lock: the study's, which its processes hold too.
       programs: directory where they find each other's compiled programs. It lives as long as the
         study's command: what is compiled for one machine's CPUs may not run on another's.
+      share: `share_of_device` of its processes.
       processes: how many at once.
       guard: of the journal.
     """
@@ -96,6 +112,7 @@ class Runner:
     environment: dict[str, Any]
     lock: IO
     programs: str
+    share: dict[str, str]
     processes: Processes
     guard: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
@@ -185,7 +202,7 @@ class Runner:
         log = self.directory.log(name, seed, stage)
         log.parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", f"spiral_jax.{stage}", *arguments, f"--config.seed={seed}"]
-        environment = {"JAX_COMPILATION_CACHE_DIR": self.programs} | os.environ
+        environment = {"JAX_COMPILATION_CACHE_DIR": self.programs} | self.share | os.environ
         start = time.monotonic()
         with log.open("ab") as output:
             code = self.processes.run(command, output, environment, pass_fds=(self.lock.fileno(),))

@@ -41,7 +41,7 @@ if "STUBBORN" in os.environ:
 if sys.argv[1] == "-c":
     print(json.dumps({
         "hardware": "a machine",
-        "devices": os.environ.get("DEVICES", "1 x cpu"),
+        "devices": os.environ.get("DEVICES", "1 x cpu (cpu)"),
         "versions": {"python": "3", "jax": "0"},
         "commit": "0123456789abcdef",
         "modified": True,
@@ -53,7 +53,8 @@ command, workdir = sys.argv[2].split(".")[1], pathlib.Path(flags["--workdir"])
 calls = pathlib.Path(os.environ["CALLS"])
 cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 with calls.open("a") as file:
-    file.write(json.dumps([command, flags | {"cores": cores}]) + "\n")
+    share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    file.write(json.dumps([command, flags | {"cores": cores, "memory": share}]) + "\n")
 
 deadline, others = time.monotonic() + 60, int(os.environ.get("MEET", "0"))
 while command == "train" and calls.read_text().count('["train"') < others:
@@ -219,12 +220,22 @@ def test_side_by_side_is_at_most_a_core_each(at_once):
 
 
 @needs_two_cores
-def test_an_accelerator_is_not_shared(fake, tmp_path, monkeypatch):
-    monkeypatch.setenv("DEVICES", "1 x NVIDIA H100 (cuda)")
-    with pytest.raises(ConfigError, match=r"--at_once=2: .*NVIDIA H100"):
+def test_a_tpu_is_not_shared(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("DEVICES", "4 x TPU v5 lite (tpu)")
+    with pytest.raises(ConfigError, match=r"--at_once=2: .*TPU v5 lite"):
         run(tmp_path / "w", at_once=2)
     assert fake.take() == []
     run(tmp_path / "w")
+
+
+@needs_two_cores
+def test_runs_that_share_a_gpu_leave_each_other_its_memory(fake, tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("DEVICES", "1 x NVIDIA H100 80GB HBM3 (gpu)")
+    run(tmp_path / "two", at_once=2)
+    assert all(0.3 < float(call.flags["memory"]) <= 0.5 for call in fake.take())
+    run(tmp_path / "one")
+    assert {call.flags["memory"] for call in fake.take()} == {None}
 
 
 def test_an_evaluation_starts_from_what_its_run_has_trained_and_the_base_from_nothing(finished):

@@ -1,0 +1,40 @@
+"""Estimators on three parts, where both agree in part: `study_estimators.py`."""
+
+from ml_collections import ConfigDict
+
+from configs import study_estimators, three_parts
+from spiral_jax.studies import design
+
+_TOKENS = 300_000  # in a pilot marginal_mean no longer gains from 150,000 on, and ParaGator loses
+_STEPS = {
+    "set_control_variate": 46,
+    "marginal_mean": 46,
+    "with_without": 46,
+    "aggregator_only": 46,
+    "paragator": 32,  # as it tries more and more problems before a batch is full
+    "pkpo": 32,
+    "grpo": 46,
+}
+
+
+def get_config(name: str = "") -> ConfigDict:
+    if not name:
+        return _study()
+    if name == design.EVALUATION:
+        return study_estimators.evaluation(three_parts.get_config(), rounds=10)
+    return study_estimators.experiment(three_parts.get_config(), name, _STEPS, _TOKENS, searched=18)
+
+
+def _study() -> ConfigDict:
+    s = study_estimators.study()
+    s.title = "Estimators on three parts"
+    # the first is the mean reward; "aggregated" is the share of answers with all three parts
+    s.measures = ("reward", "aggregated", "reward_single", "pass@16", "reward_rsa@1")
+    s.measures += ("reward_rsa@10",)
+    s.claims = (
+        ("reward", "set_control_variate", "paragator", -0.01),
+        ("reward", "set_control_variate", "marginal_mean", -0.01),
+        ("reward", "set_control_variate", "aggregator_only", 0.0),
+        ("reward", "set_control_variate", "grpo", 0.0),
+    )
+    return s
