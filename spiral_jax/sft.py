@@ -33,7 +33,8 @@ from spiral_jax.core.groups import Stop, pad_rows
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.transformer import ModelConfig, init_variables, with_matmul_precision
+from spiral_jax.model.products import with_matmul_precision
+from spiral_jax.model.transformer import ModelConfig, init_variables
 from spiral_jax.prompts.prompts import aggregation_prompt, search_prompt
 from spiral_jax.prompts.scaffold import Scaffold, make_scaffold
 from spiral_jax.prompts.settings import PromptSettings
@@ -166,7 +167,7 @@ def fit(
     )
 
     @jax.jit
-    @functools.partial(with_matmul_precision, config)
+    @functools.partial(with_matmul_precision, config.compute_dtype)
     def step(
         params: Any, state: Any, search: Demonstrated, aggregation: Demonstrated
     ) -> tuple[Any, Any, jax.Array]:

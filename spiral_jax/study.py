@@ -9,6 +9,10 @@ runs what is missing, and reports. Further flags:
     --sweep=12                     twelve more arms, proposed by optuna (with --config=
                                    configs/study_two_halves_budget.py, which has a `propose`)
 
+    python -m spiral_jax.study --across=A.json,B.json,C.json --best=ARM --out=OUT
+
+compares the arms of several studies over all of their tasks, from what --report has written.
+
 Each run is an ordinary training in a process of its own, W/runs/ARM/seed_0, and an ordinary
 evaluation of what it has trained, W/evaluations/ARM/seed_0/step_000040; what they print is in
 W/logs. Then the arms of `cross` read each other's search, W/evaluations/SEARCHER+READER, and the
@@ -32,6 +36,7 @@ from spiral_jax.core.command import run_command
 from spiral_jax.core.config import digest_of
 from spiral_jax.core.errors import UserError
 from spiral_jax.run.workdir import open_workdir
+from spiral_jax.studies.across import write_comparison
 from spiral_jax.studies.design import load_study
 from spiral_jax.studies.directory import StudyDirectory
 from spiral_jax.studies.gather import gather
@@ -41,8 +46,8 @@ from spiral_jax.studies.text import list_failures, write_study
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("config", None, "the study: a file of configs/", required=True)
-    flags.DEFINE_string("workdir", None, "directory of the study", required=True)
+    flags.DEFINE_string("config", None, "the study: a file of configs/")
+    flags.DEFINE_string("workdir", None, "directory of the study")
     flags.DEFINE_integer(
         "at_once", 1, "runs side by side, each with its share of the cores, and of a GPU's memory"
     )
@@ -53,15 +58,25 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "out", None, "the report's path without its ending; default: WORKDIR/report"
     )
+    flags.DEFINE_list("across", None, "compare these studies' reports, files named *.json")
+    flags.DEFINE_string("best", None, "arm of --across that is compared with each other one")
 
 
 def main(argv: list[str]) -> None:
     values = flags.FLAGS
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    needed = ("best", "out") if values.across else ("config", "workdir")
+    for name in needed:
+        if not values[name].value:
+            raise app.UsageError(f"--{name} is required{' with --across' * bool(values.across)}")
     logging.set_verbosity(logging.ERROR)  # orbax warns that it only reads
     jax.config.update("jax_platforms", "cpu")  # of this process: the accelerator is the runs'
     try:
+        if values.across:
+            files = [pathlib.Path(file) for file in values.across]
+            print(write_comparison(files, values.best, pathlib.Path(values.out)), flush=True)
+            return
         study = load_study(values.config)
         plain = study.plain()
         path = open_workdir(values.workdir, plain, digest_of(plain))

@@ -10,7 +10,7 @@ SOURCES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))]
 # All rooms in their order, each with its files that other rooms or commands import.
 DOORS = {
     "core": "command config distributed errors faults functions groups mesh metrics progress",
-    "model": "adapter architecture attention flops hf tensor_files transformer",
+    "model": "adapter architecture attention flops hf products tensor_files transformer",
     "tasks": "answer finite hub jsonl load overlap problem tiny_tokenizer",
     "prompts": "prompts scaffold settings tokenizer",
     "verifier": "choice pool references rewards settings verifier",
@@ -23,7 +23,7 @@ DOORS = {
     "workdir",
     "planning": "text work",
     "reporting": "axes evaluation_figures main_page series style summary",
-    "studies": "design directory gather processes runner text",
+    "studies": "across design directory gather processes runner text",
 }
 ORDER = list(DOORS)
 OF_ALL = ("spiral_jax.STARTED", "spiral_jax.__version__")

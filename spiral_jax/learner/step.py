@@ -25,7 +25,8 @@ from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.learner.loss import policy_loss, reference_kl
 from spiral_jax.learner.settings import LearnerSettings
 from spiral_jax.learner.state import TrainState, make_optimizer, variables
-from spiral_jax.model.transformer import ModelConfig, with_matmul_precision
+from spiral_jax.model.products import product_options, with_matmul_precision
+from spiral_jax.model.transformer import ModelConfig
 
 Metrics = dict[str, Mean | Max]
 
@@ -89,7 +90,11 @@ def make_train_step(
         metrics["skipped_update"] = Mean(1.0 - finite, jnp.ones(()))
         return state, metrics
 
-    return jax.jit(with_matmul_precision(config, train_step), donate_argnums=0)
+    return jax.jit(
+        with_matmul_precision(config.compute_dtype, train_step),
+        donate_argnums=0,
+        compiler_options=product_options(config.compute_dtype, jax.default_backend()) or None,
+    )
 
 
 def _make_loss(

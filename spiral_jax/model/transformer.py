@@ -12,9 +12,7 @@ separate arrays (`unstack_layers`) and keeps the cache, which is explicit.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -75,23 +73,6 @@ class ModelConfig:
     attention_block: int = 512
     remat: str = "layer"
     joined: int = 0
-
-
-def with_matmul_precision(config: ModelConfig, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with the matrix products of a float32 model in float32; of others as it is.
-
-    By default JAX multiplies float32 matrices in TF32 on GPUs and in bfloat16 on TPUs: sampler and
-    trainer would part.
-    """
-    if jnp.dtype(config.compute_dtype) != jnp.float32:
-        return function
-
-    @functools.wraps(function)
-    def traced(*args: Any) -> Any:
-        with jax.default_matmul_precision("highest"):
-            return function(*args)
-
-    return traced
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 
 from spiral_jax.core import mesh as meshes
-from spiral_jax.model.transformer import with_matmul_precision
+from spiral_jax.model.products import product_options, with_matmul_precision
 from spiral_jax.sampling.decode import Chunk, decode_chunk
 from spiral_jax.sampling.prefill import prefill
 from spiral_jax.sampling.settings import DecodeSettings, Schedule
@@ -65,6 +65,7 @@ class Recipe:
       function: of arrays.
       shapes: shapes and shardings of its arguments.
       out: shardings of its results.
+      compute_dtype: the model's.
       donate: arguments whose memory the results take over.
     """
 
@@ -72,6 +73,7 @@ class Recipe:
     function: Callable[..., Any]
     shapes: tuple[Any, ...]
     out: Any
+    compute_dtype: Any
     donate: tuple[int, ...] = ()
 
     @property
@@ -79,8 +81,9 @@ class Recipe:
         """Of `Lowered.compile`, for the mesh's devices; none where it has none."""
         if not isinstance(self.mesh, Mesh):
             return {}
-        is_gpu = self.mesh.devices.flat[0].platform in meshes.GPU_PLATFORMS
-        return _GPU_OPTIONS if is_gpu else {}
+        platform = self.mesh.devices.flat[0].platform
+        own = _GPU_OPTIONS if platform in meshes.GPU_PLATFORMS else {}
+        return own | product_options(self.compute_dtype, platform)
 
     def lower(self) -> Lowered:
         with jax.set_mesh(self.mesh):
@@ -112,7 +115,8 @@ def recipes(settings: DecodeSettings, schedule: Schedule) -> dict[Name, Recipe]:
 
 def _pool(settings: DecodeSettings, schedule: Schedule) -> Recipe:
     function = functools.partial(empty_pool, settings, schedule)
-    return Recipe(settings.mesh, function, (), shardings(abstract_pool(settings, schedule)))
+    out = shardings(abstract_pool(settings, schedule))
+    return Recipe(settings.mesh, function, (), out, settings.config.compute_dtype)
 
 
 def _prefill(settings: DecodeSettings, schedule: Schedule, tokens: int) -> Recipe:
@@ -121,9 +125,10 @@ def _prefill(settings: DecodeSettings, schedule: Schedule, tokens: int) -> Recip
     weights = abstract_weights(settings.config, settings.mesh)
     return Recipe(
         settings.mesh,
-        with_matmul_precision(settings.config, function),
+        with_matmul_precision(settings.config.compute_dtype, function),
         (weights, pool, prompt_shapes(settings, schedule, tokens)),
         shardings(pool),
+        settings.config.compute_dtype,
         donate=(1,),
     )
 
@@ -135,9 +140,10 @@ def _decode(settings: DecodeSettings, schedule: Schedule, rows: int) -> Recipe:
     everywhere = meshes.replicated(settings.mesh)  # every process follows all groups
     return Recipe(
         settings.mesh,
-        with_matmul_precision(settings.config, function),
+        with_matmul_precision(settings.config.compute_dtype, function),
         (weights, pool, row_shapes(settings, schedule, rows), exit_shapes(settings)),
         Chunk(shardings(pool), everywhere, everywhere, everywhere),
+        settings.config.compute_dtype,
         donate=(1,),
     )
 

@@ -53,7 +53,7 @@ def plot_study(gathered: Mapping[str, Any], out: pathlib.Path) -> list[pathlib.P
     return paths
 
 
-def _look(gathered: Mapping[str, Any], arm: str) -> dict[str, Any]:
+def look_of(gathered: Mapping[str, Any], arm: str) -> dict[str, Any]:
     """One colour and dash for each arm in all pictures; the base is grey."""
     if arm == BASE:
         return {"color": GREY, "linestyle": "-."}
@@ -78,7 +78,7 @@ def _arms(gathered: Mapping[str, Any]) -> Figure:
     figure = new_figure(7.6, 1.4 + 0.42 * len(arms))
     axes = figure.subplots()
     for y, arm in enumerate(arms):
-        value, color = values[arm], _look(gathered, arm)["color"]
+        value, color = values[arm], look_of(gathered, arm)["color"]
         axes.hlines(y, 100 * value["low"], 100 * value["high"], color=color, linewidth=2)
         axes.plot(100 * value["mean"], y, "D", color=color, markersize=6, zorder=3)
         seeds = [100 * measures[measure] for measures in _measures_measured(gathered, arm)]
@@ -135,7 +135,7 @@ def _mixed(gathered: Mapping[str, Any]) -> Figure | None:
             [100 * measures["aggregated"] for measures in measured],
             _MARKERS[place % len(_MARKERS)],
             fillstyle="full" if place < len(_MARKERS) else "none",
-            color=_look(gathered, arm)["color"],
+            color=look_of(gathered, arm)["color"],
             markersize=6,
             alpha=0.8,
             label=arm,
@@ -173,7 +173,7 @@ def _curves(gathered: Mapping[str, Any], name: str, x: str, title: str) -> tuple
     band = len(gathered["curves"]) <= _MOST_BANDS
     for arm, curves in gathered["curves"].items():
         at = [row[x] for row in curves[name]]
-        plot_curve(axes, at, curves[name], label=arm, band=band, **_look(gathered, arm))
+        plot_curve(axes, at, curves[name], label=arm, band=band, **look_of(gathered, arm))
     figure.legend(loc="outside right upper", fontsize="small")
     set_title(axes, title)
     tidy(axes)
@@ -199,7 +199,7 @@ def _training(gathered: Mapping[str, Any]) -> Figure | None:
             with_curve = [run for run in arm_runs if curve in run]
             if with_curve:
                 tokens, value = mean_over_runs(with_curve, curve)
-                look = _look(gathered, arm)
+                look = look_of(gathered, arm)
                 (lines[arm],) = axes.plot(tokens, scale * value, linewidth=1.5, label=arm, **look)
         axes.set_xlabel("sampled tokens")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))

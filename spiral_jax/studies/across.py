@@ -1,0 +1,229 @@
+"""Several studies with the same arms -> which arm is best over all of their tasks.
+
+Read are the reports' JSON files, so that anyone can work it out again without the runs. A score is
+one run's value of its study's first measure, a share from 0 to 1. Measures and intervals are those
+of Agarwal et al. 2021 (arXiv 2108.13264), for few runs of several tasks:
+
+interquartile mean   the mean of the middle half of an arm's scores on all tasks
+improvement          the chance that a run of one arm scores more than a run of another on the same
+                     task, ties by half, averaged over tasks
+profile              the share of an arm's scores that lie above a threshold
+
+Tasks count the same, also where an arm has more runs of one of them. 95 % intervals are by
+bootstrap over runs, within each task.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from spiral_jax.core.config import ConfigError
+from spiral_jax.evaluation.tables import percent
+from spiral_jax.reporting.axes import new_figure, plot_curve, save, set_note, set_title, tidy
+from spiral_jax.studies.cells import estimate
+from spiral_jax.studies.design import BASE
+from spiral_jax.studies.figures import look_of
+
+DRAWS = 2000  # resamples
+THRESHOLDS = np.linspace(0, 1, 101)
+
+Scores = list[np.ndarray]  # of one arm: [Z] of its runs, for each task
+
+
+class Task(NamedTuple):
+    """One study's report.
+
+    Attributes:
+      scores: arm -> [Z], its runs' values of the measure.
+    """
+
+    title: str
+    measure: str
+    scores: dict[str, np.ndarray]
+
+
+def write_comparison(files: Sequence[pathlib.Path], best: str, out: pathlib.Path) -> str:
+    """Writes OUT.md, OUT.json and OUT_profile.png of `compare_across`; returns the first.
+
+    Raises:
+      ConfigError: see `compare_across`.
+    """
+    compared = compare_across(files, best)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture = out.with_name(f"{out.name}_profile.png")
+    save(_plot_profiles(compared), picture)
+    out.with_suffix(".json").write_text(json.dumps(compared, indent=1, allow_nan=False) + "\n")
+    text = markdown(compared, picture.name)
+    out.with_suffix(".md").write_text(text)
+    return text
+
+
+def read_task(file: pathlib.Path) -> Task:
+    """The scores in a report's JSON file.
+
+    Raises:
+      ConfigError: it is no such file, or no run in it was evaluated.
+    """
+    try:
+        report = json.loads(file.read_text())
+        measure, runs = report["measures"][0], report["runs"]
+        title = report["title"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ConfigError(
+            f"--across: {file} is no report of a study ({type(error).__name__}: {error}). Name the "
+            "JSON files that `python -m spiral_jax.study --config=... --report` has written."
+        ) from None
+    values: dict[str, list[float]] = {}
+    for run in runs:
+        value = run.get("measures", {}).get(measure)
+        if value is not None:
+            values.setdefault(run["arm"], []).append(value)
+    if not values:
+        raise ConfigError(f"--across: no run of {file} has been evaluated.")
+    return Task(title, measure, {arm: np.array(scores) for arm, scores in values.items()})
+
+
+def compare_across(files: Sequence[pathlib.Path], best: str) -> dict[str, Any]:
+    """Every arm over all tasks, and `best` against each other arm.
+
+    Returns:
+      tasks: title, measure and file of each, and runs by arm; missing: arms that not every task
+      has; arms: by arm, its `interquartile mean` and its `profile`; improvement: of `best` over
+      each other arm. Estimates are those of `cells.estimate`, over all runs of all tasks.
+
+    Raises:
+      ConfigError: a file cannot be read, or `best` is not an arm of every task.
+    """
+    tasks = [read_task(file) for file in files]
+    named = dict.fromkeys(arm for task in tasks for arm in task.scores)
+    common = [arm for arm in named if all(arm in task.scores for task in tasks)]
+    if best not in common:
+        raise ConfigError(
+            f"--best={best}: must be an arm that every study has: {', '.join(common) or 'none'}."
+        )
+    scores = {arm: [task.scores[arm] for task in tasks] for arm in common}
+    drawn = {arm: resampled(scores[arm], seed) for seed, arm in enumerate(common)}
+    others = [arm for arm in common if arm not in (best, BASE)]
+    return {
+        "tasks": [
+            {"title": task.title, "measure": task.measure, "file": file.name}
+            | {"runs": {arm: len(task.scores[arm]) for arm in common}}
+            for task, file in zip(tasks, files, strict=True)
+        ],
+        "best": best,
+        "missing": [arm for arm in named if arm not in common],
+        "arms": {
+            arm: {
+                "interquartile mean": _estimate(interquartile_mean(drawn[arm]), scores[arm]),
+                "profile": _profile(drawn[arm]),
+            }
+            for arm in common
+        },
+        "improvement": {
+            arm: _estimate(improvement(drawn[best], drawn[arm]), scores[arm]) for arm in others
+        },
+    }
+
+
+def resampled(scores: Scores, seed: int) -> Scores:
+    """[1 + R, Z] for each task: its scores, and then R draws of as many with replacement."""
+    rng = np.random.default_rng(seed)
+    return [np.vstack([of, rng.choice(of, (DRAWS, len(of)))]) for of in scores]
+
+
+def interquartile_mean(score_of_tasks: Scores) -> np.ndarray:
+    """[1 + R]: the mean of the middle half, where tasks count the same whatever runs they have."""
+    score_RxS = np.concatenate(score_of_tasks, axis=1)
+    order_RxS = np.argsort(score_RxS, axis=1)
+    end_RxS = np.cumsum(_weights(score_of_tasks)[order_RxS], axis=1)
+    start_RxS = np.concatenate([np.zeros((len(end_RxS), 1)), end_RxS[:, :-1]], axis=1)
+    middle_RxS = np.clip(end_RxS, 0.25, 0.75) - np.clip(start_RxS, 0.25, 0.75)
+    return 2 * (np.take_along_axis(score_RxS, order_RxS, axis=1) * middle_RxS).sum(axis=1)
+
+
+def _weights(score_of_tasks: Scores) -> np.ndarray:
+    """[S] of all runs; those of each task add up to the same, all of them to 1."""
+    runs = [score_RxZ.shape[1] for score_RxZ in score_of_tasks]
+    return np.concatenate([np.full(Z, 1 / (Z * len(runs))) for Z in runs])
+
+
+def improvement(score_of_tasks: Scores, other_of_tasks: Scores) -> np.ndarray:
+    """[1 + R]: the chance that a run of the one scores more than one of the other."""
+    chances = []
+    for score_RxZ, other_RxZ in zip(score_of_tasks, other_of_tasks, strict=True):
+        difference_RxZxZ = score_RxZ[:, :, None] - other_RxZ[:, None, :]
+        chances.append((np.sign(difference_RxZxZ) / 2 + 0.5).mean(axis=(1, 2)))
+    return np.mean(chances, axis=0)
+
+
+def _profile(score_of_tasks: Scores) -> dict[str, list[float]]:
+    """Share of the runs that score above each threshold, with its interval."""
+    score_RxS = np.concatenate(score_of_tasks, axis=1)
+    share_RxT = np.einsum("rst,s->rt", score_RxS[:, :, None] > THRESHOLDS, _weights(score_of_tasks))
+    low_T, high_T = np.percentile(share_RxT[1:], (2.5, 97.5), axis=0)
+    return {"mean": share_RxT[0].tolist(), "low": low_T.tolist(), "high": high_T.tolist()}
+
+
+def _estimate(value_R: np.ndarray, scores: Scores) -> dict[str, Any]:
+    return estimate(value_R, sum(map(len, scores)))
+
+
+def markdown(compared: Mapping[str, Any], picture: str) -> str:
+    """The report: one table, one picture."""
+    best, arms = compared["best"], compared["arms"]
+    tasks = "; ".join(f"{task['title']} ({task['measure']})" for task in compared["tasks"])
+    files = ",".join(task["file"] for task in compared["tasks"])
+    lines = [
+        "# Over all tasks",
+        "",
+        f"Runs of {tasks}.",
+        "",
+        f"| arm | runs | interquartile mean | chance that {best} is better |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    order = sorted(arms, key=lambda arm: -arms[arm]["interquartile mean"]["mean"])
+    for arm in order:
+        middle = arms[arm]["interquartile mean"]
+        chance = compared["improvement"].get(arm)
+        cells = [arm, middle["seeds"], percent(middle), percent(chance) if chance else ""]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [
+        "",
+        f"![The share of each arm's runs that score above a threshold]({picture})",
+        "",
+        "Percent with 95 % intervals by bootstrap over runs within each task (arXiv 2108.13264): "
+        "problems are not resampled, and with a few runs a task the intervals are narrower than "
+        "the truth.",
+    ]
+    if compared["missing"]:
+        lines.append(f"Not every task has: {', '.join(compared['missing'])}.")
+    lines += ["", f"Written by `python -m spiral_jax.study --across={files} --best={best}`."]
+    return "\n".join(lines) + "\n"
+
+
+def _plot_profiles(compared: Mapping[str, Any]) -> Figure:
+    """Each arm's profile; the interval of the best alone, as more would hide each other."""
+    figure = new_figure(8.0, 4.6)
+    axes = figure.subplots()
+    for arm, row in compared["arms"].items():
+        profile = row["profile"]
+        rows = [
+            {"mean": mean, "low": low, "high": high}
+            for mean, low, high in zip(*profile.values(), strict=True)
+        ]
+        band = arm == compared["best"]
+        look = look_of(compared, arm)
+        plot_curve(axes, 100 * THRESHOLDS, rows, label=arm, band=band, **look)
+    axes.set_xlabel("score (%)")
+    axes.set_ylabel("runs that score more (%)")
+    axes.legend(fontsize="small", loc="lower left")
+    set_title(axes, "Runs of all tasks that score above a threshold")
+    set_note(figure, f"band: 95 % bootstrap interval of {compared['best']}")
+    tidy(axes)
+    return figure
