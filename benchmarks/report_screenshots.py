@@ -20,7 +20,7 @@ from absl import app, flags
 from playwright.sync_api import Page, sync_playwright
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory with report.html", required=True)
-OUT = flags.DEFINE_string("out", "docs", "directory of the pictures")
+OUT = flags.DEFINE_string("out", "docs/results", "directory of the pictures")
 
 
 class Picture(NamedTuple):

@@ -21,7 +21,7 @@ def test_every_field_of_the_configuration_has_a_meaning():
 
 
 def test_every_link_leads_somewhere():
-    pages = [*ROOT.glob("*.md"), *DOCS.glob("*.md")]
+    pages = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
     lost = []
     for page in pages:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
