@@ -14,7 +14,7 @@ from absl import app
 from markdown_it import MarkdownIt
 from playwright.sync_api import sync_playwright
 
-from benchmarks.report_screenshots import find_chromium
+from benchmarks.browser import find_chromium
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCREEN = {"width": 1100, "height": 1400}

@@ -28,8 +28,8 @@ from absl import app, flags
 from etils import epath
 from playwright.sync_api import Browser, sync_playwright
 
+from benchmarks.browser import find_chromium
 from benchmarks.machine import machine
-from benchmarks.report_screenshots import find_chromium
 from benchmarks.synthetic_run import write_run
 from configs import tiny
 from spiral_jax.reporting import main_page
