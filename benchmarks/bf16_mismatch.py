@@ -1,6 +1,6 @@
 """How far sampler and trainer are apart in bfloat16: the bundled model's run, in either dtype.
 
-    python -m benchmarks.bf16_mismatch [--steps=2] [--json=docs/bf16_mismatch.json]
+    python -m benchmarks.bf16_mismatch [--steps=2] [--json=docs/results/bf16_mismatch.json]
 
 The bound of `train.mismatch_limit` for bfloat16 runs is read from here; in float32 it is 1e-4.
 """
@@ -25,7 +25,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument(
-        "--json", type=pathlib.Path, default=pathlib.Path("docs/bf16_mismatch.json")
+        "--json", type=pathlib.Path, default=pathlib.Path("docs/results/bf16_mismatch.json")
     )
     asked = parser.parse_args()
     result = {"machine": machine(), "commit": commit(), "steps": asked.steps}

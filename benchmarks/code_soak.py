@@ -1,6 +1,6 @@
 """Does the reward "code" survive hostile programs, and leave nothing behind?
 
-    python -m benchmarks.code_soak --json=docs/code_soak.json [--programs=2000]
+    python -m benchmarks.code_soak --json=docs/results/code_soak.json [--programs=2000]
 
 Hostile programs, every tenth a right one, judged by two workers in random order. Reports verdicts
 by kind, and what was found afterwards: files, and processes that were not there before.

@@ -1,6 +1,6 @@
 """Variance of the estimators over drawn sets, on recorded rollouts of the bundled tasks.
 
-    python -m benchmarks.control_variate --out=docs/control_variate [--tasks=tiny,end_digit]
+    python -m benchmarks.control_variate --out=docs/results/control_variate [--tasks=tiny,end_digit]
 
 Recorded are, for held-out problems at T = 1, N search traces, and M aggregations of each of all
 C(N, S) sets by the bundled model. So training's draw of K sets can be repeated with nothing else
@@ -45,7 +45,7 @@ TITLES = {"tiny": "two halves", "end_digit": "end digit", "three_parts": "three 
 OURS, OTHERS = "set_control_variate", ("marginal_mean", "with_without")
 _C = np.linspace(-0.5, 1.5, 21)
 
-OUT = flags.DEFINE_string("out", "docs/control_variate", "the report, without its ending")
+OUT = flags.DEFINE_string("out", "docs/results/control_variate", "the report, without its ending")
 TASKS = flags.DEFINE_list("tasks", list(CONFIGS), f"of {', '.join(CONFIGS)}")
 PROBLEMS = flags.DEFINE_integer("problems", 48, "held-out problems")
 DRAWS = flags.DEFINE_integer("draws", 300, "draws of K sets of each problem")

@@ -3,7 +3,7 @@
 It is compiled for slices that need not exist, with pages in bfloat16 and in int8.
 
     pip install ".[plan]"
-    python -m benchmarks.decode_tpu --json=docs/decode_tpu.json
+    python -m benchmarks.decode_tpu --json=docs/results/decode_tpu.json
 
 Reports, for the program of all rows of `configs/qwen3_4b.py` on one chip of each slice:
   copies      arrays in HBM as large as the smallest array of pages or weights that the program

@@ -1,6 +1,6 @@
 """What the model of the end digit can do before any RL: search, knowing a hit, reading.
 
-    python -m benchmarks.end_digit_model --out=docs/end_digit_model
+    python -m benchmarks.end_digit_model --out=docs/results/end_digit_model
 
 On held-out problems at T = 1. A try is sound if its digits, arithmetic, verdict and box are
 (`is_sound`). A set has a hit if one of its candidates is right.
@@ -24,7 +24,7 @@ from spiral_jax.tasks.problem import Problem
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/end_digit.py", "model and scaffold", lock_config=True
 )
-OUT = flags.DEFINE_string("out", "docs/end_digit_model", "the report, without its ending")
+OUT = flags.DEFINE_string("out", "docs/results/end_digit_model", "the report, without its ending")
 PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 
 

@@ -1,7 +1,7 @@
 """What do int8 keys and values change? A config's run, with pages in the compute dtype and in int8.
 
-    python -m benchmarks.int8_pages --json=docs/int8_pages.json [--seeds=0,1,2] [--workdir=DIR]
-        [--config=configs/tiny.py] [-- --config.train.steps=2 ...]
+    python -m benchmarks.int8_pages --json=docs/results/int8_pages.json [--seeds=0,1,2]
+        [--workdir=DIR] [--config=configs/tiny.py] [-- --config.train.steps=2 ...]
 
 Of each run: how far sampler and trainer are apart (nat a token), the share of tokens that the
 truncated importance ratio leaves, the training reward by step, and the last held-out evaluation.

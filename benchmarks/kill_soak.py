@@ -1,7 +1,7 @@
 """Kills one run again and again, in every phase; what comes out must be as if it were left alone.
 
     python -m benchmarks.kill_soak [--folder=runs/soak] [--kills=100] [--seconds=2700]
-        [--json=docs/kill_soak.json]
+        [--json=docs/results/kill_soak.json]
 
 Each kill is SIGKILL at a counted point (spiral_jax/core/faults.py), at which the process has
 decoded a chunk at least; then the same command goes on. Beside the kills: SIGTERM while traces are
@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=2700, help="stop after the drill that ends after this long"
     )
-    parser.add_argument("--json", type=pathlib.Path, default=pathlib.Path("docs/kill_soak.json"))
+    parser.add_argument(
+        "--json", type=pathlib.Path, default=pathlib.Path("docs/results/kill_soak.json")
+    )
     asked = parser.parse_args()
     end = time.monotonic() + asked.seconds
     folder = asked.folder.absolute()

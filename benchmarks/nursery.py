@@ -1,10 +1,11 @@
-"""Starts `python -m spiral_jax.train` many times at the price of one import.
+"""Starts the program's commands, and scripts, many times at the price of one import.
 
 A process that has imported the program and nothing more forks one for each run, before JAX has
-opened a device. For drills, of which half the time is imports.
+opened a device. For drills, of which half the time is imports, and for the commands of the guides.
 
     with Nursery(environment) as nursery:
         done = nursery.run(["--config=configs/tiny.py", ...], fault="search:2")
+        done = nursery.run(["--workdir=runs/tiny"], program="spiral_jax.report", folder=folder)
 """
 
 from __future__ import annotations
@@ -13,17 +14,24 @@ import importlib
 import json
 import os
 import pathlib
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 ROOT = pathlib.Path(__file__).parent.parent
 _LONGEST_S = 900  # for one run
-# What the program imports when it needs it, as it takes seconds.
-_LATE_IMPORTS = ("transformers.models.auto.tokenization_auto", "matplotlib.pyplot")
+# What most commands need, and what they import when they need it, as it takes seconds.
+_IMPORTS = (
+    "spiral_jax.train",
+    "transformers.models.auto.tokenization_auto",
+    "matplotlib.pyplot",
+)
 
 
 class Nursery:
@@ -46,11 +54,25 @@ class Nursery:
         self._process.stdin.close()
         self._process.wait()
 
-    def run(self, flags: Sequence[str], fault: str = "") -> subprocess.CompletedProcess[str]:
-        """One run from its start to its end; its exit code is -9 if it was killed."""
-        with tempfile.TemporaryDirectory() as folder:
-            out, err = os.path.join(folder, "out"), os.path.join(folder, "err")
-            self._process.stdin.write(json.dumps([list(flags), fault, out, err]) + "\n")
+    def run(
+        self,
+        flags: Sequence[str],
+        fault: str = "",
+        program: str = "spiral_jax.train",
+        folder: str | os.PathLike[str] = ROOT,
+        parse_only: bool = False,
+    ) -> subprocess.CompletedProcess[str]:
+        """One run from its start to its end; its exit code is -9 if it was killed.
+
+        Args:
+          program: a command of the package, or a script that ends in .py.
+          folder: where it is started.
+          parse_only: its flags are parsed and its configuration is loaded, and nothing is run.
+        """
+        with tempfile.TemporaryDirectory() as answers:
+            out, err = os.path.join(answers, "out"), os.path.join(answers, "err")
+            job = program, list(flags), fault, str(folder), parse_only, out, err
+            self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
             if not answer:
@@ -61,28 +83,43 @@ class Nursery:
 
 def serve() -> None:
     """Reads a run a line from standard input, forks it, and answers with its exit code."""
-    from spiral_jax import train
     from spiral_jax.core import faults
-    from spiral_jax.core.command import run_command
     from spiral_jax.run import log as run_log
 
-    for name in _LATE_IMPORTS:
+    for name in _IMPORTS:
         importlib.import_module(name)
     for line in sys.stdin:
-        flags, fault, out, err = json.loads(line)
+        program, flags, fault, folder, parse_only, out, err = json.loads(line)
         child = os.fork()
         if child == 0:
             signal.alarm(_LONGEST_S)  # a run that hangs is killed by it: exit code -14
             for descriptor, path in ((1, out), (2, err)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.chdir(folder)
+            sys.path.insert(0, folder)
             faults.arm(fault)
             run_log.STARTED = time.monotonic()
-            sys.argv = ["train", *flags]
-            train.define_flags()
-            run_command(train.main)  # ends the process
+            sys.argv = [program, *flags]
+            _start(program, parse_only)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _start(program: str, parse_only: bool) -> NoReturn:
+    """Runs what sys.argv asks for, and ends the process."""
+    from spiral_jax.core.command import run_command
+
+    if program.endswith(".py"):
+        try:
+            runpy.run_path(program, run_name="__main__")
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+        sys.exit(0)
+    command = importlib.import_module(program)
+    command.define_flags()
+    run_command((lambda argv: None) if parse_only else command.main)
 
 
 if __name__ == "__main__":

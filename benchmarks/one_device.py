@@ -1,6 +1,6 @@
 """How fast is the 4B model on one accelerator, and one layer's attention, beside their peers?
 
-    python -m benchmarks.one_device --json=docs/one_device.json [--minutes=30] [--small]
+    python -m benchmarks.one_device --json=docs/results/one_device.json [--minutes=30] [--small]
 
 Qwen3-4B's sizes with random weights, in bfloat16: prefill, decoding and training, ours and those of
 transformers and torch, and one layer's attention by each backend beside jax's cuDNN attention. Each

@@ -1,6 +1,6 @@
 """Does the quickstart learn what it claims? SPIRAL against aggregator_only at equal sampled tokens.
 
-    python -m benchmarks.quickstart --workdir=runs/quickstart --out=docs/quickstart
+    python -m benchmarks.quickstart --workdir=runs/quickstart --out=docs/results/quickstart
 
 Same base, all seeds. For each seed: the default run (`configs/tiny.py`), then `aggregator_only`
 until it has sampled as many tokens. Writes OUT.json and OUT.md: every seed, first and last held-out
@@ -23,7 +23,7 @@ from benchmarks.markdown import table_lines
 WORKDIR = flags.DEFINE_string(
     "workdir", "runs/quickstart", "where the runs go; finished ones are not run again"
 )
-OUT = flags.DEFINE_string("out", "docs/quickstart", "the report, without its ending")
+OUT = flags.DEFINE_string("out", "docs/results/quickstart", "the report, without its ending")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of the runs")
 
 EVALUATIONS = "evaluations.jsonl"

@@ -1,6 +1,7 @@
 """Does a checkpoint of Qwen3-4B's size load on a small host, and what does bfloat16 cost?
 
-    python -m benchmarks.qwen3_4b_weights --dir=/tmp/qwen3_4b --json=docs/qwen3_4b_weights.json
+    python -m benchmarks.qwen3_4b_weights --dir=/tmp/qwen3_4b \
+        --json=docs/results/qwen3_4b_weights.json
 
 1. Random weights in bfloat16 are streamed into three shards (8 GB of disk) and loaded: seconds and
    peak memory.

@@ -23,7 +23,7 @@ ARMS = {
     "aggregator_only": "aggregator only",
     "grpo": "GRPO",
 }
-STUDIES = {"study": "two halves", "study_end_digit": "end digit"}
+STUDIES = {"study_two_halves": "two halves", "study_end_digit": "end digit"}
 
 
 def main(argv: list[str]) -> None:
@@ -43,13 +43,12 @@ def table() -> list[str]:
 
 
 def row(name: str, task: str) -> list[str]:
-    report = json.loads((ROOT / "docs" / f"{name}.json").read_text())
+    report = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
     arms = {arm: report["arms"][arm]["measures"]["aggregated"] for arm in ARMS}
     optimum = report["optimum"]
     best = cell(optimum["aggregated"]) if optimum else ""
-    config = {"study": "study_two_halves"}.get(name, name)
-    command = f"`spiral_jax.study --config=configs/{config}.py`"
-    return [f"[{task}](docs/{name}.md)", *map(cell, arms.values()), best, command]
+    command = f"`spiral_jax.study --config=configs/{name}.py`"
+    return [f"[{task}](docs/results/{name}.md)", *map(cell, arms.values()), best, command]
 
 
 def cell(estimate: dict) -> str:

@@ -1,4 +1,4 @@
-"""docs/kill_soak.json, docs/verifier_soak.json, docs/bf16_mismatch.json -> docs/reliability.md.
+"""docs/results/: kill_soak.json, verifier_soak.json, bf16_mismatch.json -> reliability.md.
 
 python -m benchmarks.reliability_table
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from benchmarks.markdown import paragraph, table_lines
 from spiral_jax.core.faults import POINTS
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs"
+RESULTS = pathlib.Path(__file__).parent.parent / "docs" / "results"
 STATUSES = ("correct", "wrong", "unparsed", "timeout", "error")
 
 INTRODUCTION = """# What a run survives
@@ -172,11 +172,11 @@ def main() -> None:
         *verifier_lines(read("verifier_soak")),
         *mismatch_lines(read("bf16_mismatch")),
     ]
-    (DOCS / "reliability.md").write_text(INTRODUCTION + "\n".join(lines) + "\n")
+    (RESULTS / "reliability.md").write_text(INTRODUCTION + "\n".join(lines) + "\n")
 
 
 def read(name: str) -> dict:
-    return json.loads((DOCS / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def kill_lines(soak: dict) -> list[str]:

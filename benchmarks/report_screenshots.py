@@ -12,15 +12,16 @@ Writes report_light.png, report_dark.png and report_phone.png.
 from __future__ import annotations
 
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
 from absl import app, flags
 from playwright.sync_api import Page, sync_playwright
 
+from benchmarks.browser import find_chromium
+
 WORKDIR = flags.DEFINE_string("workdir", None, "directory with report.html", required=True)
-OUT = flags.DEFINE_string("out", "docs", "directory of the pictures")
+OUT = flags.DEFINE_string("out", "docs/results", "directory of the pictures")
 
 
 class Picture(NamedTuple):
@@ -58,12 +59,6 @@ def main(argv: list[str]) -> None:
             target = out / f"report_{picture.name}.png"
             page.screenshot(path=target)
             print(target)
-
-
-def find_chromium() -> str | None:
-    """The installed browser; None: playwright's own."""
-    paths = map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))
-    return next(filter(None, paths), None)
 
 
 def show_problem(page: Page) -> None:

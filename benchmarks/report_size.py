@@ -1,7 +1,7 @@
 """How long the report of a run of 500 steps x 256 problems takes to open.
 
-    python -m benchmarks.report_size [--json=docs/report.json] [--steps=500] [--problems=256]
-        [--written=5]
+    python -m benchmarks.report_size [--json=docs/results/report.json] [--steps=500]
+        [--problems=256] [--written=5]
 
 Synthetic, from the disk, in a headless Chromium. To take minutes it writes traces and page files of
 `--written` steps alone, and lists their problems under other ids for the other steps: what is
@@ -28,8 +28,8 @@ from absl import app, flags
 from etils import epath
 from playwright.sync_api import Browser, sync_playwright
 
+from benchmarks.browser import find_chromium
 from benchmarks.machine import machine
-from benchmarks.report_screenshots import find_chromium
 from benchmarks.synthetic_run import write_run
 from configs import tiny
 from spiral_jax.reporting import main_page
@@ -38,7 +38,9 @@ from spiral_jax.reporting.read_run import read_run
 from spiral_jax.run import provenance
 from spiral_jax.run.workdir import StepLog
 
-JSON = flags.DEFINE_string("json", "docs/report.json", "file that the numbers are written to")
+JSON = flags.DEFINE_string(
+    "json", "docs/results/report.json", "file that the numbers are written to"
+)
 STEPS = flags.DEFINE_integer("steps", 500, "steps, each with a trace file")
 PROBLEMS = flags.DEFINE_integer("problems", 256, "problems of a step")
 WRITTEN = flags.DEFINE_integer("written", 5, "steps whose traces and page files are written")

@@ -1,7 +1,7 @@
 """How fast is the sampler? Ours against transformers' `generate` and tunix's, on the same work.
 
     bash benchmarks/peers/venvs.sh                            # once: an interpreter for each peer
-    python -m benchmarks.sampler --json=docs/sampler.json     # also writes docs/sampler.md
+    python -m benchmarks.sampler --json=docs/results/sampler.json   # writes sampler.md too
 
 Each contestant is a process of its own that stays; one works at a time and may use every core. They
 take turns, run by run, so that all see the same machine. All have the same weights, and everything
@@ -27,7 +27,7 @@ from benchmarks.peers.process import OURS, PEERS, ContestantProcess
 from benchmarks.sampler_cases import Case
 
 JSON = flags.DEFINE_string(
-    "json", "docs/sampler.json", "the report; its table goes beside it as .md"
+    "json", "docs/results/sampler.json", "the report; its table goes beside it as .md"
 )
 ONLY = flags.DEFINE_list("only", ["a", "b", "c", "memory", "draw"], "what to measure")
 WORKDIR = flags.DEFINE_string(

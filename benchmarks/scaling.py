@@ -1,6 +1,6 @@
 """Plans of the paper's run for five machines, and what weak scaling costs on v5e.
 
-Writes docs/scaling.md and docs/scaling/.
+Writes docs/results/scaling.md and docs/results/scaling/.
 
     pip install ".[plan]"
     python -m benchmarks.scaling [--only=v5e:8x8] [--table_only]
@@ -40,7 +40,7 @@ from spiral_jax.planning.work import Assumptions
 ONLY = flags.DEFINE_string("only", None, 'one machine, or "weak" for the table of weak scaling')
 TABLE_ONLY = flags.DEFINE_bool("table_only", False, "compile nothing")
 
-OUT = pathlib.Path("docs/scaling")
+OUT = pathlib.Path("docs/results/scaling")
 FREE = 0.1
 
 
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
             compile_plans()
         except ConfigError as error:
             sys.exit(f"error: {error}")
-    pathlib.Path("docs/scaling.md").write_text(table(OUT))
+    pathlib.Path("docs/results/scaling.md").write_text(table(OUT))
 
 
 def compile_plans() -> None:

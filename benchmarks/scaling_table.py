@@ -1,4 +1,4 @@
-"""docs/scaling.md from the JSON files of docs/scaling/."""
+"""docs/results/scaling.md from the JSON files of docs/results/scaling/."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ GIB = 2**30
 PLANS = ("v5e_8x8", "v6e_8x8", "v5p_4x4x4", "h100_8", "h200_8")
 HEAD = """# Will the paper's run fit, and how fast can it be?
 
-Written by `python -m benchmarks.scaling` from the files in `docs/scaling/`: the configuration of
-`configs/qwen3_4b.py` (B = 256, LoRA rank 32, 8 search and 4 x 4 aggregation traces of up to 4,096
-tokens), planned by `spiral_jax.plan`. TPUs: the real programs, compiled by libtpu for a slice that
-was not there; costs are read from their HLO, loops taken as often as they run. GPUs: arithmetic
-alone. Nothing here was measured on an accelerator: every second is a roofline, the least that the
-slowest of compute, HBM and links needs when all overlap. Numbers are those of one chip. On one H100
-decoding took 1.9 times that and prefill 3 times, of the one shape that was measured
-(one_device.json). `python -m spiral_jax.plan --config=configs/qwen3_4b.py --topology=MACHINE` says
-the same with the flags given below.
+Written by `python -m benchmarks.scaling` from the files in `docs/results/scaling/`: the
+configuration of `configs/qwen3_4b.py` (B = 256, LoRA rank 32, 8 search and 4 x 4 aggregation traces
+of up to 4,096 tokens), planned by `spiral_jax.plan`. TPUs: the real programs, compiled by libtpu
+for a slice that was not there; costs are read from their HLO, loops taken as often as they run.
+GPUs: arithmetic alone. Nothing here was measured on an accelerator: every second is a roofline, the
+least that the slowest of compute, HBM and links needs when all overlap. Numbers are those of one
+chip. On one H100 decoding took 1.9 times that and prefill 3 times, of the one shape that was
+measured (one_device.json). `python -m spiral_jax.plan --config=configs/qwen3_4b.py
+--topology=MACHINE` says the same with the flags given below.
 
 Assumed for a step: mean problem of 256 tokens, traces of 0 to 4,096 tokens, 2,048 in the mean, half
 of the problems kept, 80 % of decode rows busy. So a row that runs holds 1,365 tokens of its own,

@@ -26,7 +26,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-RECORDING = pathlib.Path("docs/step_zero_38af4ae.json.gz")
+RECORDING = pathlib.Path("docs/results/step_zero_38af4ae.json.gz")
 FLAGS = [
     "--config=configs/tiny.py",
     "--config.train.steps=1",

@@ -1,6 +1,6 @@
 """What the model of the three parts can do before any RL: search, and putting together.
 
-    python -m benchmarks.three_parts_model --out=docs/three_parts_model
+    python -m benchmarks.three_parts_model --out=docs/results/three_parts_model
 
 On held-out problems at T = 1. A trace is sound if it works out one part without any error. An
 aggregation is perfect if it names all parts that its candidates name, with their values, and no
@@ -25,7 +25,7 @@ from spiral_jax.tasks.problem import Problem
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/three_parts.py", "model and scaffold", lock_config=True
 )
-OUT = flags.DEFINE_string("out", "docs/three_parts_model", "the report, without its ending")
+OUT = flags.DEFINE_string("out", "docs/results/three_parts_model", "the report, without its ending")
 PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 
 

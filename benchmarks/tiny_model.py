@@ -1,6 +1,6 @@
 """What the bundled model can do before any RL: search, working out a half, reading.
 
-    python -m benchmarks.tiny_model --out=docs/tiny_model
+    python -m benchmarks.tiny_model --out=docs/results/tiny_model
 
 On held-out problems at T = 1. A set is complete if its candidates worked out both halves without an
 error. A wrong candidate's digit is accepted if a half that one candidate worked out rightly is
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # takes seconds to import
 CONFIG = config_flags.DEFINE_config_file(
     "config", "configs/tiny.py", "model and scaffold", lock_config=True
 )
-OUT = flags.DEFINE_string("out", "docs/tiny_model", "the report, without its ending")
+OUT = flags.DEFINE_string("out", "docs/results/tiny_model", "the report, without its ending")
 PROBLEMS = flags.DEFINE_integer("problems", 1024, "held-out problems")
 
 _SAID = re.compile(r"maybe (left|right):(\d)")

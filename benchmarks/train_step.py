@@ -1,7 +1,7 @@
 """How fast is the train step? Ours against a plain one on transformers and against tunix's.
 
     bash benchmarks/peers/venvs.sh                               # once: an interpreter a peer
-    python -m benchmarks.train_step --json=docs/train_step.json  # also writes docs/train_step.md
+    python -m benchmarks.train_step --json=docs/results/train_step.json    # and train_step.md
 
 All on the same groups; the plain step is torch's, tunix's is its GRPO step.
 Each contestant is a process of its own that stays; they take turns, step by step. First all of them
@@ -28,7 +28,7 @@ from benchmarks.peers.process import ContestantProcess
 from benchmarks.train_step_cases import SHAPES, SMALL, Shape, write_adapters
 
 JSON = flags.DEFINE_string(
-    "json", "docs/train_step.json", "the report; its table goes beside it as .md"
+    "json", "docs/results/train_step.json", "the report; its table goes beside it as .md"
 )
 SHAPE = flags.DEFINE_list("shapes", list(SHAPES), "which groups")
 MODES = flags.DEFINE_list("modes", ["lora", "full"], "what is trained")

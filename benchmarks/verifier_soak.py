@@ -1,7 +1,7 @@
 """Ten thousand answers made to break the verifier: what became of them, and what it cost.
 
     python -m benchmarks.verifier_soak [--answers=10000] [--seconds=1800]
-        [--json=docs/verifier_soak.json]
+        [--json=docs/results/verifier_soak.json]
 
 A stopped soak goes on with the same command: batches that are done are in --log.
 """
@@ -138,7 +138,7 @@ def main() -> None:
         "--log", type=pathlib.Path, default=pathlib.Path("runs/verifier_soak.jsonl")
     )
     parser.add_argument(
-        "--json", type=pathlib.Path, default=pathlib.Path("docs/verifier_soak.json")
+        "--json", type=pathlib.Path, default=pathlib.Path("docs/results/verifier_soak.json")
     )
     asked = parser.parse_args()
     os.environ["HF_TOKEN"] = "a secret that no worker may see"

@@ -9,7 +9,7 @@ such lines. GRPO at as many traces a problem:
 
     --config.loss.estimator=grpo --config.search.traces=24
 
-On an H100 a step takes seconds (docs/README.md). Nothing is tuned.
+On an H100 a step takes seconds (docs/log.md). Nothing is tuned.
 """
 
 from ml_collections import ConfigDict

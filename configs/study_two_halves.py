@@ -14,8 +14,9 @@ what is possible.
 A run ends when its sampled tokens are spent, or at its limit of steps, which lies beyond (from
 pilots of seed 0); there is no other stopping rule, and no run is left out. 30 runs of 3 to 5
 minutes on one core, 33 evaluations of them and 18 of pairs of a minute and a half took 2 hours on
-two cores with --at_once=2 (docs/study.md). Stopped or killed at any time, it goes on with the same
-command; seeds come one after the other, so that what is there always has all arms.
+two cores with --at_once=2 (docs/results/study_two_halves.md). Stopped or killed at any time, it
+goes on with the same command; seeds come one after the other, so that what is there always has all
+arms.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +25,7 @@ from configs import tiny
 from spiral_jax.studies import design
 
 # sampled tokens that end a run of any arm: what 40 steps of marginal_mean take
-# (docs/quickstart.json)
+# (docs/results/quickstart.json)
 _TOKENS = 540_000
 # Rollouts of a problem: N search traces of 26 tokens, K sets of S = 4, M aggregation traces of 12
 # tokens each. At most N * 26 + K * M * 12 tokens: 400, of the arms without aggregation 416, the

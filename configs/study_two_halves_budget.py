@@ -49,7 +49,7 @@ def get_config(name: str = "") -> ConfigDict:
     c.search.traces, c.aggregation.subsets, c.aggregation.traces = N, K, M
     c.batch.aggregation_groups = 16  # divides 16 problems times any K
     # A tenth more than the tokens buy: 34 steps with 2 sets, 41 with 4 and 52 with 8
-    # (docs/study_ablations.md), as with more sets more problems have a signal.
+    # (docs/results/study_two_halves_ablations.md), as with more sets more problems have a signal.
     c.train.steps = round(1.1 * (28 + 3 * K))
     return c
 

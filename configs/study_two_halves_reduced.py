@@ -3,7 +3,8 @@ r"""The reduced study: `study_two_halves.py` with one seed and two arms.
     python -m spiral_jax.study --config=configs/study_two_halves_reduced.py \
         --workdir=runs/study_reduced
 
-It takes 6 min 20 s on two CPU cores that do nothing else (docs/study_reduced.md).
+It takes 6 min 20 s on two CPU cores that do nothing else; its report is
+docs/results/study_two_halves_reduced.md.
 Ends with status 1 if the ordering does not hold.
 """
 

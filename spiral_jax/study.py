@@ -4,7 +4,7 @@
 
 runs what is missing, and reports. Further flags:
 
-    --report [--out=docs/study]    run nothing, only report
+    --report [--out=FILE]          run nothing, only report; ours lie in docs/results/
     --at_once=2                    two runs side by side, with half of the cores each
     --sweep=12                     twelve more arms, proposed by optuna (with --config=
                                    configs/study_two_halves_budget.py, which has a `propose`)

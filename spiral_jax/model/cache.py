@@ -4,7 +4,7 @@ A cache is a dict: `k` [..., J, E, T] and `v` [..., J, T, E]; stored as int8 als
 1, T] and `v_scale` [..., J, T, 1], float32, one scale for each (token, head).
 
 Keys with their tokens last are a layout for XLA's CPU backend, of little worth there by now
-(docs/README.md). It stays as long as log-probs are to be those of earlier versions to 1e-5: sums in
+(docs/log.md). It stays as long as log-probs are to be those of earlier versions to 1e-5: sums in
 another order moved some by 3e-5. To remove it: the axes of `k` and `k_scale` here, and "et" -> "te"
 of keys in `attention.part.attend` and `attention.xla._cotangents_of`.
 """

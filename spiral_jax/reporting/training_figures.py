@@ -183,7 +183,7 @@ def _plot_panel(axes: Axes, panel: Panel, metrics: Sequence[dict]) -> None:
     for label, (key, color) in panel.curves.items():
         if not has_values(metrics, key):
             continue
-        _plot_smoothed(axes, metrics, key, color, label, panel.scale)
+        _plot_smoothed(axes, metrics, key, color, label, panel.scale, small=True)
         values = series(metrics, key)
         if panel.log_if_wide and 0 < np.nanmin(values) < np.nanmax(values) / 30:
             axes.set_yscale("log")
@@ -196,9 +196,19 @@ def _plot_panel(axes: Axes, panel: Panel, metrics: Sequence[dict]) -> None:
 
 
 def _plot_smoothed(
-    axes: Axes, metrics: Sequence[dict], key: str, color: str, label: str, scale: float = 1
+    axes: Axes,
+    metrics: Sequence[dict],
+    key: str,
+    color: str,
+    label: str,
+    scale: float = 1,
+    small: bool = False,
 ) -> None:
-    """A thin curve of every step and, where there are enough steps, a bold one of the means."""
+    """A thin curve of every step and, where there are enough steps, a bold one of the means.
+
+    Args:
+      small: the axes have no room to say that, and leave it to the large ones.
+    """
     steps, values = series(metrics, "step"), series(metrics, key, scale)
     window = smoothing_window(len(values))
     # a lone point between gaps would be invisible as a line
@@ -208,4 +218,6 @@ def _plot_smoothed(
         return
     axes.plot(steps, values, color=color, linewidth=0.7, alpha=0.4)
     mean = running_mean(values, before=window - 1)
-    axes.plot(steps, mean, color=color, linewidth=2, label=f"{label} (mean of {window} steps)")
+    if not small:
+        label = f"{label} (mean of {window} steps)"
+    axes.plot(steps, mean, color=color, linewidth=2, label=label)

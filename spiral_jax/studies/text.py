@@ -29,6 +29,33 @@ _BUDGET = {  # of an arm's row: key, head of its column
     "token budget": "sampled tokens, at most",
     "lr": "lr",
 }
+_SEEN = {  # in a picture, by the end of its name: what it shows, and what to see in it
+    "arms": (
+        "The first measure of every arm after training",
+        "Best arms stand above. Arms whose bars are far apart differ; dots that lie far apart are "
+        "seeds that learnt different things.",
+    ),
+    "mixed": (
+        "Aggregated accuracy of every run over the share of its sets that are mixed",
+        "Runs on the line read as the base does, so that their search alone has changed; runs "
+        "below it read worse.",
+    ),
+    "pass_at_k": (
+        "Share of problems that some of k traces solves, by k",
+        "A curve that is flat says that more traces bring nothing new; one that rises on says "
+        "that search tries different things.",
+    ),
+    "rsa": (
+        "Accuracy after each round of self-aggregation",
+        "A curve that rises is of a model that can read what it has written; one that falls is of "
+        "one that cannot.",
+    ),
+    "training": (
+        "Rewards of aggregation and search, and the entropy of search, over sampled tokens",
+        "Aggregation may get better while own correctness of search falls. Entropy near 0 says "
+        "that all traces do the same.",
+    ),
+}
 _HOW_TO_READ = (
     "Percent with 95 % intervals by bootstrap over seeds and over problems: each resample draws "
     "the seeds, and one set of problems for all of them. An arm with one seed has an interval over "
@@ -95,12 +122,18 @@ def markdown(study: Study, gathered: Mapping[str, Any], pictures: Sequence[str])
         "Arms": _arms(gathered),
         "Training: means over an arm's runs": _training(gathered),
         "Runs": _runs(gathered),
-        "Pictures": "\n".join(f"![{name}]({name})" for name in pictures),
+        "Pictures": "\n\n".join(map(_picture, pictures)),
         "How to read this": _HOW_TO_READ,
         "Notes": study.notes,
     }
     sections = [f"## {title}\n\n{text}" for title, text in parts.items() if text]
     return "\n\n".join([*_head(study, gathered), *sections]) + "\n"
+
+
+def _picture(name: str) -> str:
+    """A picture with what it shows as its text, and what to see in it."""
+    shows, see = next(seen for end, seen in _SEEN.items() if name.endswith(f"_{end}.png"))
+    return f"![{shows}]({name})\n\n{see}"
 
 
 def _head(study: Study, gathered: Mapping[str, Any]) -> list[str]:

@@ -106,7 +106,7 @@ def test_a_directory_with_config_json_alone_is_enough(tmp_path):
 
 
 def test_state_bytes_of_a_chip_are_those_of_the_arithmetic():
-    """64 chips, base cut in 8 x 4, its decode copy in 4: the numbers of docs/scaling.md."""
+    """64 chips, base cut in 8 x 4, its decode copy in 4: the numbers of docs/results/scaling.md."""
     c, arch = four_b()
     mesh = abstract_mesh((2, 8, 4))
     chip_bytes = CHIPS["v5e"].hbm_bytes
