@@ -66,32 +66,40 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    needed = ("best", "out") if values.across else ("config", "workdir")
-    for name in needed:
-        if not values[name].value:
-            raise app.UsageError(f"--{name} is required{' with --across' * bool(values.across)}")
+    for name in ("best", "out") if values.across else ("config", "workdir"):
+        if not getattr(values, name):
+            raise app.UsageError(f"--{name} is required" + " with --across" * bool(values.across))
     logging.set_verbosity(logging.ERROR)  # orbax warns that it only reads
     jax.config.update("jax_platforms", "cpu")  # of this process: the accelerator is the runs'
     try:
-        if values.across:
-            files = [pathlib.Path(file) for file in values.across]
-            print(write_comparison(files, values.best, pathlib.Path(values.out)), flush=True)
-            return
-        study = load_study(values.config)
-        plain = study.plain()
-        path = open_workdir(values.workdir, plain, digest_of(plain))
-        directory = StudyDirectory(path)
-        if values.sweep or directory.sweep.exists():
-            study = study.with_proposed(sweep_module().proposed(directory))
-        if not values.report:
-            study = run_study(study, directory, Processes(values.at_once), values.sweep)
-        gathered = gather(study, directory)
-        out = pathlib.Path(values.out) if values.out else path / "report"
-        print(write_study(study, gathered, out), flush=True)
+        failures = compare(values) if values.across else run(values)
     except UserError as error:
         sys.exit(f"error: {error}")
-    if failures := list_failures(gathered):
+    if failures:
         sys.exit("\n".join(failures))
+
+
+def run(values: flags.FlagValues) -> list[str]:
+    """Runs what is missing of one study, and reports; returns what has failed, a line each."""
+    study = load_study(values.config)
+    plain = study.plain()
+    path = open_workdir(values.workdir, plain, digest_of(plain))
+    directory = StudyDirectory(path)
+    if values.sweep or directory.sweep.exists():
+        study = study.with_proposed(sweep_module().proposed(directory))
+    if not values.report:
+        study = run_study(study, directory, Processes(values.at_once), values.sweep)
+    gathered = gather(study, directory)
+    out = pathlib.Path(values.out) if values.out else path / "report"
+    print(write_study(study, gathered, out), flush=True)
+    return list_failures(gathered)
+
+
+def compare(values: flags.FlagValues) -> list[str]:
+    """Compares the arms of several studies, from their reports; nothing can fail."""
+    files = [pathlib.Path(file) for file in values.across]
+    print(write_comparison(files, values.best, pathlib.Path(values.out)), flush=True)
+    return []
 
 
 if __name__ == "__main__":

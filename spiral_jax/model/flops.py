@@ -207,6 +207,14 @@ def decode_flops(arch: Architecture, lora_rank: int, keys_N: np.ndarray) -> floa
     return _forward_flops(arch, lora_rank, N, pairs, logits=N)
 
 
+def sampling_flops(arch: Architecture, lora_rank: int, prefilled: int, drawn: int) -> float:
+    """Operations of products with weights, of prompt tokens that are prefilled and tokens drawn.
+
+    Attention itself is left out: how many keys each token saw is not counted while sampling.
+    """
+    return _forward_flops(arch, lora_rank, prefilled + drawn, pairs=0, logits=drawn)
+
+
 def _forward_flops(
     arch: Architecture, lora_rank: int, tokens: int, pairs: int, logits: int
 ) -> float:

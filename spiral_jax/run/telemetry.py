@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 
 from spiral_jax.core import distributed
 from spiral_jax.core.groups import Groups
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.flops import PEAK_FLOPS_PER_S, train_flops
+from spiral_jax.model.flops import PEAK_FLOPS_PER_S, sampling_flops, train_flops
 
 
 def update_metrics(
@@ -24,21 +24,35 @@ def update_metrics(
 
     Returns:
       `tokens_per_s/update`, and `tokens_per_s/update_device` for each device: trained tokens, those
-      of traces. `mfu`: operations that the trained groups need, nothing counted twice
-      (`flops.train_flops` without a remat policy), over seconds x devices x peak; no entry where a
-      device's peak is unknown.
+      of traces. `tflop/update`: 10^12 operations that the trained groups need, nothing counted
+      twice (`flops.train_flops` without a remat policy). `mfu`: these over seconds x devices x
+      peak; no entry where a device's peak is unknown.
     """
     devices = jax.devices()
     speed = sum(groups.sampled_tokens for groups in trained) / seconds
-    metrics = {"tokens_per_s/update": speed, "tokens_per_s/update_device": speed / len(devices)}
+    needed = sum(
+        train_flops(arch, lora_rank, None, groups.requests.prompt_len_U, groups.trace_len_UxC)
+        for groups in trained
+    )
+    metrics = {
+        "tokens_per_s/update": speed,
+        "tokens_per_s/update_device": speed / len(devices),
+        "tflop/update": needed / 1e12,
+    }
     peak = PEAK_FLOPS_PER_S.get(devices[0].device_kind)
     if peak:
-        needed = sum(
-            train_flops(arch, lora_rank, None, groups.requests.prompt_len_U, groups.trace_len_UxC)
-            for groups in trained
-        )
         metrics["mfu"] = needed / (seconds * len(devices) * peak)
     return metrics
+
+
+def sampling_metrics(
+    arch: Architecture, lora_rank: int, metrics: Mapping[str, float]
+) -> dict[str, float]:
+    """`tflop/sampling`: `flops.sampling_flops` of the tokens that a step's metrics count."""
+    prefilled, drawn = (
+        int(metrics[f"sampling/{name}_tokens"]) for name in ("prefilled", "generated")
+    )
+    return {"tflop/sampling": sampling_flops(arch, lora_rank, prefilled, drawn) / 1e12}
 
 
 def memory_metrics() -> dict[str, float]:

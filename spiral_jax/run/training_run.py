@@ -31,7 +31,7 @@ from spiral_jax.run.rehearsal import prompt_lengths
 from spiral_jax.run.retention import Retention
 from spiral_jax.run.saver import Saver
 from spiral_jax.run.setup import Setup, make_evaluator
-from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
+from spiral_jax.run.telemetry import StepProfile, memory_metrics, sampling_metrics, update_metrics
 from spiral_jax.run.trace_log import TraceRows
 from spiral_jax.run.watchdog import Watchdog, deadline
 from spiral_jax.run.workdir import Workdir, WorkdirError, occupy_workdir
@@ -236,6 +236,7 @@ class TrainingRun:
         metrics |= update_metrics(
             model.arch, model.lora_rank, batch.rollouts.stages, metrics["time/updating"]
         )
+        metrics |= sampling_metrics(model.arch, model.lora_rank, metrics)
         metrics |= memory_metrics()
         metrics["checkpoint/failed_saves"] = float(self.saver.failures)
         traces = None

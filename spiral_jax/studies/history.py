@@ -118,6 +118,7 @@ def _costs(steps: Sequence[Mapping[str, Any]], aggregates: bool) -> dict[str, An
         "steps": len(steps),
         "sampled_tokens": round(sum(step["sampling/generated_tokens"] for step in steps)),
         "prefilled_tokens": round(sum(step["sampling/prefilled_tokens"] for step in steps)),
+        "tflop": _tflop(steps),
         "seconds": round(sum(step["time/step"] for step in steps), 1),
         "entropy_start": _mean(steps[:ends], "entropy/search"),
         "entropy_end": _mean(steps[-ends:], "entropy/search"),
@@ -127,6 +128,13 @@ def _costs(steps: Sequence[Mapping[str, Any]], aggregates: bool) -> dict[str, An
         row[f"grad_norm_{role}"] = _mean(steps, f"grad_norm/{role}")
         row[f"lowest_parse_rate_{role}"] = min(parse_rates)
     return row
+
+
+def _tflop(steps: Sequence[Mapping[str, Any]]) -> float | None:
+    """10^12 operations of sampling and updates; None of runs that have not counted them."""
+    if "tflop/update" not in steps[0]:
+        return None
+    return round(sum(step["tflop/sampling"] + step["tflop/update"] for step in steps), 3)
 
 
 def _mean(steps: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -63,7 +63,8 @@ _HOW_TO_READ = (
     "table of runs shows each. A claim holds if the whole interval of its gap is beyond what it "
     "asks, fails if the whole interval is short of it, and is open otherwise. Sampled tokens are "
     "output of all traces, abandoned ones too; prefilled tokens are the prompts that were read, "
-    "aggregation prompts above all: both together are what sampling computes. Seconds are those of "
+    "aggregation prompts above all: both together are what sampling computes. TFLOP are 10^12 "
+    "operations, of sampling (products with weights alone) and of updates. Seconds are those of "
     "the training steps."
 )
 
@@ -293,6 +294,7 @@ def _training(gathered: Mapping[str, Any]) -> str:
         "steps",
         "sampled tokens",
         "prefilled tokens",
+        "TFLOP",
         "seconds",
         "entropy of search, start",
         "end (nat)",
@@ -311,6 +313,7 @@ def _training(gathered: Mapping[str, Any]) -> str:
             _mean(runs, "steps", 0),
             _mean(runs, "sampled_tokens", 0),
             _mean(runs, "prefilled_tokens", 0),
+            _mean(runs, "tflop", 2),
             _mean(runs, "seconds", 0),
             _mean(runs, "entropy_start", 3),
             _mean(runs, "entropy_end", 3),

@@ -11,7 +11,7 @@ from spiral_jax.core.groups import Role
 from spiral_jax.core.metrics import divide
 from spiral_jax.learner.blocks import padding
 from spiral_jax.model.flops import train_flops
-from spiral_jax.run.telemetry import StepProfile, memory_metrics, update_metrics
+from spiral_jax.run.telemetry import StepProfile, memory_metrics, sampling_metrics, update_metrics
 
 
 @dataclasses.dataclass
@@ -39,6 +39,19 @@ def test_mfu_is_what_the_groups_need_over_what_the_devices_could(monkeypatch):
         train_flops(ARCH, 4, None, g.requests.prompt_len_U, g.trace_len_UxC) for g in trained
     )
     assert metrics["mfu"] == pytest.approx(needed / (0.5 * 2 * 197e12))
+    assert metrics["tflop/update"] == pytest.approx(needed / 1e12)
+
+
+def test_sampling_multiplies_each_token_with_every_weight_and_drawn_ones_with_the_head():
+    counted = {"sampling/prefilled_tokens": 30.0, "sampling/generated_tokens": 7.0}
+    D, F, heads, kv = ARCH.D, ARCH.F, ARCH.H * ARCH.E, ARCH.J * ARCH.E
+    shapes = [(D, heads), (D, kv), (D, kv), (heads, D), (D, F), (D, F), (F, D)]
+    rank = 4
+    weights = sum(a * b + rank * (a + b) for a, b in shapes)
+    operations = 2 * (37 * ARCH.L * weights + 7 * D * ARCH.V)
+    assert sampling_metrics(ARCH, rank, counted)["tflop/sampling"] == pytest.approx(
+        operations / 1e12
+    )
 
 
 def test_what_is_not_known_is_not_reported(monkeypatch):

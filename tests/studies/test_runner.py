@@ -440,7 +440,13 @@ def test_a_study_without_results_says_what_became_of_its_runs(fake, tmp_path, mo
 
 def test_the_command_ends_with_status_1_if_a_claim_does_not_hold(fake, tmp_path, monkeypatch):
     flags = SimpleNamespace(
-        config=FILE, workdir=str(tmp_path / "w"), report=False, out=None, sweep=0, at_once=1
+        config=FILE,
+        workdir=str(tmp_path / "w"),
+        report=False,
+        out=None,
+        sweep=0,
+        at_once=1,
+        across=None,
     )
     monkeypatch.setattr(command.flags, "FLAGS", flags)
     command.main(["study"])
