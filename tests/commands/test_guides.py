@@ -40,7 +40,7 @@ GUIDES = (
     "reproduce",
 )
 STEPS = "2"  # a checkpoint that a guide names by the default run's 40 steps is of so many here
-# Of all runs here: programs of the same shapes, which are compiled once.
+# Of all runs here, and of the notebook: the same programs, which are compiled once.
 SMALL = {
     "model.remat": "none",
     "prompt.keep_tail_tokens": 26,
@@ -56,9 +56,12 @@ SMALL = {
     "loss.logprob_chunk": 32,
     "verifier.workers": 1,
     "train.steps": int(STEPS),
+    "optimizer.lr": 1e-3,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 0,
     "eval.problems": 4,
-    "eval.n": 8,
-    "eval.rounds": 1,
+    "eval.n": 32,
+    "eval.rounds": 2,
 }
 END_OF_BLOCK = "--- the block has ended ---"
 
@@ -183,6 +186,14 @@ def test_a_guides_python_prints_what_stands_there(guide, folder, run):
     printed = run(["python", f"{guide}_guide.py"]).split(f"{END_OF_BLOCK}\n")[:-1]
     for of_block, what in zip(printed, expected, strict=True):
         assert what is None or of_block.split() == what.split()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(nursery):
+    done = nursery.run(
+        ["docs/one_step.ipynb", "--check"], program="benchmarks/notebook.py", folder=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("guide", GUIDES)
