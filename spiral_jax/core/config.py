@@ -90,15 +90,16 @@ def defaults() -> ConfigDict:
     # reasoning_gym: the generator's own settings, such as {"max_numbers": 4}; {} = its defaults
     c.task.generator_args = ConfigDict()
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one
-    # "" = the task's own; "math" (0/1 on the last \\boxed{}); "code", the share of its problem's
-    # tests that the last fenced block of Python passes, or "code_all", whether it passes all
-    # (verifier/programs.py says in which columns tests are); "instructions", the share of IFEval's
-    # instructions that are followed; your "package.module:function", a function (text, problem) ->
-    # True, False, a number in [0, 1], None = unparsed, or a pair of one of these and the answer as
-    # a string
+    # "" = the task's own, which of parquet is that of each data_source; "math" (0/1 on the last
+    # \\boxed{}); "code", the share of its problem's tests that the last fenced block of Python
+    # passes, or "code_all", whether it passes all (verifier/programs.py says in which columns tests
+    # are); "instructions", the share of IFEval's instructions that are followed; your
+    # "package.module:function", a function (text, problem) -> True, False, a number in [0, 1], None
+    # = unparsed, or a pair of one of these and the answer as a string
     c.task.reward = ""
     # the same by the problem's column data_source, such as {"gsm8k": "math", "code": "my:run"};
-    # task.reward judges all other sources. Around names with a dot there must be
+    # task.reward judges all other sources; where it is empty, those of public sets have theirs from
+    # a table (verifier/choice.py). Around names with a dot there must be
     # ConfigDict({...}, allow_dotted_keys=True)
     c.task.rewards = ConfigDict(allow_dotted_keys=True)
     # a trace's strategy, which polychromic rewards and evaluations report: "" = the task's own, if

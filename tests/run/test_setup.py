@@ -319,6 +319,14 @@ def test_an_evaluation_checks_its_own_numbers():
     assert_refused(check_evaluation, c, "eval.limits", "search.max_tokens = 26")
 
 
+@pytest.mark.parametrize("reward", ["math", "code", "code_all", "instructions"])
+def test_every_reward_of_the_package_may_be_named(reward):
+    check_training(config(task__reward=reward))
+    c = config()
+    c.task.rewards = ConfigDict({"any": reward})
+    check_training(c)
+
+
 def test_rewards_go_by_data_source_from_the_config_to_the_verifier(tmp_path):
     rows = [
         {"problem": "1?", "answer": "5", "data_source": "sums"},
@@ -337,7 +345,7 @@ def test_rewards_go_by_data_source_from_the_config_to_the_verifier(tmp_path):
     ]
     with c.task.rewards.unlocked():
         c.task.rewards = {"sums": "math"}
-    with pytest.raises(ConfigError, match=r"no reward for the data_source \['own-v1\.5'\]"):
+    with pytest.raises(ConfigError, match=r"no reward.*data_source: 'own-v1\.5' \(2\)"):
         set_up_training(c)
     c.task.reward = "math"  # which needs an answer
     with pytest.raises(TaskError, match="train:2: there is no answer"):
