@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.config import MEASURES, METRIC_WRITERS, REMAT, require
 from spiral_jax.model.attention.backends import BACKENDS
+from spiral_jax.prompts.settings import FENCES
 from spiral_jax.verifier.rewards import NAMED
 
 _ROWS = {  # tuples of rows of so many integers
@@ -26,6 +27,7 @@ _CHOICES = {
     "model.attention": ("auto", *BACKENDS),
     "aggregation.order": ("shuffled", "sampled"),
     "prompt.template": ("chat", "plain"),
+    "prompt.fence": FENCES,
     "prompt.truncated": ("keep_tail", "drop", "mark"),
     "prompt.thinking": ("answer_only", "full"),
 }

@@ -54,7 +54,7 @@ from spiral_jax.sampling.memory import Room, memory_of_a_device
 from spiral_jax.sampling.settings import GroupLimits, check_sampling
 from spiral_jax.tasks.load import check_task, load_task
 from spiral_jax.tasks.problem import Task
-from spiral_jax.verifier.choice import RewardChoice, choose_rewards
+from spiral_jax.verifier.choice import RewardChoice, choose_fences, choose_rewards
 from spiral_jax.verifier.references import check_problems
 from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
@@ -193,7 +193,8 @@ def _set_up(c: ConfigDict, settings: RunSettings) -> Setup:
             f"{start.model.arch.V}."
         )
     stops = stop_ids(tokenizer, start.path, c.prompt.stop)
-    scaffold = make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stops)
+    fences = choose_fences(c.prompt.fence, reward)
+    scaffold = make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stops, fences)
     sampler, eval_sampler = make_samplers(
         c,
         start.model,

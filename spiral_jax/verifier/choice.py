@@ -6,11 +6,18 @@ import collections
 import dataclasses
 import fnmatch
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.rewards import CODE, INSTRUCTIONS, MATH, load_reward, reward_fingerprint
+from spiral_jax.verifier.rewards import (
+    CODE,
+    INSTRUCTIONS,
+    MATH,
+    WITHOUT_ANSWERS,
+    load_reward,
+    reward_fingerprint,
+)
 
 SOURCE = "data_source"  # the column that chooses, in `Problem.metadata`
 _SHOWN = 20  # sources that an error lists
@@ -109,6 +116,18 @@ def choose_rewards(
         return RewardChoice(reward, by_source)
     known = {source: reward_of_source(source) for source in map(_source, problems)}
     return RewardChoice("", {name: known[name] for name in known if known[name]} | dict(by_source))
+
+
+def choose_fences(fence: str, rewards: RewardChoice) -> Callable[[Problem], bool] | None:
+    """Whether prompts show the candidates of a problem in fences; None = those of no problem.
+
+    Args:
+      fence: config.prompt.fence. "auto": where they are judged by tests or instructions, so that
+        they are programs or texts, and no way to an answer.
+    """
+    if fence == "never" or (fence == "auto" and not set(rewards.names) & set(WITHOUT_ANSWERS)):
+        return None
+    return lambda problem: fence == "always" or rewards.of(problem) in WITHOUT_ANSWERS
 
 
 def reward_of_source(source: str) -> str:

@@ -9,7 +9,7 @@ from small_verifier import make_verifier, problem
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.choice import RewardChoice, choose_rewards, reward_of_source
+from spiral_jax.verifier.choice import RewardChoice, choose_fences, choose_rewards, reward_of_source
 from spiral_jax.verifier.rewards import (
     Status,
     Verdict,
@@ -154,6 +154,22 @@ def test_the_table_yields_to_the_config_and_a_named_reward_judges_all_others():
     assert "reward math: 1 problems of 'openai/gsm8k' (1)" in choice.describe(problems)
     named = choose_rewards("e:f", {"own": "c:d"}, problems)
     assert [named.of(problem) for problem in problems] == ["e:f", "e:f", "c:d"]
+
+
+@pytest.mark.parametrize(
+    ("fence", "reward", "fenced"),
+    [
+        ("auto", "", [False, True, True]),  # by data_source
+        ("auto", "math", None),
+        ("auto", "code_all", [True, True, True]),
+        ("always", "math", [True, True, True]),
+        ("never", "code", None),
+    ],
+)
+def test_candidates_stand_in_fences_where_programs_or_texts_are_judged(fence, reward, fenced):
+    problems = [of_source(name) for name in ("gsm8k", "taco", "ifeval")]
+    fences = choose_fences(fence, choose_rewards(reward, {}, problems))
+    assert (fences and [fences(problem) for problem in problems]) == fenced
 
 
 # Their errors and their sources
