@@ -89,6 +89,11 @@ def defaults() -> ConfigDict:
     c.task.generator = ""  # reasoning_gym: generator's name, e.g. "chain_sum"
     # reasoning_gym: the generator's own settings, such as {"max_numbers": 4}; {} = its defaults
     c.task.generator_args = ConfigDict()
+    c.task.environment = ""  # verifiers: id of an installed taskset
+    # verifiers: the taskset's own settings for training problems, such as {"split": "train"}, and
+    # "select", {"skip", "limit", "shuffle", ...}; {} = no training problems
+    c.task.environment_args = ConfigDict()
+    c.task.environment_eval_args = ConfigDict()  # verifiers: the same for held-out problems
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one
     # "" = the task's own, which of parquet is that of each data_source; "math" (0/1 on the last
     # \\boxed{}); "code", the share of its problem's tests that the last fenced block of Python
@@ -395,6 +400,8 @@ def from_plain(plain: dict) -> ConfigDict:
         with (
             c.prompt.template_kwargs.unlocked(),
             c.task.generator_args.unlocked(),
+            c.task.environment_args.unlocked(),
+            c.task.environment_eval_args.unlocked(),
             c.task.rewards.unlocked(),
         ):  # names there are not ours
             c.update(plain)

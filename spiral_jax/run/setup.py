@@ -176,6 +176,8 @@ def set_up_evaluation(c: ConfigDict) -> Setup:
     settings = check_evaluation(c)
     c = c.copy_and_resolve_references()
     c.task.train_path = ""  # else it would be read
+    with c.task.environment_args.unlocked():
+        c.task.environment_args = {}
     return _set_up(c, settings)
 
 
