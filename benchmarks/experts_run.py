@@ -119,10 +119,10 @@ def configuration(base: pathlib.Path) -> ConfigDict:
     c.prompt.template = "plain"
     c.prompt.max_problem_tokens = 24  # bytes; a problem has 22
     c.loss.estimator = "grpo"
-    c.search.traces, c.search.max_tokens = 4, 8
-    c.sampling.rows, c.sampling.chunk, c.sampling.prefill_tokens = 4, 8, 24
+    c.search.traces, c.search.max_tokens = 4, 4
+    c.sampling.rows, c.sampling.chunk, c.sampling.prefill_tokens = 4, 4, 24
     c.batch.problems, c.batch.search_groups = 1, 1
-    c.batch.search_lengths = ((24, 8),)
+    c.batch.search_lengths = ((24, 4),)
     c.verifier.workers = 1
     c.train.steps, c.train.mismatch_limit, c.eval.problems = 1, 0.0, 0
     c.train.watchdog = 0.0  # a step takes minutes here
@@ -175,12 +175,12 @@ def _sizes(gap: np.ndarray) -> dict[str, float]:
 
 
 def random_ids(model: ModelConfig) -> dict[str, np.ndarray]:
-    """A group of two traces of 8 tokens behind a prompt of 16."""
+    """A group of two traces of 4 tokens behind a prompt of 8."""
     rng = np.random.default_rng(0)
-    prompt, trace = (rng.integers(0, model.arch.V, n, np.int32) for n in ((1, 16), (1, 2, 8)))
+    prompt, trace = (rng.integers(0, model.arch.V, n, np.int32) for n in ((1, 8), (1, 2, 4)))
     return {
         "prompt_UxP": prompt,
-        "prompt_len_U": np.full(1, 16, np.int32),
+        "prompt_len_U": np.full(1, 8, np.int32),
         "trace_UxCxG": trace,
     }
 
