@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import platform
+import re
 
 from spiral_jax.run import provenance
 
@@ -21,3 +23,9 @@ def commit() -> str:
     """
     head, modified = provenance.commit()
     return f"{head[:7]}{'+' if modified else ''}" if head else "unknown"
+
+
+def memory(field: str) -> float:
+    """GB of `field` of this process."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024 / 1e9

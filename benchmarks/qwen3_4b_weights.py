@@ -13,26 +13,23 @@ Each program runs in a process of its own, one after the other.
 
 from __future__ import annotations
 
-import functools
 import json
 import pathlib
-import re
 import subprocess
 import sys
 import threading
 import time
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, memory
+from benchmarks.random_checkpoint import make_checkpoint
 from spiral_jax.core.mesh import host_mesh
 from spiral_jax.model import hf
-from spiral_jax.model.architecture import hf_fields, parse_architecture, read_architecture
-from spiral_jax.model.tensor_files import Output, write_tensors
+from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.transformer import ModelConfig, Transformer, head_kernel
 
 DIR = flags.DEFINE_string("dir", None, "where the checkpoints and logits go: 10 GB", required=True)
@@ -54,9 +51,6 @@ FIELDS = {
     "rope_theta": 5e6,
     "tie_word_embeddings": True,
 }
-# of the random weights, by the end of their names
-SCALE = {"q_norm": 3.0, "k_norm": 3.0, "norm": 1.0, "layernorm": 1.0, "embed_tokens": 0.06}
-SHARD_BYTES = 3 * 10**9
 CUT = 4  # layers of the second checkpoint
 ROWS, TOKENS = 2, 64
 
@@ -80,8 +74,8 @@ def main(argv: list[str]) -> None:
 
 def measure(whole: pathlib.Path, cut: pathlib.Path) -> dict:
     root = whole.parent
-    shards = make(whole, FIELDS)
-    make(cut, FIELDS | {"num_hidden_layers": CUT})
+    shards = make_checkpoint(whole, FIELDS)
+    make_checkpoint(cut, FIELDS | {"num_hidden_layers": CUT})
     loading = json.loads(run("load"))
     run("ours")
     run("theirs")
@@ -105,45 +99,6 @@ def run(part: str) -> str:
     module = [sys.executable, "-m", "benchmarks.qwen3_4b_weights"]
     command = [*module, f"--dir={DIR.value}", f"--part={part}"]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def make(path: pathlib.Path, fields: dict) -> list[pathlib.Path]:
-    """Random weights, with peaked attention and logits of order three.
-
-    They follow from their names, so that fewer layers are the first of many.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    arch = parse_architecture(fields, str(path))
-    written = hf_fields(arch, (151645,)) | {"torch_dtype": "bfloat16"}
-    (path / "config.json").write_text(json.dumps(written, indent=1))
-    shapes = hf.abstract_params(ModelConfig(arch, jnp.bfloat16))
-    outputs = [
-        Output(
-            output.name,
-            output.shape,
-            output.dtype,
-            functools.partial(array, output.name, output.shape),
-        )
-        for output in hf.outputs_of(shapes, arch)
-    ]
-    return write_tensors(path, hf.STEM, outputs, SHARD_BYTES)
-
-
-def array(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The random weights of that name, in bfloat16."""
-    rng = np.random.Generator(np.random.SFC64(zlib.crc32(name.encode())))
-    kind = next((kind for kind in SCALE if name.endswith(f"{kind}.weight")), None)
-    if len(shape) == 1:
-        values = SCALE[kind or "layernorm"] * rng.uniform(0.5, 1.5, shape)
-    else:
-        values = SCALE.get(kind, 0.03) * rng.standard_normal(shape, np.float32)
-    return values.astype(jnp.bfloat16)
-
-
-def memory(field: str) -> float:
-    """GB of `field` of this process."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024 / 1e9
 
 
 def load(path: pathlib.Path) -> dict:

@@ -71,7 +71,7 @@ def configuration() -> ConfigDict:
     c = smollm2_135m.get_config()
     c.model.hf_path, c.model.lora_rank = HF_PATH.value, 0
     c.task.train_path = c.task.eval_path = QUESTIONS.value
-    c.eval.temperature = 0
+    c.eval.search_temperature = 0
     c.sampling.rows = COUNT.value
     c.search.max_tokens = MAX_TOKENS.value
     # nothing is trained: micro-batches need only be wide enough to be allowed

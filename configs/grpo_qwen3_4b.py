@@ -33,8 +33,8 @@ def get_config() -> ConfigDict:
 
     c.search.traces = 12  # N (paper)
     c.search.max_tokens = 8192  # tokens a trace (paper)
+    c.search.temperature = 1.0  # (SPIRAL's)
 
-    c.sampling.temperature = 1.0  # (SPIRAL's)
     # At the limit a group has 14.6 GB of keys and values, against 5.0 in SPIRAL.
     c.sampling.max_ratio = 4.0  # problems tried / batch.problems, at most
 

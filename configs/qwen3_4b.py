@@ -39,12 +39,13 @@ def get_config() -> ConfigDict:
 
     c.search.traces = 8  # N (paper)
     c.search.max_tokens = 4096  # tokens a search trace (paper)
+    c.search.temperature = 1.0  # (paper)
     c.aggregation.subsets = 4  # K sets a problem (paper)
     c.aggregation.subset_size = 4  # S traces a set (paper)
     c.aggregation.traces = 4  # M a set (paper)
     c.aggregation.max_tokens = 4096  # tokens an aggregation trace (paper)
+    c.aggregation.temperature = 1.0  # (paper)
 
-    c.sampling.temperature = 1.0  # (paper)
     # Keys and values take 144 KiB a token in bfloat16, over the devices of mesh.tensor.
     c.sampling.memory = 0.8
     c.sampling.max_ratio = 4.0  # problems tried / batch.problems, at most

@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     c.model.lora_alpha = 16.0
 
     c.task.name = "small_programs"
+    c.task.reward = "code"  # the task's own; named, so that exported scaffolds know of the fences
     c.prompt.search, c.prompt.aggregation = SEARCH, AGGREGATION
     c.prompt.candidate = "Attempt {index}:\n{candidate}\n"
     c.prompt.max_problem_tokens = 192

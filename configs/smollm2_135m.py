@@ -77,7 +77,8 @@ def get_config() -> ConfigDict:
     c.train.mismatch_limit = 1e-3  # float32 at logits of order 20
     c.eval.problems = 32
     c.eval.subsets = 2
-    c.eval.temperature = 0.7  # at 1 few traces of a model of this size stay on the question
+    # at 1 few traces of a model of this size stay on the question
+    c.eval.search_temperature = c.eval.aggregation_temperature = 0.7
     c.checkpoint.every = 5
     c.trace_log.every = 1
     return c

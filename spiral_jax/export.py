@@ -40,6 +40,7 @@ from spiral_jax.prompts import tokenizer as tokenizers
 from spiral_jax.prompts.scaffold import CUT_OFF, EMPTY, Scaffold, make_scaffold
 from spiral_jax.prompts.settings import PromptSettings
 from spiral_jax.run.start import Trained, find_trained
+from spiral_jax.verifier.rewards import WITHOUT_ANSWERS
 
 SCAFFOLD = "spiral_scaffold.json"
 INFER = pathlib.Path(__file__).parent / "assets" / "spiral_infer.py"
@@ -134,7 +135,7 @@ def export(
     with open_tensors(base, hf.STEM) as tensors:
         outputs = merged_outputs(trained, tensors, model, mesh)
         files = write_tensors(out, hf.STEM, outputs, max_shard_bytes)
-    sampling = generation_fields(base, c.sampling.temperature, stop_ids)
+    sampling = generation_fields(base, c.search.temperature, stop_ids)
     _write_json(out / "generation_config.json", sampling)
     shutil.copy(base / "config.json", out / "config.json")
     return files
@@ -268,11 +269,13 @@ def scaffold_fields(
         "prompt": to_plain(c.prompt),
         "candidate_texts": {"empty": EMPTY, "cut_off": CUT_OFF},
         "opens_thinking": scaffold.opens_thinking,
+        "fenced": c.prompt.fence == "always"
+        or (c.prompt.fence == "auto" and c.task.reward in WITHOUT_ANSWERS),
         "special_tokens": sorted({token(i) for i in scaffold.special_ids} - {""}),
         "stop_ids": list(stop_ids),
         "search": c.search.to_dict(),
         "aggregation": c.aggregation.to_dict(),
-        "sampling": {"temperature": c.sampling.temperature, "top_p": 1.0},
+        "sampling": {"top_p": 1.0},
         "trained": {
             "step": trained.step,
             "estimator": c.loss.estimator,
@@ -305,7 +308,7 @@ def model_card(trained: Trained, name: str, adapter: bool) -> str:
         size=c.aggregation.subset_size,
         aggregations=c.aggregation.traces,
         rounds=c.aggregation.rounds,
-        temperature=f"{c.sampling.temperature:g}",
+        temperatures=f"{c.search.temperature:g} and {c.aggregation.temperature:g}",
         servers="\n".join(f"    {server}" for server in servers),
     )
 

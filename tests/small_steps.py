@@ -49,13 +49,16 @@ def optimizer(steps=1000, **settings):
     return optimizer_settings(o, steps)
 
 
+TEMPERATURE = {Role.SEARCH: 0.7, Role.AGGREGATION: 1.1}
+
+
 def learner(kl_coef=0.0, tis_cap=0.0, **settings):
     """Settings of a learner; `settings` are those of its optimizer."""
     return LearnerSettings(
         seed=0,
         shapes={role: shapes_of(role) for role in Role},
         optimizer=optimizer(**settings),
-        temperature=0.7,
+        temperature=TEMPERATURE,
         tis_cap=tis_cap,
         kl_coef=kl_coef,
         logprob_chunk=3,  # does not divide G

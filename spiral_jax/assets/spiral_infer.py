@@ -44,6 +44,7 @@ _KNOWN_PROMPT_FIELDS = {
     "search",
     "aggregation",
     "candidate",
+    "fence",
     "truncated",
     "keep_tail_tokens",
     "candidate_tail",
@@ -51,10 +52,13 @@ _KNOWN_PROMPT_FIELDS = {
     "max_problem_tokens",
 }
 _KNOWN_STAGE_FIELDS = {
-    "search": {"traces", "max_tokens"},
-    "aggregation": {"traces", "max_tokens", "subsets", "subset_size", "rounds", "order"},
+    "search": {"traces", "max_tokens", "temperature"},
+    "aggregation": {
+        *("traces", "max_tokens", "temperature", "subsets", "subset_size", "rounds", "order")
+    },
 }
 _ORDERS = ("shuffled", "sampled")
+_LEAST_FENCE, _MOST_FENCE = 3, 8  # backticks around a candidate
 _ATTEMPTS = 4
 _TRACES_PER_SEED = 10_000  # the traces of one --seed have seeds of their own below this
 _TIMEOUT_S = 1800.0
@@ -110,9 +114,9 @@ class Endpoint:
     model: str
     timeout_s: float = _TIMEOUT_S
 
-    def complete(self, message: str, scaffold: dict, max_tokens: int, seed: int) -> Trace:
-        """One trace of at most `max_tokens` tokens, prompted and sampled as in training."""
-        rule = scaffold["prompt"]
+    def complete(self, message: str, scaffold: dict, stage: str, seed: int) -> Trace:
+        """One trace of "search" or "aggregation", prompted and sampled as in training."""
+        rule, max_tokens = scaffold["prompt"], scaffold[stage]["max_tokens"]
         tails = {True: rule["keep_tail_tokens"], False: max_tokens}  # by truncated
         if every := rule.get("candidate_tail"):  # scaffolds of earlier exports have none
             tails = {cut: min(every, tail) for cut, tail in tails.items()}
@@ -120,6 +124,7 @@ class Endpoint:
             tails[True] = tails[False]
         needs_tail = min(tails.values()) < max_tokens
         body = {"model": self.model, "seed": seed, "max_tokens": max_tokens, **scaffold["sampling"]}
+        body["temperature"] = scaffold[stage]["temperature"]
         if rule["stop"]:  # the model's own stop ids are known to the server
             body["stop_token_ids"] = scaffold["stop_ids"]
         ask = self._continue_text if rule["template"] == "plain" else self._answer_chat
@@ -240,7 +245,16 @@ def shown_candidate(trace: Trace, scaffold: dict) -> str | None:
     text = remove_specials(text, scaffold)
     if not text:
         return words["empty"]
-    return words["cut_off"] + text if trace.truncated and rule["truncated"] == "mark" else text
+    if trace.truncated and rule["truncated"] == "mark":
+        text = words["cut_off"] + text
+    return fenced(text, words["empty"]) if scaffold["fenced"] else text
+
+
+def fenced(text: str, empty: str) -> str:
+    """A candidate in a fence that nothing in it closes; `empty` if that would be too long."""
+    longest_run = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(_LEAST_FENCE, longest_run + 1)
+    return f"{fence}\n{text}\n{fence}" if len(fence) <= _MOST_FENCE else empty
 
 
 def search_message(problem: str, scaffold: dict) -> str:
@@ -368,11 +382,13 @@ class Sampler:
         self.failed: list[str] = []
         self.sent = 0
 
-    def sample(self, name: str, messages: list[str], max_tokens: int, seed: int) -> list[Trace]:
+    def sample(self, stage: str, messages: list[str], seed: int, round: int = 0) -> list[Trace]:
         """A trace for each message but those whose request fails; their seeds count from `seed`."""
 
         def complete(i: int) -> Trace:
-            return self._endpoint.complete(messages[i], self._scaffold, max_tokens, seed + i)
+            return self._endpoint.complete(messages[i], self._scaffold, stage, seed + i)
+
+        name = f"{stage} {round}" if round else stage
 
         traces: list[Trace | None] = [None] * len(messages)
         self.sent += len(messages)
@@ -417,7 +433,7 @@ def run(
     first = seed * _TRACES_PER_SEED
 
     messages = [search_message(problem, scaffold)] * search["traces"]
-    traces = sampler.sample("search", messages, search["max_tokens"], first)
+    traces = sampler.sample("search", messages, first)
     found, pool, of_round = traces, traces, []
     for number in range(1, rounds + 1):
         if not pool:
@@ -428,8 +444,7 @@ def run(
         for subset in subsets:
             message = aggregation_message(problem, [pool[n] for n in subset], scaffold)
             messages += [message] * aggregation["traces"]
-        name, limit = f"aggregation {number}", aggregation["max_tokens"]
-        pool = sampler.sample(name, messages, limit, first + sampler.sent)
+        pool = sampler.sample("aggregation", messages, first + sampler.sent, number)
         of_round.append({"subsets": subsets, "traces": [dataclasses.asdict(t) for t in pool]})
 
     answers = [answer_of(problem, trace.text) for trace in pool]

@@ -26,7 +26,11 @@ _GONE = dict.fromkeys(
     ("classes", "row_counts", "exit_groups"),
     "Slots have become pages. Leave it out, or set sampling.memory and sampling.rows: lengths "
     "follow from the limits on prompts and traces.",
-)
+) | {
+    "temperature": "Search and aggregation have one each: search.temperature and "
+    "aggregation.temperature, in evaluations eval.search_temperature and "
+    "eval.aggregation_temperature."
+}
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:

@@ -89,16 +89,22 @@ def defaults() -> ConfigDict:
     c.task.generator = ""  # reasoning_gym: generator's name, e.g. "chain_sum"
     # reasoning_gym: the generator's own settings, such as {"max_numbers": 4}; {} = its defaults
     c.task.generator_args = ConfigDict()
+    c.task.environment = ""  # verifiers: id of an installed taskset
+    # verifiers: the taskset's own settings for training problems, such as {"split": "train"}, and
+    # "select", {"skip", "limit", "shuffle", ...}; {} = no training problems
+    c.task.environment_args = ConfigDict()
+    c.task.environment_eval_args = ConfigDict()  # verifiers: the same for held-out problems
     c.task.seed = 0  # procedural tasks: which problems; train and held-out never share one
-    # "" = the task's own; "math" (0/1 on the last \\boxed{}); "code", the share of its problem's
-    # tests that the last fenced block of Python passes, or "code_all", whether it passes all
-    # (verifier/programs.py says in which columns tests are); "instructions", the share of IFEval's
-    # instructions that are followed; your "package.module:function", a function (text, problem) ->
-    # True, False, a number in [0, 1], None = unparsed, or a pair of one of these and the answer as
-    # a string
+    # "" = the task's own, which of parquet is that of each data_source; "math" (0/1 on the last
+    # \\boxed{}); "code", the share of its problem's tests that the last fenced block of Python
+    # passes, or "code_all", whether it passes all (verifier/programs.py says in which columns tests
+    # are); "instructions", the share of IFEval's instructions that are followed; your
+    # "package.module:function", a function (text, problem) -> True, False, a number in [0, 1], None
+    # = unparsed, or a pair of one of these and the answer as a string
     c.task.reward = ""
     # the same by the problem's column data_source, such as {"gsm8k": "math", "code": "my:run"};
-    # task.reward judges all other sources. Around names with a dot there must be
+    # task.reward judges all other sources; where it is empty, those of public sets have theirs from
+    # a table (verifier/choice.py). Around names with a dot there must be
     # ConfigDict({...}, allow_dotted_keys=True)
     c.task.rewards = ConfigDict(allow_dotted_keys=True)
     # a trace's strategy, which polychromic rewards and evaluations report: "" = the task's own, if
@@ -132,6 +138,10 @@ def defaults() -> ConfigDict:
     )
     # repeated for each candidate, in aggregation.order
     c.prompt.candidate = "Attempt {index}:\n{candidate}\n\n"
+    # whether a candidate stands in a fence, longer than any run of backticks in it: "auto", where
+    # the reward is one of the package's for code or free text ("code", "code_all", "instructions");
+    # "always"; "never"
+    c.prompt.fence = "auto"
     # candidate that hit the limit: "keep_tail", "drop" or "mark"
     c.prompt.truncated = "keep_tail"
     # tokens of a truncated candidate that "keep_tail" and "mark" keep
@@ -145,12 +155,16 @@ def defaults() -> ConfigDict:
     c.search = ConfigDict()
     c.search.traces = 8  # N (paper)
     c.search.max_tokens = 4096  # limit of a search trace (paper)
+    # of search traces in training (paper); top-p and top-k do not exist there: their log-probs
+    # would be others
+    c.search.temperature = 1.0
 
     c.aggregation = ConfigDict()
     c.aggregation.subsets = 4  # K subsets of a problem's N traces (paper)
     c.aggregation.subset_size = 4  # S (paper)
     c.aggregation.traces = 4  # M for each subset (paper)
     c.aggregation.max_tokens = 4096  # limit of an aggregation trace (paper)
+    c.aggregation.temperature = 1.0  # the same of aggregation traces (paper)
     # R: in round 1 the sets are of search traces (paper), in each later one of the K * M traces of
     # the round before, which earn the success of the sets that they are in beside their own. RSA at
     # evaluation goes on like that.
@@ -159,8 +173,6 @@ def defaults() -> ConfigDict:
     c.aggregation.order = "shuffled"
 
     c.sampling = ConfigDict()
-    # (paper); top-p and top-k do not exist in training: their log-probs would be others
-    c.sampling.temperature = 1.0
     # for the pages that hold keys and values: at most 1, a share of what weights and state leave
     # free of a device's memory; above 1, bytes of each device
     c.sampling.memory = 0.8
@@ -244,7 +256,8 @@ def defaults() -> ConfigDict:
     # S traces in each of them; 0 = aggregation.subset_size, as in training
     c.eval.subset_size = 0
     c.eval.traces = 2  # M aggregation traces for each of them
-    c.eval.temperature = 1.0  # 0 = greedy (as in training)
+    c.eval.search_temperature = 1.0  # of search traces; 0 = greedy
+    c.eval.aggregation_temperature = 1.0  # of aggregation traces and of RSA; 0 = greedy
     # only the k most likely tokens; 0 = all. These cuts exist in evaluation alone
     c.eval.top_k = 0
     c.eval.top_p = 1.0  # only the most likely tokens that together hold this mass; 1 = all
@@ -337,6 +350,11 @@ _RETIRED = {
     "loss.dual_clip": 0.0,
     "sampling.verdict_delay": 2,
 }
+# Fields of earlier versions, and those that have their value now.
+_MOVED = {
+    "sampling.temperature": ("search.temperature", "aggregation.temperature"),
+    "eval.temperature": ("eval.search_temperature", "eval.aggregation_temperature"),
+}
 
 
 def as_current(plain: dict) -> dict:
@@ -357,6 +375,14 @@ def as_current(plain: dict) -> dict:
                 f"config.{field} = {value!r}: this field no longer exists, and the run was made "
                 f"with another value than {inert!r}. Use the version of spiral_jax that made it."
             )
+    for field, heirs in _MOVED.items():
+        section, name = field.split(".")
+        if name not in current.get(section, {}):
+            continue
+        value = current[section].pop(name)
+        for heir in heirs:
+            section, name = heir.split(".")
+            current.setdefault(section, {})[name] = value
     for section, fields in to_plain(defaults()).items():
         if isinstance(fields, dict) and isinstance(current.get(section), dict):
             current[section] = fields | current[section]
@@ -374,6 +400,8 @@ def from_plain(plain: dict) -> ConfigDict:
         with (
             c.prompt.template_kwargs.unlocked(),
             c.task.generator_args.unlocked(),
+            c.task.environment_args.unlocked(),
+            c.task.environment_eval_args.unlocked(),
             c.task.rewards.unlocked(),
         ):  # names there are not ours
             c.update(plain)

@@ -34,6 +34,9 @@ class Role(enum.IntEnum):
         return self.name.lower()
 
 
+ROLE_OF_ID = 4  # place of a group's role in `GroupRequests.id_Ux6`
+
+
 class Purpose(enum.IntEnum):
     """Which stream of random numbers a draw belongs to. Part of the key: never renumber."""
 

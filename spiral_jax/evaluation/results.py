@@ -105,7 +105,8 @@ def _describe_sampling(settings: EvaluationSettings) -> dict[str, Any]:
         "set_size": settings.set_size,
         "rounds": settings.rounds,
         "limits": list(settings.limits),
-        "temperature": settings.temperature,
+        "temperature": settings.search_temperature,
+        "aggregation_temperature": settings.aggregation_temperature,
         "top_k": settings.top_k,
         "top_p": settings.top_p,
         "min_p": settings.min_p,
@@ -114,6 +115,14 @@ def _describe_sampling(settings: EvaluationSettings) -> dict[str, Any]:
         "search_max_tokens": settings.search_max_tokens,
         "aggregation_max_tokens": settings.aggregation_max_tokens,
     }
+
+
+def describe_temperatures(settings: Mapping[str, Any]) -> str:
+    """The temperatures in the settings of results, in words; earlier results have one alone."""
+    search = settings["temperature"]
+    aggregation = settings.get("aggregation_temperature", search)
+    apart = "" if aggregation == search else f", in aggregation {aggregation:g}"
+    return f"T = {search:g}{apart}"
 
 
 def _stage_counts(counts: Mapping[str, int], stage: str) -> dict[str, int]:

@@ -36,7 +36,7 @@ class EvaluationSettings:
       limits: ascending; the search traces are judged once more, cut off at each.
       search_max_tokens: limit of a search trace.
       aggregation_max_tokens: limit of an aggregation trace.
-      temperature, top_k, top_p, min_p: how tokens are drawn.
+      search_temperature, aggregation_temperature, top_k, top_p, min_p: how tokens are drawn.
       seed: of subsets, orders, tokens and bootstrap resamples.
       hf_path, adapter_path, init_from: the model, as config.model names it.
       searcher: whose search traces are aggregated; "" = the model's own.
@@ -59,7 +59,8 @@ class EvaluationSettings:
     limits: tuple[int, ...]
     search_max_tokens: int
     aggregation_max_tokens: int
-    temperature: float
+    search_temperature: float
+    aggregation_temperature: float
     top_k: int
     top_p: float
     min_p: float
@@ -130,7 +131,8 @@ def _read(
         limits=limits,
         search_max_tokens=c.search.max_tokens,
         aggregation_max_tokens=c.aggregation.max_tokens,
-        temperature=c.eval.temperature,
+        search_temperature=c.eval.search_temperature,
+        aggregation_temperature=c.eval.aggregation_temperature,
         top_k=c.eval.top_k,
         top_p=c.eval.top_p,
         min_p=c.eval.min_p,

@@ -16,8 +16,9 @@ SCHEDULES = ("constant", "linear", "cosine")
 # of a derived micro-batch, on each shard of the groups: about what `qwen3_4b.py` has
 _MICRO_TOKENS = 32_768
 # Tokens of a prompt that no wording states: those of the chat template; and of a candidate, the
-# mark that it was cut off, and its number. The exact prompts are checked when there is a tokenizer.
-_TEMPLATE_TOKENS, _CANDIDATE_TOKENS = 256, 16
+# mark that it was cut off, its number, and its fence. The exact prompts are checked when there is a
+# tokenizer.
+_TEMPLATE_TOKENS, _CANDIDATE_TOKENS = 256, 32
 _FINE, _COARSE = 16, 128  # derived prompt lengths are multiples, coarse ones from 1,024 tokens on
 
 
@@ -58,14 +59,15 @@ class LearnerSettings:
     """Attributes:
     seed: of fresh adapters.
     shapes: of each role that is trained.
-    temperature: of the sampler: log-probs are those of the distribution that was sampled from.
+    temperature: of each role in the sampler: log-probs are those of the distribution that was
+      sampled from.
     tis_cap, kl_coef, logprob_chunk: fields of config.loss.
     """
 
     seed: int
     shapes: Mapping[Role, RoleShapes]
     optimizer: OptimizerSettings
-    temperature: float
+    temperature: Mapping[Role, float]
     tis_cap: float
     kl_coef: float
     logprob_chunk: int
@@ -88,7 +90,7 @@ def learner_settings(c: ConfigDict, groups: Mapping[Role, int]) -> LearnerSettin
         seed=c.seed,
         shapes={role: _role_shapes(c, role, count) for role, count in groups.items()},
         optimizer=optimizer_settings(c.optimizer, c.train.steps),
-        temperature=c.sampling.temperature,
+        temperature={role: c[role.label].temperature for role in groups},
         tis_cap=c.loss.tis_cap,
         kl_coef=c.loss.kl_coef,
         logprob_chunk=c.loss.logprob_chunk,

@@ -59,7 +59,7 @@ def make_train_step(
     gradient norm of each role, and the norm of the whole gradient before clipping.
     """
     optimizer = make_optimizer(settings.optimizer)
-    micro_batch_loss = _make_loss(settings, config)
+    loss_of = {role: _make_loss(settings, config, role) for role in settings.shapes}
 
     def update(state: TrainState, gradient: Any) -> TrainState:
         updates, opt = optimizer.update(gradient, state.opt, state.trained)
@@ -77,7 +77,7 @@ def make_train_step(
         sums: dict[Role, Sums] = {}
         for role in dict.fromkeys(block.role for block in blocks):
             of_role = [block for block in blocks if block.role is role]
-            sums[role] = _sum_role(micro_batch_loss, state.trained, base, of_role)
+            sums[role] = _sum_role(loss_of[role], state.trained, base, of_role)
             metrics = merge(metrics, _name_metrics(role, sums[role]))
         gradient = jax.tree.map(lambda *parts: sum(parts), *(s.gradient for s in sums.values()))
         norm = optax.tree.norm(gradient)
@@ -98,9 +98,9 @@ def make_train_step(
 
 
 def _make_loss(
-    settings: LearnerSettings, config: ModelConfig
+    settings: LearnerSettings, config: ModelConfig, role: Role
 ) -> Callable[..., tuple[jax.Array, Metrics]]:
-    """Builds `loss(trained, base, micro_batch, tokens) -> (loss, metrics)`.
+    """Builds `loss(trained, base, micro_batch, tokens) -> (loss, metrics)` of a role.
 
     `tokens`: how many tokens of the role the step trains on, over which the reference KL is a mean.
     """
@@ -115,7 +115,7 @@ def _make_loss(
             micro.prompt_UxP,
             micro.prompt_len_U,
             micro.trace_UxCxG,
-            settings.temperature,
+            settings.temperature[role],
             settings.logprob_chunk,
             trace_len_UxC=micro.trace_len_UxC,
         )

@@ -7,12 +7,20 @@ text is never encoded again, since most id sequences do not survive decoding and
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from spiral_jax.core.groups import Stop
-from spiral_jax.prompts.scaffold import Scaffold, fill, number_ids
+from spiral_jax.prompts.scaffold import (
+    LEAST_FENCE,
+    MOST_FENCE,
+    Scaffold,
+    fence_ids,
+    fill,
+    number_ids,
+)
 from spiral_jax.prompts.templates import END_THINK, THINK
 from spiral_jax.prompts.tokenizer import encode_plain
 
@@ -29,7 +37,8 @@ class AggregationPrompt:
       removed_special: stop and special ids taken out of candidates; the stop id that ended a trace
         does not count.
       dropped: candidates left out since they were truncated.
-      empty: candidates of which nothing was left, replaced by a placeholder.
+      empty: candidates of which nothing was left, or that no fence can hold, replaced by a
+        placeholder.
     """
 
     ids: np.ndarray
@@ -48,6 +57,7 @@ def aggregation_prompt(
     problem_text: str,
     candidates: Sequence[tuple[np.ndarray, Stop]],
     order: np.ndarray,
+    fenced: bool = False,
 ) -> AggregationPrompt:
     """The prompt that asks for a better answer, given candidates.
 
@@ -55,6 +65,7 @@ def aggregation_prompt(
       candidates: (sampled int32 ids, stop id included; why it ended) of each trace of the subset,
         at least one.
       order: permutation of the candidates: place j shows candidate order[j].
+      fenced: whether each candidate stands in a fence.
 
     Raises:
       ValueError: `order` is not a permutation of the candidates.
@@ -71,6 +82,8 @@ def aggregation_prompt(
             continue
         ids, removed = clean_candidate(scaffold, ids, stop)
         removed_special += removed
+        if fenced and len(ids):
+            ids = _in_fence(scaffold, ids)
         empty += not len(ids)
         shown.append(ids if len(ids) else scaffold.empty_ids)
     dropped = count - len(shown)
@@ -120,6 +133,21 @@ def clean_candidate(scaffold: Scaffold, ids: np.ndarray, stop: Stop) -> tuple[np
     if is_cut_off and settings.truncated == "mark":
         ids = np.concatenate([scaffold.cut_off_ids, ids])
     return ids, int(special.sum())
+
+
+def _in_fence(scaffold: Scaffold, ids: np.ndarray) -> np.ndarray:
+    """A candidate in a fence that nothing in it closes.
+
+    Nothing, if it has a longer run of backticks than a fence may have: then it is a loop.
+    """
+    text = scaffold.tokenizer.decode(
+        ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    longest_run = max(map(len, re.findall("`+", text)), default=0)
+    if longest_run >= MOST_FENCE:
+        return ids[:0]
+    opening, closing = fence_ids(scaffold, max(LEAST_FENCE, longest_run + 1))
+    return np.concatenate([opening, ids, closing])
 
 
 def listed_order(order: str, seed: int, id_6: Sequence[int], size: int) -> np.ndarray:

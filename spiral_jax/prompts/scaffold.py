@@ -6,7 +6,7 @@ A piece of a prompt is an array of ids, or the name of a placeholder that is fil
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,11 +15,13 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.prompts import tokenizer as tokenizers
 from spiral_jax.prompts.settings import PromptSettings
 from spiral_jax.prompts.templates import END_THINK, THINK, Part, render, split_template
+from spiral_jax.tasks.problem import Problem
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerBase
 
 EMPTY, CUT_OFF = "(empty)", "[cut off]\n"
+LEAST_FENCE, MOST_FENCE = 3, 8  # backticks
 
 Pieces = tuple[np.ndarray | str, ...]
 
@@ -39,6 +41,7 @@ class Scaffold:
       cut_off_ids: int32, precedes a truncated candidate under config.prompt.truncated = "mark".
       think_id, end_think_id: ids of <think> and </think> where they are single tokens.
       opens_thinking: the prompt itself begins the answer with <think>.
+      fences: whether the candidates of a problem stand in fences; None = those of no problem do.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,16 +55,21 @@ class Scaffold:
     think_id: int | None
     end_think_id: int | None
     opens_thinking: bool
+    fences: Callable[[Problem], bool] | None
 
 
 def make_scaffold(
-    tokenizer: PreTrainedTokenizerBase, settings: PromptSettings, stop_ids: Iterable[int]
+    tokenizer: PreTrainedTokenizerBase,
+    settings: PromptSettings,
+    stop_ids: Iterable[int],
+    fences: Callable[[Problem], bool] | None = None,
 ) -> Scaffold:
     """Tokenises the constant parts of all prompts.
 
     Args:
       settings: config.prompt.
       stop_ids: ids that end a trace.
+      fences: see `Scaffold`.
 
     Raises:
       ConfigError: a template has a placeholder too many or too few, the prompts cannot be rendered
@@ -90,6 +98,7 @@ def make_scaffold(
         think_id=tokenizers.single_id(tokenizer, THINK),
         end_think_id=tokenizers.single_id(tokenizer, END_THINK),
         opens_thinking=search.opens_thinking,
+        fences=fences,
     )
 
 
@@ -110,6 +119,16 @@ def number_ids(scaffold: Scaffold, number: int) -> np.ndarray:
     return tokenizers.encode(scaffold.tokenizer, str(number))
 
 
+def fence_ids(scaffold: Scaffold, backticks: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 ids of the line that opens a fence of so many backticks, and of the one that closes it.
+
+    A candidate begins behind the first line, and the second begins behind the candidate.
+    """
+    fence = "`" * backticks
+    opening, closing = f"{fence}\n", f"\n{fence}"
+    return tuple(tokenizers.encode(scaffold.tokenizer, line) for line in (opening, closing))
+
+
 def max_aggregation_prompt(
     scaffold: Scaffold, *, size: int, candidate_tokens: int, problem_tokens: int
 ) -> int:
@@ -125,10 +144,13 @@ def max_aggregation_prompt(
     if scaffold.settings.truncated == "mark":
         tail = min(candidate_tokens, scaffold.settings.keep_tail_tokens)
         shown.append(len(scaffold.cut_off_ids) + tail)
+    longest = max(shown)
+    if scaffold.fences is not None:
+        fences = (fence_ids(scaffold, n) for n in range(LEAST_FENCE, MOST_FENCE + 1))
+        longest += max(len(opening) + len(closing) for opening, closing in fences)
     numbers = [len(number_ids(scaffold, n)) for n in range(1, size + 1)]
     listed = sum(
-        _length(scaffold.candidate, {"candidate": max(shown), "index": digits})
-        for digits in numbers
+        _length(scaffold.candidate, {"candidate": longest, "index": digits}) for digits in numbers
     )
 
     # the problem's own tokens: what the search prompt leaves, shared by the times it states them

@@ -8,6 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+FENCES = ("auto", "always", "never")
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptSettings:
@@ -20,6 +22,7 @@ class PromptSettings:
     search: str
     aggregation: str
     candidate: str
+    fence: str
     truncated: str
     keep_tail_tokens: int
     candidate_tail: int

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from spiral_jax.evaluation.results import describe_temperatures
 from spiral_jax.reporting.axes import (
     count_axis,
     new_figure,
@@ -244,6 +245,6 @@ def _finish(figure: Figure, axes: Axes, results: Mapping[str, dict], shape: str 
     first = next(iter(results.values()))
     counts = dict.fromkeys(str(evaluation["problems"]["count"]) for evaluation in results.values())
     problems = f"{', '.join(counts)} problems of {first['problems']['task']}"
-    parts = [problems, shape, f"T={first['settings']['temperature']:g}", _INTERVALS]
+    parts = [problems, shape, describe_temperatures(first["settings"]), _INTERVALS]
     set_note(figure, "; ".join(part for part in parts if part))
     return figure

@@ -65,13 +65,15 @@ class Writer:
           candidates: one group (U = 1) of the traces that the sets are made of.
         """
         id_Kx6 = self._ids(stage, asked.cursor, len(member_KxS))
+        fences = self.scaffold.fences
+        fenced = fences is not None and fences(asked.problem)
         prompts, cleaned = [], Counter()
         for member_S, id_6 in zip(member_KxS, id_Kx6, strict=True):
             shown = [
                 (candidates.trace_ids(0, n), Stop(candidates.stop_UxC[0, n])) for n in member_S
             ]
             order_S = listed_order(self.order, self.seed, id_6, len(shown))
-            prompt = aggregation_prompt(self.scaffold, asked.problem.text, shown, order_S)
+            prompt = aggregation_prompt(self.scaffold, asked.problem.text, shown, order_S, fenced)
             prompts.append(prompt.ids)
             cleaned.update(
                 removed_special=prompt.removed_special,

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from spiral_jax.core.config import MEASURES, METRIC_WRITERS, REMAT, require
 from spiral_jax.model.attention.backends import BACKENDS
+from spiral_jax.prompts.settings import FENCES
+from spiral_jax.verifier.rewards import NAMED
 
 _ROWS = {  # tuples of rows of so many integers
     "batch.search_lengths": 2,
@@ -25,6 +27,7 @@ _CHOICES = {
     "model.attention": ("auto", *BACKENDS),
     "aggregation.order": ("shuffled", "sampled"),
     "prompt.template": ("chat", "plain"),
+    "prompt.fence": FENCES,
     "prompt.truncated": ("keep_tail", "drop", "mark"),
     "prompt.thinking": ("answer_only", "full"),
 }
@@ -79,16 +82,16 @@ def check_shared(c: ConfigDict) -> None:
         "empty beside model.adapter_path",
         "A run starts from one of the two.",
     )
-    reward = c.task.reward
-    allowed = 'empty, "math" or "package.module:function"'
-    require(reward in ("", "math") or ":" in reward, "task.reward", reward, allowed)
-    by_source = c.task.rewards.to_dict()
-    are_rewards = all(
-        isinstance(name, str) and (name == "math" or ":" in name) for name in by_source.values()
-    )
-    allowed = '{} or {data_source: "math" or "package.module:function"}'
-    require(are_rewards, "task.rewards", by_source, allowed)
+    reward, by_source = c.task.reward, c.task.rewards.to_dict()
+    allowed = f'{", ".join(NAMED)} or "package.module:function"'
+    require(not reward or _is_reward(reward), "task.reward", reward, f"empty, {allowed}")
+    are_rewards = all(map(_is_reward, by_source.values()))
+    require(are_rewards, "task.rewards", by_source, f"{{}} or {{data_source: {allowed}}}")
     _check_prompt(c)
+
+
+def _is_reward(name: object) -> bool:
+    return isinstance(name, str) and (name in NAMED or ":" in name)
 
 
 def check_run(c: ConfigDict) -> None:

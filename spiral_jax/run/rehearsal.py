@@ -19,7 +19,7 @@ from spiral_jax.sampling.weights import abstract_weights
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.choice import RewardChoice
 from spiral_jax.verifier.pool import VerifierFailure
-from spiral_jax.verifier.rewards import Verdict
+from spiral_jax.verifier.rewards import WITHOUT_ANSWERS, Verdict
 from spiral_jax.verifier.verifier import Verifier
 
 _MOST_MEASURED = 10_000  # problems whose prompts are tokenised: a second or two
@@ -75,7 +75,8 @@ def _try_rewards(setup: Setup) -> str:
         for name in setup.reward.names:
             problem = _first_judged_by(name, setup.reward, setup)
             texts = {"an empty trace": ""}
-            if reference := problem.answers[0]:
+            reference = problem.answers[0]
+            if reference and name not in WITHOUT_ANSWERS:
                 texts |= {
                     "its reference answer": reference,
                     "that in a box": f"\\boxed{{{reference}}}",

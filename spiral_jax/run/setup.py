@@ -54,7 +54,7 @@ from spiral_jax.sampling.memory import Room, memory_of_a_device
 from spiral_jax.sampling.settings import GroupLimits, check_sampling
 from spiral_jax.tasks.load import check_task, load_task
 from spiral_jax.tasks.problem import Task
-from spiral_jax.verifier.choice import RewardChoice
+from spiral_jax.verifier.choice import RewardChoice, choose_fences, choose_rewards
 from spiral_jax.verifier.references import check_problems
 from spiral_jax.verifier.settings import VerifierSettings
 from spiral_jax.verifier.verifier import Verifier
@@ -176,6 +176,8 @@ def set_up_evaluation(c: ConfigDict) -> Setup:
     settings = check_evaluation(c)
     c = c.copy_and_resolve_references()
     c.task.train_path = ""  # else it would be read
+    with c.task.environment_args.unlocked():
+        c.task.environment_args = {}
     return _set_up(c, settings)
 
 
@@ -193,7 +195,8 @@ def _set_up(c: ConfigDict, settings: RunSettings) -> Setup:
             f"{start.model.arch.V}."
         )
     stops = stop_ids(tokenizer, start.path, c.prompt.stop)
-    scaffold = make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stops)
+    fences = choose_fences(c.prompt.fence, reward)
+    scaffold = make_scaffold(tokenizer, PromptSettings.from_config(c.prompt), stops, fences)
     sampler, eval_sampler = make_samplers(
         c,
         start.model,
@@ -248,20 +251,22 @@ def _start(c: ConfigDict, mesh: Mesh, training: bool) -> Start:
 def _load_reward(c: ConfigDict, task: Task, training: bool) -> RewardChoice:
     """The reward functions, which can be loaded. Raises `ConfigError`."""
     by_source = c.task.rewards.to_dict()
-    choice = RewardChoice(c.task.reward or ("" if by_source else task.reward), by_source)
-    choice.load()
+    reward = c.task.reward or ("" if by_source else task.reward)
+    choice = choose_rewards(reward, by_source, task.problems)
     choice.check(task.problems, training)
+    choice.load()
     return choice
 
 
 def _with_readable_references(task: Task, reward: RewardChoice) -> Task:
-    """The task, whose report says which references may be read in two ways.
+    """The task, whose report says what judges which source, and what to know of the references.
 
     Raises:
       TaskError: a reward of this package cannot read some, or some tests; see `check_problems`.
     """
     notes = check_problems(task.problems, reward.of)
-    report = "\n".join(filter(None, (task.report, notes)))
+    sources = reward.describe(task.problems)
+    report = "\n".join(filter(None, (task.report, sources, notes)))
     return dataclasses.replace(task, report=report)
 
 

@@ -20,6 +20,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from spiral_jax.core import mesh as meshes
+from spiral_jax.core.groups import ROLE_OF_ID
 from spiral_jax.core.mesh import GROUP_AXES, constrain_groups
 from spiral_jax.model.attention.backends import make_page_backend
 from spiral_jax.model.attention.pages import Bundles, PageBackend, Pages, Places, Sequences
@@ -140,7 +141,8 @@ def decode_chunk(
         running = runs_ZxN(now)
         views, logits_ZxNxV = _next_logits(settings, layers, weights, now, rows, running)
         uniform_ZxN = uniforms(keys_ZxNx2, now.drawn_ZxN)
-        token_ZxN, logprob_ZxN = draw_token(settings.draw, logits_ZxNxV, uniform_ZxN)
+        role_ZxN = rows.id_ZxNx6[..., ROLE_OF_ID]
+        token_ZxN, logprob_ZxN = draw_token(settings.draw, logits_ZxNxV, uniform_ZxN, role_ZxN)
         token_ZxN = jnp.where(running, token_ZxN, -1)
 
         def put(all_steps: jax.Array, new: jax.Array) -> jax.Array:

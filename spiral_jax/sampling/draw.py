@@ -10,6 +10,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from spiral_jax.core.groups import Role
+
 _BLOCK = 512  # vocabulary entries whose sum is one step of the coarse cumulative sum
 
 
@@ -22,32 +24,59 @@ class Draw:
       top_k: only the k most likely tokens, ties with the last of them too; 0 = all.
       top_p: only the most likely tokens that together hold this mass; 1 = all.
       min_p: only tokens at least this fraction as likely as the most likely one; 0 = all.
+      aggregation_temperature: of aggregation traces; None = `temperature`.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    aggregation_temperature: float | None = None
 
     @property
     def cuts(self) -> bool:
         """Whether some token is ruled out, so that log-probs are not those of the plain softmax."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Of search and of aggregation traces; one where both have the same."""
+        other = self.aggregation_temperature
+        same = other is None or other == self.temperature
+        return (self.temperature,) if same else (self.temperature, other)
 
-def draw_token(draw: Draw, logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
+
+def draw_token(
+    draw: Draw, logits: jax.Array, uniform: jax.Array, role: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """int32 token and float32 log-prob, both [...].
 
     Args:
       logits: [..., V] float32.
       uniform: [...] in [0, 1).
+      role: [...] values of `Role`; needed where the two roles have their own temperatures.
     """
     with jax.named_scope("draw"):
-        if draw.temperature == 0:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-            return token, jnp.zeros(token.shape, jnp.float32)
-        logits = logits / draw.temperature
-        return inverse_cdf(_cut(draw, logits) if draw.cuts else logits, uniform)
+        if len(draw.temperatures) == 1:
+            return _draw_at(draw, draw.temperature, logits, uniform)
+        if 0 not in draw.temperatures:
+            search, aggregation = draw.temperatures
+            of_row = jnp.where(role == Role.AGGREGATION, aggregation, search)
+            return _draw_at(draw, of_row[..., None], logits, uniform)
+        search, aggregation = (_draw_at(draw, t, logits, uniform) for t in draw.temperatures)
+        is_search = role == Role.SEARCH
+        return jax.tree.map(lambda a, b: jnp.where(is_search, a, b), search, aggregation)
+
+
+def _draw_at(
+    draw: Draw, temperature: float | jax.Array, logits: jax.Array, uniform: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same at one temperature, or at positive ones that broadcast against `logits`."""
+    if isinstance(temperature, int | float) and temperature == 0:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return token, jnp.zeros(token.shape, jnp.float32)
+    logits = logits / temperature
+    return inverse_cdf(_cut(draw, logits) if draw.cuts else logits, uniform)
 
 
 def _cut(draw: Draw, x: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from spiral_jax.core.config import require
-from spiral_jax.core.groups import GroupRequests
+from spiral_jax.core.groups import GroupRequests, Role
 from spiral_jax.model.attention.backends import XLA
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.sampling.draw import Draw
@@ -161,12 +161,15 @@ def kernel_chunk(prompt: int, least: int) -> int:
 def make_decode_settings(
     c: ConfigDict, model: ModelConfig, mesh: Mesh, stop_ids: tuple[int, ...]
 ) -> DecodeSettings:
-    """Training's settings: tokens are drawn as `config.sampling` says."""
+    """Training's settings: tokens are drawn at the temperatures of search and aggregation."""
     s = c.sampling
     return DecodeSettings(
         config=model,
         cache_dtype=jnp.int8 if s.cache_dtype == "int8" else model.compute_dtype,
-        draw=Draw(temperature=s.temperature),
+        draw=Draw(
+            temperature=c.search.temperature,
+            aggregation_temperature=c.aggregation.temperature,
+        ),
         seed=c.seed,
         stop_ids=stop_ids,
         prefill_chunk=s.prefill_chunk,
@@ -177,11 +180,17 @@ def make_decode_settings(
 def make_eval_draw(c: ConfigDict) -> Draw:
     """How evaluation draws tokens: as `config.eval` says."""
     e = c.eval
-    return Draw(e.temperature, e.top_k, e.top_p, e.min_p)
+    return Draw(
+        temperature=e.search_temperature,
+        top_k=e.top_k,
+        top_p=e.top_p,
+        min_p=e.min_p,
+        aggregation_temperature=e.aggregation_temperature,
+    )
 
 
 def check_sampling(c: ConfigDict) -> None:
-    """Checks what the sampler reads of `config.sampling`, and how `config.eval` draws tokens.
+    """Checks what the sampler reads of `config.sampling`, and how tokens are drawn.
 
     Raises:
       ConfigError: a value that cannot be.
@@ -196,14 +205,16 @@ def check_sampling(c: ConfigDict) -> None:
         "above 0: at most 1, a share of a device's free memory, or above it, bytes",
     )
     require(s.rows >= 0, "sampling.rows", s.rows, ">= 0, where 0 means: as many as memory feeds")
-    require(s.temperature > 0, "sampling.temperature", s.temperature, "> 0")
+    for role in Role:
+        temperature = c[role.label].temperature
+        require(temperature > 0, f"{role.label}.temperature", temperature, "> 0")
     require(
         s.cache_dtype in ("compute", "int8"),
         "sampling.cache_dtype",
         s.cache_dtype,
         "one of compute, int8",
     )
-    for name in ("temperature", "top_k", "min_p"):
+    for name in ("search_temperature", "aggregation_temperature", "top_k", "min_p"):
         require(e[name] >= 0, f"eval.{name}", e[name], ">= 0")
     require(0 < e.top_p <= 1, "eval.top_p", e.top_p, "above 0 and at most 1")
     require(e.min_p < 1, "eval.min_p", e.min_p, "below 1")

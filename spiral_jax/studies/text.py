@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from spiral_jax.evaluation.results import describe_temperatures
 from spiral_jax.evaluation.tables import DASH, percent
 from spiral_jax.studies.design import Study
 from spiral_jax.studies.figures import plot_study
@@ -149,8 +150,9 @@ def _head(study: Study, gathered: Mapping[str, Any]) -> list[str]:
         f"{', '.join(gathered['commits']) or 'not known'}. Written by "
         f"`python -m spiral_jax.study --config={study.file} --report`.",
         f"Evaluation: {problems['count']} held-out problems of {problems['task']} at "
-        f"T = {settings['temperature']:g}: n = {settings['n']} traces each, {settings['subsets']} "
-        f"disjoint sets of {settings['subset_size']}, {settings['traces']} aggregations of each; "
+        f"{describe_temperatures(settings)}: n = {settings['n']} traces each, "
+        f"{settings['subsets']} disjoint sets of {settings['subset_size']}, "
+        f"{settings['traces']} aggregations of each; "
         f"RSA with a population of {settings['population']}, sets of {settings['set_size']}, "
         f"{settings['rounds']} rounds.",
     ]

@@ -41,6 +41,8 @@ class TaskRow:
     demonstrated: bool = False
 
 
+_OF_A_TASKSET = 'settings of the taskset or a selection, such as {"select": {"limit": 1000}}'
+
 TASKS = {
     "jsonl": TaskRow(
         module="spiral_jax.tasks.jsonl",
@@ -82,6 +84,19 @@ TASKS = {
         module="spiral_jax.tasks.reasoning_gym_task",
         arguments=("task.generator", "task.seed", "task.generator_args"),
         needs={"generator": "the name of a reasoning-gym generator"},
+    ),
+    "verifiers": TaskRow(
+        module="spiral_jax.tasks.verifiers_taskset",
+        arguments=(
+            "task.environment",
+            "task.environment_args",
+            "task.environment_eval_args",
+            "prompt.system",
+            "seed",
+        ),
+        needs={"environment": "the id of an installed taskset"},
+        needs_to_train={"environment_args": _OF_A_TASKSET},
+        needs_to_evaluate={"environment_eval_args": _OF_A_TASKSET},
     ),
     "small_programs": TaskRow(module="spiral_jax.tasks.small_programs", arguments=("seed",)),
 }

@@ -53,8 +53,8 @@ class Task:
       held_out: index below `held_out_size` -> problem.
       held_out_size: number of held-out problems.
       fingerprint: changes when the data do; a resumed run refuses another one.
-      reward: default for config.task.reward: "math", or the path "package.module:function" of a
-        reward function.
+      reward: default for config.task.reward: the name of a reward, the path
+        "package.module:function" of a reward function, or "" = that of each problem's data_source.
       strategy: default for config.task.strategy: path of a function, or "" where strategies have
         no name.
       report: what a user should know of the data (sizes, duplicates, overlap), for the terminal;

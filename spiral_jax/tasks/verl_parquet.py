@@ -1,12 +1,14 @@
 """Problems from parquet files in verl's layout -> `Task`.
 
-Columns: prompt, a list of {"role", "content"}; data_source; where the reward needs one,
-reward_model with "ground_truth". A user's reward function finds data_source, extra_info and all
-other columns in `Problem.metadata`; config.task.rewards may name a reward for each data_source.
+Columns: prompt, a list of {"role", "content"}; data_source, which chooses the reward unless the
+config does (`verifier/choice.py`); where the reward needs one, reward_model with "ground_truth":
+an answer, or tests or instructions in JSON or columns of columns. A user's reward function finds
+data_source, extra_info and all other columns in `Problem.metadata`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,7 +58,8 @@ def task(train_path: str, eval_path: str, system: str, seed: int) -> Task:
     train = parse(train_bytes, train_path, TRAIN)
     held_out = parse(eval_bytes, eval_path, HELD_OUT)
     fingerprint = fingerprint_of([train_bytes, eval_bytes])
-    return finite_task(train, held_out, seed, fingerprint, left_out)
+    of_source = ""  # the reward is that of each problem's data_source
+    return finite_task(train, held_out, seed, fingerprint, left_out, reward=of_source)
 
 
 def _rows(
@@ -92,13 +95,21 @@ def _problem(
         where,
         f"{split}:{name}",
         text,
-        rule.get("ground_truth") if isinstance(rule, dict) else None,
+        _reference(rule.get("ground_truth")) if isinstance(rule, dict) else None,
         text_name="prompt",
         answer_name="reward_model.ground_truth",
         metadata=plain_columns(
             {"extra_info": None} | {name: row[name] for name in row if name != "prompt"}, left_out
         ),
     )
+
+
+def _reference(truth: Any) -> Any:
+    """The reference answer; what is no answer, but columns of its own, as JSON."""
+    has_columns = isinstance(truth, dict) or (
+        isinstance(truth, list) and any(isinstance(each, dict) for each in truth)
+    )
+    return json.dumps(truth) if has_columns else truth
 
 
 def _users_text(messages: Any, where: str, system: str) -> str:

@@ -2,8 +2,9 @@ r"""Reward "instructions": the share of a problem's instructions that an answer 
 
 They are checked by rule, none by another model. A problem's columns are those of IFEval (arXiv
 2311.07911): instruction_id_list, such as ["length_constraints:number_words"], and kwargs, a list of
-{argument: value} or None for each. `CHECKS` has them all but the one that asks for a language,
-which needs a classifier. What a trace thinks, up to its last </think>, is no part of the answer.
+{argument: value} or None for each; both may also stand in its reference answer, a JSON object.
+`CHECKS` has all instructions but the one that asks for a language, which needs a classifier. What a
+trace thinks, up to its last </think>, is no part of the answer.
 
 Names, arguments and meanings are IFEval's. Words are runs of letters, digits, _ and '; sentences
 end at . ! or ? before space or the end.
@@ -61,7 +62,7 @@ def read_instructions(
     problem: Problem,
 ) -> Iterator[tuple[Callable[..., bool], dict[str, Any]]]:
     """The check of each instruction, and its arguments. Raises `BrokenInstructions`."""
-    columns = problem.columns
+    columns = {**_read_answer(problem), **problem.columns}
     names = columns.get("instruction_id_list")
     given = columns.get("kwargs")
     given = [None] * len(names or []) if given is None else given
@@ -79,6 +80,15 @@ def read_instructions(
         if missing := [key for key in needed if key not in known]:
             raise BrokenInstructions(f"{name}: its kwargs lack {', '.join(missing)}")
         yield check, {key: known[key] for key in needed}
+
+
+def _read_answer(problem: Problem) -> dict[str, Any]:
+    """The reference answer, if it is a JSON object; else {}."""
+    try:
+        read = json.loads(problem.answers[0])
+    except ValueError:
+        return {}
+    return read if isinstance(read, dict) else {}
 
 
 def _holds(count: int, relation: str, bound: int) -> bool:

@@ -9,7 +9,8 @@ these layouts, all of which may also be JSON in a string:
                         answer too, as verl's files have it
     public_test_cases, private_test_cases
                         [{"input", "output", "testtype"}, ...] (LiveCodeBench), the private ones
-                        packed or not; for functions, metadata has func_name
+                        packed or not; for functions, metadata has func_name, of the problem or of
+                        each test; as the reference answer too
     test_list           assertions, behind test_imports or test_setup_code (MBPP)
 
 What a program must print is compared line by line, without space at the ends of lines, and numbers
@@ -160,9 +161,7 @@ def read_tests(problem: Problem) -> list[Test]:
       BrokenTests: it has none, or one of them cannot be read.
     """
     columns = problem.columns
-    tests = list(_read_columns(columns))
-    if not tests and isinstance(problem.answer, str) and problem.answer.lstrip().startswith("{"):
-        tests = list(_read_pairs(_plain("the reference answer", problem.answer)))
+    tests = list(_read_columns(columns)) or list(_read_answer(problem))
     if not tests:
         raise BrokenTests(
             "no tests; they must be in a column tests, input_output, public_test_cases, "
@@ -184,6 +183,19 @@ def _read_columns(columns: Mapping[str, Any]) -> Iterator[Test]:
         yield Assertion(f"{before}\n{code}")
 
 
+def _read_answer(problem: Problem) -> Iterator[Test]:
+    """Tests in the place of the reference answer."""
+    name, answer = "the reference answer", problem.answer
+    if not isinstance(answer, str) or answer.lstrip()[:1] not in ("{", "["):
+        return
+    tests = _plain(name, answer)
+    if isinstance(tests, Mapping):
+        yield from _read_pairs(tests)
+    else:
+        for case in tests:
+            yield _read_case(name, case, problem.columns)
+
+
 def _read_case(name: str, case: Any, columns: Mapping[str, Any]) -> Test:
     if isinstance(case, str):
         return Assertion(case)
@@ -191,7 +203,8 @@ def _read_case(name: str, case: Any, columns: Mapping[str, Any]) -> Test:
         raise BrokenTests(f'{name}: a test must have "input" and "output", not {_short(case)}')
     if case.get("testtype") != "functional":
         return Output(str(case["input"]), str(case["output"]))
-    function = _plain("metadata", columns.get("metadata") or {}).get("func_name")
+    about = _plain("metadata", case.get("metadata") or columns.get("metadata") or {})
+    function = about.get("func_name")
     if not function:
         raise BrokenTests(f"{name}: a functional test needs func_name in the column metadata")
     arguments = [_plain(name, line) for line in str(case["input"]).splitlines() if line.strip()]

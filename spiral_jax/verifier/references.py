@@ -13,6 +13,7 @@ from spiral_jax.verifier.programs import BrokenTests, read_tests
 from spiral_jax.verifier.rewards import CODE, CODE_ALL, INSTRUCTIONS, MATH
 
 _SHOWN = 10
+_OTHER_ENDS = ("####", "Answer: $Answer")  # of answers, in the problems of GSM8K's and DAPO's files
 
 
 def check_problems(problems: Sequence[Problem], reward_of: Callable[[Problem], str]) -> str:
@@ -68,7 +69,8 @@ def check_references(problems: Sequence[Problem]) -> str:
     LaTeX that does not parse is found only when an answer is compared with it: an error there.
 
     Returns:
-      what a user should know of those that can be read in two ways; "" where there are none.
+      what a user should know: which can be read in two ways, and whether problems ask for another
+      form than a box; "" where there is nothing.
 
     Raises:
       TaskError: some cannot be read; lists ten of them with the reasons.
@@ -93,6 +95,28 @@ def check_references(problems: Sequence[Problem]) -> str:
         "Write them in LaTeX, remove these problems, or set config.task.reward to a function of "
         'your own in place of "math".',
     )
+    notes = [_note_ambiguous(ambiguous), _note_other_ends(problems)]
+    return "\n".join(filter(None, notes))
+
+
+def _note_other_ends(problems: Sequence[Problem]) -> str:
+    """Of problems that ask for their answer in another place than a box; "" if there are none."""
+    asking = [
+        problem
+        for problem in problems
+        if any(end in problem.text for end in _OTHER_ENDS) and "\\boxed" not in problem.text
+    ]
+    if not asking:
+        return ""
+    return (
+        f"{len(asking):,} problems such as {asking[0].id} ask for their answer in a form of their "
+        f'own ("####" or "Answer:"), and the reward math reads the last \\boxed{{}} alone: take '
+        "that instruction out of the file."
+    )
+
+
+def _note_ambiguous(ambiguous: Sequence[tuple[str, str]]) -> str:
+    """Of (id, answer) pairs whose answers may be read in two ways; "" if there are none."""
     if not ambiguous:
         return ""
     name, answer = ambiguous[0]

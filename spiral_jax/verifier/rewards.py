@@ -21,6 +21,8 @@ MATH = "math"
 CODE, CODE_ALL, INSTRUCTIONS = "code", "code_all", "instructions"
 # Those of this package; others are "package.module:function".
 NAMED = (MATH, CODE, CODE_ALL, INSTRUCTIONS)
+# Of them those that judge by tests or instructions: a problem's reference is no answer to it.
+WITHOUT_ANSWERS = (CODE, CODE_ALL, INSTRUCTIONS)
 Reward = bool | float | None
 RewardFunction = Callable[[str, Problem], Reward | tuple[Reward, str | None]]
 

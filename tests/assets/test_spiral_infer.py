@@ -36,11 +36,18 @@ def scaffold(**prompt):
         "prompt": fields,
         "candidate_texts": {"empty": EMPTY, "cut_off": CUT_OFF},
         "opens_thinking": False,
+        "fenced": fields["fence"] == "always",
         "special_tokens": SPECIALS,
         "stop_ids": [1],
-        "search": {"traces": 4, "max_tokens": 40},
-        "aggregation": {"subsets": 3, "subset_size": 2, "traces": 2, "max_tokens": 50},
-        "sampling": {"temperature": 0.7, "top_p": 1.0},
+        "search": {"traces": 4, "max_tokens": 40, "temperature": 0.7},
+        "aggregation": {
+            "subsets": 3,
+            "subset_size": 2,
+            "traces": 2,
+            "max_tokens": 50,
+            "temperature": 0.9,
+        },
+        "sampling": {"top_p": 1.0},
     }
 
 
@@ -88,6 +95,7 @@ CASES = {
     ),
     "truncated dropped": ({"truncated": "drop"}, [("so 3", Stop.STOP), ("4", Stop.LENGTH)]),
     "all dropped": ({"truncated": "drop"}, [("so 3", Stop.LENGTH), ("4", Stop.LENGTH)]),
+    "fenced": ({"fence": "always"}, [("a ```b``` c", Stop.STOP), ("`" * 8, Stop.STOP)]),
     "truncated marked": ({"truncated": "mark"}, [("so 3", Stop.STOP), ("4", Stop.LENGTH)]),
 }
 
@@ -107,13 +115,16 @@ def test_a_message_is_the_text_of_the_prompt_that_training_makes(name, tokenizer
         return tokenizer.decode(ids, skip_special_tokens=False)
 
     fields, candidates = CASES[name]
+    is_fenced = fields.get("fence") == "always"
     prompt = PromptSettings.from_config(ConfigDict(defaults().prompt.to_dict() | fields))
     in_training = make_scaffold(tokenizer, prompt, (tokenizer.eos_token_id,))
     ids = [
         (np.array(tokenizer.encode(text, add_special_tokens=False)), stop)
         for text, stop in candidates
     ]
-    expected = prompts.aggregation_prompt(in_training, "What is 12+30?", ids, np.arange(2)).ids
+    expected = prompts.aggregation_prompt(
+        in_training, "What is 12+30?", ids, np.arange(2), is_fenced
+    ).ids
     traces = [Trace(text, stop == Stop.LENGTH, None) for text, stop in candidates]
     message = spiral_infer.aggregation_message("What is 12+30?", traces, scaffold(**fields))
     assert rendered(message) == decoded(expected)
@@ -153,7 +164,9 @@ def test_the_script_searches_aggregates_and_votes(server, tmp_path):
     assert len(bodies) == 4 + 3 * 2
     for path, body, key in server.asked:
         assert path == "/v1/chat/completions" and body["model"] == "m" and key is None
-        assert (body["temperature"], body["top_p"]) == (0.7, 1.0) and "logprobs" not in body
+        temperature = {40: 0.7, 50: 0.9}[body["max_tokens"]]
+        assert (body["temperature"], body["top_p"]) == (temperature, 1.0)
+        assert "logprobs" not in body
         assert body["messages"][0]["content"].startswith("six by seven\n")
     assert sorted(body["max_tokens"] for body in bodies) == [40] * 4 + [50] * 6
     assert {body["seed"] for body in bodies} == set(range(10))
@@ -203,33 +216,33 @@ def test_a_long_truncated_candidate_is_cut_by_tokens(server):
     tokens = [{"token": "?", "bytes": list(part)} for part in (b"ab", b"\xe2\x82", b"\xac", b"cd")]
     server.reply = lambda body: (200, choice("ab\u20accd", "length", logprobs={"content": tokens}))
     rules = scaffold(keep_tail_tokens=2)
-    trace = Endpoint(server.url, "m").complete("x", rules, 40, 0)
+    trace = Endpoint(server.url, "m").complete("x", rules, "search", 0)
     assert server.asked[0][1]["logprobs"] is True
     assert spiral_infer.shown_candidate(trace, rules) == "cd"  # half a character is no text
     server.reply = lambda body: (200, choice("ab", "length"))
     with pytest.raises(EndpointError, match="does not give tokens"):
-        Endpoint(server.url, "m").complete("x", rules, 40, 0)
+        Endpoint(server.url, "m").complete("x", rules, "search", 0)
 
 
 def test_every_candidate_is_cut_by_tokens_where_the_scaffold_shows_tails(server):
     tokens = [{"token": "?", "bytes": list(part)} for part in (b"ab", b"cd", b"ef")]
     rules = scaffold(candidate_tail=2)
     server.reply = lambda body: (200, choice("abcdef", logprobs={"content": tokens}))
-    trace = Endpoint(server.url, "m").complete("x", rules, 40, 0)
+    trace = Endpoint(server.url, "m").complete("x", rules, "search", 0)
     assert server.asked[0][1]["logprobs"] is True
     assert spiral_infer.shown_candidate(trace, rules) == "cdef"
     server.reply = lambda body: (200, choice("abcdef"))
     with pytest.raises(EndpointError, match="does not give tokens"):
-        Endpoint(server.url, "m").complete("x", rules, 40, 0)
+        Endpoint(server.url, "m").complete("x", rules, "search", 0)
 
 
 def test_thinking_that_the_server_took_out_of_the_text_counts_as_thinking(server):
     server.reply = lambda body: (200, choice("so 3", message={"reasoning_content": "hm"}))
-    trace = Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
+    trace = Endpoint(server.url, "m").complete("x", scaffold(), "search", 0)
     assert trace.text == "<think>hm</think>so 3"
     assert spiral_infer.shown_candidate(trace, scaffold()) == "so 3"
     server.reply = lambda body: (200, choice(None, "length", message={"reasoning_content": "hm"}))
-    trace = Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
+    trace = Endpoint(server.url, "m").complete("x", scaffold(), "search", 0)
     assert spiral_infer.shown_candidate(trace, scaffold()) == EMPTY
 
 
@@ -239,8 +252,8 @@ def test_what_only_some_endpoints_know_is_sent_where_the_scaffold_has_it(server)
         "template_kwargs": {"enable_thinking": False},
         "stop": ["<|user|>"],
     }
-    Endpoint(server.url, "m").complete("x", scaffold(**fields), 40, 0)
-    Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
+    Endpoint(server.url, "m").complete("x", scaffold(**fields), "search", 0)
+    Endpoint(server.url, "m").complete("x", scaffold(), "search", 0)
     (_, full, _), (_, bare, _) = server.asked
     user = {"role": "user", "content": "x"}
     assert full["messages"] == [{"role": "system", "content": "Be brief."}, user]
@@ -257,10 +270,10 @@ def test_a_plain_scaffold_completes_text(server):
 
     rules = scaffold(template="plain", keep_tail_tokens=2)
     server.reply = reply("so 3", "stop", None)
-    assert Endpoint(server.url, "m").complete("x", rules, 40, 0) == Trace("so 3", False, None)
+    assert Endpoint(server.url, "m").complete("x", rules, "search", 0) == Trace("so 3", False, None)
     tokens = {"tokens": ["a", "b", "c"], "token_logprobs": [-1.0] * 3}
     server.reply = reply("abc", "length", tokens)
-    assert Endpoint(server.url, "m").complete("x", rules, 40, 0) == Trace("abc", True, "bc")
+    assert Endpoint(server.url, "m").complete("x", rules, "search", 0) == Trace("abc", True, "bc")
     for path, body, _ in server.asked:
         assert path == "/v1/completions" and body["prompt"] == "x" and body["logprobs"] == 1
         assert "messages" not in body
@@ -270,7 +283,7 @@ def test_an_endpoint_that_refuses_is_an_error_in_its_own_words(server, monkeypat
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     server.reply = lambda body: (404, {"error": "no model m"})
     with pytest.raises(EndpointError, match="v1/chat/completions: 404 .*no model m"):
-        Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
+        Endpoint(server.url, "m").complete("x", scaffold(), "search", 0)
     assert [key for _, _, key in server.asked] == ["Bearer k"]
 
 
@@ -346,7 +359,7 @@ def test_a_reply_that_is_no_openai_answer_is_quoted(server):
     page = "<html>" + 300 * "x"
     server.reply = lambda body: (200, page)
     with pytest.raises(EndpointError, match="v1/chat/completions: not an OpenAI answer") as error:
-        Endpoint(server.url, "m").complete("x", scaffold(), 40, 0)
+        Endpoint(server.url, "m").complete("x", scaffold(), "search", 0)
     assert "<html>xxx" in str(error.value) and 150 < str(error.value).count("x") < 210
 
 
@@ -355,16 +368,18 @@ def test_a_server_that_sends_the_prompt_back_is_refused(server):
     server.reply = lambda body: (200, choice("<|user|>six by seven<|end|><|assistant|>42<|end|>"))
     rules = scaffold(search="{problem}")
     with pytest.raises(EndpointError, match="puts the prompt"):
-        Endpoint(server.url, "m").complete("six by seven", rules, 40, 0)
+        Endpoint(server.url, "m").complete("six by seven", rules, "search", 0)
     server.reply = lambda body: (200, choice("six by seven is 42"))
-    assert Endpoint(server.url, "m").complete("six by seven", rules, 40, 0).text.endswith("42")
+    assert (
+        Endpoint(server.url, "m").complete("six by seven", rules, "search", 0).text.endswith("42")
+    )
 
 
 def test_a_request_that_takes_too_long_is_an_error(server, monkeypatch):
     monkeypatch.setattr(spiral_infer, "_ATTEMPTS", 1)
     server.reply = lambda body: time.sleep(0.5) or echo(body)
     with pytest.raises(EndpointError, match="timed out"):
-        Endpoint(server.url, "m", timeout_s=0.1).complete("x", scaffold(), 40, 0)
+        Endpoint(server.url, "m", timeout_s=0.1).complete("x", scaffold(), "search", 0)
 
 
 def test_sets_that_do_not_exist_and_scaffolds_of_another_version_are_errors(tmp_path):

@@ -17,10 +17,16 @@ import pytest
 
 from configs import tiny
 from spiral_jax import prepare_data
+from spiral_jax.core.config import ConfigError
+from spiral_jax.run.setup import set_up_training
 from spiral_jax.tasks import hub, jsonl, verl_parquet
 from spiral_jax.tasks.load import load_task
 from spiral_jax.tasks.overlap import describe, find_overlap, normalised
 from spiral_jax.tasks.problem import Problem, TaskError
+from spiral_jax.verifier.choice import choose_rewards
+from spiral_jax.verifier.references import check_problems
+from spiral_jax.verifier.settings import VerifierSettings
+from spiral_jax.verifier.verifier import Verifier
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -197,6 +203,64 @@ def test_all_columns_reach_the_reward_but_for_what_json_has_no_form_for(tmp_path
     }
     assert "pixels" not in first.metadata and "do not reach a reward: pixels" in task.report
     assert json.loads(json.dumps(first.metadata)) == first.metadata
+
+
+IFEVAL = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"num_words": None}]}
+# of a drawing with GSM8K's mark in it, which ends no answer here
+DRAWING = {"inputs": ["4\n"], "outputs": ["####\n"]}
+# source -> (reference as the file has it, an answer that earns 1, one that earns 0)
+OF_SOURCES = {
+    "openai/gsm8k": ("so 1,234\n#### 1,234", "\\boxed{1234}", "\\boxed{1235}"),
+    "taco": (json.dumps(DRAWING), '```python\nprint("#" * int(input()))\n```', "```\n```"),
+    "google/IFEval": (json.dumps(IFEVAL), "yes and no", "yes, no"),
+}
+
+
+def test_each_source_of_a_file_is_judged_by_its_own_reward(tmp_path):
+    rows = [
+        row(source=source, index=i, answer=answer)
+        for i, (source, (answer, _, _)) in enumerate(OF_SOURCES.items())
+    ]
+    problems = train_of(verl_parquet.task(write(tmp_path / "t.parquet", rows), "", "", 0), 3)
+    choice = choose_rewards("", {}, problems)
+    assert check_problems(problems, choice.of) == ""
+    answers = list(OF_SOURCES.values())
+    items = [
+        (answers[i][1 + wrong], problem)
+        for wrong in (False, True)
+        for i, problem in enumerate(problems)
+    ]
+    with Verifier(choice, VerifierSettings(workers=1, timeout_s=60.0)) as verifier:
+        assert [verdict.reward for verdict in verifier.verify(items)] == [1, 1, 1, 0, 0, 0]
+
+
+def test_a_reference_may_be_columns_of_its_own(tmp_path):
+    path = write(tmp_path / "t.parquet", [row(answer=DRAWING)])
+    (problem,) = train_of(verl_parquet.task(path, "", "", 0), 1)
+    assert json.loads(problem.answer) == DRAWING
+
+
+def test_sources_without_a_reward_are_counted_and_listed_unless_one_is_named(tmp_path):
+    rows = [row(source=source, index=i) for i, source in enumerate(["x", "gsm8k", "x", "y"])]
+    c = tiny.get_config()
+    c.task.name, c.eval.problems = "parquet", 0
+    c.task.train_path = write(tmp_path / "t.parquet", rows)
+    with pytest.raises(ConfigError, match=r"3 of 4 problems .* 'x' \(2\), 'y' \(1\)\."):
+        set_up_training(c)
+    c.task.reward = "math"
+    assert set_up_training(c).reward.names == ["math"]
+
+
+def test_problems_that_ask_for_another_form_than_a_box_are_said(tmp_path):
+    asks = [
+        'Sum? Output the final answer after "####".',
+        "The last line is of the form Answer: $Answer (without quotes).",
+        'After "####", or in \\boxed{}.',
+        "Sum?",
+    ]
+    path = write(tmp_path / "t.parquet", [row(text, index=i) for i, text in enumerate(asks)])
+    problems = train_of(verl_parquet.task(path, "", "", 0), 4)
+    assert check_problems(problems, lambda problem: "math").startswith("2 problems such as train:")
 
 
 # ---- data sets of the Hugging Face Hub

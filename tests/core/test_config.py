@@ -75,6 +75,17 @@ def test_retired_fields_that_mean_nothing_are_left_out_and_nothing_else_changes(
     assert to_plain(from_plain(as_current(old))) == new
 
 
+def test_a_temperature_of_both_roles_becomes_one_of_each():
+    old = plain_with({"sampling.temperature": 0.6, "eval.temperature": 0.0})
+    for section, name in (("search", "temperature"), ("aggregation", "temperature")):
+        del old[section][name]
+    del old["eval"]["search_temperature"], old["eval"]["aggregation_temperature"]
+    c = from_plain(as_current(old))
+    assert (c.search.temperature, c.aggregation.temperature) == (0.6, 0.6)
+    assert (c.eval.search_temperature, c.eval.aggregation_temperature) == (0.0, 0.0)
+    assert as_current(to_plain(c)) == to_plain(c)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -15,6 +15,7 @@ import pytest
 from small_steps import (
     MODELS,
     QUICK,
+    TEMPERATURE,
     blocks_of,
     both_roles,
     one_device,
@@ -39,19 +40,22 @@ class Row(NamedTuple):
     prompt_len: int
     recorded_T: np.ndarray
     weight: float
+    temperature: float
 
 
-def rows_of(groups, weight_UxC):
+def rows_of(role, groups, weight_UxC):
     for u, c in np.ndindex(weight_UxC.shape):
         length = groups.requests.prompt_len_U[u]
         ids_T = np.concatenate([groups.requests.prompt_UxP[u, :length], groups.trace_ids(u, c)])
         recorded = np.concatenate([np.zeros(length, np.float32), groups.logprob_UxCxG[u, c]])
-        yield Row(ids_T, length, recorded[: ids_T.size], weight_UxC[u, c])
+        recorded_T = recorded[: ids_T.size]
+        yield Row(ids_T, length, recorded_T, weight_UxC[u, c], TEMPERATURE[role])
 
 
-def row_logprobs(kind, tree, ids_T):
+def row_logprobs(kind, tree, row):
+    ids_T = row.ids_T
     hidden = Transformer(MODELS[kind]).apply(tree, ids_T[None], jnp.array([ids_T.size]), None)
-    logits = hidden[0] @ head_kernel(MODELS[kind], tree["params"]) / 0.7
+    logits = hidden[0] @ head_kernel(MODELS[kind], tree["params"]) / row.temperature
     every_logprob = jax.nn.log_softmax(logits[:-1])
     return jnp.take_along_axis(every_logprob, ids_T[1:, None], axis=1)[:, 0]
 
@@ -64,10 +68,10 @@ def row_gradient(base, trained, row, tokens, kind):
     reference = variables(MODELS[kind], base, nothing) if kind == "lora" else {"params": base}
 
     def loss(trained):
-        logprob = row_logprobs(kind, variables(MODELS[kind], base, trained), row.ids_T)
+        logprob = row_logprobs(kind, variables(MODELS[kind], base, trained), row)
         ratio = jnp.exp(logprob - row.recorded_T[1:])
         bounded = jax.lax.stop_gradient(jnp.minimum(ratio, TIS_CAP) / ratio) * ratio
-        u = row_logprobs(kind, reference, row.ids_T) - logprob
+        u = row_logprobs(kind, reference, row) - logprob
         kl = (jnp.exp(u) - 1 - u) / tokens
         return jnp.where(is_trace, KL_COEF * kl - row.weight * bounded, 0.0).sum()
 
@@ -80,7 +84,7 @@ def oracle(kind, base, trained, material):
     gradient = jax.tree.map(lambda a: np.zeros(a.shape), trained)
     for role, (groups, weight_UxC) in material.items():
         tokens = groups.trace_len_UxC.sum()
-        for row in rows_of(groups, weight_UxC):
+        for row in rows_of(role, groups, weight_UxC):
             value, part = row_gradient(base, trained, row, tokens, kind)
             loss[role] += float(value)
             gradient = jax.tree.map(np.add, gradient, jax.tree.map(np.float64, part))

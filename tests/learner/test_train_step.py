@@ -12,6 +12,7 @@ from small_steps import (
     ARCH,
     MODELS,
     QUICK,
+    TEMPERATURE,
     G,
     P,
     blocks_of,
@@ -63,13 +64,13 @@ def assert_same(step, reference):
 
 
 @functools.partial(jax.jit, static_argnames="kind", compiler_options=QUICK)
-def row_loss_and_gradient(base, trained, row_T, prompt_len, recorded_T, weight, kind):
+def row_loss_and_gradient(base, trained, row_T, prompt_len, recorded_T, weight, kind, temperature):
     """Of one row: -weight * sum_t exp(log pi(t) - recorded(t)), t behind the prompt."""
 
     def loss(trained):
         tree = variables(MODELS[kind], base, trained)
         hidden = Transformer(MODELS[kind]).apply(tree, row_T[None], jnp.array([row_T.size]), None)
-        logits = hidden[0] @ head_kernel(MODELS[kind], tree["params"]) / 0.7
+        logits = hidden[0] @ head_kernel(MODELS[kind], tree["params"]) / temperature
         every_logprob = jax.nn.log_softmax(logits[:-1])
         logprob = jnp.take_along_axis(every_logprob, row_T[1:, None], axis=1)[:, 0]
         is_trace = jnp.arange(1, row_T.size) >= prompt_len
@@ -78,7 +79,7 @@ def row_loss_and_gradient(base, trained, row_T, prompt_len, recorded_T, weight, 
     return jax.value_and_grad(loss)(trained)
 
 
-def oracle(kind, groups, weight_UxC):
+def oracle(kind, role, groups, weight_UxC):
     """(loss, gradient) of a role's groups, rows added in float64."""
     base, lora = random_trees(kind)
     base, trained = (base, lora) if lora is not None else (None, base)
@@ -88,7 +89,9 @@ def oracle(kind, groups, weight_UxC):
         row = np.concatenate([groups.requests.prompt_UxP[u, :length], groups.trace_ids(u, c)])
         recorded = np.concatenate([np.zeros(length, np.float32), groups.logprob_UxCxG[u, c]])
         recorded, weight = recorded[: row.size], weight_UxC[u, c]
-        value, part = row_loss_and_gradient(base, trained, row, length, recorded, weight, kind)
+        value, part = row_loss_and_gradient(
+            base, trained, row, length, recorded, weight, kind, TEMPERATURE[role]
+        )
         loss += float(value)
         gradient = jax.tree.map(lambda total, g: total + np.asarray(g, np.float64), gradient, part)
     return loss, gradient
@@ -100,7 +103,7 @@ def test_gradient_and_loss_are_those_of_a_loop_over_unpadded_rows(kind, mesh):
     # 1e-5, not 2e-6: shared prompts also split softmaxes and matrix products in another way.
     material = both_roles()
     gradient, metrics, _ = run(kind, blocks_of(material), mesh)
-    of_role = {role: oracle(kind, *pair) for role, pair in material.items()}
+    of_role = {role: oracle(kind, role, *pair) for role, pair in material.items()}
     total = jax.tree.map(np.add, *(gradient for _, gradient in of_role.values()))
     assert distance(gradient, total) <= 1e-5
     assert metrics["grad_norm"] == pytest.approx(norm(total), rel=1e-5)
@@ -111,7 +114,7 @@ def test_gradient_and_loss_are_those_of_a_loop_over_unpadded_rows(kind, mesh):
 
 def test_grpo_has_search_blocks_alone():
     gradient, metrics, _ = whole()
-    loss, expected = oracle("lora", *search_alone()[Role.SEARCH])
+    loss, expected = oracle("lora", Role.SEARCH, *search_alone()[Role.SEARCH])
     assert distance(gradient, expected) <= 1e-5
     assert metrics["loss/search"] == pytest.approx(loss, rel=1e-5)
     assert metrics["grad_norm"] == metrics["grad_norm/search"]
@@ -271,7 +274,7 @@ def test_single_token_traces_are_learnt_from():
     groups, weight = search_alone()[Role.SEARCH]
     groups.requests.prompt_len_U[:], groups.trace_len_UxC[:] = 5, 1
     gradient, metrics, _ = run("lora", blocks_of({Role.SEARCH: (groups, weight)}, micro=8, most=8))
-    loss, expected = oracle("lora", groups, weight)
+    loss, expected = oracle("lora", Role.SEARCH, groups, weight)
     assert distance(gradient, expected) <= 1e-5
     assert metrics["loss/search"] == pytest.approx(loss, rel=1e-5)
 

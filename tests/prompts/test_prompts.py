@@ -1,5 +1,6 @@
 """Prompts: sampled ids arrive verbatim, nothing can forge a turn, and every rule is counted."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -272,6 +273,26 @@ def test_empty_candidates_are_replaced_and_counted(tokenizer):
     assert (prompt.empty, prompt.removed_special, prompt.dropped) == (3, 3, 0)
 
 
+@pytest.mark.parametrize(
+    ("inside", "fence"), [("", 3), ("`", 3), ("```py\n1\n```", 4), ("`" * 7, 8)]
+)
+def test_a_fence_is_longer_than_any_run_of_backticks_in_the_candidate(tokenizer, inside, fence):
+    scaffold = scaffold_of(tokenizer, candidate="{index}:\n{candidate}\n;")
+    ids = encode(tokenizer, f"a{inside}b")
+    traces = [(ids, Stop.STOP), (ids[:0], Stop.STOP)]
+    prompt = prompts.aggregation_prompt(scaffold, "x?", traces, np.arange(2), fenced=True)
+    line = "`" * fence
+    assert f"1:\n{line}\na{inside}b\n{line}\n;2:\n(empty)\n;" in decode(tokenizer, prompt.ids)
+    assert len(places(prompt.ids, ids)) == 1 and prompt.empty == 1
+
+
+def test_a_run_of_backticks_that_no_fence_can_hold_is_shown_as_empty_and_counted(tokenizer):
+    scaffold = scaffold_of(tokenizer, candidate="{index}:{candidate};")
+    traces = [(encode(tokenizer, f"a{'`' * 8}b"), Stop.STOP)]
+    prompt = prompts.aggregation_prompt(scaffold, "x?", traces, np.arange(1), fenced=True)
+    assert "1:(empty);" in decode(tokenizer, prompt.ids) and prompt.empty == 1
+
+
 @pytest.mark.parametrize("single_tokens", [True, False])
 @pytest.mark.parametrize(
     ("trace", "kept"),
@@ -352,6 +373,21 @@ def test_no_prompt_exceeds_the_bound_and_the_bound_is_reached(tokenizer):
                 assert len(ids) <= bound
                 slack.append(bound - len(ids))
     assert min(slack) == 0  # "q" is one token here, and no trace is shortened in the fullest case
+
+
+def test_fences_are_within_the_bound(tokenizer):
+    scaffold = dataclasses.replace(scaffold_of(tokenizer), fences=lambda problem: True)
+    sizes = {"size": 2, "candidate_tokens": 30, "problem_tokens": 180}
+    bound = max_aggregation_prompt(scaffold, **sizes)
+    problem = "q" * (180 - len(prompts.search_prompt(scaffold, "")))
+    longest = 0
+    for run in range(9):
+        ids = encode(tokenizer, "`" * run + "q" * 30)[:30]
+        prompt = prompts.aggregation_prompt(
+            scaffold, problem, [(ids, Stop.STOP)] * 2, np.arange(2), fenced=True
+        )
+        longest = max(longest, len(prompt.ids))
+    assert longest == bound > max_aggregation_prompt(scaffold_of(tokenizer), **sizes)
 
 
 def test_the_papers_settings_fit_their_widest_micro_batch(tokenizer):

@@ -1,5 +1,7 @@
 """What a stage asks the sampler for: prompts of sampled ids, and the names of random keys."""
 
+import dataclasses
+
 import numpy as np
 from scripted_sampler import (
     TOKENIZER,
@@ -52,3 +54,16 @@ def test_aggregation_prompts_hold_the_sampled_ids_of_their_sets_in_the_keyed_ord
             behind = len(prompt) - 2  # <|end|><|assistant|>
             assert prompt[behind - len(expected) : behind] == expected
         assert cleaned["candidates"] == MEMBER.size and cleaned["removed_special"] == 0
+
+
+def test_the_candidates_of_a_problem_stand_in_fences_where_the_scaffold_says_so():
+    writer = scripted_writer(scripted_config(), Purpose.TRAIN, step=6)
+    scaffold = dataclasses.replace(
+        writer.scaffold, fences=lambda problem: problem.id == asked(3).problem.id
+    )
+    writer = dataclasses.replace(writer, scaffold=scaffold)
+    for cursor, fences in ((3, 8), (4, 0)):
+        group = search_group(writer, cursor)
+        requests, _ = writer.aggregation(READER, asked(cursor), group, MEMBER[:1])
+        text = TOKENIZER.decode(requests.prompt_UxP[0, : requests.prompt_len_U[0]].tolist())
+        assert text.count("```") == fences

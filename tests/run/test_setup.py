@@ -89,7 +89,8 @@ BAD = {
     "optimizer.schedule": ("step", "constant, linear, cosine"),
     "optimizer.lr": (0.0, "> 0"),
     "optimizer.warmup_steps": (-1, ">= 0"),
-    "sampling.temperature": (0.0, "> 0"),
+    "search.temperature": (0.0, "> 0"),
+    "aggregation.temperature": (0.0, "> 0"),
     "sampling.memory": (0.0, "above 0"),
     "sampling.cache_dtype": ("int4", "compute, int8"),
     "sampling.keep_rate": (0.0, "> 0"),
@@ -106,7 +107,8 @@ BAD = {
     "model.attention": ("cuda", "auto, xla, gpu, tpu"),
     "task.name": ("gsm", "jsonl, parquet, hf, two_halves, end_digit, three_parts, reasoning_gym"),
     "task.reward": ("my_reward", "package.module:function"),
-    "eval.temperature": (-0.5, ">= 0"),
+    "eval.search_temperature": (-0.5, ">= 0"),
+    "eval.aggregation_temperature": (-0.5, ">= 0"),
     "eval.top_p": (0.0, "above 0 and at most 1"),
     "eval.min_p": (1.0, "below 1"),
     "eval.subsets": (3, "= 2"),
@@ -295,7 +297,7 @@ SHARED = (
     "model.hf_path",
     "model.compute_dtype",
     "prompt.truncated",
-    "sampling.temperature",
+    "search.temperature",
     "sampling.memory",
     "eval.top_p",
     "task.name",
@@ -319,6 +321,14 @@ def test_an_evaluation_checks_its_own_numbers():
     assert_refused(check_evaluation, c, "eval.limits", "search.max_tokens = 26")
 
 
+@pytest.mark.parametrize("reward", ["math", "code", "code_all", "instructions"])
+def test_every_reward_of_the_package_may_be_named(reward):
+    check_training(config(task__reward=reward))
+    c = config()
+    c.task.rewards = ConfigDict({"any": reward})
+    check_training(c)
+
+
 def test_rewards_go_by_data_source_from_the_config_to_the_verifier(tmp_path):
     rows = [
         {"problem": "1?", "answer": "5", "data_source": "sums"},
@@ -337,7 +347,7 @@ def test_rewards_go_by_data_source_from_the_config_to_the_verifier(tmp_path):
     ]
     with c.task.rewards.unlocked():
         c.task.rewards = {"sums": "math"}
-    with pytest.raises(ConfigError, match=r"no reward for the data_source \['own-v1\.5'\]"):
+    with pytest.raises(ConfigError, match=r"no reward.*data_source: 'own-v1\.5' \(2\)"):
         set_up_training(c)
     c.task.reward = "math"  # which needs an answer
     with pytest.raises(TaskError, match="train:2: there is no answer"):

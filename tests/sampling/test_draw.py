@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from spiral_jax.core.groups import Role
 from spiral_jax.sampling.draw import Draw, draw_token
 
 
@@ -32,6 +33,23 @@ def kept_tokens(draw, logits_V):
         p /= p.sum()
     p[p < draw.min_p * p.max()] = 0
     return p / p.sum()
+
+
+@pytest.mark.parametrize("aggregation", [1.3, 0.0, 0.7])
+def test_each_role_is_drawn_as_if_its_temperature_were_that_of_all(aggregation):
+    rng = np.random.default_rng(1)
+    logits = rng.normal(0, 1.5, (200, 97)).astype(np.float32)
+    uniform, role = rng.random(200, np.float32), rng.integers(0, 2, 200)
+    both = Draw(0.7, top_k=50, aggregation_temperature=aggregation)
+    drawn = jax.device_get(draw_token(both, logits, uniform, role))
+    for of_role, temperature in ((Role.SEARCH, 0.7), (Role.AGGREGATION, aggregation)):
+        alone = jax.device_get(draw_token(Draw(temperature, top_k=50), logits, uniform))
+        token, logprob = (found[role == of_role] for found in drawn)
+        np.testing.assert_array_equal(token, alone[0][role == of_role])
+        # a division by a constant is compiled to a product: one unit in the last place of -8
+        np.testing.assert_allclose(logprob, alone[1][role == of_role], rtol=0, atol=1e-6)
+    others = jax.device_get(draw_token(Draw(0.7, top_k=50), logits, uniform))[0]
+    assert (aggregation == 0.7) == bool((drawn[0] == others).all())
 
 
 DRAWS = [

@@ -14,6 +14,7 @@ from small_sampler import (
     DRAW,
     MODEL,
     ONE_LAYER,
+    OTHER_PROGRAM,
     SCARCE,
     C,
     G,
@@ -35,7 +36,7 @@ from small_sampler import (
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
-from spiral_jax.core.groups import Stop, pad_rows
+from spiral_jax.core.groups import ROLE_OF_ID, Role, Stop, pad_rows
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.sampling.draw import Draw
 from spiral_jax.sampling.protocol import sample
@@ -105,13 +106,13 @@ def teacher_forced(config, variables, prompt, prompt_len, trace, temperature):
     return group_logprobs(config, variables, prompt, prompt_len, trace, temperature, 5)[0]
 
 
-def teacher_forced_logprobs(mesh, variables, groups, config=MODEL):
+def teacher_forced_logprobs(mesh, variables, groups, config=MODEL, temperature=DRAW.temperature):
     """Log-probs of nine groups in the training forward pass."""
     index = np.arange(12) % 9  # a multiple of the mesh's groups
     arrays = (groups.requests.prompt_UxP, groups.requests.prompt_len_U, groups.trace_UxCxG)
     with jax.set_mesh(mesh):
         placed = jax.device_put(tuple(a[index] for a in arrays), meshes.group_sharding(mesh))
-        forced = teacher_forced(config, variables, *placed, DRAW.temperature)
+        forced = teacher_forced(config, variables, *placed, temperature)
     return np.asarray(forced)[:9]
 
 
@@ -459,6 +460,21 @@ def test_frequencies_of_whole_traces_are_their_exact_probabilities(mesh, tempera
             expected = expected_N[cell].sum()
             cells.append((count_N[cell].sum() - expected) ** 2 / expected)
     assert np.sum(cells) < stats.chi2.ppf(0.999, len(cells) - 4)
+
+
+def test_search_and_aggregation_run_side_by_side_at_their_own_temperatures(mesh, shallow_weights):
+    temperatures = {Role.SEARCH: 0.7, Role.AGGREGATION: 1.3}
+    draw = Draw(0.7, aggregation_temperature=1.3)
+    engine = make_engine(mesh, (), {"chunk": 4, "prefill_tokens": 16}, config=ONE_LAYER, draw=draw)
+    requests = mixed_requests()
+    requests.id_Ux6[:, ROLE_OF_ID] = role_U = np.arange(9) % 2
+    drawn = sample(engine, shallow_weights, requests)
+    variables = random_variables(ONE_LAYER, mesh)
+    for role, temperature in temperatures.items():
+        forced = teacher_forced_logprobs(mesh, variables, drawn, ONE_LAYER, temperature)
+        off = np.abs(forced - drawn.logprob_UxCxG)
+        assert off[role_U == role].max() < OTHER_PROGRAM
+        assert off[role_U != role].max() > 0.1  # the other temperature would be seen
 
 
 # Start-up

@@ -1,5 +1,7 @@
 """Reward "instructions": what follows each instruction and what does not, and the share of them."""
 
+import json
+
 import pytest
 
 from spiral_jax.tasks.problem import Problem, TaskError
@@ -142,6 +144,12 @@ def test_the_reward_is_the_share_and_comes_from_a_worker():
     with Verifier("instructions", VerifierSettings(workers=1, timeout_s=20.0)) as verifier:
         rewards = [verdict.reward for verdict in verifier.verify(items)]
     assert rewards == pytest.approx([2 / 3, 1, 0], abs=1e-7)  # multiples of 2^-24
+
+
+def test_instructions_may_stand_in_the_reference_answer():
+    asks = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [None]}
+    problem = Problem("p", "?", json.dumps(asks))
+    assert [instructions_reward(text, problem) for text in ("a b", "a, b")] == [1, 0]
 
 
 @pytest.mark.parametrize(

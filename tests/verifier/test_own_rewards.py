@@ -9,7 +9,7 @@ from small_verifier import make_verifier, problem
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.tasks.problem import Problem
-from spiral_jax.verifier.choice import RewardChoice
+from spiral_jax.verifier.choice import RewardChoice, choose_fences, choose_rewards, reward_of_source
 from spiral_jax.verifier.rewards import (
     Status,
     Verdict,
@@ -118,10 +118,58 @@ def test_a_source_without_a_reward_and_a_reward_without_a_source_are_refused():
     CHOICE.check([sums], training=False)  # an evaluation may have fewer
     with pytest.raises(ConfigError, match=r"config\.task\.rewards: \['own'\].*\['sums'\]"):
         CHOICE.check([sums], training=True)
-    with pytest.raises(ConfigError, match=r"no reward for the data_source \['None', 'other'\]"):
-        CHOICE.check([sums, own, other, problem()], training=True)
+    unknown = r"3 of 5 problems have no reward.*'other' \(2\), 'None' \(1\)\."
+    with pytest.raises(ConfigError, match=unknown):
+        CHOICE.check([sums, own, problem(), other, other], training=True)
     RewardChoice("math", CHOICE.by_source).check([sums, own, other, problem()], training=True)
     RewardChoice("math").check([problem()], training=True)
+
+
+# data_source of the files that verl's own scripts and their users write
+KNOWN = {
+    "math": (
+        *("openai/gsm8k", "lighteval/MATH", "DigitalLearningGmbH/MATH-lighteval"),
+        *("HuggingFaceH4/MATH-500", "math_dapo", "aime2024", "aime_2025", "numina_amc_aime"),
+        *("numina_cn_k12", "simplelr/gsm8k", "math"),
+    ),
+    "code": ("apps", "taco", "codecontests", "codeforces", "livecodebench", "mbpp"),
+    "instructions": ("google/IFEval", "ifeval"),
+    # of pictures, of searches, and what only begins or ends like one that is known
+    "": ("hiyouga/geometry3k", "searchR1_nq", "math_proofs", "my_math", "apps_ui", "None"),
+}
+
+
+@pytest.mark.parametrize("reward", KNOWN)
+def test_public_sources_are_known_by_name(reward):
+    assert {name: reward_of_source(name) for name in KNOWN[reward]} == dict.fromkeys(
+        KNOWN[reward], reward
+    )
+
+
+def test_the_table_yields_to_the_config_and_a_named_reward_judges_all_others():
+    problems = [of_source(name) for name in ("openai/gsm8k", "taco", "own")]
+    own = {"taco": "a:b", "own": "c:d"}
+    choice = choose_rewards("", own, problems)
+    assert [choice.of(problem) for problem in problems] == ["math", "a:b", "c:d"]
+    assert "reward math: 1 problems of 'openai/gsm8k' (1)" in choice.describe(problems)
+    named = choose_rewards("e:f", {"own": "c:d"}, problems)
+    assert [named.of(problem) for problem in problems] == ["e:f", "e:f", "c:d"]
+
+
+@pytest.mark.parametrize(
+    ("fence", "reward", "fenced"),
+    [
+        ("auto", "", [False, True, True]),  # by data_source
+        ("auto", "math", None),
+        ("auto", "code_all", [True, True, True]),
+        ("always", "math", [True, True, True]),
+        ("never", "code", None),
+    ],
+)
+def test_candidates_stand_in_fences_where_programs_or_texts_are_judged(fence, reward, fenced):
+    problems = [of_source(name) for name in ("gsm8k", "taco", "ifeval")]
+    fences = choose_fences(fence, choose_rewards(reward, {}, problems))
+    assert (fences and [fences(problem) for problem in problems]) == fenced
 
 
 # Their errors and their sources

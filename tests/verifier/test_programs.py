@@ -82,9 +82,19 @@ def test_layouts_of_tests(name):
     assert read_tests(problem_of(metadata)) == expected
 
 
-def test_the_reference_answer_may_hold_inputs_and_outputs():
-    answer = json.dumps({"inputs": ["1"], "outputs": ["2"]})
-    assert read_tests(problem_of({}, answer)) == [Output("1", "2")]
+IN_ANSWERS = {
+    "verl": ({"inputs": ["1"], "outputs": ["2"]}, [Output("1", "2")]),
+    "LiveCodeBench": (
+        [PAIR | {"testtype": "stdin"}, FUNCTIONAL | {"metadata": {"func_name": "join"}}],
+        [Output("2 3\n", "5\n"), Call("join", [[1, 2], 3], [3, 1, 2])],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_ANSWERS)
+def test_the_reference_answer_may_hold_the_tests(name):
+    answer, expected = IN_ANSWERS[name]
+    assert read_tests(problem_of({}, json.dumps(answer))) == expected
 
 
 class Opens:
