@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from spiral_jax.prompts.settings import PromptSettings
 from spiral_jax.prompts.tokenizer import load_tokenizer
 from spiral_jax.rollout.actor import Actor
 from spiral_jax.rollout.collect import Batch
+from spiral_jax.rollout.populations import Population
 from spiral_jax.rollout.requests import Asked, Writer
 from spiral_jax.rollout.settings import dynamic_sampling, training_stages
 from spiral_jax.run.examples import show_nothing
@@ -105,6 +106,14 @@ class ScriptedSampling:
 
     def metrics(self):
         return {"sampling/generated_tokens": float(self._tokens)}
+
+
+class SamplerByRound(ScriptedSampler):
+    """Its script is told the round instead of the role."""
+
+    def text(self, request, i):
+        _, _, cursor, round, _, k = map(int, request.id_Ux6[0])
+        return self.script(round, cursor, k, i)
 
 
 class ReadingSampler(ScriptedSampler):
@@ -226,9 +235,11 @@ class ScriptedTraining:
     def with_actor(self, **changes: Any) -> "ScriptedTraining":
         return dataclasses.replace(self, actor=dataclasses.replace(self.actor, **changes))
 
-    def collect(self, step: int = 0, cursor: int = 0) -> Batch:
+    def collect(
+        self, step: int = 0, cursor: int = 0, populations: Sequence[Population] = ()
+    ) -> Batch:
         """The batch of a step: the lines of train.py."""
-        problems = self.actor.first_kept(cursor)
+        problems = self.actor.first_kept(cursor, populations)
         for rollout in self.actor.rollouts(None, step, problems):
             advantages = compute_advantages(self.objective.estimator, rollout.rewards())
             problems.add(rollout, advantages)

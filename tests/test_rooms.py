@@ -17,7 +17,7 @@ DOORS = {
     "objective": "advantages control_variate estimators explain rewards settings subsets weights",
     "sampling": "decode engine memory prefill programs protocol settings shapes weights",
     "learner": "blocks logprobs settings state step",
-    "rollout": "actor collect feed judge requests settings stages traces",
+    "rollout": "actor collect feed judge populations requests settings stages traces",
     "evaluation": "answers comparison measures results settings stages statistics tables wave",
     "run": "checkpoint evaluation_run log preemption rehearsal setup start trace_log training_run "
     "workdir",

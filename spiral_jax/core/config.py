@@ -172,6 +172,16 @@ def defaults() -> ConfigDict:
     # of a subset's candidates in the prompt; or "sampled", as they were drawn
     c.aggregation.order = "shuffled"
 
+    # Population replay: the answers of a problem's last round of aggregation are kept, and
+    # aggregation groups of later steps read them, as a deeper round would. What is read is of
+    # earlier steps and earns nothing; the new answers are trained as all aggregations are, and take
+    # the place of what they have read once they have earned as much
+    c.replay = ConfigDict()
+    c.replay.problems = 0  # stored populations that a step reads, K sets of each; 0 = no replay
+    c.replay.max_age = 8  # steps after which a population is read no more
+    c.replay.uses = 4  # steps that read a population at most, as long as answers earn less
+    c.replay.rounds = 10  # the deepest round that is trained; one after search is round 1
+
     c.sampling = ConfigDict()
     # for the pages that hold keys and values: at most 1, a share of what weights and state leave
     # free of a device's memory; above 1, bytes of each device
@@ -384,8 +394,8 @@ def as_current(plain: dict) -> dict:
             section, name = heir.split(".")
             current.setdefault(section, {})[name] = value
     for section, fields in to_plain(defaults()).items():
-        if isinstance(fields, dict) and isinstance(current.get(section), dict):
-            current[section] = fields | current[section]
+        if isinstance(fields, dict) and isinstance(current.get(section, {}), dict):
+            current[section] = fields | current.get(section, {})
     return current
 
 

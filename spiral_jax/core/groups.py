@@ -42,6 +42,7 @@ class Purpose(enum.IntEnum):
 
     TRAIN = 0
     EVALUATION = 1
+    REPLAY = 2  # which stored populations a step reads
 
 
 class Stop(enum.IntEnum):

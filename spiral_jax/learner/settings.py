@@ -147,7 +147,7 @@ def derived_lengths(c: ConfigDict, role: Role) -> tuple[tuple[int, int], ...]:
     if role is Role.SEARCH:
         return ((problem, limit),)
     longest = c.search.max_tokens
-    if c.aggregation.rounds > 1:
+    if c.aggregation.rounds > 1 or c.replay.problems:
         longest = max(longest, c.aggregation.max_tokens)
     words = c.prompt.candidate.encode()
     candidates = c.aggregation.subset_size * (longest + len(words) + _CANDIDATE_TOKENS)

@@ -104,6 +104,8 @@ def compute_advantages(
 ) -> Advantages:
     """The advantages of B problems under one of `ESTIMATORS`, before the length gate.
 
+    Stale candidates earn nothing for being read, whatever the estimator: they are not the policy's.
+
     Args:
       rewards: of each round of aggregation; of search alone, one.
       c_R: of each round, what an estimator with a `fit` has fitted on earlier steps; (): 0.
@@ -112,6 +114,8 @@ def compute_advantages(
       ValueError: another estimator; or another number of c than of rounds.
       FractionalRewards: own rewards other than 0, 1 and NaN where sets are scored by them.
     """
+    if any(of_round.stale for of_round in rewards):
+        estimator, c_R = "aggregator_only", ()
     if c_R:
         rewards = [
             dataclasses.replace(of_round, c=c) for of_round, c in zip(rewards, c_R, strict=True)

@@ -128,6 +128,12 @@ def not_trained(evidence: Evidence) -> Reason:
     return Reason(0.0, "This estimator trains no traces for being read: 0.")
 
 
+def stale(evidence: Evidence) -> Reason:
+    """Of traces of earlier steps, under every estimator."""
+    del evidence
+    return Reason(0.0, "It was sampled in an earlier step: it is read, and not trained on, 0.")
+
+
 def against_all_sets(evidence: Evidence) -> Reason:
     """`of_sets.marginal_mean`."""
     return _against(evidence, evidence.scored_sets(), "all sets")

@@ -28,6 +28,7 @@ class Rewards:
         rewards strategies.
       c: weight of own correctness as a control variate, fitted on earlier steps; 0 unless the
         estimator has a `fit`.
+      stale: whether the candidates were sampled in earlier steps, by other weights.
 
     Raises:
       ValueError: arrays whose shapes do not fit together.
@@ -38,6 +39,7 @@ class Rewards:
     member_BxKxS: np.ndarray | None = None
     strategy_BxN: np.ndarray | None = None
     c: float = 0.0
+    stale: bool = False
 
     def __post_init__(self):
         for name in ("own_BxN", "aggregated_BxKxM"):

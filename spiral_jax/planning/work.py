@@ -79,7 +79,7 @@ def work_of_step(settings: PlanSettings, assumed: Assumptions) -> list[Work]:
         works.append(
             Work(
                 role=Role.AGGREGATION,
-                sampled=tried * stages.subsets * stages.rounds,
+                sampled=stages.groups(tried)[Role.AGGREGATION],
                 trained=aggregation.most_groups,
                 traces=aggregation.traces,
                 prompt=problem + stages.subset_size * candidate,

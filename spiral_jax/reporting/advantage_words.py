@@ -85,7 +85,8 @@ def _reasons(
     settings: AdvantageSettings,
 ) -> list[Reason]:
     """Why a trace has its advantage: by its own set, and by the sets that it is read in."""
-    estimator, reasons = ESTIMATORS[settings.estimator], []
+    words = explain.stale if problem.replay else ESTIMATORS[settings.estimator].explain
+    reasons = []
     if stage.reads:
         reasons.append(explain.aggregation(trace.row["reward"], of_set.score))
     reader = problem.reader_of(stage)
@@ -102,7 +103,7 @@ def _reasons(
             own_N=[other.row["reward"] for other in stage.traces],
             c=settings.c_R[stage.round] if settings.c_R else None,
         )
-        reasons.append(estimator.explain(evidence))
+        reasons.append(words(evidence))
     return reasons
 
 

@@ -1,7 +1,8 @@
 """The trace log's rows of one problem -> its stages, their sets and traces, and who reads whom.
 
 A problem is a chain of stages: search, then each round of aggregation, whose sets read traces of
-the stage before. Trace logs of all earlier versions that have a `verdict` are read.
+the stage before. Where a stored population was read, that stands in the place of search. Trace logs
+of all earlier versions that have a `verdict` are read.
 """
 
 from __future__ import annotations
@@ -97,6 +98,11 @@ class LoggedProblem:
 
     first: dict[str, Any]
     stages: list[Stage]
+
+    @property
+    def replay(self) -> dict[str, int] | None:
+        """When the stored population that was read was sampled, in which round; None: search is."""
+        return self.first.get("replay")
 
     @property
     def sets(self) -> list[TraceSet]:

@@ -1,6 +1,7 @@
 """A logged problem -> what its page shows, in JSON types.
 
 step, cursor, id, kept, text, reference, flags
+replay   of a stored population: step, round and uses; null where search traces are read
 search   traces, see `_trace_page`; `sets` are places in the next list of those that it is in
 sets     of all rounds: round, name, members, order (as the prompt lists them), listed (the same by
          name), right, verified, vote, flags; traces, each with its quotes and, unless the round is
@@ -39,6 +40,7 @@ FLAGS = {  # what a problem or set can be filtered by, and what it means
     "advantage",
     "truncated": "some trace was cut off at its limit",
     "error": "some trace could not be verified: our failure or a time-out",
+    "replayed": "what its sets read are stored aggregations of an earlier step",
 }
 
 
@@ -82,6 +84,7 @@ def problem_page(
         "cursor": first["cursor"],
         "id": first["problem"],
         "kept": first["kept"],
+        "replay": problem.replay,
         "text": first["problem_text"],
         "reference": reference if isinstance(reference, str) else " or ".join(reference),
         "flags": _in_order(_problem_flags(problem)),
@@ -194,7 +197,7 @@ def _set_flags(stage: Stage, of_set: TraceSet) -> set[str]:
 
 
 def _problem_flags(problem: LoggedProblem) -> set[str]:
-    flags: set[str] = set()
+    flags: set[str] = {"replayed"} if problem.replay else set()
     for stage in problem.stages[1:]:
         for of_set in stage.sets:
             flags |= _set_flags(stage, of_set)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from spiral_jax.core import faults
@@ -15,10 +15,11 @@ from spiral_jax.prompts.scaffold import Scaffold
 from spiral_jax.rollout.collect import FirstKept, Source
 from spiral_jax.rollout.feed import Feed
 from spiral_jax.rollout.judge import Judge, Strategy
+from spiral_jax.rollout.populations import Population
 from spiral_jax.rollout.requests import Writer
 from spiral_jax.rollout.settings import DynamicSampling, TrainingStages
 from spiral_jax.rollout.stages import Stage
-from spiral_jax.rollout.traces import Rollouts
+from spiral_jax.rollout.traces import Replayed, Rollouts
 from spiral_jax.sampling.protocol import Sampler
 from spiral_jax.tasks.problem import Task
 from spiral_jax.verifier.rewards import Verdict
@@ -50,10 +51,14 @@ class Actor:
     between_chunks: Callable[[], None]
     show: Callable[[Stage, Groups], None]
 
-    def first_kept(self, cursor: int) -> FirstKept:
-        """The problems of a step that starts at `cursor`, none of them tried yet."""
+    def first_kept(self, cursor: int, populations: Sequence[Population] = ()) -> FirstKept:
+        """The problems of a step that starts at `cursor`, none of them tried yet.
+
+        Args:
+          populations: stored ones that it reads beside them.
+        """
         source = Source(self.task.train, self.scaffold, self.max_problem_tokens)
-        return FirstKept(self.dynamic_sampling, source, cursor)
+        return FirstKept(self.dynamic_sampling, source, cursor, populations)
 
     def rollouts(self, policy: Any, step: int, problems: FirstKept) -> Stream:
         """Draws and judges rollouts until the first B kept problems are known."""
@@ -63,25 +68,26 @@ class Actor:
 class Stream:
     """The rollouts of one step: problems -> search -> sets -> aggregation -> rewards.
 
-    Iterating gives each problem (B = 1) once its verdicts are due; whoever iterates decides it, by
-    `problems.add`, before it asks for the next one.
+    Beside them stored populations -> sets -> aggregation -> rewards. Iterating gives each problem
+    (B = 1) once its verdicts are due; whoever iterates decides it, by `problems.add`, before it
+    asks for the next one.
     """
 
     def __init__(self, actor: Actor, policy: Any, step: int, problems: FirstKept):
         self._actor, self._problems = actor, problems
         self._stages = actor.stages.stages()
         writer = Writer(actor.scaffold, Purpose.TRAIN, step, actor.stages.seed, actor.order)
-        self._feed = Feed(self._stages, writer, problems)
+        self._feed = Feed(self._stages, writer, problems, actor.stages.replay_stage())
         self._sampling = actor.sampler.stream(policy, self._feed)
 
-    def __iter__(self) -> Iterator[Rollouts]:
+    def __iter__(self) -> Iterator[Rollouts | Replayed]:
         actor = self._actor
         delay = actor.dynamic_sampling.verdict_delay
         verdicts: list[Verdict] = []
         with contextlib.ExitStack() as stack:
             stack.enter_context(actor.progress.phase("sampling"))
             judge = stack.enter_context(
-                Judge(actor.verifier, actor.scaffold.tokenizer, self._stages, delay, actor.strategy)
+                Judge(actor.verifier, actor.scaffold.tokenizer, delay, actor.strategy)
             )
             for now in self._sampling:
                 actor.between_chunks()
@@ -91,7 +97,8 @@ class Stream:
                     if completed.stage.reads is None and len(self._stages) > 1:
                         faults.passed("aggregation")
                 for rollout in judge.due(now):
-                    for stage, groups in zip(self._stages, rollout.stages, strict=True):
+                    stages = self._feed.courses[int(rollout.cursor_B[0])].stages
+                    for stage, groups in zip(stages, rollout.stages, strict=True):
                         actor.show(stage, groups)
                     verdicts += rollout.verdicts
                     check_hopeless(verdicts, actor.dynamic_sampling.failures)

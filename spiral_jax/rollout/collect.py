@@ -9,23 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.errors import UserError
-from spiral_jax.core.groups import Groups, Role, Stop
+from spiral_jax.core.groups import Groups, Role, Stop, concat_groups
 from spiral_jax.core.metrics import Mean
 from spiral_jax.objective.advantages import Advantages, concat_advantages
 from spiral_jax.objective.rewards import Rewards
 from spiral_jax.objective.settings import ObjectiveSettings
 from spiral_jax.prompts.prompts import search_prompt
 from spiral_jax.prompts.scaffold import Scaffold
-from spiral_jax.rollout.credit import Credit, give_credit
+from spiral_jax.rollout.credit import Credit, give_credit, give_replay_credit
+from spiral_jax.rollout.populations import Population
 from spiral_jax.rollout.requests import Asked
 from spiral_jax.rollout.settings import DynamicSampling
-from spiral_jax.rollout.traces import Rollouts, concat_rollouts
+from spiral_jax.rollout.traces import Replayed, Rollouts, concat_replayed, concat_rollouts
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.rewards import Status
 from spiral_jax.verifier.verifier import check_failures
@@ -68,6 +69,32 @@ class Source:
             f"most config.prompt.max_problem_tokens = {self.max_problem_tokens} tokens: raise it."
         )
 
+    def again(self, population: Population) -> Asked:
+        """The problem of a stored population."""
+        problem = self.train(population.cursor)
+        prompt_P = search_prompt(self.scaffold, problem.text)
+        return Asked(population.cursor, problem, prompt_P, population)
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """What a step has made of all the stored populations that it has read.
+
+    Attributes:
+      replayed: advantages behind the length gate.
+      advantages: before it.
+      credit: of the new answers.
+    """
+
+    replayed: Replayed
+    advantages: Advantages
+    credit: Credit
+
+    def with_signal(self) -> tuple[Groups, np.ndarray]:
+        """Groups and loss weights [U, C], without the groups that teach nothing."""
+        index = np.flatnonzero(self.credit.weight_UxC.any(axis=1))
+        return self.replayed.round.groups.take(index), self.credit.weight_UxC[index]
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -80,6 +107,7 @@ class Batch:
         trace log alone.
       next_cursor: behind the last kept problem: where the next step starts.
       metrics: (sum, count) metrics and counts for the log, of all problems that were decided.
+      replay: of stored populations; None: there were none.
     """
 
     rollouts: Rollouts
@@ -87,6 +115,7 @@ class Batch:
     discarded: Rollouts
     next_cursor: int
     metrics: dict[str, Mean | float]
+    replay: Replay | None = None
 
     def rewards(self) -> list[Rewards]:
         """Of each round, of all problems before `next_cursor` in cursor order, kept or not."""
@@ -95,11 +124,19 @@ class Batch:
 
     @property
     def roles(self) -> dict[Role, tuple[Groups, np.ndarray]]:
-        """Groups and loss weights [U, C] of each role; aggregations round by round."""
+        """Groups and loss weights [U, C] of each role; aggregations round by round.
+
+        Behind them are those of stored populations, without the groups that teach nothing.
+        """
         roles = {Role.SEARCH: (self.rollouts.search, self.credit[0].weight_UxC)}
         if self.rollouts.rounds:
-            weight_UxC = np.concatenate([credit.weight_UxC for credit in self.credit[1:]])
-            roles[Role.AGGREGATION] = (self.rollouts.aggregation, weight_UxC)
+            groups = [round.groups for round in self.rollouts.rounds]
+            weights = [credit.weight_UxC for credit in self.credit[1:]]
+            if self.replay:
+                replayed, weight_UxC = self.replay.with_signal()
+                groups.append(replayed)
+                weights.append(weight_UxC)
+            roles[Role.AGGREGATION] = (concat_groups(groups), np.concatenate(weights))
         return roles
 
 
@@ -107,14 +144,25 @@ class FirstKept:
     """The problems of a step, as they are tried, decided and kept: the `feed.Problems` of training.
 
     Problems enter in cursor order as long as those on the way will probably not fill the batch. At
-    most `settings.most_tried` are tried; then B / 4 kept ones are enough.
+    most `settings.most_tried` are tried; then B / 4 kept ones are enough. Problems whose stored
+    populations are read stand before them, and are no part of the batch's B.
 
     Args:
       cursor: where the step starts in the task's stream.
+      populations: those that are read.
     """
 
-    def __init__(self, settings: DynamicSampling, source: Source, cursor: int):
+    def __init__(
+        self,
+        settings: DynamicSampling,
+        source: Source,
+        cursor: int,
+        populations: Sequence[Population] = (),
+    ):
         self._settings, self._source = settings, source
+        self._populations = populations
+        self._replays_begun = 0
+        self._replayed: dict[int, tuple[Replayed, Advantages]] = {}  # by cursor, B = 1 each
         self._cursor = cursor  # behind the last problem that was tried
         self._tried: list[int] = []  # cursors, ascending
         self._decided: dict[int, tuple[Rollouts, Advantages]] = {}  # by cursor, B = 1 each
@@ -123,6 +171,9 @@ class FirstKept:
 
     def next(self) -> Asked | None:
         """The next problem to try, if one is wanted."""
+        if self._replays_begun < len(self._populations):
+            self._replays_begun += 1
+            return self._source.again(self._populations[self._replays_begun - 1])
         if not self._wants_more():
             return None
         asked = self._source.from_cursor(self._cursor)
@@ -131,8 +182,11 @@ class FirstKept:
         self._tried.append(asked.cursor)
         return asked
 
-    def add(self, rollouts: Rollouts, advantages: Advantages) -> None:
+    def add(self, rollouts: Rollouts | Replayed, advantages: Advantages) -> None:
         """Decides one problem (B = 1): it is kept if it has a signal."""
+        if isinstance(rollouts, Replayed):
+            self._replayed[int(rollouts.cursor_B[0])] = rollouts, advantages
+            return
         self._decided[int(rollouts.cursor_B[0])] = rollouts, advantages
         self._kept += int(advantages.keep_B[0])
 
@@ -143,7 +197,12 @@ class FirstKept:
 
     @property
     def complete(self) -> bool:
-        """Whether the first B kept problems are known, or all that may be tried are decided."""
+        """Whether the first B kept problems are known, or all that may be tried are decided.
+
+        And all that was asked of stored populations is there.
+        """
+        if len(self._replayed) < len(self._populations):
+            return False
         kept = 0
         for cursor in self._tried:
             if cursor not in self._decided:
@@ -178,7 +237,9 @@ class FirstKept:
         decided = [self._decided[cursor] for cursor in self._tried if cursor in self._decided]
         rollouts = concat_rollouts([of_problem for of_problem, _ in decided])
         advantages = concat_advantages([of_problem for _, of_problem in decided])
-        check_failures(rollouts.verdicts, self._settings.failures)
+        replay = self._replay(objective)
+        verdicts = rollouts.verdicts + (replay.replayed.verdicts if replay else [])
+        check_failures(verdicts, self._settings.failures)
 
         B = self._settings.problems
         kept = np.flatnonzero(advantages.keep_B)
@@ -207,8 +268,19 @@ class FirstKept:
             credit=credit,
             discarded=rollouts.take(discarded).without_advantages(),
             next_cursor=next_cursor,
-            metrics=metrics | _rollout_metrics(rollouts, advantages),
+            metrics=metrics | _rollout_metrics(rollouts, advantages, replay),
+            replay=replay,
         )
+
+    def _replay(self, objective: ObjectiveSettings) -> Replay | None:
+        """What was made of the stored populations; None: there were none."""
+        if not self._populations:
+            return None
+        decided = [self._replayed[population.cursor] for population in self._populations]
+        replayed = concat_replayed([of_problem for of_problem, _ in decided])
+        advantages = concat_advantages([of_problem for _, of_problem in decided])
+        credit = give_replay_credit(replayed, advantages, objective)
+        return Replay(replayed.with_advantages(credit.advantage_UxC), advantages, credit)
 
 
 def _no_signal_message(rollouts: Rollouts, kept: int, starved: int, B: int) -> str:
@@ -234,14 +306,46 @@ def _rewards_in_words(groups: Groups) -> str:
 # --- what is logged of all that was decided -------------------------------------------------------
 
 
-def _rollout_metrics(rollouts: Rollouts, advantages: Advantages) -> dict[str, Mean | float]:
+def _rollout_metrics(
+    rollouts: Rollouts, advantages: Advantages, replay: Replay | None
+) -> dict[str, Mean | float]:
     metrics = _reward_metrics(rollouts)
     search, *rounds = advantages.by_stage()
     metrics |= _role_metrics(Role.SEARCH, rollouts.search, search)
-    if rollouts.rounds:
-        aggregation = np.concatenate(rounds)
-        metrics |= _role_metrics(Role.AGGREGATION, rollouts.aggregation, aggregation)
-    return metrics
+    if not rollouts.rounds:
+        return metrics
+    groups = [round.groups for round in rollouts.rounds]
+    if replay:
+        metrics |= _replay_metrics(replay, sum(len(of_round) for of_round in groups))
+        rounds.append(replay.advantages.rounds[0].aggregation_BxKxM)
+        groups.append(replay.replayed.round.groups)
+    return metrics | _role_metrics(
+        Role.AGGREGATION,
+        concat_groups([dataclasses.replace(each, advantage_UxC=None) for each in groups]),
+        np.concatenate(rounds),
+    )
+
+
+def _replay_metrics(replay: Replay, fresh_groups: int) -> dict[str, Mean | float]:
+    """Of the populations that were read; `fresh_groups` are all other aggregation groups."""
+    replayed, read = replay.replayed, float(len(replay.replayed))
+    groups = float(len(replayed.round.groups))
+    signal_B = replay.advantages.keep_B
+    rounds = sum(population.round + 1 for population in replayed.populations)
+    return {
+        "replay/read": read,
+        "replay/group_share": Mean(groups, groups + fresh_groups),
+        "replay/signal": Mean(float(signal_B.sum()), read),
+        "replay/age": Mean(float(replayed.age_B.sum()), read),
+        "replay/round": Mean(float(rounds), read),
+        "reward/replay_candidates": _mean_reward(replayed.candidates),
+        "reward/replayed": _mean_reward(replayed.round.groups),
+    }
+
+
+def _mean_reward(groups: Groups) -> Mean:
+    valid = groups.reward_UxC[~np.isnan(groups.reward_UxC)]
+    return Mean(float(valid.sum()), float(valid.size))
 
 
 def _reward_metrics(rollouts: Rollouts) -> dict[str, Mean]:
@@ -249,11 +353,8 @@ def _reward_metrics(rollouts: Rollouts) -> dict[str, Mean]:
     names = ["search"]
     if rollouts.rounds:
         names += [f"aggregated_round_{r}" for r in range(1, len(rollouts.rounds))] + ["aggregated"]
-    metrics = {}
-    for name, groups in zip(names, rollouts.stages, strict=True):
-        valid = groups.reward_UxC[~np.isnan(groups.reward_UxC)]
-        metrics[f"reward/{name}"] = Mean(float(valid.sum()), float(valid.size))
-    return metrics
+    pairs = zip(names, rollouts.stages, strict=True)
+    return {f"reward/{name}": _mean_reward(groups) for name, groups in pairs}
 
 
 def _role_metrics(role: Role, groups: Groups, advantage: np.ndarray) -> dict[str, Mean | float]:

@@ -11,7 +11,7 @@ from spiral_jax.objective.advantages import Advantages, RoundAdvantages, length_
 from spiral_jax.objective.rewards import Rewards
 from spiral_jax.objective.settings import ObjectiveSettings
 from spiral_jax.objective.weights import aggregation_weights, candidate_weights
-from spiral_jax.rollout.traces import Rollouts
+from spiral_jax.rollout.traces import Replayed, Rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,18 @@ def give_credit(
         if of_round.aggregation_BxKxM is not None:
             credit[r + 1] += _of_aggregations(kept.stages[r + 1], of_round, rewards, objective)
     return credit
+
+
+def give_replay_credit(
+    replayed: Replayed, advantages: Advantages, objective: ObjectiveSettings
+) -> Credit:
+    """The credit of the new answers to stored populations, each set's mean as the baseline.
+
+    They weigh as a round of aggregation does: "unbiased" is the mean over all populations that the
+    step has read, those without a signal too.
+    """
+    (of_round,), (rewards,) = advantages.rounds, replayed.rewards()
+    return _of_aggregations(replayed.round.groups, of_round, rewards, objective)
 
 
 def _nothing(groups: Groups) -> Credit:

@@ -1,6 +1,7 @@
 """Problems on their way through the stages: what a sampler is fed with, and what comes back.
 
     problem -> search group -> sets -> aggregation groups -> sets of them -> ...
+    problem, stored population -> sets -> aggregation groups
 
 Nothing waits for another problem's stage: as soon as the last group of a stage has ended, the
 stages that read it are asked for. A trace's tokens depend on its key and its prompt alone, so they
@@ -51,11 +52,13 @@ class Course:
     """One problem on its way.
 
     Attributes:
+      stages: that are sampled for it, in order.
       groups: by stage and set, as they come back.
       member: of each stage that has begun, int32 [K, S]: which candidates each set reads.
     """
 
     asked: Asked
+    stages: Sequence[Stage]
     groups: dict[str, dict[int, Groups]] = dataclasses.field(default_factory=dict)
     member: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -82,14 +85,21 @@ class Feed:
 
     Args:
       stages: search first; each after the one that it reads.
+      replay: what reads a problem's stored population; None where no problem has one.
 
     Attributes:
       courses: every problem that has begun, by cursor, in the order in which they began.
       cleaned: what cleaning took out of candidates, by the stages' labels.
     """
 
-    def __init__(self, stages: Sequence[Stage], writer: Writer, problems: Problems):
-        self._stages = {stage.round: stage for stage in stages}
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        writer: Writer,
+        problems: Problems,
+        replay: Stage | None = None,
+    ):
+        self._stages, self._replay = stages, replay
         self._search = stages[0]
         self._writer, self._problems = writer, problems
         self._ready: deque[GroupRequests] = deque()  # sets: they go before new problems
@@ -109,7 +119,10 @@ class Feed:
         asked = self._problems.next()
         if asked is None:
             return None
-        self.courses[asked.cursor] = Course(asked)
+        if asked.population is not None:
+            self._begin_replay(asked)
+            return self._ready.popleft()
+        self.courses[asked.cursor] = Course(asked, self._stages)
         self._open += 1
         return self._writer.search(self._search, asked)
 
@@ -117,11 +130,13 @@ class Feed:
         """Takes a group, and asks for what reads its stage if it was the last one of that."""
         cursor, round, k = (int(group.requests.id_Ux6[0, i]) for i in (2, 3, 5))
         self._open -= 1
-        self._take(self.courses[cursor], self._stages[round], k, group, now)
+        course = self.courses[cursor]
+        stage = next(stage for stage in course.stages if stage.round == round)
+        self._take(course, stage, k, group, now)
 
     def begin_with(self, asked: Asked, search: Groups) -> None:
         """Takes a problem whose search group (U = 1) other weights have drawn."""
-        self.courses[asked.cursor] = Course(asked)
+        self.courses[asked.cursor] = Course(asked, self._stages)
         self._take(self.courses[asked.cursor], self._search, 0, search, 0)
 
     def take_completed(self) -> list[Completed]:
@@ -129,12 +144,21 @@ class Feed:
         completed, self._completed = self._completed, []
         return completed
 
+    def _begin_replay(self, asked: Asked) -> None:
+        """Asks for the sets of a problem's stored population."""
+        course = self.courses[asked.cursor] = Course(asked, [self._replay])
+        stored = asked.population.as_group(
+            self._writer.search(self._search, asked), self._replay.max_tokens
+        )
+        course.groups[self._replay.reads.name] = {0: stored}
+        self._ask(course, self._replay)
+
     def _take(self, course: Course, stage: Stage, k: int, group: Groups, now: int) -> None:
         course.groups.setdefault(stage.name, {})[k] = group
         if not course.is_complete(stage):
             return
         self._completed.append(Completed(course, stage, now))
-        for reader in self._stages.values():
+        for reader in course.stages:
             if reader.reads is stage:
                 self._ask(course, reader)
 
@@ -143,7 +167,7 @@ class Feed:
         asked = course.asked
         member_KxS = stage.sets(self._writer.step, asked.cursor)
         course.member[stage.name] = member_KxS
-        search = course.of_stage(self._search).requests
+        search = self._writer.search(self._search, asked)
         candidates = course.of_stage(stage.reads).as_population(search).first(stage.candidates)
         requests, cleaned = self._writer.aggregation(stage, asked, candidates, member_KxS)
         self._ready.extend(requests.take([u]) for u in range(len(requests)))

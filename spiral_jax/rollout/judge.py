@@ -20,7 +20,7 @@ from spiral_jax.core import distributed
 from spiral_jax.core.groups import Groups
 from spiral_jax.rollout.feed import Completed, Course
 from spiral_jax.rollout.stages import Stage
-from spiral_jax.rollout.traces import Rollouts, Round
+from spiral_jax.rollout.traces import Replayed, Rollouts, Round
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.rewards import Verdict
@@ -45,7 +45,6 @@ class Judge:
     """Judges complete stages in the background; a context manager.
 
     Args:
-      stages: of a rollout; the last one completes a problem.
       delay: decode chunks from a problem's last group until its verdicts count.
       strategy: names the strategy of a search trace; None where nobody asks.
     """
@@ -54,12 +53,11 @@ class Judge:
         self,
         verifier: Verifier,
         tokenizer: PreTrainedTokenizerBase,
-        stages: Sequence[Stage],
         delay: int,
         strategy: Strategy | None,
     ):
         self._verifier, self._tokenizer, self._strategy = verifier, tokenizer, strategy
-        self._stages, self._delay = stages, delay
+        self._delay = delay
         self._trials: dict[int, _Trial] = {}  # by cursor
         self._longest_s = 0.0  # that all verdicts asked for so far may take
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=1)  # one call at a time
@@ -81,10 +79,10 @@ class Judge:
         items = [(text, course.asked.problem) for text in texts]
         self._longest_s += self._verifier.longest_s(len(items))
         trial.verdicts[stage.name] = self._pool.submit(self._verifier.judge, items)
-        if stage is self._stages[-1]:
+        if stage is course.stages[-1]:
             trial.due = now + self._delay
 
-    def due(self, now: int) -> list[Rollouts]:
+    def due(self, now: int) -> list[Rollouts | Replayed]:
         """The problems whose verdicts are due, rewards filled in: B = 1 each, in cursor order.
 
         A collective where there are several processes.
@@ -97,15 +95,17 @@ class Judge:
         trials.sort(key=lambda trial: trial.course.asked.cursor)
         if not trials:
             return []
-        asked = [(trial, stage) for trial in trials for stage in self._stages]
+        asked = [(trial, stage) for trial in trials for stage in trial.course.stages]
         verdicts = iter(exchange([self._wait_for(trial, stage) for trial, stage in asked]))
         rollouts = []
         for trial in trials:
-            del self._trials[trial.course.asked.cursor]
-            rewarded = [
-                reward(trial.course.of_stage(stage), next(verdicts)) for stage in self._stages
-            ]
-            rollouts.append(self._rollout(trial.course, rewarded))
+            course = trial.course
+            del self._trials[course.asked.cursor]
+            rewarded = [reward(course.of_stage(stage), next(verdicts)) for stage in course.stages]
+            if course.asked.population is None:
+                rollouts.append(self._rollout(course, rewarded))
+            else:
+                rollouts.append(_replayed(course, rewarded[0]))
         return rollouts
 
     def _wait_for(self, trial: _Trial, stage: Stage) -> list[Verdict]:
@@ -122,7 +122,7 @@ class Judge:
         problem = course.asked.problem
         rounds = [
             Round(course.member[stage.name][None], groups)
-            for stage, groups in zip(self._stages[1:], rewarded[1:], strict=True)
+            for stage, groups in zip(course.stages[1:], rewarded[1:], strict=True)
         ]
         strategy_1xN = None
         if self._strategy:
@@ -131,6 +131,13 @@ class Judge:
             strategy_1xN = number_strategies(names)[None]
         cursor_1 = np.array([course.asked.cursor])
         return Rollouts([problem], cursor_1, rewarded[0], tuple(rounds), strategy_1xN)
+
+
+def _replayed(course: Course, rewarded: Groups) -> Replayed:
+    asked, stage = course.asked, course.stages[0]
+    round = Round(course.member[stage.name][None], rewarded)
+    stored = course.of_stage(stage.reads)
+    return Replayed([asked.problem], [asked.population], stored, round)
 
 
 def trace_texts(

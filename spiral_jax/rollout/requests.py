@@ -10,6 +10,7 @@ import numpy as np
 from spiral_jax.core.groups import GroupRequests, Groups, Purpose, Stop, pad_rows
 from spiral_jax.prompts.prompts import aggregation_prompt, listed_order
 from spiral_jax.prompts.scaffold import Scaffold
+from spiral_jax.rollout.populations import Population
 from spiral_jax.rollout.stages import Stage
 from spiral_jax.tasks.problem import Problem
 
@@ -21,11 +22,13 @@ class Asked:
     Attributes:
       cursor: where it stands in its stream, or among the held-out problems.
       prompt_P: int32 ids of its search prompt.
+      population: stored answers that are read in place of new search traces; None: there are none.
     """
 
     cursor: int
     problem: Problem
     prompt_P: np.ndarray
+    population: Population | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,26 @@ from spiral_jax.verifier.settings import VerifierSettings
 
 
 @dataclasses.dataclass(frozen=True)
+class ReplaySettings:
+    """Which stored populations are read; fields of config.replay, with their comments.
+
+    Attributes:
+      seed: config.seed.
+    """
+
+    seed: int
+    problems: int
+    max_age: int
+    uses: int
+    rounds: int
+
+    @property
+    def capacity(self) -> int:
+        """Populations that are kept at most: no more could be read before they are too old."""
+        return self.problems * self.max_age
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingStages:
     """Sizes of a training rollout.
 
@@ -28,6 +48,7 @@ class TrainingStages:
       search_traces, search_tokens: N, and the limit of each.
       subsets, subset_size: K, S.
       aggregation_traces, aggregation_tokens: M of each set, and the limit of each.
+      replay: of stored populations; None: none are kept.
     """
 
     seed: int
@@ -39,12 +60,14 @@ class TrainingStages:
     subset_size: int
     aggregation_traces: int
     aggregation_tokens: int
+    replay: ReplaySettings | None = None
 
     def groups(self, problems: int) -> dict[Role, int]:
         """How many groups of each role a step of so many problems trains on, at most."""
         groups = {Role.SEARCH: problems}
         if self.rounds:
-            groups[Role.AGGREGATION] = problems * self.subsets * self.rounds
+            populations = problems * self.rounds + (self.replay.problems if self.replay else 0)
+            groups[Role.AGGREGATION] = populations * self.subsets
         return groups
 
     def stages(self) -> list[Stage]:
@@ -66,6 +89,33 @@ class TrainingStages:
             )
             candidates = self.subsets * self.aggregation_traces
         return stages
+
+    def replay_stage(self) -> Stage | None:
+        """The round that reads a stored population; None where none are kept."""
+        if not self.replay:
+            return None
+        answers = self.subsets * self.aggregation_traces
+        stored = Stage("population", self.rounds + 2, answers, self.aggregation_tokens)
+        return Stage(
+            name="aggregation/replay",
+            round=self.rounds + 1,
+            traces=self.aggregation_traces,
+            max_tokens=self.aggregation_tokens,
+            reads=stored,
+            candidates=answers,
+            set_size=self.subset_size,
+            sets=self._draw_of_population,
+        )
+
+    def sampled(self) -> list[Stage]:
+        """All stages whose traces are sampled in a step."""
+        replay = self.replay_stage()
+        return [*self.stages(), replay] if replay else self.stages()
+
+    def _draw_of_population(self, step: int, cursor: int) -> np.ndarray:
+        key = Key(self.seed, int(Purpose.TRAIN), step, cursor, self.rounds)
+        answers = self.subsets * self.aggregation_traces
+        return draw_subsets(key, answers, self.subset_size, self.subsets)
 
     def _draw(self, drawn_before: int, candidates: int, step: int, cursor: int) -> np.ndarray:
         draw = disjoint_subsets if self.partition else draw_subsets
@@ -126,6 +176,7 @@ def training_stages(c: ConfigDict) -> TrainingStages:
         subset_size=c.aggregation.subset_size,
         aggregation_traces=c.aggregation.traces,
         aggregation_tokens=c.aggregation.max_tokens,
+        replay=_replay_settings(c, estimator),
     )
 
 
@@ -230,13 +281,39 @@ def _check_rounds(c: ConfigDict, estimator: Estimator) -> None:
         f"1 for {c.loss.estimator}",
         f"More are defined for {several}.",
     )
-    n = a.subsets * a.traces
-    enough = a.subset_size < n and a.subsets <= math.comb(n, a.subset_size)
+    _check_answers(c, "aggregation.rounds", a.rounds, "1")
+
+
+def _replay_settings(c: ConfigDict, estimator: Estimator) -> ReplaySettings | None:
+    """Checks config.replay. Raises `ConfigError`."""
+    r = c.replay
+    require(r.problems >= 0, "replay.problems", r.problems, ">= 0")
+    for name in ("max_age", "uses"):
+        require(r[name] >= 1, f"replay.{name}", r[name], ">= 1")
+    if not r.problems:
+        return None
     require(
-        enough,
-        "aggregation.rounds",
-        a.rounds,
-        f"1 at {n} traces a round",
+        estimator.aggregates,
+        "replay.problems",
+        r.problems,
+        f"0 for {c.loss.estimator}",
+        "It has no aggregation stage, so no populations.",
+    )
+    deeper = c.aggregation.rounds + 1
+    require(r.rounds >= deeper, "replay.rounds", r.rounds, f">= aggregation.rounds + 1 = {deeper}")
+    _check_answers(c, "replay.problems", r.problems, "0")
+    return ReplaySettings(c.seed, **r.to_dict())
+
+
+def _check_answers(c: ConfigDict, field: str, value: int, without: str) -> None:
+    """Whether the answers of a round are enough for the sets of one that reads them."""
+    a = c.aggregation
+    n = a.subsets * a.traces
+    require(
+        a.subset_size < n and a.subsets <= math.comb(n, a.subset_size),
+        field,
+        value,
+        f"{without} at {n} traces a round",
         f"A later round needs {a.subsets} distinct sets of {a.subset_size} of them, with some "
         "trace outside.",
     )

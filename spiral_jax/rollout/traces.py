@@ -9,6 +9,7 @@ import numpy as np
 
 from spiral_jax.core.groups import Groups, concat_groups, take_groups
 from spiral_jax.objective.rewards import Rewards
+from spiral_jax.rollout.populations import Population
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.rewards import Verdict
 
@@ -29,6 +30,10 @@ class Round:
     @property
     def reward_BxKxM(self) -> np.ndarray:
         return self.groups.reward_UxC.reshape(*self.member_BxKxS.shape[:2], -1)
+
+    def of_problem(self, b: int) -> Groups:
+        """The groups of one problem."""
+        return self.take(np.array([b])).groups
 
     def take(self, index: np.ndarray) -> Round:
         """Of the problems at `index`."""
@@ -75,6 +80,14 @@ class Rollouts:
         """U = R * B * K, round by round; None without that stage."""
         return concat_groups([round.groups for round in self.rounds]) if self.rounds else None
 
+    def answers(self) -> list[Population]:
+        """The population of each problem: the last round's answers."""
+        last, cursors = self.rounds[-1], self.cursor_B.tolist()
+        return [
+            Population.of(cursor, len(self.rounds), last.of_problem(b))
+            for b, cursor in enumerate(cursors)
+        ]
+
     def rewards(self) -> list[Rewards]:
         """What the objective is made from: of each round, its candidates' rewards and its own.
 
@@ -118,12 +131,83 @@ class Rollouts:
         return dataclasses.replace(self, search=stages[0], rounds=tuple(rounds))
 
 
+@dataclasses.dataclass(frozen=True)
+class Replayed:
+    """B problems of earlier steps whose stored populations were aggregated once more.
+
+    Attributes:
+      problems: B of them, in cursor order.
+      populations: what was read, of each problem.
+      candidates: U = B: the same as groups, with rewards and verdicts of when they were sampled.
+      round: what this step has made of them.
+    """
+
+    problems: list[Problem]
+    populations: list[Population]
+    candidates: Groups
+    round: Round
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+    @property
+    def cursor_B(self) -> np.ndarray:
+        """Where each problem stands in the task's stream."""
+        return np.array([population.cursor for population in self.populations])
+
+    @property
+    def stages(self) -> list[Groups]:
+        """What this step has sampled."""
+        return [self.round.groups]
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """Of what this step has sampled."""
+        return self.round.groups.verdict_UxC.reshape(-1).tolist()
+
+    def rewards(self) -> list[Rewards]:
+        """Of the one round; its candidates are stale."""
+        own_BxN = self.candidates.reward_UxC
+        return [Rewards(own_BxN, self.round.reward_BxKxM, self.round.member_BxKxS, stale=True)]
+
+    @property
+    def age_B(self) -> np.ndarray:
+        """Steps from the sampling of each population to that of the answers to it."""
+        step = self.round.groups.requests.id_Ux6[0, 1]
+        return step - np.array([population.step for population in self.populations])
+
+    def answers(self) -> list[Population]:
+        """The population of each problem that is one round deeper."""
+        return [
+            Population.of(read.cursor, read.round + 1, self.round.of_problem(b))
+            for b, read in enumerate(self.populations)
+        ]
+
+    def with_advantages(self, advantage_UxC: np.ndarray) -> Replayed:
+        """The same with advantages of the new answers."""
+        groups = dataclasses.replace(self.round.groups, advantage_UxC=advantage_UxC)
+        return dataclasses.replace(self, round=dataclasses.replace(self.round, groups=groups))
+
+
+def concat_replayed(parts: Sequence[Replayed]) -> Replayed:
+    """The problems of all parts, one after the other."""
+    return Replayed(
+        problems=[problem for part in parts for problem in part.problems],
+        populations=[population for part in parts for population in part.populations],
+        candidates=concat_groups([part.candidates for part in parts]),
+        round=concat_rounds([part.round for part in parts]),
+    )
+
+
+def concat_rounds(parts: Sequence[Round]) -> Round:
+    """The problems of all parts, one after the other."""
+    member_BxKxS = np.concatenate([part.member_BxKxS for part in parts])
+    return Round(member_BxKxS, concat_groups([part.groups for part in parts]))
+
+
 def concat_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
     """The problems of all parts, one after the other."""
-    rounds = []
-    for of_round in zip(*(part.rounds for part in parts), strict=True):
-        member_BxKxS = np.concatenate([round.member_BxKxS for round in of_round])
-        rounds.append(Round(member_BxKxS, concat_groups([round.groups for round in of_round])))
+    by_round = zip(*(part.rounds for part in parts), strict=True)
     strategy_BxN = None
     if parts[0].strategy_BxN is not None:
         strategy_BxN = np.concatenate([part.strategy_BxN for part in parts])
@@ -131,6 +215,6 @@ def concat_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
         problems=[problem for part in parts for problem in part.problems],
         cursor_B=np.concatenate([part.cursor_B for part in parts]),
         search=concat_groups([part.search for part in parts]),
-        rounds=tuple(rounds),
+        rounds=tuple(concat_rounds(of_round) for of_round in by_round),
         strategy_BxN=strategy_BxN,
     )

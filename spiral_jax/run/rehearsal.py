@@ -127,6 +127,12 @@ def _sizes(setup: Setup) -> str:
         f"a step: trains on {problems} problems, {problems * tokens:,} sampled tokens at most; "
         f"tries up to {most}, {most * tokens:,} tokens",
     ]
+    if replay := training.stages.replay:
+        answers = replay.problems * training.stages.subsets * training.stages.aggregation_traces
+        lines.append(
+            f"beside them it reads up to {replay.problems} stored populations: {answers} traces, "
+            f"{answers * training.stages.aggregation_tokens:,} tokens"
+        )
     for role, shapes in training.learner.shapes.items():
         lengths = ", ".join(f"{P:,} + {G:,}" for P, G in shapes.lengths)
         lines.append(

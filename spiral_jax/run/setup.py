@@ -299,7 +299,7 @@ def sampled_stages(settings: RunSettings) -> list[Stage]:
     """Every stage of training and evaluation."""
     stages = evaluation_stages(settings.evaluation) if settings.evaluation.problems else []
     if settings.training:
-        stages += settings.training.stages.stages()
+        stages += settings.training.stages.sampled()
     return stages
 
 
@@ -329,7 +329,7 @@ def _resident_bytes(settings: RunSettings, model: ModelConfig, mesh: Mesh) -> in
 
 def _check_trained_prompts(setup: Setup, training: Training) -> None:
     """The micro-batches have room for the longest prompt of every stage."""
-    for stage in training.stages.stages():
+    for stage in training.stages.sampled():
         widest = training.learner.shapes[stage.role].lengths[-1][0]
         field = f"batch.{stage.role.label}_lengths"
         longest = _longest_prompt(setup.c, setup.scaffold, stage)

@@ -22,12 +22,14 @@ from spiral_jax.core.distributed import is_first
 from spiral_jax.core.groups import Groups, Role, Stop
 from spiral_jax.prompts.prompts import listed_order
 from spiral_jax.rollout.collect import Batch
-from spiral_jax.rollout.traces import Rollouts, Round
+from spiral_jax.rollout.traces import Replayed, Rollouts, Round
 from spiral_jax.run.workdir import WorkdirError, json_line, replacing, writing
+from spiral_jax.tasks.problem import Problem
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerBase
 
+_NO_SET = dict.fromkeys(("round", "set", "subset", "order"))  # of traces that read no others
 _FILE = re.compile(r"step_(\d+)\.jsonl\.gz")
 
 
@@ -114,6 +116,13 @@ class TraceRows:
         answer                              what a reward function says that it is, or null
         advantage                           as trained on, behind the length gate
 
+    A problem whose stored population was read has, in place of search, the traces of that: they are
+    aggregations of an earlier step, and have no round, no log-probs and no advantage. All its rows
+    have one field more:
+
+        replay    {"step", "round", "uses"}: when and in which round what is read was sampled, and
+                  how many steps have read it before
+
     Attributes:
       fraction: of the problems that are written, the first ones; at least one.
       order, seed: config.aggregation.order and config.seed: how prompts list candidates.
@@ -127,12 +136,16 @@ class TraceRows:
     drops_truncated: bool
 
     def make(self, batch: Batch) -> Iterator[dict[str, Any]]:
-        """One JSON object a trace: those of kept problems, then of those that were discarded."""
+        """One JSON object a trace: of kept problems, of discarded ones, then of replayed ones."""
         kept, discarded = len(batch.rollouts), len(batch.discarded)
         for b in range(max(1, round(self.fraction * kept))):
             yield from self._problem_rows(batch.rollouts, b, kept=True)
         for b in range(round(self.fraction * discarded)):
             yield from self._problem_rows(batch.discarded, b, kept=False)
+        if batch.replay:
+            kept_B = batch.replay.advantages.keep_B
+            for b in range(round(self.fraction * len(kept_B))):
+                yield from self._replayed_rows(batch.replay.replayed, b, bool(kept_B[b]))
 
     def make_failed(self, rollouts: Rollouts) -> Iterator[dict[str, Any]]:
         """The same of the problems of a step that made no batch, all of them."""
@@ -140,24 +153,33 @@ class TraceRows:
             yield from self._problem_rows(rollouts, b, kept=False)
 
     def _problem_rows(self, rollouts: Rollouts, b: int, kept: bool) -> Iterator[dict[str, Any]]:
-        problem = rollouts.problems[b]
-        shared = {
-            "problem": problem.id,
-            "cursor": int(rollouts.cursor_B[b]),
-            "kept": kept,
-            "problem_text": problem.text,
-            "reference_answer": problem.answer,
-        }
-        no_set = dict.fromkeys(("round", "set", "subset", "order"))
-        search = shared | {"role": Role.SEARCH.label} | no_set
+        shared = _shared(rollouts.problems[b], rollouts.cursor_B[b], kept)
+        search = shared | {"role": Role.SEARCH.label} | _NO_SET
         yield from self._group_rows(search, rollouts.search, b)
         for r, round in enumerate(rollouts.rounds, start=1):
             stop_BxN = rollouts.stages[r - 1].stop_UxC.reshape(len(rollouts), -1)
-            K = round.member_BxKxS.shape[1]
-            for k in range(K):
-                place = {"role": Role.AGGREGATION.label, "round": r, "set": k}
-                place |= self._candidates(round, b, k, stop_BxN[b])
-                yield from self._group_rows(shared | place, round.groups, b * K + k)
+            yield from self._round_rows(shared | {"round": r}, round, b, stop_BxN[b])
+
+    def _replayed_rows(self, replayed: Replayed, b: int, kept: bool) -> Iterator[dict[str, Any]]:
+        read = replayed.populations[b]
+        shared = _shared(replayed.problems[b], read.cursor, kept)
+        shared["replay"] = {"step": read.step, "round": read.round, "uses": read.uses}
+        stored = shared | {"role": Role.AGGREGATION.label} | _NO_SET
+        for row in self._group_rows(stored, replayed.candidates, b):
+            yield row | {"logprobs": None}
+        deeper = shared | {"round": read.round + 1}
+        stop_N = replayed.candidates.stop_UxC[b]
+        yield from self._round_rows(deeper, replayed.round, b, stop_N)
+
+    def _round_rows(
+        self, shared: dict[str, Any], round: Round, b: int, stop_N: np.ndarray
+    ) -> Iterator[dict[str, Any]]:
+        """Of a problem's sets in a round; `stop_N` says why each candidate ended."""
+        K = round.member_BxKxS.shape[1]
+        for k in range(K):
+            place = {"role": Role.AGGREGATION.label, "round": shared["round"], "set": k}
+            place |= self._candidates(round, b, k, stop_N)
+            yield from self._group_rows(shared | place, round.groups, b * K + k)
 
     def _candidates(self, round: Round, b: int, k: int, stop_N: np.ndarray) -> dict[str, Any]:
         """`subset` and `order` of a set; `stop_N` says why each candidate ended."""
@@ -188,3 +210,14 @@ class TraceRows:
                 "answer": verdict.answer,
                 "advantage": float(groups.advantage_UxC[u, i]),
             }
+
+
+def _shared(problem: Problem, cursor: int, kept: bool) -> dict[str, Any]:
+    """What all rows of a problem have."""
+    return {
+        "problem": problem.id,
+        "cursor": int(cursor),
+        "kept": kept,
+        "problem_text": problem.text,
+        "reference_answer": problem.answer,
+    }

@@ -18,7 +18,6 @@ from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.tables import evaluation_line
 from spiral_jax.evaluation.wave import Evaluator, FailedEvaluation
 from spiral_jax.learner.state import TrainState, abstract_state, init_state
-from spiral_jax.objective.control_variate import Slopes, c_metrics
 from spiral_jax.rollout.actor import Actor
 from spiral_jax.rollout.collect import Batch, FirstKept, NoSignal
 from spiral_jax.rollout.stages import Stage
@@ -26,6 +25,7 @@ from spiral_jax.run.checkpoint import CheckpointError, Checkpoints
 from spiral_jax.run.examples import Examples, show_nothing
 from spiral_jax.run.guards import NumericsGuard, check_mismatch, watched_metrics
 from spiral_jax.run.log import RunLog
+from spiral_jax.run.position import Position
 from spiral_jax.run.preemption import Preemption
 from spiral_jax.run.rehearsal import prompt_lengths
 from spiral_jax.run.retention import Retention
@@ -37,44 +37,6 @@ from spiral_jax.run.watchdog import Watchdog, deadline
 from spiral_jax.run.workdir import Workdir, WorkdirError, occupy_workdir
 from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.verifier import Verifier
-
-
-@dataclasses.dataclass
-class Position:
-    """Where a run stands beside its weights; saved with them, and a resumed run goes on from it.
-
-    Attributes:
-      slopes: what the estimator has fitted on the steps so far; None: it fits nothing.
-    """
-
-    step: int = 0
-    cursor: int = 0
-    sampled_tokens: int = 0
-    slopes: Slopes | None = None
-
-    @property
-    def c_R(self) -> tuple[float, ...]:
-        """The estimator's c of each round; () where it fits none."""
-        return self.slopes.c_R if self.slopes else ()
-
-    def to_plain(self) -> dict[str, Any]:
-        """JSON types. Without `slopes` where nothing is fitted, as earlier versions wrote it."""
-        plain = dataclasses.asdict(self)
-        return plain if self.slopes else {k: v for k, v in plain.items() if k != "slopes"}
-
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any], unknown: Slopes | None) -> Position:
-        """The position that was saved.
-
-        Args:
-          unknown: `slopes` before the first step, None if nothing is fitted: they begin anew if
-            nothing was saved of them, or of another number of rounds.
-        """
-        at = cls(**plain | {"slopes": unknown})
-        saved = plain.get("slopes")
-        if unknown and saved and len(saved["product_R"]) == len(unknown.product_R):
-            at.slopes = Slopes(*map(tuple, (saved["product_R"], saved["square_R"])))
-        return at
 
 
 @dataclasses.dataclass
@@ -134,8 +96,13 @@ class TrainingRun:
             yield self.at.step
 
     def first_kept(self) -> FirstKept:
-        """The problems of the next step, in cursor order, none of them tried yet."""
-        self._problems = self.actor.first_kept(self.at.cursor)
+        """The problems of the next step, in cursor order, none of them tried yet.
+
+        Before them are those whose stored populations it reads.
+        """
+        at = self.at
+        stored = at.populations.drawn(at.step) if at.populations else ()
+        self._problems = self.actor.first_kept(at.cursor, stored)
         return self._problems
 
     @contextlib.contextmanager
@@ -178,10 +145,9 @@ class TrainingRun:
         """
         c, step, self._problems = self.setup.c, self.at.step, None
         sampled = int(metrics["sampling/generated_tokens"])
-        metrics = batch.metrics | metrics | c_metrics(self.at.c_R)
+        metrics = batch.metrics | metrics | self.at.metrics()
         self._log(step, batch, _divide(metrics), sampled)
-        slopes = self.at.slopes and self.at.slopes.after(batch.rewards())
-        self.at = Position(step + 1, batch.next_cursor, self.at.sampled_tokens + sampled, slopes)
+        self.at = self.at.after(batch, sampled)
         if self.finished or (c.checkpoint.every and self.at.step % c.checkpoint.every == 0):
             with self.progress.phase("checkpoint"):
                 self.saver.save(self.at.step, state, self._checkpoint_record())
@@ -233,9 +199,8 @@ class TrainingRun:
         seconds = time.monotonic() - self._step_began
         metrics |= self.progress.take_times()
         metrics |= {"time/step": seconds, "tokens_per_s": sampled / seconds}
-        metrics |= update_metrics(
-            model.arch, model.lora_rank, batch.rollouts.stages, metrics["time/updating"]
-        )
+        trained = [groups for groups, _ in batch.roles.values()]
+        metrics |= update_metrics(model.arch, model.lora_rank, trained, metrics["time/updating"])
         metrics |= sampling_metrics(model.arch, model.lora_rank, metrics)
         metrics |= memory_metrics()
         metrics["checkpoint/failed_saves"] = float(self.saver.failures)
@@ -326,10 +291,9 @@ def _start_or_resume(setup: Setup, checkpoints: Checkpoints) -> tuple[Any, Train
     else:
         params, lora = setup.start.load_base(), None
     base, state = init_state(learner, model, mesh, params, lora)
-    fit = setup.training.objective.row.fit
-    unknown = fit(setup.training.stages.rounds) if fit else None
+    start = Position.first(setup.training)
     if new:
-        return base, state, Position(slopes=unknown)
+        return base, state, start
     state, record = checkpoints.restore_newest(abstract_state(learner, model, mesh))
     there, here = record["data"], setup.task.fingerprint
     if there != here:
@@ -337,7 +301,7 @@ def _start_or_resume(setup: Setup, checkpoints: Checkpoints) -> tuple[Any, Train
             f"the task's data have changed since the checkpoint ({there[:12]} -> {here[:12]}): "
             "restore the files, or start in another --workdir."
         )
-    return base, state, Position.from_plain(record["at"], unknown)
+    return base, state, Position.from_plain(record["at"], start)
 
 
 def _make_actor(

@@ -128,6 +128,8 @@ class Experiment:
             aggregations = row["K"] * row["M"] * row["R"]
             rollouts += aggregations
             ceiling += aggregations * row["L aggregation"]
+            if self.plain["replay"]["problems"]:
+                row["populations a step"] = self.plain["replay"]["problems"]
         return row | {
             "rollouts": rollouts,
             "ceiling": ceiling,

@@ -21,6 +21,7 @@ _BUDGET = {  # of an arm's row: key, head of its column
     "K": "K",
     "M": "M",
     "R": "R",
+    "populations a step": "stored populations a step",
     "L search": "L, search",
     "L aggregation": "L, aggregation",
     "rollouts": "rollouts",
@@ -283,11 +284,15 @@ def _efficiency(gathered: Mapping[str, Any]) -> str:
 
 
 def _arms(gathered: Mapping[str, Any]) -> str:
-    rows = []
-    for arm, row in gathered["arms"].items():
-        if "estimator" in row:  # the base has no training
-            rows.append([arm, *(_count(row.get(key)) for key in _BUDGET), len(row["seeds"])])
-    return _table(["arm", *_BUDGET.values(), "seeds"], rows)
+    trained = {arm: row for arm, row in gathered["arms"].items() if "estimator" in row}  # no base
+    budget = dict(_BUDGET)
+    if not any("populations a step" in row for row in trained.values()):
+        del budget["populations a step"]
+    rows = [
+        [arm, *(_count(row.get(key)) for key in budget), len(row["seeds"])]
+        for arm, row in trained.items()
+    ]
+    return _table(["arm", *budget.values(), "seeds"], rows)
 
 
 def _training(gathered: Mapping[str, Any]) -> str:

@@ -103,7 +103,8 @@ def answers_of(stage, answers_UxC):
 
 def course_of(cursor, search, aggregation):
     """A problem, the answer is 7, whose stages have these answers."""
-    course = Course(Asked(cursor, number_task().train(cursor), np.ones(1, np.int32)))
+    asked = Asked(cursor, number_task().train(cursor), np.ones(1, np.int32))
+    course = Course(asked, [SEARCH, READER])
     course.member[READER.name] = MEMBER
     course.groups[SEARCH.name] = {0: answers_of(SEARCH, [search])}
     sets = {k: answers_of(READER, [answers]) for k, answers in enumerate(aggregation)}
@@ -113,7 +114,7 @@ def course_of(cursor, search, aggregation):
 
 @pytest.fixture
 def judge():
-    with Judge(math_verifier(), TOKENIZER, [SEARCH, READER], delay=3, strategy=None) as judge:
+    with Judge(math_verifier(), TOKENIZER, delay=3, strategy=None) as judge:
         yield judge
 
 
@@ -156,10 +157,9 @@ def test_strategies_are_named_from_the_search_traces():
     def answer_of(text, problem):
         return text if "8" not in text else None
 
-    stages = [SEARCH, READER]
-    with Judge(math_verifier(), TOKENIZER, stages, delay=0, strategy=answer_of) as judge:
+    with Judge(math_verifier(), TOKENIZER, delay=0, strategy=answer_of) as judge:
         course = course_of(5, [9, 8, 9], [[7, 7], [8, 8]])
-        for stage in stages:
+        for stage in course.stages:
             judge.submit(Completed(course, stage, now=0))
         (rollout,) = judge.due(0)
     assert rollout.strategy_BxN.tolist() == [[0, -1, 0]]

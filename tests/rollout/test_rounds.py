@@ -7,7 +7,7 @@ import pytest
 from scripted_sampler import (
     CUT_OFF,
     TOKENIZER,
-    ScriptedSampler,
+    SamplerByRound,
     ScriptedTraining,
     prompt_text,
     scripted_training,
@@ -25,14 +25,6 @@ from spiral_jax.run.setup import set_up_training
 from spiral_jax.run.trace_log import TraceRows
 
 N, K, S, M = 8, 4, 4, 4
-
-
-class SamplerByRound(ScriptedSampler):
-    """Its script is told the round instead of the role."""
-
-    def text(self, request, i):
-        _, _, cursor, round, _, k = map(int, request.id_Ux6[0])
-        return self.script(round, cursor, k, i)
 
 
 def two_rounds(script, **overrides) -> ScriptedTraining:

@@ -12,8 +12,8 @@ from spiral_jax.objective.advantages import compute_advantages
 from spiral_jax.objective.control_variate import Slopes, c_metrics
 from spiral_jax.reporting.pages import write_pages
 from spiral_jax.reporting.read_run import read_run
+from spiral_jax.run.position import Position
 from spiral_jax.run.setup import set_up_training
-from spiral_jax.run.training_run import Position
 from spiral_jax.train import train
 
 ROUNDS, STEPS = 2, 3
@@ -81,21 +81,22 @@ SLOPES = Slopes((0.1, 1 / 3), (2.0, 0.7))
 def test_a_position_comes_back_from_json_with_every_bit():
     at = Position(3, 40, 12_345, SLOPES)
     plain = json.loads(json.dumps(at.to_plain()))
-    assert Position.from_plain(plain, Slopes.unknown(2)) == at
+    assert Position.from_plain(plain, Position(slopes=Slopes.unknown(2))) == at
 
 
 def test_where_nothing_is_fitted_the_record_is_that_of_earlier_versions():
     plain = {"step": 3, "cursor": 40, "sampled_tokens": 12_345}
     assert Position(3, 40, 12_345).to_plain() == plain
-    assert Position.from_plain(plain, None) == Position(3, 40, 12_345)
+    assert Position.from_plain(plain, Position()) == Position(3, 40, 12_345)
     assert Position(3, 40, 12_345).c_R == () == tuple(c_metrics(()))
-    assert Position.from_plain(plain | {"slopes": SLOPES.__dict__}, None).slopes is None
+    assert Position.from_plain(plain | {"slopes": SLOPES.__dict__}, Position()).slopes is None
 
 
 @pytest.mark.parametrize("saved", [{}, {"slopes": {"product_R": [1.0], "square_R": [2.0]}}])
 def test_a_fit_that_was_not_saved_or_of_other_rounds_begins_anew(saved):
     plain = {"step": 3, "cursor": 40, "sampled_tokens": 12_345} | saved
-    assert Position.from_plain(plain, Slopes.unknown(2)).slopes == Slopes.unknown(2)
+    unknown = Slopes.unknown(2)
+    assert Position.from_plain(plain, Position(slopes=unknown)).slopes == unknown
 
 
 def test_more_or_fewer_c_than_rounds_are_refused():

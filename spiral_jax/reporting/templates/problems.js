@@ -141,14 +141,16 @@
 
   // search, then each round: the traces that it reads in a table with its sets, and under it all that they wrote
   const stages = (problem, most) => {
-    const rounds = Math.max(1, ...problem.sets.map((set) => set.round)), shown = [];
+    const { replay } = problem, shown = [];
+    const rounds = new Set(problem.sets.length ? problem.sets.map((set) => set.round) : [1]);
+    let what = replay ? `Aggregations of round ${replay.round}, sampled in step ${replay.step}` : "Search traces";
     let read = problem.search.map((trace) => ({ trace, name: `trace ${trace.name}`, id: `trace-${trace.trace}` }));
-    for (let round = 1; round <= rounds; round++) {
+    for (const [i, round] of [...rounds].entries()) {
       const sets = problem.sets.flatMap((set, k) => set.round === round ? [{ set, k }] : []);
-      const what = round === 1 ? "Search traces" : `Aggregations of round ${round - 1}`;
       shown.push(el("h4", {}, sets.length ? `${what}, and the sets that read them` : what), grid(read, sets, most));
-      if (round === 1) shown.push(el("div", { class: "traces" }, read.map(({ trace, name, id }) => traceBox(name, id, trace, most))));
+      if (i === 0) shown.push(el("div", { class: "traces" }, read.map(({ trace, name, id }) => traceBox(name, id, trace, most))));
       shown.push(...sets.map(({ set, k }) => setBox(set, k, most)));
+      what = `Aggregations of round ${round}`;
       read = sets.flatMap(({ set, k }) => set.traces.map((trace) => ({ trace, name: trace.name, id: aggregationId(k, trace) })));
     }
     return shown;

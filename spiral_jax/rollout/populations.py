@@ -1,0 +1,193 @@
+"""Population replay: what a deeper round of self-aggregation would read, kept from step to step.
+
+The answers of a problem's last round of aggregation are its population. A later step reads some
+populations as one round more: the candidates are stale, the answers are the policy's own. So a
+round costs what it samples, and not the rounds before it, and nothing has to wait for the data to
+come round again.
+
+Answers take the place of what they are answers to once they have earned as much on average, so
+rounds grow deeper as the policy learns to read them. Until then what they were to read is read
+again, with other sets: what a policy that cannot read has written is not what a better one will
+have to read. Every process has all populations, and what is kept and read is a pure function of
+keys, steps and rewards.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from spiral_jax.core.groups import GroupRequests, Groups, Purpose, pad_rows
+from spiral_jax.objective.subsets import Key, draw_subsets
+from spiral_jax.rollout.settings import ReplaySettings
+from spiral_jax.verifier.rewards import Verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Population:
+    """The C = K * M answers of one round of aggregation of one problem.
+
+    Attributes:
+      cursor: where its problem stands in the task's stream.
+      step, round: in which they were sampled; round 1 reads search traces.
+      trace_CxG, trace_len_C, stop_C: int32, as in `Groups`.
+      verdict_C: objects; rewards are theirs.
+      uses: how many steps have read it.
+    """
+
+    cursor: int
+    step: int
+    round: int
+    trace_CxG: np.ndarray
+    trace_len_C: np.ndarray
+    stop_C: np.ndarray
+    verdict_C: np.ndarray
+    uses: int = 0
+
+    @classmethod
+    def of(cls, cursor: int, round: int, answers: Groups) -> Population:
+        """The population that the judged groups of a problem's sets are, set by set."""
+        step = int(answers.requests.id_Ux6[0, 1])
+        longest = int(answers.trace_len_UxC.max(initial=1))
+        return cls(
+            cursor=cursor,
+            step=step,
+            round=round,
+            trace_CxG=answers.trace_UxCxG.reshape(-1, answers.requests.max_tokens)[:, :longest],
+            trace_len_C=answers.trace_len_UxC.reshape(-1),
+            stop_C=answers.stop_UxC.reshape(-1),
+            verdict_C=answers.verdict_UxC.reshape(-1),
+        )
+
+    @property
+    def reward_C(self) -> np.ndarray:
+        """float32; NaN: our own failure."""
+        return np.array([verdict.reward for verdict in self.verdict_C], np.float32)
+
+    @property
+    def mean_reward(self) -> float:
+        """Of the answers that were verified; 0 if none was."""
+        reward_C = self.reward_C.astype(np.float64)
+        valid = ~np.isnan(reward_C)
+        return float(reward_C[valid].sum() / max(valid.sum(), 1))
+
+    def as_group(self, search: GroupRequests, max_tokens: int) -> Groups:
+        """One group (U = 1) under the problem's search prompt.
+
+        Its log-probs are not known, and its advantages are 0: it is read and not trained on.
+
+        Args:
+          max_tokens: limit of an answer.
+        """
+        C, G = self.trace_CxG.shape
+        trace_CxG = np.pad(self.trace_CxG, ((0, 0), (0, max_tokens - G)))
+        return Groups(
+            dataclasses.replace(search, traces=C, max_tokens=max_tokens),
+            trace_UxCxG=trace_CxG[None],
+            trace_len_UxC=self.trace_len_C[None],
+            logprob_UxCxG=np.full((1, C, max_tokens), np.nan, np.float32),
+            stop_UxC=self.stop_C[None],
+            reward_UxC=self.reward_C[None],
+            verdict_UxC=self.verdict_C[None],
+            advantage_UxC=np.zeros((1, C), np.float32),
+        )
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON types; ids are packed, as there may be millions."""
+        ids = [
+            trace[:length] for trace, length in zip(self.trace_CxG, self.trace_len_C, strict=True)
+        ]
+        packed = zlib.compress(np.concatenate(ids).astype("<i4").tobytes(), level=1)
+        return {
+            "cursor": self.cursor,
+            "step": self.step,
+            "round": self.round,
+            "uses": self.uses,
+            "ids": base64.b64encode(packed).decode("ascii"),
+            "lengths": self.trace_len_C.tolist(),
+            "stops": self.stop_C.tolist(),
+            "verdicts": [verdict.to_plain() for verdict in self.verdict_C],
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Population:
+        """What `to_plain` wrote."""
+        ids = np.frombuffer(zlib.decompress(base64.b64decode(plain["ids"])), "<i4")
+        rows = np.split(ids, np.cumsum(plain["lengths"])[:-1])
+        trace_CxG, trace_len_C = pad_rows(rows)
+        verdicts = [Verdict.from_plain(verdict) for verdict in plain["verdicts"]]
+        return cls(
+            cursor=plain["cursor"],
+            step=plain["step"],
+            round=plain["round"],
+            trace_CxG=trace_CxG,
+            trace_len_C=trace_len_C,
+            stop_C=np.array(plain["stops"], np.int32),
+            verdict_C=np.array(verdicts, object),
+            uses=plain["uses"],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Populations:
+    """Those that may still be read, oldest first; a run carries them and saves them.
+
+    Attributes:
+      kept: at most `settings.capacity`.
+    """
+
+    settings: ReplaySettings
+    kept: tuple[Population, ...] = ()
+
+    def drawn(self, step: int) -> list[Population]:
+        """Those that a step reads, in cursor order: `settings.problems`, or all if there are fewer.
+
+        Each is as likely as any other; the draw is keyed by the step.
+        """
+        count = min(self.settings.problems, len(self.kept))
+        if not count:
+            return []
+        key = Key(self.settings.seed, int(Purpose.REPLAY), step, 0, 0)
+        (chosen,) = draw_subsets(key, len(self.kept), count, 1)
+        return sorted((self.kept[i] for i in chosen), key=lambda each: each.cursor)
+
+    def after(
+        self, step: int, sampled: Iterable[Population], replayed: Iterable[Population]
+    ) -> Populations:
+        """What the next step can read.
+
+        A population is gone when the answers to it have earned as much, which take its place; when
+        it was read as often as it may be; and when it is too old. What has earned nothing at all is
+        not kept. Where there are too many, the oldest go.
+
+        Args:
+          step: that has ended.
+          sampled: the last answers to search traces of its problems.
+          replayed: the answers to what `drawn` has given, in that order.
+        """
+        s, kept, new = self.settings, [], list(sampled)
+        read = self.drawn(step)
+        answers = dict(zip((each.cursor for each in read), replayed, strict=True))
+        for population in self.kept:
+            if answer := answers.get(population.cursor):
+                if answer.mean_reward >= population.mean_reward:
+                    new.append(answer)
+                    continue
+                population = dataclasses.replace(population, uses=population.uses + 1)
+            if population.uses < s.uses and step + 1 - population.step <= s.max_age:
+                kept.append(population)
+        readable = [each for each in new if each.round < s.rounds and each.mean_reward > 0]
+        return dataclasses.replace(self, kept=(*kept, *readable)[-s.capacity :])
+
+    def to_plain(self) -> list[dict[str, Any]]:
+        """JSON types."""
+        return [population.to_plain() for population in self.kept]
+
+    def restored(self, plain: Sequence[dict[str, Any]]) -> Populations:
+        """Those that `to_plain` wrote, under these settings."""
+        return dataclasses.replace(self, kept=tuple(map(Population.from_plain, plain)))
