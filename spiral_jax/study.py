@@ -6,6 +6,7 @@ runs what is missing, and reports. Further flags:
 
     --report [--out=FILE]          run nothing, only report; ours lie in docs/results/
     --at_once=2                    two runs side by side, with half of the cores each
+    --arms=A,B --seeds=0           run only these; the report has all that is there
     --sweep=12                     twelve more arms, proposed by optuna (with --config=
                                    configs/study_two_halves_budget.py, which has a `propose`)
 
@@ -51,6 +52,8 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "at_once", 1, "runs side by side, each with its share of the cores, and of a GPU's memory"
     )
+    flags.DEFINE_list("arms", [], "run only these arms; default: all")
+    flags.DEFINE_list("seeds", [], "run only these seeds; default: all")
     flags.DEFINE_bool("report", False, "run nothing, only report")
     flags.DEFINE_integer(
         "sweep", 0, "let optuna propose so many arms beside the listed ones", lower_bound=0
@@ -88,7 +91,8 @@ def run(values: flags.FlagValues) -> list[str]:
     if values.sweep or directory.sweep.exists():
         study = study.with_proposed(sweep_module().proposed(directory))
     if not values.report:
-        study = run_study(study, directory, Processes(values.at_once), values.sweep)
+        chosen = study.chosen(values.arms, values.seeds)
+        study = run_study(study, directory, Processes(values.at_once), chosen, values.sweep)
     gathered = gather(study, directory)
     out = pathlib.Path(values.out) if values.out else path / "report"
     print(write_study(study, gathered, out), flush=True)

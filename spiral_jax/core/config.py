@@ -370,12 +370,15 @@ _MOVED = {
 def as_current(plain: dict) -> dict:
     """A plain configuration that an earlier version may have written, as this one would write it.
 
-    Fields that it did not have get their defaults, which mean what it did; attention may be
-    computed by other kernels.
+    Fields and sections that it did not have get their defaults, which mean what it did; attention
+    may be computed by other kernels. What is no run's configuration, as it names no model, stays as
+    it is.
 
     Raises:
       ConfigError: a field that no longer exists has a value that meant something.
     """
+    if "model" not in plain:
+        return plain
     current = {name: dict(of) if isinstance(of, dict) else of for name, of in plain.items()}
     for field, inert in _RETIRED.items():
         section, name = field.split(".")
@@ -394,7 +397,7 @@ def as_current(plain: dict) -> dict:
             section, name = heir.split(".")
             current.setdefault(section, {})[name] = value
     for section, fields in to_plain(defaults()).items():
-        if isinstance(fields, dict) and isinstance(current.get(section, {}), dict):
+        if isinstance(fields, dict):
             current[section] = fields | current.get(section, {})
     return current
 

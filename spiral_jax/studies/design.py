@@ -18,7 +18,7 @@ import importlib.util
 import itertools
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -213,6 +213,26 @@ class Study:
         study = dataclasses.replace(self, proposed=added)
         _check(study)
         return study._with_experiments(added)
+
+    def chosen(self, arms: Sequence[str], seeds: Sequence[str]) -> list[tuple[str, int]]:
+        """`runs` of these arms and seeds, as a command names them; none named: of all.
+
+        Raises:
+          ConfigError: the study has no such arm or seed.
+        """
+        known_seeds = [str(seed) for seed in self.seeds]
+        for flag, asked, known in (("arms", arms, self.arms), ("seeds", seeds, known_seeds)):
+            unknown = [name for name in asked if name not in known]
+            if unknown:
+                raise ConfigError(
+                    f"--{flag}={','.join(asked)}: {self.file} has no {', '.join(unknown)}. It has "
+                    f"{', '.join(known)}."
+                )
+        return [
+            (arm, seed)
+            for arm, seed in self.runs
+            if (not arms or arm in arms) and (not seeds or str(seed) in seeds)
+        ]
 
     def plain(self) -> dict[str, Any]:
         """What the study's directory holds it to: what is measured and claimed.

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import IO, Any
 
@@ -40,9 +40,13 @@ _SHARED_MEMORY = 0.85  # of a GPU's memory, for runs that share it; the rest is 
 
 
 def run_study(
-    study: Study, directory: StudyDirectory, processes: Processes, proposals: int = 0
+    study: Study,
+    directory: StudyDirectory,
+    processes: Processes,
+    chosen: Sequence[tuple[str, int]],
+    proposals: int = 0,
 ) -> Study:
-    """Runs what is missing, and a sweep over `proposals` arms.
+    """Runs what is missing of the `chosen` runs, and a sweep over `proposals` arms.
 
     Returns:
       The study with the arms of its sweep, when every run is done or has failed.
@@ -58,7 +62,7 @@ def run_study(
         directory.journal.cut_back(sys.maxsize)  # repairs a torn last line
         environment = _describe_environment()
         share = share_of_device(environment["devices"], processes.at_once)
-        runner = Runner(study, directory, environment, lock, programs, share, processes)
+        runner = Runner(study, directory, environment, lock, programs, share, processes, chosen)
         for seed in study.seeds:
             processes.each(runner.runs_of(seed))
             processes.each(runner.pairs_of(seed))
@@ -104,6 +108,7 @@ class Runner:
         study's command: what is compiled for one machine's CPUs may not run on another's.
       share: `share_of_device` of its processes.
       processes: how many at once.
+      chosen: (arm, seed) of the runs that are wanted.
       guard: of the journal.
     """
 
@@ -114,14 +119,14 @@ class Runner:
     programs: str
     share: dict[str, str]
     processes: Processes
+    chosen: Sequence[tuple[str, int]]
     guard: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def runs_of(self, seed: int) -> Iterator[functools.partial[None]]:
-        """`run_arm` of every arm that has the seed."""
-        runs = self.study.runs
-        for number, (arm, run_seed) in enumerate(runs, start=1):
+        """`run_arm` of every chosen arm that has the seed."""
+        for number, (arm, run_seed) in enumerate(self.chosen, start=1):
             if run_seed == seed:
-                yield functools.partial(self.run_arm, arm, seed, f"{number}/{len(runs)}")
+                yield functools.partial(self.run_arm, arm, seed, f"{number}/{len(self.chosen)}")
 
     def pairs_of(self, seed: int) -> Iterator[functools.partial[None]]:
         """`run_pair` of every pair that has the seed."""

@@ -153,7 +153,8 @@ def fake(monkeypatch, tmp_path):
 def run(path, at_once=1):
     path.mkdir(exist_ok=True)
     directory = StudyDirectory(path)
-    runner.run_study(load_study(FILE), directory, Processes(at_once))
+    study = load_study(FILE)
+    runner.run_study(study, directory, Processes(at_once), study.runs)
     return directory
 
 
@@ -217,6 +218,23 @@ def test_runs_side_by_side_are_the_same_runs_each_on_cores_of_its_own(
 def test_side_by_side_is_at_most_a_core_each(at_once):
     with pytest.raises(ConfigError, match=rf"--at_once={at_once}: .*from 1 to \d+"):
         Processes(at_once)
+
+
+def test_chosen_arms_and_seeds_run_alone_and_the_rest_later(fake, tmp_path):
+    study, directory = load_study(FILE), StudyDirectory(tmp_path / "w")
+    directory.path.mkdir()
+    arm, seed = "grpo", 0
+    runner.run_study(study, directory, Processes(1), study.chosen([arm], [str(seed)]))
+    assert {call.arm for call in fake.take()} == {arm, "evaluation"}
+    assert [run["arm"] for run in gather(study, directory)["runs"] if run["state"] == "done"] == [
+        arm
+    ]
+    runner.run_study(study, directory, Processes(1), study.chosen([], []))
+    assert arm not in {call.arm for call in fake.take()}
+    with pytest.raises(ConfigError, match="--arms=nobody: .*has no nobody.*It has base"):
+        study.chosen(["nobody"], [])
+    with pytest.raises(ConfigError, match="--seeds=7: .*has no 7"):
+        study.chosen([], ["7"])
 
 
 @needs_two_cores
@@ -385,13 +403,13 @@ def test_a_sweep_tries_what_optuna_proposes_and_goes_on_where_it_was_stopped(fak
     with pytest.raises(KeyboardInterrupt):  # killed while its first arm is trained
         sweep.sweep(study, copy, 2, interrupted)
     (first,) = sweep.proposed(copy)
-    swept = runner.run_study(study, copy, Processes(1), 3)
+    swept = runner.run_study(study, copy, Processes(1), study.runs, 3)
     trained = [call.arm for call in fake.take() if call.command == "train"]
     assert trained[0] == first and len(trained) == 3 and tuple(trained) == swept.proposed
     assert set(trained) < {"N5", "N7", "N9", "N11"}  # those that fit
-    again = runner.run_study(study, copy, Processes(1), 4)
+    again = runner.run_study(study, copy, Processes(1), study.runs, 4)
     assert again.proposed[:3] == swept.proposed and set(again.proposed) == {"N5", "N7", "N9", "N11"}
-    more = runner.run_study(study, copy, Processes(1), 5)
+    more = runner.run_study(study, copy, Processes(1), study.runs, 5)
     assert more.proposed == again.proposed  # there are no others
     found = gather(again, copy)
     assert found["arms"]["N7"]["N"] == 7 and found["arms"]["N7"]["measures"]
@@ -446,6 +464,8 @@ def test_the_command_ends_with_status_1_if_a_claim_does_not_hold(fake, tmp_path,
         out=None,
         sweep=0,
         at_once=1,
+        arms=[],
+        seeds=[],
         across=None,
     )
     monkeypatch.setattr(command.flags, "FLAGS", flags)
