@@ -1,11 +1,6 @@
-r"""Which way to reward search loses nowhere? Seven estimators on three tasks, one study each.
+"""Which way to reward search loses nowhere? Seven estimators on three tasks, one study each.
 
-    for task in two_halves end_digit three_parts; do
-      python -m spiral_jax.study --config=configs/study_estimators_$task.py \
-          --workdir=runs/estimators/$task --at_once=2
-    done
-    python -m spiral_jax.study --across=runs/estimators/two_halves,\
-    runs/estimators/end_digit,runs/estimators/three_parts --out=docs/results/estimators
+    bash launch/estimators.sh --at_once=2
 
 On two halves own correctness has no direction, and only the success of sets does. On the end digit
 own correctness of a set, pass@S, is all that an aggregator needs. On three parts they agree in

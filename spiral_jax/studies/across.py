@@ -112,7 +112,7 @@ def compare_across(files: Sequence[pathlib.Path], best: str) -> dict[str, Any]:
     others = [arm for arm in common if arm not in (best, BASE)]
     return {
         "tasks": [
-            {"title": task.title, "measure": task.measure, "file": file.name}
+            {"title": task.title, "measure": task.measure, "file": str(file)}
             | {"runs": {arm: len(task.scores[arm]) for arm in common}}
             for task, file in zip(tasks, files, strict=True)
         ],
