@@ -71,6 +71,8 @@ or not. What else a config.json may ask for is refused by name before anything i
 weights. Of families that are not here, some and what they would need:
 """
 EXPERTS = """
+How gated delta nets and OLMo 3's window would fit is in [qwen3_5.md](qwen3_5.md).
+
 ### Experts
 
 Each shard of the groups sorts its tokens by expert and multiplies the sorted rows with
