@@ -205,7 +205,7 @@ def _halve(shapes: RoleShapes, halvings: int, multiple: int) -> int:
 
 def memory_options(settings: PlanSettings) -> list[Overrides]:
     """The memory for pages: as configured, three quarters of it, half of it."""
-    lower = [{"sampling.memory": share * settings.memory} for share in (0.75, 0.5)]
+    lower = [{"sampling.memory": round(share * settings.memory, 4)} for share in (0.75, 0.5)]
     return [{}, *lower]
 
 

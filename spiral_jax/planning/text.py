@@ -10,7 +10,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from spiral_jax.model import hf
-from spiral_jax.planning import gpus
 from spiral_jax.planning.fit import Attempt, Planner
 from spiral_jax.planning.inventory import Inventory, take_inventory
 from spiral_jax.planning.profile import Profile
@@ -46,7 +45,7 @@ def plan(
     model, file = planned_model(c.model, topology.devices)
     source = "compiled"
     if not topology.devices:
-        source = f"by arithmetic, nothing is compiled: {gpus.missing_compiler()}"
+        source = f"by arithmetic, nothing is compiled: {topology.missing}"
     say(f"{topology_name}: {topology.chips} x {topology.chip.name}, {source}; model: {file}")
 
     def take(overrides: Overrides) -> Inventory:

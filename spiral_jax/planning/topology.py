@@ -1,7 +1,7 @@
 """What may be rented: TPU slices and GPUs.
 
-libtpu describes slices without a TPU, jax's CUDA plugin GPUs without a GPU. Without the plugin GPUs
-are known by the numbers below alone.
+libtpu describes slices without a TPU, jax's CUDA plugin GPUs without a GPU. Without them chips are
+known by the numbers below alone.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class Topology:
       devices: what programs are compiled for; None where they are planned by arithmetic alone.
       description: what the compiler is told of them beside their name.
       compiler_options: of `jax.stages.Lowered.compile`.
+      missing: why nothing is compiled, and how to change it; "" where programs are.
     """
 
     name: str
@@ -98,14 +99,14 @@ class Topology:
     devices: list[Any] | None
     description: str = ""
     compiler_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    missing: str = ""
 
 
 def find_topology(name: str) -> Topology:
     """The slice or cluster of that name, such as "v5p:4x4x4" or "h100:8".
 
     Raises:
-      ConfigError: it is not known, libtpu is needed and not installed, or jax's CUDA plugin is
-        installed and cannot be loaded.
+      ConfigError: it is not known, or jax's CUDA plugin is installed and cannot be loaded.
     """
     kind, _, shape = name.partition(":")
     chip = CHIPS.get(kind)
@@ -118,10 +119,11 @@ def find_topology(name: str) -> Topology:
             f"--topology={name}: {kind} has {dimensions} dimensions. Known are {KNOWN}."
         )
     count = math.prod(sizes)
+    missing = missing_compiler(chip)
+    if missing:
+        return Topology(name, chip, count, devices=None, missing=missing)
     if chip.dimensions:
         return Topology(name, chip, count, _tpu_devices(name))
-    if gpus.missing_compiler():
-        return Topology(name, chip, count, devices=None)
     return Topology(
         name,
         chip,
@@ -132,6 +134,15 @@ def find_topology(name: str) -> Topology:
     )
 
 
+def missing_compiler(chip: Chip) -> str | None:
+    """What programs for the chip cannot be compiled without; None where it is installed."""
+    if not chip.dimensions:
+        return gpus.missing_compiler()
+    if importlib.util.find_spec("libtpu") is None:
+        return f"libtpu, which needs no TPU, is not installed: {INSTALL}"
+    return None
+
+
 def make_mesh(sizes: ConfigDict, topology: Topology) -> Mesh | AbstractMesh:
     """config.mesh on the topology's devices; without any, its sizes alone.
 
@@ -140,15 +151,10 @@ def make_mesh(sizes: ConfigDict, topology: Topology) -> Mesh | AbstractMesh:
     """
     if topology.devices is not None:
         return meshes.make_mesh(sizes, topology.devices)
-    return meshes.abstract_mesh(meshes.mesh_shape(sizes, topology.chips, "GPU"))
+    return meshes.abstract_mesh(meshes.mesh_shape(sizes, topology.chips, "chip"))
 
 
 def _tpu_devices(name: str) -> list[Any]:
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            f"--topology={name}: programs for TPUs are compiled by libtpu, which needs no TPU: "
-            f"{INSTALL}"
-        )
     # else libtpu asks a metadata server that is not there
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

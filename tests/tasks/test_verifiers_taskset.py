@@ -1,6 +1,7 @@
 """Tasksets of verifiers, an optional package: what runs, what is refused, what an answer earns."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -171,7 +172,9 @@ def test_a_taskset_is_evaluated_end_to_end(taskset, tmp_path):
     command = [sys.executable, "-m", "spiral_jax.evaluate", "--config=configs/tiny.py"]
     command += [f"--workdir={tmp_path / 'run'}"]
     command += [f"--config.{field}={value}" for field, value in flags.items()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["problems"]["count"] == 4
