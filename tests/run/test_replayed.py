@@ -20,7 +20,7 @@ def trained(tmp_path_factory):
     """(setup, directory of its uninterrupted run)."""
     folder = tmp_path_factory.mktemp("replayed")
     c = small_training(folder, STEPS)
-    c.eval.problems = 0
+    c.eval.problems, c.checkpoint.keep = 0, STEPS
     c.replay.problems, c.replay.uses, c.replay.max_age, c.replay.rounds = 2, 2, 3, 3
     setup = set_up_training(c)
     assert train(setup, str(folder / "run")) is None
