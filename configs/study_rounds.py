@@ -24,12 +24,13 @@ from configs import study_two_halves
 from spiral_jax.studies import design
 
 _TOKENS = 1_400_000  # sampled tokens that end a run of any arm
+_STEPS = {"1_round": 115, "2_rounds": 115, "replay": 130}  # at most: a tenth more than they buy
 _SEEDS = (0, 1, 2)
-# fields that differ, and steps at most: a tenth more than the tokens buy
+# fields that differ
 _ARMS = {
-    "1_round": ({}, 115),
-    "2_rounds": ({"aggregation.rounds": 2, "aggregation.traces": 2}, 115),
-    "replay": ({"batch.problems": 8, "batch.search_groups": 8, "replay.problems": 32}, 130),
+    "1_round": {},
+    "2_rounds": {"aggregation.rounds": 2, "aggregation.traces": 2},
+    "replay": {"batch.problems": 8, "batch.search_groups": 8, "replay.problems": 32},
 }
 
 
@@ -39,24 +40,38 @@ def get_config(name: str = "") -> ConfigDict:
     if name == design.EVALUATION:
         return study_two_halves.get_config(name)
     c = study_two_halves.get_config("marginal_mean")
-    fields, c.train.steps = _ARMS[name]
-    c.train.max_sampled_tokens = _TOKENS
-    c.update_from_flattened_dict(fields)
+    return experiment(c, name, _TOKENS, _STEPS[name])
+
+
+def experiment(c: ConfigDict, arm: str, tokens: int, steps: int) -> ConfigDict:
+    """A task's configuration of marginal_mean -> that of an arm."""
+    c.update_from_flattened_dict(_ARMS[arm])
+    c.train.max_sampled_tokens, c.train.steps = tokens, steps
     return c
 
 
-def _study() -> ConfigDict:
-    s = study_two_halves.get_config()
-    s.title = "Rounds on two halves"
+def study() -> ConfigDict:
+    """What the studies of rounds have in common."""
+    s = design.defaults()
     s.question = (
         "Do stored populations train deep rounds of self-aggregation, at the tokens of one or two "
         "rounds in the rollout?"
     )
+    s.notes = (
+        "One model of 0.8 M parameters a task, made for it: nothing here shows what happens at 4B. "
+        "How each arm spends its tokens is a choice; that of replay is from pilots of seed 0."
+    )
     s.arms = tuple((arm, _SEEDS) for arm in (design.BASE, *_ARMS))
+    s.baseline = "2_rounds"
+    return s
+
+
+def _study() -> ConfigDict:
+    s = study()
+    s.title = "Rounds on two halves"
+    s.strategies = 2
     s.measures = ("aggregated", "mixed", "single", "pass@8")
     s.measures += tuple(f"rsa@{round}" for round in range(1, 11))
-    s.baseline = "2_rounds"
-    s.cross = ()
     s.claims = (
         ("rsa@10", "replay", "", 0.80),
         ("rsa@10", "replay", "2_rounds", 0.0),
