@@ -47,7 +47,8 @@ def train(setup: Setup, workdir: str) -> signal.Signals | None:
         run.evaluate(policy)
         for step in run.steps():
             # Problems in cursor order -> N search traces each -> K sets of S of them -> M
-            # aggregation traces of each set -> rewards of those, as they come in.
+            # aggregation traces of each set -> rewards of those, as they come in. Beside them sets
+            # of stored answers are aggregated, as deeper rounds would (config.replay).
             problems = run.first_kept()
             rollouts = run.actor.rollouts(policy, step, problems)
             with run.preemption.interruptible():

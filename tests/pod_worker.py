@@ -128,7 +128,31 @@ def checkpoint():
         checkpoints.save(step + 1, mesh.place(arrays(step + 1), here), {"cursor": 7 * (step + 1)})
 
 
-TASKS = {task.__name__: task for task in (exchange, differ, late, fail, preempt, checkpoint)}
+def replay():
+    """Steps that read stored populations: each process judges its share, and all keep the same."""
+    from spiral_jax.rollout.populations import Populations
+    from tests.scripted_sampler import SamplerByRound, scripted_training
+
+    right = np.random.default_rng(0).random((3, 100, 4, 4)) < 0.5
+
+    def script(round, cursor, k, i):
+        return f"{k}{i} \\boxed{{{7 if round and right[round, cursor, k, i] else 8}}}"
+
+    training = scripted_training(script, sampler_class=SamplerByRound, replay__problems=3)
+    stored, cursor = Populations(training.actor.stages.replay), 0
+    for step in range(4):
+        batch = training.collect(step, cursor, stored.drawn(step))
+        replayed = batch.replay.replayed.answers() if step else ()
+        stored, cursor = stored.after(step, batch.rollouts.answers(), replayed), batch.next_cursor
+    assert {each.round for each in stored.kept} > {1}
+    weights = [weight_UxC.tolist() for _, weight_UxC in batch.roles.values()]
+    first, *others = distributed.gather([stored.to_plain(), weights])
+    assert others and all(other == first for other in others)
+
+
+TASKS = {
+    task.__name__: task for task in (exchange, differ, late, fail, preempt, checkpoint, replay)
+}
 
 
 def main(argv):

@@ -6,10 +6,10 @@ round costs what it samples, and not the rounds before it, and nothing has to wa
 come round again.
 
 Answers take the place of what they are answers to once they have earned as much on average, so
-rounds grow deeper as the policy learns to read them. Until then what they were to read is read
-again, with other sets: what a policy that cannot read has written is not what a better one will
-have to read. Every process has all populations, and what is kept and read is a pure function of
-keys, steps and rewards.
+rounds grow deeper as the policy learns to read them. Until then the same population is read again,
+in other sets: what a policy that cannot read has written is not what a better one will have to
+read. Every process has all populations, and what is kept and read is a pure function of keys, steps
+and rewards.
 """
 
 from __future__ import annotations

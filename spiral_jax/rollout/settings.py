@@ -95,6 +95,7 @@ class TrainingStages:
         if not self.replay:
             return None
         answers = self.subsets * self.aggregation_traces
+        # of earlier steps: no trace of it is sampled, so its number is in no key
         stored = Stage("population", self.rounds + 2, answers, self.aggregation_tokens)
         return Stage(
             name="aggregation/replay",

@@ -86,6 +86,12 @@ def test_a_temperature_of_both_roles_becomes_one_of_each():
     assert as_current(to_plain(c)) == to_plain(c)
 
 
+def test_a_section_that_an_earlier_version_did_not_have_gets_its_defaults():
+    new = plain_with({})
+    old = {room: fields for room, fields in new.items() if room != "replay"}
+    assert as_current(old) == new and "replay" not in old
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -1,5 +1,6 @@
 """Processes that find each other, tell each other what one knows, and end with one message."""
 
+import json
 import os
 
 import jax
@@ -161,17 +162,18 @@ def test_a_process_that_nobody_joins_says_whom_it_waited_for():
 
 @ON_CPUS
 @pytest.mark.slow
-def test_processes_exchange_and_a_checkpoint_goes_from_mesh_to_mesh(tmp_path):
+def test_processes_exchange_replay_alike_and_a_checkpoint_goes_from_mesh_to_mesh(tmp_path):
     """2 x 4 devices -> 1 x 8 -> 2 x 4 cut along other axes; each process checks what it holds."""
     at = f"--directory={tmp_path / 'checkpoints'}"
-    first = launch([*WORKER, "exchange", "checkpoint", at, "--mesh=2,2,2"], 2, 4)
+    tasks = ["exchange", "replay", "checkpoint"]
+    first = launch([*WORKER, *tasks, at, "--mesh=2,2,2"], 2, 4)
     assert [done.returncode for done in first] == [0, 0], first
     for process, done in enumerate(first):
         assert (
             f"process {process} of 2: 4 of 8 devices, cpu (cpu), mesh data=2, fsdp=2, tensor=2\n"
             in done.stdout
         )
-    printed = ['{"done": ["exchange", "checkpoint"]}' in done.stdout for done in first]
+    printed = [json.dumps({"done": tasks}) in done.stdout for done in first]
     assert printed == [True, False]
     (single,) = launch([*WORKER, "checkpoint", at, "--mesh=1,8,1"], 1, 8)
     assert single.returncode == 0, single

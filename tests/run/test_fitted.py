@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fitted")
     c = small_training(folder, STEPS)
     c.loss.estimator, c.aggregation.rounds, c.eval.problems = "set_control_variate", ROUNDS, 0
-    c.batch.aggregation_groups = 12
+    c.batch.aggregation_groups, c.checkpoint.keep = 12, STEPS
     setup = set_up_training(c)
     assert train(setup, str(folder / "run")) is None
     return setup, folder / "run"

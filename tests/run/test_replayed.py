@@ -20,7 +20,7 @@ def trained(tmp_path_factory):
     """(setup, directory of its uninterrupted run)."""
     folder = tmp_path_factory.mktemp("replayed")
     c = small_training(folder, STEPS)
-    c.eval.problems = 0
+    c.eval.problems, c.checkpoint.keep = 0, STEPS
     c.replay.problems, c.replay.uses, c.replay.max_age, c.replay.rounds = 2, 2, 3, 3
     setup = set_up_training(c)
     assert train(setup, str(folder / "run")) is None
@@ -61,6 +61,13 @@ def test_a_step_reads_what_the_checkpoint_before_it_holds_and_the_log_shows_it(t
             uses.add(each.uses)
             rounds.add(each.round)
     assert uses == {0, 1} and rounds > {1}
+
+
+def test_every_metric_of_it_has_a_meaning_in_the_docs(trained):
+    page = (drill.ROOT / "docs" / "metrics.md").read_text()
+    of_replay = {name for row in metrics_of(trained[1]) for name in row if "replay" in name}
+    assert len(of_replay) == 8
+    assert {name for name in of_replay if f"`{name}`" not in page} == set()
 
 
 def test_a_resumed_run_goes_on_with_what_was_stored_bit_for_bit(trained, tmp_path):
