@@ -164,7 +164,7 @@ def merged_outputs(
     trained: Trained, base: TensorFiles, model: ModelConfig, mesh: Mesh
 ) -> list[Output]:
     """Every tensor of the merged model, in the dtype of the base; made one by one when written."""
-    expected = hf.abstract_params(model)
+    expected = hf.stored_params(model)
     hf.check_tensors(base, expected, model.arch)
     if model.lora_rank:
         lora = jax.tree.map(np.asarray, trained.load(abstract_lora(model), mesh))

@@ -48,7 +48,10 @@ def defaults() -> ConfigDict:
     c.model.adapter_path = ""
     # WORKDIR or WORKDIR@step of another run whose trained weights a new run starts from
     c.model.init_from = ""
-    c.model.param_dtype = "bfloat16"  # of a frozen base; what is trained is always float32
+    # of a frozen base, "float32", "bfloat16" or "int8"; what is trained is always float32. "int8":
+    # the projections' matrices, with a scale for each output channel; one device then holds one
+    # copy of them, which sampler and trainer both read
+    c.model.param_dtype = "bfloat16"
     # of activations and caches; norms, rope and softmax are float32
     c.model.compute_dtype = "bfloat16"
     # adapters on all seven projections, with experts on attention's four; 0 = full fine-tuning

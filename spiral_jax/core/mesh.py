@@ -32,6 +32,8 @@ GPU_PLATFORMS = ("gpu", "cuda")  # of devices that are here, and of those that a
 _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"/(q|k|v|gate|up)/kernel$", ("fsdp", "tensor")),
     (r"/(o|down)/kernel$", ("tensor", "fsdp")),
+    (r"/(q|k|v|gate|up)/scale$", ("tensor",)),  # of a kernel in int8
+    (r"/(o|down)/scale$", ("fsdp",)),
     (r"/(q|k|v|gate|up|qkv|gate_up)/bias$", ("tensor",)),
     (r"/(q|k|v|gate|up)/a$", ("fsdp", None)),
     (r"/(q|k|v|gate|up)/b$", (None, "tensor")),

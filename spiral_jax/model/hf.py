@@ -2,11 +2,13 @@
 
 We iterate over our own leaves, not over the file's keys, and read lazily: each device's slice comes
 straight from the files. A leaf of our stacked layers [L - 1, ...] is L - 1 tensors there, one of
-experts [X, ...] is X tensors, and our kernels are [in, out] where theirs are [out, in].
+experts [X, ...] is X tensors, and our kernels are [in, out] where theirs are [out, in]. A base in int8 is
+rounded while it is read: no device ever holds it in floats.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -20,8 +22,9 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from jax.sharding import Mesh, NamedSharding
 
-from spiral_jax.core.config import ConfigError
+from spiral_jax.core.config import ConfigError, require
 from spiral_jax.core.mesh import path_name, weight_spec
+from spiral_jax.model import int8
 from spiral_jax.model.architecture import Architecture, hf_fields
 from spiral_jax.model.tensor_files import (
     Output,
@@ -67,6 +70,7 @@ _PEFT = "base_model.model."  # PEFT names an adapter's weights so
 for _name, _theirs in PROJECTIONS.items():
     _module = f"model.layers.{{}}.{_theirs}"
     _LAYER[f"{_name}/kernel"] = (f"{_module}.weight", True)
+    _LAYER[f"{_name}/scale"] = _LAYER[f"{_name}/kernel"]  # of a kernel in int8
     _LAYER[f"{_name}/bias"] = (f"{_module}.bias", False)
     _LAYER[f"{_name}/a"] = (f"{_PEFT}{_module}.lora_A.weight", True)
     _LAYER[f"{_name}/b"] = (f"{_PEFT}{_module}.lora_B.weight", True)
@@ -102,10 +106,16 @@ def stored(name: str, arch: Architecture) -> Stored:
     if room not in ("layers", "last_layer"):
         theirs, transposed = _TOP[name]
         return Stored(np.array(theirs), transposed)
+    number, _, of_layer = rest.partition("/")
+    if number.isdecimal():  # a base in int8 is not stacked
+        layers, is_stacked, rest = (int(number),), False, of_layer
+    elif room == "layers":
+        layers, is_stacked = range(arch.L - 1), True
+    else:
+        layers, is_stacked = (arch.L - 1,), False
     theirs, transposed = _LAYER[rest]
-    layers = range(arch.L - 1) if room == "layers" else (arch.L - 1,)
     names = [[theirs.format(layer, x) for x in _experts(theirs, arch)] for layer in layers]
-    lead = (len(names),) if room == "layers" else ()
+    lead = (len(names),) if is_stacked else ()
     lead += (len(names[0]),) if theirs.count("{}") == 2 else ()
     return Stored(np.array(names).reshape(lead), transposed)
 
@@ -152,6 +162,11 @@ def abstract_params(config: ModelConfig) -> Any:
     return jax.eval_shape(lambda: init_variables(config, jax.random.key(0)))["params"]
 
 
+def stored_params(config: ModelConfig) -> Any:
+    """Shapes of the base parameters as files have them: in floats, and so without scales."""
+    return abstract_params(dataclasses.replace(config, param_dtype=jnp.float32))
+
+
 def load_params(path: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Any:
     """Base parameters of the checkpoint in `path`, placed on `mesh`, in `config.param_dtype`.
 
@@ -163,7 +178,7 @@ def load_params(path: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Any:
         contradicts them.
     """
     with open_tensors(path, STEM) as files:
-        check_tensors(files, abstract_params(config), config.arch)
+        check_tensors(files, stored_params(config), config.arch)
         return read_tree(files, abstract_params(config), config.arch, mesh)
 
 
@@ -229,28 +244,57 @@ def read_tree(files: TensorFiles, expected: Any, arch: Architecture, mesh: Mesh)
     """
 
     def read(at: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        sharding = NamedSharding(mesh, weight_spec(path_name(at), leaf.shape, mesh))
-        return _read_leaf(files, stored(path_name(at), arch), leaf, sharding)
+        ours = path_name(at)
+        sharding = NamedSharding(mesh, weight_spec(ours, leaf.shape, mesh))
+        tensors = stored(ours, arch)
+        read_tensor = _tensor_reader(files, ours, leaf, tensors.transposed)
+        return _read_leaf(read_tensor, tensors.names, leaf, sharding)
 
     return jax.tree_util.tree_map_with_path(read, expected)
 
 
-def _read_leaf(
-    files: TensorFiles, tensors: Stored, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding
-) -> jax.Array:
-    def read_tensor(name: str, slices: tuple[slice, ...]) -> np.ndarray:
-        if tensors.transposed:
+_TensorReader = Callable[[str, tuple[slice, ...]], np.ndarray]
+
+
+def _tensor_reader(
+    files: TensorFiles, ours: str, leaf: jax.ShapeDtypeStruct, transposed: bool
+) -> _TensorReader:
+    """(name of a tensor, slices of our axes) -> that part of what our leaf has of it."""
+
+    def as_stored(name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        if transposed:
             return files.read(name, slices[::-1]).T
         return files.read(name, slices)
+
+    # A scale is one of whole columns, so these are read whatever part of them is asked for.
+    def scale(name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        return int8.scale_of(as_stored(name, (slice(None), *slices)))
+
+    def quantised(name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        rows, columns = slices
+        return int8.quantise(as_stored(name, (slice(None), columns)))[rows]
+
+    if leaf.dtype == np.int8:
+        return quantised
+    return scale if ours.endswith("/scale") else as_stored
+
+
+def _read_leaf(
+    read_tensor: _TensorReader,
+    names: np.ndarray,
+    leaf: jax.ShapeDtypeStruct,
+    sharding: NamedSharding,
+) -> jax.Array:
+    """Args: names: of the leaf's tensors; see `Stored`."""
 
     @functools.cache  # devices that hold the same slice share one reading of it
     def read_slice(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
         slices = tuple(slice(*pair) for pair in bounds)
         out = np.empty([stop - start for start, stop in bounds], leaf.dtype)
-        lead = tensors.names.ndim
-        names = np.asarray(tensors.names[slices[:lead]])
-        for index in np.ndindex(names.shape):
-            out[index] = read_tensor(str(names[index]), slices[lead:])
+        lead = names.ndim
+        of_slice = np.asarray(names[slices[:lead]])
+        for index in np.ndindex(of_slice.shape):
+            out[index] = read_tensor(str(of_slice[index]), slices[lead:])
         return out
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -298,8 +342,18 @@ def save_params(
 
 
 def model_config(arch: Any, c: Any) -> ModelConfig:
-    """`config.model` and a checkpoint's architecture -> ModelConfig. What is trained is float32."""
+    """`config.model` and a checkpoint's architecture -> ModelConfig. What is trained is float32.
+
+    Raises:
+      ConfigError: experts in int8.
+    """
     full = c.lora_rank == 0
+    require(
+        not (arch.routing and c.param_dtype == "int8"),
+        "model.param_dtype",
+        c.param_dtype,
+        "float32 or bfloat16 for a model with experts",
+    )
     return ModelConfig(
         arch=arch,
         param_dtype=jnp.float32 if full else jnp.dtype(c.param_dtype),

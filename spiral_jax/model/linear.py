@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from spiral_jax.model import layouts
+from spiral_jax.model import int8, layouts
 
 # Names for policies of `jax.checkpoint`: of a projection's output, and of x A of its adapter.
 PROJECTED, INNER = "projected", "adapter_inner"
@@ -22,13 +22,15 @@ class Linear(nn.Module):
     """x W, plus a bias, plus (alpha / rank) x A B with adapters (LoRA, arXiv 2106.09685).
 
     W is [width, features] and the bias [features], in `params`; A [width, rank] and B [rank,
-    features] are float32, in `lora`. B starts as zeros and so changes nothing.
+    features] are float32, in `lora`. B starts as zeros and so changes nothing. W in int8 has its
+    `scale` [features] beside it (`int8.py`).
 
     Attributes:
       width: of what it reads.
       features: that it writes.
       dtype: of W and of the bias.
       lora_rank: 0 = no adapter.
+      quantised: W is in int8.
     """
 
     width: int
@@ -37,12 +39,17 @@ class Linear(nn.Module):
     lora_rank: int
     lora_alpha: float
     has_bias: bool = False
+    quantised: bool = False
 
     def setup(self) -> None:
-        size = (self.width, self.features)
-        self.kernel = self.param("kernel", nn.initializers.normal(0.02), size, self.dtype)
+        size, zeros = (self.width, self.features), nn.initializers.zeros
+        if self.quantised:
+            self.kernel = self.param("kernel", zeros, size, jnp.int8)
+            self.scale = self.param("scale", zeros, (self.features,), jnp.float32)
+        else:
+            self.kernel = self.param("kernel", nn.initializers.normal(0.02), size, self.dtype)
         if self.has_bias:
-            self.bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+            self.bias = self.param("bias", zeros, (self.features,), self.dtype)
         if not self.lora_rank:
             return
 
@@ -60,7 +67,10 @@ class Linear(nn.Module):
 
     def without_adapter(self, x_NxD: jax.Array) -> jax.Array:
         """x W, plus the bias."""
-        y_NxF = x_NxD @ self.kernel.astype(x_NxD.dtype)
+        if self.quantised:
+            y_NxF = int8.multiply(x_NxD, self.kernel, self.scale)
+        else:
+            y_NxF = x_NxD @ self.kernel.astype(x_NxD.dtype)
         return y_NxF + self.bias.astype(x_NxD.dtype) if self.has_bias else y_NxF
 
 

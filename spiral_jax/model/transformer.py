@@ -7,6 +7,10 @@ so training computes no more of it there.
 
 Training scans over the stacked layers. The sampler applies one `DecoderLayer` after the other on
 separate arrays (`unstack_layers`) and keeps the cache, which is explicit.
+
+A base in int8 is held once for both, as the sampler wants it: its `layers` are L - 1 trees of
+separate arrays, of which training takes one after the other. A sampler that sliced stacked ones
+would write each of them in the compute dtype, for every token, before it multiplied with it.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from spiral_jax.core.mesh import constrain_groups
-from spiral_jax.model import layouts
+from spiral_jax.model import int8, layouts
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.attention.backends import XLA, make_backend
 from spiral_jax.model.attention.groups import (
@@ -49,7 +53,8 @@ class ModelConfig:
 
     Attributes:
       arch: sizes and constants of the checkpoint.
-      param_dtype: of `params`; adapters are always float32.
+      param_dtype: of `params`; adapters are always float32. int8: of the projections' matrices,
+        which have scales (`int8.py`), and `float_dtype` of the rest; without experts.
       compute_dtype: of activations and caches; norms, rope and softmax are float32.
       lora_rank: 0 = no adapters.
       lora_alpha: adapters are scaled by alpha / rank.
@@ -73,6 +78,16 @@ class ModelConfig:
     attention_block: int = 512
     remat: str = "layer"
     joined: int = 0
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the base is in int8."""
+        return jnp.dtype(self.param_dtype) == jnp.int8
+
+    @property
+    def float_dtype(self) -> Any:
+        """Of all `params` but matrices in int8."""
+        return self.compute_dtype if self.quantised else self.param_dtype
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -101,10 +116,12 @@ class DecoderLayer(nn.Module):
 
         def linear(name: str, width: int, features: int) -> Linear:
             has_bias = name in arch.family.biases
-            return Linear(width, features, c.param_dtype, c.lora_rank, c.lora_alpha, has_bias)
+            return Linear(
+                width, features, c.float_dtype, c.lora_rank, c.lora_alpha, has_bias, c.quantised
+            )
 
         def norm_scale(name: str, width: int) -> jax.Array:
-            return self.param(name, nn.initializers.ones, (width,), c.param_dtype)
+            return self.param(name, nn.initializers.ones, (width,), c.float_dtype)
 
         def joined(names: tuple[str, ...], features: tuple[int, ...]) -> JoinedLinear:
             rank, scale = len(names) * c.lora_rank, c.lora_alpha / max(1, c.lora_rank)
@@ -277,16 +294,18 @@ class Transformer(nn.Module):
         """
         c, arch = self.config, self.config.arch
         P, C = prompt_UxP.shape[1], 0 if trace_UxCxG is None else trace_UxCxG.shape[1]
-        embed = self.param("embed", nn.initializers.normal(0.02), (arch.V, arch.D), c.param_dtype)
+        embed = self.param("embed", nn.initializers.normal(0.02), (arch.V, arch.D), c.float_dtype)
         if not arch.tied:
-            self.param("head", nn.initializers.normal(0.02), (arch.D, arch.V), c.param_dtype)
+            self.param("head", nn.initializers.normal(0.02), (arch.D, arch.V), c.float_dtype)
 
         ids_UxT, position_UxT = _rows_of_groups(prompt_UxP, prompt_len_U, trace_UxCxG)
         last_position_UxT = rope_position(arch, arch.L - 1, position_UxT)
         lengths = _lengths(prompt_len_U, trace_UxCxG, trace_len_UxC)
         x = embed[ids_UxT].astype(c.compute_dtype)
 
-        if arch.L > 1:
+        if arch.L > 1 and c.quantised:
+            x = self._run_separate_layers(x, position_UxT, lengths, P, C)
+        elif arch.L > 1:
             layers = nn.scan(
                 _rematerialised(c.remat, "__call__", in_scan=True),
                 variable_axes={"params": 0, "lora": 0},
@@ -308,8 +327,33 @@ class Transformer(nn.Module):
         else:
             x, _ = DecoderLayer(c, P, name="last_layer")(x, last_position_UxT, lengths)
 
-        norm = self.param("final_norm", nn.initializers.ones, (arch.D,), c.param_dtype)
+        norm = self.param("final_norm", nn.initializers.ones, (arch.D,), c.float_dtype)
         return rms_norm(x, norm, arch.norm_eps)
+
+    def _run_separate_layers(
+        self, x_UxTxD: jax.Array, position_UxT: jax.Array, lengths: Lengths, P: int, C: int
+    ) -> jax.Array:
+        """All layers but the last, where each one's parameters are arrays of their own.
+
+        A pass of the loop copies those of its layer: of one at a time.
+        """
+        c, arch = self.config, self.config.arch
+        params = self.get_variable("params", "layers")
+        choices = [lambda layers, i=i: layers[i] for i in range(arch.L - 1)]
+        adapters = {"lora": self.get_variable("lora", "layers")} if c.lora_rank else {}
+        rotated = jnp.array([i not in arch.unrotated for i in range(arch.L - 1)], jnp.int32)
+        layer = DecoderLayer(c, P, C, parent=None)
+
+        def run(x: jax.Array, of_layer: tuple[jax.Array, Any, jax.Array]) -> tuple[jax.Array, None]:
+            i, own_adapters, is_rotated = of_layer
+            own_params = jax.lax.switch(i, choices, params)
+            own = {"params": own_params, **own_adapters}
+            return layer.apply(own, x, is_rotated * position_UxT, lengths)
+
+        if c.remat != "none":
+            run = jax.checkpoint(run, policy=_POLICIES[c.remat], prevent_cse=False)
+        x, _ = jax.lax.scan(run, x_UxTxD, (jnp.arange(arch.L - 1), adapters, rotated))
+        return x
 
 
 def rope_position(arch: Architecture, layer: int, position: jax.Array) -> jax.Array:
@@ -348,16 +392,43 @@ def _lengths(
 
 
 def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """Random `{"params": ...}`, with `"lora"` at rank > 0, which changes nothing yet."""
+    """Random `{"params": ...}`, with `"lora"` at rank > 0, which changes nothing yet.
+
+    The matrices of a base in int8 are zeros.
+    """
+    if config.quantised:
+        floats = dataclasses.replace(config, param_dtype=config.compute_dtype)
+        variables = init_variables(floats, key)
+        return variables | {"params": _zeros_in_int8(variables["params"], config.arch.L)}
     ids, length = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
     return dict(Transformer(config).init(key, ids, length, None))
 
 
+def _zeros_in_int8(params: dict[str, Any], L: int) -> dict[str, Any]:
+    """The tree of a base in int8, from that of a float one."""
+
+    def layer(floats: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: int8.zeros_for(part) if isinstance(part, dict) else part
+            for name, part in floats["params"].items()
+        }
+
+    *layers, last = map(layer, unstack_layers({"params": params}, L))
+    return params | {"last_layer": last} | ({"layers": tuple(layers)} if layers else {})
+
+
 def unstack_layers(variables: dict[str, Any], L: int) -> tuple[dict[str, Any], ...]:
     """The variables of each of the L layers, first to last, as `DecoderLayer.apply` takes them."""
-    stacked = {name: tree["layers"] for name, tree in variables.items() if L > 1}
+
+    def one(layers: Any, i: int) -> Any:
+        return (
+            layers[i] if isinstance(layers, tuple) else jax.tree.map(operator.itemgetter(i), layers)
+        )
+
+    layers = [
+        {name: one(tree["layers"], i) for name, tree in variables.items()} for i in range(L - 1)
+    ]
     last = {name: tree["last_layer"] for name, tree in variables.items()}
-    layers = [jax.tree.map(operator.itemgetter(i), stacked) for i in range(L - 1)]
     return *layers, last
 
 

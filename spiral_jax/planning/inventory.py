@@ -28,7 +28,7 @@ from spiral_jax.sampling.engine import Engine, make_samplers
 from spiral_jax.sampling.memory import Room
 from spiral_jax.sampling.programs import Name, Recipe, recipes
 from spiral_jax.sampling.shapes import abstract_pool
-from spiral_jax.sampling.weights import abstract_weights
+from spiral_jax.sampling.weights import abstract_weights, bytes_laid_out
 
 _STOP_IDS = (0, 1)  # which ids end a trace changes no shape, and the tokenizer is not read
 
@@ -45,7 +45,7 @@ class Inventory:
       train_step: jitted; see `learner.step.make_train_step`.
       base: frozen parameters, None where all are trained.
       blocks: of one step.
-      decode_weights: the decode copy.
+      decode_weights: all that the sampler reads.
       pool: the sampler's pages of keys and values.
     """
 
@@ -105,7 +105,12 @@ class Inventory:
 
     def policy_memory(self) -> dict[str, int]:
         """The same and the decode copy, which is there from one update to the start of the next."""
-        return self.state_memory() | {"decode copy": bytes_on_a_device(self.decode_weights)}
+        return self.state_memory() | {"decode copy": self.decode_copy}
+
+    @property
+    def decode_copy(self) -> int:
+        """Bytes a chip of what is laid out for the sampler."""
+        return bytes_laid_out(self.model, self.mesh)
 
     def sampler_memory(self) -> dict[str, int]:
         """The same and the pool of pages, which is there while traces are sampled."""

@@ -306,7 +306,7 @@ def decode_copy_program(inventory: Inventory) -> PlannedProgram:
     """The decode copy that is made after an update; the unit is the whole."""
     model, fsdp = inventory.model, inventory.mesh.shape["fsdp"]
     collections = variables(model, inventory.base, inventory.state.trained)
-    given, copy = bytes_on_a_device(collections), bytes_on_a_device(inventory.decode_weights)
+    given, copy = bytes_on_a_device(collections), inventory.decode_copy
 
     def lower() -> Lowered:
         with jax.set_mesh(inventory.mesh):

@@ -21,7 +21,7 @@ _ROWS = {  # tuples of rows of so many integers
 _INTEGERS = ("eval.limits",)
 # Of training and evaluation both; those `_OF_RUN` of training alone.
 _CHOICES = {
-    "model.param_dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16", "int8"),
     "model.compute_dtype": ("float32", "bfloat16"),
     "model.remat": REMAT,
     "model.attention": ("auto", *BACKENDS),
@@ -68,6 +68,13 @@ def check_shared(c: ConfigDict) -> None:
     _check_values(c, _CHOICES, _LEAST, _POSITIVE)
     m = c.model
     require(bool(m.hf_path), "model.hf_path", m.hf_path, "a directory with config.json and weights")
+    require(
+        m.param_dtype != "int8" or m.lora_rank > 0,
+        "model.param_dtype",
+        m.param_dtype,
+        "float32 or bfloat16 at model.lora_rank = 0",
+        "Integers cannot be trained; set model.lora_rank to train adapters beside them.",
+    )
     require(
         not m.adapter_path or m.lora_rank > 0,
         "model.adapter_path",

@@ -15,7 +15,7 @@ from spiral_jax.model import hf
 from spiral_jax.prompts.prompts import search_prompt
 from spiral_jax.run.setup import Setup
 from spiral_jax.sampling.shapes import abstract_pool
-from spiral_jax.sampling.weights import abstract_weights
+from spiral_jax.sampling.weights import bytes_laid_out
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.choice import RewardChoice
 from spiral_jax.verifier.pool import VerifierFailure
@@ -147,13 +147,13 @@ def _memory(setup: Setup) -> str:
     learner, model, mesh = setup.training.learner, setup.model, setup.mesh
     held = {
         "weights that are trained and optimizer state": abstract_state(learner, model, mesh),
-        "weights as the sampler reads them": abstract_weights(model, mesh),
         "keys and values": abstract_pool(setup.sampler.settings, setup.sampler.schedule),
     }
     if keeps_base(learner, model):
         base = hf.abstract_params(model)
         held["frozen base"] = with_shardings(base, weight_shardings(base, mesh))
     sizes = {name: bytes_on_a_device(tree) for name, tree in held.items()}
+    sizes["weights laid out for the sampler"] = bytes_laid_out(model, mesh)
     parts = ", ".join(f"{_words(size)} {name}" for name, size in sizes.items())
     stats = mesh.local_devices[0].memory_stats() or {}
     of = f" of its {_words(stats['bytes_limit'])}" if "bytes_limit" in stats else ""

@@ -260,7 +260,4 @@ def _next_logits(
         x_ZxNxD = module.apply(layer, x_ZxNxD, attended, method="finish")
 
     x_ZxNxD = rms_norm(x_ZxNxD, weights.final_norm, config.arch.norm_eps)
-    logits_ZxNxV = jnp.einsum(
-        "znd,dv->znv", x_ZxNxD, weights.head, preferred_element_type=jnp.float32
-    )
-    return tuple(views), logits_ZxNxV
+    return tuple(views), weights.logits(x_ZxNxD)

@@ -26,7 +26,7 @@ from spiral_jax.sampling.settings import (
     make_decode_settings,
     make_eval_draw,
 )
-from spiral_jax.sampling.weights import DecodeWeights, lay_out
+from spiral_jax.sampling.weights import DecodeWeights, prepare
 
 
 class Engine:
@@ -58,9 +58,9 @@ class Engine:
         return describe(self.programs, self.settings, self.schedule)
 
     def prepare(self, variables: dict[str, Any]) -> DecodeWeights:
-        """Separate per-layer weights, replicated over groups and cut along `tensor` only."""
+        """The policy as the programs read it; a base in int8 may be shared, and must stay."""
         with jax.set_mesh(self.settings.mesh):
-            return lay_out(variables, self.settings.config, self.settings.mesh)
+            return prepare(variables, self.settings.config, self.settings.mesh)
 
     def stream(self, weights: DecodeWeights, feed: Feed) -> Decoding:
         """Begins to sample what `feed` gives; see `protocol.Sampler`."""

@@ -17,7 +17,7 @@ from spiral_jax.model.attention.backends import XLA
 from spiral_jax.sampling.programs import CompiledProgram, Name
 from spiral_jax.sampling.settings import DecodeSettings, GroupLimits, Schedule
 from spiral_jax.sampling.shapes import abstract_pool
-from spiral_jax.sampling.weights import abstract_weights
+from spiral_jax.sampling.weights import abstract_weights, bytes_laid_out
 
 GIB = 2**30
 KERNEL_PAGE = 128  # tokens, as kernels read them
@@ -151,7 +151,7 @@ def _page_budget(memory: float, settings: DecodeSettings, schedule: Schedule, ro
     """Bytes of a device for pages."""
     if memory > 1:
         return memory
-    weights = bytes_on_a_device(abstract_weights(settings.config, settings.mesh))
+    weights = bytes_laid_out(settings.config, settings.mesh)
     longest = schedule.prompts[-1]
     pages_of_a_call = schedule.prompts_of_a_call(longest) * schedule.pages_of(longest)
     as_computed = dataclasses.replace(settings, cache_dtype=settings.config.compute_dtype)

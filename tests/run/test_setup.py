@@ -102,6 +102,7 @@ BAD = {
     "prompt.thinking": ("none", "answer_only, full"),
     "prompt.stop": ((1.5,), "texts or ids"),
     "model.hf_path": ("", "directory"),
+    "model.param_dtype": ("int8", "float32 or bfloat16 at model.lora_rank = 0"),
     "model.compute_dtype": ("float16", "float32, bfloat16"),
     "model.remat": ("everything", "none, dots, attention, layer"),
     "model.attention": ("cuda", "auto, xla, gpu, tpu"),
