@@ -2,8 +2,8 @@
 
 We iterate over our own leaves, not over the file's keys, and read lazily: each device's slice comes
 straight from the files. A leaf of our stacked layers [L - 1, ...] is L - 1 tensors there, one of
-experts [X, ...] is X tensors, and our kernels are [in, out] where theirs are [out, in]. A base in int8 is
-rounded while it is read: no device ever holds it in floats.
+experts [X, ...] is X tensors, and our kernels are [in, out] where theirs are [out, in]. A base in
+int8 is rounded while it is read: no device ever holds it in floats.
 """
 
 from __future__ import annotations
