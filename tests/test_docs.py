@@ -51,6 +51,12 @@ def test_every_link_leads_somewhere():
     assert not lost, "\n".join(lost)
 
 
+def test_every_picture_says_what_it_shows():
+    for page in PAGES:
+        for words in re.findall(r"!\[([^\]]*)\]\(", page.read_text()):
+            assert len(words.split()) > 3, f"{page.relative_to(ROOT)}: {words}"
+
+
 def test_every_section_that_is_linked_exists():
     lost = []
     for page in PAGES:
@@ -93,7 +99,7 @@ def test_every_field_that_a_flag_sets_exists():
 @pytest.mark.parametrize(
     "aim, pages, said",
     [
-        ("own data, own reward", 3, ("train.jsonl", "my_reward:reward", "--workdir=runs/mine")),
+        ("own data, own reward", 2, ("train.jsonl", "my_reward:reward", "--workdir=runs/mine")),
         ("own checkpoint, evaluated", 2, ("spiral_jax.evaluate", "--config.model.hf_path=")),
         ("a changed estimator", 2, ("ESTIMATORS", "advantage=lambda", "informative=")),
         ("the plan of a pod", 2, ("spiral_jax.plan", "--topology=v5e:8x8")),

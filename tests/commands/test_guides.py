@@ -5,6 +5,7 @@ A fenced block of a guide says behind its language what becomes of it:
     bash tried       each command is run
     bash read        needs a network, a server, a pod or hours: flags and configuration are parsed
     python tried     is run; a following `text output` is what it prints
+    python read      is compiled: test_library.py runs the like of it
     python file=F    is written to F
 
 `text` alone is what something printed once.
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -39,12 +41,13 @@ GUIDES = (
     "library",
     "reproduce",
 )
-STEPS = "2"  # a checkpoint that a guide names by the default run's 40 steps is of so many here
+STEPS = 2  # the one run here has so many, where guides speak of the default run's 40
 # Of all runs here, and of the notebook: the same programs, which are compiled once.
 SMALL = {
     "model.remat": "none",
     "prompt.keep_tail_tokens": 26,
-    "sampling.rows": 32,
+    "sampling.memory": 8_000_000,  # bytes: as many pages in evaluations as in training
+    "sampling.rows": 16,  # few enough for one decode program
     "sampling.chunk": 8,
     "sampling.prefill_tokens": 4096,
     "sampling.prefill_chunk": 64,
@@ -55,7 +58,7 @@ SMALL = {
     "batch.aggregation_groups": 8,
     "loss.logprob_chunk": 32,
     "verifier.workers": 1,
-    "train.steps": int(STEPS),
+    "train.steps": STEPS,
     "optimizer.lr": 1e-3,
     "optimizer.schedule": "constant",
     "optimizer.warmup_steps": 0,
@@ -63,6 +66,7 @@ SMALL = {
     "eval.n": 32,
     "eval.rounds": 2,
 }
+DEFAULT_RUN = "python -m spiral_jax.train --config=configs/tiny.py --workdir=runs/tiny"
 END_OF_BLOCK = "--- the block has ended ---"
 
 
@@ -81,7 +85,8 @@ def blocks_of(guide: str) -> list[Block]:
 
 
 def commands_of(block: Block) -> list[list[str]]:
-    lines = block.text.replace("\\\n", " ").replace("@40", f"@{STEPS}").splitlines()
+    text = block.text.replace("\\\n", " ")
+    lines = text.replace("@40", f"@{STEPS}").replace("_000040", f"_{STEPS:06}").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -117,15 +122,34 @@ def nursery(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(folder, nursery):
     """words of a command -> what it has printed; the same command is run once for all guides."""
-    printed = {}
+    printed = {DEFAULT_RUN: ""}
 
     def run(words: list[str]) -> str:
-        key = " ".join(words)
+        key = shlex.join(words)
         if key not in printed:
             printed[key] = output_of(words, folder, nursery)
         return printed[key]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def trained(folder, run):
+    """The run of your_data; it stands for the default run too, which other guides go on with.
+
+    Training takes most of the time here, and test_end_to_end.py starts the default run as it is.
+    """
+    try_commands(blocks_of("your_data"), folder, run)
+    (folder / "runs" / "tiny").symlink_to("mine")
+
+
+def try_commands(blocks: list[Block], folder: pathlib.Path, run: Callable[[list[str]], str]):
+    for block in blocks:
+        if block.mark.startswith("file="):
+            (folder / block.mark.removeprefix("file=")).write_text(block.text)
+        elif (block.language, block.mark) == ("bash", "tried"):
+            for words in commands_of(block):
+                run(words)
 
 
 def output_of(words: list[str], folder: pathlib.Path, nursery: Nursery) -> str:
@@ -138,36 +162,16 @@ def output_of(words: list[str], folder: pathlib.Path, nursery: Nursery) -> str:
         done = nursery.run(words[2:], program=words[1], folder=folder)
     else:
         python = {"python": sys.executable}
-        line = shlex.join([python.get(word, word) for word in words])
-        done = subprocess.run(
-            ["bash", "-c", re.sub(r"^'?(\w+=[^' ]+)'?", r"\1", line)],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        command = ["env", *(python.get(word, word) for word in words)]  # words may begin with A=B
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def quickstart(run):
-    """The run that other guides go on with."""
-    for block in blocks_of("quickstart"):
-        if (block.language, block.mark) == ("bash", "tried"):
-            for words in commands_of(block):
-                run(words)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES)
-def test_a_guides_commands_run(guide, folder, run, quickstart):
-    for block in blocks_of(guide):
-        if block.mark.startswith("file="):
-            (folder / block.mark.removeprefix("file=")).write_text(block.text)
-        elif (block.language, block.mark) == ("bash", "tried"):
-            for words in commands_of(block):
-                run(words)
+def test_a_guides_commands_run(guide, folder, run, trained):
+    try_commands(blocks_of(guide), folder, run)
 
 
 def scripts() -> list[str]:
@@ -202,6 +206,8 @@ def test_what_a_guide_only_shows_can_be_read(guide, nursery):
         if (block.language, block.mark) == ("bash", "read"):
             for words in commands_of(block):
                 read(words, nursery)
+        elif block.mark == "read":
+            compile(block.text, guide, "exec")
 
 
 def read(words: list[str], nursery: Nursery) -> None:
@@ -219,10 +225,11 @@ def read(words: list[str], nursery: Nursery) -> None:
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_every_block_of_a_guide_says_what_becomes_of_it(guide):
+def test_a_guide_is_short_and_its_blocks_say_what_becomes_of_them(guide):
+    assert len((DOCS / f"{guide}.md").read_text().splitlines()) <= 120  # two screens
     marks = {
         "bash": {"tried", "read"},
-        "python": {"tried"},
+        "python": {"tried", "read"},
         "text": {"", "output"},
     }
     for block in blocks_of(guide):
