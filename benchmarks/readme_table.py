@@ -38,7 +38,7 @@ def with_table(text: str) -> str:
 
 
 def table() -> list[str]:
-    heads = ("task", *ARMS.values(), "best possible", "command")
+    heads = ("task", *ARMS.values(), "best possible", "configuration")
     return table_lines(heads, [row(*study) for study in STUDIES.items()])
 
 
@@ -47,8 +47,7 @@ def row(name: str, task: str) -> list[str]:
     arms = {arm: report["arms"][arm]["measures"]["aggregated"] for arm in ARMS}
     optimum = report["optimum"]
     best = cell(optimum["aggregated"]) if optimum else ""
-    command = f"`spiral_jax.study --config=configs/{name}.py`"
-    return [f"[{task}](docs/results/{name}.md)", *map(cell, arms.values()), best, command]
+    return [f"[{task}](docs/results/{name}.md)", *map(cell, arms.values()), best, f"`{name}.py`"]
 
 
 def cell(estimate: dict) -> str:
