@@ -104,8 +104,8 @@ length. Plans for one host of 8 H100 and for a slice of 64 TPU v5e, by arithmeti
 measurement has confirmed; a step is at its best, every program at its roofline. GiB are of one
 device. Where a config does not fit as it is, the plan's own changes are those below the table. On
 v5e:8x8 arithmetic is 11 to 15 % below what the compiler says that training of the 4B model needs
-(`scaling/v5e_8x8.json`): plan with libtpu before renting. The 30B model does not fit chips of 16
-GB: cut by its 4 key/value heads the decode weights alone take 15.3.
+(`results/scaling/v5e_8x8.json`): plan with libtpu before renting. The 30B model does not fit chips
+of 16 GB: cut by its 4 key/value heads the decode weights alone take 15.3.
 
     python -m spiral_jax.plan --config=configs/CONFIG.py --topology=TOPOLOGY
 """

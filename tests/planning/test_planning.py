@@ -91,7 +91,7 @@ def test_without_libtpu_slices_are_planned_by_arithmetic_and_it_is_said(monkeypa
 
 def test_a_plan_of_a_slice_by_arithmetic_is_near_the_compilers(monkeypatch):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
-    compiled = json.loads((DOCS / "scaling" / "v5e_8x8.json").read_text())
+    compiled = json.loads((DOCS / "results" / "scaling" / "v5e_8x8.json").read_text())
     c = qwen3_4b.get_config()
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, 8, 4
     c.batch.search_groups = c.batch.aggregation_groups = 16
