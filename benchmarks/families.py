@@ -107,7 +107,7 @@ v5e:8x8 arithmetic is 11 to 15 % below what the compiler says that training of t
 (`results/scaling/v5e_8x8.json`): plan with libtpu before renting. The 30B model does not fit chips
 of 16 GB: cut by its 4 key/value heads the decode weights alone take 15.3.
 
-    python -m spiral_jax.plan --config=configs/CONFIG.py --topology=TOPOLOGY
+    python -m spiral_jax.plan --config=configs/qwen25_1_5b.py --topology=v5e:8x8
 """
 CONFIGS = {"qwen25_1_5b": qwen25_1_5b, "llama32_1b": llama32_1b, "qwen3_30b_a3b": qwen3_30b_a3b}
 TOPOLOGIES = ("h100:8", "v5e:8x8")
