@@ -23,6 +23,7 @@ CODE, CODE_ALL, INSTRUCTIONS = "code", "code_all", "instructions"
 NAMED = (MATH, CODE, CODE_ALL, INSTRUCTIONS)
 # Of them those that judge by tests or instructions: a problem's reference is no answer to it.
 WITHOUT_ANSWERS = (CODE, CODE_ALL, INSTRUCTIONS)
+_CALLS_OTHERS = "spiral_jax.tasks.verifiers_taskset:"  # rewards of whoever wrote the taskset
 Reward = bool | float | None
 RewardFunction = Callable[[str, Problem], Reward | tuple[Reward, str | None]]
 
@@ -187,8 +188,9 @@ def load_reward(path: str, timeout_s: float = 60.0) -> RewardFunction:
 
 
 def is_users(path: str) -> bool:
-    """Whether config.task.reward names a function that is none of this package's."""
-    return path not in NAMED and not path.startswith("spiral_jax.")
+    """Whether config.task.reward names a function that is none of this package's, or calls one."""
+    ours = path in NAMED or path.startswith("spiral_jax.")
+    return not ours or path.startswith(_CALLS_OTHERS)
 
 
 def reward_fingerprint(path: str) -> str:

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from benchmarks import experts_run
 
 
+@pytest.mark.slow
 def test_experts_are_loaded_sampled_trained_exported_and_read_again(tmp_path):
     fields = json.loads(experts_run.FIELDS.read_text()) | {
         "vocab_size": 300,

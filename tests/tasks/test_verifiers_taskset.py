@@ -111,6 +111,14 @@ def test_tasks_become_problems_and_rewards_are_their_weighted_mean(taskset):
     assert [verdict.reward for verdict in verdicts] == [1.0, 1.0, 0.75, 0.25, 0.0]
 
 
+def test_a_reward_that_takes_too_long_is_a_failure_and_no_wrong_answer(taskset):
+    slow = "@vf.reward\n    def slow(self, trace): __import__('time').sleep(1000)"
+    task = verifiers_taskset.task(taskset("slow_taskset", of_task=slow), first(1), {}, "", 0)
+    with Verifier(task.reward, VerifierSettings(workers=1, timeout_s=1.0)) as verifier:
+        (verdict,) = verifier.verify([("x", task.train(0))])
+    assert verdict.status.value == "timeout" and verdict.is_failure
+
+
 REFUSED = {
     "a runtime (for right)": {"runtime": ", runtime"},
     "a runtime (for setup)": {"of_task": "async def setup(self, trace, runtime): pass"},
