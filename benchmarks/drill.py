@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from collections.abc import Sequence
 from subprocess import CompletedProcess
 
 import jax
@@ -152,13 +153,20 @@ class Runs:
         self._nursery.__exit__(*error)
 
     def run(
-        self, workdir: pathlib.Path, steps: int, fault: str = "", fresh: bool = False
+        self,
+        workdir: pathlib.Path,
+        steps: int,
+        fault: str = "",
+        fresh: bool = False,
+        changes: Sequence[str] = (),
     ) -> CompletedProcess[str]:
+        """Args: changes: more flags, which count before the others."""
         flags = [
             *FLAGS,
             *files_of(self.folder),
             f"--workdir={workdir}",
             f"--config.train.steps={steps}",
+            *changes,
         ]
         if not fresh:
             return self._nursery.run(flags, fault)

@@ -10,7 +10,8 @@ one unit of its work against the ideal count, bytes sent by kind of collective, 
 what bounds it; from these a whole step, and the run in hours and chip-hours, at their best; and
 what of a chip's memory stays free. What does not fit is changed (micro-batch, remat, memory for
 pages, mesh) until it does. Programs for TPUs are compiled by libtpu, those for GPUs (h100:8,
-h200:8, b200:8) by jax's CUDA plugin; without it all is by arithmetic alone, and the plan says so.
+h200:8, b200:8, rtx4090:1) by jax's CUDA plugin; without it all is by arithmetic alone, and the plan
+says so.
 """
 
 from __future__ import annotations

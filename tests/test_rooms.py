@@ -10,7 +10,7 @@ SOURCES = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))]
 # All rooms in their order, each with its files that other rooms or commands import.
 DOORS = {
     "core": "command config distributed errors faults functions groups mesh metrics progress",
-    "model": "adapter architecture attention flops hf products tensor_files transformer",
+    "model": "adapter architecture attention flops hf products tensor_files transformer trees",
     "tasks": "answer finite hub jsonl load overlap problem tiny_tokenizer",
     "prompts": "prompts scaffold settings tokenizer",
     "verifier": "choice pool references rewards settings verifier",

@@ -48,6 +48,7 @@ PEAK_FLOPS_PER_S = {
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
+    "NVIDIA GeForce RTX 4090": 165e12,  # summed in float32
 }
 
 

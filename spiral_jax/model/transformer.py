@@ -6,7 +6,7 @@ nobody reads more of a prompt in the last layer than keys, values and what its l
 so training computes no more of it there.
 
 Training scans over the stacked layers. The sampler applies one `DecoderLayer` after the other on
-separate arrays (`unstack_layers`) and keeps the cache, which is explicit.
+separate arrays (`trees.unstack_layers`) and keeps the cache, which is explicit.
 
 A base in int8 is held once for both, as the sampler wants it: its `layers` are L - 1 trees of
 separate arrays, of which training takes one after the other. A sampler that sliced stacked ones
@@ -16,7 +16,6 @@ would write each of them in the compute dtype, for every token, before it multip
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from spiral_jax.core.mesh import constrain_groups
-from spiral_jax.model import int8, layouts
+from spiral_jax.model import layouts
 from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.attention.backends import XLA, make_backend
 from spiral_jax.model.attention.groups import (
@@ -41,10 +40,10 @@ from spiral_jax.model.linear import (
     PROJECTED,
     JoinedLinear,
     Linear,
-    join_linears,
     joint_linear,
 )
 from spiral_jax.model.rope import rope
+from spiral_jax.model.trees import GATE_UP, QKV, in_int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,7 @@ class ModelConfig:
       remat: what the backward pass keeps of each layer, one of `config.REMAT`; it computes the rest
         once more.
       joined: how many parts the mesh axis `tensor` has, where projections of the same input are one
-        matrix, as decoding reads them (`join_projections`); 0: each is its own, as trained.
+        matrix, as decoding reads them (`trees.join_projections`); 0: each is its own, as trained.
     """
 
     arch: Architecture
@@ -399,54 +398,9 @@ def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     if config.quantised:
         floats = dataclasses.replace(config, param_dtype=config.compute_dtype)
         variables = init_variables(floats, key)
-        return variables | {"params": _zeros_in_int8(variables["params"], config.arch.L)}
+        return variables | {"params": in_int8(variables["params"], config.arch.L)}
     ids, length = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
     return dict(Transformer(config).init(key, ids, length, None))
-
-
-def _zeros_in_int8(params: dict[str, Any], L: int) -> dict[str, Any]:
-    """The tree of a base in int8, from that of a float one."""
-
-    def layer(floats: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: int8.zeros_for(part) if isinstance(part, dict) else part
-            for name, part in floats["params"].items()
-        }
-
-    *layers, last = map(layer, unstack_layers({"params": params}, L))
-    return params | {"last_layer": last} | ({"layers": tuple(layers)} if layers else {})
-
-
-def unstack_layers(variables: dict[str, Any], L: int) -> tuple[dict[str, Any], ...]:
-    """The variables of each of the L layers, first to last, as `DecoderLayer.apply` takes them."""
-
-    def one(layers: Any, i: int) -> Any:
-        return (
-            layers[i] if isinstance(layers, tuple) else jax.tree.map(operator.itemgetter(i), layers)
-        )
-
-    layers = [
-        {name: one(tree["layers"], i) for name, tree in variables.items()} for i in range(L - 1)
-    ]
-    last = {name: tree["last_layer"] for name, tree in variables.items()}
-    return *layers, last
-
-
-QKV, GATE_UP = ("q", "k", "v"), ("gate", "up")  # projections that read the same input
-
-
-def join_projections(config: ModelConfig, layer: dict[str, Any]) -> dict[str, Any]:
-    """The variables of one layer as `DecoderLayer` takes them where `config.joined`."""
-    params, lora = dict(layer["params"]), dict(layer.get("lora", {}))
-
-    def join(names: tuple[str, ...]) -> dict[str, jax.Array]:
-        linears = [{**params.pop(name), **lora.pop(name, {})} for name in names]
-        return join_linears(linears, config.joined)
-
-    params["qkv"] = join(QKV)
-    if not config.arch.routing:
-        params["gate_up"] = join(GATE_UP)
-    return {"params": params, **({"lora": lora} if lora else {})}
 
 
 def head_kernel(config: ModelConfig, params: dict[str, Any]) -> jax.Array:

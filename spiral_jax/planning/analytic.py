@@ -44,12 +44,14 @@ class ShardedModel:
 
     Attributes:
       axes: sizes of the mesh by axis.
-      width: bytes of an activation and of a base weight.
+      width: bytes of an activation, and of a base weight that is multiplied with it.
+      stored: bytes of a base weight as it lies there.
     """
 
     arch: Architecture
     axes: dict[str, int]
     width: int
+    stored: int
 
     @property
     def layer_weights(self) -> int:
@@ -90,6 +92,8 @@ def working_set(model: ShardedModel, tokens: int, logits: int) -> int:
     sorted_rows = 4 * arch.routing.chosen * arch.D if arch.routing else 0
     layer = tokens * (6 * arch.D + sorted_rows + 2 * heads // tensor) * model.width
     weights = 2 * model.layer_weights * model.width
+    if model.stored != model.width:  # of a base in int8, the layer's own copy
+        weights += model.layer_weights * model.stored
     return layer + weights + 3 * logits * arch.V // tensor * 4
 
 
@@ -103,7 +107,7 @@ def train_cost(model: ShardedModel, remat: str, *, flops: float, tokens: int, tr
     """
     arch, axes = model.arch, model.axes
     passes = 2 if remat in ("none", "dots") else 3  # forward, once more, backward
-    base = arch.L * model.layer_weights * model.width
+    base = arch.L * model.layer_weights * model.stored
     moved = 2 * (4 * arch.D + model.layer_columns) * model.width
     gradients = 2 * _others(axes["data"] * axes["fsdp"]) * trained
     sent = {

@@ -32,6 +32,8 @@ class Gpu:
       memory: bytes.
       memory_bytes_per_s: of reading and writing together.
       l2: bytes of the cache that all cores share.
+      threads: of a core, at most.
+      shared_memory: KiB of a core; a block may have one less.
     """
 
     name: str
@@ -41,22 +43,27 @@ class Gpu:
     memory: int
     memory_bytes_per_s: int
     l2: int
+    threads: int = 2048
+    shared_memory: int = 228
 
 
-# NVIDIA's data sheets and architecture papers of H100 SXM, H200 SXM and HGX B200.
+# NVIDIA's data sheets and architecture papers of H100 SXM, H200 SXM, HGX B200 and GeForce RTX 4090.
 _GB, _TB, _MIB = 10**9, 10**12, 2**20
 GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 80 * _GB, 3350 * _GB, 50 * _MIB),
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 1.98, 141 * _GB, 4800 * _GB, 50 * _MIB),
     "b200": Gpu("NVIDIA B200", (10, 0), 148, 1.965, 180 * _GB, 7700 * _GB, 126 * _MIB),
+    "rtx4090": Gpu(
+        "NVIDIA GeForce RTX 4090", (8, 9), 128, 2.52, 24 * _GB, 1008 * _GB, 72 * _MIB, 1536, 100
+    ),
 }  # fmt: skip
 
 
 def described(gpu: Gpu) -> str:
     """The description that the plugin takes, a `GpuTargetConfigProto` as text.
 
-    Threads, registers and shared memory are those of compute capability 9.0 and 10.0 in the CUDA
-    programming guide; versions are those that jax 0.10.2's cuda12 packages have at least.
+    Threads, registers and shared memory are those of the compute capability in the CUDA programming
+    guide; versions are those that jax 0.10.2's cuda12 packages have at least.
     """
     major, minor = gpu.capability
     return f"""
@@ -74,12 +81,12 @@ def described(gpu: Gpu) -> str:
           fpus_per_core: 128
           threads_per_warp: 32
           threads_per_block_limit: 1024
-          threads_per_core_limit: 2048
+          threads_per_core_limit: {gpu.threads}
           registers_per_core_limit: 65536
           registers_per_block_limit: 65536
-          shared_memory_per_core: {228 * 1024}
+          shared_memory_per_core: {gpu.shared_memory * 1024}
           shared_memory_per_block: {48 * 1024}
-          shared_memory_per_block_optin: {227 * 1024}
+          shared_memory_per_block_optin: {(gpu.shared_memory - 1) * 1024}
           block_dim_limit_x: 2147483647
           block_dim_limit_y: 65535
           block_dim_limit_z: 65535

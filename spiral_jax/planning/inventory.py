@@ -77,7 +77,8 @@ class Inventory:
     @property
     def sharded_model(self) -> ShardedModel:
         width = self.model.compute_dtype.itemsize
-        return ShardedModel(self.model.arch, dict(self.mesh.shape), width)
+        stored = 1 if self.model.quantised else width
+        return ShardedModel(self.model.arch, dict(self.mesh.shape), width, stored)
 
     @functools.cached_property
     def recipes(self) -> dict[Name, Recipe]:

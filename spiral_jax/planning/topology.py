@@ -65,7 +65,7 @@ def _gpu(name: str, kind: str, memory: float, hbm: float, links: float) -> Chip:
 # and 32 GB. Links: the data sheet's bidirectional interconnect bandwidth a chip, 600, 400, 1200 and
 # 800 GB/s over 6, 4, 6 and 4 ports; a ring uses two ports, each one way. GPUs: NVIDIA's data sheets
 # of H100 SXM, H200 SXM and HGX B200, memory less 5 % for CUDA and NCCL, NVLink one way, and beyond
-# 8 GPUs one 400 Gb/s network card for each.
+# 8 GPUs one 400 Gb/s network card for each; and of GeForce RTX 4090, which has PCIe 4.0 alone.
 #      name, its key in PEAK_FLOPS_PER_S,       memory,           HBM,        links
 CHIPS = {
     "v4":   _tpu("TPU v4",                     30.75 * GIB,  1228 * GB,  100 * GB, dimensions=3),
@@ -75,10 +75,11 @@ CHIPS = {
     "h100": _gpu("NVIDIA H100", " 80GB HBM3",      76 * GB,  3350 * GB,  450 * GB),
     "h200": _gpu("NVIDIA H200", "",               134 * GB,  4800 * GB,  450 * GB),
     "b200": _gpu("NVIDIA B200", "",               171 * GB,  7700 * GB,  900 * GB),
+    "rtx4090": _gpu("NVIDIA GeForce RTX 4090", "", 22.8 * GB, 1008 * GB,  32 * GB),
 }  # fmt: skip
 KNOWN = (
     "TPU slices v4:AxBxC, v5p:AxBxC, v5e:AxB, v6e:AxB (v5e:8x8 has 64 chips; libtpu knows those "
-    "that can be rented), and GPUs h100:N, h200:N, b200:N"
+    "that can be rented), and GPUs h100:N, h200:N, b200:N, rtx4090:N"
 )
 
 

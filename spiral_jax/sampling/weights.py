@@ -19,13 +19,8 @@ from jax.sharding import Mesh
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.mesh import bytes_on_a_device
-from spiral_jax.model.transformer import (
-    ModelConfig,
-    head_kernel,
-    init_variables,
-    join_projections,
-    unstack_layers,
-)
+from spiral_jax.model.transformer import ModelConfig, head_kernel, init_variables
+from spiral_jax.model.trees import join_projections, unstack_layers
 
 
 @struct.dataclass
@@ -86,13 +81,13 @@ def lay_out(variables: dict[str, Any], config: ModelConfig, mesh: Mesh) -> Decod
 
 def _copied(variables: dict[str, Any], config: ModelConfig, mesh: Mesh) -> DecodeWeights:
     variables = jax.tree.map(lambda a: a.astype(config.compute_dtype), variables)
-    params, joined = variables["params"], decode_config(config, mesh)
+    params, blocks = variables["params"], decode_config(config, mesh).joined
     layers = unstack_layers(variables, config.arch.L)
     return DecodeWeights(
         embed=params["embed"],
         head=head_kernel(config, params),
         final_norm=params["final_norm"],
-        layers=tuple(join_projections(joined, layer) for layer in layers),
+        layers=tuple(join_projections(layer, blocks) for layer in layers),
     )
 
 

@@ -27,7 +27,8 @@ from spiral_jax.export import add_response_template, export, merged_outputs, mod
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.tensor_files import WeightsError, open_tensors
-from spiral_jax.model.transformer import ModelConfig, unstack_layers
+from spiral_jax.model.transformer import ModelConfig
+from spiral_jax.model.trees import unstack_layers
 from spiral_jax.prompts.tokenizer import load_tokenizer, stop_ids
 from spiral_jax.run.start import Trained, find_trained
 

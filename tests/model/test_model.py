@@ -35,8 +35,8 @@ from spiral_jax.model.transformer import (
     ModelConfig,
     init_variables,
     rms_norm,
-    unstack_layers,
 )
+from spiral_jax.model.trees import unstack_layers
 
 SAME = 1e-5  # the same sums in another shape of program; hidden states up to about 5
 # Relative, of gradients. Found on CPUs: 7e-7. A GPU may compute each shape by another kernel.

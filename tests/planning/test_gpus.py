@@ -103,7 +103,7 @@ def test_hosts_are_full_or_there_is_one(monkeypatch):
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("name", ["h100:8", "h200:1", "b200:16"])
+@pytest.mark.parametrize("name", ["h100:8", "h200:1", "b200:16", "rtx4090:1"])
 def test_gpus_are_described_to_the_compiler(name):
     topology = find_topology(name)
     assert len(topology.devices) == topology.chips

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import qwen3_4b, tiny
+from configs import qwen3_4b, qwen3_4b_one_card, tiny
 from spiral_jax.core.config import ConfigError
 from spiral_jax.core.groups import Role
 from spiral_jax.core.mesh import AXES, abstract_mesh, mesh_shape
@@ -155,6 +155,29 @@ def test_state_bytes_of_a_chip_are_those_of_the_arithmetic():
     assert training["optimizer"] == memory["optimizer"]
     # both are gone by then, see test_train_memory
     assert not {"decode copy", "keys and values"} & training.keys()
+
+
+def test_on_one_card_a_base_in_int8_lies_once_and_the_4b_run_fits():
+    """In bfloat16 it lies twice, and nothing fits."""
+    c, arch = qwen3_4b_one_card.get_config(), four_b()[1]
+    attempt = planner(c, arch, gpus("rtx4090", 1)).attempt({})
+    assert attempt.fits and attempt.pages["rows"] >= 100
+
+    heads, own = arch.H * arch.E, arch.J * arch.E
+    columns = 2 * heads + 2 * own + 3 * arch.F  # of matrices that have D rows, or D columns
+    outputs = heads + 2 * own + 2 * arch.F + 2 * arch.D  # each has a scale in float32
+    norms = arch.L * (2 * arch.D + 2 * arch.E) + arch.D
+    base = arch.L * (arch.D * columns + 4 * outputs) + 2 * (arch.V * arch.D + norms)
+    adapters = 66_060_288
+    memory = attempt.profiles["decode"].memory
+    assert memory["weights"] == base + 4 * adapters
+    assert memory["decode copy"] == 2 * adapters
+    # each pass reads the base and the adapters, once
+    read = attempt.profiles["decode"].program.ideal_hbm_bytes
+    assert base + 2 * adapters < read < 2 * base + memory["keys and values"]
+
+    c.model.param_dtype = "bfloat16"
+    assert not any(other.fits for other in planner(c, arch, gpus("rtx4090", 1)).attempts(most=12))
 
 
 def test_groups_that_the_mesh_does_not_divide_lead_to_the_first_change_that_fits():

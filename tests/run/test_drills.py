@@ -4,6 +4,7 @@ Processes are forks of one that has imported the program (benchmarks/nursery.py)
 third of the time. The same drills by the hundred: `bash launch/soak.sh`.
 """
 
+import json
 import os
 import shutil
 
@@ -41,6 +42,21 @@ def test_a_run_that_is_killed_in_every_phase_is_the_uninterrupted_one(runs):
     assert_ended(runs.run(workdir, STEPS))
     assert drill.differences(runs.folder / "reference", workdir) == []
     assert workers_left() == 0
+
+
+@pytest.mark.slow
+def test_a_base_in_int8_is_trained_beside_and_resumed_bit_for_bit(runs):
+    """It is rounded anew at each start; checkpoints hold the adapters alone."""
+    changes = ["--config.model.param_dtype=int8", "--config.model.lora_rank=4"]
+    whole, killed = runs.folder / "int8", runs.folder / "int8_killed"
+    assert_ended(runs.run(whole, 2, changes=changes))
+    assert_ended(runs.run(killed, 2, "update:2", changes=changes), code=-9)
+    assert drill.saved_step(killed) == 1
+    assert_ended(runs.run(killed, 2, changes=changes))
+    assert drill.differences(whole, killed) == []
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["mismatch/max_abs_log_ratio"] < 1e-4 for row in rows)  # float32
+    assert all(row["grad_norm"] > 0 for row in rows)
 
 
 @pytest.mark.slow
