@@ -19,14 +19,16 @@ _LARGEST = 127  # not -128: the range is symmetric
 
 def scale_of(w_DxF: np.ndarray) -> np.ndarray:
     """float32 [F]; 0 for a column of zeros. A matrix of any float dtype."""
-    return np.max(np.abs(w_DxF), axis=0).astype(np.float32) / np.float32(_LARGEST)
+    w_DxF = w_DxF.astype(np.float32, copy=False)  # numpy is slow in bfloat16
+    return np.max(np.abs(w_DxF), axis=0) / np.float32(_LARGEST)
 
 
 def quantise(w_DxF: np.ndarray) -> np.ndarray:
     """int8 [D, F], rounded to nearest; a column of zeros stays one."""
+    w_DxF = w_DxF.astype(np.float32)
     scale_F = scale_of(w_DxF)
-    rounded = w_DxF / np.where(scale_F > 0, scale_F, np.float32(1))
-    return np.rint(rounded, out=rounded).astype(np.int8)
+    w_DxF /= np.where(scale_F > 0, scale_F, np.float32(1))
+    return np.rint(w_DxF, out=w_DxF).astype(np.int8)
 
 
 def zeros_for(linear: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -314,6 +314,19 @@ def test_a_base_that_has_changed_is_an_error_that_names_the_tensor(run_of, mesh,
     assert "model.norm.weight is missing" in str(error.value)
 
 
+def test_a_run_beside_a_base_in_int8_is_merged_into_the_weights_that_were_rounded(run_of, mesh):
+    run = run_of("qwen3 lora")
+    rounded = dataclasses.replace(run.model, param_dtype=np.dtype(np.int8))
+    with open_tensors(run.base, "model") as tensors:
+        found, expected = (
+            {output.name: output.read() for output in merged_outputs(run.trained, tensors, m, mesh)}
+            for m in (rounded, run.model)
+        )
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
 def test_what_was_exported_is_a_base_that_can_be_trained_further(run_of, merged_of, mesh):
     """It is what the run trained, and lies on the devices as any base of its shape does."""
     run, out = run_of("llama lora"), merged_of("llama lora")

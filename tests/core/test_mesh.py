@@ -192,6 +192,8 @@ def test_an_unknown_path_is_an_error_that_names_it(name):
         ),
         ("last_layer/experts/router", (48, 5), P("fsdp", None), P(None, None)),
         ("last_layer/gate/kernel", (48, 80), P("fsdp", "tensor"), P(None, "tensor")),
+        ("layers/1/gate/scale", (80,), P("tensor"), P("tensor")),
+        ("layers/1/down/scale", (48,), P("fsdp"), P(None)),
         ("last_layer/q/a", (48, 4), P("fsdp", None), P(None, None)),
         ("last_layer/q_norm", (16,), P(None), P(None)),
         ("step", (), P(), P()),
