@@ -42,7 +42,7 @@ from spiral_jax.sampling.settings import GroupLimits
 MODEL = flags.DEFINE_string("model", "models/SmolLM2-135M-Instruct", "directory of the model")
 JSON = flags.DEFINE_string("json", "docs/results/int8_base.json", "file that gets the report")
 
-QUESTIONS, TRACES, TOKENS = 8, 4, 64
+QUESTIONS, TRACES, TOKENS = 8, 4, 48
 ROWS = 16
 REFERENCE = "float32"
 
@@ -90,8 +90,8 @@ def main(argv: list[str]) -> None:
             "mismatch": mismatch(policy),
             "distance": distance(expected, logits, live(written)),
         }
+        pathlib.Path(JSON.value).write_text(json.dumps(report, indent=1) + "\n")
         print(name, json.dumps(report["bases"][name]), flush=True)
-    pathlib.Path(JSON.value).write_text(json.dumps(report, indent=1) + "\n")
     print("\n".join(table_lines(HEADS, [cells(*row) for row in report["bases"].items()])))
 
 

@@ -43,7 +43,7 @@ from spiral_jax.model.linear import (
     joint_linear,
 )
 from spiral_jax.model.rope import rope
-from spiral_jax.model.trees import GATE_UP, QKV, in_int8
+from spiral_jax.model.trees import GATE_UP, QKV, zeros_in_int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,7 +398,7 @@ def init_variables(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     if config.quantised:
         floats = dataclasses.replace(config, param_dtype=config.compute_dtype)
         variables = init_variables(floats, key)
-        return variables | {"params": in_int8(variables["params"], config.arch.L)}
+        return variables | {"params": zeros_in_int8(variables["params"], config.arch.L)}
     ids, length = jnp.zeros((1, 1), jnp.int32), jnp.ones((1,), jnp.int32)
     return dict(Transformer(config).init(key, ids, length, None))
 

@@ -42,7 +42,7 @@ def join_projections(layer: dict[str, Any], blocks: int) -> dict[str, Any]:
     return {"params": params, **({"lora": lora} if lora else {})}
 
 
-def in_int8(params: dict[str, Any], L: int) -> dict[str, Any]:
+def zeros_in_int8(params: dict[str, Any], L: int) -> dict[str, Any]:
     """The tree that `params` have as a base in int8: separate layers, whose matrices are zeros."""
 
     def layer(of_layer: dict[str, Any]) -> dict[str, Any]:

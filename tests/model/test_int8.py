@@ -14,9 +14,12 @@ from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
 from spiral_jax.model import hf, int8
 from spiral_jax.model.architecture import read_architecture
+from spiral_jax.model.families import FAMILIES
 from spiral_jax.model.transformer import ModelConfig, init_variables
 
-EXACT = ModelConfig(ARCH, lora_rank=4, lora_alpha=8.0, attention_block=4)
+# With biases, and a layer without rope: two layers before the last one differ in more than weights.
+LAYERS = dataclasses.replace(ARCH, family=FAMILIES["qwen2"], unrotated=(1,))
+EXACT = ModelConfig(LAYERS, lora_rank=4, lora_alpha=8.0, attention_block=4)
 QUANTISED = dataclasses.replace(EXACT, param_dtype=jnp.int8)
 quick_logprobs = quickly_compiled(logprobs.__wrapped__)
 
