@@ -83,7 +83,7 @@ one function from the same weights, so they are not recorded and replayed. There
 loss: the router is frozen under LoRA, and trained by the policy gradient alone in full fine-tuning.
 
 On CPUs XLA multiplies every row with every expert, and holds the experts in float32 while it does:
-the decode program of 4 layers of Qwen3-30B-A3B's widths has 10.7 GB of temporaries beside 6.2 GB of
+the decode program of 4 layers of Qwen3-30B-A3B's widths has 11.3 GB of temporaries beside 6.2 GB of
 weights (`benchmarks.experts_run`). Nothing of this was timed on an accelerator.
 """
 PARITY = """
@@ -227,9 +227,9 @@ def report(results: dict[str, Any]) -> str:
     lines += table_lines(
         ("`model_type`", "needs"), [(f"`{name}`", lacks) for name, lacks in MISSING.items()]
     )
-    lines += [EXPERTS]
+    lines += [EXPERTS.rstrip()]
     if EXPERTS_RUN.exists():
-        lines += experts_lines(json.loads(EXPERTS_RUN.read_text()))
+        lines += ["", *experts_lines(json.loads(EXPERTS_RUN.read_text()))]
     lines += [PARITY]
     heads = "`model_type`", "logits", "gradient, parameters", "gradient, adapters", "greedy"
     lines += table_lines((*heads, "mismatch, bfloat16", "float32"), parity_rows(results))
