@@ -251,6 +251,20 @@ def test_sources_without_a_reward_are_counted_and_listed_unless_one_is_named(tmp
     assert set_up_training(c).reward.names == ["math"]
 
 
+def test_a_run_on_a_mixture_shows_programs_and_texts_in_fences(tmp_path):
+    rows = [
+        row(source=source, index=i, answer=answer)
+        for i, (source, (answer, _, _)) in enumerate(OF_SOURCES.items())
+    ]
+    c = tiny.get_config()
+    c.task.name, c.eval.problems = "parquet", 0
+    c.task.train_path = write(tmp_path / "t.parquet", rows)
+    c.batch.aggregation_lengths, c.batch.aggregation_groups = (), 0  # derived: with room for fences
+    setup = set_up_training(c)
+    fenced = {p.metadata["data_source"]: setup.scaffold.fences(p) for p in setup.task.problems}
+    assert fenced == {"openai/gsm8k": False, "taco": True, "google/IFEval": True}
+
+
 def test_problems_that_ask_for_another_form_than_a_box_are_said(tmp_path):
     asks = [
         'Sum? Output the final answer after "####".',
