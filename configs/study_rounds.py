@@ -17,15 +17,8 @@ differ in how they spend them:
 problem 330, and reading is what takes long to learn: the model's answers to a prompt of
 aggregations are at first wrong and nearly all the same, so few sets teach anything.
 
-Pilots of `replay`, seed 0, percent after rounds 1, 2, 3 and 10 of self-aggregation:
-
-    16 problems, 16 populations a step; answers always took the place
-    of what they had read, if their rewards varied                      89, 81, 16,  6
-    8 and 32; they do so once they have earned as much; a quarter of
-    the search term's weight                                            88, 89, 65, 19
-
-What was lost in the second one: nearly all sets of round 3 and deeper had four equal answers, right
-or wrong, from two thirds of the tokens on, so nothing corrected the wrong ones.
+That, and a quarter of the search term's weight, are from pilots of seed 0 (docs/log.md, "Stored
+populations, pilots").
 """
 
 from ml_collections import ConfigDict
