@@ -14,8 +14,11 @@ differ in how they spend them:
     replay      8 problems as in 1_round, 4 sets of each of 32 stored populations, 4 of each
 
 `replay` has half the problems because reading a stored population costs 144 tokens and sampling a
-problem 330, and reading is what takes long to learn: with 16 problems and 16 populations a step,
-seven tokens in eight went to search and first rounds, long after those were learned.
+problem 330, and reading is what takes long to learn: the model's answers to a prompt of
+aggregations are at first wrong and nearly all the same, so few sets teach anything.
+
+That, and a quarter of the search term's weight, are from pilots of seed 0 (docs/log.md, "Stored
+populations, pilots").
 """
 
 from ml_collections import ConfigDict

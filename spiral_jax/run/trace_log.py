@@ -158,7 +158,7 @@ class TraceRows:
         yield from self._group_rows(search, rollouts.search, b)
         for r, round in enumerate(rollouts.rounds, start=1):
             stop_BxN = rollouts.stages[r - 1].stop_UxC.reshape(len(rollouts), -1)
-            yield from self._round_rows(shared | {"round": r}, round, b, stop_BxN[b])
+            yield from self._round_rows(shared, r, round, b, stop_BxN[b])
 
     def _replayed_rows(self, replayed: Replayed, b: int, kept: bool) -> Iterator[dict[str, Any]]:
         read = replayed.populations[b]
@@ -167,17 +167,16 @@ class TraceRows:
         stored = shared | {"role": Role.AGGREGATION.label} | _NO_SET
         for row in self._group_rows(stored, replayed.candidates, b):
             yield row | {"logprobs": None}
-        deeper = shared | {"round": read.round + 1}
         stop_N = replayed.candidates.stop_UxC[b]
-        yield from self._round_rows(deeper, replayed.round, b, stop_N)
+        yield from self._round_rows(shared, read.round + 1, replayed.round, b, stop_N)
 
     def _round_rows(
-        self, shared: dict[str, Any], round: Round, b: int, stop_N: np.ndarray
+        self, shared: dict[str, Any], number: int, round: Round, b: int, stop_N: np.ndarray
     ) -> Iterator[dict[str, Any]]:
         """Of a problem's sets in a round; `stop_N` says why each candidate ended."""
         K = round.member_BxKxS.shape[1]
         for k in range(K):
-            place = {"role": Role.AGGREGATION.label, "round": shared["round"], "set": k}
+            place = {"role": Role.AGGREGATION.label, "round": number, "set": k}
             place |= self._candidates(round, b, k, stop_N)
             yield from self._group_rows(shared | place, round.groups, b * K + k)
 
