@@ -23,7 +23,11 @@ ARMS = {
     "aggregator_only": "aggregator only",
     "grpo": "GRPO",
 }
-STUDIES = {"study_two_halves": "two halves", "study_end_digit": "end digit"}
+STUDIES = {
+    "study_two_halves": "two halves",
+    "study_end_digit": "end digit",
+    "study_estimators_three_parts": "three parts, one or two seeds",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -44,8 +48,8 @@ def table() -> list[str]:
 
 def row(name: str, task: str) -> list[str]:
     report = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
-    arms = {arm: report["arms"][arm]["measures"]["aggregated"] for arm in ARMS}
-    optimum = report["optimum"]
+    measure, optimum = report["measures"][0], report["optimum"]
+    arms = {arm: report["arms"][arm]["measures"][measure] for arm in ARMS}
     best = cell(optimum["aggregated"]) if optimum else ""
     return [f"[{task}](docs/results/{name}.md)", *map(cell, arms.values()), best, f"`{name}.py`"]
 
