@@ -2,9 +2,11 @@
 
     bash launch/fetch_smollm2.sh
     python -m benchmarks.int8_base [--model=DIR] [--json=docs/results/int8_base.json]
+        [--only="int8, computed in bfloat16"]
 
 Each base samples answers to the same questions, and its trainer reads them: the mismatch. Then all
-read what the float32 base has written: the distance of their logits from its own.
+read what the float32 base has written: the distance of their logits from its own. What --only does
+not name keeps its place in the file.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ from spiral_jax.sampling.settings import GroupLimits
 
 MODEL = flags.DEFINE_string("model", "models/SmolLM2-135M-Instruct", "directory of the model")
 JSON = flags.DEFINE_string("json", "docs/results/int8_base.json", "file that gets the report")
+ONLY = flags.DEFINE_string("only", "", "the one base that is measured; default: all")
 
-QUESTIONS, TRACES, TOKENS = 8, 4, 48
+QUESTIONS, TRACES, TOKENS = 8, 4, 64
 ROWS = 16
 REFERENCE = "float32"
 
@@ -71,26 +74,26 @@ class Policy(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    path = pathlib.Path(MODEL.value)
-    report = {
-        "machine": machine(),
-        "commit": commit(),
-        "model": path.name,
-        "tokens": QUESTIONS * TRACES * TOKENS,
-        "bases": {},
-    }
+    path, out = pathlib.Path(MODEL.value), pathlib.Path(JSON.value)
+    report = json.loads(out.read_text()) if out.exists() else {"bases": {}}
     written, expected = None, None
     for name, base in BASES.items():
+        if ONLY.value and name not in (REFERENCE, ONLY.value):
+            continue
         policy = make_policy(path, base)
         written = written or policy.groups
         logits = logits_of(policy, written)
         expected = logits if expected is None else expected
         report["bases"][name] = {
+            "machine": machine(),
+            "commit": commit(),
+            "model": path.name,
+            "tokens": int(live(written).sum()),
             "bytes": bytes_on_a_device(policy.variables["params"]),
             "mismatch": mismatch(policy),
             "distance": distance(expected, logits, live(written)),
         }
-        pathlib.Path(JSON.value).write_text(json.dumps(report, indent=1) + "\n")
+        out.write_text(json.dumps(report, indent=1) + "\n")
         print(name, json.dumps(report["bases"][name]), flush=True)
     print("\n".join(table_lines(HEADS, [cells(*row) for row in report["bases"].items()])))
 
