@@ -39,12 +39,13 @@ def with_numbers(text: str) -> str:
 
 
 def measured(arm: str) -> str:
-    """The aggregated accuracy of an arm in the studies of the README that have it."""
+    """What an arm has reached in the studies of the README that have it."""
     found = []
     for name, task in STUDIES.items():
-        of_arm = report(name)["arms"].get(arm)
+        of_study = report(name)
+        of_arm = of_study["arms"].get(arm)
         if of_arm:
-            found.append(f"{task} **{cell(of_arm['measures']['aggregated'])}**")
+            found.append(f"{task} **{cell(of_arm['measures'][of_study['measures'][0]])}**")
     return ", ".join(found) + "." if found else "No study has this arm yet."
 
 

@@ -218,7 +218,7 @@ def _gaps(study: Study, arms: dict[str, Cells], weight_RxB: np.ndarray) -> dict[
 def _efficiency(study: Study, arms: dict[str, Cells], weight_RxB: np.ndarray) -> dict[str, Any]:
     """`comparison.scaling_efficiency` at the highest coverage that both arms reach.
 
-    It is resampled over seeds too.
+    It is resampled over seeds too. An arm without any coverage, of partial credit alone, has none.
     """
     efficiency: dict[str, Any] = {}
     baseline = arms.get(study.baseline)
@@ -231,7 +231,8 @@ def _efficiency(study: Study, arms: dict[str, Cells], weight_RxB: np.ndarray) ->
         baseline_curve = baseline.curve("pass_at_k", seeds, weight_RxB)
         curve = cells.curve("pass_at_k", seeds, weight_RxB)
         highest = scaling_efficiency(baseline_curve, curve)[-1]
-        efficiency[arm] = highest | {"seeds": len(seeds)}
+        if highest["coverage"] > 0:
+            efficiency[arm] = highest | {"seeds": len(seeds)}
     return efficiency
 
 
