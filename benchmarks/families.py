@@ -255,9 +255,9 @@ def experts_lines(run: dict[str, Any]) -> list[str]:
         f"{merged['mean']:.3f} in the mean, where the step had moved them by {moved['mean']:.3f}",
     }
     return [
-        f"A random checkpoint of Qwen3-30B-A3B's widths, cut to {run['layers']} layers, went from "
-        "file to file: `python -m",
-        f"benchmarks.experts_run`, commit {run['commit']}, {run['machine']}, while other work ran.",
+        "A random checkpoint of Qwen3-30B-A3B's widths went from file to file: `python -m "
+        "benchmarks.experts_run`,",
+        f"layers: {run['layers']}; commit {run['commit']}, {run['machine']}, while other work ran.",
         "",
         *table_lines(
             ("part", "seconds", "peak, GB", "what"),
