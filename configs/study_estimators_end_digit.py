@@ -1,8 +1,8 @@
-"""Estimators on the end digit, where pass@S is all that a set needs: `study_estimators.py`."""
+"""Estimators on the end digit, where pass@S is all that a set needs: `estimator_arms.py`."""
 
 from ml_collections import ConfigDict
 
-from configs import end_digit, study_estimators
+from configs import end_digit, estimator_arms
 from spiral_jax.studies import design
 
 _TOKENS = 800_000
@@ -21,12 +21,12 @@ def get_config(name: str = "") -> ConfigDict:
     if not name:
         return _study()
     if name == design.EVALUATION:
-        return study_estimators.evaluation(end_digit.get_config(), rounds=10)
-    return study_estimators.experiment(end_digit.get_config(), name, _STEPS, _TOKENS, searched=24)
+        return estimator_arms.evaluation(end_digit.get_config(), rounds=10)
+    return estimator_arms.experiment(end_digit.get_config(), name, _STEPS, _TOKENS, searched=24)
 
 
 def _study() -> ConfigDict:
-    s = study_estimators.study()
+    s = estimator_arms.study()
     s.title = "Estimators on the end digit"
     s.measures = ("aggregated", "single", "pass@4", "pass@16", "rsa@1", "rsa@10")
     s.claims = (

@@ -1,8 +1,8 @@
-"""Estimators on three parts, where both agree in part: `study_estimators.py`."""
+"""Estimators on three parts, where both agree in part: `estimator_arms.py`."""
 
 from ml_collections import ConfigDict
 
-from configs import study_estimators, three_parts
+from configs import estimator_arms, three_parts
 from spiral_jax.studies import design
 
 _TOKENS = 300_000  # in a pilot marginal_mean no longer gains from 150,000 on, and ParaGator loses
@@ -23,12 +23,12 @@ def get_config(name: str = "") -> ConfigDict:
     if name == design.EVALUATION:
         # In later rounds every arm is lost, as the reader has never read an aggregation: the base
         # falls from 43 to 18 % in ten, marginal_mean of a pilot from 79 to 20.
-        return study_estimators.evaluation(three_parts.get_config(), rounds=1)
-    return study_estimators.experiment(three_parts.get_config(), name, _STEPS, _TOKENS, searched=18)
+        return estimator_arms.evaluation(three_parts.get_config(), rounds=1)
+    return estimator_arms.experiment(three_parts.get_config(), name, _STEPS, _TOKENS, searched=18)
 
 
 def _study() -> ConfigDict:
-    s = study_estimators.study()
+    s = estimator_arms.study()
     s.title = "Estimators on three parts"
     # the first is the mean reward; "aggregated" is the share of answers with all three parts
     s.measures = ("reward", "aggregated", "reward_single", "pass@16", "reward_rsa@1")

@@ -1,8 +1,8 @@
-"""Estimators on two halves, where own correctness has no direction: `study_estimators.py`."""
+"""Estimators on two halves, where own correctness has no direction: `estimator_arms.py`."""
 
 from ml_collections import ConfigDict
 
-from configs import study_estimators, tiny
+from configs import estimator_arms, tiny
 from spiral_jax.studies import design
 
 _TOKENS = 540_000
@@ -22,12 +22,12 @@ def get_config(name: str = "") -> ConfigDict:
         return _study()
     if name == design.EVALUATION:
         # In the second round every arm is lost, as the reader has never read an aggregation.
-        return study_estimators.evaluation(tiny.get_config(), rounds=1)
-    return study_estimators.experiment(tiny.get_config(), name, _STEPS, _TOKENS, searched=16)
+        return estimator_arms.evaluation(tiny.get_config(), rounds=1)
+    return estimator_arms.experiment(tiny.get_config(), name, _STEPS, _TOKENS, searched=16)
 
 
 def _study() -> ConfigDict:
-    s = study_estimators.study()
+    s = estimator_arms.study()
     s.title = "Estimators on two halves"
     s.measures = ("aggregated", "mixed", "right_if_mixed", "single", "pass@8", "rsa@1")
     s.strategies = 2

@@ -9,7 +9,7 @@ was tuned on this task.
 
 from ml_collections import ConfigDict
 
-from configs import study_estimators, study_rounds, three_parts
+from configs import estimator_arms, study_rounds, three_parts
 from spiral_jax.studies import design
 
 _TOKENS = 600_000  # sampled tokens that end a run of any arm
@@ -20,7 +20,7 @@ def get_config(name: str = "") -> ConfigDict:
     if not name:
         return _study()
     if name == design.EVALUATION:
-        return study_estimators.evaluation(three_parts.get_config(), rounds=10)
+        return estimator_arms.evaluation(three_parts.get_config(), rounds=10)
     c = three_parts.get_config()
     c.loss.estimator = "marginal_mean"
     c.eval.problems = 0  # every arm is evaluated by the same program afterwards

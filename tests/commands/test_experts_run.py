@@ -26,4 +26,6 @@ def test_experts_are_loaded_sampled_trained_exported_and_read_again(tmp_path):
     assert facts["run"]["mismatch/max_abs_log_ratio"] < 0.03
     reading = facts["reading"]
     assert reading["adapter_gap"] == 0
-    assert reading["merged_gap"]["largest"] < 0.03 < 0.1 < reading["moved"]["mean"]
+    assert reading["merged_gap"]["largest"] < 0.03
+    # without the adapter the merged model would be as far off as training has moved it
+    assert reading["moved"]["mean"] > 10 * reading["merged_gap"]["mean"]

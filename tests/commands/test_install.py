@@ -53,7 +53,7 @@ def test_metadata_name_version_licence_and_what_requirements_txt_lists(installed
     listed = [line.split("#")[0].strip() for line in lines]
     names = {line.split(">")[0].split("[")[0] for line in listed if line}
     assert {r.split(">")[0].split("<")[0].split("[")[0] for r in core} == names
-    extras = "cuda13 datasets gpu plan plan-gpu smollm2 sweep test tpu writers"
+    extras = "cuda13 datasets gpu plan plan-gpu smollm2 sweep test tpu verifiers writers"
     assert sorted(found.metadata.get_all("Provides-Extra")) == extras.split()
 
 
