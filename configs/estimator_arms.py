@@ -7,8 +7,8 @@ own correctness of a set, pass@S, is all that an aggregator needs. On three part
 part. This file has what the three studies share: arms, seeds, and what is claimed of all of them.
 
 All arms of a task have the same ceiling of output tokens a problem, and the same sampled tokens
-end their runs. A limit of steps lies beyond, a tenth more than the tokens buy in a pilot; it is the
-length of the learning rate's cosine.
+end their runs. A limit of steps lies beyond: a tenth more than the tokens buy, as far as pilots of
+an arm, or of one like it, tell. It is the length of the learning rate's cosine.
 """
 
 from collections.abc import Mapping

@@ -30,7 +30,9 @@ fi
 reports=()
 for task in two_halves end_digit three_parts; do
   echo "== $task"
-  # A study ends with status 1 where a claim does not hold, or has too few seeds to tell.
+  rm -f "$workdir/$task/report.json"
+  # A study ends with status 1 where a claim does not hold, or has too few seeds to tell. It has written its report
+  # then, and has not where it was stopped.
   "$python" -m spiral_jax.study --config="configs/study_estimators_$task.py" --workdir="$workdir/$task" \
     --at_once="$at_once" "${chosen[@]}" || [ -f "$workdir/$task/report.json" ]
   reports+=("$workdir/$task/report.json")

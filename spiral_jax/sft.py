@@ -33,7 +33,7 @@ from spiral_jax.core.groups import Stop, pad_rows
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
 from spiral_jax.model import hf
 from spiral_jax.model.architecture import Architecture
-from spiral_jax.model.products import with_matmul_precision
+from spiral_jax.model.products import product_options, with_matmul_precision
 from spiral_jax.model.transformer import ModelConfig, init_variables
 from spiral_jax.prompts.prompts import aggregation_prompt, search_prompt
 from spiral_jax.prompts.scaffold import Scaffold, make_scaffold
@@ -166,7 +166,9 @@ def fit(
         optax.clip_by_global_norm(settings.clip_norm), optax.adam(schedule, b2=settings.b2)
     )
 
-    @jax.jit
+    options = product_options(config.compute_dtype, jax.default_backend())
+
+    @functools.partial(jax.jit, compiler_options=options)
     @functools.partial(with_matmul_precision, config.compute_dtype)
     def step(
         params: Any, state: Any, search: Demonstrated, aggregation: Demonstrated

@@ -74,6 +74,11 @@ def abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def platform_of(mesh: Mesh | AbstractMesh) -> str:
+    """Of its devices; "" where it has none."""
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else ""
+
+
 def mesh_shape(sizes: ConfigDict, count: int, kind: str) -> tuple[int, int, int]:
     """`config.mesh` for `count` devices of this kind, -1 resolved.
 

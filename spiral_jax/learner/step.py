@@ -93,7 +93,7 @@ def make_train_step(
     return jax.jit(
         with_matmul_precision(config.compute_dtype, train_step),
         donate_argnums=0,
-        compiler_options=product_options(config.compute_dtype, jax.default_backend()) or None,
+        compiler_options=product_options(config.compute_dtype, jax.default_backend()),
     )
 
 

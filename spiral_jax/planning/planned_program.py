@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.stages import Lowered
 
-from spiral_jax.core.mesh import bytes_on_a_device
+from spiral_jax.core.mesh import bytes_on_a_device, platform_of
 from spiral_jax.learner.blocks import Block
 from spiral_jax.learner.logprobs import LOGPROBS_SCOPE
 from spiral_jax.learner.step import block_scope, variables
@@ -20,6 +20,7 @@ from spiral_jax.model.attention.groups import PROMPT_SCOPE, TRACE_SCOPE
 from spiral_jax.model.attention.pages import OWN_SCOPE, PROMPTS_SCOPE, WRITE_SCOPE
 from spiral_jax.model.attention.xla import OWN_KEYS_SCOPE, PROMPT_KEYS_SCOPE, even_block
 from spiral_jax.model.flops import decode_flops, ideal_train_flops, prefill_flops
+from spiral_jax.model.products import product_options
 from spiral_jax.planning import analytic
 from spiral_jax.planning.costs import Cost
 from spiral_jax.planning.inventory import Inventory
@@ -142,6 +143,7 @@ def train_program(inventory: Inventory, block: Block) -> PlannedProgram:
         groups=U,
         tokens=tokens,
         lower=lower,
+        compiler_options=product_options(model.compute_dtype, platform_of(inventory.mesh)),
         memory=memory,
         arguments=bytes_on_a_device([inventory.base, inventory.state, block]),
         estimate=analytic.train_cost(

@@ -79,9 +79,7 @@ class Recipe:
     @property
     def compiler_options(self) -> dict[str, Any]:
         """Of `Lowered.compile`, for the mesh's devices; none where it has none."""
-        if not isinstance(self.mesh, Mesh):
-            return {}
-        platform = self.mesh.devices.flat[0].platform
+        platform = meshes.platform_of(self.mesh)
         own = _GPU_OPTIONS if platform in meshes.GPU_PLATFORMS else {}
         return own | product_options(self.compute_dtype, platform)
 

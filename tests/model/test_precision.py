@@ -82,10 +82,10 @@ def test_a_float32_sampler_multiplies_in_float32():
 def test_fine_tuning_multiplies_in_float32(monkeypatch):
     lowered, jit = [], jax.jit
 
-    def recorded(function):
+    def recorded(function, **options):
         def call(*args):
-            lowered.append(jit(function).lower(*args))
-            return jit(function)(*args)
+            lowered.append(jit(function, **options).lower(*args))
+            return jit(function, **options)(*args)
 
         return call
 
