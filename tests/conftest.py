@@ -7,15 +7,16 @@ import functools
 import os
 import sys
 
+from small_pods import quick_to_compile  # this one does not import jax
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# On CPUs most programs are compiled for one small run: machine code without LLVM's optimisations
-# takes half the time. Accelerators multiply float32 matrices in TF32 or bfloat16 unless they are
-# asked for float32, and test oracles do not ask. Processes that tests start inherit it.
-os.environ.setdefault(
-    *("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    if os.environ["JAX_PLATFORMS"].startswith("cpu")
-    else ("JAX_DEFAULT_MATMUL_PRECISION", "highest")
-)
+# On CPUs most programs are compiled for one small run. Accelerators multiply float32 matrices in
+# TF32 or bfloat16 unless they are asked for float32, and test oracles do not ask. Processes that
+# tests start inherit it.
+if os.environ["JAX_PLATFORMS"].startswith("cpu"):
+    os.environ |= quick_to_compile(os.environ.get("XLA_FLAGS", ""))
+else:
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 import jax
 import pytest

@@ -20,12 +20,6 @@ ARCH = Architecture(
 )
 
 
-# Of programs that are compiled for one run: on CPUs machine code without LLVM's optimisations takes
-# half the time.
-UNOPTIMISED = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-quickly_compiled = functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMISED)
-
-
 class Ids(typing.NamedTuple):
     """Random groups whose padding is arbitrary ids, not zeros."""
 

@@ -10,7 +10,6 @@ import functools
 import jax
 import numpy as np
 import optax
-import small_pods
 from jax.sharding import Mesh
 
 from spiral_jax.core import mesh as meshes
@@ -33,7 +32,6 @@ MODELS = {
 }
 P, G = 6, 8
 TRACES = {Role.SEARCH: 3, Role.AGGREGATION: 2}
-QUICK = small_pods.QUICK if jax.default_backend() == "cpu" else {}
 
 
 def shapes_of(role, lengths=((P, G),), micro=4, most=16):
@@ -151,7 +149,7 @@ def one_device():
 @functools.cache
 def step_of(kind, **settings):
     step = make_train_step(learner(**settings), MODELS[kind])
-    return jax.jit(step, donate_argnums=0, compiler_options=QUICK)
+    return jax.jit(step, donate_argnums=0)
 
 
 def run(kind, blocks, mesh=None, **settings):

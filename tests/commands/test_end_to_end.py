@@ -13,7 +13,6 @@ import subprocess
 import sys
 
 import pytest
-from small_pods import QUICK_TO_COMPILE
 
 from benchmarks.nursery import Nursery
 from configs import tiny
@@ -55,7 +54,6 @@ def environment(tmp_path_factory):
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_FLAGS": QUICK_TO_COMPILE,
     }
 
 

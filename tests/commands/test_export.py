@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from small_model import forward, on_mesh, quickly_compiled, random_ids, rows_of
+from small_model import forward, on_mesh, random_ids, rows_of
 from small_runs import make_run
 from small_tokenizer import chatml_tokenizer, scaffold_of
 
@@ -41,7 +41,6 @@ KINDS = {  # family, rank of the adapters (0: all parameters are trained), tied
     "llama full": ("llama", 0, False),
 }
 SHARD = 100_000  # bytes: cuts every exported model into several files
-quick_forward = quickly_compiled(forward.__wrapped__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +121,7 @@ def our_logits(run, mesh, ids):
     if run.model.lora_rank:
         params = hf.load_params(run.base, run.model, mesh)
         variables = {"params": params, "lora": run.weights[5]}
-    return np.asarray(on_mesh(quick_forward, mesh, run.model, variables, ids)[1])
+    return np.asarray(on_mesh(forward, mesh, run.model, variables, ids)[1])
 
 
 def gap(logits, ids, model):

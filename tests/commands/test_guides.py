@@ -23,7 +23,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
-from small_pods import QUICK_TO_COMPILE
 
 from benchmarks.nursery import Nursery
 
@@ -113,7 +112,6 @@ def nursery(tmp_path_factory):
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_FLAGS": QUICK_TO_COMPILE,
     }
     with Nursery(environment) as nursery:
         yield nursery

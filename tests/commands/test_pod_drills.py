@@ -9,7 +9,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from small_pods import QUICK_TO_COMPILE, free_port
+from small_pods import free_port, quick_to_compile
 
 from benchmarks import drill
 from benchmarks.nursery import Nursery
@@ -37,8 +37,8 @@ class Pod:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {QUICK_TO_COMPILE}",
         }
+        environment |= quick_to_compile("--xla_force_host_platform_device_count=1")
         self._nurseries = [Nursery(environment) for _ in range(2)]
 
     def __enter__(self):

@@ -14,7 +14,6 @@ import optax
 import pytest
 from small_steps import (
     MODELS,
-    QUICK,
     TEMPERATURE,
     blocks_of,
     both_roles,
@@ -60,7 +59,7 @@ def row_logprobs(kind, tree, row):
     return jnp.take_along_axis(every_logprob, ids_T[1:, None], axis=1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames="kind", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="kind")
 def row_gradient(base, trained, row, tokens, kind):
     """(loss, gradient) of one row; `tokens` of its role are what the KL is a mean over."""
     is_trace = jnp.arange(1, row.ids_T.size) >= row.prompt_len

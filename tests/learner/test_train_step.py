@@ -11,7 +11,6 @@ import pytest
 from small_steps import (
     ARCH,
     MODELS,
-    QUICK,
     TEMPERATURE,
     G,
     P,
@@ -63,7 +62,7 @@ def assert_same(step, reference):
 # ---- the oracle: one row a trace, no padding, no sharing, whole logits
 
 
-@functools.partial(jax.jit, static_argnames="kind", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="kind")
 def row_loss_and_gradient(base, trained, row_T, prompt_len, recorded_T, weight, kind, temperature):
     """Of one row: -weight * sum_t exp(log pi(t) - recorded(t)), t behind the prompt."""
 

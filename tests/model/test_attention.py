@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import UNOPTIMISED
 
 from spiral_jax.model.attention import groups
 from spiral_jax.model.attention.kernels import Kernels
@@ -43,8 +42,8 @@ def of_traces(q, prompt_kv, own_kv, of, backend):
     return groups.trace_attention(backend, q, KeyValue(*prompt_kv), KeyValue(*own_kv), of)
 
 
-prompt_attention = jax.jit(of_prompts, static_argnums=4, compiler_options=UNOPTIMISED)
-trace_attention = jax.jit(of_traces, static_argnums=4, compiler_options=UNOPTIMISED)
+prompt_attention = jax.jit(of_prompts, static_argnums=4)
+trace_attention = jax.jit(of_traces, static_argnums=4)
 
 
 # ---- a kernel that is none: whole scores, so that what `Kernels` makes of parts can be seen
@@ -230,11 +229,10 @@ def test_gradients_of_uneven_groups_are_those_of_plain_rows(backend):
     )
     gradient = jax.jit(
         jax.grad(functools.partial(grouped_total, backend), argnums=(0, 1)),
-        compiler_options=UNOPTIMISED,
     )
     found = gradient(prompt, trace, target, prompt_len, trace_len)
     oracle = jax.grad(plain_total, argnums=(0, 1))
-    expected = jax.jit(oracle, static_argnums=(3, 4), compiler_options=UNOPTIMISED)(
+    expected = jax.jit(oracle, static_argnums=(3, 4))(
         prompt, trace, target, tuple(prompt_len), tuple(map(tuple, trace_len))
     )
     # entries of order ten; sums over queries and keys run in another order
@@ -253,7 +251,7 @@ def test_keys_and_values_of_padding_never_leak_into_outputs_or_gradients():
     def total(q, prompt_kv, own_kv):
         return jnp.sum(jnp.sin(of_traces(q, prompt_kv, own_kv, lengths(), 2)))
 
-    both = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), compiler_options=UNOPTIMISED)
+    both = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
     clean, poisoned = both(q, prompt_kv, own_kv), both(q, poisoned_kv, own_kv)
     jax.tree.map(np.testing.assert_array_equal, clean, poisoned)
     of_keys, of_values = poisoned[1][1]
@@ -327,7 +325,7 @@ def compiled_gradient(length, block, C=2, G=64):
         own = jnp.sum(jnp.sin(of_traces(own_q, (k, v), (own_k, own_v), of, block)))
         return own + jnp.sum(jnp.sin(of_prompts(q, k, v, of, block)))
 
-    gradient = jax.jit(jax.grad(total, argnums=tuple(range(6))), compiler_options=UNOPTIMISED)
+    gradient = jax.jit(jax.grad(total, argnums=tuple(range(6))))
     return gradient.lower(prompt, prompt, prompt, own, own, own, of).compile()
 
 

@@ -4,8 +4,6 @@ Checkpoints are random, small and have every field off its default; qwen3 and ll
 rope are in test_parity.py too.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,9 +121,7 @@ ARRAYS = {
     "qwen2": {f"no bias of {name}": of_leaf(f"{name}/bias", jnp.zeros_like) for name in "qkv"},
     "qwen3_moe": {"other experts": of_leaf("experts/router", lambda leaf: leaf[..., ::-1])},
 }
-_logits = functools.partial(jax.jit, static_argnums=0, compiler_options=cases.QUICK)(
-    cases.logits_of
-)
+_logits = jax.jit(cases.logits_of, static_argnums=0)
 
 
 def test_with_any_field_of_the_row_changed_logits_are_others(case, expected, variables, mesh):

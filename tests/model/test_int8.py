@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from small_int8 import in_floats, in_int8
-from small_model import ARCH, logprobs, on_mesh, quickly_compiled, random_ids
+from small_model import ARCH, logprobs, on_mesh, random_ids
 
 from spiral_jax.core import mesh as meshes
 from spiral_jax.core.config import ConfigError
@@ -21,7 +21,6 @@ from spiral_jax.model.transformer import ModelConfig, init_variables
 LAYERS = dataclasses.replace(ARCH, family=FAMILIES["qwen2"], unrotated=(1,))
 EXACT = ModelConfig(LAYERS, lora_rank=4, lora_alpha=8.0, attention_block=4)
 QUANTISED = dataclasses.replace(EXACT, param_dtype=jnp.int8)
-quick_logprobs = quickly_compiled(logprobs.__wrapped__)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -96,7 +95,7 @@ def test_training_reads_it_as_the_floats_that_it_stands_for(mesh, variables):
 
     found, expected = (
         on_mesh(
-            quickly_compiled(both),
+            jax.jit(both, static_argnums=0),
             mesh,
             config,
             jax.device_put(tree, meshes.weight_shardings(tree, mesh)),

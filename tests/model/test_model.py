@@ -4,6 +4,7 @@ Padding, adapters, scan, a single layer, decoding, narrow numbers.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -21,7 +22,6 @@ from small_model import (
     U,
     forward,
     on_mesh,
-    quickly_compiled,
     random_ids,
     rows_of,
 )
@@ -48,7 +48,7 @@ LORA = ModelConfig(ARCH, lora_rank=4, lora_alpha=6.0)
 SCALE = 6.0 / 4  # of its adapters
 
 
-@quickly_compiled
+@functools.partial(jax.jit, static_argnums=0)
 def loss_and_gradient(config, variables, prompt, prompt_len, trace, weight):
     """(weighted sum of trace log-probs, those), and its gradient by every collection."""
 
@@ -307,7 +307,7 @@ def of_traces(hidden_UxTxD):
     return np.asarray(hidden_UxTxD, np.float32)[:, 1:].reshape(U, C, G, -1)
 
 
-@quickly_compiled
+@functools.partial(jax.jit, static_argnums=0)
 def unrolled(config, variables, prompt, prompt_len, trace):
     """What `forward` returns, from a loop over whole layers: no scan, all rows in all layers."""
     params = variables["params"]
