@@ -13,7 +13,6 @@ from small_sampler import (
     AMPLE,
     DRAW,
     MODEL,
-    ONE_LAYER,
     OTHER_PROGRAM,
     SCARCE,
     C,
@@ -90,15 +89,9 @@ def sampled(engine, weights):
 
 
 @pytest.fixture(scope="module")
-def shallow_weights(mesh):
-    """Of the model of one layer."""
-    return make_engine(mesh, config=ONE_LAYER).prepare(random_variables(ONE_LAYER, mesh))
-
-
-@pytest.fixture(scope="module")
 def wide(mesh):
-    """Rows for four groups, for the model of one layer; nothing ends a trace but its limit."""
-    return make_engine(mesh, (), {"chunk": 4, "prefill_tokens": 16}, config=ONE_LAYER)
+    """Rows for four groups; nothing ends a trace but its limit."""
+    return make_engine(mesh, (), {"chunk": 4, "prefill_tokens": 16})
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
@@ -185,10 +178,10 @@ def test_every_trace_ends_at_its_own_limit(request, weights, expected, kind):
     np.testing.assert_array_equal(groups.trace_UxCxG, np.where(inside, expected.trace_UxCxG, 0))
 
 
-def test_greedy_takes_the_most_likely_token_with_log_prob_0(mesh, shallow_weights):
-    changes = {"draw": Draw(temperature=0), "config": ONE_LAYER}
-    groups = sample(make_engine(mesh, (), AMPLE, **changes), shallow_weights, mixed_requests())
-    variables, settings = random_variables(ONE_LAYER, mesh), make_settings(mesh, (), **changes)
+def test_greedy_takes_the_most_likely_token_with_log_prob_0(mesh, variables, weights):
+    greedy = {"draw": Draw(temperature=0)}
+    groups = sample(make_engine(mesh, (), AMPLE, **greedy), weights, mixed_requests())
+    settings = make_settings(mesh, (), **greedy)
     assert_same_up_to_rounding(groups, plain_sample(settings, variables, mixed_requests()))
     assert not groups.logprob_UxCxG.any()
     assert (groups.trace_UxCxG == groups.trace_UxCxG[:, :1]).all()
@@ -205,7 +198,7 @@ def test_an_int8_cache_moves_log_probs_by_little(mesh, variables, weights, stop_
 
 
 def test_a_bfloat16_model_decodes_what_its_trainer_reads(mesh):
-    narrow = dataclasses.replace(ONE_LAYER, param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
+    narrow = dataclasses.replace(MODEL, param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16)
     engine = make_engine(mesh, (), AMPLE, config=narrow, cache_dtype=jnp.dtype(jnp.bfloat16))
     variables = random_variables(narrow, mesh)
     groups = sample(engine, engine.prepare(variables), mixed_requests())
@@ -346,10 +339,10 @@ def test_a_feed_that_wants_nothing_is_asked_for_nothing(engine, weights):
 # What is counted
 
 
-def test_rows_tokens_and_shared_prompts_are_counted_exactly(wide, shallow_weights):
+def test_rows_tokens_and_shared_prompts_are_counted_exactly(wide, weights):
     limit_UxC = np.array([[1, 5, 5], [9, 2, 3]], np.int32)
     requests = requests_of([[1, 2, 3], [4] * 7], limit_UxC=limit_UxC)
-    _, metrics = sample_with_metrics(wide, shallow_weights, requests)
+    _, metrics = sample_with_metrics(wide, weights, requests)
     assert metrics["sampling/generated_tokens"] == limit_UxC.sum()
     assert metrics["sampling/prefilled_tokens"] == 2 + 6  # the last token is each trace's own
     assert metrics["sampling/shared_prompt_tokens"] == 3 * (3 + 7) - (2 + 6)
@@ -360,28 +353,27 @@ def test_rows_tokens_and_shared_prompts_are_counted_exactly(wide, shallow_weight
     assert occupancy.count == 9 * 12  # as many steps as the longest trace has tokens, of all rows
 
 
-def test_only_rows_that_run_are_computed_where_there_are_programs_for_fewer(mesh, shallow_weights):
+def test_only_rows_that_run_are_computed_where_there_are_programs_for_fewer(mesh, weights):
     """Three traces of one token and one of twelve a group: after the first token a third runs."""
     limit_UxC = np.tile(np.array([12, 1, 1], np.int32), (4, 1))
     requests = requests_of([[1, 2]] * 4, limit_UxC=limit_UxC)
-    engine = make_engine(mesh, (), {"rows": (8, 12), "chunk": 12}, config=ONE_LAYER)
-    _, metrics = sample_with_metrics(engine, shallow_weights, requests)
+    engine = make_engine(mesh, (), {"rows": (8, 12), "chunk": 12})
+    _, metrics = sample_with_metrics(engine, weights, requests)
     occupancy = metrics["sampling/row_occupancy"]
     shards = meshes.group_count_multiple(mesh)
     computed = 12 + 11 * 8 if shards == 1 else 12 * 8  # on several shards three rows are the most
     assert (occupancy.total, occupancy.count) == (4 * 14, shards * computed)
 
 
-def test_a_wide_groups_prompt_is_computed_and_kept_once(mesh, shallow_weights):
+def test_a_wide_groups_prompt_is_computed_and_kept_once(mesh, variables, weights):
     """Five times as many traces as rows: they begin as others end."""
-    engine = make_engine(mesh, (), {"rows": (12,), "width": 4}, config=ONE_LAYER)
+    engine = make_engine(mesh, (), {"rows": (12,), "width": 4})
     limits = np.random.default_rng(0).integers(1, G + 1, (1, 60)).astype(np.int32)
     requests = requests_of([[1, 2, 3, 4, 5]], traces=60, limit_UxC=limits)
-    groups, metrics = sample_with_metrics(engine, shallow_weights, requests)
+    groups, metrics = sample_with_metrics(engine, weights, requests)
     assert metrics["sampling/prefilled_tokens"] == 4
     np.testing.assert_array_equal(groups.trace_len_UxC, limits)
-    settings = make_settings(mesh, config=ONE_LAYER)
-    expected = plain_sample(settings, random_variables(ONE_LAYER, mesh), requests)
+    expected = plain_sample(make_settings(mesh), variables, requests)
     assert_same_up_to_rounding(groups, expected)
 
 
@@ -427,7 +419,7 @@ def every_sequence(stop):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_frequencies_of_whole_traces_are_their_exact_probabilities(mesh, temperature):
-    config = dataclasses.replace(ONE_LAYER, arch=dataclasses.replace(ONE_LAYER.arch, V=4))
+    config = dataclasses.replace(MODEL, arch=dataclasses.replace(MODEL.arch, V=4))
     variables, stop, traces, steps = random_variables(config, mesh), 3, 500, 10
     schedule = {"rows": (500,), "pages": 600, "trace": 4, "width": 4, "prompts": (4,)}
     engine = make_engine(mesh, (stop,), schedule, config=config, draw=Draw(temperature))
@@ -462,16 +454,17 @@ def test_frequencies_of_whole_traces_are_their_exact_probabilities(mesh, tempera
     assert np.sum(cells) < stats.chi2.ppf(0.999, len(cells) - 4)
 
 
-def test_search_and_aggregation_run_side_by_side_at_their_own_temperatures(mesh, shallow_weights):
+def test_search_and_aggregation_run_side_by_side_at_their_own_temperatures(
+    mesh, variables, weights
+):
     temperatures = {Role.SEARCH: 0.7, Role.AGGREGATION: 1.3}
     draw = Draw(0.7, aggregation_temperature=1.3)
-    engine = make_engine(mesh, (), {"chunk": 4, "prefill_tokens": 16}, config=ONE_LAYER, draw=draw)
+    engine = make_engine(mesh, (), {"chunk": 4, "prefill_tokens": 16}, draw=draw)
     requests = mixed_requests()
     requests.id_Ux6[:, ROLE_OF_ID] = role_U = np.arange(9) % 2
-    drawn = sample(engine, shallow_weights, requests)
-    variables = random_variables(ONE_LAYER, mesh)
+    drawn = sample(engine, weights, requests)
     for role, temperature in temperatures.items():
-        forced = teacher_forced_logprobs(mesh, variables, drawn, ONE_LAYER, temperature)
+        forced = teacher_forced_logprobs(mesh, variables, drawn, MODEL, temperature)
         off = np.abs(forced - drawn.logprob_UxCxG)
         assert off[role_U == role].max() < OTHER_PROGRAM
         assert off[role_U != role].max() > 0.1  # the other temperature would be seen
