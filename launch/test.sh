@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Lint and all tests: once on one CPU device, then the marked subset on eight fake ones; two files of tests side by side,
-# since most tests keep one core busy. Same .venv as local.sh.
+# Lint and all tests: once on one CPU device, then the marked subset on eight fake ones; three files of tests side by
+# side, since most tests keep one core busy and some wait. Same .venv as local.sh.
 # Usage: bash launch/test.sh [pytest arguments for the first run]
 cd "$(dirname "$0")/.."
 source launch/venv.sh
@@ -18,5 +18,5 @@ fi
 export JAX_PLATFORMS=cpu
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m ruff format --check .
-"$VENV/bin/python" -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder --durations=10 "$@"
-XLA_FLAGS=--xla_force_host_platform_device_count=8 "$VENV/bin/python" -m pytest -q -n 2 --dist=loadfile --no-loadscope-reorder -m devices8
+"$VENV/bin/python" -m pytest -q -n 3 --dist=loadfile --no-loadscope-reorder --durations=10 "$@"
+XLA_FLAGS=--xla_force_host_platform_device_count=8 "$VENV/bin/python" -m pytest -q -n 3 --dist=loadfile --no-loadscope-reorder -m devices8
