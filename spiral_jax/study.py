@@ -7,8 +7,9 @@ runs what is missing, and reports. Further flags:
     --report [--out=FILE]          run nothing, only report; ours lie in docs/results/
     --at_once=2                    two runs side by side, with half of the cores each
     --arms=A,B --seeds=0           run only these; the report has all that is there
-    --sweep=12                     twelve more arms, proposed by optuna (with --config=
-                                   configs/study_two_halves_budget.py, which has a `propose`)
+    --sweep=12                     twelve more arms, proposed by optuna, of which those that stay
+                                   behind are given up (with --config=configs/study_balance.py,
+                                   which has a `propose`)
 
     python -m spiral_jax.study --across=A.json,B.json,C.json --best=ARM --out=OUT
 
@@ -93,7 +94,8 @@ def run(values: flags.FlagValues) -> list[str]:
     if not values.report:
         chosen = study.chosen(values.arms, values.seeds)
         study = run_study(study, directory, Processes(values.at_once), chosen, values.sweep)
-    gathered = gather(study, directory)
+    swept = sweep_module().outcome(directory) if directory.sweep.exists() else None
+    gathered = gather(study, directory, swept)
     out = pathlib.Path(values.out) if values.out else path / "report"
     print(write_study(study, gathered, out), flush=True)
     return list_failures(gathered)

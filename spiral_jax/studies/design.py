@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from spiral_jax.core.command import file_message
@@ -105,8 +106,13 @@ class Experiment:
 
     def has_ended(self, step: int, sampled_tokens: float) -> bool:
         """Whether nothing is left to train: all steps are done, or the tokens are spent."""
+        return self.share_done(step, sampled_tokens) >= 1
+
+    def share_done(self, step: int, sampled_tokens: float) -> float:
+        """How much is done of its steps or of its tokens, whichever is more; 1: all."""
         train = self.plain["train"]
-        return step >= train["steps"] or 0 < train["max_sampled_tokens"] <= sampled_tokens
+        of_tokens = sampled_tokens / (train["max_sampled_tokens"] or np.inf)
+        return max(step / train["steps"], of_tokens)
 
     def budget(self) -> dict[str, Any]:
         """What it may spend: traces, sets, limits, and its ceiling of output tokens a problem."""
@@ -212,7 +218,7 @@ class Study:
         added = tuple(arm for arm in dict.fromkeys(arms) if arm not in listed)
         study = dataclasses.replace(self, proposed=added)
         _check(study)
-        return study._with_experiments(added)
+        return study._with_experiments(arm for arm in added if arm not in self.experiments)
 
     def chosen(self, arms: Sequence[str], seeds: Sequence[str]) -> list[tuple[str, int]]:
         """`runs` of these arms and seeds, as a command names them; none named: of all.

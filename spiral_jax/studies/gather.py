@@ -12,6 +12,7 @@ cross     for each two arms of `cross`: what the one's aggregator makes of the o
 efficiency by arm: samples that the baseline needs for each one of the arm's at equal coverage
 claims    each claim with its gap and a verdict: holds, fails, or open (the interval holds both)
 curves    pass@k and self-aggregation by arm; training by run, thinned
+sweep     `sweep.outcome`, where there was one
 
 Intervals are 95 % percentiles of a bootstrap over seeds and over problems: each resample draws the
 seeds, and one set of problems for all of them, since all runs are evaluated on the same. Gaps are
@@ -37,13 +38,19 @@ from spiral_jax.studies.design import BASE, Study
 from spiral_jax.studies.directory import StudyDirectory, pair_name
 from spiral_jax.studies.history import check_evaluation, run_row, unrecorded
 from spiral_jax.studies.optimum import optimum
+from spiral_jax.studies.rungs import GIVEN_UP
 
 VERSION = 1
 DRAWS = 2000  # resamples
 
 
-def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
+def gather(
+    study: Study, directory: StudyDirectory, sweep: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Everything that the report says, from whatever is finished.
+
+    Args:
+      sweep: `sweep.outcome` of the directory, if there was one.
 
     Raises:
       ResultsError: evaluations that cannot be compared.
@@ -58,6 +65,8 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
         )
     first, arms = evaluated.first, evaluated.arms
     for run in runs:
+        if sweep and sweep["arms"].get(run["arm"], {}).get("state") == GIVEN_UP:
+            run["state"] = GIVEN_UP
         cells = arms.get(run["arm"])
         if cells and run["seed"] in cells.seeds:
             own = cells.columns[cells.seeds.index(run["seed"])]
@@ -90,7 +99,7 @@ def gather(study: Study, directory: StudyDirectory) -> dict[str, Any]:
         "runs": runs,
         "unnamed": _unnamed(study, directory),
         "unrecorded": unrecorded(study, directory),
-    }
+    } | ({"sweep": dict(sweep)} if sweep else {})
 
 
 class _Evaluated(NamedTuple):

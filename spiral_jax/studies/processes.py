@@ -12,6 +12,8 @@ from typing import IO
 
 from spiral_jax.core.config import ConfigError
 
+_ASKED_EVERY = 1.0  # seconds
+
 
 class Processes:
     """Runs commands, `at_once` of them side by side.
@@ -69,8 +71,13 @@ class Processes:
         output: IO[bytes],
         environment: Mapping[str, str],
         pass_fds: Sequence[int],
+        ends: Callable[[], bool] | None = None,
     ) -> int:
-        """One command to its end; what it prints goes to `output`. Returns its exit status."""
+        """One command to its end; what it prints goes to `output`. Returns its exit status.
+
+        Args:
+          ends: asked every second whether to tell the command to end.
+        """
         with self._guard:
             if self._stopped:
                 raise concurrent.futures.CancelledError
@@ -85,7 +92,7 @@ class Processes:
             )
             self._running.add(process)
         try:
-            code = process.wait()
+            code = _wait(process, ends)
         except BaseException:  # of a caller outside `each`: the study was told to stop
             process.terminate()
             process.wait()
@@ -107,3 +114,15 @@ class Processes:
             self._stopped = True
             for process in self._running:
                 process.terminate()
+
+
+def _wait(process: subprocess.Popen, ends: Callable[[], bool] | None) -> int:
+    """The exit status of a process, which gets a SIGTERM once `ends` says so."""
+    while ends:
+        try:
+            return process.wait(_ASKED_EVERY)
+        except subprocess.TimeoutExpired:
+            if ends():
+                process.terminate()
+                break
+    return process.wait()

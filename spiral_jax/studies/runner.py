@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import IO, Any
 
@@ -31,6 +31,7 @@ from spiral_jax.studies.cells import value_of
 from spiral_jax.studies.design import BASE, EVALUATION, SWEEP_SEED, Pair, Study
 from spiral_jax.studies.directory import StudyDirectory, pair_name
 from spiral_jax.studies.processes import Processes
+from spiral_jax.studies.rungs import GivesUp, Watch
 
 _DESCRIBE = (
     "import json; from spiral_jax.run import provenance; print(json.dumps(provenance.describe()))"
@@ -67,7 +68,7 @@ def run_study(
             processes.each(runner.runs_of(seed))
             processes.each(runner.pairs_of(seed))
         if proposals:
-            study = sweep_module().sweep(study, directory, proposals, runner.value_of)
+            study = sweep_module().sweep(study, directory, proposals, processes, runner.value_of)
     return study
 
 
@@ -135,10 +136,12 @@ class Runner:
             if pair.seed == seed:
                 yield functools.partial(self.run_pair, pair, f"pair {number}/{len(pairs)}")
 
-    def run_arm(self, arm: str, seed: int, number: str) -> None:
+    def run_arm(self, arm: str, seed: int, number: str, gives_up: GivesUp | None = None) -> None:
         """Trains and evaluates one run, as far as that was not done before.
 
-        `number` is printed with it.
+        Args:
+          number: is printed with it.
+          gives_up: decides while it trains whether it is ended there, and not evaluated.
         """
         print(f"[{number}] {arm}, seed {seed}", flush=True)
         if arm == BASE:
@@ -148,9 +151,13 @@ class Runner:
         step = _newest_step(workdir)
         if not self._has_ended(arm, seed, step):
             config = f"--config={self.study.file}:{arm}"
-            code = self._run_command(arm, seed, "train", config, f"--workdir={workdir}")
+            experiment, watch = self.study.experiments[arm], None
+            if gives_up:
+                watch = Watch(self.directory, arm, seed, experiment, gives_up)
+            code = self._run_command(arm, seed, "train", config, f"--workdir={workdir}", ends=watch)
             step = _newest_step(workdir)
-            told_to_stop = code == 0 and not self._has_ended(arm, seed, step)
+            was_told = code == 0 or watch and watch.given_up
+            told_to_stop = was_told and not self._has_ended(arm, seed, step)
             if step is None or told_to_stop:
                 return  # or it failed before its first checkpoint
         self._evaluate(arm, seed, step, f"--config.model.init_from={workdir}@{step}")
@@ -174,13 +181,13 @@ class Runner:
             policies.append(f"--config.model.init_from={trained}")
         self._evaluate(pair_name(searcher, reader), seed, steps[reader], *policies)
 
-    def value_of(self, study: Study, arm: str) -> float | None:
-        """The study's first measure of an arm that a sweep has proposed; None: the arm failed.
+    def value_of(self, study: Study, arm: str, gives_up: GivesUp) -> float | None:
+        """The study's first measure of an arm that a sweep has proposed.
 
-        `study` is the one with that arm.
+        None: the arm failed, or was given up. `study` is the one with that arm.
         """
         runner = dataclasses.replace(self, study=study)
-        runner.run_arm(arm, SWEEP_SEED, f"sweep, arm {len(study.proposed)}")
+        runner.run_arm(arm, SWEEP_SEED, f"sweep, arm {len(study.proposed)}", gives_up)
         files = self.directory.evaluations(arm, SWEEP_SEED)
         if not files:
             return None
@@ -202,7 +209,14 @@ class Runner:
             workdir = f"--workdir={evaluation}"
             self._run_command(name, seed, "evaluate", config, workdir, *policies)
 
-    def _run_command(self, name: str, seed: int, stage: str, *arguments: str) -> int:
+    def _run_command(
+        self,
+        name: str,
+        seed: int,
+        stage: str,
+        *arguments: str,
+        ends: Callable[[], bool] | None = None,
+    ) -> int:
         """One command in a process of its own, noted in the journal; returns its exit status."""
         log = self.directory.log(name, seed, stage)
         log.parent.mkdir(exist_ok=True)
@@ -210,7 +224,8 @@ class Runner:
         environment = {"JAX_COMPILATION_CACHE_DIR": self.programs} | self.share | os.environ
         start = time.monotonic()
         with log.open("ab") as output:
-            code = self.processes.run(command, output, environment, pass_fds=(self.lock.fileno(),))
+            fds = (self.lock.fileno(),)
+            code = self.processes.run(command, output, environment, fds, ends)
         seconds = round(time.monotonic() - start, 1)
         row = {
             "arm": name,

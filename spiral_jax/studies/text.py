@@ -13,6 +13,7 @@ from spiral_jax.evaluation.results import describe_temperatures
 from spiral_jax.evaluation.tables import DASH, percent
 from spiral_jax.studies.design import Study
 from spiral_jax.studies.figures import plot_study
+from spiral_jax.studies.rungs import GIVEN_UP, RUNGS
 
 _BUDGET = {  # of an arm's row: key, head of its column
     "estimator": "estimator",
@@ -85,7 +86,7 @@ def list_failures(gathered: Mapping[str, Any]) -> list[str]:
     """A line for each claim that does not hold, and each run or pair that is not done."""
     lines = [f"claim: {row['claim']}" for row in gathered["claims"] if row["verdict"] != "holds"]
     for run in gathered["runs"]:
-        if run["state"] != "done":
+        if run["state"] not in ("done", GIVEN_UP):
             lines.append(f"not done: {run['arm']} seed {run['seed']}")
     for row in gathered["cross"]:
         if not row["measures"] or row.get("errors"):
@@ -122,6 +123,7 @@ def markdown(study: Study, gathered: Mapping[str, Any], pictures: Sequence[str])
         f"Search of one, read by another: {measure}": _cross(gathered),
         f"Gaps to {baseline}, paired over seeds and problems (points)": _gaps(gathered),
         f"Samples for equal coverage, against {baseline}": _efficiency(gathered),
+        "What the sweep has found": _sweep(gathered),
         "Arms": _arms(gathered),
         "Training: means over an arm's runs": _training(gathered),
         "Runs": _runs(gathered),
@@ -281,6 +283,39 @@ def _efficiency(gathered: Mapping[str, Any]) -> str:
         "times fewer",
     ]
     return _table(heads, rows)
+
+
+def _sweep(gathered: Mapping[str, Any]) -> str:
+    """Importance and direction of each choice, then the arms, best first."""
+    sweep = gathered.get("sweep")
+    if not sweep:
+        return ""
+    arms = sweep["arms"]
+    of_choices = [
+        [name, f"{share:.2f}", f"{sweep['direction'][name]:+.2f}"]
+        for name, share in sweep["importance"].items()
+    ]
+    heads = ["choice", "importance", "rank correlation with what is reached"]
+    given_up = [
+        f"{arm} ({row['rungs']} of {RUNGS})"
+        for arm, row in arms.items()
+        if row["state"] == GIVEN_UP
+    ]
+    reached = {arm: row["value"] for arm, row in arms.items() if row["value"] is not None}
+    best = sorted(reached, key=reached.get, reverse=True)
+    chosen = list(dict.fromkeys(name for row in arms.values() for name in row["chosen"]))
+    of_arms = [
+        [arm, f"{100 * reached[arm]:.1f}", *(_count(arms[arm]["chosen"].get(c)) for c in chosen)]
+        for arm in best
+    ]
+    counts = (
+        f"{len(arms)} arms were proposed, {len(reached)} are done and {len(given_up)} were given "
+        f"up on the way{': ' if given_up else ''}"
+        f"{', '.join(given_up)}."
+    )
+    parts = [counts, _table(heads, of_choices)]
+    parts.append(_table(["arm", gathered["measures"][0], *chosen], of_arms))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _arms(gathered: Mapping[str, Any]) -> str:
