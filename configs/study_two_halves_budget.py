@@ -5,34 +5,25 @@ r"""How to spend a problem's tokens, on two halves: N, K and M at one ceiling.
 
 `marginal_mean` of `study_two_halves.py` throughout. The sequential part stays as it is: with fewer
 than 26 tokens a search trace holds no half and an answer, with more than 31 it holds both. The
-listed arms took 1.3 hours on two cores; with `--sweep=12` optuna proposes twelve more.
+arms took 1.3 hours on two cores.
 """
 
-import math
 import re
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import study_two_halves
 from spiral_jax.studies import design
 
-_CEILING = 416  # tokens a problem, as the arms without aggregation have
+# Arms without aggregation have 416 tokens a problem.
 # (N, K, M) with 400 <= N * 26 + K * M * 12 <= 416 tokens: from many aggregations of few traces to
 # the reverse
-_LISTED = (
+_BALANCES = (
     *((6, 7, 3), (6, 3, 7)),
     *((8, 8, 2), (8, 4, 4), (8, 2, 8)),
     *((10, 6, 2), (10, 4, 3), (10, 3, 4), (10, 2, 6)),
     *((12, 4, 2), (12, 2, 4)),
 )
-
-
-def propose(trial: Any) -> str | None:
-    """Any N and M, with as many sets as the ceiling leaves room for."""
-    N, M = trial.suggest_int("N", 5, 13), trial.suggest_int("M", 2, 10)
-    K = (_CEILING - N * 26) // (M * 12)
-    return _name(N, K, M) if 2 <= K <= math.comb(N, 4) else None
 
 
 def _name(N: int, K: int, M: int) -> str:
@@ -61,7 +52,7 @@ def _study() -> ConfigDict:
         "At one ceiling of tokens a problem: more search traces, more sets, or more aggregations "
         "of each set?"
     )
-    s.arms = ((design.BASE, (0, 1)), *((_name(*balance), (0, 1)) for balance in _LISTED))
+    s.arms = ((design.BASE, (0, 1)), *((_name(*balance), (0, 1)) for balance in _BALANCES))
     s.baseline = "N8_K4_M4"
     s.cross = ()
     s.claims = (

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import optuna
 import pytest
 
 from spiral_jax.core.config import ConfigError
@@ -80,6 +81,7 @@ def test_a_file_that_is_no_study_is_refused(path):
 FILES = sorted(pathlib.Path("configs").glob("study_*.py"))
 # output tokens a problem, and sampled tokens of a run; of studies on two halves that name no others
 _BUDGETS = {
+    "study_balance": (672, 400_000),
     "study_end_digit": (672, 800_000),
     "study_estimators_end_digit": (672, 800_000),
     "study_estimators_three_parts": (352, 300_000),
@@ -101,6 +103,16 @@ def test_the_studies_of_configs_are_whole(file):
         assert ceiling <= budget["ceiling"] <= 1.04 * ceiling, arm
         assert budget["token budget"] == (_LONG if arm.endswith("_long") else tokens)
         assert budget["lr"] == lr and experiment.plain["eval"]["problems"] == 0
+
+
+def test_every_balance_that_a_sweep_proposes_spends_what_the_listed_one_does():
+    study = load_study("configs/study_balance.py")
+    trials = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    asked = [study.module.propose(trials.ask()) for _ in range(30)]
+    swept = study.with_proposed([arm for arm in asked if arm])
+    assert len(swept.proposed) > 5
+    for experiment in swept.experiments.values():
+        assert 0.9 * 672 <= experiment.budget()["ceiling"] <= 672
 
 
 def test_two_halves_leaves_no_arm_room_for_both_halves_and_its_aggregators_none_for_one():
