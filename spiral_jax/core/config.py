@@ -58,6 +58,7 @@ def defaults() -> ConfigDict:
     # (paper)
     c.model.lora_rank = 32
     c.model.lora_alpha = 32.0  # adapter output is scaled by alpha / rank (unpublished)
+    c.model.lora_experts = False  # each expert's three projections have adapters of their own too
     # What the backward pass keeps of each layer, computing the rest once more: "layer": its input;
     # "attention": and the results of attention and of adapters' first products, which are narrow;
     # "dots": and those of all products with weights; "none": everything is kept

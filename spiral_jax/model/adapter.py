@@ -1,12 +1,18 @@
 """LoRA adapters in PEFT's format <-> the `lora` collection.
 
-PEFT's files are adapter_config.json and adapter_model.safetensors.
+PEFT's files are adapter_config.json and adapter_model.safetensors. Of experts we write a tensor for
+each projection of each expert, as PEFT does where they are modules (transformers 4); with
+transformers 5 PEFT fuses them when it reads such files. What it writes then we read too
+(`fused_adapters.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spiral_jax.core.config import ConfigError
-from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.fused_adapters import PARAMETERS, by_projection
 from spiral_jax.model.hf import (
     MAX_SHARD_BYTES,
     PROJECTIONS,
@@ -35,9 +41,9 @@ _INERT |= {"revision", "inference_mode", "r", "lora_alpha", "target_modules", "l
 _INERT |= {"init_lora_weights", "megatron_core", "qalora_group_size"}
 
 
-def target_modules(arch: Architecture) -> list[str]:
+def target_modules(config: ModelConfig) -> list[str]:
     """PEFT's names of the projections that have an adapter."""
-    return sorted(PROJECTIONS[name].split(".")[1] for name in adapted_projections(arch))
+    return sorted(PROJECTIONS[name].split(".")[1] for name in adapted_projections(config))
 
 
 def abstract_lora(config: ModelConfig) -> Any:
@@ -68,14 +74,44 @@ def check_adapter(path: pathlib.Path, config: ModelConfig) -> None:
                 f"{file}: {name} = {fields.get(name)!r}, but config.model.{ours} = "
                 f"{getattr(config, ours)!r}: they must be equal."
             )
-    targets, ours = fields.get("target_modules"), target_modules(config.arch)
+    if config.lora_experts and fields.get("target_parameters"):
+        fields = _without_fused(fields, config, refuse)
+    targets, ours = fields.get("target_modules"), target_modules(config)
     if not isinstance(targets, list) or sorted(targets) != ours:
-        refuse("target_modules", f"the list of all of {', '.join(ours)}")
+        experts = f" at model.lora_experts = {config.lora_experts}" if config.arch.routing else ""
+        refuse("target_modules", f"the list of all of {', '.join(ours)}{experts}")
     if fields.get("init_lora_weights") not in (True, False, None, "gaussian"):
         refuse("init_lora_weights", "true, false or 'gaussian'")  # others change the base weights
     for name, value in fields.items():
         if name not in _INERT and value and value != "none":
             refuse(name, "empty")
+
+
+def _without_fused(
+    fields: dict[str, Any], config: ModelConfig, refuse: Callable[[str, str], None]
+) -> dict[str, Any]:
+    """`fields` as they are where each projection of an expert is a target of its own.
+
+    gate_up_proj may have twice the rank, at the same alpha / rank.
+    """
+    wrapped = fields["target_parameters"]
+    if not isinstance(wrapped, list) or sorted(name.split(".")[-1] for name in wrapped) != [
+        *PARAMETERS
+    ]:
+        refuse("target_parameters", f"the list of {' and '.join(PARAMETERS)} of mlp.experts")
+    twice = {"rank_pattern": 2 * config.lora_rank, "alpha_pattern": 2 * config.lora_alpha}
+    patterns = {name: fields.get(name) or {} for name in twice}
+    if any(patterns.values()):
+        for name, value in twice.items():
+            of = [re.sub(r"[\\.*^$]", "", target) for target in patterns[name]]
+            if of != ["gate_up_proj"] or [*patterns[name].values()] != [value]:
+                refuse(name, f"empty, or {value} for gate_up_proj alone")
+    experts = set(target_modules(config)) - set(
+        target_modules(dataclasses.replace(config, lora_experts=False))
+    )
+    modules = fields.get("target_modules")
+    modules = [*modules, *experts] if isinstance(modules, list) else modules
+    return fields | {"target_modules": modules, "target_parameters": None} | dict.fromkeys(twice)
 
 
 def _read_fields(path: pathlib.Path) -> dict[str, Any]:
@@ -107,6 +143,8 @@ def load_adapter(path: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Any:
     """
     check_adapter(path, config)
     with open_tensors(path, STEM) as files:
+        if config.lora_experts:
+            files = by_projection(files, config)
         check_tensors(files, abstract_lora(config), config.arch)
         return read_tree(files, abstract_lora(config), config.arch, mesh)
 
@@ -126,7 +164,7 @@ def save_adapter(path: pathlib.Path, lora: Any, config: ModelConfig, base: str) 
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": target_modules(config.arch),
+        "target_modules": target_modules(config),
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
