@@ -8,7 +8,6 @@ transformers 5 PEFT fuses them when it reads such files. What it writes then we 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -39,6 +38,8 @@ _CONFIG = "adapter_config.json"
 _INERT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"}
 _INERT |= {"revision", "inference_mode", "r", "lora_alpha", "target_modules", "lora_dropout"}
 _INERT |= {"init_lora_weights", "megatron_core", "qalora_group_size"}
+_OF_FUSED = {"target_parameters", "rank_pattern", "alpha_pattern"}  # see `_check_fused`
+_IN_FUSED = {"gate_proj", "up_proj", "down_proj"}
 
 
 def target_modules(config: ModelConfig) -> list[str]:
@@ -74,44 +75,41 @@ def check_adapter(path: pathlib.Path, config: ModelConfig) -> None:
                 f"{file}: {name} = {fields.get(name)!r}, but config.model.{ours} = "
                 f"{getattr(config, ours)!r}: they must be equal."
             )
+    inert, ours = _INERT, target_modules(config)
     if config.lora_experts and fields.get("target_parameters"):
-        fields = _without_fused(fields, config, refuse)
-    targets, ours = fields.get("target_modules"), target_modules(config)
+        _check_fused(fields, config, refuse)
+        inert, ours = inert | _OF_FUSED, [name for name in ours if name not in _IN_FUSED]
+    targets = fields.get("target_modules")
     if not isinstance(targets, list) or sorted(targets) != ours:
         experts = f" at model.lora_experts = {config.lora_experts}" if config.arch.routing else ""
         refuse("target_modules", f"the list of all of {', '.join(ours)}{experts}")
     if fields.get("init_lora_weights") not in (True, False, None, "gaussian"):
         refuse("init_lora_weights", "true, false or 'gaussian'")  # others change the base weights
     for name, value in fields.items():
-        if name not in _INERT and value and value != "none":
+        if name not in inert and value and value != "none":
             refuse(name, "empty")
 
 
-def _without_fused(
+def _check_fused(
     fields: dict[str, Any], config: ModelConfig, refuse: Callable[[str, str], None]
-) -> dict[str, Any]:
-    """`fields` as they are where each projection of an expert is a target of its own.
+) -> None:
+    """Checks what says which experts' parameters PEFT wraps, at which rank.
 
     gate_up_proj may have twice the rank, at the same alpha / rank.
     """
     wrapped = fields["target_parameters"]
-    if not isinstance(wrapped, list) or sorted(name.split(".")[-1] for name in wrapped) != [
-        *PARAMETERS
-    ]:
+    names = [name.split(".")[-1] for name in wrapped] if isinstance(wrapped, list) else []
+    if sorted(names) != [*PARAMETERS]:
         refuse("target_parameters", f"the list of {' and '.join(PARAMETERS)} of mlp.experts")
     twice = {"rank_pattern": 2 * config.lora_rank, "alpha_pattern": 2 * config.lora_alpha}
-    patterns = {name: fields.get(name) or {} for name in twice}
-    if any(patterns.values()):
-        for name, value in twice.items():
-            of = [re.sub(r"[\\.*^$]", "", target) for target in patterns[name]]
-            if of != ["gate_up_proj"] or [*patterns[name].values()] != [value]:
-                refuse(name, f"empty, or {value} for gate_up_proj alone")
-    experts = set(target_modules(config)) - set(
-        target_modules(dataclasses.replace(config, lora_experts=False))
-    )
-    modules = fields.get("target_modules")
-    modules = [*modules, *experts] if isinstance(modules, list) else modules
-    return fields | {"target_modules": modules, "target_parameters": None} | dict.fromkeys(twice)
+    if not any(fields.get(name) for name in twice):
+        return
+    for (name, value), other in zip(twice.items(), reversed(twice), strict=True):
+        found = fields.get(name) or {}
+        # a pattern is a regular expression
+        plain = {re.sub(r"[\\.*^$]", "", pattern): found[pattern] for pattern in found}
+        if plain != {"gate_up_proj": value}:
+            refuse(name, f"{value:g} for gate_up_proj alone, or empty as {other} must be then")
 
 
 def _read_fields(path: pathlib.Path) -> dict[str, Any]:
