@@ -90,10 +90,10 @@ as the expert's columns are, so that a layer still has one sum over `mesh.tensor
 `spiral_jax.export --adapter` writes `mlp.experts.3.gate_proj.lora_A.weight` and so on, a tensor for
 each, with all seven projections in `target_modules`. transformers 5 holds all experts of a layer in
 two parameters, and PEFT fuses such an adapter when it reads it: tried with PEFT 0.21 and
-transformers 5.24, whose logits are in the row `qwen3_moe` below; vLLM was not tried. What PEFT
-itself saves of these parameters (`target_parameters`) is read where each projection can have its
-own of it: at rank r, which gate and up then share to begin with, or at twice that with zeros
-between the two. An adapter that was trained at twice the rank has none there, and is refused.
+transformers 5.24; vLLM was not tried. What PEFT itself saves of these parameters
+(`target_parameters`) is read where gate and up can part: at rank r both begin with the A that they
+shared; at rank 2 r, as PEFT fuses two adapters, each has its half. Once PEFT has trained on at
+rank 2 r gate reads up's half too, and such an adapter is refused.
 
 On CPUs XLA multiplies every row with every expert, and converts experts to float32 for it. Left
 alone it converts those of all layers before the loop over tokens: the decode program of 4 layers of

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -53,66 +53,81 @@ def by_projection(files: TensorFiles, config: ModelConfig) -> TensorFiles:
       WeightsError: a tensor whose shape is that of no adapter of `config`; and, when it is read, a
         B of gate and up that reads the ranks of the other.
     """
+    whole = functools.lru_cache(maxsize=1)(files.read)  # parts are read one after the other
     parts, fused = {}, set()
     for name in files.names:
         if match := _FUSED.fullmatch(name):
             room, inner, side = match.groups()
-            projections = ("gate", "up") if inner else ("down",)
-            parts |= _parts(files, config, name, room, side, projections)
+            tensor = _Fused(files, config, name, ("gate", "up") if inner else ("down",), side)
+            for projection, part in tensor.parts(whole):
+                parts[f"{room}.{projection}_proj.lora_{side}.weight"] = part
             fused.add(name)
     return files.regrouped(fused, parts) if fused else files
 
 
-def _parts(
-    files: TensorFiles,
-    config: ModelConfig,
-    name: str,
-    room: str,
-    side: str,
-    projections: tuple[str, ...],
-) -> dict[str, _Part]:
-    """Those of one fused tensor, by the names that they have in files of adapters apart."""
-    arch, r, n = config.arch, config.lora_rank, len(projections)
-    X, width, features = arch.routing.experts, arch.D, arch.F
-    if n == 1:
-        width, features = features, width
-    shapes = {R: (X * R, width) if side == "A" else (n * features, R * X) for R in (r, n * r)}
-    ranks = [R for R, shape in shapes.items() if files.shape(name) == shape]
-    if not ranks:
+@dataclasses.dataclass(frozen=True)
+class _Fused:
+    """A of all experts of a layer, or B.
+
+    Attributes:
+      projections: of which it is.
+      side: "A" or "B".
+    """
+
+    files: TensorFiles
+    config: ModelConfig
+    name: str
+    projections: tuple[str, ...]
+    side: str
+
+    def parts(self, whole: Callable[[str], np.ndarray]) -> Iterator[tuple[str, _Part]]:
+        """(expert.projection, its matrix) of all; `whole` reads a tensor."""
+        dtype, r, R = self.files.dtype_name(self.name), self.config.lora_rank, self._rank()
+        shape = (r, self._width) if self.side == "A" else (self._features, r)
+        for expert in range(self.config.arch.routing.experts):
+            for i, projection in enumerate(self.projections):
+                read = functools.partial(self._read, whole, R, expert, i)
+                yield f"{expert}.{projection}", _Part(dtype, shape, read)
+
+    @property
+    def _width(self) -> int:
+        return self.config.arch.F if self.projections == ("down",) else self.config.arch.D
+
+    @property
+    def _features(self) -> int:
+        return self.config.arch.D if self.projections == ("down",) else self.config.arch.F
+
+    def _rank(self) -> int:
+        """R."""
+        r, n, X = self.config.lora_rank, len(self.projections), self.config.arch.routing.experts
+        shapes = {
+            R: (X * R, self._width) if self.side == "A" else (n * self._features, R * X)
+            for R in (r, n * r)
+        }
+        found = self.files.shape(self.name)
+        for R, shape in shapes.items():
+            if shape == found:
+                return R
         allowed = " or ".join(str(list(shape)) for shape in shapes.values())
         raise WeightsError(
-            f"{files.where}: tensor {name} has shape {list(files.shape(name))}; config.json and "
+            f"{self.files.where}: tensor {self.name} has shape {list(found)}; config.json and "
             f"config.model.lora_rank = {r} say {allowed}."
         )
-    R = ranks[0]
 
-    @functools.lru_cache(maxsize=1)  # the parts are read one after the other
-    def whole() -> np.ndarray:
-        array = files.read(name)
-        if side == "A":
-            return array.reshape(X, R, width)
-        return array.reshape(n * features, R, X).transpose(2, 0, 1)
-
-    def read(expert: int, i: int) -> np.ndarray:
+    def _read(self, whole: Callable[[str], np.ndarray], R: int, expert: int, i: int) -> np.ndarray:
+        """The matrix of projection i of an expert."""
+        array, r, F = whole(self.name), self.config.lora_rank, self._features
+        X = self.config.arch.routing.experts
         own = slice(None) if r == R else slice(i * r, (i + 1) * r)
-        if side == "A":
-            return whole()[expert, own]
-        rows = whole()[expert, i * features : (i + 1) * features]
+        if self.side == "A":
+            return array.reshape(X, R, self._width)[expert, own]
+        rows = array.reshape(-1, R, X)[i * F : (i + 1) * F, :, expert]
         if np.count_nonzero(rows) != np.count_nonzero(rows[:, own]):
             raise WeightsError(
-                f"{files.where}: tensor {name}: {projections[i]} of expert {expert} reads all {R} "
-                f"ranks that it shares with {projections[1 - i]}, but config.model.lora_rank = {r} "
-                "is what each has. Merge that adapter into its base, and start from the result; or "
-                f"train it with PEFT at rank {r}, with gate_up_proj in target_parameters."
+                f"{self.files.where}: tensor {self.name}: {self.projections[i]} of expert {expert} "
+                f"reads all {R} ranks that it shares with {self.projections[1 - i]}, but each can "
+                f"have config.model.lora_rank = {r} alone. Merge that adapter into its base, and "
+                f"start from the result; or train it with PEFT at rank {r}, with gate_up_proj in "
+                "target_parameters."
             )
         return rows[:, own]
-
-    shape = (r, width) if side == "A" else (features, r)
-    dtype = files.dtype_name(name)
-    return {
-        f"{room}.{expert}.{projection}_proj.lora_{side}.weight": _Part(
-            dtype, shape, functools.partial(read, expert, i)
-        )
-        for expert in range(X)
-        for i, projection in enumerate(projections)
-    }
