@@ -1,6 +1,6 @@
 """Does a mixture of experts of Qwen3-30B-A3B's widths, cut to a few layers, go all the way?
 
-    python -m benchmarks.experts_run --dir=/tmp/experts [--json=FILE] [--layers=4]
+    JAX_PLATFORMS=cpu python -m benchmarks.experts_run --dir=/tmp/experts [--json=FILE] [--layers=4]
 
 random checkpoint -> a run of one step (reads the checkpoint, samples, trains adapters, saves)
 -> export, merged and as an adapter -> both read again, and compared with what was trained
@@ -8,6 +8,9 @@ random checkpoint -> a run of one step (reads the checkpoint, samples, trains ad
 Traces are short: on a CPU XLA multiplies every row with every expert. Each part is a process of its
 own, so that its peak of memory is its own; the same command again goes on after the last one that
 has ended. With 4 layers it needs 14 GB of disk.
+
+XLA's CPU backend multiplies in float32. Left alone it converts the experts of all layers before the
+loop over tokens, and holds them all: JAX_PLATFORMS=cpu gives it `CPU_FLAGS`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -45,6 +49,12 @@ PARTS = ("checkpoint", "run", "export", "reading")
 MODEL = pathlib.Path(hf.__file__).parent.parent / "assets" / "architectures"
 FIELDS = MODEL / "Qwen3-30B-A3B-Instruct-2507" / "config.json"
 END = "<|im_end|>"
+# Conversions stay in the loop that needs them, and each begins when the one before it has no use.
+CPU_FLAGS = (
+    "--xla_disable_hlo_passes=while-loop-invariant-code-motion,"
+    "while-loop-expensive-invariant-code-motion",
+    "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+)
 
 
 def main() -> None:
@@ -58,11 +68,15 @@ def main() -> None:
         measure_part(given.part, given.dir, given.layers)
         return
     given.dir.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if environment.get("JAX_PLATFORMS") == "cpu":
+        environment["XLA_FLAGS"] = " ".join((environment.get("XLA_FLAGS", ""), *CPU_FLAGS))
     report: dict[str, Any] = {"machine": machine(), "commit": commit(), "layers": given.layers}
     for part in PARTS:
         module = [sys.executable, "-m", "benchmarks.experts_run", f"--part={part}"]
         if not (given.dir / f"{part}.json").exists():
-            subprocess.run([*module, f"--dir={given.dir}", f"--layers={given.layers}"], check=True)
+            command = [*module, f"--dir={given.dir}", f"--layers={given.layers}"]
+            subprocess.run(command, check=True, env=environment)
         report[part] = json.loads((given.dir / f"{part}.json").read_text())
         print(part, json.dumps(report[part]), flush=True)
     if given.json:

@@ -49,7 +49,7 @@ DIFFERS = {
     "llama": "-",
     "mistral": "-",
     "smollm3": "no rope in the layers that `no_rope_layers` names",
-    "qwen3_moe": "as qwen3, with experts; adapters on attention alone",
+    "qwen3_moe": "as qwen3, with experts; adapters on attention, and on experts if so configured",
 }
 INTRODUCTION = """# Models
 
@@ -82,9 +82,23 @@ no device waits for another, whatever the router says. Sampler and trainer compu
 one function from the same weights, so they are not recorded and replayed. There is no auxiliary
 loss: the router is frozen under LoRA, and trained by the policy gradient alone in full fine-tuning.
 
-On CPUs XLA multiplies every row with every expert, and holds the experts in float32 while it does:
-the decode program of 4 layers of Qwen3-30B-A3B's widths has 11.3 GB of temporaries beside 6.2 GB of
-weights (`benchmarks.experts_run`). Nothing of this was timed on an accelerator.
+`model.lora_experts = True` gives gate, up and down of every expert an adapter of its own, beside
+those of attention; the router has none. It is off by default. Of Qwen3-30B-A3B these are 1.66 G
+weights at rank 32, where attention's are 26.7 M: float32, with two moments of Adam. A and B are cut
+as the expert's columns are, so that a layer still has one sum over `mesh.tensor`.
+
+`spiral_jax.export --adapter` writes `mlp.experts.3.gate_proj.lora_A.weight` and so on, a tensor for
+each, with all seven projections in `target_modules`. transformers 5 holds all experts of a layer in
+two parameters, and PEFT fuses such an adapter when it reads it: tried with PEFT 0.21 and
+transformers 5.24; vLLM was not tried. What PEFT itself saves of these parameters
+(`target_parameters`) is read where gate and up can part: at rank r both begin with the A that they
+shared; at rank 2 r, as PEFT fuses two adapters, each has its half. Once PEFT has trained on at
+rank 2 r gate reads up's half too, and such an adapter is refused.
+
+On CPUs XLA multiplies every row with every expert, and converts experts to float32 for it. Left
+alone it converts those of all layers before the loop over tokens: the decode program of 4 layers of
+Qwen3-30B-A3B's widths then has 11.3 GB of temporaries beside 6.2 GB of weights, and 0.8 GB with the
+flags that `benchmarks.experts_run` gives XLA. Nothing of this was timed on an accelerator.
 """
 PARITY = """
 ## Parity with torch

@@ -127,7 +127,14 @@ class Case:
         arch = read_architecture(self.directory)
         # What is computed again is compiled again: once, for what only one family has.
         remat = "layer" if arch.routing else "none"
-        return ModelConfig(arch, lora_rank=RANK, lora_alpha=ALPHA, attention_block=4, remat=remat)
+        return ModelConfig(
+            arch,
+            lora_rank=RANK,
+            lora_alpha=ALPHA,
+            lora_experts=arch.routing is not None,
+            attention_block=4,
+            remat=remat,
+        )
 
     def variables(self, mesh: Mesh) -> dict[str, Any]:
         """What our files' readers make of it."""
@@ -146,7 +153,8 @@ def make_case(model_type: str, directory: pathlib.Path) -> Case:
     config = AutoConfig.for_model(model_type, **(FIELDS | CASES[model_type]))
     model = randomise(AutoModelForCausalLM.from_config(config))
     model.save_pretrained(directory)
-    targets = target_modules(read_architecture(directory))
+    case = Case(model_type, directory, None)
+    targets = target_modules(case.config)
     adapted = get_peft_model(
         model,
         LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM"),
@@ -155,8 +163,16 @@ def make_case(model_type: str, directory: pathlib.Path) -> Case:
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.1)
+            if "experts.base_layer.lora_B" in name:
+                _part_gate_and_up(parameter)
     adapted.save_pretrained(directory / "adapter")
-    return Case(model_type, directory, adapted.eval())
+    return dataclasses.replace(case, model=adapted.eval())
+
+
+def _part_gate_and_up(b: Any) -> None:
+    """Makes B [2 F, 2 RANK * X] of `gate_up_proj`, sorted by rank, that of two adapters apart."""
+    gate, up = b.view(2, -1, 2, RANK, CASES["qwen3_moe"]["num_experts"])
+    gate[:, 1], up[:, 0] = 0, 0
 
 
 class Outcome(NamedTuple):
@@ -194,9 +210,13 @@ def _our_names(case: Case) -> dict[str, np.ndarray]:
     """torch's gradients under the names and in the layout of ours."""
     theirs = {}
     for name, parameter in case.model.named_parameters():
-        name = name.replace(".base_layer", "").replace(".default", "")
+        name, grad = name.replace(".default", ""), parameter.grad.numpy()
+        if ".experts." in name and "lora_" in name:
+            theirs |= _experts_adapters(name, grad)
+            continue
+        name = name.replace(".base_layer", "")
         name = name if "lora_" in name else name.removeprefix("base_model.model.")
-        theirs |= _as_stored(name, parameter.grad.numpy())
+        theirs |= _as_stored(name, grad)
     shapes = {"params": hf.abstract_params(case.config), "lora": abstract_lora(case.config)}
     gradient = {}
     for at, leaf in jax.tree_util.tree_leaves_with_path(shapes):
@@ -218,6 +238,23 @@ def _as_stored(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
     if not room.endswith(".experts"):
         return {name: array}
     return {f"{room}.{expert}.{part}.weight": each for expert, each in enumerate(array)}
+
+
+def _experts_adapters(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """What PEFT has of all experts' adapters, by the names of an adapter of each projection."""
+    room, _, side = name.removesuffix(".weight").rpartition(".")
+    names = ["gate_proj", "up_proj"] if room.endswith(".base_layer") else ["down_proj"]
+    X, n, is_b = CASES["qwen3_moe"]["num_experts"], len(names), side.endswith("B")
+    if is_b:  # [features, ranks, X]
+        array = array.reshape(-1, n * RANK, X).transpose(2, 1, 0)
+    by_rank = array.reshape(X, n, RANK, -1)
+    found = {}
+    for i, projection in enumerate(names):
+        for expert, own in enumerate(by_rank[:, i]):
+            part = np.split(own.T, n)[i] if is_b else own
+            module = f"{room.removesuffix('.base_layer')}.{expert}.{projection}"
+            found[f"{module}.{side}.weight"] = part
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)

@@ -14,7 +14,8 @@ from configs import qwen3_4b
 def get_config() -> ConfigDict:
     c = qwen3_4b.get_config()
     c.model.hf_path = "models/Qwen3-30B-A3B-Instruct-2507"  # Hugging Face directory
-    # of the frozen base: 61 GB; adapters on q, k, v and o: 26.74 M parameters (experts have none)
+    # of the frozen base: 61 GB; adapters on q, k, v and o: 26.74 M parameters. On experts
+    # (model.lora_experts) they would be 1.66 G more.
     c.model.param_dtype = "bfloat16"
 
     # tensor: a device holds the decode weights of all experts, cut by it: 15.3 GB by 4, which is

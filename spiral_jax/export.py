@@ -168,6 +168,7 @@ def merged_outputs(
     hf.check_tensors(base, expected, model.arch)
     if model.lora_rank:
         lora = jax.tree.map(np.asarray, trained.load(abstract_lora(model), mesh))
+        lora = flatten_dict(lora, sep="/")
         make = functools.partial(_merge_adapter, base, lora, model.lora_alpha / model.lora_rank)
     else:
         make = _TrainedParameters(trained, base, expected, mesh).read
@@ -188,15 +189,24 @@ def _places(expected: Any, arch: Architecture) -> Iterator[Place]:
             yield Place(theirs, ours, index, stored.transposed)
 
 
-def _merge_adapter(base: TensorFiles, lora: Any, scale: float, place: Place) -> np.ndarray:
+def _merge_adapter(
+    base: TensorFiles, lora: dict[str, np.ndarray], scale: float, place: Place
+) -> np.ndarray:
     """W + scale (A B)^T, in float32 and rounded once; a tensor without an adapter as it is."""
     array = base.read(place.theirs)
-    if not place.ours.endswith("/kernel"):
+    a, b = (lora.get(name) for name in _adapter_of(place.ours))
+    if a is None:
         return array
-    room, projection, _ = place.ours.split("/")
-    a, b = (lora[room][projection][side] for side in ("a", "b"))
     update = np.float32(scale) * (a[place.index] @ b[place.index]).T
     return (array.astype(np.float32) + update).astype(array.dtype)
+
+
+def _adapter_of(ours: str) -> tuple[str, str]:
+    """Paths of A and B of a parameter, if it has an adapter."""
+    if "/experts/" in ours:
+        return f"{ours}_a", f"{ours}_b"
+    linear = ours.rpartition("/")[0]
+    return (f"{linear}/a", f"{linear}/b") if ours.endswith("/kernel") else ("", "")
 
 
 class _TrainedParameters:

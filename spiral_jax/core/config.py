@@ -54,10 +54,12 @@ def defaults() -> ConfigDict:
     c.model.param_dtype = "bfloat16"
     # of activations and caches; norms, rope and softmax are float32
     c.model.compute_dtype = "bfloat16"
-    # adapters on all seven projections, with experts on attention's four; 0 = full fine-tuning
-    # (paper)
+    # adapters on all seven projections; 0 = full fine-tuning (paper)
     c.model.lora_rank = 32
     c.model.lora_alpha = 32.0  # adapter output is scaled by alpha / rank (unpublished)
+    # in a mixture of experts each projection of each expert has an adapter of its own; False: those
+    # of attention alone
+    c.model.lora_experts = False
     # What the backward pass keeps of each layer, computing the rest once more: "layer": its input;
     # "attention": and the results of attention and of adapters' first products, which are narrow;
     # "dots": and those of all products with weights; "none": everything is kept

@@ -1,12 +1,17 @@
 """LoRA adapters in PEFT's format <-> the `lora` collection.
 
-PEFT's files are adapter_config.json and adapter_model.safetensors.
+PEFT's files are adapter_config.json and adapter_model.safetensors. Of experts we write a tensor for
+each projection of each expert, as PEFT does where they are modules (transformers 4); with
+transformers 5 PEFT fuses them when it reads such files. What it writes then we read too
+(`fused_adapters.py`).
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from spiral_jax.core.config import ConfigError
-from spiral_jax.model.architecture import Architecture
+from spiral_jax.model.fused_adapters import PARAMETERS, by_projection
 from spiral_jax.model.hf import (
     MAX_SHARD_BYTES,
     PROJECTIONS,
@@ -33,11 +38,13 @@ _CONFIG = "adapter_config.json"
 _INERT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"}
 _INERT |= {"revision", "inference_mode", "r", "lora_alpha", "target_modules", "lora_dropout"}
 _INERT |= {"init_lora_weights", "megatron_core", "qalora_group_size"}
+_OF_FUSED = {"target_parameters", "rank_pattern", "alpha_pattern"}  # see `_check_fused`
+_IN_FUSED = {"gate_proj", "up_proj", "down_proj"}
 
 
-def target_modules(arch: Architecture) -> list[str]:
+def target_modules(config: ModelConfig) -> list[str]:
     """PEFT's names of the projections that have an adapter."""
-    return sorted(PROJECTIONS[name].split(".")[1] for name in adapted_projections(arch))
+    return sorted(PROJECTIONS[name].split(".")[1] for name in adapted_projections(config))
 
 
 def abstract_lora(config: ModelConfig) -> Any:
@@ -68,14 +75,41 @@ def check_adapter(path: pathlib.Path, config: ModelConfig) -> None:
                 f"{file}: {name} = {fields.get(name)!r}, but config.model.{ours} = "
                 f"{getattr(config, ours)!r}: they must be equal."
             )
-    targets, ours = fields.get("target_modules"), target_modules(config.arch)
+    inert, ours = _INERT, target_modules(config)
+    if config.lora_experts and fields.get("target_parameters"):
+        _check_fused(fields, config, refuse)
+        inert, ours = inert | _OF_FUSED, [name for name in ours if name not in _IN_FUSED]
+    targets = fields.get("target_modules")
     if not isinstance(targets, list) or sorted(targets) != ours:
-        refuse("target_modules", f"the list of all of {', '.join(ours)}")
+        experts = f" at model.lora_experts = {config.lora_experts}" if config.arch.routing else ""
+        refuse("target_modules", f"the list of all of {', '.join(ours)}{experts}")
     if fields.get("init_lora_weights") not in (True, False, None, "gaussian"):
         refuse("init_lora_weights", "true, false or 'gaussian'")  # others change the base weights
     for name, value in fields.items():
-        if name not in _INERT and value and value != "none":
+        if name not in inert and value and value != "none":
             refuse(name, "empty")
+
+
+def _check_fused(
+    fields: dict[str, Any], config: ModelConfig, refuse: Callable[[str, str], None]
+) -> None:
+    """Checks what says which experts' parameters PEFT wraps, at which rank.
+
+    gate_up_proj may have twice the rank, at the same alpha / rank.
+    """
+    wrapped = fields["target_parameters"]
+    names = [name.split(".")[-1] for name in wrapped] if isinstance(wrapped, list) else []
+    if sorted(names) != [*PARAMETERS]:
+        refuse("target_parameters", f"the list of {' and '.join(PARAMETERS)} of mlp.experts")
+    twice = {"rank_pattern": 2 * config.lora_rank, "alpha_pattern": 2 * config.lora_alpha}
+    if not any(fields.get(name) for name in twice):
+        return
+    for (name, value), other in zip(twice.items(), reversed(twice), strict=True):
+        found = fields.get(name) or {}
+        # a pattern is a regular expression
+        plain = {re.sub(r"[\\.*^$]", "", pattern): found[pattern] for pattern in found}
+        if plain != {"gate_up_proj": value}:
+            refuse(name, f"{value:g} for gate_up_proj alone, or empty as {other} must be then")
 
 
 def _read_fields(path: pathlib.Path) -> dict[str, Any]:
@@ -107,6 +141,8 @@ def load_adapter(path: pathlib.Path, config: ModelConfig, mesh: Mesh) -> Any:
     """
     check_adapter(path, config)
     with open_tensors(path, STEM) as files:
+        if config.lora_experts:
+            files = by_projection(files, config)
         check_tensors(files, abstract_lora(config), config.arch)
         return read_tree(files, abstract_lora(config), config.arch, mesh)
 
@@ -126,7 +162,7 @@ def save_adapter(path: pathlib.Path, lora: Any, config: ModelConfig, base: str) 
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": target_modules(config.arch),
+        "target_modules": target_modules(config),
         "fan_in_fan_out": False,
         "inference_mode": True,
     }

@@ -60,7 +60,7 @@ class _Product(NamedTuple):
       features: that it writes.
       times: how many such a token is multiplied with.
       of: how many such there are.
-      adapted: whether it can have an adapter.
+      adapted: whether it has an adapter where anything has.
     """
 
     width: int
@@ -74,9 +74,17 @@ class _Product(NamedTuple):
         """That a token is multiplied with."""
         return self.times * self.width * self.features
 
+    def adapter_a(self, lora_rank: int) -> int:
+        """Weights of its adapters' first products that a token is multiplied with."""
+        return self.times * lora_rank * self.width if self.adapted else 0
+
+    def adapter_b(self, lora_rank: int) -> int:
+        """The same of their second products."""
+        return self.times * lora_rank * self.features if self.adapted else 0
+
     def adapter(self, lora_rank: int) -> int:
-        """Weights of its adapter."""
-        return lora_rank * (self.width + self.features) if self.adapted else 0
+        """The same of both."""
+        return self.adapter_a(lora_rank) + self.adapter_b(lora_rank)
 
 
 def linear_weights(arch: Architecture) -> int:
@@ -89,12 +97,16 @@ def layer_weights(arch: Architecture) -> int:
     return sum(p.of * p.width * p.features for p in _products(arch).values())
 
 
-def adapter_weights(arch: Architecture, lora_rank: int) -> int:
-    """A: weights of one layer's adapters."""
-    return sum(product.adapter(lora_rank) for product in _products(arch).values())
+def adapter_weights(arch: Architecture, lora_rank: int, lora_experts: bool = False) -> int:
+    """A: weights of one layer's adapters that a token is multiplied with.
+
+    Args:
+      lora_experts: experts have adapters.
+    """
+    return sum(product.adapter(lora_rank) for product in _products(arch, lora_experts).values())
 
 
-def _products(arch: Architecture) -> dict[str, _Product]:
+def _products(arch: Architecture, lora_experts: bool = False) -> dict[str, _Product]:
     """Those of one layer."""
     heads, kv = arch.H * arch.E, arch.J * arch.E
     products = {
@@ -108,7 +120,8 @@ def _products(arch: Architecture) -> dict[str, _Product]:
         X = arch.routing.experts
         products["router"] = _Product(arch.D, X, adapted=False)
         into, out_of = (
-            part._replace(times=arch.routing.chosen, of=X, adapted=False) for part in (into, out_of)
+            part._replace(times=arch.routing.chosen, of=X, adapted=lora_experts)
+            for part in (into, out_of)
         )
     return products | {"gate": into, "up": into, "down": out_of}
 
@@ -128,6 +141,7 @@ def train_flops(
     remat: str | None,
     prompt_len_U: np.ndarray,
     trace_len_UxC: np.ndarray,
+    lora_experts: bool = False,
 ) -> float:
     """Operations of forward and backward pass over whole groups.
 
@@ -136,6 +150,7 @@ def train_flops(
       remat: policy whose second computations count too, one of `REMAT`; None: nothing twice, the
         count for MFU.
       prompt_len_U, trace_len_UxC: tokens, int: of the groups as they are, or padded ones.
+      lora_experts: experts have adapters.
 
     Raises:
       ValueError: another `remat`.
@@ -150,7 +165,7 @@ def train_flops(
 
     linear = {
         name: _linear_flops(product, lora_rank, remat, needed=name != "down" or bool(arch.routing))
-        for name, product in _products(arch).items()
+        for name, product in _products(arch, lora_experts).items()
     }
     keys_values = linear["k"] + linear["v"]
     rest = sum(linear.values()) - keys_values
@@ -175,50 +190,65 @@ def _linear_flops(product: _Product, lora_rank: int, remat: str | None, needed: 
     """
     W, A = product.weights, product.adapter(lora_rank)
     flops = 4 * (W + A) + 2 * (A if lora_rank else W)
-    if remat == "layer" and product.adapted:
-        flops += 2 * lora_rank * product.width
+    if remat == "layer":
+        flops += 2 * product.adapter_a(lora_rank)
     if remat in ("attention", "layer") and needed:
-        flops += 2 * (W + (lora_rank * product.features if product.adapted else 0))
+        flops += 2 * (W + product.adapter_b(lora_rank))
     return flops
 
 
 def ideal_train_flops(
-    arch: Architecture, lora_rank: int, remat: str | None, U: int, C: int, P: int, G: int
+    arch: Architecture,
+    lora_rank: int,
+    remat: str | None,
+    U: int,
+    C: int,
+    P: int,
+    G: int,
+    lora_experts: bool = False,
 ) -> float:
     """`train_flops` of U equal groups of P prompt tokens and C traces of G tokens."""
-    return train_flops(arch, lora_rank, remat, np.full(U, P), np.full((U, C), G))
+    return train_flops(arch, lora_rank, remat, np.full(U, P), np.full((U, C), G), lora_experts)
 
 
-def prefill_flops(arch: Architecture, lora_rank: int, prompt_len_U: np.ndarray) -> float:
+def prefill_flops(
+    arch: Architecture, lora_rank: int, prompt_len_U: np.ndarray, lora_experts: bool = False
+) -> float:
     """Operations of the keys and values of prompts: of the last layer nothing else is needed."""
     U, tokens = len(prompt_len_U), int(np.sum(prompt_len_U, dtype=np.int64))
     pairs = attention_pairs(prompt_len_U, np.zeros((U, 0), int))
     before = dataclasses.replace(arch, L=arch.L - 1)
     products = _products(arch)
     last_layer = sum(products[name].weights + products[name].adapter(lora_rank) for name in "kv")
-    return _forward_flops(before, lora_rank, tokens, pairs, logits=0) + 2.0 * tokens * last_layer
+    all_before = _forward_flops(before, lora_rank, lora_experts, tokens, pairs, logits=0)
+    return all_before + 2.0 * tokens * last_layer
 
 
-def decode_flops(arch: Architecture, lora_rank: int, keys_N: np.ndarray) -> float:
+def decode_flops(
+    arch: Architecture, lora_rank: int, keys_N: np.ndarray, lora_experts: bool = False
+) -> float:
     """Operations of one more token for N traces.
 
     Each attends to that many keys, itself included.
     """
     N, pairs = len(keys_N), int(np.sum(keys_N, dtype=np.int64))
-    return _forward_flops(arch, lora_rank, N, pairs, logits=N)
+    return _forward_flops(arch, lora_rank, lora_experts, N, pairs, logits=N)
 
 
-def sampling_flops(arch: Architecture, lora_rank: int, prefilled: int, drawn: int) -> float:
+def sampling_flops(
+    arch: Architecture, lora_rank: int, prefilled: int, drawn: int, lora_experts: bool = False
+) -> float:
     """Operations of products with weights, of prompt tokens that are prefilled and tokens drawn.
 
     Attention itself is left out: how many keys each token saw is not counted while sampling.
     """
-    return _forward_flops(arch, lora_rank, prefilled + drawn, pairs=0, logits=drawn)
+    tokens = prefilled + drawn
+    return _forward_flops(arch, lora_rank, lora_experts, tokens, pairs=0, logits=drawn)
 
 
 def _forward_flops(
-    arch: Architecture, lora_rank: int, tokens: int, pairs: int, logits: int
+    arch: Architecture, lora_rank: int, lora_experts: bool, tokens: int, pairs: int, logits: int
 ) -> float:
-    linear = 2 * (linear_weights(arch) + adapter_weights(arch, lora_rank))
+    linear = 2 * (linear_weights(arch) + adapter_weights(arch, lora_rank, lora_experts))
     layer = tokens * linear + pairs * 4 * arch.H * arch.E
     return float(arch.L * layer + logits * 2 * arch.D * arch.V)

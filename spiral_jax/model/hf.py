@@ -62,11 +62,13 @@ _LAYER = {
     "q_norm": ("model.layers.{}.self_attn.q_norm.weight", False),
     "k_norm": ("model.layers.{}.self_attn.k_norm.weight", False),
 }
+_PEFT = "base_model.model."  # PEFT names an adapter's weights so
 _LAYER["experts/router"] = ("model.layers.{}.mlp.gate.weight", True)
 for _name in ("gate", "up", "down"):
-    _theirs = f"model.layers.{{}}.mlp.experts.{{}}.{_name}_proj.weight"
-    _LAYER[f"experts/{_name}"] = (_theirs, True)
-_PEFT = "base_model.model."  # PEFT names an adapter's weights so
+    _module = f"model.layers.{{}}.mlp.experts.{{}}.{_name}_proj"
+    _LAYER[f"experts/{_name}"] = (f"{_module}.weight", True)
+    _LAYER[f"experts/{_name}_a"] = (f"{_PEFT}{_module}.lora_A.weight", True)
+    _LAYER[f"experts/{_name}_b"] = (f"{_PEFT}{_module}.lora_B.weight", True)
 for _name, _theirs in PROJECTIONS.items():
     _module = f"model.layers.{{}}.{_theirs}"
     _LAYER[f"{_name}/kernel"] = (f"{_module}.weight", True)
@@ -152,9 +154,10 @@ def resolve_path(hf_path: str) -> pathlib.Path:
         ) from error
 
 
-def adapted_projections(arch: Architecture) -> tuple[str, ...]:
-    """Ours that have an adapter: all but those of experts."""
-    return tuple(name for name in PROJECTIONS if not arch.routing or name in "qkvo")
+def adapted_projections(config: ModelConfig) -> tuple[str, ...]:
+    """Ours that have an adapter: all, but those of experts where `lora_experts` is False."""
+    every = config.lora_experts or not config.arch.routing
+    return tuple(name for name in PROJECTIONS if every or name in "qkvo")
 
 
 def abstract_params(config: ModelConfig) -> Any:
@@ -345,9 +348,15 @@ def model_config(arch: Any, c: Any) -> ModelConfig:
     """`config.model` and a checkpoint's architecture -> ModelConfig. What is trained is float32.
 
     Raises:
-      ConfigError: experts in int8.
+      ConfigError: experts in int8; adapters on experts that are not there.
     """
     full = c.lora_rank == 0
+    require(
+        not c.lora_experts or arch.routing is not None,
+        "model.lora_experts",
+        c.lora_experts,
+        "False for a model without experts",
+    )
     require(
         not (arch.routing and c.param_dtype == "int8"),
         "model.param_dtype",
@@ -360,6 +369,7 @@ def model_config(arch: Any, c: Any) -> ModelConfig:
         compute_dtype=jnp.dtype(c.compute_dtype),
         lora_rank=c.lora_rank,
         lora_alpha=c.lora_alpha,
+        lora_experts=c.lora_experts,
         attention_block=c.attention_block,
         remat=c.remat,
     )

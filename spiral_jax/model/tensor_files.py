@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import jax.numpy as jnp
@@ -49,13 +49,26 @@ class TensorFiles:
 
     def dtype(self, name: str) -> np.dtype:
         """float32, float16 or bfloat16. Raises `WeightsError` for any other."""
-        stored = self._slices[name].get_dtype()
+        stored = self.dtype_name(name)
         if stored not in _DTYPES:
             raise WeightsError(
                 f"{self.where}: tensor {name} has dtype {stored}; supported: {', '.join(_DTYPES)}. "
                 "Quantised checkpoints must be dequantised first."
             )
         return _DTYPES[stored]
+
+    def dtype_name(self, name: str) -> str:
+        """As the format has it."""
+        return self._slices[name].get_dtype()
+
+    def regrouped(self, removed: Collection[str], added: Mapping[str, Any]) -> TensorFiles:
+        """The same files, with tensors `added` that were made of those `removed`.
+
+        Args:
+          added: what safetensors calls a slice, by name.
+        """
+        kept = {name: part for name, part in self._slices.items() if name not in removed}
+        return TensorFiles(self.where, kept | added)
 
     def read(self, name: str, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
         """The part of a tensor at `index`, in its stored dtype; nothing else is read."""

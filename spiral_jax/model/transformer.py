@@ -57,6 +57,7 @@ class ModelConfig:
       compute_dtype: of activations and caches; norms, rope and softmax are float32.
       lora_rank: 0 = no adapters.
       lora_alpha: adapters are scaled by alpha / rank.
+      lora_experts: experts have adapters too, each of its own.
       attention: which backend computes attention, one of `backends.BACKENDS`.
       pages: which one the sampler reads and writes its pages with.
       attention_block: queries, and keys, whose scores exist at once in training where the backend
@@ -72,6 +73,7 @@ class ModelConfig:
     compute_dtype: Any = jnp.float32
     lora_rank: int = 0
     lora_alpha: float = 1.0
+    lora_experts: bool = False
     attention: str = XLA
     pages: str = XLA
     attention_block: int = 512
@@ -137,7 +139,8 @@ class DecoderLayer(nn.Module):
         self.o = linear("o", arch.H * arch.E, arch.D)
 
         if arch.routing:
-            self.experts = Experts(arch, c.param_dtype)
+            expert_rank = c.lora_rank if c.lora_experts else 0
+            self.experts = Experts(arch, c.param_dtype, expert_rank, c.lora_alpha)
         elif c.joined:
             self.gate_up = joined(GATE_UP, (arch.F, arch.F))
         else:

@@ -130,7 +130,9 @@ def train_program(inventory: Inventory, block: Block) -> PlannedProgram:
         "gradients of other roles": other_roles * trained,
     }
     logits = groups_a_shard * C * min(inventory.settings.learner.logprob_chunk, G)
-    all_flops = ideal_train_flops(model.arch, model.lora_rank, model.remat, U, C, P, G)
+    all_flops = ideal_train_flops(
+        model.arch, model.lora_rank, model.remat, U, C, P, G, model.lora_experts
+    )
     flops = all_flops / inventory.chips
 
     def lower() -> Lowered:
@@ -218,7 +220,8 @@ def decode_program(inventory: Inventory, usage: Usage) -> PlannedProgram:
     token = page_bytes(engine.settings, engine.schedule.page) / engine.schedule.page
     keys_N = np.zeros(rows * inventory.shards)
     keys_N[: round(usage.rows * inventory.shards)] = usage.own + usage.prompt
-    flops = decode_flops(model.arch, model.lora_rank, keys_N) / inventory.chips
+    all_flops = decode_flops(model.arch, model.lora_rank, keys_N, model.lora_experts)
+    flops = all_flops / inventory.chips
     weights = bytes_on_a_device(inventory.decode_weights)
     read = int(weights + usage.tokens_read * token)
     recipe = inventory.recipes["decode", rows]
@@ -280,7 +283,9 @@ def prefill_program(inventory: Inventory, prompt: int) -> PlannedProgram:
     chunk = settings.chunk_of(P)
     chunks = -(-computed // chunk)
     tokens = chunks * chunk  # of one prompt
-    all_flops = prefill_flops(model.arch, model.lora_rank, np.full(shards * W, tokens))
+    all_flops = prefill_flops(
+        model.arch, model.lora_rank, np.full(shards * W, tokens), model.lora_experts
+    )
     flops = all_flops / inventory.chips
     weights = bytes_on_a_device(inventory.decode_weights)
     arch, width = model.arch, model.compute_dtype.itemsize

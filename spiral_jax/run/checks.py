@@ -76,6 +76,12 @@ def check_shared(c: ConfigDict) -> None:
         "Integers cannot be trained; set model.lora_rank to train adapters beside them.",
     )
     require(
+        not m.lora_experts or m.lora_rank > 0,
+        "model.lora_experts",
+        m.lora_experts,
+        "False at model.lora_rank = 0, where experts are trained themselves",
+    )
+    require(
         not m.adapter_path or m.lora_rank > 0,
         "model.adapter_path",
         m.adapter_path,

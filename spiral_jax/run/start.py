@@ -140,6 +140,7 @@ class Start:
         }
         if theirs.lora_rank:
             pairs["lora_alpha"] = (theirs.lora_alpha, self.model.lora_alpha)
+            pairs["lora_experts"] = (theirs.lora_experts, self.model.lora_experts)
         for name, (there, here) in pairs.items():
             if there != here:
                 raise ConfigError(

@@ -9,13 +9,11 @@ import jax
 
 from spiral_jax.core import distributed
 from spiral_jax.core.groups import Groups
-from spiral_jax.model.architecture import Architecture
 from spiral_jax.model.flops import PEAK_FLOPS_PER_S, sampling_flops, train_flops
+from spiral_jax.model.transformer import ModelConfig
 
 
-def update_metrics(
-    arch: Architecture, lora_rank: int, trained: list[Groups], seconds: float
-) -> dict[str, float]:
+def update_metrics(model: ModelConfig, trained: list[Groups], seconds: float) -> dict[str, float]:
     """Speed of one update.
 
     Args:
@@ -31,7 +29,14 @@ def update_metrics(
     devices = jax.devices()
     speed = sum(groups.sampled_tokens for groups in trained) / seconds
     needed = sum(
-        train_flops(arch, lora_rank, None, groups.requests.prompt_len_U, groups.trace_len_UxC)
+        train_flops(
+            model.arch,
+            model.lora_rank,
+            None,
+            groups.requests.prompt_len_U,
+            groups.trace_len_UxC,
+            model.lora_experts,
+        )
         for groups in trained
     )
     metrics = {
@@ -45,14 +50,13 @@ def update_metrics(
     return metrics
 
 
-def sampling_metrics(
-    arch: Architecture, lora_rank: int, metrics: Mapping[str, float]
-) -> dict[str, float]:
+def sampling_metrics(model: ModelConfig, metrics: Mapping[str, float]) -> dict[str, float]:
     """`tflop/sampling`: `flops.sampling_flops` of the tokens that a step's metrics count."""
     prefilled, drawn = (
         int(metrics[f"sampling/{name}_tokens"]) for name in ("prefilled", "generated")
     )
-    return {"tflop/sampling": sampling_flops(arch, lora_rank, prefilled, drawn) / 1e12}
+    flops = sampling_flops(model.arch, model.lora_rank, prefilled, drawn, model.lora_experts)
+    return {"tflop/sampling": flops / 1e12}
 
 
 def memory_metrics() -> dict[str, float]:

@@ -200,8 +200,8 @@ class TrainingRun:
         metrics |= self.progress.take_times()
         metrics |= {"time/step": seconds, "tokens_per_s": sampled / seconds}
         trained = [groups for groups, _ in batch.roles.values()]
-        metrics |= update_metrics(model.arch, model.lora_rank, trained, metrics["time/updating"])
-        metrics |= sampling_metrics(model.arch, model.lora_rank, metrics)
+        metrics |= update_metrics(model, trained, metrics["time/updating"])
+        metrics |= sampling_metrics(model, metrics)
         metrics |= memory_metrics()
         metrics["checkpoint/failed_saves"] = float(self.saver.failures)
         traces = None

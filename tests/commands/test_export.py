@@ -21,6 +21,7 @@ from small_model import forward, on_mesh, random_ids, rows_of
 from small_runs import make_run
 from small_tokenizer import chatml_tokenizer, scaffold_of
 
+from benchmarks import family_cases
 from configs import tiny
 from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.export import add_response_template, export, merged_outputs, model_card
@@ -39,6 +40,7 @@ KINDS = {  # family, rank of the adapters (0: all parameters are trained), tied
     "qwen3 lora": ("qwen3", 4, False),
     "llama lora": ("llama", 4, True),
     "llama full": ("llama", 0, False),
+    "experts lora": ("qwen3_moe", 4, False),
 }
 SHARD = 100_000  # bytes: cuts every exported model into several files
 
@@ -63,18 +65,29 @@ class SmallRun:
         return pathlib.Path(self.c.model.hf_path)
 
 
-def config(path, rank):
+def config(path, rank, on_experts):
     c = tiny.get_config()
     c.model.update(
         {"hf_path": str(path), "lora_rank": rank, "lora_alpha": 6.0, "param_dtype": "float32"}
     )
+    c.model.lora_experts = on_experts
     return c
 
 
 @pytest.fixture(scope="module")
-def checkpoint(qwen3_checkpoint, llama_checkpoint):
+def checkpoint(qwen3_checkpoint, llama_checkpoint, tmp_path_factory):
     """(family, tied) -> directory of a random model with the bundled tokenizer beside it."""
-    makers = {"qwen3": qwen3_checkpoint, "llama": llama_checkpoint}
+
+    def experts_checkpoint(shard, **fields):
+        from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+        fields = family_cases.FIELDS | family_cases.CASES["qwen3_moe"] | fields
+        model = family_cases.randomise(Qwen3MoeForCausalLM(Qwen3MoeConfig(**fields)))
+        directory = tmp_path_factory.mktemp("qwen3_moe")
+        model.save_pretrained(directory, max_shard_size=shard)
+        return directory, model
+
+    makers = {"qwen3": qwen3_checkpoint, "llama": llama_checkpoint, "qwen3_moe": experts_checkpoint}
 
     def make(family, tied):
         fields = {"vocab_size": 384, "num_key_value_heads": 3, "tie_word_embeddings": tied}
@@ -93,7 +106,7 @@ def run_of(checkpoint, mesh, tmp_path_factory):
     @functools.cache
     def make(kind):
         family, rank, tied = KINDS[kind]
-        c = config(checkpoint(family, tied), rank)
+        c = config(checkpoint(family, tied), rank, on_experts=kind == "experts lora")
         model = hf.model_config(read_architecture(pathlib.Path(c.model.hf_path)), c.model)
         workdir = tmp_path_factory.mktemp("run")
         weights = make_run(workdir, c, model, mesh, steps=(3, 5))

@@ -4,14 +4,17 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 import pytest
 
 import spiral_jax
 from spiral_jax.core.config import ConfigError
+from spiral_jax.model.adapter import abstract_lora
 from spiral_jax.model.architecture import Architecture, hf_fields, parse_architecture
 from spiral_jax.model.families import FAMILIES, MISSING, Routing
 from spiral_jax.model.flops import adapter_weights, linear_weights
 from spiral_jax.model.rope import Llama3, Yarn
+from spiral_jax.model.transformer import ModelConfig
 
 SHIPPED = pathlib.Path(spiral_jax.__file__).parent / "assets" / "architectures"
 
@@ -111,7 +114,10 @@ def test_qwen3_moe_has_experts_and_the_published_numbers_of_parameters():
     # "3.3B activated" (its card): the matrices that a token passes, the head and the embedding
     activated = arch.L * linear_weights(arch) + 2 * arch.V * arch.D
     assert 3.3e9 <= activated < 3.4e9
-    assert adapter_weights(arch, 32) == 32 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    attention = 32 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    assert adapter_weights(arch, 32) == attention
+    lora = abstract_lora(ModelConfig(arch, lora_rank=32, lora_experts=True))
+    assert sum(leaf.size for leaf in jax.tree.leaves(lora)) == 48 * attention + 1_660_944_384
 
 
 def test_mistral_and_smollm3_have_the_published_numbers_of_parameters():

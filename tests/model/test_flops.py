@@ -62,6 +62,7 @@ ROUTED = dataclasses.replace(
 W_ATTENTION = 6 * 20 + 2 * 6 * 10 + 20 * 6
 W_ROUTED = W_ATTENTION + 6 * 7 + 2 * (3 * 6 * 10)  # the router, two experts
 A_ROUTED = 2 * ((6 + 20) * 2 + (6 + 10) * 2)
+A_EXPERTS = 2 * (2 * (6 + 10) * 3)  # of two experts
 
 
 def test_a_token_is_multiplied_with_the_experts_that_are_chosen_for_it_and_all_are_there():
@@ -75,6 +76,21 @@ def test_a_token_is_multiplied_with_the_experts_that_are_chosen_for_it_and_all_a
     # of experts the last product is computed again too: their shares' gradient needs it
     lora = of_layers(6 * W_ROUTED + 8 * A_ROUTED, 6 * W_KV + 8 * A_KV)
     assert train_flops(ROUTED, 2, "layer", PROMPT, TRACE) == of_step(lora, 4.5, 4)
+
+
+def test_adapters_of_the_experts_that_are_chosen_count():
+    assert adapter_weights(ROUTED, 2, lora_experts=True) == A_ROUTED + A_EXPERTS
+    both = A_ROUTED + A_EXPERTS
+    kept = of_layers(6 * W_ROUTED + 8 * both, 6 * W_KV + 8 * A_KV)
+    found = train_flops(ROUTED, 2, "layer", PROMPT, TRACE, lora_experts=True)
+    assert found == of_step(kept, 4.5, 4)
+    # kept: first products, of q, k, v, o and of the experts
+    first = 2 * (3 * 6 + 20) + 2 * 2 * (6 + 6 + 10)
+    kept = of_layers(6 * W_ROUTED + 8 * both - 2 * first, 6 * W_KV + 8 * A_KV - 2 * (2 * 2 * 6))
+    found = train_flops(ROUTED, 2, "attention", PROMPT, TRACE, lora_experts=True)
+    assert found == of_step(kept, 3.5, 4)
+    more = decode_flops(ROUTED, 2, np.array([5]), lora_experts=True)
+    assert more - decode_flops(ROUTED, 2, np.array([5])) == 3 * 2 * A_EXPERTS
 
 
 def test_pairs_are_what_the_mask_shows():

@@ -234,6 +234,8 @@ def test_micro_batches_are_as_long_as_the_traces():
 def test_a_run_starts_from_one_thing_and_adapters_need_a_rank():
     c = config(model__adapter_path="a")
     assert_refused(check_training, c, "model.adapter_path", "empty at model.lora_rank = 0")
+    on_experts = config(model__lora_experts=True)
+    assert_refused(check_training, on_experts, "model.lora_experts", "False at model.lora_rank = 0")
     c.model.lora_rank, c.model.init_from = 4, "w"
     assert_refused(check_training, c, "model.init_from", "empty beside model.adapter_path")
 

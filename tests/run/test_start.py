@@ -1,5 +1,6 @@
 """Where a new run starts: another run's weights alone, or an adapter; refusals name the field."""
 
+import dataclasses
 import json
 import shutil
 
@@ -149,6 +150,13 @@ def test_a_start_that_does_not_fit_is_an_error_that_names_the_field(runs, mesh, 
         start_of(config(**fields, init_from=init_from), mesh).check()
     for part in ("config.model.init_from", init_from, *parts):
         assert part in str(refusal.value)
+
+
+def test_a_run_without_adapters_on_experts_is_no_start_for_one_with_them(runs, mesh):
+    start = start_of(config(**LORA, init_from=str(runs["lora"][0])), mesh)
+    on_experts = dataclasses.replace(start.model, lora_experts=True)
+    with pytest.raises(ConfigError, match="model.lora_experts = False, this one True"):
+        dataclasses.replace(start, model=on_experts).check()
 
 
 def test_another_base_is_an_error_that_names_both(runs, mesh, tmp_path):

@@ -11,7 +11,10 @@ from spiral_jax.core.groups import Role
 from spiral_jax.core.metrics import divide
 from spiral_jax.learner.blocks import padding
 from spiral_jax.model.flops import train_flops
+from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.run.telemetry import StepProfile, memory_metrics, sampling_metrics, update_metrics
+
+LORA = ModelConfig(ARCH, lora_rank=4)
 
 
 @dataclasses.dataclass
@@ -31,7 +34,7 @@ def devices(monkeypatch, *fakes):
 def test_mfu_is_what_the_groups_need_over_what_the_devices_could(monkeypatch):
     devices(monkeypatch, Device("TPU v5 lite"), Device("TPU v5 lite"))
     trained = [groups for groups, _ in both_roles().values()]
-    metrics = update_metrics(ARCH, 4, trained, seconds=0.5)
+    metrics = update_metrics(LORA, trained, seconds=0.5)
     tokens = sum(int(groups.trace_len_UxC.sum()) for groups in trained)
     assert metrics["tokens_per_s/update"] == tokens / 0.5
     assert metrics["tokens_per_s/update_device"] == tokens
@@ -46,17 +49,14 @@ def test_sampling_multiplies_each_token_with_every_weight_and_drawn_ones_with_th
     counted = {"sampling/prefilled_tokens": 30.0, "sampling/generated_tokens": 7.0}
     D, F, heads, kv = ARCH.D, ARCH.F, ARCH.H * ARCH.E, ARCH.J * ARCH.E
     shapes = [(D, heads), (D, kv), (D, kv), (heads, D), (D, F), (D, F), (F, D)]
-    rank = 4
-    weights = sum(a * b + rank * (a + b) for a, b in shapes)
+    weights = sum(a * b + LORA.lora_rank * (a + b) for a, b in shapes)
     operations = 2 * (37 * ARCH.L * weights + 7 * D * ARCH.V)
-    assert sampling_metrics(ARCH, rank, counted)["tflop/sampling"] == pytest.approx(
-        operations / 1e12
-    )
+    assert sampling_metrics(LORA, counted)["tflop/sampling"] == pytest.approx(operations / 1e12)
 
 
 def test_what_is_not_known_is_not_reported(monkeypatch):
     devices(monkeypatch, Device("cpu"))
-    assert "mfu" not in update_metrics(ARCH, 4, [both_roles()[Role.SEARCH][0]], 1.0)
+    assert "mfu" not in update_metrics(LORA, [both_roles()[Role.SEARCH][0]], 1.0)
     assert memory_metrics() == {}
     devices(monkeypatch, Device("TPU v4", 5), Device("TPU v4", 7))
     assert memory_metrics() == {"memory/device_peak": 7.0}
