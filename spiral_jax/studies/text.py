@@ -7,30 +7,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from spiral_jax.evaluation.results import describe_temperatures
 from spiral_jax.evaluation.tables import DASH, percent
+from spiral_jax.studies.cost_tables import arms_table, runs_table, training_table
 from spiral_jax.studies.design import Study
 from spiral_jax.studies.figures import plot_study
+from spiral_jax.studies.markdown import escape, table
 
-_BUDGET = {  # of an arm's row: key, head of its column
-    "estimator": "estimator",
-    "N": "N",
-    "S": "S",
-    "K": "K",
-    "M": "M",
-    "R": "R",
-    "populations a step": "stored populations a step",
-    "L search": "L, search",
-    "L aggregation": "L, aggregation",
-    "rollouts": "rollouts",
-    "ceiling": "tokens a problem, at most",
-    "problems a step": "problems a step",
-    "steps": "steps, at most",
-    "token budget": "sampled tokens, at most",
-    "lr": "lr",
-}
 _SEEN = {  # in a picture, by the end of its name: what it shows, and what to see in it
     "arms": (
         "The first measure of every arm after training",
@@ -122,9 +105,9 @@ def markdown(study: Study, gathered: Mapping[str, Any], pictures: Sequence[str])
         f"Search of one, read by another: {measure}": _cross(gathered),
         f"Gaps to {baseline}, paired over seeds and problems (points)": _gaps(gathered),
         f"Samples for equal coverage, against {baseline}": _efficiency(gathered),
-        "Arms": _arms(gathered),
-        "Training: means over an arm's runs": _training(gathered),
-        "Runs": _runs(gathered),
+        "Arms": arms_table(gathered),
+        "Training: means over an arm's runs": training_table(gathered),
+        "Runs": runs_table(gathered),
         "Pictures": "\n\n".join(map(_picture, pictures)),
         "How to read this": _HOW_TO_READ,
         "Notes": study.notes,
@@ -179,20 +162,12 @@ def _hours(gathered: Mapping[str, Any]) -> str:
     )
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown; empty without rows."""
-    if not rows:
-        return ""
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def _claims(gathered: Mapping[str, Any]) -> str:
     rows = []
     for claim in gathered["claims"]:
         seeds = claim["gap"]["seeds"] if claim["gap"] else 0
         rows.append([claim["claim"], _measured(claim), seeds, f"**{claim['verdict']}**"])
-    return _table(["claim", "measured", "seeds", "verdict"], rows)
+    return table(["claim", "measured", "seeds", "verdict"], rows)
 
 
 def _measured(claim: Mapping[str, Any]) -> str:
@@ -218,7 +193,7 @@ def _results(gathered: Mapping[str, Any]) -> str:
         best = gathered["optimum"]
         known = {"aggregated": percent(best["aggregated"]), "mixed": f"{100 * best['mixed']:.1f}"}
         rows.append(["best possible", "", *(known.get(m, "") for m in gathered["measures"])])
-    return _table(["arm", "seeds", *gathered["measures"]], rows)
+    return table(["arm", "seeds", *gathered["measures"]], rows)
 
 
 def _optimum(gathered: Mapping[str, Any]) -> str:
@@ -243,19 +218,14 @@ def _cross(gathered: Mapping[str, Any]) -> str:
         (row["searcher"], row["reader"]): _cross_cell(row, measure) for row in gathered["cross"]
     }
     rows = [[searcher, *(cell[searcher, reader] for reader in arms)] for searcher in arms]
-    return _table(["search \\ aggregation", *arms], rows)
+    return table(["search \\ aggregation", *arms], rows)
 
 
 def _cross_cell(row: Mapping[str, Any], measure: str) -> str:
     """Estimate and its number of seeds; and what failed."""
     estimate = row["measures"].get(measure)
     parts = [f"{percent(estimate)} ({estimate['seeds']})"] if estimate else []
-    return _escape("; ".join([*parts, *row.get("errors", [])])) or DASH
-
-
-def _escape(text: str) -> str:
-    """Text for a cell of a table."""
-    return text.replace("|", "\\|")
+    return escape("; ".join([*parts, *row.get("errors", [])])) or DASH
 
 
 def _gaps(gathered: Mapping[str, Any]) -> str:
@@ -263,7 +233,7 @@ def _gaps(gathered: Mapping[str, Any]) -> str:
     for arm, gaps in gathered["gaps"].items():
         in_order = [gaps[measure] for measure in gathered["measures"]]
         rows.append([arm, *(DASH if gap is None else percent(gap, "+") for gap in in_order)])
-    return _table(["arm", *gathered["measures"]], rows)
+    return table(["arm", *gathered["measures"]], rows)
 
 
 def _efficiency(gathered: Mapping[str, Any]) -> str:
@@ -280,81 +250,4 @@ def _efficiency(gathered: Mapping[str, Any]) -> str:
         "samples, arm",
         "times fewer",
     ]
-    return _table(heads, rows)
-
-
-def _arms(gathered: Mapping[str, Any]) -> str:
-    trained = {arm: row for arm, row in gathered["arms"].items() if "estimator" in row}  # no base
-    budget = dict(_BUDGET)
-    if not any("populations a step" in row for row in trained.values()):
-        del budget["populations a step"]
-    rows = [
-        [arm, *(_count(row.get(key)) for key in budget), len(row["seeds"])]
-        for arm, row in trained.items()
-    ]
-    return _table(["arm", *budget.values(), "seeds"], rows)
-
-
-def _training(gathered: Mapping[str, Any]) -> str:
-    heads = [
-        "arm",
-        "steps",
-        "sampled tokens",
-        "prefilled tokens",
-        "TFLOP",
-        "seconds",
-        "entropy of search, start",
-        "end (nat)",
-        "gradient norm, search",
-        "aggregation",
-        "lowest parse rate, search",
-        "aggregation (%)",
-    ]
-    rows = []
-    for arm in gathered["arms"]:
-        runs = [run for run in gathered["runs"] if run["arm"] == arm and "steps" in run]
-        if not runs:
-            continue
-        row = [
-            arm,
-            _mean(runs, "steps", 0),
-            _mean(runs, "sampled_tokens", 0),
-            _mean(runs, "prefilled_tokens", 0),
-            _mean(runs, "tflop", 2),
-            _mean(runs, "seconds", 0),
-            _mean(runs, "entropy_start", 3),
-            _mean(runs, "entropy_end", 3),
-            _mean(runs, "grad_norm_search", 3),
-            _mean(runs, "grad_norm_aggregation", 3),
-            _mean(runs, "lowest_parse_rate_search", 1, 100),
-            _mean(runs, "lowest_parse_rate_aggregation", 1, 100),
-        ]
-        rows.append(row)
-    return _table(heads, rows)
-
-
-def _mean(runs: Sequence[Mapping[str, Any]], key: str, decimals: int, scale: float = 1) -> str:
-    values = [run[key] for run in runs if run.get(key) is not None]
-    return f"{scale * np.mean(values):,.{decimals}f}" if values else DASH
-
-
-def _runs(gathered: Mapping[str, Any]) -> str:
-    rows = []
-    for run in gathered["runs"]:
-        row = [run["arm"], run["seed"], run["state"]]
-        row += [_count(run.get(key)) for key in ("steps", "sampled_tokens", "seconds")]
-        for measure in gathered["measures"]:
-            value = run.get("measures", {}).get(measure)
-            row.append(DASH if value is None else f"{100 * value:.1f}")
-        rows.append([*row, _escape(run["error"])])
-    costs = ["steps", "sampled tokens", "seconds"]
-    return _table(["arm", "seed", "state", *costs, *gathered["measures"], "error"], rows)
-
-
-def _count(value: Any) -> str:
-    """A number or a name; a dash for nothing or 0."""
-    if value is None or value == 0:
-        return DASH
-    if isinstance(value, str):
-        return value
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    return table(heads, rows)
