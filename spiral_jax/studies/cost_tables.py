@@ -65,23 +65,24 @@ def training_table(gathered: Mapping[str, Any]) -> str:
             continue
         row = [
             arm,
-            _mean(runs, "steps", 0),
-            _mean(runs, "sampled_tokens", 0),
-            _mean(runs, "prefilled_tokens", 0),
-            _mean(runs, "tflop", 2),
-            _mean(runs, "seconds", 0),
-            _mean(runs, "entropy_start", 3),
-            _mean(runs, "entropy_end", 3),
-            _mean(runs, "grad_norm_search", 3),
-            _mean(runs, "grad_norm_aggregation", 3),
-            _mean(runs, "lowest_parse_rate_search", 1, 100),
-            _mean(runs, "lowest_parse_rate_aggregation", 1, 100),
+            mean_cell(runs, "steps", 0),
+            mean_cell(runs, "sampled_tokens", 0),
+            mean_cell(runs, "prefilled_tokens", 0),
+            mean_cell(runs, "tflop", 2),
+            mean_cell(runs, "seconds", 0),
+            mean_cell(runs, "entropy_start", 3),
+            mean_cell(runs, "entropy_end", 3),
+            mean_cell(runs, "grad_norm_search", 3),
+            mean_cell(runs, "grad_norm_aggregation", 3),
+            mean_cell(runs, "lowest_parse_rate_search", 1, 100),
+            mean_cell(runs, "lowest_parse_rate_aggregation", 1, 100),
         ]
         rows.append(row)
     return table(heads, rows)
 
 
-def _mean(runs: Sequence[Mapping[str, Any]], key: str, decimals: int, scale: float = 1) -> str:
+def mean_cell(runs: Sequence[Mapping[str, Any]], key: str, decimals: int, scale: float = 1) -> str:
+    """The mean of what rows have under a key; a dash if none has it."""
     values = [run[key] for run in runs if run.get(key) is not None]
     return f"{scale * np.mean(values):,.{decimals}f}" if values else DASH
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from spiral_jax.evaluation.results import describe_temperatures
 from spiral_jax.evaluation.tables import DASH, percent
-from spiral_jax.studies.cost_tables import arms_table, runs_table, training_table
+from spiral_jax.studies.cost_tables import arms_table, mean_cell, runs_table, training_table
 from spiral_jax.studies.design import Study
 from spiral_jax.studies.figures import plot_study
 from spiral_jax.studies.markdown import escape, table
@@ -65,7 +65,8 @@ def write_study(study: Study, gathered: Mapping[str, Any], out: pathlib.Path) ->
 
 
 def list_failures(gathered: Mapping[str, Any]) -> list[str]:
-    """A line for each claim that does not hold, and each run or pair that is not done."""
+    """A line for each claim that does not hold, and each run, pair or reading that is not done."""
+    operations = gathered["operations"] or {"missing": []}
     lines = [f"claim: {row['claim']}" for row in gathered["claims"] if row["verdict"] != "holds"]
     for run in gathered["runs"]:
         if run["state"] != "done":
@@ -73,6 +74,7 @@ def list_failures(gathered: Mapping[str, Any]) -> list[str]:
     for row in gathered["cross"]:
         if not row["measures"] or row.get("errors"):
             lines.append(f"not done: search of {row['searcher']}, read by {row['reader']}")
+    lines += [f"not done: at equal operations, {line}" for line in operations["missing"]]
     return lines
 
 
@@ -87,7 +89,7 @@ def _json(gathered: Mapping[str, Any]) -> str:
         if name in ("runs", "claims", "cross"):
             lines = ",\n  ".join(dump(row) for row in value)
             parts.append(f"{dump(name)}: [\n  {lines}\n ]")
-        elif name in ("arms", "gaps", "efficiency", "curves"):
+        elif value and name in ("arms", "gaps", "efficiency", "operations", "curves"):
             lines = ",\n  ".join(f"{dump(key)}: {dump(row)}" for key, row in value.items())
             parts.append(f"{dump(name)}: {{\n  {lines}\n }}")
         else:
@@ -103,8 +105,11 @@ def markdown(study: Study, gathered: Mapping[str, Any], pictures: Sequence[str])
         "What is possible": _optimum(gathered),
         "Results": _results(gathered),
         f"Search of one, read by another: {measure}": _cross(gathered),
-        f"Gaps to {baseline}, paired over seeds and problems (points)": _gaps(gathered),
+        f"Gaps to {baseline}, paired over seeds and problems (points)": _gaps_table(
+            gathered, gathered["gaps"]
+        ),
         f"Samples for equal coverage, against {baseline}": _efficiency(gathered),
+        "At equal operations": _operations(gathered),
         "Arms": arms_table(gathered),
         "Training: means over an arm's runs": training_table(gathered),
         "Runs": runs_table(gathered),
@@ -228,12 +233,48 @@ def _cross_cell(row: Mapping[str, Any], measure: str) -> str:
     return escape("; ".join([*parts, *row.get("errors", [])])) or DASH
 
 
-def _gaps(gathered: Mapping[str, Any]) -> str:
+def _gaps_table(gathered: Mapping[str, Any], gaps: Mapping[str, Any]) -> str:
     rows = []
-    for arm, gaps in gathered["gaps"].items():
-        in_order = [gaps[measure] for measure in gathered["measures"]]
+    for arm, by_measure in gaps.items():
+        in_order = [by_measure[measure] for measure in gathered["measures"]]
         rows.append([arm, *(DASH if gap is None else percent(gap, "+") for gap in in_order)])
     return table(["arm", *gathered["measures"]], rows)
+
+
+def _operations(gathered: Mapping[str, Any]) -> str:
+    """The second reading: its budget, its tables, and what is missing."""
+    found = gathered["operations"]
+    if found is None:
+        return ""
+    budget = found["budget"]
+    if budget is None:
+        return f"The budget is not known yet: {', '.join(found['waits_for'])}."
+    parts = [
+        f"Each run at its newest checkpoint that had spent at most **{budget['tflop']:.3f} TFLOP** "
+        "in training: sampling with all prompts that it read, and updates. So much has "
+        f"{budget['arm']} with seed {budget['seed']} spent in all, the least of the arms with "
+        "that seed that ended where their steps or tokens do. A run that ended with less is read "
+        "at its end. One that is read before its end had a learning rate made for more steps: "
+        "planned for this budget it might have come further.",
+        _operations_table(gathered),
+        f"Gaps to {gathered['baseline']}, paired over seeds and problems (points):",
+        _gaps_table(gathered, found["gaps"]),
+    ]
+    if found["missing"]:
+        parts.append("Not read: " + "; ".join(found["missing"]) + ".")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _operations_table(gathered: Mapping[str, Any]) -> str:
+    found = gathered["operations"]
+    rows = []
+    for arm, measures in found["arms"].items():
+        read = [run for run in found["runs"] if run["arm"] == arm and "measures" in run]
+        spent = mean_cell(read, "tflop", 1, 100 / found["budget"]["tflop"])
+        cells = [percent(measures[measure]) for measure in gathered["measures"]]
+        seeds = next(iter(measures.values()))["seeds"]
+        rows.append([arm, seeds, mean_cell(read, "step", 1), spent, *cells])
+    return table(["arm", "seeds", "step", "of the budget (%)", *gathered["measures"]], rows)
 
 
 def _efficiency(gathered: Mapping[str, Any]) -> str:
