@@ -16,8 +16,10 @@ compares the arms of several studies over all of their tasks, from what --report
 
 Each run is an ordinary training in a process of its own, W/runs/ARM/seed_0, and an ordinary
 evaluation of what it has trained, W/evaluations/ARM/seed_0/step_000040; what they print is in
-W/logs. Then the arms of `cross` read each other's search, W/evaluations/SEARCHER+READER, and the
-next seed begins. The same command goes on where the study was stopped or killed, since both do, and
+W/logs. Then the arms of `cross` read each other's search, W/evaluations/SEARCHER+READER; with
+`equal_operations` each run is evaluated once more at its newest checkpoint that had spent no more
+operations than all runs have, W/evaluations/ARM@equal_operations, unless that is its last one; and
+the next seed begins. The same command goes on where the study was stopped or killed, since both do, and
 tries failed runs again. A run that fails is recorded in W/journal.jsonl, reported, and does not end
 the others; if it has a checkpoint, that is evaluated.
 
