@@ -82,11 +82,13 @@ class StudyDirectory:
 
     def error(self, arm: str, seed: int) -> str:
         """What a stage of the run said if it failed when it was tried last; "" if none did."""
+        lines = [f"{stage}: {said}" for stage, said in self.errors(arm, seed).items()]
+        return lines[0] if lines else ""
+
+    def errors(self, arm: str, seed: int) -> dict[str, str]:
+        """What each stage of the run that failed when it was tried last said."""
         last = {}
         for row in self.journal.read():
             if row["arm"] == arm and row["seed"] == seed:
                 last[row["stage"]] = row
-        for stage, row in last.items():
-            if row["returncode"]:
-                return f"{stage}: {row['error']}"
-        return ""
+        return {stage: row["error"] for stage, row in last.items() if row["returncode"]}

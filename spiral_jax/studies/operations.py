@@ -90,7 +90,7 @@ def find_readings(study: Study, directory: StudyDirectory) -> Readings:
     trained = [(arm, seed) for arm, seed in study.runs if arm != BASE]
     spendings = [_spending(study, directory, arm, seed) for arm, seed in trained]
     listed = {arm: seeds for arm, seeds in study.listed if arm != BASE}  # none of a sweep
-    first_seed = min(min(seeds) for seeds in listed.values())
+    first_seed = min((min(seeds) for seeds in listed.values()), default=0)
     first = [run for run in spendings if run.seed == first_seed and run.arm in listed]
     budget, waits_for = find_budget(first)
     rows = []
@@ -111,7 +111,7 @@ def find_budget(first: Sequence[Spending]) -> tuple[Budget | None, list[str]]:
         ),
     ]
     if not ended and not waits_for:
-        waits_for = ["all runs of the first seed have failed"]
+        waits_for = ["no run of the first seed has ended where its experiment does"]
     if waits_for:
         return None, waits_for
     least = min(ended, key=lambda run: run.tflop_S[-1])
@@ -154,6 +154,6 @@ def _spending(study: Study, directory: StudyDirectory, arm: str, seed: int) -> S
     state = State.OPEN
     if experiment.has_ended(steps):
         state, kept = State.ENDED, kept | {len(steps)}
-    elif directory.error(arm, seed).startswith("train: "):
+    elif "train" in directory.errors(arm, seed):
         state = State.FAILED
     return Spending(arm, seed, state, spent_by_step(steps), frozenset(kept))

@@ -250,19 +250,20 @@ def _operations(gathered: Mapping[str, Any]) -> str:
     if budget is None:
         return f"The budget is not known yet: {', '.join(found['waits_for'])}."
     parts = [
-        f"Each run at its newest checkpoint that had spent at most **{budget['tflop']:.3f} TFLOP** "
-        "in training: sampling with all prompts that it read, and updates. So much has "
+        f"Each run at its newest checkpoint that had spent at most **{budget['tflop']:,.3f} "
+        "TFLOP** in training: sampling with all prompts that it read, and updates. So much has "
         f"{budget['arm']} with seed {budget['seed']} spent in all, the least of the arms with "
         "that seed that ended where their steps or tokens do. A run that ended with less is read "
         "at its end. One that is read before its end had a learning rate made for more steps: "
         "planned for this budget it might have come further.",
         _operations_table(gathered),
-        f"Gaps to {gathered['baseline']}, paired over seeds and problems (points):",
-        _gaps_table(gathered, found["gaps"]),
     ]
+    if found["gaps"]:
+        parts.append(f"Gaps to {gathered['baseline']}, paired over seeds and problems (points):")
+        parts.append(_gaps_table(gathered, found["gaps"]))
     if found["missing"]:
         parts.append("Not read: " + "; ".join(found["missing"]) + ".")
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(parts)
 
 
 def _operations_table(gathered: Mapping[str, Any]) -> str:
@@ -270,11 +271,15 @@ def _operations_table(gathered: Mapping[str, Any]) -> str:
     rows = []
     for arm, measures in found["arms"].items():
         read = [run for run in found["runs"] if run["arm"] == arm and "measures" in run]
-        spent = mean_cell(read, "tflop", 1, 100 / found["budget"]["tflop"])
+        spent = [
+            mean_cell(read, "step", 1),
+            mean_cell(read, "tflop", 3),
+            mean_cell(read, "tflop", 1, 100 / found["budget"]["tflop"]),
+        ]
         cells = [percent(measures[measure]) for measure in gathered["measures"]]
-        seeds = next(iter(measures.values()))["seeds"]
-        rows.append([arm, seeds, mean_cell(read, "step", 1), spent, *cells])
-    return table(["arm", "seeds", "step", "of the budget (%)", *gathered["measures"]], rows)
+        rows.append([arm, next(iter(measures.values()))["seeds"], *spent, *cells])
+    costs = ["step", "TFLOP", "of the budget (%)"]
+    return table(["arm", "seeds", *costs, *gathered["measures"]], rows)
 
 
 def _efficiency(gathered: Mapping[str, Any]) -> str:

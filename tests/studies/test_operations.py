@@ -45,7 +45,7 @@ def test_the_budget_is_the_least_that_a_run_spent_that_ended_where_it_should():
     [
         ([LONG, OPEN, CHEAP], "pkpo seed 0 is not over"),
         ([LONG, OLD], "rloo seed 0 has not counted its operations"),
-        ([STARVED], "all runs of the first seed have failed"),
+        ([STARVED], "no run of the first seed has ended where its experiment does"),
     ],
 )
 def test_the_budget_is_known_once_it_can_change_no_more(runs, waits_for):

@@ -399,7 +399,7 @@ def test_a_study_reads_its_runs_a_second_time_where_all_had_spent_the_same(fake,
     for name in ("arms", "gaps", "claims", "unrecorded"):  # of the runs' ends
         assert whole[name] == before[name]
     text = markdown(study, whole, [])
-    assert "**9.000 TFLOP**" in text and "| marginal_mean | 2 | 2.0 | 88.9 | " in text
+    assert "**9.000 TFLOP**" in text and "| marginal_mean | 2 | 2.0 | 8.000 | 88.9 | " in text
     copy.journal.path.unlink()
     unrecorded = gather(study, copy)["unrecorded"]
     assert "marginal_mean@equal_operations seed 1: evaluate" in unrecorded
