@@ -32,7 +32,8 @@ def get_config(name: str = "") -> ConfigDict:
     c = tiny.get_config()
     c.batch.problems, c.batch.search_groups, c.batch.aggregation_groups = 4, 4, 8
     c.sampling.rows = 24
-    c.train.steps, c.checkpoint.every, c.trace_log.every = 3, 1, 0
+    c.train.steps, c.trace_log.every = 3, 0
+    c.checkpoint.every = c.checkpoint.keep_every = 1
     c.eval.problems, c.eval.n, c.eval.rounds, c.eval.wave = 8, 8, 1, 4
     if name.startswith("N"):
         c.search.traces, c.eval.problems = int(name[1:]), 0

@@ -9,8 +9,9 @@ improvement          the chance that a run of one arm scores more than a run of 
                      task, ties by half, averaged over tasks
 profile              the share of an arm's scores that lie above a threshold
 
-Tasks count the same, also where an arm has more runs of one of them. 95 % intervals are by
-bootstrap over runs, within each task.
+Where every report has a second reading, at equal operations (`operations.py`), its scores are
+compared too. Tasks count the same, also where an arm has more runs of one of them. 95 % intervals
+are by bootstrap over runs, within each task.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from spiral_jax.reporting.axes import new_figure, plot_curve, save, set_note, se
 from spiral_jax.studies.cells import estimate
 from spiral_jax.studies.design import BASE
 from spiral_jax.studies.figures import look_of
+from spiral_jax.studies.markdown import table
 
 DRAWS = 2000  # resamples
 THRESHOLDS = np.linspace(0, 1, 101)
@@ -41,11 +43,13 @@ class Task(NamedTuple):
 
     Attributes:
       scores: arm -> [Z], its runs' values of the measure.
+      readings: the same at equal operations; empty: the study has none.
     """
 
     title: str
     measure: str
     scores: dict[str, np.ndarray]
+    readings: dict[str, np.ndarray]
 
 
 def write_comparison(files: Sequence[pathlib.Path], best: str, out: pathlib.Path) -> str:
@@ -79,14 +83,24 @@ def read_task(file: pathlib.Path) -> Task:
             f"--across: {file} is no report of a study ({type(error).__name__}: {error}). Name the "
             "JSON files that `python -m spiral_jax.study --config=... --report` has written."
         ) from None
+    scores = _scores(runs, measure)
+    if not scores:
+        raise ConfigError(f"--across: no run of {file} has been evaluated.")
+    read = (report.get("operations") or {"runs": []})["runs"]
+    readings = _scores(read, measure)
+    if readings and BASE in scores:
+        readings = {BASE: scores[BASE]} | readings  # it has spent nothing
+    return Task(title, measure, scores, readings)
+
+
+def _scores(runs: Sequence[Mapping[str, Any]], measure: str) -> dict[str, np.ndarray]:
+    """By arm: [Z] of the runs that have a value."""
     values: dict[str, list[float]] = {}
     for run in runs:
         value = run.get("measures", {}).get(measure)
         if value is not None:
             values.setdefault(run["arm"], []).append(value)
-    if not values:
-        raise ConfigError(f"--across: no run of {file} has been evaluated.")
-    return Task(title, measure, {arm: np.array(scores) for arm, scores in values.items()})
+    return {arm: np.array(of_arm) for arm, of_arm in values.items()}
 
 
 def compare_across(files: Sequence[pathlib.Path], best: str) -> dict[str, Any]:
@@ -95,21 +109,20 @@ def compare_across(files: Sequence[pathlib.Path], best: str) -> dict[str, Any]:
     Returns:
       tasks: title, measure and file of each, and runs by arm; missing: arms that not every task
       has; arms: by arm, its `interquartile mean` and its `profile`; improvement: of `best` over
-      each other arm. Estimates are those of `cells.estimate`, over all runs of all tasks.
+      each other arm; operations: missing, arms and improvement at equal operations, None where
+      some task has no such reading of `best`. Estimates are those of `cells.estimate`, over all
+      runs of all tasks.
 
     Raises:
       ConfigError: a file cannot be read, or `best` is not an arm of every task.
     """
     tasks = [read_task(file) for file in files]
-    named = dict.fromkeys(arm for task in tasks for arm in task.scores)
-    common = [arm for arm in named if all(arm in task.scores for task in tasks)]
+    common = [arm for arm in tasks[0].scores if all(arm in task.scores for task in tasks)]
     if best not in common:
         raise ConfigError(
             f"--best={best}: must be an arm that every study has: {', '.join(common) or 'none'}."
         )
-    scores = {arm: [task.scores[arm] for task in tasks] for arm in common}
-    drawn = {arm: resampled(scores[arm], seed) for seed, arm in enumerate(common)}
-    others = [arm for arm in common if arm not in (best, BASE)]
+    has_readings = all(best in task.readings for task in tasks)
     return {
         "tasks": [
             {"title": task.title, "measure": task.measure, "file": str(file)}
@@ -117,6 +130,19 @@ def compare_across(files: Sequence[pathlib.Path], best: str) -> dict[str, Any]:
             for task, file in zip(tasks, files, strict=True)
         ],
         "best": best,
+        **_compare([task.scores for task in tasks], best),
+        "operations": _compare([task.readings for task in tasks], best) if has_readings else None,
+    }
+
+
+def _compare(of_tasks: Sequence[Mapping[str, np.ndarray]], best: str) -> dict[str, Any]:
+    """missing, arms and improvement of `compare_across`, from each task's scores by arm."""
+    named = dict.fromkeys(arm for task in of_tasks for arm in task)
+    common = [arm for arm in named if all(arm in task for task in of_tasks)]
+    scores = {arm: [task[arm] for task in of_tasks] for arm in common}
+    drawn = {arm: resampled(scores[arm], seed) for seed, arm in enumerate(common)}
+    others = [arm for arm in common if arm not in (best, BASE)]
+    return {
         "missing": [arm for arm in named if arm not in common],
         "arms": {
             arm: {
@@ -175,36 +201,44 @@ def _estimate(value_R: np.ndarray, scores: Scores) -> dict[str, Any]:
 
 
 def markdown(compared: Mapping[str, Any], picture: str) -> str:
-    """The report: one table, one picture."""
-    best, arms = compared["best"], compared["arms"]
+    """The report: one table, one picture; and the table at equal operations."""
     tasks = "; ".join(f"{task['title']} ({task['measure']})" for task in compared["tasks"])
     files = ",".join(task["file"] for task in compared["tasks"])
-    lines = [
+    best, operations = compared["best"], compared["operations"]
+    parts = [
         "# Over all tasks",
-        "",
         f"Runs of {tasks}.",
-        "",
-        f"| arm | runs | interquartile mean | chance that {best} is better |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    order = sorted(arms, key=lambda arm: -arms[arm]["interquartile mean"]["mean"])
-    for arm in order:
-        middle = arms[arm]["interquartile mean"]
-        chance = compared["improvement"].get(arm)
-        cells = [arm, middle["seeds"], percent(middle), percent(chance) if chance else ""]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += [
-        "",
+        _table(compared, best),
         f"![The share of each arm's runs that score above a threshold]({picture})",
-        "",
         "Percent with 95 % intervals by bootstrap over runs within each task (arXiv 2108.13264): "
         "problems are not resampled, and with a few runs a task the intervals are narrower than "
         "the truth.",
+        _missing(compared),
     ]
-    if compared["missing"]:
-        lines.append(f"Not every task has: {', '.join(compared['missing'])}.")
-    lines += ["", f"Written by `python -m spiral_jax.study --across={files} --best={best}`."]
-    return "\n".join(lines) + "\n"
+    if operations:
+        parts += [
+            "## At equal operations",
+            "The same runs, each where it had spent its study's budget of operations: see the "
+            "reports.",
+            _table(operations, best),
+            _missing(operations),
+        ]
+    parts.append(f"Written by `python -m spiral_jax.study --across={files} --best={best}`.")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(compared: Mapping[str, Any], best: str) -> str:
+    """What `_compare` returns, best arm first."""
+    arms, rows = compared["arms"], []
+    for arm in sorted(arms, key=lambda arm: -arms[arm]["interquartile mean"]["mean"]):
+        middle, chance = arms[arm]["interquartile mean"], compared["improvement"].get(arm)
+        rows.append([arm, middle["seeds"], percent(middle), percent(chance) if chance else ""])
+    return table(["arm", "runs", "interquartile mean", f"chance that {best} is better"], rows)
+
+
+def _missing(compared: Mapping[str, Any]) -> str:
+    arms = ", ".join(compared["missing"])
+    return f"Not every task has: {arms}." if arms else ""
 
 
 def _plot_profiles(compared: Mapping[str, Any]) -> Figure:

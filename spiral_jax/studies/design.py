@@ -18,7 +18,7 @@ import importlib.util
 import itertools
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -66,6 +66,9 @@ def defaults() -> ConfigDict:
     s.strategies = 0
     # arms of which each one's search traces are read by each other's aggregator, after training
     s.cross = ()
+    # read every run once more where all had spent the same operations, see `studies/operations.py`;
+    # for that its arms keep checkpoints on the way (config.checkpoint.every and keep_every)
+    s.equal_operations = False
     # each (measure, arm, other, difference): the arm is to be above the other by more than this;
     # other = "": the arm itself is to be above it. Either side may be the "optimum" of
     # "aggregated". ("efficiency", arm, baseline, times): samples for equal coverage, in pass@k.
@@ -104,15 +107,16 @@ class Experiment:
     plain: dict[str, Any]
     aggregates: bool
 
-    def has_ended(self, step: int, sampled_tokens: float) -> bool:
-        """Whether nothing is left to train: all steps are done, or the tokens are spent."""
-        return self.share_done(step, sampled_tokens) >= 1
+    def has_ended(self, steps: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether nothing is left to train after these, rows of metrics."""
+        return self.share_done(steps) >= 1
 
-    def share_done(self, step: int, sampled_tokens: float) -> float:
+    def share_done(self, steps: Sequence[Mapping[str, Any]]) -> float:
         """How much is done of its steps or of its tokens, whichever is more; 1: all."""
         train = self.plain["train"]
+        sampled_tokens = sum(row["sampling/generated_tokens"] for row in steps)
         of_tokens = sampled_tokens / (train["max_sampled_tokens"] or np.inf)
-        return max(step / train["steps"], of_tokens)
+        return max(len(steps) / train["steps"], of_tokens)
 
     def budget(self) -> dict[str, Any]:
         """What it may spend: traces, sets, limits, and its ceiling of output tokens a problem."""
@@ -162,7 +166,8 @@ class Study:
 
     Attributes:
       file: of configs/.
-      title, question, notes, measures, baseline, strategies, cross: see `defaults`.
+      title, question, notes, measures, baseline, strategies, cross, equal_operations: see
+        `defaults`.
       listed: (arm, seeds) of the file.
       proposed: arms of a sweep, beside those of the file.
       experiments: by arm, without `base`.
@@ -179,6 +184,7 @@ class Study:
     baseline: str
     strategies: int
     cross: tuple[str, ...]
+    equal_operations: bool
     claims: tuple[Claim, ...]
     evaluation: StudyEvaluation
     module: ModuleType
@@ -262,6 +268,12 @@ class Study:
                 check_training(c)
             except ConfigError as error:
                 raise ConfigError(f"{self.file}, arm {arm}: {error}") from error
+            if self.equal_operations and not (c.checkpoint.every and c.checkpoint.keep_every):
+                raise ConfigError(
+                    f"{self.file}, arm {arm}: checkpoint.every = {c.checkpoint.every}, keep_every "
+                    f"= {c.checkpoint.keep_every}: must be > 0 with equal_operations, which reads "
+                    "checkpoints from before the end."
+                )
             experiments[arm] = Experiment(to_plain(c), ESTIMATORS[c.loss.estimator].aggregates)
         return dataclasses.replace(self, experiments=experiments)
 
@@ -298,6 +310,7 @@ def load_study(path: str) -> Study:
         baseline=s.baseline,
         strategies=s.strategies,
         cross=tuple(s.cross),
+        equal_operations=s.equal_operations,
         claims=tuple(Claim(*claim) for claim in s.claims),
         evaluation=_read_evaluation(file, module.get_config(EVALUATION)),
         module=module,
@@ -344,10 +357,10 @@ def _check(study: Study) -> None:
 def _check_arm(arm: str, seeds: list[int]) -> None:
     are_seeds = all(type(seed) is int and seed >= 0 for seed in seeds)
     differ = len(set(seeds)) == len(seeds) > 0
-    if not are_seeds or not differ or arm in (EVALUATION, OPTIMUM, "") or "+" in arm:
+    if not are_seeds or not differ or arm in (EVALUATION, OPTIMUM, "") or set("+@") & set(arm):
         raise ConfigError(
             f"arms.{arm} = {seeds!r}: must be different seeds >= 0, and the arm no reserved name "
-            'and without "+".'
+            'and without "+" and "@".'
         )
 
 

@@ -19,6 +19,11 @@ def pair_name(searcher: str, reader: str) -> str:
     return f"{searcher}+{reader}"
 
 
+def reading_name(arm: str) -> str:
+    """Name of an arm's evaluations at equal operations, before its end; no arm has an "@"."""
+    return f"{arm}@equal_operations"
+
+
 @dataclasses.dataclass(frozen=True)
 class StudyDirectory:
     """Where a study keeps what."""
@@ -57,16 +62,33 @@ class StudyDirectory:
         folder = self.path / "evaluations" / arm / f"seed_{seed}"
         return sorted(folder.glob("step_*/results.json"))
 
+    def evaluated_steps(self, arm: str, seed: int) -> set[int]:
+        """Of a run's finished evaluations."""
+        files = self.evaluations(arm, seed)
+        return {int(file.parent.name.removeprefix("step_")) for file in files}
+
+    def reading(self, arm: str, seed: int, step: int) -> pathlib.Path:
+        """The results.json of a run at that step, finished or not.
+
+        Where the run has been evaluated there anyway, it is that evaluation.
+        """
+        at_end = self.evaluation(arm, seed, step) / "results.json"
+        if at_end.exists():
+            return at_end
+        return self.evaluation(reading_name(arm), seed, step) / "results.json"
+
     def log(self, arm: str, seed: int, stage: str) -> pathlib.Path:
         return self.path / "logs" / f"{arm}_seed_{seed}_{stage}.log"
 
     def error(self, arm: str, seed: int) -> str:
         """What a stage of the run said if it failed when it was tried last; "" if none did."""
+        lines = [f"{stage}: {said}" for stage, said in self.errors(arm, seed).items()]
+        return lines[0] if lines else ""
+
+    def errors(self, arm: str, seed: int) -> dict[str, str]:
+        """What each stage of the run that failed when it was tried last said."""
         last = {}
         for row in self.journal.read():
             if row["arm"] == arm and row["seed"] == seed:
                 last[row["stage"]] = row
-        for stage, row in last.items():
-            if row["returncode"]:
-                return f"{stage}: {row['error']}"
-        return ""
+        return {stage: row["error"] for stage, row in last.items() if row["returncode"]}

@@ -10,6 +10,8 @@ optimum   the best possible aggregated accuracy where the number of strategies i
           is made of
 cross     for each two arms of `cross`: what the one's aggregator makes of the other's search
 efficiency by arm: samples that the baseline needs for each one of the arm's at equal coverage
+operations the second reading, at equal operations, if the study has one (`operations.py`): its
+          budget, measures and gaps by arm, where each run was read, and what is missing
 claims    each claim with its gap and a verdict: holds, fails, or open (the interval holds both)
 curves    pass@k and self-aggregation by arm; training by run, thinned
 sweep     `sweep.outcome`, where there was one
@@ -22,7 +24,8 @@ about seeds; with few it is too narrow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,8 +38,9 @@ from spiral_jax.run.workdir import WorkdirError
 from spiral_jax.studies.cells import Cells, estimate, gap, place_of, value_of
 from spiral_jax.studies.claims import Evidence, judge_claim
 from spiral_jax.studies.design import BASE, Study
-from spiral_jax.studies.directory import StudyDirectory, pair_name
+from spiral_jax.studies.directory import StudyDirectory, pair_name, reading_name
 from spiral_jax.studies.history import check_evaluation, run_row, unrecorded
+from spiral_jax.studies.operations import Reading, Readings, find_readings
 from spiral_jax.studies.optimum import optimum
 from spiral_jax.studies.rungs import GIVEN_UP
 
@@ -57,7 +61,8 @@ def gather(
       WorkdirError: none is finished.
     """
     runs = [run_row(study, directory, arm, seed) for arm, seed in study.runs]
-    evaluated = _read_evaluations(study, directory)
+    readings = find_readings(study, directory) if study.equal_operations else None
+    evaluated = _read_evaluations(study, directory, readings.rows if readings else ())
     if evaluated is None:
         said = [f"{run['arm']} seed {run['seed']}: {run['error'] or 'not run'}" for run in runs]
         raise WorkdirError(
@@ -67,10 +72,7 @@ def gather(
     for run in runs:
         if sweep and sweep["arms"].get(run["arm"], {}).get("state") == GIVEN_UP:
             run["state"] = GIVEN_UP
-        cells = arms.get(run["arm"])
-        if cells and run["seed"] in cells.seeds:
-            own = cells.columns[cells.seeds.index(run["seed"])]
-            run["measures"] = {measure: value_of(own, measure) for measure in study.measures}
+        run |= _own_measures(study, arms, run["arm"], run["seed"])
     weight_RxB = bootstrap_weights(0, len(first["records"]), DRAWS)
     journal = directory.journal.read()
     environments = [row["environment"] for row in journal]
@@ -94,6 +96,7 @@ def gather(
         "cross": _cross(study, directory, evaluated, weight_RxB),
         "gaps": _gaps(study, arms, weight_RxB),
         "efficiency": efficiency,
+        "operations": _operations(study, directory, readings, evaluated, weight_RxB),
         "claims": [judge_claim(evidence, claim) for claim in study.claims],
         "curves": {arm: _curves(cells, weight_RxB) for arm, cells in arms.items()},
         "runs": runs,
@@ -108,10 +111,13 @@ class _Evaluated(NamedTuple):
     first: dict[str, Any]
     arms: dict[str, Cells]
     pairs: dict[str, Cells]  # by `pair_name`
+    readings: dict[str, Cells]  # of arms at equal operations
 
 
-def _read_evaluations(study: Study, directory: StudyDirectory) -> _Evaluated | None:
-    """The finished evaluations of all runs and pairs; None: there is none.
+def _read_evaluations(
+    study: Study, directory: StudyDirectory, readings: Sequence[Reading]
+) -> _Evaluated | None:
+    """The finished evaluations of all runs, pairs and readings; None: no run has one.
 
     Raises:
       ResultsError: they cannot be compared, sampled something else than is asked, or have no such
@@ -120,25 +126,33 @@ def _read_evaluations(study: Study, directory: StudyDirectory) -> _Evaluated | N
     first: dict[str, Any] = {}
     arms: dict[str, Cells] = {}
     pairs: dict[str, Cells] = {}
+    of_readings: dict[str, Cells] = {}
 
-    def read(into: dict[str, Cells], name: str, seed: int) -> None:
-        files = directory.evaluations(name, seed)
-        if not files:
-            return
-        results = read_results(files[-1])
+    def read(into: dict[str, Cells], name: str, seed: int, file: pathlib.Path) -> None:
+        results = read_results(file)
         if not first:
             first.update(results)
         check_comparable(first, results)
-        check_evaluation(study, files[-1], results)
+        check_evaluation(study, file, results)
         cells = into.setdefault(name, Cells([], []))
         cells.seeds.append(seed)
-        cells.columns.append(_columns(study, results, str(files[-1])))
+        cells.columns.append(_columns(study, results, str(file)))
 
     for arm, seed in study.runs:
-        read(arms, arm, seed)
+        for file in directory.evaluations(arm, seed)[-1:]:
+            read(arms, arm, seed, file)
     for pair in study.pairs:
-        read(pairs, pair_name(pair.searcher, pair.reader), pair.seed)
-    return _Evaluated(first, arms, pairs) if first else None
+        name = pair_name(pair.searcher, pair.reader)
+        for file in directory.evaluations(name, pair.seed)[-1:]:
+            read(pairs, name, pair.seed, file)
+    if BASE in arms:
+        of_readings[BASE] = arms[BASE]  # has spent nothing
+    for row in readings:
+        if row.step is not None:
+            file = directory.reading(row.arm, row.seed, row.step)
+            if file.exists():
+                read(of_readings, row.arm, row.seed, file)
+    return _Evaluated(first, arms, pairs, of_readings) if arms else None
 
 
 def _columns(study: Study, results: Mapping[str, Any], file: str) -> dict[str, Any]:
@@ -176,6 +190,56 @@ def _cross(
                     row["errors"] += [error] if error else []
             rows.append(row)
     return rows
+
+
+def _operations(
+    study: Study,
+    directory: StudyDirectory,
+    readings: Readings | None,
+    evaluated: _Evaluated,
+    weight_RxB: np.ndarray,
+) -> dict[str, Any] | None:
+    """The second reading; None: the study has none.
+
+    Returns:
+      budget: tflop, and arm and seed of the run that has set it; None: not known yet.
+      waits_for: what it would take to know it.
+      arms, gaps: as those of the report, of the runs that were read.
+      runs: arm, seed, step, tflop; measures, if it was read.
+      missing: a line for each run that was not read.
+    """
+    if readings is None:
+        return None
+    budget, rows, missing = readings.budget, [], []
+    for reading in readings.rows:
+        arm, seed = reading.arm, reading.seed
+        own = _own_measures(study, evaluated.readings, arm, seed)
+        place = {"arm": arm, "seed": seed, "step": reading.step, "tflop": reading.tflop}
+        rows.append(place | own)
+        if not own:
+            error = directory.error(reading_name(arm), seed)
+            why_not = reading.why_not or error or f"not evaluated at step {reading.step}"
+            missing.append(f"{arm} seed {seed}: {why_not}")
+    cells = evaluated.readings if rows else {}
+    return {
+        "budget": budget._asdict() if budget else None,
+        "waits_for": readings.waits_for,
+        "arms": {arm: _estimates(study, cells[arm], weight_RxB) for arm in cells},
+        "gaps": _gaps(study, cells, weight_RxB),
+        "runs": rows,
+        "missing": missing,
+    }
+
+
+def _own_measures(
+    study: Study, arms: Mapping[str, Cells], arm: str, seed: int
+) -> dict[str, dict[str, float | None]]:
+    """What a run itself has reached, under "measures"; nothing if it was not evaluated."""
+    cells = arms.get(arm)
+    if cells is None or seed not in cells.seeds:
+        return {}
+    own = cells.columns[cells.seeds.index(seed)]
+    return {"measures": {measure: value_of(own, measure) for measure in study.measures}}
 
 
 def _estimates(study: Study, cells: Cells, weight_RxB: np.ndarray) -> dict[str, Any]:

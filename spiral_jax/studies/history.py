@@ -13,7 +13,8 @@ from spiral_jax.evaluation.results import ResultsError
 from spiral_jax.reporting.series import series
 from spiral_jax.run.workdir import WorkdirError, read_config
 from spiral_jax.studies.design import BASE, Study
-from spiral_jax.studies.directory import StudyDirectory, pair_name
+from spiral_jax.studies.directory import StudyDirectory, pair_name, reading_name
+from spiral_jax.studies.operations import spent_by_step
 
 _CURVE_POINTS = 50  # of a run's training that are kept
 _LAST = 0.1  # share of a run's steps that "at the end" means
@@ -76,12 +77,10 @@ def _has_ended(study: Study, directory: StudyDirectory, arm: str, seed: int) -> 
     Then it is done, whatever the journal says: a study that was killed leaves its commands to
     themselves, and nobody journals how they end.
     """
-    evaluations = directory.evaluations(arm, seed)
-    if not evaluations or arm == BASE:
-        return bool(evaluations)
-    step = int(evaluations[-1].parent.name.removeprefix("step_"))
-    tokens = sum(row["sampling/generated_tokens"] for row in directory.metrics(arm, seed)[:step])
-    return study.experiments[arm].has_ended(step, tokens)
+    evaluated = directory.evaluated_steps(arm, seed)
+    if not evaluated or arm == BASE:
+        return bool(evaluated)
+    return study.experiments[arm].has_ended(directory.metrics(arm, seed)[: max(evaluated)])
 
 
 def unrecorded(study: Study, directory: StudyDirectory) -> list[str]:
@@ -95,6 +94,7 @@ def unrecorded(study: Study, directory: StudyDirectory) -> list[str]:
         if not row["returncode"]
     }
     names = [*study.runs, *((pair_name(p.searcher, p.reader), p.seed) for p in study.pairs)]
+    names += [(reading_name(arm), seed) for arm, seed in study.runs]
     missing = []
     for name, seed in names:
         made = {
@@ -132,9 +132,8 @@ def _costs(steps: Sequence[Mapping[str, Any]], aggregates: bool) -> dict[str, An
 
 def _tflop(steps: Sequence[Mapping[str, Any]]) -> float | None:
     """10^12 operations of sampling and updates; None of runs that have not counted them."""
-    if "tflop/update" not in steps[0]:
-        return None
-    return round(sum(step["tflop/sampling"] + step["tflop/update"] for step in steps), 3)
+    tflop_S = spent_by_step(steps)
+    return None if tflop_S is None else round(float(tflop_S[-1]), 3)
 
 
 def _mean(steps: Sequence[Mapping[str, Any]], key: str) -> float | None:

@@ -28,13 +28,11 @@ def rewards_of_rungs(
     """
     reward = "reward/aggregated" if experiment.aggregates else "reward/search"
     of_rung: list[list[float]] = [[] for _ in range(RUNGS)]
-    tokens, share = 0.0, 0.0
     for step, row in enumerate(steps, start=1):
-        tokens += row["sampling/generated_tokens"]
-        share = experiment.share_done(step, tokens)
         if reward in row:
-            of_rung[min(int(share * RUNGS), RUNGS - 1)].append(row[reward])
-    done = of_rung[: int(share * RUNGS)]
+            rung = int(RUNGS * experiment.share_done(steps[:step]))
+            of_rung[min(rung, RUNGS - 1)].append(row[reward])
+    done = of_rung[: int(RUNGS * experiment.share_done(steps))]
     return [float(np.mean(rewards)) if rewards else None for rewards in done]
 
 

@@ -29,7 +29,8 @@ from spiral_jax.run.start import find_trained
 from spiral_jax.run.workdir import WorkdirError
 from spiral_jax.studies.cells import value_of
 from spiral_jax.studies.design import BASE, EVALUATION, SWEEP_SEED, Pair, Study
-from spiral_jax.studies.directory import StudyDirectory, pair_name
+from spiral_jax.studies.directory import StudyDirectory, pair_name, reading_name
+from spiral_jax.studies.operations import Reading, find_readings
 from spiral_jax.studies.processes import Processes
 from spiral_jax.studies.rungs import GivesUp, Watch
 
@@ -67,6 +68,7 @@ def run_study(
         for seed in study.seeds:
             processes.each(runner.runs_of(seed))
             processes.each(runner.pairs_of(seed))
+            processes.each(runner.readings_of(seed))
         if proposals:
             study = sweep_module().sweep(study, directory, proposals, processes, runner.value_of)
     return study
@@ -136,6 +138,20 @@ class Runner:
             if pair.seed == seed:
                 yield functools.partial(self.run_pair, pair, f"pair {number}/{len(pairs)}")
 
+    def readings_of(self, seed: int) -> Iterator[functools.partial[None]]:
+        """`run_reading` of every chosen run with the seed that is to be read before its end.
+
+        A run that was not evaluated where it ended is not read elsewhere either.
+        """
+        if not self.study.equal_operations:
+            return
+        for row in find_readings(self.study, self.directory).rows:
+            is_wanted = row.seed == seed and (row.arm, seed) in self.chosen
+            if not is_wanted or row.step is None or not self.directory.evaluations(row.arm, seed):
+                continue
+            if not self.directory.reading(row.arm, seed, row.step).exists():
+                yield functools.partial(self.run_reading, row)
+
     def run_arm(self, arm: str, seed: int, number: str, gives_up: GivesUp | None = None) -> None:
         """Trains and evaluates one run, as far as that was not done before.
 
@@ -181,6 +197,13 @@ class Runner:
             policies.append(f"--config.model.init_from={trained}")
         self._evaluate(pair_name(searcher, reader), seed, steps[reader], *policies)
 
+    def run_reading(self, row: Reading) -> None:
+        """Evaluates a run where it had spent what all have."""
+        arm, seed, step = row.arm, row.seed, row.step
+        print(f"[at equal operations] {arm}, seed {seed}, step {step}", flush=True)
+        trained = f"{self.directory.run(arm, seed)}@{step}"
+        self._evaluate(reading_name(arm), seed, step, f"--config.model.init_from={trained}")
+
     def value_of(self, study: Study, arm: str, gives_up: GivesUp) -> float | None:
         """The study's first measure of an arm that a sweep has proposed.
 
@@ -197,9 +220,7 @@ class Runner:
         """Whether the newest checkpoint is where the arm's experiment ends."""
         if step is None:
             return False
-        steps = self.directory.metrics(arm, seed)[:step]
-        tokens = sum(row["sampling/generated_tokens"] for row in steps)
-        return self.study.experiments[arm].has_ended(step, tokens)
+        return self.study.experiments[arm].has_ended(self.directory.metrics(arm, seed)[:step])
 
     def _evaluate(self, name: str, seed: int, step: int, *policies: str) -> None:
         """Evaluates an arm or a pair, if that was not done; `policies` are flags that name them."""

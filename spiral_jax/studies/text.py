@@ -7,31 +7,15 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from spiral_jax.evaluation.results import describe_temperatures
 from spiral_jax.evaluation.tables import DASH, percent
+from spiral_jax.studies.cost_tables import arms_table, mean_cell, runs_table, training_table
 from spiral_jax.studies.design import Study
 from spiral_jax.studies.figures import plot_study
-from spiral_jax.studies.rungs import GIVEN_UP, RUNGS
+from spiral_jax.studies.markdown import escape, table
+from spiral_jax.studies.rungs import GIVEN_UP
+from spiral_jax.studies.sweep_text import sweep_text
 
-_BUDGET = {  # of an arm's row: key, head of its column
-    "estimator": "estimator",
-    "N": "N",
-    "S": "S",
-    "K": "K",
-    "M": "M",
-    "R": "R",
-    "populations a step": "stored populations a step",
-    "L search": "L, search",
-    "L aggregation": "L, aggregation",
-    "rollouts": "rollouts",
-    "ceiling": "tokens a problem, at most",
-    "problems a step": "problems a step",
-    "steps": "steps, at most",
-    "token budget": "sampled tokens, at most",
-    "lr": "lr",
-}
 _SEEN = {  # in a picture, by the end of its name: what it shows, and what to see in it
     "arms": (
         "The first measure of every arm after training",
@@ -83,7 +67,8 @@ def write_study(study: Study, gathered: Mapping[str, Any], out: pathlib.Path) ->
 
 
 def list_failures(gathered: Mapping[str, Any]) -> list[str]:
-    """A line for each claim that does not hold, and each run or pair that is not done."""
+    """A line for each claim that does not hold, and each run, pair or reading that is not done."""
+    operations = gathered["operations"] or {"missing": []}
     lines = [f"claim: {row['claim']}" for row in gathered["claims"] if row["verdict"] != "holds"]
     for run in gathered["runs"]:
         if run["state"] not in ("done", GIVEN_UP):
@@ -91,6 +76,7 @@ def list_failures(gathered: Mapping[str, Any]) -> list[str]:
     for row in gathered["cross"]:
         if not row["measures"] or row.get("errors"):
             lines.append(f"not done: search of {row['searcher']}, read by {row['reader']}")
+    lines += [f"not done: at equal operations, {line}" for line in operations["missing"]]
     return lines
 
 
@@ -105,7 +91,7 @@ def _json(gathered: Mapping[str, Any]) -> str:
         if name in ("runs", "claims", "cross"):
             lines = ",\n  ".join(dump(row) for row in value)
             parts.append(f"{dump(name)}: [\n  {lines}\n ]")
-        elif name in ("arms", "gaps", "efficiency", "curves"):
+        elif value and name in ("arms", "gaps", "efficiency", "operations", "curves"):
             lines = ",\n  ".join(f"{dump(key)}: {dump(row)}" for key, row in value.items())
             parts.append(f"{dump(name)}: {{\n  {lines}\n }}")
         else:
@@ -121,12 +107,15 @@ def markdown(study: Study, gathered: Mapping[str, Any], pictures: Sequence[str])
         "What is possible": _optimum(gathered),
         "Results": _results(gathered),
         f"Search of one, read by another: {measure}": _cross(gathered),
-        f"Gaps to {baseline}, paired over seeds and problems (points)": _gaps(gathered),
+        f"Gaps to {baseline}, paired over seeds and problems (points)": _gaps_table(
+            gathered, gathered["gaps"]
+        ),
         f"Samples for equal coverage, against {baseline}": _efficiency(gathered),
-        "What the sweep has found": _sweep(gathered),
-        "Arms": _arms(gathered),
-        "Training: means over an arm's runs": _training(gathered),
-        "Runs": _runs(gathered),
+        "At equal operations": _operations(gathered),
+        "What the sweep has found": sweep_text(gathered),
+        "Arms": arms_table(gathered),
+        "Training: means over an arm's runs": training_table(gathered),
+        "Runs": runs_table(gathered),
         "Pictures": "\n\n".join(map(_picture, pictures)),
         "How to read this": _HOW_TO_READ,
         "Notes": study.notes,
@@ -181,20 +170,12 @@ def _hours(gathered: Mapping[str, Any]) -> str:
     )
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown; empty without rows."""
-    if not rows:
-        return ""
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def _claims(gathered: Mapping[str, Any]) -> str:
     rows = []
     for claim in gathered["claims"]:
         seeds = claim["gap"]["seeds"] if claim["gap"] else 0
         rows.append([claim["claim"], _measured(claim), seeds, f"**{claim['verdict']}**"])
-    return _table(["claim", "measured", "seeds", "verdict"], rows)
+    return table(["claim", "measured", "seeds", "verdict"], rows)
 
 
 def _measured(claim: Mapping[str, Any]) -> str:
@@ -220,7 +201,7 @@ def _results(gathered: Mapping[str, Any]) -> str:
         best = gathered["optimum"]
         known = {"aggregated": percent(best["aggregated"]), "mixed": f"{100 * best['mixed']:.1f}"}
         rows.append(["best possible", "", *(known.get(m, "") for m in gathered["measures"])])
-    return _table(["arm", "seeds", *gathered["measures"]], rows)
+    return table(["arm", "seeds", *gathered["measures"]], rows)
 
 
 def _optimum(gathered: Mapping[str, Any]) -> str:
@@ -245,27 +226,63 @@ def _cross(gathered: Mapping[str, Any]) -> str:
         (row["searcher"], row["reader"]): _cross_cell(row, measure) for row in gathered["cross"]
     }
     rows = [[searcher, *(cell[searcher, reader] for reader in arms)] for searcher in arms]
-    return _table(["search \\ aggregation", *arms], rows)
+    return table(["search \\ aggregation", *arms], rows)
 
 
 def _cross_cell(row: Mapping[str, Any], measure: str) -> str:
     """Estimate and its number of seeds; and what failed."""
     estimate = row["measures"].get(measure)
     parts = [f"{percent(estimate)} ({estimate['seeds']})"] if estimate else []
-    return _escape("; ".join([*parts, *row.get("errors", [])])) or DASH
+    return escape("; ".join([*parts, *row.get("errors", [])])) or DASH
 
 
-def _escape(text: str) -> str:
-    """Text for a cell of a table."""
-    return text.replace("|", "\\|")
-
-
-def _gaps(gathered: Mapping[str, Any]) -> str:
+def _gaps_table(gathered: Mapping[str, Any], gaps: Mapping[str, Any]) -> str:
     rows = []
-    for arm, gaps in gathered["gaps"].items():
-        in_order = [gaps[measure] for measure in gathered["measures"]]
+    for arm, by_measure in gaps.items():
+        in_order = [by_measure[measure] for measure in gathered["measures"]]
         rows.append([arm, *(DASH if gap is None else percent(gap, "+") for gap in in_order)])
-    return _table(["arm", *gathered["measures"]], rows)
+    return table(["arm", *gathered["measures"]], rows)
+
+
+def _operations(gathered: Mapping[str, Any]) -> str:
+    """The second reading: its budget, its tables, and what is missing."""
+    found = gathered["operations"]
+    if found is None:
+        return ""
+    budget = found["budget"]
+    if budget is None:
+        return f"The budget is not known yet: {', '.join(found['waits_for'])}."
+    parts = [
+        f"Each run at its newest checkpoint that had spent at most **{budget['tflop']:,.3f} "
+        "TFLOP** in training: sampling with all prompts that it read, and updates. So much has "
+        f"{budget['arm']} with seed {budget['seed']} spent in all, the least of the arms with "
+        "that seed that ended where their steps or tokens do. A run that ended with less is read "
+        "at its end. One that is read before its end had a learning rate made for more steps: "
+        "planned for this budget it might have come further.",
+        _operations_table(gathered),
+    ]
+    if found["gaps"]:
+        parts.append(f"Gaps to {gathered['baseline']}, paired over seeds and problems (points):")
+        parts.append(_gaps_table(gathered, found["gaps"]))
+    if found["missing"]:
+        parts.append("Not read: " + "; ".join(found["missing"]) + ".")
+    return "\n\n".join(parts)
+
+
+def _operations_table(gathered: Mapping[str, Any]) -> str:
+    found = gathered["operations"]
+    rows = []
+    for arm, measures in found["arms"].items():
+        read = [run for run in found["runs"] if run["arm"] == arm and "measures" in run]
+        spent = [
+            mean_cell(read, "step", 1),
+            mean_cell(read, "tflop", 3),
+            mean_cell(read, "tflop", 1, 100 / found["budget"]["tflop"]),
+        ]
+        cells = [percent(measures[measure]) for measure in gathered["measures"]]
+        rows.append([arm, next(iter(measures.values()))["seeds"], *spent, *cells])
+    costs = ["step", "TFLOP", "of the budget (%)"]
+    return table(["arm", "seeds", *costs, *gathered["measures"]], rows)
 
 
 def _efficiency(gathered: Mapping[str, Any]) -> str:
@@ -282,114 +299,4 @@ def _efficiency(gathered: Mapping[str, Any]) -> str:
         "samples, arm",
         "times fewer",
     ]
-    return _table(heads, rows)
-
-
-def _sweep(gathered: Mapping[str, Any]) -> str:
-    """Importance and direction of each choice, then the arms, best first."""
-    sweep = gathered.get("sweep")
-    if not sweep:
-        return ""
-    arms = sweep["arms"]
-    of_choices = [
-        [name, f"{share:.2f}", f"{sweep['direction'][name]:+.2f}"]
-        for name, share in sweep["importance"].items()
-    ]
-    heads = ["choice", "importance", "rank correlation with what is reached"]
-    given_up = [
-        f"{arm} ({row['rungs']} of {RUNGS})"
-        for arm, row in arms.items()
-        if row["state"] == GIVEN_UP
-    ]
-    reached = {arm: row["value"] for arm, row in arms.items() if row["value"] is not None}
-    best = sorted(reached, key=reached.get, reverse=True)
-    chosen = list(dict.fromkeys(name for row in arms.values() for name in row["chosen"]))
-    of_arms = [
-        [arm, f"{100 * reached[arm]:.1f}", *(_count(arms[arm]["chosen"].get(c)) for c in chosen)]
-        for arm in best
-    ]
-    counts = (
-        f"{len(arms)} arms were proposed, {len(reached)} are done and {len(given_up)} were given "
-        f"up on the way{': ' if given_up else ''}"
-        f"{', '.join(given_up)}."
-    )
-    parts = [counts, _table(heads, of_choices)]
-    parts.append(_table(["arm", gathered["measures"][0], *chosen], of_arms))
-    return "\n\n".join(part for part in parts if part)
-
-
-def _arms(gathered: Mapping[str, Any]) -> str:
-    trained = {arm: row for arm, row in gathered["arms"].items() if "estimator" in row}  # no base
-    budget = dict(_BUDGET)
-    if not any("populations a step" in row for row in trained.values()):
-        del budget["populations a step"]
-    rows = [
-        [arm, *(_count(row.get(key)) for key in budget), len(row["seeds"])]
-        for arm, row in trained.items()
-    ]
-    return _table(["arm", *budget.values(), "seeds"], rows)
-
-
-def _training(gathered: Mapping[str, Any]) -> str:
-    heads = [
-        "arm",
-        "steps",
-        "sampled tokens",
-        "prefilled tokens",
-        "TFLOP",
-        "seconds",
-        "entropy of search, start",
-        "end (nat)",
-        "gradient norm, search",
-        "aggregation",
-        "lowest parse rate, search",
-        "aggregation (%)",
-    ]
-    rows = []
-    for arm in gathered["arms"]:
-        runs = [run for run in gathered["runs"] if run["arm"] == arm and "steps" in run]
-        if not runs:
-            continue
-        row = [
-            arm,
-            _mean(runs, "steps", 0),
-            _mean(runs, "sampled_tokens", 0),
-            _mean(runs, "prefilled_tokens", 0),
-            _mean(runs, "tflop", 2),
-            _mean(runs, "seconds", 0),
-            _mean(runs, "entropy_start", 3),
-            _mean(runs, "entropy_end", 3),
-            _mean(runs, "grad_norm_search", 3),
-            _mean(runs, "grad_norm_aggregation", 3),
-            _mean(runs, "lowest_parse_rate_search", 1, 100),
-            _mean(runs, "lowest_parse_rate_aggregation", 1, 100),
-        ]
-        rows.append(row)
-    return _table(heads, rows)
-
-
-def _mean(runs: Sequence[Mapping[str, Any]], key: str, decimals: int, scale: float = 1) -> str:
-    values = [run[key] for run in runs if run.get(key) is not None]
-    return f"{scale * np.mean(values):,.{decimals}f}" if values else DASH
-
-
-def _runs(gathered: Mapping[str, Any]) -> str:
-    rows = []
-    for run in gathered["runs"]:
-        row = [run["arm"], run["seed"], run["state"]]
-        row += [_count(run.get(key)) for key in ("steps", "sampled_tokens", "seconds")]
-        for measure in gathered["measures"]:
-            value = run.get("measures", {}).get(measure)
-            row.append(DASH if value is None else f"{100 * value:.1f}")
-        rows.append([*row, _escape(run["error"])])
-    costs = ["steps", "sampled tokens", "seconds"]
-    return _table(["arm", "seed", "state", *costs, *gathered["measures"], "error"], rows)
-
-
-def _count(value: Any) -> str:
-    """A number or a name; a dash for nothing or 0."""
-    if value is None or value == 0:
-        return DASH
-    if isinstance(value, str):
-        return value
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+    return table(heads, rows)

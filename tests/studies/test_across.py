@@ -72,6 +72,25 @@ def test_intervals_resample_runs_within_their_task(files):
     assert (drawn[0] == 0.25).all() and set(np.unique(drawn[1])) == {0.5, 0.75}
 
 
+def test_readings_at_equal_operations_are_compared_like_ends(files):
+    """Taken as the readings of the same studies, the ends give the same numbers."""
+    at_end = across.compare_across(files, "ours")
+    assert at_end["operations"] is None
+    for file in files:
+        report = json.loads(file.read_text())
+        trained = [run for run in report["runs"] if run["arm"] != "base"]
+        ends = [run | {"measures": {"reward": 0.0}} for run in trained]
+        base = [run for run in report["runs"] if run["arm"] == "base"]
+        report |= {"runs": base + ends, "operations": {"runs": trained}}
+        file.write_text(json.dumps(report))
+    compared = across.compare_across(files, "ours")
+    for name in ("arms", "improvement", "missing"):
+        assert compared["operations"][name] == at_end[name]
+    assert compared["arms"]["ours"]["interquartile mean"]["mean"] == 0.0
+    _, after = across.markdown(compared, "x.png").split("## At equal operations")
+    assert after.index("| ours |") < after.index("| other |") < after.index("| base |")
+
+
 @pytest.mark.parametrize(
     "break_it, best, said",
     [

@@ -29,7 +29,8 @@ def get_config(name=""):
         ({"arms": (("grpo", (0, 0)),)}, r"arms\.grpo = \[0, 0\]: .*different seeds"),
         ({"arms": (("grpo", (0,)), ("grpo", (1,)))}, "baseline = .*each once"),
         ({"arms": (("evaluation", (0,)), ("grpo", (0,)))}, r"arms\.evaluation = .*reserved"),
-        ({"arms": (("a+b", (0,)), ("grpo", (0,)))}, r'arms\.a\+b = .*without "\+"'),
+        ({"arms": (("a+b", (0,)), ("grpo", (0,)))}, r'arms\.a\+b = .*without "\+" and "@"'),
+        ({"arms": (("a@1", (0,)), ("grpo", (0,)))}, r'arms\.a@1 = .*without "\+" and "@"'),
         ({"baseline": "rloo"}, "baseline = 'rloo': .*'marginal_mean', 'grpo'"),
         ({"measures": ("pass@9",)}, r"measures: 'pass@9' .*eval\.n = 8"),
         ({"measures": ("rsa@2",)}, r"measures: 'rsa@2' .*eval\.rounds = 1"),
@@ -67,6 +68,17 @@ def test_an_arm_that_cannot_be_is_refused_by_name(tmp_path):
     changes = {"arms": arms, "strategies": 0, "cross": (), "claims": ()}
     file.write_text(CHANGED.format(changes=changes))
     with pytest.raises(ConfigError, match="arm gpro: .*loss.estimator = 'gpro'"):
+        load_study(str(file))
+
+
+def test_equal_operations_need_checkpoints_on_the_way(tmp_path):
+    file = tmp_path / "study_changed.py"
+    text = CHANGED.format(changes={"equal_operations": True})
+    file.write_text(text)
+    assert load_study(str(file)).equal_operations
+    without = "    else:\n        s.checkpoint.keep_every = 0\n    return s"
+    file.write_text(text.replace("    return s", without))
+    with pytest.raises(ConfigError, match="arm marginal_mean: checkpoint.*keep_every = 0: must be"):
         load_study(str(file))
 
 

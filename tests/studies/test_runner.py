@@ -81,6 +81,8 @@ if command == "train":
         "grad_norm/aggregation": 2.0,
         "verifier/parse_rate_search": 0.9,
         "verifier/parse_rate_aggregation": 1.0,
+        "tflop/sampling": 1.0,
+        "tflop/update": 2.0 if "grpo" in str(workdir) else 3.0,
     }
     rows = [row | {"step": step} for step in range(int(os.environ.get("STEPS", "3")))]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -154,10 +156,10 @@ def fake(monkeypatch, tmp_path):
     return put_in_place(monkeypatch, tmp_path)
 
 
-def run(path, at_once=1):
+def run(path, at_once=1, **changes):
     path.mkdir(exist_ok=True)
     directory = StudyDirectory(path)
-    study = load_study(FILE)
+    study = dataclasses.replace(load_study(FILE), **changes)
     runner.run_study(study, directory, Processes(at_once), study.runs)
     return directory
 
@@ -370,6 +372,55 @@ def test_the_report_says_everything_and_its_pictures_are_plotted(finished, tmp_p
     for name in ("arms", "mixed", "pass_at_k", "rsa", "training"):
         picture = imread(tmp_path / "out" / f"report_{name}.png")
         assert picture.std() > 0.02 and f"report_{name}.png" in text
+
+
+def test_a_study_reads_its_runs_a_second_time_where_all_had_spent_the_same(fake, copy):
+    """Three steps of GRPO cost 9, two of marginal_mean 8: those are read, and nothing twice."""
+    study = dataclasses.replace(load_study(FILE), equal_operations=True)
+    before = gather(study, copy)  # nothing was read yet
+    assert before["operations"]["missing"] == [
+        f"marginal_mean seed {seed}: not evaluated at step 2" for seed in (0, 1)
+    ]
+    assert list(before["operations"]["arms"]) == ["base", "grpo"]
+    assert "not done: at equal operations, marginal_mean seed 0" in str(list_failures(before))
+    assert "Not read: marginal_mean seed 0: not evaluated" in markdown(study, before, [])
+
+    run(copy.path, equal_operations=True)
+    calls = fake.take()
+    read = [f"{copy.run('marginal_mean', seed)}@2" for seed in (0, 1)]
+    assert [call.flags["--config.model.init_from"] for call in calls] == read
+    run(copy.path, equal_operations=True)
+    assert fake.take() == []
+
+    whole, found = gather(study, copy), gather(study, copy)["operations"]
+    assert found["budget"] == {"tflop": 9.0, "arm": "grpo", "seed": 0} and not found["missing"]
+    places = {(row["arm"], row["seed"]): (row["step"], row["tflop"]) for row in found["runs"]}
+    of_others = {("marginal_mean", seed): (2, 8.0) for seed in (0, 1)}
+    assert places == of_others | {("grpo", 0): (3, 9.0)}
+    # what stands here for an evaluation measures the same at every step
+    measures = {arm: row["measures"] for arm, row in before["arms"].items()}
+    assert found["arms"] == measures and found["gaps"] == before["gaps"]
+    for name in ("arms", "gaps", "claims", "unrecorded"):  # of the runs' ends
+        assert whole[name] == before[name]
+    text = markdown(study, whole, [])
+    assert "**9.000 TFLOP**" in text and "| marginal_mean | 2 | 2.0 | 8.000 | 88.9 | " in text
+    copy.journal.path.unlink()
+    unrecorded = gather(study, copy)["unrecorded"]
+    assert "marginal_mean@equal_operations seed 1: evaluate" in unrecorded
+
+
+def test_a_reading_that_fails_is_reported_and_tried_again(fake, copy, monkeypatch):
+    monkeypatch.setenv("FAIL", "marginal_mean@equal_operations/seed_0")
+    run(copy.path, equal_operations=True)
+    study = dataclasses.replace(load_study(FILE), equal_operations=True)
+    found = gather(study, copy)
+    (line,) = found["operations"]["missing"]
+    assert line.startswith("marginal_mean seed 0: evaluate: error: only 0 of 16")
+    assert {row["state"] for row in found["runs"]} == {"done"}
+    fake.take()
+    monkeypatch.delenv("FAIL")
+    run(copy.path, equal_operations=True)
+    assert fake.take_commands() == ["evaluate"]
 
 
 def test_arms_may_be_added_and_none_goes_unsaid(copy):
