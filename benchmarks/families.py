@@ -271,7 +271,8 @@ def experts_lines(run: dict[str, Any]) -> list[str]:
     return [
         "A random checkpoint of Qwen3-30B-A3B's widths went from file to file: `python -m "
         "benchmarks.experts_run`,",
-        f"layers: {run['layers']}; commit {run['commit']}, {run['machine']}, while other work ran.",
+        f"layers: {run['layers']}; commit {run['commit']}, {run['machine']}, at low priority",
+        "while other work ran, which its seconds show.",
         "",
         *table_lines(
             ("part", "seconds", "peak, GB", "what"),
