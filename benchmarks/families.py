@@ -1,6 +1,8 @@
 """docs/models.md and docs/models.json: which models run, and how far each family is from torch.
 
-    python -m benchmarks.families [--plans | --table]   (the plans alone, or models.md alone, anew)
+    python -m benchmarks.families [--plans | --table | --family=NAME]
+
+Anew: all, the plans alone, models.md alone, or the row of one family.
 
 Every family's random small checkpoint of `benchmarks.family_cases` runs here, in transformers and
 in PEFT. Mismatch of sampler and trainer is of tokens that our engine drew in bfloat16 from the same
@@ -252,6 +254,9 @@ def report(results: dict[str, Any]) -> str:
     lines += table_lines((*heads, "step, s", "decoded tokens/s"), plan_rows(results))
     lines += plan_notes(results)
     measured = f"Measured at {results['commit']} on {results['machine']}"
+    for name, row in results["families"].items():
+        if "commit" in row:
+            measured += f", `{name}` at {row['commit']}"
     lines += ["", f"{measured}; plans of {results['plans_commit']}."]
     return "\n".join(lines) + "\n"
 
@@ -271,7 +276,8 @@ def experts_lines(run: dict[str, Any]) -> list[str]:
     return [
         "A random checkpoint of Qwen3-30B-A3B's widths went from file to file: `python -m "
         "benchmarks.experts_run`,",
-        f"layers: {run['layers']}; commit {run['commit']}, {run['machine']}, while other work ran.",
+        f"layers: {run['layers']}; commit {run['commit']}, {run['machine']}, at low priority",
+        "while other work ran, which its seconds show.",
         "",
         *table_lines(
             ("part", "seconds", "peak, GB", "what"),
@@ -308,17 +314,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--table", action="store_true", help="models.md anew from models.json")
     parser.add_argument("--plans", action="store_true", help="the plans anew, and models.md")
+    parser.add_argument("--family", choices=cases.CASES, help="its row anew, and models.md")
     given, file = parser.parse_args(), DOCS / "models.json"
-    results = json.loads(file.read_text()) if given.table or given.plans else None
-    if results is None:
-        results = {"machine": machine(), "commit": commit(), "families": {}}
-        mesh = host_mesh()
-        for model_type in cases.CASES:
-            with tempfile.TemporaryDirectory() as directory:
-                row = measure(model_type, pathlib.Path(directory), mesh)
-            results["families"][model_type] = row
-            print(model_type, json.dumps(row), flush=True)
-    if not given.table:
+    results = {"machine": machine(), "commit": commit(), "families": {}}
+    if given.table or given.plans or given.family:
+        results = json.loads(file.read_text())
+    measured = [given.family] if given.family else [*cases.CASES]
+    for model_type in [] if given.table or given.plans else measured:
+        with tempfile.TemporaryDirectory() as directory:
+            row = measure(model_type, pathlib.Path(directory), host_mesh())
+        results["families"][model_type] = row | ({"commit": commit()} if given.family else {})
+        print(model_type, json.dumps(row), flush=True)
+    if given.family:
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    elif not given.table:
         results["plans"] = {
             topology: {name: planned(module, topology) for name, module in CONFIGS.items()}
             for topology in TOPOLOGIES

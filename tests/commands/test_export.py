@@ -65,7 +65,7 @@ class SmallRun:
         return pathlib.Path(self.c.model.hf_path)
 
 
-def config(path, rank, on_experts):
+def config(path, rank, on_experts=False):
     c = tiny.get_config()
     c.model.update(
         {"hf_path": str(path), "lora_rank": rank, "lora_alpha": 6.0, "param_dtype": "float32"}

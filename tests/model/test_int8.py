@@ -11,7 +11,7 @@ from small_int8 import in_floats, in_int8
 from small_model import ARCH, logprobs, on_mesh, random_ids
 
 from spiral_jax.core import mesh as meshes
-from spiral_jax.core.config import ConfigError
+from spiral_jax.core.config import ConfigError, defaults
 from spiral_jax.model import hf, int8
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.model.families import FAMILIES
@@ -140,7 +140,8 @@ def test_loading_rounds_the_checkpoint_and_leaves_the_rest_in_the_compute_dtype(
 
 
 def test_experts_are_refused_by_the_field():
-    c = dataclasses.make_dataclass("c", ["lora_rank", "param_dtype"])(4, "int8")
+    c = defaults().model
+    c.param_dtype = "int8"
     routed = dataclasses.replace(ARCH, routing=object())
     with pytest.raises(ConfigError, match="config.model.param_dtype = 'int8'.*experts"):
         hf.model_config(routed, c)
