@@ -106,7 +106,7 @@ PARITY = """
 ## Parity with torch
 
 Random checkpoints of 2 or 3 layers with every field off its default, and adapters that PEFT wrote,
-in float32 on a CPU. Logits: largest difference from PEFT's model, in rows that predict a token.
+those of `qwen3_moe` on experts too, in float32 on a CPU. Logits: largest difference from PEFT's model, in rows that predict a token.
 Gradient: of a weighted sum of log-probs; the norm of the difference over the norm of torch's, of
 the worst parameter and the worst adapter. Greedy: tokens of our engine that transformers would have
 taken. Mismatch: |log-prob of the sampler - that of the trainer|, nat, mean and largest over tokens
