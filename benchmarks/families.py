@@ -106,11 +106,12 @@ PARITY = """
 ## Parity with torch
 
 Random checkpoints of 2 or 3 layers with every field off its default, and adapters that PEFT wrote,
-in float32 on a CPU. Logits: largest difference from PEFT's model, in rows that predict a token.
-Gradient: of a weighted sum of log-probs; the norm of the difference over the norm of torch's, of
-the worst parameter and the worst adapter. Greedy: tokens of our engine that transformers would have
-taken. Mismatch: |log-prob of the sampler - that of the trainer|, nat, mean and largest over tokens
-that our engine drew at T = 1. Random weights whose attention is peaked exaggerate it: compare rows.
+those of `qwen3_moe` on experts too, in float32 on a CPU. Logits: largest difference from PEFT's
+model, in rows that predict a token. Gradient: of a weighted sum of log-probs; the norm of the
+difference over the norm of torch's, of the worst parameter and the worst adapter. Greedy: tokens of
+our engine that transformers would have taken. Mismatch: |log-prob of the sampler - that of the
+trainer|, nat, mean and largest over tokens that our engine drew at T = 1. Random weights whose
+attention is peaked exaggerate it: compare rows.
 `tests/model/test_families.py` holds all but the last two columns, and that a field of a row,
 changed, is seen; logits and fields of `qwen3` are in `tests/model/test_parity.py`.
 """
