@@ -1,12 +1,13 @@
-"""What does a base in int8 change? SmolLM2's logits, and how far its sampler and trainer are apart.
+"""What does int8 change? SmolLM2's logits, and how far its sampler and trainer are apart.
 
     bash launch/fetch_smollm2.sh
     python -m benchmarks.int8_base [--model=DIR] [--json=docs/results/int8_base.json]
         [--only="int8, computed in bfloat16"]
 
 Each base samples answers to the same questions, and its trainer reads them: the mismatch. Then all
-read what the float32 base has written: the distance of their logits from its own. What --only does
-not name keeps its place in the file.
+read what the float32 base has written: the distance of their logits from its own. With pages in
+int8 the sampler alone rounds: its keys and values. What --only does not name keeps its place in the
+file.
 """
 
 from __future__ import annotations
@@ -51,14 +52,16 @@ REFERENCE = "float32"
 
 
 class Base(NamedTuple):
-    """Dtypes of a base and of what is computed with it."""
+    """Dtypes of a base, of what is computed with it, and of the sampler's pages."""
 
     param_dtype: str
     compute_dtype: str
+    cache_dtype: str = "compute"
 
 
 BASES = {
     REFERENCE: Base("float32", "float32"),
+    "float32, pages in int8": Base("float32", "float32", "int8"),
     "int8": Base("int8", "float32"),
     "bfloat16, computed in bfloat16": Base("bfloat16", "bfloat16"),
     "int8, computed in bfloat16": Base("int8", "bfloat16"),
@@ -100,7 +103,9 @@ def main(argv: list[str]) -> None:
 
 def make_policy(path: pathlib.Path, base: Base) -> Policy:
     c = smollm2_135m.get_config()
-    c.model.update({"hf_path": str(path), **base._asdict()})
+    c.model.hf_path = str(path)
+    c.model.param_dtype, c.model.compute_dtype = base.param_dtype, base.compute_dtype
+    c.sampling.cache_dtype = base.cache_dtype
     c.sampling.rows, c.sampling.prefill_tokens = ROWS, 1024
     mesh = make_mesh(c.mesh, jax.devices()[:1])
     model = hf.model_config(read_architecture(path), c.model)
