@@ -11,7 +11,7 @@ from spiral_jax.core.errors import UserError
 from spiral_jax.core.groups import Stop
 from spiral_jax.objective.estimators import ESTIMATORS, estimator_named
 from spiral_jax.objective.of_own_answers import varies
-from spiral_jax.objective.of_sets import aggregation_advantage
+from spiral_jax.objective.of_sets import advantage_in_step, aggregation_advantage
 from spiral_jax.objective.rewards import Rewards
 
 
@@ -121,6 +121,20 @@ def compute_advantages(
             dataclasses.replace(of_round, c=c) for of_round, c in zip(rewards, c_R, strict=True)
         ]
     return Advantages(tuple(_of_round(estimator, of_round) for of_round in rewards))
+
+
+def replay_advantages(rewards: Rewards) -> RoundAdvantages:
+    """The advantages of a step's answers to all its stored populations, before the length gate.
+
+    What is read earns nothing.
+    """
+    reward_BxKxM = rewards.aggregated_BxKxM
+    advantage_BxKxM = advantage_in_step(reward_BxKxM)
+    informative_B = (advantage_BxKxM != 0).any(axis=(1, 2))
+    nothing_BxN = np.zeros(rewards.own_BxN.shape, np.float32)
+    return RoundAdvantages(
+        nothing_BxN, advantage_BxKxM, informative_B, np.zeros(len(nothing_BxN), bool)
+    )
 
 
 def _of_round(name: str, rewards: Rewards) -> RoundAdvantages:

@@ -10,7 +10,7 @@ from spiral_jax.core.groups import Groups
 from spiral_jax.objective.advantages import Advantages, RoundAdvantages, length_gate
 from spiral_jax.objective.rewards import Rewards
 from spiral_jax.objective.settings import ObjectiveSettings
-from spiral_jax.objective.weights import aggregation_weights, candidate_weights
+from spiral_jax.objective.weights import aggregation_weights, candidate_weights, replay_weights
 from spiral_jax.rollout.traces import Replayed, Rollouts
 
 
@@ -44,13 +44,15 @@ def give_credit(
 def give_replay_credit(
     replayed: Replayed, advantages: Advantages, objective: ObjectiveSettings
 ) -> Credit:
-    """The credit of the new answers to stored populations, each set's mean as the baseline.
+    """The credit of a step's answers to all its stored populations.
 
-    They weigh as a round of aggregation does: "unbiased" is the mean over all populations that the
-    step has read, those without a signal too.
+    "unbiased" is the mean over all that the step has read.
     """
-    (of_round,), (rewards,) = advantages.rounds, replayed.rewards()
-    return _of_aggregations(replayed.round.groups, of_round, rewards, objective)
+    groups, ((of_round,), (rewards,)) = replayed.round.groups, (advantages.rounds, replayed.rewards())
+    gated_BxKxM = _gate(groups, of_round.aggregation_BxKxM, objective)
+    weight_BxKxM = replay_weights(objective, gated_BxKxM, rewards.aggregated_BxKxM)
+    UxC = groups.trace_len_UxC.shape
+    return Credit(gated_BxKxM.reshape(UxC), weight_BxKxM.reshape(UxC))
 
 
 def _nothing(groups: Groups) -> Credit:
