@@ -131,9 +131,17 @@ def replay_advantages(rewards: Rewards) -> RoundAdvantages:
     reward_BxKxM = rewards.aggregated_BxKxM
     advantage_BxKxM = advantage_in_step(reward_BxKxM)
     informative_B = (advantage_BxKxM != 0).any(axis=(1, 2))
-    nothing_BxN = np.zeros(rewards.own_BxN.shape, np.float32)
+    candidate_BxN = np.zeros(rewards.own_BxN.shape, np.float32)
+    if not rewards.stale:
+        f_BxK = rewards.score_BxK
+        B, K = f_BxK.shape
+        total = np.nansum(f_BxK)
+        others_B = (total - np.nansum(f_BxK, axis=1)) / max((B - 1) * K, 1)
+        score_BxK = np.nan_to_num(f_BxK - others_B[:, None]) / K
+        candidate_BxN = np.einsum("bk,bkn->bn", score_BxK, rewards.incidence_BxKxN)
+        candidate_BxN = candidate_BxN.astype(np.float32)
     return RoundAdvantages(
-        nothing_BxN, advantage_BxKxM, informative_B, np.zeros(len(nothing_BxN), bool)
+        candidate_BxN, advantage_BxKxM, informative_B, np.zeros(len(candidate_BxN), bool)
     )
 
 

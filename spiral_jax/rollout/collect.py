@@ -88,12 +88,14 @@ class Replay:
 
     replayed: Replayed
     advantages: Advantages
-    credit: Credit
+    credit: list[Credit]
 
     def with_signal(self) -> tuple[Groups, np.ndarray]:
         """Groups and loss weights [U, C], without the groups that teach nothing."""
-        index = np.flatnonzero(self.credit.weight_UxC.any(axis=1))
-        return self.replayed.round.groups.take(index), self.credit.weight_UxC[index]
+        groups = concat_groups(self.replayed.stages)
+        weight_UxC = np.concatenate([credit.weight_UxC for credit in self.credit])
+        index = np.flatnonzero(weight_UxC.any(axis=1))
+        return groups.take(index), weight_UxC[index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,10 +280,10 @@ class FirstKept:
             return None
         decided = [self._replayed[population.cursor] for population in self._populations]
         replayed = concat_replayed(decided)
-        (rewards,) = replayed.rewards()
-        advantages = Advantages((replay_advantages(rewards),))
+        advantages = Advantages(tuple(map(replay_advantages, replayed.rewards())))
         credit = give_replay_credit(replayed, advantages, objective)
-        return Replay(replayed.with_advantages(credit.advantage_UxC), advantages, credit)
+        given = [of_round.advantage_UxC for of_round in credit]
+        return Replay(replayed.with_advantages(given), advantages, credit)
 
 
 def _no_signal_message(rollouts: Rollouts, kept: int, starved: int, B: int) -> str:
@@ -318,8 +320,8 @@ def _rollout_metrics(
     groups = [round.groups for round in rollouts.rounds]
     if replay:
         metrics |= _replay_metrics(replay, sum(len(of_round) for of_round in groups))
-        rounds.append(replay.advantages.rounds[0].aggregation_BxKxM)
-        groups.append(replay.replayed.round.groups)
+        rounds += [of_round.aggregation_BxKxM for of_round in replay.advantages.rounds]
+        groups += replay.replayed.stages
     return metrics | _role_metrics(
         Role.AGGREGATION,
         concat_groups([dataclasses.replace(each, advantage_UxC=None) for each in groups]),
@@ -330,7 +332,7 @@ def _rollout_metrics(
 def _replay_metrics(replay: Replay, fresh_groups: int) -> dict[str, Mean | float]:
     """Of the populations that were read; `fresh_groups` are all other aggregation groups."""
     replayed, read = replay.replayed, float(len(replay.replayed))
-    groups = float(len(replayed.round.groups))
+    groups = float(sum(map(len, replayed.stages)))
     signal_B = replay.advantages.keep_B
     rounds = sum(population.round + 1 for population in replayed.populations)
     return {
@@ -340,7 +342,8 @@ def _replay_metrics(replay: Replay, fresh_groups: int) -> dict[str, Mean | float
         "replay/age": Mean(float(replayed.age_B.sum()), read),
         "replay/round": Mean(float(rounds), read),
         "reward/replay_candidates": _mean_reward(replayed.candidates),
-        "reward/replayed": _mean_reward(replayed.round.groups),
+        "reward/replayed": _mean_reward(replayed.stages[0]),
+        "reward/replayed_last": _mean_reward(replayed.stages[-1]),
     }
 
 

@@ -43,16 +43,23 @@ def give_credit(
 
 def give_replay_credit(
     replayed: Replayed, advantages: Advantages, objective: ObjectiveSettings
-) -> Credit:
-    """The credit of a step's answers to all its stored populations.
+) -> list[Credit]:
+    """The credit of a step's answers to all its stored populations, round by round.
 
     "unbiased" is the mean over all that the step has read.
     """
-    groups, ((of_round,), (rewards,)) = replayed.round.groups, (advantages.rounds, replayed.rewards())
-    gated_BxKxM = _gate(groups, of_round.aggregation_BxKxM, objective)
-    weight_BxKxM = replay_weights(objective, gated_BxKxM, rewards.aggregated_BxKxM)
-    UxC = groups.trace_len_UxC.shape
-    return Credit(gated_BxKxM.reshape(UxC), weight_BxKxM.reshape(UxC))
+    credit = []
+    for r, (groups, rewards) in enumerate(zip(replayed.stages, replayed.rewards(), strict=True)):
+        UxC = groups.trace_len_UxC.shape
+        gated_BxKxM = _gate(groups, advantages.rounds[r].aggregation_BxKxM, objective)
+        weight_BxKxM = replay_weights(objective, gated_BxKxM, rewards.aggregated_BxKxM)
+        given = Credit(gated_BxKxM.reshape(UxC), weight_BxKxM.reshape(UxC))
+        if r + 1 < len(replayed.rounds):
+            gated_BxN = _gate(groups, advantages.rounds[r + 1].candidate_BxN, objective)
+            weight_BxN = objective.search_weight / len(gated_BxN) * gated_BxN
+            given += Credit(gated_BxN.reshape(UxC), weight_BxN.reshape(UxC))
+        credit.append(given)
+    return credit
 
 
 def _nothing(groups: Groups) -> Credit:

@@ -157,7 +157,10 @@ class Populations:
         return sorted((self.kept[i] for i in chosen), key=lambda each: each.cursor)
 
     def after(
-        self, step: int, sampled: Iterable[Population], replayed: Iterable[Population]
+        self,
+        step: int,
+        sampled: Iterable[Sequence[Population]],
+        replayed: Iterable[Sequence[Population]],
     ) -> Populations:
         """What the next step can read.
 
@@ -170,18 +173,21 @@ class Populations:
           sampled: the last answers to search traces of its problems.
           replayed: the answers to what `drawn` has given, in that order.
         """
-        s, kept, new = self.settings, [], list(sampled)
+        s, kept = self.settings, []
+        new = [_deepest(rounds[0], rounds[1:]) for rounds in sampled]
         read = self.drawn(step)
         answers = dict(zip((each.cursor for each in read), replayed, strict=True))
         for population in self.kept:
             if answer := answers.get(population.cursor):
-                if answer.mean_reward >= population.mean_reward:
-                    new.append(answer)
+                deepest = _deepest(population, answer)
+                if deepest is not population:
+                    new.append(deepest)
                     continue
                 population = dataclasses.replace(population, uses=population.uses + 1)
             if population.uses < s.uses and step + 1 - population.step <= s.max_age:
                 kept.append(population)
-        readable = [each for each in new if each.round < s.rounds and each.mean_reward > 0]
+        deepest = s.rounds - s.reads  # that can be read
+        readable = [each for each in new if each.round <= deepest and each.mean_reward > 0]
         return dataclasses.replace(self, kept=(*kept, *readable)[-s.capacity :])
 
     def to_plain(self) -> list[dict[str, Any]]:
@@ -191,3 +197,12 @@ class Populations:
     def restored(self, plain: Sequence[dict[str, Any]]) -> Populations:
         """Those that `to_plain` wrote, under these settings."""
         return dataclasses.replace(self, kept=tuple(map(Population.from_plain, plain)))
+
+
+def _deepest(read: Population, rounds: Sequence[Population]) -> Population:
+    """The last of the rounds that follow `read` up to which each has earned what it has read."""
+    for answers in rounds:
+        if answers.mean_reward < read.mean_reward:
+            break
+        read = answers
+    return read
