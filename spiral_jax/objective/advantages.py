@@ -11,7 +11,7 @@ from spiral_jax.core.errors import UserError
 from spiral_jax.core.groups import Stop
 from spiral_jax.objective.estimators import ESTIMATORS, estimator_named
 from spiral_jax.objective.of_own_answers import varies
-from spiral_jax.objective.of_sets import advantage_in_step, aggregation_advantage
+from spiral_jax.objective.of_sets import aggregation_advantage
 from spiral_jax.objective.rewards import Rewards
 
 
@@ -114,8 +114,6 @@ def compute_advantages(
       ValueError: another estimator; or another number of c than of rounds.
       FractionalRewards: own rewards other than 0, 1 and NaN where sets are scored by them.
     """
-    if any(of_round.stale for of_round in rewards):
-        estimator, c_R = "aggregator_only", ()
     if c_R:
         rewards = [
             dataclasses.replace(of_round, c=c) for of_round, c in zip(rewards, c_R, strict=True)
@@ -123,30 +121,8 @@ def compute_advantages(
     return Advantages(tuple(_of_round(estimator, of_round) for of_round in rewards))
 
 
-def replay_advantages(rewards: Rewards) -> RoundAdvantages:
-    """The advantages of a step's answers to all its stored populations, before the length gate.
-
-    What is read earns nothing.
-    """
-    reward_BxKxM = rewards.aggregated_BxKxM
-    advantage_BxKxM = advantage_in_step(reward_BxKxM)
-    informative_B = (advantage_BxKxM != 0).any(axis=(1, 2))
-    candidate_BxN = np.zeros(rewards.own_BxN.shape, np.float32)
-    if not rewards.stale:
-        f_BxK = rewards.score_BxK
-        B, K = f_BxK.shape
-        total = np.nansum(f_BxK)
-        others_B = (total - np.nansum(f_BxK, axis=1)) / max((B - 1) * K, 1)
-        score_BxK = np.nan_to_num(f_BxK - others_B[:, None]) / K
-        candidate_BxN = np.einsum("bk,bkn->bn", score_BxK, rewards.incidence_BxKxN)
-        candidate_BxN = candidate_BxN.astype(np.float32)
-    return RoundAdvantages(
-        candidate_BxN, advantage_BxKxM, informative_B, np.zeros(len(candidate_BxN), bool)
-    )
-
-
 def _of_round(name: str, rewards: Rewards) -> RoundAdvantages:
-    estimator = estimator_named(name)
+    estimator = estimator_named("aggregator_only" if rewards.stale else name)
     if estimator.needs.bits:
         _check_bits(name, rewards)
     informative_B = estimator.informative(rewards)

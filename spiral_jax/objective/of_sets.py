@@ -103,17 +103,6 @@ def aggregation_advantage(reward_BxKxM: np.ndarray) -> np.ndarray:
     return clean(reward_BxKxM - set_score(reward_BxKxM)[..., None], reward_BxKxM)
 
 
-def advantage_in_step(reward_BxKxM: np.ndarray) -> np.ndarray:
-    """r_bkm - mean over all valid rewards of the step: [B, K, M] -> float32 [B, K, M]; 0 at NaN.
-
-    With weight 1 / (n - 1), n valid rewards, it is r minus the mean of the n - 1 others over n:
-    these do not depend on the answer, given the sets that are read.
-    """
-    flat_1xn = reward_BxKxM.reshape(1, -1)
-    advantage_1xn = clean(flat_1xn - mean(flat_1xn, ~np.isnan(flat_1xn))[:, None], flat_1xn)
-    return advantage_1xn.reshape(reward_BxKxM.shape)
-
-
 @functools.lru_cache(maxsize=16)
 def every_subset(n: int, s: int) -> np.ndarray:
     """All S-subsets of range(N): int32 [C(N, S), S]; do not write into it."""

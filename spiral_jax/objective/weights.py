@@ -35,11 +35,13 @@ def candidate_weights(
         scale = settings.search_weight / max(int(tokens), 1)
     elif settings.normalizer == "unbiased":
         factor_B = factor(rewards)
-        if not (factor_B > 0).all():
+        needed_B = advantage_BxN.any(axis=1)
+        if not (factor_B > 0)[needed_B].all():
             raise ValueError(
                 f"{settings.estimator}: a problem without enough valid rewards was kept "
                 f"(c = {factor_B.min():g})"
             )
+        factor_B = np.where(needed_B, factor_B, 1.0)
         scale = settings.search_weight / (len(advantage_BxN) * factor_B[:, None])
     else:
         scale = settings.search_weight
@@ -64,16 +66,3 @@ def aggregation_weights(
     others_BxKx1, sets_Bx1x1 = np.maximum(samples_BxKx1 - 1, 1), np.maximum(sets_Bx1x1, 1)
     count = len(advantage_BxKxM) * sets_Bx1x1 * others_BxKx1
     return (weight / count * advantage_BxKxM).astype(np.float32)
-
-
-def replay_weights(
-    settings: ObjectiveSettings, advantage_BxKxM: np.ndarray, reward_BxKxM: np.ndarray
-) -> np.ndarray:
-    """Loss weights of a step's answers to all its stored populations -> float32 [B, K, M].
-
-    "unbiased": w_a / (n - 1) * A, with n valid rewards in the step. "sum": w_a * A.
-    """
-    weight = settings.aggregation_weight
-    if settings.normalizer == "unbiased":
-        weight /= max(int((~np.isnan(reward_BxKxM)).sum()) - 1, 1)
-    return (weight * advantage_BxKxM.astype(np.float64)).astype(np.float32)

@@ -17,7 +17,7 @@ from spiral_jax.core.config import ConfigError
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.groups import Groups, Role, Stop, concat_groups
 from spiral_jax.core.metrics import Mean
-from spiral_jax.objective.advantages import Advantages, concat_advantages, replay_advantages
+from spiral_jax.objective.advantages import Advantages, concat_advantages
 from spiral_jax.objective.rewards import Rewards
 from spiral_jax.objective.settings import ObjectiveSettings
 from spiral_jax.prompts.prompts import search_prompt
@@ -164,7 +164,7 @@ class FirstKept:
         self._settings, self._source = settings, source
         self._populations = populations
         self._replays_begun = 0
-        self._replayed: dict[int, Replayed] = {}  # by cursor, B = 1 each
+        self._replayed: dict[int, tuple[Replayed, Advantages]] = {}  # by cursor, B = 1 each
         self._cursor = cursor  # behind the last problem that was tried
         self._tried: list[int] = []  # cursors, ascending
         self._decided: dict[int, tuple[Rollouts, Advantages]] = {}  # by cursor, B = 1 each
@@ -187,7 +187,7 @@ class FirstKept:
     def add(self, rollouts: Rollouts | Replayed, advantages: Advantages) -> None:
         """Decides one problem (B = 1): it is kept if it has a signal."""
         if isinstance(rollouts, Replayed):
-            self._replayed[int(rollouts.cursor_B[0])] = rollouts
+            self._replayed[int(rollouts.cursor_B[0])] = rollouts, advantages
             return
         self._decided[int(rollouts.cursor_B[0])] = rollouts, advantages
         self._kept += int(advantages.keep_B[0])
@@ -279,8 +279,8 @@ class FirstKept:
         if not self._populations:
             return None
         decided = [self._replayed[population.cursor] for population in self._populations]
-        replayed = concat_replayed(decided)
-        advantages = Advantages(tuple(map(replay_advantages, replayed.rewards())))
+        replayed = concat_replayed([of_problem for of_problem, _ in decided])
+        advantages = concat_advantages([of_problem for _, of_problem in decided])
         credit = give_replay_credit(replayed, advantages, objective)
         given = [of_round.advantage_UxC for of_round in credit]
         return Replay(replayed.with_advantages(given), advantages, credit)

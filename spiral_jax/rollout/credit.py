@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from spiral_jax.core.groups import Groups
 from spiral_jax.objective.advantages import Advantages, RoundAdvantages, length_gate
 from spiral_jax.objective.rewards import Rewards
 from spiral_jax.objective.settings import ObjectiveSettings
-from spiral_jax.objective.weights import aggregation_weights, candidate_weights, replay_weights
+from spiral_jax.objective.weights import aggregation_weights, candidate_weights
 from spiral_jax.rollout.traces import Replayed, Rollouts
 
 
@@ -33,32 +34,34 @@ def give_credit(
     Each round gives credit to its candidates, which are the stage before it, and to its own
     aggregations; a stage that is both gets the sum.
     """
-    credit = [_nothing(groups) for groups in kept.stages]
-    for r, (of_round, rewards) in enumerate(zip(advantages.rounds, kept.rewards(), strict=True)):
-        credit[r] += _of_candidates(kept.stages[r], of_round, rewards, objective)
-        if of_round.aggregation_BxKxM is not None:
-            credit[r + 1] += _of_aggregations(kept.stages[r + 1], of_round, rewards, objective)
-    return credit
+    return _credit(kept.stages, advantages, kept.rewards(), objective)
 
 
 def give_replay_credit(
     replayed: Replayed, advantages: Advantages, objective: ObjectiveSettings
 ) -> list[Credit]:
-    """The credit of a step's answers to all its stored populations, round by round.
+    """The credit of the new answers to stored populations, by round; what was read gets none.
 
-    "unbiased" is the mean over all that the step has read.
+    They weigh as all rounds of aggregation do: "unbiased" is the mean over all populations that the
+    step has read, those without a signal too.
     """
-    credit = []
-    for r, (groups, rewards) in enumerate(zip(replayed.stages, replayed.rewards(), strict=True)):
-        UxC = groups.trace_len_UxC.shape
-        gated_BxKxM = _gate(groups, advantages.rounds[r].aggregation_BxKxM, objective)
-        weight_BxKxM = replay_weights(objective, gated_BxKxM, rewards.aggregated_BxKxM)
-        given = Credit(gated_BxKxM.reshape(UxC), weight_BxKxM.reshape(UxC))
-        if r + 1 < len(replayed.rounds):
-            gated_BxN = _gate(groups, advantages.rounds[r + 1].candidate_BxN, objective)
-            weight_BxN = objective.search_weight / len(gated_BxN) * gated_BxN
-            given += Credit(gated_BxN.reshape(UxC), weight_BxN.reshape(UxC))
-        credit.append(given)
+    stages = [replayed.candidates, *replayed.stages]
+    return _credit(stages, advantages, replayed.rewards(), objective)[1:]
+
+
+def _credit(
+    stages: Sequence[Groups],
+    advantages: Advantages,
+    rewards: Sequence[Rewards],
+    objective: ObjectiveSettings,
+) -> list[Credit]:
+    """Of each stage; round r reads stage r and is stage r + 1."""
+    credit = [_nothing(groups) for groups in stages]
+    for r, (of_round, earned) in enumerate(zip(advantages.rounds, rewards, strict=True)):
+        if not earned.stale:
+            credit[r] += _of_candidates(stages[r], of_round, earned, objective)
+        if of_round.aggregation_BxKxM is not None:
+            credit[r + 1] += _of_aggregations(stages[r + 1], of_round, earned, objective)
     return credit
 
 
