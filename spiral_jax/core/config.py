@@ -175,8 +175,8 @@ def defaults() -> ConfigDict:
     # of a subset's candidates in the prompt; or "sampled", as they were drawn
     c.aggregation.order = "shuffled"
 
-    # Population replay: the answers of a problem's last round of aggregation are kept, and
-    # aggregation groups of later steps read them, as a deeper round would. What is read is of
+    # Population replay: the answers of a round of aggregation of a problem are kept, and
+    # aggregation.rounds rounds of later steps read them, as deeper ones would. What is read is of
     # earlier steps and earns nothing; the new answers are trained as all aggregations are, and take
     # the place of what they have read once they have earned as much
     c.replay = ConfigDict()

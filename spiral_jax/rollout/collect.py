@@ -83,7 +83,7 @@ class Replay:
     Attributes:
       replayed: advantages behind the length gate.
       advantages: before it.
-      credit: of the new answers.
+      credit: of the new answers, round by round.
     """
 
     replayed: Replayed
@@ -312,7 +312,8 @@ def _rewards_in_words(groups: Groups) -> str:
 def _rollout_metrics(
     rollouts: Rollouts, advantages: Advantages, replay: Replay | None
 ) -> dict[str, Mean | float]:
-    metrics = _reward_metrics(rollouts)
+    metrics = {"reward/search": _mean_reward(rollouts.search)}
+    metrics |= _reward_metrics("aggregated", rollouts.stages[1:])
     search, *rounds = advantages.by_stage()
     metrics |= _role_metrics(Role.SEARCH, rollouts.search, search)
     if not rollouts.rounds:
@@ -342,9 +343,7 @@ def _replay_metrics(replay: Replay, fresh_groups: int) -> dict[str, Mean | float
         "replay/age": Mean(float(replayed.age_B.sum()), read),
         "replay/round": Mean(float(rounds), read),
         "reward/replay_candidates": _mean_reward(replayed.candidates),
-        "reward/replayed": _mean_reward(replayed.stages[0]),
-        "reward/replayed_last": _mean_reward(replayed.stages[-1]),
-    }
+    } | _reward_metrics("replayed", replayed.stages)
 
 
 def _mean_reward(groups: Groups) -> Mean:
@@ -352,13 +351,12 @@ def _mean_reward(groups: Groups) -> Mean:
     return Mean(float(valid.sum()), float(valid.size))
 
 
-def _reward_metrics(rollouts: Rollouts) -> dict[str, Mean]:
-    """Of search, of the last round, and of those before it by their number."""
-    names = ["search"]
-    if rollouts.rounds:
-        names += [f"aggregated_round_{r}" for r in range(1, len(rollouts.rounds))] + ["aggregated"]
-    pairs = zip(names, rollouts.stages, strict=True)
-    return {f"reward/{name}": _mean_reward(groups) for name, groups in pairs}
+def _reward_metrics(name: str, rounds: Sequence[Groups]) -> dict[str, Mean]:
+    """Of the last round under `name`, and of those before it by their number too."""
+    rewards = {f"reward/{name}_round_{r}": _mean_reward(each) for r, each in enumerate(rounds, 1)}
+    if rounds:
+        rewards[f"reward/{name}"] = rewards.pop(f"reward/{name}_round_{len(rounds)}")
+    return rewards
 
 
 def _role_metrics(role: Role, groups: Groups, advantage: np.ndarray) -> dict[str, Mean | float]:

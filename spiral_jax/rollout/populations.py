@@ -1,9 +1,9 @@
 """Population replay: what a deeper round of self-aggregation would read, kept from step to step.
 
-The answers of a problem's last round of aggregation are its population. A later step reads some
-populations as one round more: the candidates are stale, the answers are the policy's own. So a
-round costs what it samples, and not the rounds before it, and nothing has to wait for the data to
-come round again.
+The answers of a round of aggregation of a problem are its population. A later step reads some
+populations as rounds more, as many as its own problems have: the first candidates are stale, the
+answers are the policy's own. So a round costs what it samples, and not the rounds before it, and
+nothing has to wait for the data to come round again.
 
 Answers take the place of what they are answers to once they have earned as much on average, so
 rounds grow deeper as the policy learns to read them. Until then the same population is read again,
@@ -170,8 +170,8 @@ class Populations:
 
         Args:
           step: that has ended.
-          sampled: the last answers to search traces of its problems.
-          replayed: the answers to what `drawn` has given, in that order.
+          sampled: of each of its problems, the answers of each round.
+          replayed: of each that `drawn` has given, in that order, the answers of each round more.
         """
         s, kept = self.settings, []
         new = [_deepest(rounds[0], rounds[1:]) for rounds in sampled]
@@ -200,7 +200,7 @@ class Populations:
 
 
 def _deepest(read: Population, rounds: Sequence[Population]) -> Population:
-    """The last of the rounds that follow `read` up to which each has earned what it has read."""
+    """The last of `rounds` up to which each has earned as much as what it reads; else `read`."""
     for answers in rounds:
         if answers.mean_reward < read.mean_reward:
             break

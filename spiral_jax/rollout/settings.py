@@ -23,6 +23,7 @@ class ReplaySettings:
 
     Attributes:
       seed: config.seed.
+      reads: rounds of aggregation that a step samples of a population, as of its own problems.
     """
 
     seed: int
@@ -30,7 +31,7 @@ class ReplaySettings:
     max_age: int
     uses: int
     rounds: int
-    reads: int = 1
+    reads: int
 
     @property
     def capacity(self) -> int:
@@ -305,7 +306,7 @@ def _replay_settings(c: ConfigDict, estimator: Estimator) -> ReplaySettings | No
         "It has no aggregation stage, so no populations.",
     )
     deeper = 2 * c.aggregation.rounds
-    require(r.rounds >= deeper, "replay.rounds", r.rounds, f">= 2 aggregation.rounds = {deeper}")
+    require(r.rounds >= deeper, "replay.rounds", r.rounds, f">= 2 * aggregation.rounds = {deeper}")
     _check_answers(c, "replay.problems", r.problems, "0")
     return ReplaySettings(c.seed, **r.to_dict(), reads=c.aggregation.rounds)
 

@@ -54,7 +54,7 @@ def population(cursor, step=0, round=1, rewards=(1.0, 0.0)):
 
 
 def store(**changes):
-    fields = {"seed": 0, "problems": 2, "max_age": 3, "uses": 1, "rounds": 4}
+    fields = {"seed": 0, "problems": 2, "max_age": 3, "uses": 1, "rounds": 4, "reads": 1}
     return Populations(ReplaySettings(**fields | changes))
 
 
@@ -78,10 +78,10 @@ def test_no_population_is_read_too_old_too_often_or_too_deep_and_the_store_is_bo
             deepest = max(deepest, each.round)
         fresh = []
         for _ in range(rng.integers(5)):
-            fresh.append(population(cursor, step, rewards=(rng.integers(2), 0.0)))
+            fresh.append([population(cursor, step, rewards=(rng.integers(2), 0.0))])
             cursor += 1
         answers = [
-            population(each.cursor, step, each.round + 1, rewards=(rng.integers(2), 0.0))
+            [population(each.cursor, step, each.round + 1, rewards=(rng.integers(2), 0.0))]
             for each in read
         ]
         stored = stored.after(step, fresh, answers)
@@ -92,26 +92,45 @@ def test_no_population_is_read_too_old_too_often_or_too_deep_and_the_store_is_bo
 
 
 def test_answers_take_the_place_of_what_they_have_read_once_they_have_earned_as_much():
-    kept = [population(cursor, round=3 if cursor == 4 else 1) for cursor in range(1, 6)]
+    kept = [[population(cursor, round=3 if cursor == 4 else 1)] for cursor in range(1, 6)]
     first = store(problems=5, uses=2).after(0, kept, [])
     assert [each.cursor for each in first.drawn(1)] == [1, 2, 3, 4, 5]
     answers = [
-        population(1, 1, 2, rewards=(0.75, 0.25)),  # as much
-        population(2, 1, 2, rewards=(NAN, 1.0)),  # more: our failure is in no mean
-        population(3, 1, 2, rewards=(0.75, 0.0)),  # less
-        population(4, 1, 4),  # nothing reads round 4
-        population(5, 1, 2, rewards=(NAN, NAN)),
+        [population(1, 1, 2, rewards=(0.75, 0.25))],  # as much
+        [population(2, 1, 2, rewards=(NAN, 1.0))],  # more: our failure is in no mean
+        [population(3, 1, 2, rewards=(0.75, 0.0))],  # less
+        [population(4, 1, 4)],  # nothing reads round 4
+        [population(5, 1, 2, rewards=(NAN, NAN))],
     ]
     second = first.after(1, [], answers)
     places = [(each.cursor, each.step, each.round, each.uses) for each in second.kept]
     assert places == [(3, 0, 1, 1), (5, 0, 1, 1), (1, 1, 2, 0), (2, 1, 2, 0)]
-    again = [population(each.cursor, 2, each.round + 1, (0.1, 0.0)) for each in second.drawn(2)]
+    again = [[population(each.cursor, 2, each.round + 1, (0.1, 0.0))] for each in second.drawn(2)]
     third = second.after(2, [], again)
     assert [(each.cursor, each.uses) for each in third.kept] == [(1, 1), (2, 1)]
 
 
+def test_of_several_rounds_the_last_up_to_which_each_has_earned_as_much_is_kept():
+    def rounds(cursor, step, first, *means):
+        return [
+            population(cursor, step, first + r, rewards=(mean, mean))
+            for r, mean in enumerate(means)
+        ]
+
+    kept = [rounds(1, 0, 1, 0.5, 0.5), rounds(2, 0, 1, 0.5, 0.4), rounds(3, 0, 1, 0.0, 0.0)]
+    first = store(problems=5, uses=2, rounds=5, reads=2).after(0, kept, [])
+    places = [(each.cursor, each.step, each.round, each.uses) for each in first.kept]
+    assert places == [(1, 0, 2, 0), (2, 0, 1, 0)]
+    answers = [rounds(1, 1, 3, 0.6, 0.7), rounds(2, 1, 2, 0.4, 0.9)]
+    second = first.after(1, [rounds(4, 1, 1, 0.1, 0.2)], answers)
+    places = [(each.cursor, each.step, each.round, each.uses) for each in second.kept]
+    # two rounds more than problem 1's fourth would be round 6, of 5
+    assert places == [(2, 0, 1, 1), (4, 1, 2, 0)]
+
+
 def test_what_has_earned_nothing_is_not_kept():
-    kept = [population(1, rewards=(0.0, NAN)), population(2, rewards=(NAN, NAN)), population(3)]
+    kept = [[population(1, rewards=(0.0, NAN))], [population(2, rewards=(NAN, NAN))]]
+    kept.append([population(3)])
     assert [each.cursor for each in store().after(0, kept, []).kept] == [3]
 
 
@@ -187,7 +206,8 @@ def test_its_sets_are_drawn_by_key_and_read_the_stored_answers(replaying):
     replayed = batch.replay.replayed
     assert replayed.cursor_B.tolist() == [each.cursor for each in read] and len(read) == 3
     assert set(replayed.cursor_B) & set(batch.rollouts.cursor_B) == set()
-    requests = replayed.round.groups.requests
+    (round,) = replayed.rounds
+    requests = round.groups.requests
     listed = [
         row["order"]
         for row in rows_of(training, batch)
@@ -195,7 +215,7 @@ def test_its_sets_are_drawn_by_key_and_read_the_stored_answers(replaying):
     ]
     for b, cursor in enumerate(replayed.cursor_B.tolist()):
         member_KxS = draw_subsets(Key(training.c.seed, 0, 1, cursor, 1), K * M, S, K)
-        np.testing.assert_array_equal(replayed.round.member_BxKxS[b], member_KxS)
+        np.testing.assert_array_equal(round.member_BxKxS[b], member_KxS)
         for k, member_S in enumerate(member_KxS):
             u = b * K + k
             shown = prompt_text(requests, u).split("#")
@@ -292,13 +312,13 @@ def test_a_step_ends_only_when_all_that_it_read_is_judged():
 
 def test_answers_are_the_population_of_one_round_more(replaying):
     _, batch, read, right = replaying
-    deeper = batch.replay.replayed.answers()
+    deeper = [rounds[-1] for rounds in batch.replay.replayed.answers()]
     assert [(each.cursor, each.step, each.round) for each in deeper] == [
         (each.cursor, 1, 2) for each in read
     ]
     for each in deeper:
         np.testing.assert_array_equal(each.reward_C, right[REPLAY, each.cursor].ravel())
-    fresh = batch.rollouts.answers()
+    fresh = [rounds[-1] for rounds in batch.rollouts.answers()]
     assert [(each.cursor, each.step, each.round) for each in fresh] == [
         (cursor, 1, 1) for cursor in batch.rollouts.cursor_B
     ]
@@ -351,11 +371,11 @@ def test_the_expected_update_is_the_gradient_of_the_mean_reward_over_stored_popu
         B = len(reward)
         candidates = answers_with(np.tile(np.float64(stored), (B, 1)))
         round = Round(member, answers_with(reward.reshape(-1, 2)))
-        replayed = Replayed([None] * B, [population(0)] * B, candidates, round)
+        replayed = Replayed([None] * B, [population(0)] * B, candidates, (round,))
         settings = ObjectiveSettings(estimator, "unbiased", 1.0, 1.0, 1.0)
-        advantages = compute_advantages(estimator, replayed.rewards(), (0.5, 0.7))
+        advantages = compute_advantages(estimator, replayed.rewards(), (0.5,))
         assert not advantages.rounds[0].candidate_BxN.any()
-        credit = give_replay_credit(replayed, advantages, settings)
+        (credit,) = give_replay_credit(replayed, advantages, settings)
         weight = credit.weight_UxC.reshape(reward.shape) * B / len(STORED)
         p = probability(THETA, reward, shown, draws)
         assert p.sum() == pytest.approx(1, abs=1e-12)
@@ -369,6 +389,58 @@ def test_the_expected_update_is_the_gradient_of_the_mean_reward_over_stored_popu
     slope = (objective[:, 0] - objective[:, 1]) / 2e-4
     assert (np.abs(slope) > 1e-3).all()
     np.testing.assert_allclose(update, slope, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["marginal_mean", "with_without", "aggregator_only"])
+def test_answers_that_are_read_again_climb_the_mean_reward_of_both_rounds(estimator):
+    """Two rounds of one stored population: 2^8 rewards of each of 15 x 15 draws of sets."""
+    member, reward, shown, draws = outcomes_of(STORED[0])
+    first = member[:: len(reward) // draws]  # each draw once
+    rewards = reward[: len(reward) // draws]  # each outcome of a round once
+    place = np.indices((len(first), len(rewards), len(first), len(rewards))).reshape(4, -1)
+    of_first, of_second = first[place[0]], first[place[2]]
+    reward_1, reward_2 = rewards[place[1]], rewards[place[3]]
+    B = place.shape[1]
+    shown_1 = np.array(STORED[0])[of_first].sum(axis=-1)[..., None].repeat(2, axis=2)
+    read = np.take_along_axis(reward_1.reshape(B, 1, 4).repeat(2, axis=1), of_second, axis=2)
+    shown_2 = read.sum(axis=-1).astype(int)[..., None].repeat(2, axis=2)
+
+    candidates = answers_with(np.tile(np.float64(STORED[0]), (B, 1)))
+    rounds = tuple(
+        Round(member, answers_with(reward.reshape(-1, 2)))
+        for member, reward in ((of_first, reward_1), (of_second, reward_2))
+    )
+    replayed = Replayed([None] * B, [population(0)] * B, candidates, rounds)
+    settings = ObjectiveSettings(estimator, "unbiased", 1.0, 1.0, 1.0)
+    advantages = compute_advantages(estimator, replayed.rewards())
+    assert not advantages.rounds[0].candidate_BxN.any()
+    credit = give_replay_credit(replayed, advantages, settings)
+
+    outcomes = ((reward_1, shown_1), (reward_2, shown_2))
+
+    def chances(theta):
+        return [probability(theta, reward, shown, draws) for reward, shown in outcomes]
+
+    def objectives(theta):
+        p_1, p_2 = chances(theta)
+        return [(p_1 * p_2 * reward.mean(axis=(1, 2))).sum() for reward in (reward_1, reward_2)]
+
+    p = np.prod(chances(THETA), axis=0)
+    assert p.sum() == pytest.approx(1, abs=1e-12)
+    update = np.zeros(3)
+    for of_round, (reward, shown) in zip(credit, outcomes, strict=True):
+        weight = of_round.weight_UxC.reshape(reward.shape) * B
+        score = weight * (reward - chance(THETA[shown]))
+        update += [(p[:, None, None] * np.where(shown == i, score, 0)).sum() for i in range(3)]
+    moves = 1e-4 * np.eye(3)
+    slopes = np.array(
+        [np.subtract(objectives(THETA + move), objectives(THETA - move)) / 2e-4 for move in moves]
+    )
+    expected = slopes.sum(axis=1)
+    if estimator == "aggregator_only":  # nobody earns by being read
+        assert np.abs(update - expected).max() > 1e-3
+    else:
+        np.testing.assert_allclose(update, expected, atol=1e-6)  # float32
 
 
 # --- its configuration --------------------------------------------------------------------------
