@@ -159,8 +159,8 @@ class Populations:
     def after(
         self,
         step: int,
-        sampled: Iterable[Sequence[Population]],
-        replayed: Iterable[Sequence[Population]],
+        sampled: Iterable[Population],
+        replayed: Iterable[Population],
     ) -> Populations:
         """What the next step can read.
 
@@ -170,18 +170,16 @@ class Populations:
 
         Args:
           step: that has ended.
-          sampled: of each of its problems, the answers of each round.
-          replayed: of each that `drawn` has given, in that order, the answers of each round more.
+          sampled: the first answers to search traces of its problems.
+          replayed: the first answers to what `drawn` has given, in that order.
         """
-        s, kept = self.settings, []
-        new = [_deepest(rounds[0], rounds[1:]) for rounds in sampled]
+        s, kept, new = self.settings, [], list(sampled)
         read = self.drawn(step)
         answers = dict(zip((each.cursor for each in read), replayed, strict=True))
         for population in self.kept:
             if answer := answers.get(population.cursor):
-                deepest = _deepest(population, answer)
-                if deepest is not population:
-                    new.append(deepest)
+                if answer.mean_reward >= population.mean_reward:
+                    new.append(answer)
                     continue
                 population = dataclasses.replace(population, uses=population.uses + 1)
             if population.uses < s.uses and step + 1 - population.step <= s.max_age:
@@ -197,12 +195,3 @@ class Populations:
     def restored(self, plain: Sequence[dict[str, Any]]) -> Populations:
         """Those that `to_plain` wrote, under these settings."""
         return dataclasses.replace(self, kept=tuple(map(Population.from_plain, plain)))
-
-
-def _deepest(read: Population, rounds: Sequence[Population]) -> Population:
-    """The last of `rounds` up to which each has earned as much as what it reads; else `read`."""
-    for answers in rounds:
-        if answers.mean_reward < read.mean_reward:
-            break
-        read = answers
-    return read

@@ -80,13 +80,13 @@ class Rollouts:
         """U = R * B * K, round by round; None without that stage."""
         return concat_groups([round.groups for round in self.rounds]) if self.rounds else None
 
-    def answers(self) -> list[list[Population]]:
-        """The populations of each problem: the answers of each round."""
+    def answers(self) -> list[Population]:
+        """The population of each problem: the first round's answers.
+
+        So what is kept has earned by being read too, where there is a second round.
+        """
         return [
-            [
-                Population.of(cursor, r, round.of_problem(b))
-                for r, round in enumerate(self.rounds, start=1)
-            ]
+            Population.of(cursor, 1, self.rounds[0].of_problem(b))
             for b, cursor in enumerate(self.cursor_B.tolist())
         ]
 
@@ -182,13 +182,10 @@ class Replayed:
         step = self.stages[0].requests.id_Ux6[0, 1]
         return step - np.array([population.step for population in self.populations])
 
-    def answers(self) -> list[list[Population]]:
-        """The populations of each problem that are one round deeper, two, and so on."""
+    def answers(self) -> list[Population]:
+        """The population of each problem that is one round deeper."""
         return [
-            [
-                Population.of(read.cursor, read.round + r, round.of_problem(b))
-                for r, round in enumerate(self.rounds, start=1)
-            ]
+            Population.of(read.cursor, read.round + 1, self.rounds[0].of_problem(b))
             for b, read in enumerate(self.populations)
         ]
 
