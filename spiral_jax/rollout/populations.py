@@ -160,26 +160,27 @@ class Populations:
         self,
         step: int,
         sampled: Iterable[Population],
-        replayed: Iterable[Population],
+        replayed: Iterable[Sequence[Population]],
     ) -> Populations:
         """What the next step can read.
 
-        A population is gone when the answers to it have earned as much, which take its place; when
-        it was read as often as it may be; and when it is too old. What has earned nothing at all is
-        not kept. Where there are too many, the oldest go.
+        A population is gone when the answers to it take its place: once they have earned as much,
+        and where a step reads several rounds, once those of the last have; when it was read as
+        often as it may be; and when it is too old. What has earned nothing at all is not kept.
+        Where there are too many, the oldest go.
 
         Args:
           step: that has ended.
           sampled: the first answers to search traces of its problems.
-          replayed: the first answers to what `drawn` has given, in that order.
+          replayed: the answers to what `drawn` has given, in that order, round by round.
         """
         s, kept, new = self.settings, [], list(sampled)
         read = self.drawn(step)
         answers = dict(zip((each.cursor for each in read), replayed, strict=True))
         for population in self.kept:
             if answer := answers.get(population.cursor):
-                if answer.mean_reward >= population.mean_reward:
-                    new.append(answer)
+                if answer[-1].mean_reward >= population.mean_reward:
+                    new.append(answer[0])
                     continue
                 population = dataclasses.replace(population, uses=population.uses + 1)
             if population.uses < s.uses and step + 1 - population.step <= s.max_age:

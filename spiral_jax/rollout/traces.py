@@ -182,10 +182,13 @@ class Replayed:
         step = self.stages[0].requests.id_Ux6[0, 1]
         return step - np.array([population.step for population in self.populations])
 
-    def answers(self) -> list[Population]:
-        """The population of each problem that is one round deeper."""
+    def answers(self) -> list[list[Population]]:
+        """The populations of each problem that are one round deeper, two, and so on."""
         return [
-            Population.of(read.cursor, read.round + 1, self.rounds[0].of_problem(b))
+            [
+                Population.of(read.cursor, read.round + r, round.of_problem(b))
+                for r, round in enumerate(self.rounds, start=1)
+            ]
             for b, read in enumerate(self.populations)
         ]
 
