@@ -19,6 +19,7 @@ from scripted_sampler import (
 from configs import tiny
 from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.core.groups import GroupRequests, Groups, Role, Stop
+from spiral_jax.objective import of_sets
 from spiral_jax.objective.advantages import compute_advantages
 from spiral_jax.objective.settings import ObjectiveSettings
 from spiral_jax.objective.subsets import Key, draw_subsets
@@ -78,7 +79,7 @@ def test_no_population_is_read_too_old_too_often_or_too_deep_and_the_store_is_bo
             deepest = max(deepest, each.round)
         fresh = []
         for _ in range(rng.integers(5)):
-            fresh.append([population(cursor, step, rewards=(rng.integers(2), 0.0))])
+            fresh.append(population(cursor, step, rewards=(rng.integers(2), 0.0)))
             cursor += 1
         answers = [
             [population(each.cursor, step, each.round + 1, rewards=(rng.integers(2), 0.0))]
@@ -92,7 +93,7 @@ def test_no_population_is_read_too_old_too_often_or_too_deep_and_the_store_is_bo
 
 
 def test_answers_take_the_place_of_what_they_have_read_once_they_have_earned_as_much():
-    kept = [[population(cursor, round=3 if cursor == 4 else 1)] for cursor in range(1, 6)]
+    kept = [population(cursor, round=3 if cursor == 4 else 1) for cursor in range(1, 6)]
     first = store(problems=5, uses=2).after(0, kept, [])
     assert [each.cursor for each in first.drawn(1)] == [1, 2, 3, 4, 5]
     answers = [
@@ -110,27 +111,22 @@ def test_answers_take_the_place_of_what_they_have_read_once_they_have_earned_as_
     assert [(each.cursor, each.uses) for each in third.kept] == [(1, 1), (2, 1)]
 
 
-def test_of_several_rounds_the_last_up_to_which_each_has_earned_as_much_is_kept():
-    def rounds(cursor, step, first, *means):
-        return [
-            population(cursor, step, first + r, rewards=(mean, mean))
-            for r, mean in enumerate(means)
-        ]
-
-    kept = [rounds(1, 0, 1, 0.5, 0.5), rounds(2, 0, 1, 0.5, 0.4), rounds(3, 0, 1, 0.0, 0.0)]
-    first = store(problems=5, uses=2, rounds=5, reads=2).after(0, kept, [])
-    places = [(each.cursor, each.step, each.round, each.uses) for each in first.kept]
-    assert places == [(1, 0, 2, 0), (2, 0, 1, 0)]
-    answers = [rounds(1, 1, 3, 0.6, 0.7), rounds(2, 1, 2, 0.4, 0.9)]
-    second = first.after(1, [rounds(4, 1, 1, 0.1, 0.2)], answers)
+def test_of_several_rounds_the_first_takes_its_place_once_the_last_has_earned_as_much():
+    kept = [population(cursor) for cursor in (1, 2, 3)]
+    first = store(problems=5, uses=2, rounds=4, reads=2).after(0, kept, [])
+    answers = [
+        [population(1, 1, 2, (0.4, 0.4)), population(1, 1, 3, (0.5, 0.5))],
+        [population(2, 1, 2, (0.9, 0.9)), population(2, 1, 3, (0.4, 0.5))],
+        [population(3, 1, 2, (0.0, 0.0)), population(3, 1, 3, (0.5, 0.5))],
+    ]
+    second = first.after(1, [population(4, 1, 3)], answers)
     places = [(each.cursor, each.step, each.round, each.uses) for each in second.kept]
-    # two rounds more than problem 1's fourth would be round 6, of 5
-    assert places == [(2, 0, 1, 1), (4, 1, 2, 0)]
+    # two rounds that read the third of problem 4 would be the fourth and the fifth
+    assert places == [(2, 0, 1, 1), (1, 1, 2, 0)]
 
 
 def test_what_has_earned_nothing_is_not_kept():
-    kept = [[population(1, rewards=(0.0, NAN))], [population(2, rewards=(NAN, NAN))]]
-    kept.append([population(3)])
+    kept = [population(1, rewards=(0.0, NAN)), population(2, rewards=(NAN, NAN)), population(3)]
     assert [each.cursor for each in store().after(0, kept, []).kept] == [3]
 
 
@@ -312,19 +308,94 @@ def test_a_step_ends_only_when_all_that_it_read_is_judged():
 
 def test_answers_are_the_population_of_one_round_more(replaying):
     _, batch, read, right = replaying
-    deeper = [rounds[-1] for rounds in batch.replay.replayed.answers()]
+    deeper = [rounds[0] for rounds in batch.replay.replayed.answers()]
     assert [(each.cursor, each.step, each.round) for each in deeper] == [
         (each.cursor, 1, 2) for each in read
     ]
     for each in deeper:
         np.testing.assert_array_equal(each.reward_C, right[REPLAY, each.cursor].ravel())
-    fresh = [rounds[-1] for rounds in batch.rollouts.answers()]
+    fresh = batch.rollouts.answers()
     assert [(each.cursor, each.step, each.round) for each in fresh] == [
         (cursor, 1, 1) for cursor in batch.rollouts.cursor_B
     ]
     texts = [TOKENIZER.decode(row) for row in fresh[0].trace_CxG]
     names = [re.sub(r"\s", "", text)[:2] for text in texts]
     assert names == [f"{k}{m}" for k, m in np.ndindex(K, M)]
+
+
+@pytest.fixture(scope="module")
+def read_twice():
+    """The same where a step's problems have two rounds, and so have populations that it reads."""
+    right = np.random.default_rng(4).random((5, 40, K, M)) < 0.5
+    training = scripted_training(
+        script(right), sampler_class=SamplerByRound, replay__problems=3, aggregation__rounds=2
+    )
+    first = training.collect(step=0)
+    stored = Populations(training.actor.stages.replay).after(0, first.rollouts.answers(), [])
+    read = stored.drawn(1)
+    return training, training.collect(1, first.next_cursor, read), read, right
+
+
+def test_with_two_rounds_answers_earn_their_own_success_and_that_of_the_sets_that_read_them(
+    read_twice,
+):
+    _, batch, read, right = read_twice
+    assert [each.round for each in read] == [1, 1, 1]  # the first of two
+    first, second = batch.replay.credit
+    member_of = [round.member_BxKxS for round in batch.replay.replayed.rounds]
+    c = of_sets.marginal_mean_factor(K * M, S, K)
+    for b, each in enumerate(read):
+        reward_1, reward_2 = right[3:, each.cursor].astype(np.float64)
+        score_1, score_2 = reward_1.mean(axis=1), reward_2.mean(axis=1)
+        for k, m in np.ndindex(K, M):
+            is_in_K = (member_of[1][b] == k * M + m).any(axis=1)
+            above_K = (score_2 - score_2.mean())[is_in_K]
+            by_being_read = above_K.mean() if is_in_K.any() else 0.0
+            own_1 = (reward_1[k, m] - score_1[k]) / (K * (M - 1))
+            own_2 = (reward_2[k, m] - score_2[k]) / (K * (M - 1))
+            # of three populations; float32 of numbers below 0.2
+            expected = (own_1 + by_being_read / c) / 3
+            assert first.weight_UxC[b * K + k, m] == pytest.approx(expected, abs=1e-7)
+            assert second.weight_UxC[b * K + k, m] == pytest.approx(own_2 / 3, abs=1e-7)
+    assert batch.metrics["reward/replayed_round_1"].total == sum(
+        right[3, each.cursor].sum() for each in read
+    )
+    assert batch.metrics["reward/replayed"].total == sum(
+        right[4, each.cursor].sum() for each in read
+    )
+
+
+def test_the_second_replayed_round_reads_the_answers_of_the_first(read_twice):
+    training, batch, read, _ = read_twice
+    second = batch.replay.replayed.rounds[1]
+    listed = [
+        row["order"]
+        for row in rows_of(training, batch)
+        if "replay" in row and row["round"] == 3 and row["trace"] == 0
+    ]
+    for u, (each, k) in enumerate(itertools.product(read, range(K))):
+        requests = second.groups.requests
+        assert requests.id_Ux6[u].tolist() == [0, 1, each.cursor, 4, Role.AGGREGATION, k]
+        shown = prompt_text(requests, u).split("#")[1:]
+        names = [re.sub(r"\s", "", text.split("\\")[0])[-2:] for text in shown]
+        assert names == [f"{place // M}{place % M}" for place in listed[u]]
+        member_KxS = draw_subsets(Key(training.c.seed, 0, 1, each.cursor, 3), K * M, S, K)
+        assert sorted(listed[u]) == sorted(member_KxS[k].tolist())
+
+
+def test_the_page_of_a_problem_that_was_read_twice_explains_every_logged_advantage(read_twice):
+    training, batch, read, _ = read_twice
+    settings = PageSettings.from_plain(to_plain(training.c))
+    pages = [problem_page(1, rows, settings) for rows in split_problems(rows_of(training, batch))]
+    replayed = [page for page in pages if page["replay"]]
+    assert [page["cursor"] for page in replayed] == [each.cursor for each in read]
+    for page in replayed:
+        assert [of_set["round"] for of_set in page["sets"]] == [2] * K + [3] * K
+        assert not any(trace["advantage"] for trace in page["search"])
+        traces = page["search"] + [t for of_set in page["sets"] for t in of_set["traces"]]
+        assert any(trace["advantage"] for trace in traces)
+        assert not [trace["why"] for trace in traces if "was logged" in trace["why"]]
+        assert sum("earlier step" in trace["why"] for trace in traces) == K * M
 
 
 # --- its gradient, by enumeration ---------------------------------------------------------------
