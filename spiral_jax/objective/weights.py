@@ -35,13 +35,11 @@ def candidate_weights(
         scale = settings.search_weight / max(int(tokens), 1)
     elif settings.normalizer == "unbiased":
         factor_B = factor(rewards)
-        needed_B = advantage_BxN.any(axis=1)
-        if not (factor_B > 0)[needed_B].all():
+        if not (factor_B > 0).all():
             raise ValueError(
                 f"{settings.estimator}: a problem without enough valid rewards was kept "
                 f"(c = {factor_B.min():g})"
             )
-        factor_B = np.where(needed_B, factor_B, 1.0)
         scale = settings.search_weight / (len(advantage_BxN) * factor_B[:, None])
     else:
         scale = settings.search_weight

@@ -43,10 +43,27 @@ def give_replay_credit(
     """The credit of the new answers to stored populations, by round; what was read gets none.
 
     They weigh as all rounds of aggregation do: "unbiased" is the mean over all populations that the
-    step has read, those without a signal too.
+    step has read, those without a signal too, but for those that our own failures have starved.
     """
-    stages = [replayed.candidates, *replayed.stages]
-    return _credit(stages, advantages, replayed.rewards(), objective)[1:]
+    valid = np.flatnonzero(~advantages.starved_B)
+    if not valid.size:
+        return [_nothing(groups) for groups in replayed.stages]
+    part = replayed.take(valid)
+    stages = [part.candidates, *part.stages]
+    of_valid = _credit(stages, advantages.take(valid), part.rewards(), objective)[1:]
+    K = replayed.rounds[0].member_BxKxS.shape[1]
+    rows = (valid[:, None] * K + np.arange(K)).reshape(-1)
+    return [
+        _put(_nothing(groups), rows, credit)
+        for groups, credit in zip(replayed.stages, of_valid, strict=True)
+    ]
+
+
+def _put(nothing: Credit, rows: np.ndarray, credit: Credit) -> Credit:
+    """That of all groups, of which those at `rows` have some."""
+    advantage_UxC, weight_UxC = nothing.advantage_UxC.copy(), nothing.weight_UxC.copy()
+    advantage_UxC[rows], weight_UxC[rows] = credit.advantage_UxC, credit.weight_UxC
+    return Credit(advantage_UxC, weight_UxC)
 
 
 def _credit(

@@ -192,6 +192,15 @@ class Replayed:
             for b, read in enumerate(self.populations)
         ]
 
+    def take(self, index: np.ndarray) -> Replayed:
+        """The problems at `index`, with their groups."""
+        return Replayed(
+            problems=[self.problems[b] for b in index],
+            populations=[self.populations[b] for b in index],
+            candidates=take_groups(self.candidates, index),
+            rounds=tuple(round.take(index) for round in self.rounds),
+        )
+
     def with_advantages(self, advantages: Sequence[np.ndarray]) -> Replayed:
         """The same with advantages [U, C] of each of `stages`."""
         rounds = [

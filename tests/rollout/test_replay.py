@@ -514,6 +514,32 @@ def test_answers_that_are_read_again_climb_the_mean_reward_of_both_rounds(estima
         np.testing.assert_allclose(update, expected, atol=1e-6)  # float32
 
 
+def test_a_population_that_our_failures_have_starved_is_left_out_of_the_mean():
+    """Two sets of two answers in both rounds; of the first population nothing of the second is."""
+    member = np.array([[[0, 1], [2, 3]]] * 2)
+    first, second = (
+        np.float64([[1, 0], [1, 1]] * 2),
+        np.float64([[NAN, NAN]] * 2 + [[1, 0], [0, 0]]),
+    )
+
+    def credit_of(populations):
+        rows = np.repeat(populations, 2) * 2 + np.tile([0, 1], len(populations))
+        B = len(populations)
+        rounds = tuple(
+            Round(member[populations], answers_with(rewards[rows])) for rewards in (first, second)
+        )
+        candidates = answers_with(np.tile(np.float64(STORED[0]), (B, 1)))
+        replayed = Replayed([None] * B, [population(0)] * B, candidates, rounds)
+        advantages = compute_advantages("marginal_mean", replayed.rewards())
+        settings = ObjectiveSettings("marginal_mean", "unbiased", 1.0, 1.0, 1.0)
+        return [given.weight_UxC for given in give_replay_credit(replayed, advantages, settings)]
+
+    for both, alone in zip(credit_of([0, 1]), credit_of([1]), strict=True):
+        assert alone.any() and not both[:2].any()
+        np.testing.assert_array_equal(both[2:], alone)
+    assert not any(weight_UxC.any() for weight_UxC in credit_of([0]))
+
+
 # --- its configuration --------------------------------------------------------------------------
 
 
