@@ -15,43 +15,37 @@ from scripted_sampler import (
     scripted_training,
     scripted_writer,
 )
+from small_populations import (
+    NAN,
+    STORED,
+    THETA,
+    answers_with,
+    chance,
+    outcomes_of,
+    population,
+    probability,
+    rows_of,
+    script,
+)
 
 from configs import tiny
 from spiral_jax.core.config import ConfigError, to_plain
-from spiral_jax.core.groups import GroupRequests, Groups, Role, Stop
-from spiral_jax.objective import of_sets
+from spiral_jax.core.groups import Role
 from spiral_jax.objective.advantages import compute_advantages
 from spiral_jax.objective.settings import ObjectiveSettings
 from spiral_jax.objective.subsets import Key, draw_subsets
 from spiral_jax.reporting.logged_problem import split_problems
 from spiral_jax.reporting.problem_page import PageSettings, problem_page
 from spiral_jax.rollout.credit import give_replay_credit
-from spiral_jax.rollout.populations import Population, Populations
+from spiral_jax.rollout.populations import Populations
 from spiral_jax.rollout.settings import ReplaySettings, training_stages
 from spiral_jax.rollout.stages import Stage
 from spiral_jax.rollout.traces import Replayed, Round
 from spiral_jax.run.setup import set_up_training
-from spiral_jax.run.trace_log import TraceRows
-from spiral_jax.verifier.rewards import Status, Verdict
 
 N, K, S, M = 8, 4, 4, 4
-NAN = float("nan")
 
 # --- what is kept and drawn ---------------------------------------------------------------------
-
-
-def population(cursor, step=0, round=1, rewards=(1.0, 0.0)):
-    """One whose traces, of growing length, have these rewards; NaN: our failure."""
-    C = len(rewards)
-    length_C = np.arange(1, C + 1, dtype=np.int32)
-    trace_CxG = np.where(np.arange(C) < length_C[:, None], 100 * cursor + length_C[:, None], 0)
-    verdicts = [
-        Verdict.of(Status.ERROR, "broken") if np.isnan(reward) else Verdict.of_reward(reward, "é")
-        for reward in rewards
-    ]
-    stop_C = np.arange(C, dtype=np.int32) % 2
-    verdict_C = np.array(verdicts, object)
-    return Population(cursor, step, round, trace_CxG.astype(np.int32), length_C, stop_C, verdict_C)
 
 
 def store(**changes):
@@ -166,17 +160,6 @@ def test_what_is_saved_comes_back_with_every_bit():
 REPLAY = 2  # the round of the keys of what reads a population, behind the one after search
 
 
-def script(right):
-    """Answers are named by two digits and are right where `right[round, cursor, set, trace]`."""
-
-    def text(round, cursor, k, i):
-        if round == 0:
-            return f"left:{i}, \\boxed{{1}}"
-        return f"{k}{i} \\boxed{{{7 if right[round, cursor, k, i] else 8}}}"
-
-    return text
-
-
 @pytest.fixture(scope="module")
 def replaying():
     """(training, batch of its step 1, what that reads, which answers are right)."""
@@ -189,12 +172,6 @@ def replaying():
     read = stored.drawn(1)
     batch = training.collect(1, first.next_cursor, read)
     return training, batch, read, right
-
-
-def rows_of(training, batch):
-    c = training.c
-    rows = TraceRows(TOKENIZER, 1.0, c.aggregation.order, c.seed, drops_truncated=False)
-    return list(rows.make(batch))
 
 
 def test_its_sets_are_drawn_by_key_and_read_the_stored_answers(replaying):
@@ -323,113 +300,7 @@ def test_answers_are_the_population_of_one_round_more(replaying):
     assert names == [f"{k}{m}" for k, m in np.ndindex(K, M)]
 
 
-@pytest.fixture(scope="module")
-def read_twice():
-    """The same where a step's problems have two rounds, and so have populations that it reads."""
-    right = np.random.default_rng(4).random((5, 40, K, M)) < 0.5
-    training = scripted_training(
-        script(right), sampler_class=SamplerByRound, replay__problems=3, aggregation__rounds=2
-    )
-    first = training.collect(step=0)
-    stored = Populations(training.actor.stages.replay).after(0, first.rollouts.answers(), [])
-    read = stored.drawn(1)
-    return training, training.collect(1, first.next_cursor, read), read, right
-
-
-def test_with_two_rounds_answers_earn_their_own_success_and_that_of_the_sets_that_read_them(
-    read_twice,
-):
-    _, batch, read, right = read_twice
-    assert [each.round for each in read] == [1, 1, 1]  # the first of two
-    first, second = batch.replay.credit
-    member_of = [round.member_BxKxS for round in batch.replay.replayed.rounds]
-    c = of_sets.marginal_mean_factor(K * M, S, K)
-    for b, each in enumerate(read):
-        reward_1, reward_2 = right[3:, each.cursor].astype(np.float64)
-        score_1, score_2 = reward_1.mean(axis=1), reward_2.mean(axis=1)
-        for k, m in np.ndindex(K, M):
-            is_in_K = (member_of[1][b] == k * M + m).any(axis=1)
-            above_K = (score_2 - score_2.mean())[is_in_K]
-            by_being_read = above_K.mean() if is_in_K.any() else 0.0
-            own_1 = (reward_1[k, m] - score_1[k]) / (K * (M - 1))
-            own_2 = (reward_2[k, m] - score_2[k]) / (K * (M - 1))
-            # of three populations; float32 of numbers below 0.2
-            expected = (own_1 + by_being_read / c) / 3
-            assert first.weight_UxC[b * K + k, m] == pytest.approx(expected, abs=1e-7)
-            assert second.weight_UxC[b * K + k, m] == pytest.approx(own_2 / 3, abs=1e-7)
-    assert batch.metrics["reward/replayed_round_1"].total == sum(
-        right[3, each.cursor].sum() for each in read
-    )
-    assert batch.metrics["reward/replayed"].total == sum(
-        right[4, each.cursor].sum() for each in read
-    )
-
-
-def test_the_second_replayed_round_reads_the_answers_of_the_first(read_twice):
-    training, batch, read, _ = read_twice
-    second = batch.replay.replayed.rounds[1]
-    listed = [
-        row["order"]
-        for row in rows_of(training, batch)
-        if "replay" in row and row["round"] == 3 and row["trace"] == 0
-    ]
-    for u, (each, k) in enumerate(itertools.product(read, range(K))):
-        requests = second.groups.requests
-        assert requests.id_Ux6[u].tolist() == [0, 1, each.cursor, 4, Role.AGGREGATION, k]
-        shown = prompt_text(requests, u).split("#")[1:]
-        names = [re.sub(r"\s", "", text.split("\\")[0])[-2:] for text in shown]
-        assert names == [f"{place // M}{place % M}" for place in listed[u]]
-        member_KxS = draw_subsets(Key(training.c.seed, 0, 1, each.cursor, 3), K * M, S, K)
-        assert sorted(listed[u]) == sorted(member_KxS[k].tolist())
-
-
-def test_the_page_of_a_problem_that_was_read_twice_explains_every_logged_advantage(read_twice):
-    training, batch, read, _ = read_twice
-    settings = PageSettings.from_plain(to_plain(training.c))
-    pages = [problem_page(1, rows, settings) for rows in split_problems(rows_of(training, batch))]
-    replayed = [page for page in pages if page["replay"]]
-    assert [page["cursor"] for page in replayed] == [each.cursor for each in read]
-    for page in replayed:
-        assert [of_set["round"] for of_set in page["sets"]] == [2] * K + [3] * K
-        assert not any(trace["advantage"] for trace in page["search"])
-        traces = page["search"] + [t for of_set in page["sets"] for t in of_set["traces"]]
-        assert any(trace["advantage"] for trace in traces)
-        assert not [trace["why"] for trace in traces if "was logged" in trace["why"]]
-        assert sum("earlier step" in trace["why"] for trace in traces) == K * M
-
-
 # --- its gradient, by enumeration ---------------------------------------------------------------
-
-THETA = np.array([-0.7, 0.2, 0.9])  # log-odds that an answer is right, by shown right ones
-STORED = ((1, 0, 1, 0), (0, 0, 1, 0), (0, 0, 0, 0))  # rewards of three populations
-
-
-def chance(theta):
-    return 1 / (1 + np.exp(-theta))
-
-
-def outcomes_of(stored):
-    """Every draw of two sets of two, and every reward of two answers to each: arrays by outcome."""
-    sets = np.array(list(itertools.combinations(itertools.combinations(range(4), 2), 2)))
-    rewards = np.array(list(itertools.product((0.0, 1.0), repeat=4))).reshape(-1, 2, 2)
-    member = np.repeat(sets, len(rewards), axis=0)
-    reward = np.tile(rewards, (len(sets), 1, 1))
-    shown = np.array(stored)[member].sum(axis=-1)[:, :, None].repeat(2, axis=2)
-    return member, reward, shown, len(sets)
-
-
-def probability(theta, reward, shown, draws):
-    right = chance(theta[shown])
-    return np.where(reward == 1, right, 1 - right).prod(axis=(1, 2)) / draws
-
-
-def answers_with(reward_UxC):
-    U, C = reward_UxC.shape
-    one_U, id_Ux6 = np.ones(U, np.int32), np.tile(np.int32([0, 5, 0, 2, 1, 0]), (U, 1))
-    requests = GroupRequests(one_U[:, None], one_U, id_Ux6, C, 4)
-    trace = np.ones((U, C, 4), np.int32)
-    stop = np.full((U, C), Stop.STOP, np.int32)
-    return Groups(requests, trace, trace[:, :, 0], np.zeros(trace.shape), stop, reward_UxC)
 
 
 @pytest.mark.parametrize("estimator", ["marginal_mean", "set_control_variate", "paragator"])
@@ -460,84 +331,6 @@ def test_the_expected_update_is_the_gradient_of_the_mean_reward_over_stored_popu
     slope = (objective[:, 0] - objective[:, 1]) / 2e-4
     assert (np.abs(slope) > 1e-3).all()
     np.testing.assert_allclose(update, slope, atol=1e-6)
-
-
-@pytest.mark.parametrize("estimator", ["marginal_mean", "with_without", "aggregator_only"])
-def test_answers_that_are_read_again_climb_the_mean_reward_of_both_rounds(estimator):
-    """Two rounds of one stored population: 2^8 rewards of each of 15 x 15 draws of sets."""
-    member, reward, shown, draws = outcomes_of(STORED[0])
-    first = member[:: len(reward) // draws]  # each draw once
-    rewards = reward[: len(reward) // draws]  # each outcome of a round once
-    place = np.indices((len(first), len(rewards), len(first), len(rewards))).reshape(4, -1)
-    of_first, of_second = first[place[0]], first[place[2]]
-    reward_1, reward_2 = rewards[place[1]], rewards[place[3]]
-    B = place.shape[1]
-    shown_1 = np.array(STORED[0])[of_first].sum(axis=-1)[..., None].repeat(2, axis=2)
-    read = np.take_along_axis(reward_1.reshape(B, 1, 4).repeat(2, axis=1), of_second, axis=2)
-    shown_2 = read.sum(axis=-1).astype(int)[..., None].repeat(2, axis=2)
-
-    candidates = answers_with(np.tile(np.float64(STORED[0]), (B, 1)))
-    rounds = tuple(
-        Round(member, answers_with(reward.reshape(-1, 2)))
-        for member, reward in ((of_first, reward_1), (of_second, reward_2))
-    )
-    replayed = Replayed([None] * B, [population(0)] * B, candidates, rounds)
-    settings = ObjectiveSettings(estimator, "unbiased", 1.0, 1.0, 1.0)
-    advantages = compute_advantages(estimator, replayed.rewards())
-    assert not advantages.rounds[0].candidate_BxN.any()
-    credit = give_replay_credit(replayed, advantages, settings)
-
-    outcomes = ((reward_1, shown_1), (reward_2, shown_2))
-
-    def chances(theta):
-        return [probability(theta, reward, shown, draws) for reward, shown in outcomes]
-
-    def objectives(theta):
-        p_1, p_2 = chances(theta)
-        return [(p_1 * p_2 * reward.mean(axis=(1, 2))).sum() for reward in (reward_1, reward_2)]
-
-    p = np.prod(chances(THETA), axis=0)
-    assert p.sum() == pytest.approx(1, abs=1e-12)
-    update = np.zeros(3)
-    for of_round, (reward, shown) in zip(credit, outcomes, strict=True):
-        weight = of_round.weight_UxC.reshape(reward.shape) * B
-        score = weight * (reward - chance(THETA[shown]))
-        update += [(p[:, None, None] * np.where(shown == i, score, 0)).sum() for i in range(3)]
-    moves = 1e-4 * np.eye(3)
-    slopes = np.array(
-        [np.subtract(objectives(THETA + move), objectives(THETA - move)) / 2e-4 for move in moves]
-    )
-    expected = slopes.sum(axis=1)
-    if estimator == "aggregator_only":  # nobody earns by being read
-        assert np.abs(update - expected).max() > 1e-3
-    else:
-        np.testing.assert_allclose(update, expected, atol=1e-6)  # float32
-
-
-def test_a_population_that_our_failures_have_starved_is_left_out_of_the_mean():
-    """Two sets of two answers in both rounds; of the first population nothing of the second is."""
-    member = np.array([[[0, 1], [2, 3]]] * 2)
-    first, second = (
-        np.float64([[1, 0], [1, 1]] * 2),
-        np.float64([[NAN, NAN]] * 2 + [[1, 0], [0, 0]]),
-    )
-
-    def credit_of(populations):
-        rows = np.repeat(populations, 2) * 2 + np.tile([0, 1], len(populations))
-        B = len(populations)
-        rounds = tuple(
-            Round(member[populations], answers_with(rewards[rows])) for rewards in (first, second)
-        )
-        candidates = answers_with(np.tile(np.float64(STORED[0]), (B, 1)))
-        replayed = Replayed([None] * B, [population(0)] * B, candidates, rounds)
-        advantages = compute_advantages("marginal_mean", replayed.rewards())
-        settings = ObjectiveSettings("marginal_mean", "unbiased", 1.0, 1.0, 1.0)
-        return [given.weight_UxC for given in give_replay_credit(replayed, advantages, settings)]
-
-    for both, alone in zip(credit_of([0, 1]), credit_of([1]), strict=True):
-        assert alone.any() and not both[:2].any()
-        np.testing.assert_array_equal(both[2:], alone)
-    assert not any(weight_UxC.any() for weight_UxC in credit_of([0]))
 
 
 # --- its configuration --------------------------------------------------------------------------
