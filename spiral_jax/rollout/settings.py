@@ -305,8 +305,8 @@ def _replay_settings(c: ConfigDict, estimator: Estimator) -> ReplaySettings | No
         f"0 for {c.loss.estimator}",
         "It has no aggregation stage, so no populations.",
     )
-    deeper = 2 * c.aggregation.rounds
-    require(r.rounds >= deeper, "replay.rounds", r.rounds, f">= 2 * aggregation.rounds = {deeper}")
+    deeper = c.aggregation.rounds + 1
+    require(r.rounds >= deeper, "replay.rounds", r.rounds, f">= aggregation.rounds + 1 = {deeper}")
     _check_answers(c, "replay.problems", r.problems, "0")
     return ReplaySettings(c.seed, **r.to_dict(), reads=c.aggregation.rounds)
 
