@@ -177,10 +177,11 @@ def defaults() -> ConfigDict:
     # of a subset's candidates in the prompt; or "sampled", as they were drawn
     c.aggregation.order = "shuffled"
 
-    # Population replay: the answers of a problem's last round of aggregation are kept, and
-    # aggregation groups of later steps read them, as a deeper round would. What is read is of
-    # earlier steps and earns nothing; the new answers are trained as all aggregations are, and take
-    # the place of what they have read once they have earned as much
+    # Population replay: the answers of a problem's first round of aggregation are kept, and
+    # aggregation groups of later steps read them, as deeper rounds would, aggregation.rounds of
+    # them. What is read is of earlier steps and earns nothing; the new answers are trained as all
+    # aggregations are. Those of the first of these rounds take the place of what they have read
+    # once those of the last have earned as much
     c.replay = ConfigDict()
     c.replay.problems = 0  # stored populations that a step reads, K sets of each; 0 = no replay
     c.replay.max_age = 8  # steps after which a population is read no more

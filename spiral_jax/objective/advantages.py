@@ -114,8 +114,6 @@ def compute_advantages(
       ValueError: another estimator; or another number of c than of rounds.
       FractionalRewards: own rewards other than 0, 1 and NaN where sets are scored by them.
     """
-    if any(of_round.stale for of_round in rewards):
-        estimator, c_R = "aggregator_only", ()
     if c_R:
         rewards = [
             dataclasses.replace(of_round, c=c) for of_round, c in zip(rewards, c_R, strict=True)
@@ -124,7 +122,7 @@ def compute_advantages(
 
 
 def _of_round(name: str, rewards: Rewards) -> RoundAdvantages:
-    estimator = estimator_named(name)
+    estimator = estimator_named("aggregator_only" if rewards.stale else name)
     if estimator.needs.bits:
         _check_bits(name, rewards)
     informative_B = estimator.informative(rewards)

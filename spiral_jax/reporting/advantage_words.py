@@ -85,7 +85,8 @@ def _reasons(
     settings: AdvantageSettings,
 ) -> list[Reason]:
     """Why a trace has its advantage: by its own set, and by the sets that it is read in."""
-    words = explain.stale if problem.replay else ESTIMATORS[settings.estimator].explain
+    stale = problem.replay and not stage.reads
+    words = explain.stale if stale else ESTIMATORS[settings.estimator].explain
     reasons = []
     if stage.reads:
         reasons.append(explain.aggregation(trace.row["reward"], of_set.score))
@@ -101,7 +102,7 @@ def _reasons(
             scores=[other.score for other in sets],
             names=[other.name for other in sets],
             own_N=[other.row["reward"] for other in stage.traces],
-            c=settings.c_R[stage.round] if settings.c_R else None,
+            c=settings.c_R[problem.stages.index(stage)] if settings.c_R else None,
         )
         reasons.append(words(evidence))
     return reasons

@@ -77,7 +77,7 @@ class Stream:
         self._actor, self._problems = actor, problems
         self._stages = actor.stages.stages()
         writer = Writer(actor.scaffold, Purpose.TRAIN, step, actor.stages.seed, actor.order)
-        self._feed = Feed(self._stages, writer, problems, actor.stages.replay_stage())
+        self._feed = Feed(self._stages, writer, problems, actor.stages.replay_stages())
         self._sampling = actor.sampler.stream(policy, self._feed)
 
     def __iter__(self) -> Iterator[Rollouts | Replayed]:

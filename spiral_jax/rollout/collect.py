@@ -83,17 +83,19 @@ class Replay:
     Attributes:
       replayed: advantages behind the length gate.
       advantages: before it.
-      credit: of the new answers.
+      credit: of the new answers, round by round.
     """
 
     replayed: Replayed
     advantages: Advantages
-    credit: Credit
+    credit: list[Credit]
 
     def with_signal(self) -> tuple[Groups, np.ndarray]:
         """Groups and loss weights [U, C], without the groups that teach nothing."""
-        index = np.flatnonzero(self.credit.weight_UxC.any(axis=1))
-        return self.replayed.round.groups.take(index), self.credit.weight_UxC[index]
+        groups = concat_groups(self.replayed.stages)
+        weight_UxC = np.concatenate([credit.weight_UxC for credit in self.credit])
+        index = np.flatnonzero(weight_UxC.any(axis=1))
+        return groups.take(index), weight_UxC[index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,7 +282,8 @@ class FirstKept:
         replayed = concat_replayed([of_problem for of_problem, _ in decided])
         advantages = concat_advantages([of_problem for _, of_problem in decided])
         credit = give_replay_credit(replayed, advantages, objective)
-        return Replay(replayed.with_advantages(credit.advantage_UxC), advantages, credit)
+        given = [of_round.advantage_UxC for of_round in credit]
+        return Replay(replayed.with_advantages(given), advantages, credit)
 
 
 def _no_signal_message(rollouts: Rollouts, kept: int, starved: int, B: int) -> str:
@@ -309,7 +312,8 @@ def _rewards_in_words(groups: Groups) -> str:
 def _rollout_metrics(
     rollouts: Rollouts, advantages: Advantages, replay: Replay | None
 ) -> dict[str, Mean | float]:
-    metrics = _reward_metrics(rollouts)
+    metrics = {"reward/search": _mean_reward(rollouts.search)}
+    metrics |= _reward_metrics("aggregated", rollouts.stages[1:])
     search, *rounds = advantages.by_stage()
     metrics |= _role_metrics(Role.SEARCH, rollouts.search, search)
     if not rollouts.rounds:
@@ -317,8 +321,8 @@ def _rollout_metrics(
     groups = [round.groups for round in rollouts.rounds]
     if replay:
         metrics |= _replay_metrics(replay, sum(len(of_round) for of_round in groups))
-        rounds.append(replay.advantages.rounds[0].aggregation_BxKxM)
-        groups.append(replay.replayed.round.groups)
+        rounds += [of_round.aggregation_BxKxM for of_round in replay.advantages.rounds]
+        groups += replay.replayed.stages
     return metrics | _role_metrics(
         Role.AGGREGATION,
         concat_groups([dataclasses.replace(each, advantage_UxC=None) for each in groups]),
@@ -329,7 +333,7 @@ def _rollout_metrics(
 def _replay_metrics(replay: Replay, fresh_groups: int) -> dict[str, Mean | float]:
     """Of the populations that were read; `fresh_groups` are all other aggregation groups."""
     replayed, read = replay.replayed, float(len(replay.replayed))
-    groups = float(len(replayed.round.groups))
+    groups = float(sum(map(len, replayed.stages)))
     signal_B = replay.advantages.keep_B
     rounds = sum(population.round + 1 for population in replayed.populations)
     return {
@@ -339,8 +343,7 @@ def _replay_metrics(replay: Replay, fresh_groups: int) -> dict[str, Mean | float
         "replay/age": Mean(float(replayed.age_B.sum()), read),
         "replay/round": Mean(float(rounds), read),
         "reward/replay_candidates": _mean_reward(replayed.candidates),
-        "reward/replayed": _mean_reward(replayed.round.groups),
-    }
+    } | _reward_metrics("replayed", replayed.stages)
 
 
 def _mean_reward(groups: Groups) -> Mean:
@@ -348,13 +351,12 @@ def _mean_reward(groups: Groups) -> Mean:
     return Mean(float(valid.sum()), float(valid.size))
 
 
-def _reward_metrics(rollouts: Rollouts) -> dict[str, Mean]:
-    """Of search, of the last round, and of those before it by their number."""
-    names = ["search"]
-    if rollouts.rounds:
-        names += [f"aggregated_round_{r}" for r in range(1, len(rollouts.rounds))] + ["aggregated"]
-    pairs = zip(names, rollouts.stages, strict=True)
-    return {f"reward/{name}": _mean_reward(groups) for name, groups in pairs}
+def _reward_metrics(name: str, rounds: Sequence[Groups]) -> dict[str, Mean]:
+    """Of the last round under `name`, and of those before it by their number too."""
+    rewards = {f"reward/{name}_round_{r}": _mean_reward(each) for r, each in enumerate(rounds, 1)}
+    if rounds:
+        rewards[f"reward/{name}"] = rewards.pop(f"reward/{name}_round_{len(rounds)}")
+    return rewards
 
 
 def _role_metrics(role: Role, groups: Groups, advantage: np.ndarray) -> dict[str, Mean | float]:

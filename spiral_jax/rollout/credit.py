@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,24 +34,52 @@ def give_credit(
     Each round gives credit to its candidates, which are the stage before it, and to its own
     aggregations; a stage that is both gets the sum.
     """
-    credit = [_nothing(groups) for groups in kept.stages]
-    for r, (of_round, rewards) in enumerate(zip(advantages.rounds, kept.rewards(), strict=True)):
-        credit[r] += _of_candidates(kept.stages[r], of_round, rewards, objective)
-        if of_round.aggregation_BxKxM is not None:
-            credit[r + 1] += _of_aggregations(kept.stages[r + 1], of_round, rewards, objective)
-    return credit
+    return _credit(kept.stages, advantages, kept.rewards(), objective)
 
 
 def give_replay_credit(
     replayed: Replayed, advantages: Advantages, objective: ObjectiveSettings
-) -> Credit:
-    """The credit of the new answers to stored populations, each set's mean as the baseline.
+) -> list[Credit]:
+    """The credit of the new answers to stored populations, by round; what was read gets none.
 
-    They weigh as a round of aggregation does: "unbiased" is the mean over all populations that the
-    step has read, those without a signal too.
+    They weigh as all rounds of aggregation do: "unbiased" is the mean over all populations that the
+    step has read, those without a signal too, but for those that our own failures have starved.
     """
-    (of_round,), (rewards,) = advantages.rounds, replayed.rewards()
-    return _of_aggregations(replayed.round.groups, of_round, rewards, objective)
+    valid = np.flatnonzero(~advantages.starved_B)
+    if not valid.size:
+        return [_nothing(groups) for groups in replayed.stages]
+    part = replayed.take(valid)
+    stages = [part.candidates, *part.stages]
+    of_valid = _credit(stages, advantages.take(valid), part.rewards(), objective)[1:]
+    K = replayed.rounds[0].member_BxKxS.shape[1]
+    rows = (valid[:, None] * K + np.arange(K)).reshape(-1)
+    return [
+        _put(_nothing(groups), rows, credit)
+        for groups, credit in zip(replayed.stages, of_valid, strict=True)
+    ]
+
+
+def _put(nothing: Credit, rows: np.ndarray, credit: Credit) -> Credit:
+    """That of all groups, of which those at `rows` have some."""
+    advantage_UxC, weight_UxC = nothing.advantage_UxC.copy(), nothing.weight_UxC.copy()
+    advantage_UxC[rows], weight_UxC[rows] = credit.advantage_UxC, credit.weight_UxC
+    return Credit(advantage_UxC, weight_UxC)
+
+
+def _credit(
+    stages: Sequence[Groups],
+    advantages: Advantages,
+    rewards: Sequence[Rewards],
+    objective: ObjectiveSettings,
+) -> list[Credit]:
+    """Of each stage; round r reads stage r and is stage r + 1."""
+    credit = [_nothing(groups) for groups in stages]
+    for r, (of_round, earned) in enumerate(zip(advantages.rounds, rewards, strict=True)):
+        if not earned.stale:
+            credit[r] += _of_candidates(stages[r], of_round, earned, objective)
+        if of_round.aggregation_BxKxM is not None:
+            credit[r + 1] += _of_aggregations(stages[r + 1], of_round, earned, objective)
+    return credit
 
 
 def _nothing(groups: Groups) -> Credit:

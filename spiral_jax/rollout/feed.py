@@ -85,7 +85,7 @@ class Feed:
 
     Args:
       stages: search first; each after the one that it reads.
-      replay: what reads a problem's stored population; None where no problem has one.
+      replay: what reads a problem's stored population, round by round; (): no problem has one.
 
     Attributes:
       courses: every problem that has begun, by cursor, in the order in which they began.
@@ -97,7 +97,7 @@ class Feed:
         stages: Sequence[Stage],
         writer: Writer,
         problems: Problems,
-        replay: Stage | None = None,
+        replay: Sequence[Stage] = (),
     ):
         self._stages, self._replay = stages, replay
         self._search = stages[0]
@@ -146,12 +146,11 @@ class Feed:
 
     def _begin_replay(self, asked: Asked) -> None:
         """Asks for the sets of a problem's stored population."""
-        course = self.courses[asked.cursor] = Course(asked, [self._replay])
-        stored = asked.population.as_group(
-            self._writer.search(self._search, asked), self._replay.max_tokens
-        )
-        course.groups[self._replay.reads.name] = {0: stored}
-        self._ask(course, self._replay)
+        course, first = Course(asked, self._replay), self._replay[0]
+        self.courses[asked.cursor] = course
+        search = self._writer.search(self._search, asked)
+        course.groups[first.reads.name] = {0: asked.population.as_group(search, first.max_tokens)}
+        self._ask(course, first)
 
     def _take(self, course: Course, stage: Stage, k: int, group: Groups, now: int) -> None:
         course.groups.setdefault(stage.name, {})[k] = group

@@ -105,7 +105,7 @@ class Judge:
             if course.asked.population is None:
                 rollouts.append(self._rollout(course, rewarded))
             else:
-                rollouts.append(_replayed(course, rewarded[0]))
+                rollouts.append(_replayed(course, rewarded))
         return rollouts
 
     def _wait_for(self, trial: _Trial, stage: Stage) -> list[Verdict]:
@@ -133,11 +133,14 @@ class Judge:
         return Rollouts([problem], cursor_1, rewarded[0], tuple(rounds), strategy_1xN)
 
 
-def _replayed(course: Course, rewarded: Groups) -> Replayed:
-    asked, stage = course.asked, course.stages[0]
-    round = Round(course.member[stage.name][None], rewarded)
-    stored = course.of_stage(stage.reads)
-    return Replayed([asked.problem], [asked.population], stored, round)
+def _replayed(course: Course, rewarded: list[Groups]) -> Replayed:
+    asked, stages = course.asked, course.stages
+    rounds = [
+        Round(course.member[stage.name][None], groups)
+        for stage, groups in zip(stages, rewarded, strict=True)
+    ]
+    stored = course.of_stage(stages[0].reads)
+    return Replayed([asked.problem], [asked.population], stored, tuple(rounds))
 
 
 def trace_texts(

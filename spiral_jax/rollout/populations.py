@@ -1,9 +1,9 @@
 """Population replay: what a deeper round of self-aggregation would read, kept from step to step.
 
-The answers of a problem's last round of aggregation are its population. A later step reads some
-populations as one round more: the candidates are stale, the answers are the policy's own. So a
-round costs what it samples, and not the rounds before it, and nothing has to wait for the data to
-come round again.
+The answers of a round of aggregation of a problem are its population. A later step reads some
+populations as rounds more, as many as its own problems have: the first candidates are stale, the
+answers are the policy's own. So a round costs what it samples, and not the rounds before it, and
+nothing has to wait for the data to come round again.
 
 Answers take the place of what they are answers to once they have earned as much on average, so
 rounds grow deeper as the policy learns to read them. Until then the same population is read again,
@@ -157,31 +157,36 @@ class Populations:
         return sorted((self.kept[i] for i in chosen), key=lambda each: each.cursor)
 
     def after(
-        self, step: int, sampled: Iterable[Population], replayed: Iterable[Population]
+        self,
+        step: int,
+        sampled: Iterable[Population],
+        replayed: Iterable[Sequence[Population]],
     ) -> Populations:
         """What the next step can read.
 
-        A population is gone when the answers to it have earned as much, which take its place; when
-        it was read as often as it may be; and when it is too old. What has earned nothing at all is
-        not kept. Where there are too many, the oldest go.
+        A population is gone when the answers to it take its place: once they have earned as much,
+        and where a step reads several rounds, once those of the last have; when it was read as
+        often as it may be; and when it is too old. What has earned nothing at all is not kept.
+        Where there are too many, the oldest go.
 
         Args:
           step: that has ended.
-          sampled: the last answers to search traces of its problems.
-          replayed: the answers to what `drawn` has given, in that order.
+          sampled: the first answers to search traces of its problems.
+          replayed: the answers to what `drawn` has given, in that order, round by round.
         """
         s, kept, new = self.settings, [], list(sampled)
         read = self.drawn(step)
         answers = dict(zip((each.cursor for each in read), replayed, strict=True))
         for population in self.kept:
             if answer := answers.get(population.cursor):
-                if answer.mean_reward >= population.mean_reward:
-                    new.append(answer)
+                if answer[-1].mean_reward >= population.mean_reward:
+                    new.append(answer[0])
                     continue
                 population = dataclasses.replace(population, uses=population.uses + 1)
             if population.uses < s.uses and step + 1 - population.step <= s.max_age:
                 kept.append(population)
-        readable = [each for each in new if each.round < s.rounds and each.mean_reward > 0]
+        deepest = s.rounds - s.reads  # that can be read
+        readable = [each for each in new if each.round <= deepest and each.mean_reward > 0]
         return dataclasses.replace(self, kept=(*kept, *readable)[-s.capacity :])
 
     def to_plain(self) -> list[dict[str, Any]]:

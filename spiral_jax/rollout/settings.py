@@ -23,6 +23,7 @@ class ReplaySettings:
 
     Attributes:
       seed: config.seed.
+      reads: rounds of aggregation that a step samples of a population, as of its own problems.
     """
 
     seed: int
@@ -30,6 +31,7 @@ class ReplaySettings:
     max_age: int
     uses: int
     rounds: int
+    reads: int
 
     @property
     def capacity(self) -> int:
@@ -66,8 +68,8 @@ class TrainingStages:
         """How many groups of each role a step of so many problems trains on, at most."""
         groups = {Role.SEARCH: problems}
         if self.rounds:
-            populations = problems * self.rounds + (self.replay.problems if self.replay else 0)
-            groups[Role.AGGREGATION] = populations * self.subsets
+            populations = problems + (self.replay.problems if self.replay else 0)
+            groups[Role.AGGREGATION] = populations * self.rounds * self.subsets
         return groups
 
     def stages(self) -> list[Stage]:
@@ -90,31 +92,34 @@ class TrainingStages:
             candidates = self.subsets * self.aggregation_traces
         return stages
 
-    def replay_stage(self) -> Stage | None:
-        """The round that reads a stored population; None where none are kept."""
+    def replay_stages(self) -> list[Stage]:
+        """The rounds that read a stored population, as many as read search; []: none are kept."""
         if not self.replay:
-            return None
+            return []
         answers = self.subsets * self.aggregation_traces
         # of earlier steps: no trace of it is sampled, so its number is in no key
-        stored = Stage("population", self.rounds + 2, answers, self.aggregation_tokens)
-        return Stage(
-            name="aggregation/replay",
-            round=self.rounds + 1,
-            traces=self.aggregation_traces,
-            max_tokens=self.aggregation_tokens,
-            reads=stored,
-            candidates=answers,
-            set_size=self.subset_size,
-            sets=self._draw_of_population,
-        )
+        reads = Stage("population", 2 * self.rounds + 1, answers, self.aggregation_tokens)
+        stages = []
+        for round in range(self.rounds + 1, 2 * self.rounds + 1):
+            reads = Stage(
+                name=f"aggregation/replay/{round - self.rounds}",
+                round=round,
+                traces=self.aggregation_traces,
+                max_tokens=self.aggregation_tokens,
+                reads=reads,
+                candidates=answers,
+                set_size=self.subset_size,
+                sets=functools.partial(self._draw_of_answers, round - 1),
+            )
+            stages.append(reads)
+        return stages
 
     def sampled(self) -> list[Stage]:
         """All stages whose traces are sampled in a step."""
-        replay = self.replay_stage()
-        return [*self.stages(), replay] if replay else self.stages()
+        return [*self.stages(), *self.replay_stages()]
 
-    def _draw_of_population(self, step: int, cursor: int) -> np.ndarray:
-        key = Key(self.seed, int(Purpose.TRAIN), step, cursor, self.rounds)
+    def _draw_of_answers(self, drawn_before: int, step: int, cursor: int) -> np.ndarray:
+        key = Key(self.seed, int(Purpose.TRAIN), step, cursor, drawn_before)
         answers = self.subsets * self.aggregation_traces
         return draw_subsets(key, answers, self.subset_size, self.subsets)
 
@@ -303,7 +308,7 @@ def _replay_settings(c: ConfigDict, estimator: Estimator) -> ReplaySettings | No
     deeper = c.aggregation.rounds + 1
     require(r.rounds >= deeper, "replay.rounds", r.rounds, f">= aggregation.rounds + 1 = {deeper}")
     _check_answers(c, "replay.problems", r.problems, "0")
-    return ReplaySettings(c.seed, **r.to_dict())
+    return ReplaySettings(c.seed, **r.to_dict(), reads=c.aggregation.rounds)
 
 
 def _check_answers(c: ConfigDict, field: str, value: int, without: str) -> None:

@@ -81,11 +81,13 @@ class Rollouts:
         return concat_groups([round.groups for round in self.rounds]) if self.rounds else None
 
     def answers(self) -> list[Population]:
-        """The population of each problem: the last round's answers."""
-        last, cursors = self.rounds[-1], self.cursor_B.tolist()
+        """The population of each problem: the first round's answers.
+
+        So what is kept has earned by being read too, where there is a second round.
+        """
         return [
-            Population.of(cursor, len(self.rounds), last.of_problem(b))
-            for b, cursor in enumerate(cursors)
+            Population.of(cursor, 1, self.rounds[0].of_problem(b))
+            for b, cursor in enumerate(self.cursor_B.tolist())
         ]
 
     def rewards(self) -> list[Rewards]:
@@ -139,13 +141,13 @@ class Replayed:
       problems: B of them, in cursor order.
       populations: what was read, of each problem.
       candidates: U = B: the same as groups, with rewards and verdicts of when they were sampled.
-      round: what this step has made of them.
+      rounds: what this step has made of them, round by round.
     """
 
     problems: list[Problem]
     populations: list[Population]
     candidates: Groups
-    round: Round
+    rounds: tuple[Round, ...]
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -158,44 +160,64 @@ class Replayed:
     @property
     def stages(self) -> list[Groups]:
         """What this step has sampled."""
-        return [self.round.groups]
+        return [round.groups for round in self.rounds]
 
     @property
     def verdicts(self) -> list[Verdict]:
         """Of what this step has sampled."""
-        return self.round.groups.verdict_UxC.reshape(-1).tolist()
+        return [verdict for groups in self.stages for verdict in groups.verdict_UxC.reshape(-1)]
 
     def rewards(self) -> list[Rewards]:
-        """Of the one round; its candidates are stale."""
-        own_BxN = self.candidates.reward_UxC
-        return [Rewards(own_BxN, self.round.reward_BxKxM, self.round.member_BxKxS, stale=True)]
+        """Of each round; the candidates of the first are stale."""
+        read, rewards = self.candidates, []
+        for r, round in enumerate(self.rounds):
+            own_BxN = read.reward_UxC.reshape(len(self), -1)
+            rewards.append(Rewards(own_BxN, round.reward_BxKxM, round.member_BxKxS, stale=r == 0))
+            read = round.groups
+        return rewards
 
     @property
     def age_B(self) -> np.ndarray:
         """Steps from the sampling of each population to that of the answers to it."""
-        step = self.round.groups.requests.id_Ux6[0, 1]
+        step = self.stages[0].requests.id_Ux6[0, 1]
         return step - np.array([population.step for population in self.populations])
 
-    def answers(self) -> list[Population]:
-        """The population of each problem that is one round deeper."""
+    def answers(self) -> list[list[Population]]:
+        """The populations of each problem that are one round deeper, two, and so on."""
         return [
-            Population.of(read.cursor, read.round + 1, self.round.of_problem(b))
+            [
+                Population.of(read.cursor, read.round + r, round.of_problem(b))
+                for r, round in enumerate(self.rounds, start=1)
+            ]
             for b, read in enumerate(self.populations)
         ]
 
-    def with_advantages(self, advantage_UxC: np.ndarray) -> Replayed:
-        """The same with advantages of the new answers."""
-        groups = dataclasses.replace(self.round.groups, advantage_UxC=advantage_UxC)
-        return dataclasses.replace(self, round=dataclasses.replace(self.round, groups=groups))
+    def take(self, index: np.ndarray) -> Replayed:
+        """The problems at `index`, with their groups."""
+        return Replayed(
+            problems=[self.problems[b] for b in index],
+            populations=[self.populations[b] for b in index],
+            candidates=take_groups(self.candidates, index),
+            rounds=tuple(round.take(index) for round in self.rounds),
+        )
+
+    def with_advantages(self, advantages: Sequence[np.ndarray]) -> Replayed:
+        """The same with advantages [U, C] of each of `stages`."""
+        rounds = [
+            dataclasses.replace(round, groups=dataclasses.replace(round.groups, advantage_UxC=each))
+            for round, each in zip(self.rounds, advantages, strict=True)
+        ]
+        return dataclasses.replace(self, rounds=tuple(rounds))
 
 
 def concat_replayed(parts: Sequence[Replayed]) -> Replayed:
     """The problems of all parts, one after the other."""
+    by_round = zip(*(part.rounds for part in parts), strict=True)
     return Replayed(
         problems=[problem for part in parts for problem in part.problems],
         populations=[population for part in parts for population in part.populations],
         candidates=concat_groups([part.candidates for part in parts]),
-        round=concat_rounds([part.round for part in parts]),
+        rounds=tuple(concat_rounds(of_round) for of_round in by_round),
     )
 
 

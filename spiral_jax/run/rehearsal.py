@@ -128,7 +128,8 @@ def _sizes(setup: Setup) -> str:
         f"tries up to {most}, {most * tokens:,} tokens",
     ]
     if replay := training.stages.replay:
-        answers = replay.problems * training.stages.subsets * training.stages.aggregation_traces
+        a_round = training.stages.subsets * training.stages.aggregation_traces
+        answers = replay.problems * replay.reads * a_round
         lines.append(
             f"beside them it reads up to {replay.problems} stored populations: {answers} traces, "
             f"{answers * training.stages.aggregation_tokens:,} tokens"

@@ -167,8 +167,10 @@ class TraceRows:
         stored = shared | {"role": Role.AGGREGATION.label} | _NO_SET
         for row in self._group_rows(stored, replayed.candidates, b):
             yield row | {"logprobs": None}
-        stop_N = replayed.candidates.stop_UxC[b]
-        yield from self._round_rows(shared, read.round + 1, replayed.round, b, stop_N)
+        stop_BxN = replayed.candidates.stop_UxC
+        for r, round in enumerate(replayed.rounds, start=1):
+            yield from self._round_rows(shared, read.round + r, round, b, stop_BxN[b])
+            stop_BxN = round.groups.stop_UxC.reshape(len(replayed), -1)
 
     def _round_rows(
         self, shared: dict[str, Any], number: int, round: Round, b: int, stop_N: np.ndarray

@@ -15,46 +15,41 @@ from scripted_sampler import (
     scripted_training,
     scripted_writer,
 )
+from small_populations import (
+    NAN,
+    STORED,
+    THETA,
+    answers_with,
+    chance,
+    outcomes_of,
+    population,
+    probability,
+    rows_of,
+    script,
+)
 
 from configs import tiny
 from spiral_jax.core.config import ConfigError, to_plain
-from spiral_jax.core.groups import GroupRequests, Groups, Role, Stop
+from spiral_jax.core.groups import Role
 from spiral_jax.objective.advantages import compute_advantages
 from spiral_jax.objective.settings import ObjectiveSettings
 from spiral_jax.objective.subsets import Key, draw_subsets
 from spiral_jax.reporting.logged_problem import split_problems
 from spiral_jax.reporting.problem_page import PageSettings, problem_page
 from spiral_jax.rollout.credit import give_replay_credit
-from spiral_jax.rollout.populations import Population, Populations
+from spiral_jax.rollout.populations import Populations
 from spiral_jax.rollout.settings import ReplaySettings, training_stages
 from spiral_jax.rollout.stages import Stage
 from spiral_jax.rollout.traces import Replayed, Round
 from spiral_jax.run.setup import set_up_training
-from spiral_jax.run.trace_log import TraceRows
-from spiral_jax.verifier.rewards import Status, Verdict
 
 N, K, S, M = 8, 4, 4, 4
-NAN = float("nan")
 
 # --- what is kept and drawn ---------------------------------------------------------------------
 
 
-def population(cursor, step=0, round=1, rewards=(1.0, 0.0)):
-    """One whose traces, of growing length, have these rewards; NaN: our failure."""
-    C = len(rewards)
-    length_C = np.arange(1, C + 1, dtype=np.int32)
-    trace_CxG = np.where(np.arange(C) < length_C[:, None], 100 * cursor + length_C[:, None], 0)
-    verdicts = [
-        Verdict.of(Status.ERROR, "broken") if np.isnan(reward) else Verdict.of_reward(reward, "é")
-        for reward in rewards
-    ]
-    stop_C = np.arange(C, dtype=np.int32) % 2
-    verdict_C = np.array(verdicts, object)
-    return Population(cursor, step, round, trace_CxG.astype(np.int32), length_C, stop_C, verdict_C)
-
-
 def store(**changes):
-    fields = {"seed": 0, "problems": 2, "max_age": 3, "uses": 1, "rounds": 4}
+    fields = {"seed": 0, "problems": 2, "max_age": 3, "uses": 1, "rounds": 4, "reads": 1}
     return Populations(ReplaySettings(**fields | changes))
 
 
@@ -81,7 +76,7 @@ def test_no_population_is_read_too_old_too_often_or_too_deep_and_the_store_is_bo
             fresh.append(population(cursor, step, rewards=(rng.integers(2), 0.0)))
             cursor += 1
         answers = [
-            population(each.cursor, step, each.round + 1, rewards=(rng.integers(2), 0.0))
+            [population(each.cursor, step, each.round + 1, rewards=(rng.integers(2), 0.0))]
             for each in read
         ]
         stored = stored.after(step, fresh, answers)
@@ -96,18 +91,32 @@ def test_answers_take_the_place_of_what_they_have_read_once_they_have_earned_as_
     first = store(problems=5, uses=2).after(0, kept, [])
     assert [each.cursor for each in first.drawn(1)] == [1, 2, 3, 4, 5]
     answers = [
-        population(1, 1, 2, rewards=(0.75, 0.25)),  # as much
-        population(2, 1, 2, rewards=(NAN, 1.0)),  # more: our failure is in no mean
-        population(3, 1, 2, rewards=(0.75, 0.0)),  # less
-        population(4, 1, 4),  # nothing reads round 4
-        population(5, 1, 2, rewards=(NAN, NAN)),
+        [population(1, 1, 2, rewards=(0.75, 0.25))],  # as much
+        [population(2, 1, 2, rewards=(NAN, 1.0))],  # more: our failure is in no mean
+        [population(3, 1, 2, rewards=(0.75, 0.0))],  # less
+        [population(4, 1, 4)],  # nothing reads round 4
+        [population(5, 1, 2, rewards=(NAN, NAN))],
     ]
     second = first.after(1, [], answers)
     places = [(each.cursor, each.step, each.round, each.uses) for each in second.kept]
     assert places == [(3, 0, 1, 1), (5, 0, 1, 1), (1, 1, 2, 0), (2, 1, 2, 0)]
-    again = [population(each.cursor, 2, each.round + 1, (0.1, 0.0)) for each in second.drawn(2)]
+    again = [[population(each.cursor, 2, each.round + 1, (0.1, 0.0))] for each in second.drawn(2)]
     third = second.after(2, [], again)
     assert [(each.cursor, each.uses) for each in third.kept] == [(1, 1), (2, 1)]
+
+
+def test_of_several_rounds_the_first_takes_its_place_once_the_last_has_earned_as_much():
+    kept = [population(cursor) for cursor in (1, 2, 3)]
+    first = store(problems=5, uses=2, rounds=4, reads=2).after(0, kept, [])
+    answers = [
+        [population(1, 1, 2, (0.4, 0.4)), population(1, 1, 3, (0.5, 0.5))],
+        [population(2, 1, 2, (0.9, 0.9)), population(2, 1, 3, (0.4, 0.5))],
+        [population(3, 1, 2, (0.0, 0.0)), population(3, 1, 3, (0.5, 0.5))],
+    ]
+    second = first.after(1, [population(4, 1, 3)], answers)
+    places = [(each.cursor, each.step, each.round, each.uses) for each in second.kept]
+    # two rounds that read the third of problem 4 would be the fourth and the fifth
+    assert places == [(2, 0, 1, 1), (1, 1, 2, 0)]
 
 
 def test_what_has_earned_nothing_is_not_kept():
@@ -151,17 +160,6 @@ def test_what_is_saved_comes_back_with_every_bit():
 REPLAY = 2  # the round of the keys of what reads a population, behind the one after search
 
 
-def script(right):
-    """Answers are named by two digits and are right where `right[round, cursor, set, trace]`."""
-
-    def text(round, cursor, k, i):
-        if round == 0:
-            return f"left:{i}, \\boxed{{1}}"
-        return f"{k}{i} \\boxed{{{7 if right[round, cursor, k, i] else 8}}}"
-
-    return text
-
-
 @pytest.fixture(scope="module")
 def replaying():
     """(training, batch of its step 1, what that reads, which answers are right)."""
@@ -176,18 +174,13 @@ def replaying():
     return training, batch, read, right
 
 
-def rows_of(training, batch):
-    c = training.c
-    rows = TraceRows(TOKENIZER, 1.0, c.aggregation.order, c.seed, drops_truncated=False)
-    return list(rows.make(batch))
-
-
 def test_its_sets_are_drawn_by_key_and_read_the_stored_answers(replaying):
     training, batch, read, _ = replaying
     replayed = batch.replay.replayed
     assert replayed.cursor_B.tolist() == [each.cursor for each in read] and len(read) == 3
     assert set(replayed.cursor_B) & set(batch.rollouts.cursor_B) == set()
-    requests = replayed.round.groups.requests
+    (round,) = replayed.rounds
+    requests = round.groups.requests
     listed = [
         row["order"]
         for row in rows_of(training, batch)
@@ -195,7 +188,7 @@ def test_its_sets_are_drawn_by_key_and_read_the_stored_answers(replaying):
     ]
     for b, cursor in enumerate(replayed.cursor_B.tolist()):
         member_KxS = draw_subsets(Key(training.c.seed, 0, 1, cursor, 1), K * M, S, K)
-        np.testing.assert_array_equal(replayed.round.member_BxKxS[b], member_KxS)
+        np.testing.assert_array_equal(round.member_BxKxS[b], member_KxS)
         for k, member_S in enumerate(member_KxS):
             u = b * K + k
             shown = prompt_text(requests, u).split("#")
@@ -292,7 +285,7 @@ def test_a_step_ends_only_when_all_that_it_read_is_judged():
 
 def test_answers_are_the_population_of_one_round_more(replaying):
     _, batch, read, right = replaying
-    deeper = batch.replay.replayed.answers()
+    deeper = [rounds[0] for rounds in batch.replay.replayed.answers()]
     assert [(each.cursor, each.step, each.round) for each in deeper] == [
         (each.cursor, 1, 2) for each in read
     ]
@@ -309,37 +302,6 @@ def test_answers_are_the_population_of_one_round_more(replaying):
 
 # --- its gradient, by enumeration ---------------------------------------------------------------
 
-THETA = np.array([-0.7, 0.2, 0.9])  # log-odds that an answer is right, by shown right ones
-STORED = ((1, 0, 1, 0), (0, 0, 1, 0), (0, 0, 0, 0))  # rewards of three populations
-
-
-def chance(theta):
-    return 1 / (1 + np.exp(-theta))
-
-
-def outcomes_of(stored):
-    """Every draw of two sets of two, and every reward of two answers to each: arrays by outcome."""
-    sets = np.array(list(itertools.combinations(itertools.combinations(range(4), 2), 2)))
-    rewards = np.array(list(itertools.product((0.0, 1.0), repeat=4))).reshape(-1, 2, 2)
-    member = np.repeat(sets, len(rewards), axis=0)
-    reward = np.tile(rewards, (len(sets), 1, 1))
-    shown = np.array(stored)[member].sum(axis=-1)[:, :, None].repeat(2, axis=2)
-    return member, reward, shown, len(sets)
-
-
-def probability(theta, reward, shown, draws):
-    right = chance(theta[shown])
-    return np.where(reward == 1, right, 1 - right).prod(axis=(1, 2)) / draws
-
-
-def answers_with(reward_UxC):
-    U, C = reward_UxC.shape
-    one_U, id_Ux6 = np.ones(U, np.int32), np.tile(np.int32([0, 5, 0, 2, 1, 0]), (U, 1))
-    requests = GroupRequests(one_U[:, None], one_U, id_Ux6, C, 4)
-    trace = np.ones((U, C, 4), np.int32)
-    stop = np.full((U, C), Stop.STOP, np.int32)
-    return Groups(requests, trace, trace[:, :, 0], np.zeros(trace.shape), stop, reward_UxC)
-
 
 @pytest.mark.parametrize("estimator", ["marginal_mean", "set_control_variate", "paragator"])
 def test_the_expected_update_is_the_gradient_of_the_mean_reward_over_stored_populations(estimator):
@@ -351,11 +313,11 @@ def test_the_expected_update_is_the_gradient_of_the_mean_reward_over_stored_popu
         B = len(reward)
         candidates = answers_with(np.tile(np.float64(stored), (B, 1)))
         round = Round(member, answers_with(reward.reshape(-1, 2)))
-        replayed = Replayed([None] * B, [population(0)] * B, candidates, round)
+        replayed = Replayed([None] * B, [population(0)] * B, candidates, (round,))
         settings = ObjectiveSettings(estimator, "unbiased", 1.0, 1.0, 1.0)
-        advantages = compute_advantages(estimator, replayed.rewards(), (0.5, 0.7))
+        advantages = compute_advantages(estimator, replayed.rewards(), (0.5,))
         assert not advantages.rounds[0].candidate_BxN.any()
-        credit = give_replay_credit(replayed, advantages, settings)
+        (credit,) = give_replay_credit(replayed, advantages, settings)
         weight = credit.weight_UxC.reshape(reward.shape) * B / len(STORED)
         p = probability(THETA, reward, shown, draws)
         assert p.sum() == pytest.approx(1, abs=1e-12)
