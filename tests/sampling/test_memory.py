@@ -15,7 +15,7 @@ from spiral_jax.sampling.shapes import abstract_pool
 from spiral_jax.sampling.weights import abstract_weights
 
 LIMITS = [GroupLimits(prompt=33, traces=8, tokens=128), GroupLimits(401, 4, 128)]
-TOKEN = 2 * 2 * 2 * 8 * 4  # bytes: 2 layers, keys and values, 2 heads of 8 floats
+TOKEN = 2 * 2 * 8 * 4  # bytes: one layer, keys and values, 2 heads of 8 floats
 PAGE = 128 * TOKEN  # as long as the longest trace
 
 
