@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spiral_jax.core import config, distributed
-from spiral_jax.core.command import run_command
+from spiral_jax.core.command import refuse_arguments, run_command
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import make_mesh
 from spiral_jax.evaluation.comparison import compare, write_comparison
@@ -137,8 +137,7 @@ def main(argv: list[str]) -> None:
                 raise app.UsageError(f"--labels={given.labels}: two different names, A,B")
             compare_results(argv[1], argv[2], given.workdir, given.labels)
             return
-        if len(argv) > 1:
-            raise app.UsageError(f"unknown arguments: {argv[1:]}")
+        refuse_arguments(argv)
         if given.config is None or given.workdir is None:
             raise app.UsageError(
                 "--config and --workdir are required (or --compare A/results.json B/results.json)"

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from spiral_jax import __version__
-from spiral_jax.core.command import run_command
+from spiral_jax.core.command import refuse_arguments, run_command
 from spiral_jax.core.config import ConfigError, digest, to_plain
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import host_mesh, path_name
@@ -71,8 +71,7 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    refuse_arguments(argv)
     logging.set_verbosity(logging.WARNING)
     try:
         trained = find_trained(pathlib.Path(given.workdir), given.step)

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import sys
 
-from absl import app, flags
+from absl import flags
 
-from spiral_jax.core.command import run_command
+from spiral_jax.core.command import refuse_arguments, run_command
 from spiral_jax.core.errors import UserError
 from spiral_jax.reporting.main_page import write_report
 
@@ -33,8 +33,7 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     values = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    refuse_arguments(argv)
     out = values.out or values.workdir
     try:
         print(write_report(values.workdir, out, values.results, values.baseline))

@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 from transformers import PreTrainedTokenizerBase
 
-from spiral_jax.core.command import run_command
+from spiral_jax.core.command import refuse_arguments, run_command
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.groups import Stop, pad_rows
 from spiral_jax.learner.logprobs import group_logprobs, length_mask
@@ -66,8 +66,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    refuse_arguments(argv)
     try:
         make_model(flags.FLAGS.config, pathlib.Path(flags.FLAGS.out))
     except UserError as error:

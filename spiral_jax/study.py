@@ -36,7 +36,7 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from spiral_jax.core.command import run_command
+from spiral_jax.core.command import refuse_arguments, run_command
 from spiral_jax.core.config import digest_of
 from spiral_jax.core.errors import UserError
 from spiral_jax.run.workdir import open_workdir
@@ -70,8 +70,7 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     values = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    refuse_arguments(argv)
     for name in ("best", "out") if values.across else ("config", "workdir"):
         if not getattr(values, name):
             raise app.UsageError(f"--{name} is required" + " with --across" * bool(values.across))

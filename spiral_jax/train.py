@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from spiral_jax.core import distributed
-from spiral_jax.core.command import run_command
+from spiral_jax.core.command import refuse_arguments, run_command
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import make_mesh
 from spiral_jax.learner.blocks import make_blocks, padding, place_blocks
@@ -25,11 +25,9 @@ from spiral_jax.learner.step import make_train_step
 from spiral_jax.objective.advantages import compute_advantages
 from spiral_jax.reporting.summary import summarise_run
 from spiral_jax.run.preemption import exit_code
-from spiral_jax.run.rehearsal import rehearse
-from spiral_jax.run.setup import Setup, check_shapes, keep_compiled_programs, set_up_training
+from spiral_jax.run.rehearsal import WHOLE_CONFIG, dry_run
+from spiral_jax.run.setup import Setup, keep_compiled_programs, set_up_training
 from spiral_jax.run.training_run import open_run
-
-CONFIG = "config"  # of --dry_run
 
 
 def train(setup: Setup, workdir: str) -> signal.Signals | None:
@@ -77,8 +75,7 @@ def train(setup: Setup, workdir: str) -> signal.Signals | None:
         run.finish(state)
 
     if run.preemption.notice:
-        ended = f"{run.preemption.word}: saved at step {run.at.step}"
-        print(f"{ended}; the same command goes on", flush=True)
+        run.preemption.announce(f"saved at step {run.at.step}")
     else:
         summarise_run(run.log, run.at.step, run.at.sampled_tokens)
     return run.preemption.notice
@@ -93,7 +90,7 @@ def define_flags() -> None:
             None,
             "check config, data, rewards, tokenizer and shapes, say what a step takes, and write "
             "nothing; --dry_run=config prints the whole configuration too",
-            ["true", CONFIG],
+            ["true", WHOLE_CONFIG],
             boolean=True,  # so that it needs no value
         )
     )
@@ -109,25 +106,19 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    refuse_arguments(argv)
     if given.workdir is None and not given.dry_run:
         raise app.UsageError("--workdir is required (or --dry_run)")
     logging.set_verbosity(logging.WARNING)
-    notice = None
     try:
         with distributed.session(given):
             keep_compiled_programs()
             distributed.announce(make_mesh(given.config.mesh))
             setup = set_up_training(given.config)
             if given.dry_run:
-                check_shapes(setup)
-                print(rehearse(setup))
-                if given.dry_run == CONFIG:
-                    print(setup.c)
-                print("config, data, rewards, tokenizer and shapes are fine; nothing was written")
-            else:
-                notice = train(setup, given.workdir)
+                dry_run(setup, given.dry_run)
+                return
+            notice = train(setup, given.workdir)
     except UserError as error:
         sys.exit(f"error: {error}")
     if notice:

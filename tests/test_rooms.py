@@ -69,3 +69,7 @@ def test_only_doors_are_imported_from_outside_a_room():
             unused.discard((room, file[0]))
     assert not wrong, "new doors:\n" + "\n".join(sorted(wrong))
     assert not unused, f"doors that nobody uses: {sorted(unused)}"
+
+
+def test_train_is_a_page():
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 130

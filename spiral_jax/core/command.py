@@ -50,6 +50,12 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
+def refuse_arguments(argv: Sequence[str]) -> None:
+    """Raises app.UsageError: words behind the command that belong to no flag."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """`flags_parser` of `app.run`; see `run_command`."""
     if any(argument in _HELP for argument in argv[1:]):

@@ -73,8 +73,7 @@ def run_waves(setup: Setup, directory: Workdir, stamp: Mapping[str, str]) -> Eva
             notice = preemption.notice
             if notice:
                 kept = len(journal.read()) if distributed.is_first() else 0
-                ended = f"{preemption.word}: {kept} of {len(waves)} waves are kept"
-                print(f"{ended}; the same command goes on", flush=True)
+                preemption.announce(f"{kept} of {len(waves)} waves are kept")
 
     rows = journal.read()
     records = [record for row in rows for record in row["records"]]

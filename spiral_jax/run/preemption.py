@@ -99,6 +99,10 @@ class Preemption:
         """What to call the end that the notice has brought."""
         return "interrupted" if self.notice is signal.SIGINT else "preempted"
 
+    def announce(self, kept: str) -> None:
+        """Prints that the notice has ended the command, and what is kept of it."""
+        print(f"{self.word}: {kept}; the same command goes on", flush=True)
+
     def __enter__(self) -> Preemption:
         # Handlers belong to the main thread; with several processes jax has its own of SIGTERM.
         self._old: dict[signal.Signals, Any] = {}

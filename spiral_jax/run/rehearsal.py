@@ -13,7 +13,7 @@ from spiral_jax.core.mesh import bytes_on_a_device, weight_shardings, with_shard
 from spiral_jax.learner.state import abstract_state, keeps_base
 from spiral_jax.model import hf
 from spiral_jax.prompts.prompts import search_prompt
-from spiral_jax.run.setup import Setup
+from spiral_jax.run.setup import Setup, check_shapes
 from spiral_jax.sampling.shapes import abstract_pool
 from spiral_jax.sampling.weights import bytes_laid_out
 from spiral_jax.tasks.problem import Problem
@@ -22,14 +22,29 @@ from spiral_jax.verifier.pool import VerifierFailure
 from spiral_jax.verifier.rewards import WITHOUT_ANSWERS, Verdict
 from spiral_jax.verifier.verifier import Verifier
 
+WHOLE_CONFIG = "config"  # value of --dry_run that prints the configuration too
+
 _MOST_MEASURED = 10_000  # problems whose prompts are tokenised: a second or two
 _MEASURED_OF_ENDLESS = 256
 _QUANTILES = {"median": 0.5, "90 % up to": 0.9, "99 % up to": 0.99, "longest": 1.0}
 _GIB = 2**30
 
 
+def dry_run(setup: Setup, value: str) -> None:
+    """What `--dry_run=value` does: finds out all that it can, prints it, and writes nothing.
+
+    Raises:
+      VerifierFailure: see `rehearse`.
+    """
+    check_shapes(setup)
+    print(rehearse(setup))
+    if value == WHOLE_CONFIG:
+        print(setup.c)
+    print("config, data, rewards, tokenizer and shapes are fine; nothing was written")
+
+
 def rehearse(setup: Setup) -> str:
-    """All that `--dry_run` says of a run, in lines; findings that want a look begin with "note".
+    """All that can be known of a run, in lines; findings that want a look begin with "note".
 
     Raises:
       VerifierFailure: a reward function fails on a reference answer or on "".
