@@ -110,7 +110,7 @@ class Checkout:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkouts", nargs="*", default=["."], type=pathlib.Path)
+    parser.add_argument("checkouts", nargs="*", default=[pathlib.Path(".")], type=pathlib.Path)
     checkouts = [Checkout(root) for root in parser.parse_args().checkouts]
     columns = [checkout.rows() for checkout in checkouts]
     heads = ["", *(str(checkout.root) for checkout in checkouts)]

@@ -9,7 +9,11 @@ import numpy as np
 
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.groups import Stop
-from spiral_jax.objective.estimators import ESTIMATORS, estimator_named
+from spiral_jax.objective.estimators import (
+    ESTIMATORS,
+    OF_AGGREGATIONS_ALONE,
+    estimator_named,
+)
 from spiral_jax.objective.of_own_answers import varies
 from spiral_jax.objective.of_sets import aggregation_advantage
 from spiral_jax.objective.rewards import Rewards
@@ -122,7 +126,7 @@ def compute_advantages(
 
 
 def _of_round(name: str, rewards: Rewards) -> RoundAdvantages:
-    estimator = estimator_named("aggregator_only" if rewards.stale else name)
+    estimator = estimator_named(OF_AGGREGATIONS_ALONE if rewards.stale else name)
     if estimator.needs.bits:
         _check_bits(name, rewards)
     informative_B = estimator.informative(rewards)

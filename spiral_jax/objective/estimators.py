@@ -246,6 +246,10 @@ ESTIMATORS = {
 }
 
 
+# What there is where candidates earn nothing for being read: those of earlier steps.
+OF_AGGREGATIONS_ALONE = "aggregator_only"
+
+
 def estimator_named(name: str) -> Estimator:
     """The row of `ESTIMATORS`. Raises `ValueError` for another name."""
     if name not in ESTIMATORS:
