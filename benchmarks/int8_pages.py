@@ -5,6 +5,7 @@
 
 Of each run: how far sampler and trainer are apart (nat a token), the share of tokens that the
 truncated importance ratio leaves, the training reward by step, and the last held-out evaluation.
+A picture of the rewards is written beside the report.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from absl import app, flags
 
 from benchmarks.machine import commit, machine
 from benchmarks.markdown import table_lines
+from spiral_jax.reporting.axes import new_figure, tidy
+from spiral_jax.reporting.style import BLUE, VERMILION
 
 CONFIG = flags.DEFINE_string("config", "configs/tiny.py", "what is trained")
 WORKDIR = flags.DEFINE_string(
@@ -29,6 +32,10 @@ SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of the runs")
 DTYPES = ("compute", "int8")
 KL, LARGEST, SHARE = "mismatch/kl", "mismatch/max_abs_log_ratio", "mismatch/effective_share"
 REWARDS = ("reward/aggregated", "reward/search")
+LINES = {
+    "compute": {"color": BLUE, "ls": "-", "label": "pages in the compute dtype"},
+    "int8": {"color": VERMILION, "ls": "--", "label": "pages in int8"},
+}
 LAST = 10  # steps whose mean reward the table shows
 
 
@@ -39,6 +46,7 @@ def main(argv: list[str]) -> None:
         for dtype in DTYPES:
             report["runs"].append(run(root / f"{dtype}_{seed}", seed, dtype, overrides))
             pathlib.Path(JSON.value).write_text(json.dumps(report, indent=1) + "\n")
+    plot_rewards(report["runs"], pathlib.Path(JSON.value).with_suffix(".png"))
     print("\n".join(table_lines(HEADS, map(cells, report["runs"]))))
 
 
@@ -68,6 +76,21 @@ def run(workdir: pathlib.Path, seed: str, dtype: str, overrides: list[str]) -> d
 
 def read_rows(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def plot_rewards(runs: list[dict], file: pathlib.Path) -> None:
+    """The training reward of aggregations by step, a thin line for each run."""
+    figure = new_figure(6, 3)
+    axes = figure.subplots()
+    tidy(axes)
+    for run in runs:
+        rewards = [100 * step[REWARDS[0]] for step in run["steps"]]
+        label = {} if run["seed"] == runs[0]["seed"] else {"label": None}
+        axes.plot(rewards, lw=1, **(LINES[run["dtype"]] | label))
+    axes.set_xlabel("step")
+    axes.set_ylabel("reward of aggregations, %")
+    axes.legend(frameon=False)
+    figure.savefig(file)
 
 
 HEADS = (
