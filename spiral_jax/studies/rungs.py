@@ -62,4 +62,5 @@ class Watch:
             self._told = rung + 1
             if rewards[rung] is not None and self._gives_up(rung, rewards[rung]):
                 self.given_up = True
+                break
         return self.given_up
