@@ -4,8 +4,9 @@
     python -m spiral_jax.train --config=configs/small_programs.py --workdir=runs/program_format \
         --config.task.reward=benchmarks.program_format:reward --config.train.steps=3
 
-With the tests of its problems SmolLM2-135M earns half a percent of the reward, so hardly any of them
-has a signal. With this reward the same run takes all steps of training on code; it claims nothing.
+With the tests of its problems SmolLM2-135M earns half a percent of the reward, so hardly any of
+them has a signal. With this reward the same run takes all steps of training on code; it claims
+nothing.
 """
 
 from __future__ import annotations
