@@ -13,11 +13,9 @@ import time
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import study_small
 from matplotlib.image import imread
-from scipy.stats import spearmanr
 
 from spiral_jax import study as command
 from spiral_jax.core.config import ConfigError, to_plain
@@ -28,7 +26,7 @@ from spiral_jax.studies.design import Claim, load_study
 from spiral_jax.studies.directory import StudyDirectory
 from spiral_jax.studies.gather import gather
 from spiral_jax.studies.processes import Processes
-from spiral_jax.studies.rungs import GIVEN_UP, RUNGS, rewards_of_rungs
+from spiral_jax.studies.rungs import GIVEN_UP
 from spiral_jax.studies.text import list_failures, markdown, write_study
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -471,54 +469,6 @@ def test_a_sweep_tries_what_optuna_proposes_and_goes_on_where_it_was_stopped(fak
     assert found["unnamed"] == []
 
 
-def test_an_arm_that_stays_behind_is_given_up_and_not_tried_again(tmp_path):
-    study, directory = load_study("tests/study_small.py"), StudyDirectory(tmp_path)
-    study.module.propose = lambda trial: f"N{trial.suggest_int('N', 5, 14)}"
-    asked = {}
-
-    def run(study, arm, gives_up):
-        """The more traces, the better, from the first rung on."""
-        asked[arm] = 0
-        for rung in range(RUNGS):
-            asked[arm] += 1
-            if gives_up(rung, float(arm[1:])):
-                return None
-        return float(arm[1:])
-
-    sweep.sweep(study, directory, 9, Processes(1), run)
-    found = sweep.outcome(directory)
-    arms = found["arms"]
-    assert list(arms) == list(asked) and len(arms) == 9
-    given_up = [arm for arm, row in arms.items() if row["state"] == GIVEN_UP]
-    done = [arm for arm, row in arms.items() if row["state"] == "done"]
-    assert given_up and sorted([*given_up, *done]) == sorted(arms)
-    for arm in given_up:  # it stood below the median of those before it, after the first rungs
-        before = [other for other in list(arms)[: list(arms).index(arm)] if asked[other] >= 4]
-        assert len(before) >= 5 and asked[arm] == arms[arm]["rungs"] == 4
-        assert int(arm[1:]) < np.median([int(other[1:]) for other in before])
-        assert arms[arm]["value"] is None
-    assert found["importance"] == {"N": 1.0} and found["direction"]["N"] == pytest.approx(1)
-
-    asked.clear()
-    sweep.sweep(study, directory, 9, Processes(1), run)
-    assert asked == {}
-
-
-def test_the_direction_of_a_choice_is_spearmans(tmp_path):
-    study, directory = load_study("tests/study_small.py"), StudyDirectory(tmp_path)
-    study.module.propose = lambda trial: (
-        f"N{10 * trial.suggest_int('tens', 1, 3) + trial.suggest_int('ones', 2, 9)}"
-    )
-    rng = np.random.default_rng(0)
-    sweep.sweep(study, directory, 6, Processes(1), lambda *_: float(rng.integers(4)))
-    found = sweep.outcome(directory)
-    values = [row["value"] for row in found["arms"].values()]
-    for name in ("tens", "ones"):
-        chosen = [row["chosen"][name] for row in found["arms"].values()]
-        assert found["direction"][name] == pytest.approx(spearmanr(chosen, values).statistic)
-    assert sum(found["importance"].values()) == pytest.approx(1)
-
-
 def test_a_run_that_is_given_up_is_ended_and_is_no_failure(fake, copy, monkeypatch):
     monkeypatch.setenv("LINGER", "60")  # it goes on for a minute after its second step of three
     monkeypatch.setenv("STEPS", "2")
@@ -546,26 +496,6 @@ def test_a_run_that_is_given_up_is_ended_and_is_no_failure(fake, copy, monkeypat
     assert swept_run["state"] == GIVEN_UP
     assert not [line for line in list_failures(found) if "N7" in line]
     assert "1 were given up on the way: N7 (1 of 10)" in markdown(swept, found, [])
-
-
-def test_the_reward_of_a_rung_is_the_mean_of_its_steps():
-    experiment = load_study(FILE).experiments["marginal_mean"]
-    assert experiment.plain["train"]["steps"] == 3
-    steps = [
-        {"sampling/generated_tokens": 1.0, "reward/aggregated": reward} for reward in (1, 2, 6)
-    ]
-    assert rewards_of_rungs(experiment, []) == []
-    none = [None] * 3
-    assert rewards_of_rungs(experiment, steps[:1]) == none  # a third: in the fourth rung
-    assert rewards_of_rungs(experiment, steps[:2]) == [*none, 1.0, None, None]
-    whole = rewards_of_rungs(experiment, steps)
-    assert whole == [*none, 1.0, None, None, 2.0, None, None, 6.0]
-
-
-def test_a_study_without_a_proposal_is_not_swept(tmp_path):
-    without = load_study("configs/study_two_halves.py")
-    with pytest.raises(ConfigError, match=r"study_two_halves\.py: .*propose\(trial\)"):
-        sweep.sweep(without, StudyDirectory(tmp_path), 1, Processes(1), lambda *_: None)
 
 
 def test_a_study_whose_commands_outlived_it_is_reported_and_says_what_is_not_known(finished, copy):
