@@ -4,21 +4,20 @@ r"""Deep rounds on two halves: one round in training, two in the rollout, or sto
         --at_once=2
 
 Trained for one round, the model has never read an aggregation, and is lost in the second round of
-self-aggregation. Two rounds in the rollout hold in one seed of three (`study_two_halves_ablations`,
-2_rounds_long: 88, 39 and 30 % after ten). `replay` samples one round and reads stored populations
-beside it, of round 1 and deeper (config.replay). All three end with the same sampled tokens, and
-differ in how they spend them:
+self-aggregation. Two rounds in the rollout hold in one seed of three at 1.4 million tokens
+(`study_two_halves_ablations`, 2_rounds_long: 88, 39 and 30 % after ten). `replay` has two rounds in
+the rollout too, and reads stored populations beside it, of round 1 and deeper (config.replay). All
+three end with the same sampled tokens, and differ in how they spend them:
 
     1_round     16 problems a step: 8 traces, 4 sets, 4 aggregations of each
     2_rounds    the same, 2 aggregations of each, and 4 sets of these with 2 of each
-    replay      8 problems as in 1_round, 4 sets of each of 32 stored populations, 4 of each
+    replay      4 problems as in 2_rounds, but 4 aggregations of each set in both rounds, and 16
+                stored populations, which two such rounds read
 
-`replay` has half the problems because reading a stored population costs 144 tokens and sampling a
-problem 330, and reading is what takes long to learn: the model's answers to a prompt of
-aggregations are at first wrong and nearly all the same, so few sets teach anything.
-
-That, and a quarter of the search term's weight, are from pilots of seed 0 (docs/log.md, "Stored
-populations, pilots").
+`replay` has few problems of its own because reading is what takes long to learn: the model's
+answers to a prompt of aggregations are at first wrong and nearly all the same, so few sets teach
+anything. That, the tokens and a quarter of the search term's weight are from pilots of seed 0
+(docs/log.md, "Stored populations, pilots").
 """
 
 from ml_collections import ConfigDict
@@ -26,14 +25,19 @@ from ml_collections import ConfigDict
 from configs import study_two_halves
 from spiral_jax.studies import design
 
-_TOKENS = 1_400_000  # sampled tokens that end a run of any arm
-_STEPS = {"1_round": 115, "2_rounds": 115, "replay": 130}  # at most: a tenth more than they buy
+_TOKENS = 4_400_000  # sampled tokens that end a run of any arm
+_STEPS = {"1_round": 360, "2_rounds": 345, "replay": 490}  # at most: a little more than they buy
 _SEEDS = (0, 1, 2)
 # fields that differ
 _ARMS = {
     "1_round": {},
     "2_rounds": {"aggregation.rounds": 2, "aggregation.traces": 2},
-    "replay": {"batch.problems": 8, "batch.search_groups": 8, "replay.problems": 32},
+    "replay": {
+        "aggregation.rounds": 2,
+        "batch.problems": 4,
+        "batch.search_groups": 4,
+        "replay.problems": 16,
+    },
 }
 
 

@@ -97,11 +97,13 @@ _BUDGETS = {
     "study_end_digit": (672, 800_000),
     "study_estimators_end_digit": (672, 800_000),
     "study_estimators_three_parts": (352, 300_000),
-    "study_rounds": (400, 1_400_000),
+    "study_rounds": (400, 4_400_000),
     "study_rounds_three_parts": (352, 600_000),
     "study_smollm2": (768, 500_000),
 }
 _TWO_HALVES, _LONG = (400, 540_000), 1_400_000
+# arms whose problems cost more, of which a step has fewer
+_DEAR = {"study_rounds/replay": 592, "study_rounds_three_parts/replay": 544}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -112,7 +114,8 @@ def test_the_studies_of_configs_are_whole(file):
     lr = 1e-4 if file.stem == "study_smollm2" else 3e-4
     for arm, experiment in study.experiments.items():
         budget = experiment.budget()
-        assert ceiling <= budget["ceiling"] <= 1.04 * ceiling, arm
+        of_arm = _DEAR.get(f"{file.stem}/{arm}", ceiling)
+        assert of_arm <= budget["ceiling"] <= 1.04 * of_arm, arm
         assert budget["token budget"] == (_LONG if arm.endswith("_long") else tokens)
         assert budget["lr"] == lr and experiment.plain["eval"]["problems"] == 0
 
