@@ -13,7 +13,7 @@ from configs import estimator_arms, study_rounds, three_parts
 from spiral_jax.studies import design
 
 _TOKENS = 600_000  # sampled tokens that end a run of any arm
-_STEPS = {"1_round": 92, "2_rounds": 92, "replay": 81}
+_STEPS = {"1_round": 92, "2_rounds": 92, "replay": 88}
 
 
 def get_config(name: str = "") -> ConfigDict:

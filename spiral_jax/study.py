@@ -18,8 +18,8 @@ compares the arms of several studies over all of their tasks, from what --report
 Each run is an ordinary training in a process of its own, W/runs/ARM/seed_0, and an ordinary
 evaluation of what it has trained, W/evaluations/ARM/seed_0/step_000040; what they print is in
 W/logs. Then the arms of `cross` read each other's search, W/evaluations/SEARCHER+READER. With
-`equal_operations` each run is evaluated once more, where it had spent the same operations as the
-others, W/evaluations/ARM@equal_operations, unless that is its end. Then the next seed begins. The
+`equal_operations` each run is evaluated once more, W/evaluations/ARM@equal_operations, where it had
+spent as many operations as the others, unless it ended there. Then the next seed begins. The
 same command goes on where the study was stopped or killed, since all of these do, and tries failed
 runs again. A run that fails is recorded in W/journal.jsonl, reported, and does not end the others;
 if it has a checkpoint, that is evaluated.

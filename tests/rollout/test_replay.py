@@ -86,6 +86,24 @@ def test_no_population_is_read_too_old_too_often_or_too_deep_and_the_store_is_bo
     assert deepest == 3 and max(times.values()) == uses
 
 
+def test_new_problems_push_no_stored_population_out_and_take_the_room_that_is_left():
+    """Twenty of them a step where six populations fit; rounds grow deeper all the same."""
+    stored, entered = store(uses=2, rounds=6), set()
+    for step in range(40):
+        read = stored.drawn(step)
+        answers = [[population(each.cursor, step, each.round + 1)] for each in read]
+        fresh = [population(20 * step + i, step) for i in range(20)]
+        after = stored.after(step, fresh, answers)
+        read_now = {each.cursor for each in read if each.round == 5}  # nothing reads round 6
+        stay = {each.cursor for each in stored.kept if step + 1 - each.step <= 3} - read_now
+        new = {each.cursor for each in after.kept} - {each.cursor for each in stored.kept}
+        assert stay <= {each.cursor for each in after.kept} and len(after.kept) == 6
+        entered |= {cursor % 20 for cursor in new}
+        stored = after
+    assert max(each.round for each in read) > 2
+    assert len(entered) > 10  # by key, not those that came first
+
+
 def test_answers_take_the_place_of_what_they_have_read_once_they_have_earned_as_much():
     kept = [population(cursor, round=3 if cursor == 4 else 1) for cursor in range(1, 6)]
     first = store(problems=5, uses=2).after(0, kept, [])
