@@ -321,7 +321,7 @@ def _rollout_metrics(
     groups = [round.groups for round in rollouts.rounds]
     if replay:
         metrics |= _replay_metrics(replay, sum(len(of_round) for of_round in groups))
-        rounds += [of_round.aggregation_BxKxM for of_round in replay.advantages.rounds]
+        rounds += replay.advantages.by_stage()[1:]  # what was read has none
         groups += replay.replayed.stages
     return metrics | _role_metrics(
         Role.AGGREGATION,

@@ -135,7 +135,7 @@ class Population:
 
 @dataclasses.dataclass(frozen=True)
 class Populations:
-    """Those that may still be read, oldest first; a run carries them and saves them.
+    """Those that may still be read, those of early steps first; a run carries them and saves them.
 
     Attributes:
       kept: at most `settings.capacity`.
@@ -166,33 +166,60 @@ class Populations:
 
         A population is gone when the answers to it take its place: once they have earned as much,
         and where a step reads several rounds, once those of the last have; when it was read as
-        often as it may be; and when it is too old. What has earned nothing at all is not kept.
-        Where there are too many, the oldest go.
+        often as it may be; and when it is too old. What has earned nothing at all is not kept. New
+        problems fill the room that is left, drawn by key: if they pushed older ones out, a batch
+        larger than the store would leave nothing to read deeper rounds of.
 
         Args:
           step: that has ended.
           sampled: the first answers to search traces of its problems.
           replayed: the answers to what `drawn` has given, in that order, round by round.
         """
-        s, kept, new = self.settings, [], list(sampled)
+        s, kept, deeper = self.settings, [], []
         read = self.drawn(step)
         answers = dict(zip((each.cursor for each in read), replayed, strict=True))
         for population in self.kept:
             if answer := answers.get(population.cursor):
                 if answer[-1].mean_reward >= population.mean_reward:
-                    new.append(answer[0])
+                    deeper.append(answer[0])
                     continue
                 population = dataclasses.replace(population, uses=population.uses + 1)
             if population.uses < s.uses and step + 1 - population.step <= s.max_age:
                 kept.append(population)
-        deepest = s.rounds - s.reads  # that can be read
-        readable = [each for each in new if each.round <= deepest and each.mean_reward > 0]
-        return dataclasses.replace(self, kept=(*kept, *readable)[-s.capacity :])
+        deeper = list(filter(self._is_readable, deeper))
+        fresh = list(filter(self._is_readable, sampled))
+        room = s.capacity - len(kept) - len(deeper)
+        return dataclasses.replace(self, kept=(*kept, *self._some(fresh, room, step), *deeper))
+
+    def _some(self, fresh: list[Population], room: int, step: int) -> list[Population]:
+        """As many as there is room for, in their order."""
+        if not fresh or not room:
+            return []
+        key = Key(self.settings.seed, int(Purpose.REPLAY), step, 0, 1)
+        (chosen,) = draw_subsets(key, len(fresh), min(room, len(fresh)), 1)
+        return [fresh[i] for i in chosen]
+
+    def _is_readable(self, population: Population) -> bool:
+        """Whether answers to it are rounds that are trained, and it has earned anything."""
+        deepest = self.settings.rounds - self.settings.reads
+        return population.round <= deepest and population.mean_reward > 0
 
     def to_plain(self) -> list[dict[str, Any]]:
         """JSON types."""
         return [population.to_plain() for population in self.kept]
 
-    def restored(self, plain: Sequence[dict[str, Any]]) -> Populations:
-        """Those that `to_plain` wrote, under these settings."""
-        return dataclasses.replace(self, kept=tuple(map(Population.from_plain, plain)))
+    def restored(self, plain: Sequence[dict[str, Any]], step: int) -> Populations:
+        """Those that `to_plain` wrote and that these settings, which may be others, let be read.
+
+        Args:
+          step: that reads them next.
+        """
+        kept = map(Population.from_plain, plain)
+        return dataclasses.replace(self, kept=tuple(p for p in kept if self._may_be_read(p, step)))
+
+    def _may_be_read(self, population: Population, step: int) -> bool:
+        s = self.settings
+        has_size = len(population.trace_len_C) == s.answers
+        fits = has_size and population.trace_len_C.max() <= s.max_tokens
+        is_fresh = population.uses < s.uses and step - population.step <= s.max_age
+        return fits and is_fresh and self._is_readable(population)

@@ -24,6 +24,7 @@ class ReplaySettings:
     Attributes:
       seed: config.seed.
       reads: rounds of aggregation that a step samples of a population, as of its own problems.
+      answers, max_tokens: K * M answers of a population, and the limit of each.
     """
 
     seed: int
@@ -32,6 +33,8 @@ class ReplaySettings:
     uses: int
     rounds: int
     reads: int
+    answers: int
+    max_tokens: int
 
     @property
     def capacity(self) -> int:
@@ -308,7 +311,14 @@ def _replay_settings(c: ConfigDict, estimator: Estimator) -> ReplaySettings | No
     deeper = c.aggregation.rounds + 1
     require(r.rounds >= deeper, "replay.rounds", r.rounds, f">= aggregation.rounds + 1 = {deeper}")
     _check_answers(c, "replay.problems", r.problems, "0")
-    return ReplaySettings(c.seed, **r.to_dict(), reads=c.aggregation.rounds)
+    a = c.aggregation
+    return ReplaySettings(
+        c.seed,
+        **r.to_dict(),
+        reads=a.rounds,
+        answers=a.subsets * a.traces,
+        max_tokens=a.max_tokens,
+    )
 
 
 def _check_answers(c: ConfigDict, field: str, value: int, without: str) -> None:

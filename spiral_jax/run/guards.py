@@ -17,8 +17,8 @@ from spiral_jax.verifier.rewards import Verdict
 
 SKIPPED = "skipped_update"  # metric of the train step: 1 where loss or gradient was not finite
 WATCHED = ("grad_norm", "loss/search", "loss/aggregation")
-# An on-policy loss is a sum that is zero but for rounding: this close to the median, nothing is a
-# spike.
+# Where traces are equally long, an on-policy loss is zero but for rounding: this close to the
+# median, nothing is a spike.
 _NOISE = 1e-5
 _WINDOW, _LEAST = 32, 8  # steps that make the median, and how many there must be
 

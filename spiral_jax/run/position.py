@@ -74,12 +74,12 @@ class Position:
 
         Args:
           start: before the first step: what is not saved, or was fitted for another number of
-            rounds, begins anew.
+            rounds, begins anew, and populations that its settings do not let be read are left out.
         """
         at = cls(plain["step"], plain["cursor"], plain["sampled_tokens"])
         at.slopes, saved = start.slopes, plain.get("slopes")
         if at.slopes and saved and len(saved["product_R"]) == len(at.slopes.product_R):
             at.slopes = Slopes(*map(tuple, (saved["product_R"], saved["square_R"])))
         if start.populations:
-            at.populations = start.populations.restored(plain.get("populations", []))
+            at.populations = start.populations.restored(plain.get("populations", []), at.step)
         return at

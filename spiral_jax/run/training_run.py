@@ -301,7 +301,13 @@ def _start_or_resume(setup: Setup, checkpoints: Checkpoints) -> tuple[Any, Train
             f"the task's data have changed since the checkpoint ({there[:12]} -> {here[:12]}): "
             "restore the files, or start in another --workdir."
         )
-    return base, state, Position.from_plain(record["at"], start)
+    at = Position.from_plain(record["at"], start)
+    if at.populations:
+        saved = len(record["at"].get("populations", ()))
+        gone = saved - len(at.populations.kept)
+        if gone:
+            print(f"note: {gone} of {saved} stored populations do not fit this configuration")
+    return base, state, at
 
 
 def _make_actor(

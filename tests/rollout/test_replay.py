@@ -1,5 +1,6 @@
 """Population replay: what is stored and read, and what answers to stored populations earn."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -50,7 +51,7 @@ N, K, S, M = 8, 4, 4, 4
 
 def store(**changes):
     fields = {"seed": 0, "problems": 2, "max_age": 3, "uses": 1, "rounds": 4, "reads": 1}
-    return Populations(ReplaySettings(**fields | changes))
+    return Populations(ReplaySettings(**fields | {"answers": 2, "max_tokens": 9} | changes))
 
 
 @pytest.mark.parametrize("uses", [1, 2])
@@ -88,7 +89,7 @@ def test_no_population_is_read_too_old_too_often_or_too_deep_and_the_store_is_bo
 
 def test_new_problems_push_no_stored_population_out_and_take_the_room_that_is_left():
     """Twenty of them a step where six populations fit; rounds grow deeper all the same."""
-    stored, entered = store(uses=2, rounds=6), set()
+    stored, entered, deepest = store(uses=2, rounds=6), set(), 0
     for step in range(40):
         read = stored.drawn(step)
         answers = [[population(each.cursor, step, each.round + 1)] for each in read]
@@ -99,8 +100,9 @@ def test_new_problems_push_no_stored_population_out_and_take_the_room_that_is_le
         new = {each.cursor for each in after.kept} - {each.cursor for each in stored.kept}
         assert stay <= {each.cursor for each in after.kept} and len(after.kept) == 6
         entered |= {cursor % 20 for cursor in new}
+        deepest = max([deepest, *(each.round for each in read)])
         stored = after
-    assert max(each.round for each in read) > 2
+    assert deepest == 5
     assert len(entered) > 10  # by key, not those that came first
 
 
@@ -156,10 +158,13 @@ def test_each_population_is_as_likely_as_any_other_and_steps_and_seeds_differ():
 
 
 def test_what_is_saved_comes_back_with_every_bit():
-    kept = (population(3, 5, 2, rewards=(1.0, NAN, 1 / 3)), population(2**20, 6))
-    stored = Populations(store().settings, kept)
+    kept = (
+        population(3, 5, 2, rewards=(1.0, NAN, 1 / 3)),
+        population(2**20, 6, rewards=(1.0, 0.0, 1.0)),
+    )
+    stored = Populations(store(answers=3).settings, kept)
     plain = json.loads(json.dumps(stored.to_plain(), allow_nan=False))
-    again = store().restored(plain)
+    again = store(answers=3).restored(plain, step=7)
     assert again.to_plain() == plain
     search = scripted_writer(scripted_config()).search(Stage("search", 0, N, 9), asked(7))
     for one, other in zip(stored.kept, again.kept, strict=True):
@@ -171,6 +176,28 @@ def test_what_is_saved_comes_back_with_every_bit():
                 assert str(before.tolist()) == str(after.tolist())  # NaN is not NaN
             else:
                 np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({}, [1, 2, 3]),
+        ({"max_tokens": 2}, [1, 2, 3]),  # the longest have two tokens
+        ({"max_tokens": 1}, []),
+        ({"answers": 3}, []),  # more or fewer than a step's sets would be drawn from
+        ({"answers": 1}, []),
+        ({"rounds": 2}, [1, 3]),
+        ({"reads": 3}, [1, 3]),
+        ({"uses": 1}, [1, 2]),
+        ({"max_age": 1}, [2, 3]),
+    ],
+)
+def test_under_other_settings_what_does_not_fit_them_is_left_out(changes, left):
+    used = dataclasses.replace(population(3, step=6), uses=1)
+    kept = (population(1, step=5), population(2, step=6, round=2), used)
+    plain = Populations(store(uses=2).settings, kept).to_plain()
+    again = store(**{"uses": 2} | changes).restored(plain, step=7)
+    assert [each.cursor for each in again.kept] == left
 
 
 # --- a step that reads them ---------------------------------------------------------------------

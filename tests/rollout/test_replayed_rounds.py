@@ -76,6 +76,23 @@ def test_with_two_rounds_answers_earn_their_own_success_and_that_of_the_sets_tha
     )
 
 
+def test_logged_advantages_have_what_answers_earn_by_being_read(read_twice):
+    training, batch, read, right = read_twice
+    alone = training.collect(1, int(batch.rollouts.cursor_B[0]))
+    name = "advantage/aggregation_abs"
+    of_answers = []
+    for b, each in enumerate(read):
+        reward_1, reward_2 = right[3:, each.cursor].astype(np.float64)
+        member_KxS = batch.replay.replayed.rounds[1].member_BxKxS[b]
+        above_K = reward_2.mean(axis=1) - reward_2.mean()
+        is_in_CxK = (member_KxS[None] == np.arange(K * M)[:, None, None]).any(axis=2)
+        by_being_read = is_in_CxK @ above_K / np.maximum(is_in_CxK.sum(axis=1), 1)
+        own = [reward - reward.mean(axis=1, keepdims=True) for reward in (reward_1, reward_2)]
+        of_answers += [own[0] + by_being_read.reshape(K, M), own[1]]
+    expected = alone.metrics[name].total + np.abs(of_answers).sum()
+    assert batch.metrics[name].total == pytest.approx(expected, abs=1e-4)  # 1,000 float32 numbers
+
+
 def test_the_second_replayed_round_reads_the_answers_of_the_first(read_twice):
     training, batch, read, _ = read_twice
     second = batch.replay.replayed.rounds[1]
