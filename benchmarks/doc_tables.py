@@ -15,7 +15,7 @@ from typing import Any
 from absl import app
 
 from benchmarks.markdown import table_lines
-from benchmarks.readme_table import STUDIES, cell
+from benchmarks.readme_table import STUDIES, arm_cell
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 _PLACE = re.compile(r"<!-- (measured \w+|studies) -->\n.*?<!-- /", re.DOTALL)
@@ -43,9 +43,8 @@ def measured(arm: str) -> str:
     found = []
     for name, task in STUDIES.items():
         of_study = report(name)
-        of_arm = of_study["arms"].get(arm)
-        if of_arm:
-            found.append(f"{task} **{cell(of_arm['measures'][of_study['measures'][0]])}**")
+        if arm in of_study["arms"]:
+            found.append(f"{task} **{arm_cell(of_study, arm, of_study['measures'][0])}**")
     return ", ".join(found) + "." if found else "No study has this arm yet."
 
 

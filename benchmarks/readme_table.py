@@ -26,7 +26,7 @@ ARMS = {
 STUDIES = {
     "study_two_halves": "two halves",
     "study_end_digit": "end digit",
-    "study_estimators_three_parts": "three parts, one or two seeds",
+    "study_estimators_three_parts": "three parts, mean reward, one or two seeds",
 }
 
 
@@ -49,9 +49,16 @@ def table() -> list[str]:
 def row(name: str, task: str) -> list[str]:
     report = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
     measure, optimum = report["measures"][0], report["optimum"]
-    arms = {arm: report["arms"][arm]["measures"][measure] for arm in ARMS}
+    arms = [arm_cell(report, arm, measure) for arm in ARMS]
     best = cell(optimum["aggregated"]) if optimum else ""
-    return [f"[{task}](docs/results/{name}.md)", *map(cell, arms.values()), best, f"`{name}.py`"]
+    return [f"[{task}](docs/results/{name}.md)", *arms, best, f"`{name}.py`"]
+
+
+def arm_cell(report: dict, arm: str, measure: str) -> str:
+    """An arm's measure, and whether all of its runs stopped before their tokens were spent."""
+    states = {run["state"] for run in report["runs"] if run["arm"] == arm and "measures" in run}
+    stopped = ", *stopped*" if states == {"failed"} else ""
+    return cell(report["arms"][arm]["measures"][measure]) + stopped
 
 
 def cell(estimate: dict) -> str:

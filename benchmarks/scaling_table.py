@@ -19,8 +19,8 @@ of up to 4,096 tokens), planned by `spiral_jax.plan`. TPUs: the real programs, c
 for a slice that was not there; costs are read from their HLO, loops taken as often as they run.
 GPUs: arithmetic alone. Nothing here was measured on an accelerator: every second is a roofline, the
 least that the slowest of compute, HBM and links needs when all overlap. Numbers are those of one
-chip. On one H100 decoding took 1.9 times that and prefill 3 times, of the one shape that was
-measured (one_device.json). `python -m spiral_jax.plan --config=configs/qwen3_4b.py
+chip. On one H100 decoding with slots took 1.9 times its roofline and prefill 3 times, of the one
+shape that was measured (one_device.json). `python -m spiral_jax.plan --config=configs/qwen3_4b.py
 --topology=MACHINE` says the same with the flags given below.
 
 Assumed for a step: mean problem of 256 tokens, traces of 0 to 4,096 tokens, 2,048 in the mean, half
@@ -35,6 +35,11 @@ transposed head of 388,956,160, 2 bytes each, over tensor, and pages of keys and
 bytes a token over tensor. "Padding" is what the compiled program's arguments take beyond that,
 "activations" what the remat policy keeps.
 """
+# of a plan that was made before there were pages
+_OF_SLOTS = (
+    "Planned with slots, which pages have replaced: the flag `sampling.classes` is refused now. "
+    "Decoding with pages is in [decode_tpu.md](decode_tpu.md)."
+)
 
 
 def table(directory: pathlib.Path) -> str:
@@ -110,7 +115,8 @@ def _programs(plan: dict[str, Any]) -> list[str]:
         "",
         f"`{plan['flags']}`",
         "",
-        *([pages_line(plan["sampler"]), ""] if "sampler" in plan else []),
+        pages_line(plan["sampler"]) if "sampler" in plan else _OF_SLOTS,
+        "",
         *table_lines(heads, [_program_cells(program) for program in plan["programs"].values()]),
         "",
     ]

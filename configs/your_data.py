@@ -14,7 +14,7 @@ from spiral_jax.core.config import defaults
 
 def get_config() -> ConfigDict:
     c = defaults()
-    c.model.hf_path = "models/Qwen3-0.6B"  # dense Qwen3 or Llama: a directory, or a Hub id
+    c.model.hf_path = "models/Qwen3-0.6B"  # a family of docs/models.md: a directory, or a Hub id
 
     c.task.train_path = "data/train.jsonl"  # lines {"problem": ..., "answer": ..., all you like}
     c.task.eval_path = "data/eval.jsonl"

@@ -10,10 +10,10 @@ W/waves.jsonl, so that the same command goes on where it was stopped and ends wi
 W/results.json (layout: `evaluation/results.py`), a table, and four pictures. The first wave prints
 one prompt and one trace of each role, as they really were: a wrong chat template shows there. A
 finished evaluation prints its table again. Of the config it uses `model`, `mesh`, `task`, `prompt`,
-`search.max_tokens`, `aggregation.max_tokens`, `sampling`, `verifier`, `eval`, `seed`,
-`train.wait_s` and `train.watchdog`. The model is the checkpoint of `model.hf_path`, with the
-adapter of `model.adapter_path`, or as `model.init_from` has trained it; it reads the search traces
-of `eval.searcher` where that names another.
+`search.max_tokens`, `aggregation.max_tokens`, `aggregation.subset_size`, `aggregation.order`,
+`sampling`, `verifier`, `eval`, `seed`, `train.wait_s` and `train.watchdog`. The model is the
+checkpoint of `model.hf_path`, with the adapter of `model.adapter_path`, or as `model.init_from` has
+trained it; it reads the search traces of `eval.searcher` where that names another.
 
 `--compare` sets two results on the same problems and scaffold side by side: samples that B needs
 for what A reaches, gaps with paired intervals, the same four pictures with both (in B's directory,

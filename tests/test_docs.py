@@ -96,6 +96,15 @@ def test_every_field_that_a_flag_sets_exists():
     assert not lost, "\n".join(lost)
 
 
+def test_every_field_that_a_guide_names_exists():
+    c, lost = defaults(), []
+    for page in [page for page in PAGES if page.parent.name == "docs" and page.name != "log.md"]:
+        for section, name in re.findall(r"`([a-z_]+)\.([a-z_]+)`", page.read_text()):
+            if section in c and name not in c[section] and name not in ("py", "jsonl"):
+                lost.append(f"{page.relative_to(ROOT)}: {section}.{name}")
+    assert not lost, "\n".join(lost)
+
+
 @pytest.mark.parametrize(
     "aim, pages, said",
     [
