@@ -84,6 +84,8 @@ def _message(argv: Sequence[str], file: pathlib.Path | None, error: Exception) -
             return file_message(file, cause)
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, flags.Error):
+        if file is not None and "Flag --config must have a value" in str(error):
+            return _not_a_config(file, None)  # absl says so of what get_config returned
         return _flag_message(error)
     return _override_message(argv, error)
 
@@ -177,6 +179,8 @@ def _no_such_field(name: str, fields: Iterable[str]) -> str:
     ]
     if elsewhere:
         return f"{text} Did you mean {' or '.join(elsewhere)}?"
+    if not fields:
+        return f"{text} This field is a dict without keys: assign a whole one, {{{name!r}: ...}}."
     return f"{text} There are {', '.join(sorted(fields))}."
 
 
@@ -230,9 +234,31 @@ def _check_file(file: pathlib.Path) -> None:
 
 
 def _check_config(file: pathlib.Path, value: Any) -> None:
-    """Raises `ConfigError`: no configuration came of the file that --config names."""
-    if not isinstance(value, ConfigDict | str):  # str: a study reads its file itself
+    """Raises `ConfigError`: no whole configuration came of the file that --config names."""
+    if isinstance(value, str):  # a study reads its file itself
+        return
+    if not isinstance(value, ConfigDict):
+        raise config.ConfigError(_not_a_config(file, value))
+    if missing := _first_missing(config.defaults(), value):
         raise config.ConfigError(
-            f"--config={file}: its get_config returned {value!r}; it must return core.config's "
-            "defaults() with what differs."
+            f"--config={file}: {missing} is missing, or None. Start from core.config's defaults() "
+            "and leave what you do not need as it is."
         )
+
+
+def _first_missing(defaults: ConfigDict, value: ConfigDict) -> str:
+    """The first field of `defaults` that `value` has not, or has as None; "": it has all."""
+    for name, default in defaults.items():
+        given = value.get(name)
+        if given is None:
+            return name
+        if isinstance(default, ConfigDict) and (inner := _first_missing(default, given)):
+            return f"{name}.{inner}"
+    return ""
+
+
+def _not_a_config(file: pathlib.Path, value: Any) -> str:
+    return (
+        f"--config={file}: its get_config returned {value!r}; it must return core.config's "
+        "defaults() with what differs."
+    )

@@ -7,6 +7,7 @@ handed over to the rooms, whose settings come back.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,6 +35,7 @@ from spiral_jax.model.architecture import check_mesh, read_architecture
 from spiral_jax.model.attention.backends import choose_backend, choose_page_backend
 from spiral_jax.model.transformer import ModelConfig
 from spiral_jax.objective.settings import ObjectiveSettings, objective_settings
+from spiral_jax.prompts.prompts import search_prompt
 from spiral_jax.prompts.scaffold import Scaffold, make_scaffold, max_aggregation_prompt
 from spiral_jax.prompts.settings import PromptSettings
 from spiral_jax.prompts.tokenizer import load_tokenizer, stop_ids
@@ -61,6 +63,8 @@ from spiral_jax.verifier.verifier import Verifier
 
 if TYPE_CHECKING:  # takes seconds to import
     from transformers import PreTrainedTokenizerBase
+
+_TRIED_OF_ENDLESS = 1000  # problems of a task that makes them without end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +172,7 @@ def set_up_training(c: ConfigDict) -> Setup:
     setup = _set_up(c, settings)
     check_micro_batches(settings.training.learner.shapes, setup.mesh)
     _check_trained_prompts(setup, settings.training)
+    _check_some_fit(setup)
     return setup
 
 
@@ -334,6 +339,28 @@ def _check_trained_prompts(setup: Setup, training: Training) -> None:
         field = f"batch.{stage.role.label}_lengths"
         longest = _longest_prompt(setup.c, setup.scaffold, stage)
         _require_room(field, widest, stage, longest)
+
+
+def _check_some_fit(setup: Setup) -> None:
+    """Not all problems of training, nor all held-out ones, are too long to be asked."""
+    limit = setup.c.prompt.max_problem_tokens
+    tried = len(setup.task.problems) or _TRIED_OF_ENDLESS
+    splits = {
+        "training": map(setup.task.train, range(tried)),
+        "held-out": map(setup.task.held_out, range(setup.evaluation.problems)),
+    }
+    for split, problems in splits.items():
+        shortest = math.inf
+        for problem in problems:
+            shortest = min(shortest, len(search_prompt(setup.scaffold, problem.text)))
+            if shortest <= limit:
+                break
+        if limit < shortest < math.inf:
+            raise ConfigError(
+                f"config.prompt.max_problem_tokens = {limit}: all {split} problems have longer "
+                f"search prompts, the shortest {shortest} tokens. Raise it, with the widest of "
+                "batch.search_lengths."
+            )
 
 
 def _require_room(field: str, widest: int, stage: Stage, longest: int) -> None:

@@ -39,6 +39,17 @@ FILES = {
     "raises": ("def get_config():\n    return {}['x']\n", ["line 2", "KeyError"]),
     "has no function": ("c = 1\n", ["get_config"]),
     "gives something else": ("def get_config():\n    return 7\n", ["get_config returned 7"]),
+    "gives nothing": ("def get_config():\n    pass\n", ["get_config returned None"]),
+    "gives a config of its own": (
+        "from ml_collections import ConfigDict\n"
+        "def get_config():\n    return ConfigDict({'seed': 1})\n",
+        ["is missing", "defaults()"],
+    ),
+    "has None": (f"{SMALL}    c.eval.problems = None\n    return c\n", ["eval.problems", "None"]),
+    "assigns to a key of an empty dict": (
+        f"{SMALL}    c.task.generator_args.max_numbers = 4\n    return c\n",
+        ["line 4", "max_numbers", "dict"],
+    ),
     "misspells": (f"{SMALL}    c.search.trace = 4\n    return c\n", ["line 4", '"traces"']),
     "is of another room": (f"{SMALL}    c.train.lr = 4\n    return c\n", ["optimizer.lr"]),
     "has no such room": (f"{SMALL}    c.serach.traces = 4\n    return c\n", ["line 4", '"search"']),

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from configs import tiny
+from spiral_jax.core.config import ConfigError
 from spiral_jax.run.rehearsal import prompt_lengths, rehearse
 from spiral_jax.run.setup import set_up_training
 from spiral_jax.verifier.pool import VerifierFailure
@@ -61,6 +62,11 @@ def test_lengths_are_those_of_the_rendered_prompts_and_too_long_problems_are_cou
     assert numbers == [lengths[i] for i in (10, 18, 20, 20)]
     too_long = sum(length > setup.c.prompt.max_problem_tokens for length in lengths)
     assert 0 < too_long < 21 and f"note: {too_long} of these 21" in said
+
+
+def test_a_start_at_which_all_problems_are_too_long_is_refused(make_setup):
+    with pytest.raises(ConfigError, match=r"max_problem_tokens = 16: all training .* 22 tokens"):
+        make_setup(["1" * 18 + "=", "1" * 19 + "="])
 
 
 @pytest.mark.parametrize(
