@@ -45,6 +45,7 @@ from spiral_jax.verifier.rewards import WITHOUT_ANSWERS
 SCAFFOLD = "spiral_scaffold.json"
 INFER = pathlib.Path(__file__).parent / "assets" / "spiral_infer.py"
 CARD = pathlib.Path(__file__).parent / "assets" / "model_card.md"
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank
 _COPIED_FILES = (
     "tokenizer*",
     "vocab*",
@@ -124,12 +125,13 @@ def export(
     add_response_template(out / "tokenizer_config.json", scaffold, stop_ids)
     shutil.copy(INFER, out / INFER.name)
     _write_json(out / SCAFFOLD, scaffold_fields(trained, scaffold, stop_ids))
-    (out / "README.md").write_text(model_card(trained, out.name, adapter))
+    below = _base_name(c.model.hf_path, base) if adapter else ""
+    (out / "README.md").write_text(model_card(trained, out.name, below))
 
     mesh = host_mesh()
     if adapter:
         lora = trained.load(abstract_lora(model), mesh)
-        save_adapter(out, lora, model, _base_name(c.model.hf_path, base))
+        save_adapter(out, lora, model, below)
         return sorted(out.glob("adapter_model*.safetensors"))
     with open_tensors(base, hf.STEM) as tensors:
         outputs = merged_outputs(trained, tensors, model, mesh)
@@ -293,19 +295,25 @@ def scaffold_fields(
     }
 
 
-def model_card(trained: Trained, name: str, adapter: bool) -> str:
-    """What the directory holds, how it is served and how its model aggregates, in Markdown."""
+def model_card(trained: Trained, name: str, below: str) -> str:
+    """What the directory holds, how it is served and how its model aggregates, in Markdown.
+
+    Args:
+      below: the base that an adapter is loaded onto; "": the directory holds whole weights.
+    """
     c = trained.c
     servers = [
         f"vllm serve . --served-model-name={name}",
         "transformers serve .    # pip install 'transformers[serving]'; its --model below is .",
     ]
-    if adapter:
-        rank = f"--max-lora-rank={c.model.lora_rank}"
-        servers = [f"vllm serve {c.model.hf_path} --enable-lora {rank} --lora-modules {name}=."]
+    if below:
+        # of a rank above these vLLM says itself that it does not take it
+        rank = next((r for r in _VLLM_RANKS if r >= c.model.lora_rank), c.model.lora_rank)
+        lora = f"--enable-lora --max-lora-rank={rank} --lora-modules {name}=."
+        servers = [f"vllm serve {below} {lora}"]
     return string.Template(CARD.read_text()).substitute(
         name=name,
-        what="LoRA adapter" if adapter else "Weights",
+        what="LoRA adapter" if below else "Weights",
         base=c.model.hf_path,
         version=__version__,
         estimator=c.loss.estimator,

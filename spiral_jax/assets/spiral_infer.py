@@ -181,10 +181,12 @@ class Endpoint:
             body["logprobs"] = True
 
         def read(choice: dict) -> Completion:
+            message = choice["message"]
             tokens = (choice.get("logprobs") or {}).get("content") or []
             return Completion(
-                text=choice["message"].get("content") or "",
-                thought=choice["message"].get("reasoning_content"),
+                text=message.get("content") or "",
+                # vLLM's name since 2026, and the older one, which others keep
+                thought=message.get("reasoning") or message.get("reasoning_content"),
                 truncated=choice["finish_reason"] == "length",
                 tokens=[bytes(token.get("bytes") or token["token"].encode()) for token in tokens],
             )

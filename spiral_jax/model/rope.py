@@ -119,6 +119,7 @@ def rope(
 
 
 _ROOMS = ("rope_parameters", "rope_scaling")  # in transformers 5, in 4
+_TRAINED_LENGTH = "original_max_position_embeddings"
 
 
 def read_rope(
@@ -191,12 +192,24 @@ def _read_scaling(
             )
     if scaling is None:
         return None
-    if "original_max_position_embeddings" in known:
-        values.setdefault("original_max_position_embeddings", fields.get("max_position_embeddings"))
+    if _TRAINED_LENGTH in known:
+        values[_TRAINED_LENGTH] = _trained_length(values, fields, where)
     return _made(scaling, values, f"{where}: {room}")
 
 
-_READ = {"truncate": boolean, "original_max_position_embeddings": positive}  # others: numbers
+def _trained_length(values: dict[str, Any], fields: dict[str, Any], where: str) -> Any:
+    """Of the scaling or at the top of the file; else the model's longest position."""
+    in_room, at_top = values.get(_TRAINED_LENGTH), fields.get(_TRAINED_LENGTH)
+    if None not in (in_room, at_top) and in_room != at_top:
+        raise ConfigError(
+            f"{where}: {_TRAINED_LENGTH} contradicts itself: {in_room!r}, {at_top!r}."
+        )
+    if in_room is None:
+        in_room = at_top
+    return fields.get("max_position_embeddings") if in_room is None else in_room
+
+
+_READ = {"truncate": boolean, _TRAINED_LENGTH: positive}  # others: numbers
 # (lower, upper) of fields that bound a ramp.
 _RAMPS = {Llama3: ("low_freq_factor", "high_freq_factor"), Yarn: ("beta_slow", "beta_fast")}
 

@@ -34,18 +34,19 @@ def load_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
 def stop_ids(
     tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike, more: Sequence[str | int] = ()
 ) -> tuple[int, ...]:
-    """Ids that end a trace: those of generation_config.json, the tokenizer's, and `more`.
+    """Ids that end a trace: those of the checkpoint's files, the tokenizer's, and `more`.
 
     Args:
-      path: generation_config.json, whose `eos_token_id` is a number or a list, or the directory
-        that may hold it.
+      path: the directory that may hold generation_config.json and config.json. `eos_token_id` of
+        the second counts where the first has none, as in transformers.
       more: config.prompt.stop: texts of single tokens, or ids.
 
     Raises:
-      ConfigError: there is no stop id, generation_config.json is damaged, or an entry of `more` is
-        not a single id.
+      ConfigError: there is no stop id, a file's are damaged, or an entry of `more` is not a single
+        id.
     """
-    ids = _generation_stop_ids(pathlib.Path(path))
+    path = pathlib.Path(path)
+    ids = _named_stop_ids(path / "generation_config.json") or _named_stop_ids(path / "config.json")
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     ids += [_stop_id(tokenizer, stop) for stop in more]
@@ -57,9 +58,8 @@ def stop_ids(
     return tuple(dict.fromkeys(ids))
 
 
-def _generation_stop_ids(path: pathlib.Path) -> list[int]:
-    """`eos_token_id` of generation_config.json; none where there is no such file."""
-    file = path / "generation_config.json" if path.is_dir() else path
+def _named_stop_ids(file: pathlib.Path) -> list[int]:
+    """`eos_token_id` of a file, a number or a list; none where there is no such file."""
     if not file.is_file():
         return []
     try:

@@ -236,12 +236,13 @@ def test_every_candidate_is_cut_by_tokens_where_the_scaffold_shows_tails(server)
         Endpoint(server.url, "m").complete("x", rules, "search", 0)
 
 
-def test_thinking_that_the_server_took_out_of_the_text_counts_as_thinking(server):
-    server.reply = lambda body: (200, choice("so 3", message={"reasoning_content": "hm"}))
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_thinking_that_the_server_took_out_of_the_text_counts_as_thinking(server, name):
+    server.reply = lambda body: (200, choice("so 3", message={name: "hm"}))
     trace = Endpoint(server.url, "m").complete("x", scaffold(), "search", 0)
     assert trace.text == "<think>hm</think>so 3"
     assert spiral_infer.shown_candidate(trace, scaffold()) == "so 3"
-    server.reply = lambda body: (200, choice(None, "length", message={"reasoning_content": "hm"}))
+    server.reply = lambda body: (200, choice(None, "length", message={name: "hm"}))
     trace = Endpoint(server.url, "m").complete("x", scaffold(), "search", 0)
     assert spiral_infer.shown_candidate(trace, scaffold()) == EMPTY
 

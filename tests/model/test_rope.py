@@ -74,6 +74,19 @@ def test_frequencies_are_those_of_transformers(name):
     assert gap(read(SCALED[name]), SCALED[name]) <= CLOSE
 
 
+@pytest.mark.parametrize("name", ["llama3", "yarn"])
+def test_the_trained_length_may_stand_at_the_top_of_the_file(name):
+    """As transformers 5 takes it; without it the frequencies were those of 640 positions."""
+    fields = dict(SCALED[name])
+    length = fields.pop("original_max_position_embeddings")
+    assert gap(read(fields, original_max_position_embeddings=length), SCALED[name]) <= CLOSE
+    assert gap(read(fields), SCALED[name]) > CLOSE
+    both = {"original_max_position_embeddings": length}
+    assert gap(read(fields | both, **both), SCALED[name]) <= CLOSE
+    with pytest.raises(ConfigError, match="original_max_position_embeddings.*contradicts"):
+        read(fields | both, original_max_position_embeddings=length + 1)
+
+
 @pytest.mark.parametrize(
     "name, field",
     [(name, field) for name in ("linear", "llama3", "yarn") for field in SCALED[name]],

@@ -303,7 +303,16 @@ def test_stop_ids_come_from_generation_config_and_tokenizer(tmp_path, tokenizer,
     assert stop_ids(tokenizer, tmp_path) == (1,)  # no such file
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
     assert stop_ids(tokenizer, tmp_path) == expected
-    assert stop_ids(tokenizer, tmp_path / "generation_config.json") == expected
+
+
+def test_stop_ids_of_the_model_count_where_generation_config_has_none(tmp_path, tokenizer):
+    """As in transformers: a chat model's end of turn may be named in config.json alone."""
+    (tmp_path / "config.json").write_text('{"eos_token_id": [7, 1]}')
+    assert stop_ids(tokenizer, tmp_path) == (7, 1)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
+    assert stop_ids(tokenizer, tmp_path) == (7, 1)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 8}')
+    assert stop_ids(tokenizer, tmp_path) == (8, 1)
 
 
 def test_stop_ids_of_the_config_join_the_others_once(tmp_path, tokenizer):
