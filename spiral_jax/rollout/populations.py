@@ -193,7 +193,7 @@ class Populations:
 
     def _some(self, fresh: list[Population], room: int, step: int) -> list[Population]:
         """As many as there is room for, in their order."""
-        if not fresh or not room:
+        if not fresh or room <= 0:  # less than none: a resumed run may have a smaller store
             return []
         key = Key(self.settings.seed, int(Purpose.REPLAY), step, 0, 1)
         (chosen,) = draw_subsets(key, len(fresh), min(room, len(fresh)), 1)

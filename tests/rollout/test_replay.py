@@ -200,6 +200,15 @@ def test_under_other_settings_what_does_not_fit_them_is_left_out(changes, left):
     assert [each.cursor for each in again.kept] == left
 
 
+def test_a_store_that_a_resumed_run_has_made_smaller_takes_nothing_new_until_there_is_room():
+    plain = Populations(store().settings, tuple(map(population, (1, 2, 3)))).to_plain()
+    smaller = store(problems=1, max_age=2).restored(plain, step=1)
+    read = smaller.drawn(1)
+    answers = [[population(each.cursor, 1, 2)] for each in read]
+    after = smaller.after(1, [population(4, 1)], answers)
+    assert {each.cursor for each in after.kept} == {1, 2, 3}
+
+
 # --- a step that reads them ---------------------------------------------------------------------
 
 REPLAY = 2  # the round of the keys of what reads a population, behind the one after search
