@@ -147,7 +147,8 @@ class FirstKept:
 
     Problems enter in cursor order as long as those on the way will probably not fill the batch. At
     most `settings.most_tried` are tried; then B / 4 kept ones are enough. Problems whose stored
-    populations are read stand before them, and are no part of the batch's B.
+    populations are read stand before them, and are no part of the batch's B; but a step in which
+    these alone teach something goes on.
 
     Args:
       cursor: where the step starts in the task's stream.
@@ -233,7 +234,8 @@ class FirstKept:
         it again.
 
         Raises:
-          NoSignal: fewer than B / 4, with the histogram of rewards.
+          NoSignal: fewer than B / 4, those of stored populations counted too; with the histogram
+            of rewards.
           VerifierFailure: see `check_failures`.
         """
         decided = [self._decided[cursor] for cursor in self._tried if cursor in self._decided]
@@ -247,7 +249,8 @@ class FirstKept:
         kept = np.flatnonzero(advantages.keep_B)
         first = kept[:B]
         starved = int(advantages.starved_B.sum())
-        if len(first) < max(1, B / 4):
+        taught = len(first) + (int(replay.advantages.keep_B.sum()) if replay else 0)
+        if taught < max(1, B / 4):
             raise NoSignal(_no_signal_message(rollouts, len(first), starved, B))
         next_cursor = self._cursor
         if len(first) == B:

@@ -34,6 +34,8 @@ def give_credit(
     Each round gives credit to its candidates, which are the stage before it, and to its own
     aggregations; a stage that is both gets the sum.
     """
+    if not len(kept):  # a step that learns from stored populations alone
+        return [_nothing(groups) for groups in kept.stages]
     return _credit(kept.stages, advantages, kept.rewards(), objective)
 
 

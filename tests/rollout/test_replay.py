@@ -37,6 +37,7 @@ from spiral_jax.objective.settings import ObjectiveSettings
 from spiral_jax.objective.subsets import Key, draw_subsets
 from spiral_jax.reporting.logged_problem import split_problems
 from spiral_jax.reporting.problem_page import PageSettings, problem_page
+from spiral_jax.rollout.collect import NoSignal
 from spiral_jax.rollout.credit import give_replay_credit
 from spiral_jax.rollout.populations import Populations
 from spiral_jax.rollout.settings import ReplaySettings, training_stages
@@ -335,6 +336,25 @@ def test_a_step_ends_only_when_all_that_it_read_is_judged():
     stored = Populations(training.actor.stages.replay).after(0, first.rollouts.answers(), [])
     batch = training.collect(1, first.next_cursor, stored.drawn(1))
     assert len(batch.replay.replayed) == 2 and len(batch.rollouts) == 4
+
+
+def test_a_step_whose_own_problems_teach_nothing_learns_from_the_populations_that_do(replaying):
+    """Where nearly all problems are solved a small batch may have no signal by chance."""
+    right = replaying[-1].copy()
+    training = scripted_training(script(right), sampler_class=SamplerByRound, replay__problems=3)
+    first = training.collect(step=0)
+    read = Populations(training.actor.stages.replay).after(0, first.rollouts.answers(), []).drawn(1)
+    right[1, first.next_cursor :] = True  # all that is sampled of search is solved
+    batch = training.collect(1, first.next_cursor, read)
+    tried = training.c.batch.problems * int(training.c.sampling.max_ratio)
+    assert len(batch.rollouts) == 0 and batch.metrics["sampling/tried"] == tried
+    assert batch.next_cursor == first.next_cursor + tried
+    groups, weight_UxC = batch.roles[Role.AGGREGATION]
+    assert len(groups) > 0 and weight_UxC.any(axis=1).all()
+    assert len(batch.roles[Role.SEARCH][0]) == 0 and not batch.rollouts.answers()
+    right[2] = True  # and nothing is left to learn
+    with pytest.raises(NoSignal, match="only 0 of 16 problems"):
+        training.collect(1, first.next_cursor, read)
 
 
 def test_answers_are_the_population_of_one_round_more(replaying):
