@@ -138,7 +138,7 @@ class TraceRows:
     def make(self, batch: Batch) -> Iterator[dict[str, Any]]:
         """One JSON object a trace: of kept problems, of discarded ones, then of replayed ones."""
         kept, discarded = len(batch.rollouts), len(batch.discarded)
-        for b in range(max(1, round(self.fraction * kept))):
+        for b in range(min(kept, max(1, round(self.fraction * kept)))):
             yield from self._problem_rows(batch.rollouts, b, kept=True)
         for b in range(round(self.fraction * discarded)):
             yield from self._problem_rows(batch.discarded, b, kept=False)

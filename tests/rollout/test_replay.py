@@ -352,6 +352,9 @@ def test_a_step_whose_own_problems_teach_nothing_learns_from_the_populations_tha
     groups, weight_UxC = batch.roles[Role.AGGREGATION]
     assert len(groups) > 0 and weight_UxC.any(axis=1).all()
     assert len(batch.roles[Role.SEARCH][0]) == 0 and not batch.rollouts.answers()
+    rows = rows_of(training, batch)
+    assert {row["cursor"] for row in rows if "replay" in row} == {each.cursor for each in read}
+    assert not any(row["kept"] for row in rows if "replay" not in row)
     right[2] = True  # and nothing is left to learn
     with pytest.raises(NoSignal, match="only 0 of 16 problems"):
         training.collect(1, first.next_cursor, read)
