@@ -40,7 +40,7 @@ from spiral_jax.evaluation.comparison import compare, write_comparison
 from spiral_jax.evaluation.results import make_results, read_results, write_results
 from spiral_jax.evaluation.tables import comparison_tables, name_sides, results_tables
 from spiral_jax.reporting.evaluation_figures import plot_evaluation
-from spiral_jax.run.evaluation_run import model_fingerprint, run_waves
+from spiral_jax.run.evaluation_run import model_fingerprint, run_waves, trained_digests
 from spiral_jax.run.preemption import exit_code
 from spiral_jax.run.setup import keep_compiled_programs, set_up_evaluation
 from spiral_jax.run.workdir import WorkdirError, occupy_workdir
@@ -61,6 +61,7 @@ def evaluate(c: ConfigDict, workdir: str) -> signal.Signals | None:
     if c.model.adapter_path:
         weights.append(pathlib.Path(c.model.adapter_path))
     stamp = {"model": model_fingerprint(weights), "data": setup.task.fingerprint}
+    stamp |= trained_digests(setup.evaluation)
     if reward_source := setup.reward.fingerprint():
         stamp["reward"] = reward_source
     plain, digest = config.to_plain(c), config.digest(c)

@@ -44,6 +44,8 @@ RATES = ("rescue_vote_wrong", "spoil_vote_right", "rescue_none_right", "spoil_so
 STRATEGIES = ("commonest", "mixed", "right_if_mixed", "right_if_alike")
 REWARD = "reward/aggregated"  # a column where answers have earned partial credit
 Answers = Sequence[int | None]
+_NEARLY_ALL = 0.9  # of the problems: those that have k traces, up to `largest_k`
+_CURVES = ("pass_at_k", "majority_at_k", "tokens_at_k", "critical_path_at_k")
 
 
 class Column(NamedTuple):
@@ -143,21 +145,44 @@ def populations(record: dict) -> list[dict]:
     return [{name: values[:size] for name, values in record["search"].items()}, *record["rsa"]]
 
 
+# Curves over k
+
+
+def largest_k(measured: Mapping[str, Column]) -> int:
+    """The largest k for which nearly all problems have k search traces; at least 1.
+
+    Traces that are errors of ours do not count. Above it, pass@k and maj@k are means over the few
+    problems without such an error.
+    """
+    share_N = measured["pass_at_k"].count_BxQ.mean(axis=0)
+    return max(1, int((share_N >= _NEARLY_ALL).sum()))
+
+
+def cut_curves(measured: Mapping[str, Column], k: int) -> dict[str, Column]:
+    """The columns, of which the curves over the number of traces end at k."""
+    cut = {name: Column(*(part[:, :k] for part in measured[name])) for name in _CURVES}
+    return {**measured, **cut}
+
+
 # Records -> columns
 
 
-def columns(records: Sequence[dict]) -> dict[str, Column]:
+def columns(records: Sequence[dict], with_rewards: bool = False) -> dict[str, Column]:
     """Every measure of `records`, all sampled with the same numbers N, K, S, M, T and limits.
 
     Q is N for names in `_at_k` (k = 1..N), T + 1 for `rsa/` (rounds 0..T), the number of limits for
     `limits/`, T + 1 for `reward/rsa`, else 1. Those in `reward/` are there if answers have earned
-    partial credit.
+    partial credit, or if they are asked for.
+
+    Args:
+      with_rewards: asks for those in `reward/`, also of answers that are all right or wrong.
     """
     found = _search_columns(records) | _aggregation_columns(records) | _rate_columns(records)
     found |= _rsa_columns(records) | _limit_columns(records)
     if "strategy" in records[0]["search"]:
         found |= _strategy_columns(records)
-    if any("reward" in stage for record in records for stage in _rewarded_stages(record)):
+    stages = [stage for record in records for stage in _rewarded_stages(record)]
+    if with_rewards or any("reward" in stage for stage in stages):
         found |= _reward_columns(records)
     return found
 

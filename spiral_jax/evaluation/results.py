@@ -68,7 +68,7 @@ def make_results(
         "model": _describe_model(settings, model_fingerprint),
         "problems": _describe_problems(settings, problems),
         "scaffold": dict(settings.scaffold),
-        "settings": _describe_sampling(settings),
+        "settings": describe_sampling(settings),
         "counts": {stage: _stage_counts(counts, stage) for stage in STAGES},
         "measures": summarise(records, settings.seed),
         "records": list(records),
@@ -96,7 +96,8 @@ def _describe_problems(
     }
 
 
-def _describe_sampling(settings: EvaluationSettings) -> dict[str, Any]:
+def describe_sampling(settings: EvaluationSettings) -> dict[str, Any]:
+    """The `settings` of results: how much is sampled and how."""
     return {
         "n": settings.n,
         "subsets": settings.subsets,
@@ -117,10 +118,15 @@ def _describe_sampling(settings: EvaluationSettings) -> dict[str, Any]:
     }
 
 
+def with_both_temperatures(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of results; earlier results have one temperature alone."""
+    return {"aggregation_temperature": settings["temperature"]} | dict(settings)
+
+
 def describe_temperatures(settings: Mapping[str, Any]) -> str:
-    """The temperatures in the settings of results, in words; earlier results have one alone."""
+    """The temperatures in the settings of results, in words."""
     search = settings["temperature"]
-    aggregation = settings.get("aggregation_temperature", search)
+    aggregation = with_both_temperatures(settings)["aggregation_temperature"]
     apart = "" if aggregation == search else f", in aggregation {aggregation:g}"
     return f"T = {search:g}{apart}"
 

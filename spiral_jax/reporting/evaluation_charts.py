@@ -164,8 +164,8 @@ def _diamond(x: float, row: Mapping[str, Any], name: str, look: _Look) -> go.Sca
 def _line(
     x: Sequence[float], rows: Sequence[Mapping[str, Any]], name: str, **look: Any
 ) -> go.Scatter:
-    """Means in percent, without their intervals."""
-    means = [100 * row["mean"] for row in rows]
+    """Means in percent, without their intervals; gaps where there is none."""
+    means = [None if row["mean"] is None else 100 * row["mean"] for row in rows]
     return go.Scatter(x=list(x), y=means, mode="lines", name=name, **look)
 
 

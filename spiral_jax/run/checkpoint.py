@@ -219,6 +219,14 @@ class Checkpoints:
             )
         return stacked_checkpoints.split(state, target) if stacked else state
 
+    def arrays(self, step: int) -> dict[str, dict]:
+        """`saved_arrays.describe` of a checkpoint's arrays, none of which is read.
+
+        Raises:
+          CheckpointError: no such checkpoint, or a damaged one.
+        """
+        return self._read_header(self.existing(step))["arrays"]
+
     def wait(self) -> None:
         """Returns when everything saved is on disk. Raises `CheckpointError` when a save failed."""
         with self._cleaned(), self._reported("the last save failed. Free space? Permissions?"):

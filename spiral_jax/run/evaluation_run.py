@@ -16,11 +16,13 @@ import numpy as np
 from spiral_jax.core import distributed
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.answers import CORRECT
+from spiral_jax.evaluation.settings import EvaluationSettings
 from spiral_jax.evaluation.wave import Evaluator, Record, Wave, held_out_problems
 from spiral_jax.rollout.requests import Asked
 from spiral_jax.run.examples import Examples, show_nothing
 from spiral_jax.run.preemption import Preemption
 from spiral_jax.run.setup import Setup, make_evaluator
+from spiral_jax.run.start import trained_digest
 from spiral_jax.run.watchdog import Watchdog, deadline
 from spiral_jax.run.workdir import StepLog, Workdir, WorkdirError
 from spiral_jax.verifier.verifier import Verifier
@@ -139,7 +141,7 @@ def _count_done(journal: StepLog, stamp: Mapping[str, str]) -> int:
     """How many waves the journal holds. Raises `WorkdirError`: with another stamp than this."""
 
     def read() -> list[dict]:
-        # earlier versions did not note the reward
+        # earlier versions did not note the reward, nor what was trained
         known = [{**stamp, **row} for row in journal.read()]
         return [{name: row[name] for name in ("step", *stamp)} for row in known]
 
@@ -153,6 +155,12 @@ def _count_done(journal: StepLog, stamp: Mapping[str, str]) -> int:
                     "--workdir, or put the old files back."
                 )
     return len(done)
+
+
+def trained_digests(settings: EvaluationSettings) -> dict[str, str]:
+    """`trained_digest` of each run whose weights are evaluated, by the field that names it."""
+    named = {"init_from": settings.init_from, "searcher": settings.searcher}
+    return {field: trained_digest(run) for field, run in named.items() if run not in ("", "base")}
 
 
 def model_fingerprint(directories: Sequence[pathlib.Path]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from typing import Any
 
@@ -40,6 +42,19 @@ class Trained:
         target = with_shardings(shapes, weight_shardings(shapes, mesh))
         with Checkpoints(self.workdir / "checkpoints", keep=None) as checkpoints:
             return checkpoints.restore_part({"trained": target}, self.step)["trained"]
+
+    def digest(self) -> str:
+        """SHA-256 over name, shape and checksum of each array that was trained.
+
+        The same numbers have the same digest, whenever they were saved.
+
+        Raises:
+          CheckpointError: damaged.
+        """
+        with Checkpoints(self.workdir / "checkpoints", keep=None) as checkpoints:
+            arrays = checkpoints.arrays(self.step)
+        trained = {name: array for name, array in arrays.items() if name.startswith("trained/")}
+        return hashlib.sha256(json.dumps(trained, sort_keys=True).encode()).hexdigest()
 
 
 def find_trained(workdir: pathlib.Path, step: int | None) -> Trained:
@@ -149,6 +164,11 @@ class Start:
                     "it as model.hf_path or model.adapter_path."
                 )
         return trained
+
+
+def trained_digest(name: str) -> str:
+    """`Trained.digest` of what WORKDIR@step names. Raises: see `find_trained`."""
+    return find_trained(*_parse(name)).digest()
 
 
 def _parse(init_from: str) -> tuple[pathlib.Path, int | None]:

@@ -62,9 +62,10 @@ def write_comparison(files: Sequence[pathlib.Path], best: str, out: pathlib.Path
     out.parent.mkdir(parents=True, exist_ok=True)
     picture = out.with_name(f"{out.name}_profile.png")
     save(_plot_profiles(compared), picture)
-    out.with_suffix(".json").write_text(json.dumps(compared, indent=1, allow_nan=False) + "\n")
+    numbers = out.with_name(f"{out.name}.json")
+    numbers.write_text(json.dumps(compared, indent=1, allow_nan=False) + "\n")
     text = markdown(compared, picture.name)
-    out.with_suffix(".md").write_text(text)
+    out.with_name(f"{out.name}.md").write_text(text)
     return text
 
 

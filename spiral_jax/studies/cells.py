@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from spiral_jax.evaluation.measures import REWARD, STRATEGIES, Column
+from spiral_jax.evaluation.measures import REWARD, STRATEGIES, Column, columns
 from spiral_jax.evaluation.statistics import bootstrap_weights
 
 
@@ -61,9 +61,10 @@ class Cells:
             return total_RxQ / count_RxQ
 
     def measure(self, name: str, seeds: Sequence[int], weight_RxB: np.ndarray) -> np.ndarray:
-        """[1 + R] of a measure as `design.defaults` names it."""
+        """[1 + R] of a measure as `design.defaults` names it; NaN above the end of its curve."""
         column, q = place_of(name)
-        return self.curve(column, seeds, weight_RxB)[:, q]
+        value_RxQ = self.curve(column, seeds, weight_RxB)
+        return value_RxQ[:, q] if q < value_RxQ.shape[1] else np.full(len(value_RxQ), np.nan)
 
     def estimate(self, name: str, weight_RxB: np.ndarray) -> dict[str, Any]:
         """A measure over all seeds that are there."""
@@ -83,11 +84,19 @@ def _weighted_sum(
     return np.einsum("rz,rb,zbq->rq", seed_RxZ, problem_RxB, part_ZxBxQ, optimize=True)
 
 
-def value_of(columns: Mapping[str, Column], measure: str) -> float | None:
+def columns_with(records: Sequence[dict], measures: Sequence[str]) -> dict[str, Column]:
+    """All columns of an evaluation, with mean rewards if one of these measures is one."""
+    asked = {place_of(measure).column for measure in measures}
+    return columns(records, with_rewards=any(name.startswith("reward/") for name in asked))
+
+
+def value_of(measured: Mapping[str, Column], measure: str) -> float | None:
     """A measure of one evaluation; None if no set or trace is of its kind."""
     column, q = place_of(measure)
-    total_B, count_B = columns[column].total_BxQ[:, q], columns[column].count_BxQ[:, q]
-    return float(total_B.sum() / count_B.sum()) if count_B.any() else None
+    total_BxQ, count_BxQ = measured[column]
+    if q >= count_BxQ.shape[1] or not count_BxQ[:, q].any():
+        return None
+    return float(total_BxQ[:, q].sum() / count_BxQ[:, q].sum())
 
 
 def estimate(value_R: np.ndarray, seeds: int) -> dict[str, Any]:

@@ -35,17 +35,16 @@ class Evidence:
 def judge_claim(evidence: Evidence, claim: Claim) -> dict[str, Any]:
     """The claim in words, its gap and unit, and the verdict.
 
-    holds: the whole interval is above what is asked; fails: below; open: neither, or not measured.
+    holds: the whole interval is above what is asked; fails: below; open: neither, or not measured,
+    or measured as a bound that leaves it open.
     """
-    measured = _measure_gap(evidence, claim)
+    measured, verdict = _measure_gap(evidence, claim), "open"
     if measured is None or measured["mean"] is None:
-        measured, verdict = None, "open"
-    elif measured["low"] > claim.difference:
+        measured = None
+    elif measured["low"] > claim.difference and measured.get("bound") != "at most":
         verdict = "holds"
-    elif measured["high"] <= claim.difference:
+    elif measured["high"] <= claim.difference and measured.get("bound") != "at least":
         verdict = "fails"
-    else:
-        verdict = "open"
     return _state(claim) | {"gap": measured, "verdict": verdict}
 
 
@@ -81,6 +80,7 @@ def _measure_gap(evidence: Evidence, claim: Claim) -> dict[str, Any] | None:
             "low": row["low"],
             "high": row["high"],
             "seeds": row["seeds"],
+            "bound": row["bound"],
         }
     if claim.measure == ENTROPY:
         return _entropy_gap(evidence, claim)

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from spiral_jax.core.command import file_message
 from spiral_jax.core.config import ConfigError, to_plain
 from spiral_jax.evaluation.measures import STRATEGIES
-from spiral_jax.evaluation.settings import for_command
+from spiral_jax.evaluation.settings import EvaluationSettings, for_command
 from spiral_jax.objective.estimators import ESTIMATORS
 from spiral_jax.run.setup import check_evaluation, check_training
 
@@ -151,16 +151,6 @@ class Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
-class StudyEvaluation:
-    """How every arm is evaluated; `plain` is config.eval, as plain JSON types."""
-
-    plain: dict[str, Any]
-    n: int
-    rounds: int
-    subset_size: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Study:
     """A study and the experiments that its file describes.
 
@@ -168,6 +158,7 @@ class Study:
       file: of configs/.
       title, question, notes, measures, baseline, strategies, cross, equal_operations: see
         `defaults`.
+      evaluation: how every arm is evaluated.
       listed: (arm, seeds) of the file.
       proposed: arms of a sweep, beside those of the file.
       experiments: by arm, without `base`.
@@ -186,7 +177,7 @@ class Study:
     cross: tuple[str, ...]
     equal_operations: bool
     claims: tuple[Claim, ...]
-    evaluation: StudyEvaluation
+    evaluation: EvaluationSettings
     module: ModuleType
     experiments: dict[str, Experiment] = dataclasses.field(default_factory=dict)
     proposed: tuple[str, ...] = ()
@@ -319,14 +310,12 @@ def load_study(path: str) -> Study:
     return study._with_experiments(arm for arm in study.arms if arm != BASE)
 
 
-def _read_evaluation(file: pathlib.Path, c: ConfigDict) -> StudyEvaluation:
+def _read_evaluation(file: pathlib.Path, c: ConfigDict) -> EvaluationSettings:
     try:
         check_evaluation(c)
-        settings = for_command(c)
+        return for_command(c)
     except ConfigError as error:
         raise ConfigError(f"{file}, evaluation: {error}") from error
-    plain = to_plain(c.eval)
-    return StudyEvaluation(plain, settings.n, settings.rounds, settings.subset_size)
 
 
 def _check(study: Study) -> None:
@@ -388,10 +377,12 @@ def _check_claim(study: Study, claim: Claim) -> None:
         known = claim.measure in study.measures
         if study.strategies and claim.measure == "aggregated":
             sides.append(OPTIMUM)
-    if not known or claim.arm not in sides or claim.other not in [*sides, ""]:
+    are_sides = claim.arm in sides and claim.other in [*sides, ""]
+    can_differ = claim.arm != claim.other and (claim.arm, claim.other) != (OPTIMUM, "")
+    if not (known and are_sides and can_differ):
         raise ConfigError(
             f"claims: {tuple(claim)!r} must be (measure, arm, other, difference) of the measures "
-            f'{", ".join(study.measures)} and of {", ".join(sides)}, or "" as the other, or '
-            f"({EFFICIENCY!r}, arm, {study.baseline!r}, times), or ({ENTROPY!r}, arm, other, nat) "
-            "of two that are trained."
+            f"{', '.join(study.measures)} and of two different ones of {', '.join(sides)}, or "
+            f'an arm and "", or ({EFFICIENCY!r}, arm, {study.baseline!r}, times), or '
+            f"({ENTROPY!r}, arm, other, nat) of two that are trained."
         )

@@ -67,6 +67,13 @@ class StudyDirectory:
         files = self.evaluations(arm, seed)
         return {int(file.parent.name.removeprefix("step_")) for file in files}
 
+    def set_aside(self, evaluation: pathlib.Path) -> pathlib.Path:
+        """Moves an evaluation of other weights to where it is not read; returns where to."""
+        number = 1
+        while (kept := evaluation.with_name(f"other_weights_{number}_{evaluation.name}")).exists():
+            number += 1
+        return evaluation.rename(kept)
+
     def reading(self, arm: str, seed: int, step: int) -> pathlib.Path:
         """The results.json of a run at that step, finished or not.
 

@@ -1,6 +1,7 @@
 """The pictures of a study: OUT_arms, OUT_mixed, OUT_pass_at_k, OUT_rsa and OUT_training, all .png.
 
-OUT_mixed is only there where strategies are named, OUT_training where some run was trained.
+OUT_arms is only there where some arm has a value of the first measure, OUT_mixed where strategies
+are named, OUT_training where some run was trained.
 """
 
 from __future__ import annotations
@@ -62,18 +63,21 @@ def look_of(gathered: Mapping[str, Any], arm: str) -> dict[str, Any]:
     return {"color": DISTINCT[place % len(DISTINCT)], "linestyle": _DASHES[dash]}
 
 
-def _measures_measured(gathered: Mapping[str, Any], arm: str) -> list[dict[str, float]]:
+def _measures_measured(gathered: Mapping[str, Any], arm: str) -> list[dict[str, float | None]]:
     """What each evaluated run of an arm has measured."""
     runs = [run for run in gathered["runs"] if run["arm"] == arm]
     return [run["measures"] for run in runs if "measures" in run]
 
 
-def _arms(gathered: Mapping[str, Any]) -> Figure:
-    """The first measure of every arm: mean and interval, a dot for each seed."""
+def _arms(gathered: Mapping[str, Any]) -> Figure | None:
+    """The first measure of every arm that has a value: mean and interval, a dot for each seed."""
     measure = gathered["measures"][0]
-    values = {
+    measured = {
         arm: row["measures"][measure] for arm, row in gathered["arms"].items() if row["measures"]
     }
+    values = {arm: value for arm, value in measured.items() if value["mean"] is not None}
+    if not values:
+        return None
     arms = sorted(values, key=lambda arm: values[arm]["mean"])
     figure = new_figure(7.6, 1.4 + 0.42 * len(arms))
     axes = figure.subplots()
@@ -81,10 +85,12 @@ def _arms(gathered: Mapping[str, Any]) -> Figure:
         value, color = values[arm], look_of(gathered, arm)["color"]
         axes.hlines(y, 100 * value["low"], 100 * value["high"], color=color, linewidth=2)
         axes.plot(100 * value["mean"], y, "D", color=color, markersize=6, zorder=3)
-        seeds = [100 * measures[measure] for measures in _measures_measured(gathered, arm)]
+        of_runs = [measures[measure] for measures in _measures_measured(gathered, arm)]
+        seeds = [100 * value for value in of_runs if value is not None]
         axes.plot(seeds, [y + 0.22] * len(seeds), "o", color=color, markersize=3, alpha=0.6)
-    if gathered["optimum"] and measure == "aggregated":
-        best = 100 * gathered["optimum"]["aggregated"]["mean"]
+    best = gathered["optimum"]["aggregated"]["mean"] if gathered["optimum"] else None
+    if best is not None and measure == "aggregated":
+        best *= 100
         axes.axvline(best, color=GREY, linestyle="--", linewidth=1)
         _annotate_line(axes, "best possible", best, -0.55)
     axes.set_yticks(range(len(arms)), arms)
@@ -113,19 +119,20 @@ def _annotate_line(axes: Axes, text: str, x: float, y: float, rotation: int = 0)
 def _mixed(gathered: Mapping[str, Any]) -> Figure | None:
     """Of every run, how many sets are mixed and how often the aggregated answer is right.
 
-    The line is how the base reads mixed and other sets: what is above or below it is due to
-    reading, and what is along it to search.
+    The line is how the base reads mixed and other sets, if it has both: what is above or below it
+    is due to reading, and what is along it to search.
     """
     best = gathered["optimum"]
     if not best or not {"mixed", "aggregated"} <= set(gathered["measures"]):
         return None
     figure = new_figure(7.6, 5.0)
     axes = figure.subplots()
-    ends = [100 * best[name]["mean"] for name in ("right_if_alike", "right_if_mixed")]
-    axes.plot([0, 100], ends, color=GREY, linewidth=1)
+    ends = [best[name]["mean"] for name in ("right_if_alike", "right_if_mixed")]
+    if None not in ends:
+        axes.plot([0, 100], [100 * end for end in ends], color=GREY, linewidth=1)
     axes.axvline(100 * best["mixed"], color=GREY, linestyle="--", linewidth=1)
     most = "most that independent traces allow"
-    _annotate_line(axes, most, 100 * best["mixed"], ends[0], rotation=90)
+    _annotate_line(axes, most, 100 * best["mixed"], 100 * (ends[0] or 0), rotation=90)
     for place, arm in enumerate(gathered["arms"]):
         measured = _measures_measured(gathered, arm)
         if not measured:

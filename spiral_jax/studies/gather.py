@@ -3,6 +3,8 @@
 arms      by arm: `Experiment.budget`, and estimates of every measure over its runs
 runs      every run, failed ones too: state, steps, tokens, seconds, what it said when it failed,
           its own measures
+largest_k at which curves over k end: of every run, nearly all problems have as many traces that are
+          no errors of ours; measures above it are None
 unnamed   runs in the directory that the configuration does not name any more
 unrecorded commands that outlived a study that was killed: `seconds` lacks theirs
 gaps      by arm and measure: the arm - the baseline
@@ -31,11 +33,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from spiral_jax.evaluation.comparison import check_comparable, scaling_efficiency
-from spiral_jax.evaluation.measures import columns
+from spiral_jax.evaluation.measures import cut_curves, largest_k
 from spiral_jax.evaluation.results import ResultsError, read_results
 from spiral_jax.evaluation.statistics import bootstrap_weights
 from spiral_jax.run.workdir import WorkdirError
-from spiral_jax.studies.cells import Cells, estimate, gap, place_of, value_of
+from spiral_jax.studies.cells import Cells, columns_with, estimate, gap, place_of, value_of
 from spiral_jax.studies.claims import Evidence, judge_claim
 from spiral_jax.studies.design import BASE, Study
 from spiral_jax.studies.directory import StudyDirectory, pair_name, reading_name
@@ -70,7 +72,8 @@ def gather(
         )
     first, arms = evaluated.first, evaluated.arms
     for run in runs:
-        if sweep and sweep["arms"].get(run["arm"], {}).get("state") == GIVEN_UP:
+        is_swept = sweep and run["arm"] in study.proposed  # and not listed since
+        if is_swept and sweep["arms"].get(run["arm"], {}).get("state") == GIVEN_UP:
             run["state"] = GIVEN_UP
         run |= _own_measures(study, arms, run["arm"], run["seed"])
     weight_RxB = bootstrap_weights(0, len(first["records"]), DRAWS)
@@ -89,6 +92,7 @@ def gather(
         "commits": sorted({_commit(environment) for environment in environments}),
         "problems": first["problems"],
         "settings": first["settings"],
+        "largest_k": evaluated.largest_k,
         "measures": list(study.measures),
         "baseline": study.baseline,
         "optimum": optimum(study, arms, weight_RxB),
@@ -106,12 +110,16 @@ def gather(
 
 
 class _Evaluated(NamedTuple):
-    """The finished evaluations; `first` is the content of one of them."""
+    """The finished evaluations.
+
+    `first` is the content of one of them, `largest_k` where the curves of all end.
+    """
 
     first: dict[str, Any]
     arms: dict[str, Cells]
     pairs: dict[str, Cells]  # by `pair_name`
     readings: dict[str, Cells]  # of arms at equal operations
+    largest_k: int
 
 
 def _read_evaluations(
@@ -152,18 +160,30 @@ def _read_evaluations(
             file = directory.reading(row.arm, row.seed, row.step)
             if file.exists():
                 read(of_readings, row.arm, row.seed, file)
-    return _Evaluated(first, arms, pairs, of_readings) if arms else None
+    if not arms:
+        return None
+    k = _cut_alike([*arms.values(), *pairs.values(), *of_readings.values()])
+    return _Evaluated(first, arms, pairs, of_readings, k)
+
+
+def _cut_alike(cells: Sequence[Cells]) -> int:
+    """Cuts the curves of all evaluations at the `largest_k` that all of them have; returns it."""
+    evaluations = [evaluation for of_arm in cells for evaluation in of_arm.columns]
+    k = min(map(largest_k, evaluations))
+    for evaluation in evaluations:
+        evaluation.update(cut_curves(evaluation, k))
+    return k
 
 
 def _columns(study: Study, results: Mapping[str, Any], file: str) -> dict[str, Any]:
     """`measures.columns` of an evaluation. Raises ResultsError: it lacks one of the study's."""
-    by_name = columns(results["records"])
+    by_name = columns_with(results["records"], study.measures)
     needed = [*study.measures, *(["right_if_mixed"] if study.strategies else [])]
     missing = [measure for measure in needed if place_of(measure).column not in by_name]
     if missing:
         raise ResultsError(
-            f"{file}: has no {', '.join(missing)}: its task names no strategies, or no answer has "
-            "earned partial credit."
+            f"{file}: has no {', '.join(missing)}: its task names no strategies. Set "
+            "task.strategy and evaluate again, or leave them out of the study's measures."
         )
     return by_name
 

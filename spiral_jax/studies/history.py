@@ -7,11 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from spiral_jax.core.config import difference, from_plain, to_plain
-from spiral_jax.evaluation.results import ResultsError
+from spiral_jax.evaluation.results import (
+    ResultsError,
+    describe_sampling,
+    with_both_temperatures,
+)
 from spiral_jax.reporting.series import series
-from spiral_jax.run.workdir import WorkdirError, read_config
+from spiral_jax.run.checkpoint import CheckpointError
+from spiral_jax.run.start import trained_digest
+from spiral_jax.run.workdir import WorkdirError, read_config, read_log
 from spiral_jax.studies.design import BASE, Study
 from spiral_jax.studies.directory import StudyDirectory, pair_name, reading_name
 from spiral_jax.studies.operations import spent_by_step
@@ -22,6 +29,11 @@ _CURVES = {  # curve: the metric that it shows, over sampled tokens
     "aggregated": "reward/aggregated",
     "own": "reward/search",
     "entropy": "entropy/search",
+}
+_FIELDS = {  # that settings of results have another name for
+    "temperature": "eval.search_temperature",
+    "search_max_tokens": "search.max_tokens",
+    "aggregation_max_tokens": "aggregation.max_tokens",
 }
 
 
@@ -43,11 +55,8 @@ def _check_run(study: Study, directory: StudyDirectory, arm: str, seed: int) -> 
 
 def check_evaluation(study: Study, file: pathlib.Path, results: Mapping[str, Any]) -> None:
     """Raises ResultsError: an evaluation is there that sampled something else than is asked."""
-    asked, held = study.evaluation.plain, results["settings"]
-    names = (held.keys() & asked.keys()) - {"subset_size"}  # 0 stands for that of training
-    lines = difference(
-        {name: held[name] for name in names}, {name: asked[name] for name in names}, "eval."
-    )
+    held = _by_field(with_both_temperatures(results["settings"]))
+    lines = difference(held, _by_field(describe_sampling(study.evaluation)))
     if lines:
         raise ResultsError(
             f"{file}: sampled with another config (there -> here):\n  "
@@ -56,19 +65,49 @@ def check_evaluation(study: Study, file: pathlib.Path, results: Mapping[str, Any
         )
 
 
+def is_of_other_weights(evaluation: pathlib.Path, init_from: str, searcher: str = "") -> bool:
+    """Whether an evaluation, finished or not, is of other weights than are there now.
+
+    One of an earlier version, which does not say of which, is taken as it is, and so is one whose
+    checkpoint is gone.
+
+    Args:
+      init_from, searcher: WORKDIR@step, as the evaluation's configuration names them; or "".
+    """
+    waves = read_log(epath.Path(evaluation / "waves.jsonl"))
+    stamp = waves[0] if waves else {}
+    try:
+        return any(
+            run and field in stamp and stamp[field] != trained_digest(run)
+            for field, run in (("init_from", init_from), ("searcher", searcher))
+        )
+    except (WorkdirError, CheckpointError):
+        return False
+
+
+def _by_field(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of results by the fields that ask for them, without the seed, the run's own."""
+    names = sampling.keys() - {"seed"}
+    return {_FIELDS.get(name, f"eval.{name}"): sampling[name] for name in names}
+
+
 def run_row(study: Study, directory: StudyDirectory, arm: str, seed: int) -> dict[str, Any]:
     """State of a run and what its training has cost."""
     if arm != BASE:
         _check_run(study, directory, arm, seed)
     error = "" if _has_ended(study, directory, arm, seed) else directory.error(arm, seed)
-    finished = "done" if directory.evaluations(arm, seed) else "not finished"
+    is_evaluated = bool(directory.evaluations(arm, seed))
+    finished = "done" if is_evaluated else "not finished"
     state = "failed" if error else finished
     run = {"arm": arm, "seed": seed, "state": state, "error": error}
     steps = directory.metrics(arm, seed)
     if not steps:
         return run
-    aggregates = study.experiments[arm].aggregates
-    return run | _costs(steps, aggregates) | {"training": _training_curves(steps)}
+    experiment = study.experiments[arm]
+    row = run | _costs(steps, experiment.aggregates) | {"training": _training_curves(steps)}
+    if not is_evaluated and not experiment.has_ended(steps):
+        row["entropy_end"] = None  # of a run that has not come to its end
+    return row
 
 
 def _has_ended(study: Study, directory: StudyDirectory, arm: str, seed: int) -> bool:

@@ -21,15 +21,15 @@ from types import ModuleType
 from typing import IO, Any
 
 from spiral_jax.core.config import ConfigError
-from spiral_jax.evaluation.measures import columns
 from spiral_jax.evaluation.results import read_results
 from spiral_jax.run.checkpoint import CheckpointError
 from spiral_jax.run.preemption import exit_code, second_interrupt_ends
 from spiral_jax.run.start import find_trained
 from spiral_jax.run.workdir import WorkdirError
-from spiral_jax.studies.cells import value_of
+from spiral_jax.studies.cells import columns_with, value_of
 from spiral_jax.studies.design import BASE, EVALUATION, SWEEP_SEED, Pair, Study
 from spiral_jax.studies.directory import StudyDirectory, pair_name, reading_name
+from spiral_jax.studies.history import is_of_other_weights
 from spiral_jax.studies.operations import Reading, find_readings
 from spiral_jax.studies.processes import Processes
 from spiral_jax.studies.rungs import GivesUp, Watch
@@ -149,7 +149,9 @@ class Runner:
             is_wanted = row.seed == seed and (row.arm, seed) in self.chosen
             if not is_wanted or row.step is None or not self.directory.evaluations(row.arm, seed):
                 continue
-            if not self.directory.reading(row.arm, seed, row.step).exists():
+            reading = self.directory.reading(row.arm, seed, row.step)
+            trained = f"{self.directory.run(row.arm, seed)}@{row.step}"
+            if not reading.exists() or is_of_other_weights(reading.parent, trained):
                 yield functools.partial(self.run_reading, row)
 
     def run_arm(self, arm: str, seed: int, number: str, gives_up: GivesUp | None = None) -> None:
@@ -176,7 +178,7 @@ class Runner:
             told_to_stop = was_told and not self._has_ended(arm, seed, step)
             if step is None or told_to_stop:
                 return  # or it failed before its first checkpoint
-        self._evaluate(arm, seed, step, f"--config.model.init_from={workdir}@{step}")
+        self._evaluate(arm, seed, step, f"{workdir}@{step}")
 
     def run_pair(self, pair: Pair, number: str) -> None:
         """Evaluates the search of one arm under the aggregator of another, once both have ended."""
@@ -188,21 +190,16 @@ class Runner:
                 steps[arm] = _newest_step(self.directory.run(arm, seed))
                 if not self._has_ended(arm, seed, steps[arm]):
                     return
-        policies = [f"--config.eval.searcher={BASE}"]
-        if searcher != BASE:
-            trained = f"{self.directory.run(searcher, seed)}@{steps[searcher]}"
-            policies = [f"--config.eval.searcher={trained}"]
-        if reader != BASE:
-            trained = f"{self.directory.run(reader, seed)}@{steps[reader]}"
-            policies.append(f"--config.model.init_from={trained}")
-        self._evaluate(pair_name(searcher, reader), seed, steps[reader], *policies)
+        trained = {arm: f"{self.directory.run(arm, seed)}@{steps[arm]}" for arm in steps}
+        init_from = trained[reader] if reader != BASE else ""
+        searched = trained[searcher] if searcher != BASE else BASE
+        self._evaluate(pair_name(searcher, reader), seed, steps[reader], init_from, searched)
 
     def run_reading(self, row: Reading) -> None:
         """Evaluates a run where it had spent what all have."""
         arm, seed, step = row.arm, row.seed, row.step
         print(f"[at equal operations] {arm}, seed {seed}, step {step}", flush=True)
-        trained = f"{self.directory.run(arm, seed)}@{step}"
-        self._evaluate(reading_name(arm), seed, step, f"--config.model.init_from={trained}")
+        self._evaluate(reading_name(arm), seed, step, f"{self.directory.run(arm, seed)}@{step}")
 
     def value_of(self, study: Study, arm: str, gives_up: GivesUp) -> float | None:
         """The study's first measure of an arm that a sweep has proposed.
@@ -214,7 +211,8 @@ class Runner:
         files = self.directory.evaluations(arm, SWEEP_SEED)
         if not files:
             return None
-        return value_of(columns(read_results(files[-1])["records"]), study.measures[0])
+        records = read_results(files[-1])["records"]
+        return value_of(columns_with(records, study.measures), study.measures[0])
 
     def _has_ended(self, arm: str, seed: int, step: int | None) -> bool:
         """Whether the newest checkpoint is where the arm's experiment ends."""
@@ -222,13 +220,23 @@ class Runner:
             return False
         return self.study.experiments[arm].has_ended(self.directory.metrics(arm, seed)[:step])
 
-    def _evaluate(self, name: str, seed: int, step: int, *policies: str) -> None:
-        """Evaluates an arm or a pair, if that was not done; `policies` are flags that name them."""
+    def _evaluate(
+        self, name: str, seed: int, step: int, init_from: str = "", searcher: str = ""
+    ) -> None:
+        """Evaluates an arm or a pair, if that was not done with the same weights.
+
+        Args:
+          init_from, searcher: config.model.init_from and config.eval.searcher; "" = the file's.
+        """
         evaluation = self.directory.evaluation(name, seed, step)
+        if is_of_other_weights(evaluation, init_from, searcher):
+            kept = self.directory.set_aside(evaluation)
+            print(f"    {name}, seed {seed}: was trained anew; set aside: {kept}", flush=True)
         if not (evaluation / "results.json").exists():
-            config = f"--config={self.study.file}:{EVALUATION}"
-            workdir = f"--workdir={evaluation}"
-            self._run_command(name, seed, "evaluate", config, workdir, *policies)
+            arguments = [f"--config={self.study.file}:{EVALUATION}", f"--workdir={evaluation}"]
+            named = {"model.init_from": init_from, "eval.searcher": searcher}
+            arguments += [f"--config.{field}={run}" for field, run in named.items() if run]
+            self._run_command(name, seed, "evaluate", *arguments)
 
     def _run_command(
         self,

@@ -59,10 +59,13 @@ _HOW_TO_READ = (
 def write_study(study: Study, gathered: Mapping[str, Any], out: pathlib.Path) -> str:
     """Writes the report, its numbers and its pictures; returns the report."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_name(f"{out.name}.json").write_text(_json(gathered) + "\n")
+    report = out.with_name(f"{out.name}.md")
+    # stays if a picture cannot be plotted
+    report.write_text(markdown(study, gathered, pictures=[]))
     pictures = plot_study(gathered, out)
-    out.with_suffix(".json").write_text(_json(gathered) + "\n")
     text = markdown(study, gathered, [picture.name for picture in pictures])
-    out.with_suffix(".md").write_text(text)
+    report.write_text(text)
     return text
 
 
@@ -148,6 +151,11 @@ def _head(study: Study, gathered: Mapping[str, Any]) -> list[str]:
         f"RSA with a population of {settings['population']}, sets of {settings['set_size']}, "
         f"{settings['rounds']} rounds.",
     ]
+    if gathered["largest_k"] < settings["n"]:
+        paragraphs.append(
+            f"pass@k and maj@k are stated up to k = {gathered['largest_k']}: in some run fewer "
+            "than 90 % of the problems have more traces that are no errors of ours."
+        )
     if gathered["unnamed"]:
         unnamed = ", ".join(gathered["unnamed"])
         paragraphs.append(f"In the directory, but not in the configuration: {unnamed}.")
@@ -184,7 +192,8 @@ def _measured(claim: Mapping[str, Any]) -> str:
     if gap is None:
         return DASH
     if unit == "times":
-        return f"{gap['mean']:.2f}x [{gap['low']:.2f}, {gap['high']:.2f}]"
+        bound = f"{gap['bound']} " if gap["bound"] else ""
+        return f"{bound}{gap['mean']:.2f}x [{gap['low']:.2f}, {gap['high']:.2f}]"
     if unit == "nat":
         return f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}] nat"
     return percent(gap, "+" if unit == "points" else "")

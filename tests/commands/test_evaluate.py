@@ -25,6 +25,7 @@ from spiral_jax.core.groups import Role
 from spiral_jax.evaluation.wave import Evaluator
 from spiral_jax.model.tensor_files import WeightsError
 from spiral_jax.prompts.scaffold import max_aggregation_prompt
+from spiral_jax.run import evaluation_run
 from spiral_jax.run.evaluation_run import model_fingerprint
 from spiral_jax.run.setup import set_up_evaluation
 from spiral_jax.run.start import Start
@@ -214,6 +215,34 @@ def test_other_weights_or_data_under_the_same_names_are_refused(scripted, monkey
     monkeypatch.setattr(evaluate, "set_up_evaluation", set_up)
     with pytest.raises(WorkdirError, match="wave 0 .* other data"):
         evaluate.evaluate(small_config(), begun)
+
+
+@pytest.mark.parametrize("field", ["init_from", "searcher"])
+def test_an_evaluation_does_not_go_on_with_what_another_training_left_at_the_same_place(
+    scripted, monkeypatch, tmp_path, field
+):
+    set_up = evaluate.set_up_evaluation
+
+    def with_trained(c):
+        setup = set_up(c)
+        named = dataclasses.replace(setup.evaluation, **{field: "runs/tiny@40"})
+        return dataclasses.replace(setup, evaluation=named)
+
+    monkeypatch.setattr(evaluate, "set_up_evaluation", with_trained)
+    monkeypatch.setattr(evaluate, "plot_evaluation", lambda results, directory: [])
+    monkeypatch.setattr(Start, "load_policy", lambda start: {})
+    for digest in ("a" * 64, "a" * 64):
+        monkeypatch.setattr(evaluation_run, "trained_digest", lambda name, digest=digest: digest)
+        evaluate.evaluate(small_config(), str(tmp_path / "run"))
+    monkeypatch.setattr(evaluation_run, "trained_digest", lambda name: "b" * 64)
+    with pytest.raises(WorkdirError, match=f"wave 0 .* other {field}"):
+        evaluate.evaluate(small_config(), str(tmp_path / "run"))
+    journal = tmp_path / "run" / "waves.jsonl"  # of an earlier version, which did not note it
+    rows = [json.loads(line) for line in journal.read_text().splitlines()]
+    for row in rows:
+        del row[field]
+    journal.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.evaluate(small_config(), str(tmp_path / "run"))
 
 
 def test_the_fingerprint_of_weights_shows_what_changed_inside_a_file(tmp_path):

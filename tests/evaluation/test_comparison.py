@@ -108,6 +108,21 @@ def test_interpolation_is_linear_in_log_k_and_takes_the_first_k_of_a_flat_stretc
     assert needed.samples_R == pytest.approx(samples) and needed.bound_R == bound
 
 
+@pytest.mark.parametrize(
+    ("curve_a", "curve_b", "bound"),
+    [
+        ((0.5, 0.55, 0.6, 0.62), (0.4, 0.4, 0.4, 0.4), "at most"),  # A needs less than one sample
+        ((0.4, 0.4, 0.4, 0.4), (0.5, 0.55, 0.6, 0.62), "at least"),  # B does
+        ((0.5, 0.55, 0.6, 0.62), (0.5, 0.5, 0.5, 0.5), None),  # both need exactly one
+        ((0.5, 0.55, 0.6, 0.62), (0.4, 0.45, 0.5, 0.6), None),
+        ((0.5, 0.6, 0.45, 0.4), (0.5, 0.6, 0.7, 0.8), None),  # A has had 0.6 before it fell
+    ],
+)
+def test_the_highest_coverage_of_both_says_on_which_side_it_is_a_bound(curve_a, curve_b, bound):
+    a, b = (repeated(np.array([curve])) for curve in (curve_a, curve_b))
+    assert scaling_efficiency(a, b)[-1]["bound"] == bound
+
+
 def test_a_curve_that_falls_stays_at_what_it_had_reached():
     fallen = np.array([[0.2, 0.5, 0.45, 0.8]])  # problems with fewer samples have left the mean
     assert samples_needed(fallen, np.array([0.5])).samples_R == 2
@@ -129,6 +144,47 @@ def test_gaps_are_paired_over_problems():
     assert list(gaps) == [*of_search, "aggregated pass@1, S=2", "RSA round 1", "RSA round 2"]
     for row in compare(a, copy.deepcopy(a))["gaps"]:
         assert row["gap"]["mean"] == row["gap"]["low"] == row["gap"]["high"] == 0
+
+
+def with_failures(side, problems):
+    """The first so many problems have lost a wrong trace each to an error of ours."""
+    for record in side["records"][:problems]:
+        record["search"]["answer"][-1] = -1
+    return side
+
+
+@pytest.mark.parametrize("failed", [39, 40])
+def test_curves_end_where_nearly_all_problems_have_as_many_traces(failed):
+    """Above k = 7 the mean would be over one problem that B never solves, or over none."""
+    a, b = (results([right] * 39 + [0], 8) for right in (2, 4))
+    whole = compare(a, b)
+    found = compare(with_failures(copy.deepcopy(a), failed), with_failures(b, failed))
+    both = found["efficiency"][-1]
+    assert both["coverage"] == pytest.approx(39 / 40) and both["samples_a"] == pytest.approx(6)
+    assert [side["largest_k"] for side in (found["a"], found["b"])] == [7, 7]
+    assert [row["measure"] for row in found["gaps"]][1:3] == ["pass@7", "maj@7"]
+    assert found["gaps"][1]["gap"]["count"] == 40
+    votes = [row for row in found["equal_tokens"] if row["method"] == "majority vote"]
+    assert votes[-1]["tokens"] == 70
+    for side in "AB":
+        assert any(f"k = 7 of {side}" in line for line in found["left_out"])
+    json.dumps(found, allow_nan=False)
+    assert [side["largest_k"] for side in (whole["a"], whole["b"])] == [8, 8]
+    assert not whole["left_out"]
+
+
+def test_a_side_without_failures_keeps_its_curve_and_gaps_are_at_what_both_have():
+    a, b = (results([2] * 40, 8) for _ in "ab")
+    found = compare(a, with_failures(b, 5))
+    assert [side["largest_k"] for side in (found["a"], found["b"])] == [8, 7]
+    assert [row["at"] for row in found["efficiency"]][-2:] == ["A at k=8", "both"]
+    assert found["gaps"][1]["measure"] == "pass@7" and len(found["left_out"]) == 1
+
+
+def test_a_few_failures_leave_curves_as_they_are():
+    a = results([2] * 40, 8)
+    found = compare(a, with_failures(copy.deepcopy(a), 4))
+    assert found["b"]["largest_k"] == 8 and not found["left_out"]
 
 
 def test_gaps_at_equal_tokens_are_at_equal_tokens():

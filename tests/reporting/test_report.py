@@ -295,6 +295,17 @@ def test_the_bands_of_the_population_add_up_and_count_the_records_answers():
     assert table["pass@1"][0].startswith(f"{100 * mean:.1f} [")
 
 
+def test_a_curve_has_a_gap_where_no_problem_has_as_many_traces():
+    results = read_results(GOLDEN)
+    undefined = dict.fromkeys(("mean", "low", "high", "standard_error")) | {"count": 0}
+    for name in ("pass_at_k", "majority_at_k"):
+        results["measures"][name][-1] |= undefined
+    charts = {chart.title: chart.figure for chart in evaluation_charts({"one": results})}
+    curves = {curve["name"]: curve["y"] for curve in charts["pass@k"]["data"]}
+    for name in ("one: pass@k", "one: vote of k"):
+        assert curves[name][-1] is None and None not in curves[name][:-1]
+
+
 def test_metrics_without_values_have_no_chart():
     metrics = [{"step": step, "grad_norm": None, "tokens_per_s": 5.0} for step in range(3)]
     assert [chart.title for chart in overview_charts(metrics, [], {})] == ["Throughput"]

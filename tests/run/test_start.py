@@ -18,7 +18,7 @@ from spiral_jax.model.adapter import abstract_lora, save_adapter
 from spiral_jax.model.architecture import read_architecture
 from spiral_jax.run.checkpoint import CheckpointError, Checkpoints
 from spiral_jax.run.setup import check_training
-from spiral_jax.run.start import Start, find_trained
+from spiral_jax.run.start import Start, find_trained, trained_digest
 from spiral_jax.run.workdir import read_config
 
 PATH = hf.BUNDLED["bundled:tiny"]
@@ -76,6 +76,17 @@ def test_a_run_starts_from_the_adapters_of_another_runs_step(runs, base, mesh, s
     frozen, state = init_state(learner, model_of(c), mesh, params, lora)
     assert frozen is params and int(state.step) == 0
     assert_same(state.trained, trained[step])
+
+
+def test_the_digest_of_what_was_trained_is_of_its_numbers_alone(mesh, tmp_path):
+    """Of two runs that save the same arrays, and of one that saves others at the same step."""
+    c, digests = config(**LORA), []
+    for name, scale in (("one", 0.1), ("again", 0.1), ("other", 0.2)):
+        make_run(tmp_path / name, c, model_of(c), mesh, scale=scale)
+        digests.append(trained_digest(f"{tmp_path / name}@1"))
+    assert digests[0] == digests[1] != digests[2]
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7"):
+        trained_digest(f"{tmp_path / 'one'}@7")
 
 
 def test_a_full_run_starts_from_the_parameters_of_another(runs, mesh):

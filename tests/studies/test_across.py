@@ -107,7 +107,8 @@ def test_what_cannot_be_compared_is_named(files, break_it, best, said):
 
 
 def test_the_report_orders_arms_and_has_a_picture(files, tmp_path):
-    text = across.write_comparison(files, "ours", tmp_path / "out" / "all")
+    text = across.write_comparison(files, "ours", tmp_path / "out" / "lr_0.3")
     assert text.index("| ours |") < text.index("| other |") < text.index("| base |")
-    assert (tmp_path / "out" / "all_profile.png").stat().st_size > 10_000
-    assert json.loads((tmp_path / "out" / "all.json").read_text())["best"] == "ours"
+    assert (tmp_path / "out" / "lr_0.3_profile.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "out" / "lr_0.3.json").read_text())["best"] == "ours"
+    assert (tmp_path / "out" / "lr_0.3.md").read_text() == text

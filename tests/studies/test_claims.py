@@ -107,9 +107,28 @@ def test_a_gap_is_paired_over_problems_and_over_the_seeds_that_both_have():
 )
 def test_a_claim_holds_or_fails_only_with_its_whole_interval(study, claim, verdict):
     arms = {"marginal_mean": cells([0.8, 0.85]), "grpo": cells([0.4, 0.42])}
-    efficiency = {"marginal_mean": {"ratio": 5.0, "low": 4.0, "high": 6.0, "seeds": 2}}
+    row = {"ratio": 5.0, "low": 4.0, "high": 6.0, "seeds": 2, "bound": None}
+    efficiency = {"marginal_mean": row}
     evidence = Evidence(study, arms, [], efficiency, WEIGHTS)
     assert judge_claim(evidence, Claim(*claim))["verdict"] == verdict
+
+
+@pytest.mark.parametrize(
+    ("bound", "least", "verdict"),
+    [
+        (None, 3.0, "holds"),
+        ("at least", 3.0, "holds"),
+        ("at most", 3.0, "open"),
+        (None, 9.0, "fails"),
+        ("at least", 9.0, "open"),
+        ("at most", 9.0, "fails"),
+    ],
+)
+def test_a_bounded_ratio_decides_a_claim_only_in_its_own_direction(study, bound, least, verdict):
+    row = {"ratio": 5.0, "low": 4.0, "high": 6.0, "seeds": 2, "bound": bound}
+    evidence = Evidence(study, {}, [], {"marginal_mean": row}, WEIGHTS)
+    judged = judge_claim(evidence, Claim("efficiency", "marginal_mean", "grpo", least))
+    assert judged["verdict"] == verdict and judged["gap"]["bound"] == bound
 
 
 @pytest.mark.parametrize(

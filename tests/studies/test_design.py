@@ -53,6 +53,11 @@ def get_config(name=""):
         ({"claims": (("efficiency", "grpo", "marginal_mean", 3.0),)}, "claims: .*'efficiency'"),
         ({"claims": (("entropy", "grpo", "base", 0.0),)}, "claims: .*of two that are trained"),
         ({"claims": (("entropy", "grpo", "", 0.0),)}, "claims: .*of two that are trained"),
+        # a side against itself, and the optimum against nothing, say nothing
+        ({"claims": (("aggregated", "optimum", "", 0.5),)}, "claims: .*two different"),
+        ({"claims": (("aggregated", "optimum", "optimum", 0.0),)}, "claims: .*two different"),
+        ({"claims": (("aggregated", "grpo", "grpo", 0.0),)}, "claims: .*two different"),
+        ({"claims": (("efficiency", "grpo", "grpo", 1.0),)}, "claims: .*two different"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(changes, words, tmp_path):

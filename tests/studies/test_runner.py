@@ -19,7 +19,7 @@ from matplotlib.image import imread
 
 from spiral_jax import study as command
 from spiral_jax.core.config import ConfigError, to_plain
-from spiral_jax.evaluation.results import ResultsError
+from spiral_jax.evaluation.results import ResultsError, describe_sampling
 from spiral_jax.run.workdir import WorkdirError
 from spiral_jax.studies import runner, sweep
 from spiral_jax.studies.design import Claim, load_study
@@ -138,9 +138,7 @@ def put_in_place(patch, folder):
     script = folder / "python"
     script.write_text(FAKE.replace("{python}", PYTHON))
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    asked = to_plain(study_small.get_config("evaluation").eval)
-    held = json.loads(GOLDEN.read_text())["settings"]
-    settings = {name: asked[name] for name in held if name in asked}
+    settings = describe_sampling(load_study(FILE).evaluation)
     patch.setattr(sys, "executable", str(script))
     patch.setattr(runner, "find_trained", trained)
     patch.setenv("CALLS", str(folder / "calls"))
@@ -438,7 +436,7 @@ def test_a_run_and_an_evaluation_are_held_to_their_configurations(copy):
     c.seed = 1
     config.write_text(json.dumps(to_plain(c) | {"config_digest": ""}))
     gather(study, copy)
-    evaluation = dataclasses.replace(study.evaluation, plain=study.evaluation.plain | {"n": 16})
+    evaluation = dataclasses.replace(study.evaluation, n=16)
     with pytest.raises(ResultsError, match=r"(?s)results.json.*eval\.n: 8 -> 16.*evaluate again"):
         gather(dataclasses.replace(study, evaluation=evaluation), copy)
     c.optimizer.lr = 0.5
