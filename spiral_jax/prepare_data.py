@@ -52,7 +52,10 @@ def main() -> None:
     wanted = dict(word.partition("=")[::2] for word in words.sets or SETS)
     if unknown := sorted(wanted.keys() - SETS.keys()):
         parser.error(f"unknown sets {unknown}: must be among {', '.join(SETS)}")
-    sys.exit(0 if prepare(wanted, words.out) else 1)
+    try:
+        sys.exit(0 if prepare(wanted, words.out) else 1)
+    except UserError as error:
+        parser.error(str(error))
 
 
 def prepare(wanted: dict[str, str], out: pathlib.Path) -> bool:
@@ -63,8 +66,15 @@ def prepare(wanted: dict[str, str], out: pathlib.Path) -> bool:
 
     Returns:
       whether everything is there.
+
+    Raises:
+      TaskError: `out` can be no directory.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+        raise TaskError(f"--out={out}: can be no directory ({reason}); name another.") from error
     problems: dict[str, list[Problem]] = {}
     entries = {}
     for name, directory in wanted.items():

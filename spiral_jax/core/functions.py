@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import importlib
 import inspect
@@ -36,10 +38,13 @@ def load_function(field: str, path: str, allowed: str) -> Callable[..., Any]:
         raise ConfigError(f"{where}: {allowed}")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        advice = "Is its folder in PYTHONPATH?"
+        if isinstance(error, SystemExit):  # it parses arguments, say
+            advice = 'Put what ends it under if __name__ == "__main__".'
         raise ConfigError(
             f"{where}: module {module_name!r} cannot be imported ({describe_error(error)}). "
-            "Is its folder in PYTHONPATH?"
+            f"{advice}"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -50,28 +55,42 @@ def load_function(field: str, path: str, allowed: str) -> Callable[..., Any]:
 def source_fingerprint(function: Callable) -> str:
     """SHA-256 of the file that defines a function; "" where no file is known.
 
-    What the file imports is not in it.
+    What the file imports is not in it. Of a `functools.partial` it is the file of its function.
     """
+    function = inspect.unwrap(function)
+    while isinstance(function, functools.partial):
+        function = inspect.unwrap(function.func)
+    path = _source_file(function) or _source_file(type(function))  # an object that can be called
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() if path else ""
+
+
+def _source_file(function: Callable) -> str:
     try:
-        path = inspect.getsourcefile(inspect.unwrap(function))
-    except TypeError:  # an object that can be called
-        path = inspect.getsourcefile(type(function))
-    if path is None or not os.path.exists(path):
+        path = inspect.getsourcefile(function)
+    except TypeError:  # it is written in C, or has no source of its own
         return ""
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    return path if path and os.path.exists(path) else ""
 
 
 def describe_error(error: BaseException) -> str:
-    """An exception with the innermost frame of the user's own code, and what may be missing."""
+    """An exception with the innermost frame of the user's own code."""
     frames = traceback.extract_tb(error.__traceback__)
     frame = next((frame for frame in reversed(frames) if _is_users(frame.filename)), frames[-1])
     message = "".join(traceback.format_exception_only(error)).strip()
     line = f": {frame.line}" if frame.line else ""
-    return f"{message} ({frame.filename}:{frame.lineno}, in {frame.name}{line}){hint_at(error)}"
+    return f"{message} ({frame.filename}:{frame.lineno}, in {frame.name}{line})"
 
 
 def hint_at(error: BaseException) -> str:
-    """What to do about an environment variable that workers do not see; "" about all else."""
+    """What to do about an error in a worker for want of memory or of an environment variable.
+
+    "" about all else.
+    """
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return (
+            ". A worker may take config.verifier.memory_gb of address space: raise it, or let the "
+            "reward take less"
+        )
     frames = traceback.extract_tb(error.__traceback__)
     is_environment = bool(frames) and frames[-1].filename in (os.__file__, "<frozen os>")
     if not isinstance(error, KeyError) or not is_environment:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ from spiral_jax.tasks.overlap import describe, find_overlap
 from spiral_jax.tasks.problem import Problem, Task, TaskError
 
 TRAIN, HELD_OUT = "train", "held_out"  # first part of the ids, so that the splits never share one
-_GSM8K_MARK = "####"
+_GSM8K_LINE = re.compile(r"####(?!#)(.*)")
+_WITH_COMMAS = re.compile(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?")
 _SHOWN = 10  # failing rows that an error lists
 
 
@@ -39,7 +41,8 @@ def make_problem(
       id: with the split in front.
       text: a non-empty string.
       answer: a non-empty string, a finite number, or a list of these, of which each is right. Of
-        GSM8K's `... #### 1,234` the reference is `1234`. None: the reward needs none.
+        GSM8K's layout, whose last line is `#### 1,234`, the reference is `1234`. None: the reward
+        needs none.
       text_name, answer_name: what text and answer are called in the row, for errors.
       metadata: JSON types; see `plain_columns`.
 
@@ -201,9 +204,10 @@ def fingerprint_of(parts: Iterable[bytes]) -> str:
 def _answer_text(value: Any) -> str:
     """The reference as text; "" where there is none."""
     if isinstance(value, str):
-        is_json = value.lstrip()[:1] in ("{", "[")  # such as tests, whose texts may have the mark
-        _, mark, last = ("", "", "") if is_json else value.rpartition(_GSM8K_MARK)
-        return last.replace(",", "").strip() if mark else value.strip()
+        text = value.strip()
+        line = _GSM8K_LINE.fullmatch(text.rpartition("\n")[2].lstrip())
+        text = line[1].strip() if line else text
+        return text.replace(",", "") if line and _WITH_COMMAS.fullmatch(text) else text
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     # 0.00001, not 1e-05: a text with an e in it is for a reader to puzzle over
     return format(decimal.Decimal(str(value)), "f") if number else ""

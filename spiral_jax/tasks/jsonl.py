@@ -1,7 +1,7 @@
 """Problems from JSONL files: {"problem" or "question", "answer", optional "id"} a line -> `Task`.
 
-GSM8K's layout is understood: of an answer `... #### 1,234` the reference is `1234`. All other
-fields of a line are `Problem.metadata`.
+GSM8K's layout is understood: of an answer whose last line is `#### 1,234` the reference is `1234`.
+All other fields of a line are `Problem.metadata`.
 """
 
 from __future__ import annotations
@@ -61,6 +61,13 @@ def _rows(data: bytes, path: str, split: str) -> Iterator[tuple[str, Problem | T
 
 
 def _problem(line: bytes, where: str, split: str, number: int) -> Problem:
+    try:
+        return _read(line, where, split, number)
+    except RecursionError as error:
+        raise TaskError(f"{where}: lists or objects are nested too deep in one another.") from error
+
+
+def _read(line: bytes, where: str, split: str, number: int) -> Problem:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError

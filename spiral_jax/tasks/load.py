@@ -14,7 +14,8 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from spiral_jax.core.config import ConfigError
-from spiral_jax.core.functions import load_function
+from spiral_jax.core.errors import UserError
+from spiral_jax.core.functions import describe_error, load_function
 from spiral_jax.tasks.problem import Task
 
 
@@ -162,10 +163,18 @@ def _load_own(task: ConfigDict) -> Task:
     """What a function of the user's returns; it is called with task.seed and task.generator_args.
 
     Raises:
-      ConfigError: there is no such function, or it returns no `Task`.
+      ConfigError: there is no such function, it fails, or it returns no `Task`.
     """
     function = load_function("task.name", task.name, 'must be "package.module:function".')
-    loaded = function(task.seed, **task.generator_args.to_dict())
+    try:
+        loaded = function(task.seed, **task.generator_args.to_dict())
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"config.task.name = {task.name!r}: it fails where it is called with task.seed and "
+            f"task.generator_args ({describe_error(error)})."
+        ) from error
     if not isinstance(loaded, Task):
         raise ConfigError(
             f"config.task.name = {task.name!r}: it returned {type(loaded).__name__}, and must "

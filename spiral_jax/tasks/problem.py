@@ -24,12 +24,23 @@ class Problem:
         "" where there is none.
       metadata: whatever else a reward function needs, such as all other columns of a row; JSON
         types only, since it crosses a process boundary.
+
+    Raises:
+      TaskError: the answer has another type.
     """
 
     id: str
     text: str
     answer: str | list[str]
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        listed = self.answer if isinstance(self.answer, list) else [self.answer]
+        if not listed or not all(isinstance(each, str) for each in listed):
+            raise TaskError(
+                f"problem {self.id!r}: answer = {self.answer!r}: must be a string or a list of "
+                'strings. Write a number as str(number), and "" where there is no answer.'
+            )
 
     @property
     def columns(self) -> Mapping[str, Any]:

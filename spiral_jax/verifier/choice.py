@@ -56,7 +56,9 @@ class RewardChoice:
 
     def of(self, problem: Problem) -> str:
         """The reward that judges a problem."""
-        return self.by_source.get(problem.metadata.get(SOURCE), self.default)
+        source = problem.metadata.get(SOURCE)
+        is_name = isinstance(source, str)  # a column may hold anything
+        return self.by_source.get(source, self.default) if is_name else self.default
 
     def load(self) -> None:
         """Loads all. Raises `ConfigError`: one cannot be loaded."""

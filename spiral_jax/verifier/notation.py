@@ -10,7 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import unicodedata
 
+# letters of words in any script; π and ϕ, ² and ½, ⁿ, ℝ and ① are mathematics
+_LETTER = (
+    r"[^\W\d_Α-Ωα-ωϑϕϖϱϵ"
+    r"ª²³¹º¼-¾\u2070-\u218f\u2460-\u24ff\uff10-\uff5a\U0001d400-\U0001d7ff]"
+)
 _GAP = r"(?:\s|~|\\[ ,;:!]|\\q?quad)+"
 _SPACED_NUMBERS = re.compile(rf"[-+]?[0-9]+(?:{_GAP}[0-9]+)+(?:\.[0-9]+)?")
 _UNDERSCORED = re.compile(r"[-+]?[0-9]{1,3}(?:_[0-9]{3})+(?:\.[0-9]+)?")
@@ -85,13 +91,20 @@ _WITH_SHORT_UNIT = re.compile(
     re.IGNORECASE,
 )
 _NO_PRODUCTS = ("is", "of", "at", "to", "by", "no", "if", "on", "as", "it", "be", "in")
-_UNIT_WORDS = re.compile(r"[A-Za-z][A-Za-z\s./'-]*(?:\^?[23])?\s*")
+_UNIT_WORDS = re.compile(rf"{_LETTER}(?:{_LETTER}|[\s./'-])*(?:\^?[23])?\s*")
 _VALUE_END = re.compile(r"(?:[0-9)}!%]|\\pi)\s*\Z")
 _LETTERS = re.compile(
     rf"{_TEXT_COMMANDS}\s*\{{[^{{}}]*\}}"
-    r"|\\(?:operatorname|math[a-z]+|begin|end)\*?\s*\{[^{}]*\}|\\+[A-Za-z]+|\\.|[A-Za-z]+"
+    r"|\\(?:operatorname|math[a-z]+|begin|end)\*?\s*\{[^{}]*\}|\\+[A-Za-z]+|\\."
+    rf"|{_LETTER}+"
 )
-_WORDS = re.compile(r"[A-Za-z][A-Za-z\s,'-]*")
+_RUN = re.compile(rf"{_LETTER}+")
+_WORDS = re.compile(rf"{_LETTER}(?:{_LETTER}|[\s,'-])*")
+# signs that math-verify has no rule for, where they stand: about 3, an open end, signs alone
+_UNKNOWN = re.compile(
+    r"[#?@&`]|\.\.|\A\s*≈|(?<![0-9])~|\A[^\w∅(){}\[\]]+\Z"
+    rf"|(?!{_LETTER})[^\x00-\x7f\sΑ-Ωα-ωϑϕϖϱϵℂℕℚℝℤℵ∅±∓∕∖∗∘∙∩∪≁-≧≪≫≲≳≺-≿⊆⊇⊕⊗⊞-⊡⋄⋅⋆]"
+)
 _LIST_OF_WORDS = re.compile(r"\s*(?:,\s*(?:and|or)?|\band\b|\bor\b)\s*")
 # math-verify takes these for units: of `\pi r^2 h` it would read \pi r^2
 _LAST_LETTERS = re.compile(r"(?<=[0-9}\s])(?![mgs]\Z)([A-Za-z]{1,3})\Z")
@@ -136,9 +149,9 @@ def read_notation(text: str) -> Notation:
     which is dropped, and words alone, or all inside \text, are compared as words.
 
     Raises:
-      Unreadable: a date, words amid mathematics.
+      Unreadable: a date, words amid mathematics, signs that nothing is known of.
     """
-    text = _UPRIGHT_LETTER.sub(r"\1", text).strip()
+    text = unicodedata.normalize("NFC", _UPRIGHT_LETTER.sub(r"\1", text)).strip()
     is_text = _ALL_TEXT.fullmatch(text)
     try:
         return _read(_bare(text))
@@ -170,6 +183,8 @@ def _read(text: str) -> Notation:
 
     is_latex = _COMMAND.search(text) is not None
     text = _SYMBOL.sub(lambda found: _SYMBOLS[found[0]], text)
+    if not is_latex and (unknown := _UNKNOWN.search(text)):
+        raise Unreadable(f"{unknown[0].strip()!r} is no sign of mathematics that can be read")
     if unit := _WITH_SHORT_UNIT.fullmatch(text):
         text = unit[1]
     text = _numbers(text)
@@ -252,13 +267,14 @@ def _letters(text: str, is_latex: bool) -> str:
         done += text[end : found.start()]
         end = found.end()
         word = found[0]
-        if word.startswith("\\") or len(word) == 1 or word in ("and", "or"):
+        is_single = len(word) == 1 and word.isascii()
+        if word.startswith("\\") or is_single or word in ("and", "or"):
             done += word
         elif named := _named(word, text[end:]):
             done += named
         elif word == "in" and re.fullmatch(r"\s*[A-Za-z]\s*", done):
             done += r"\in "
-        elif is_latex or (_is_product(word) and not _is_counted(done, word)):
+        elif (is_latex and word.isascii()) or (_is_product(word) and not _is_counted(done, word)):
             done += word
         elif _VALUE_END.search(done) and done[-1:].isspace() | (word.casefold() in _SCALES):
             return _without_unit(done, text[found.start() :])
@@ -287,6 +303,8 @@ def _named(word: str, rest: str) -> str:
 
 def _is_product(word: str) -> bool:
     """Whether letters are factors or points: ab, xyz, AB, but not odd or cup."""
+    if not word.isascii():
+        return False
     if word.isupper():
         return len(word) <= 4
     if len(word) > 3 or not word.islower() or len(set(word)) < len(word) or word in _NO_PRODUCTS:
@@ -311,14 +329,13 @@ def _without_unit(value: str, words: str) -> str:
 
 def _has_words(text: str) -> bool:
     """Whether some run of letters is neither a name nor a product."""
-    runs = re.findall(r"[A-Za-z]+", text)
     return any(
-        len(run) > 1
+        (len(run) > 1 or not run.isascii())
         and run not in ("and", "or")
         and run not in _FUNCTIONS | _CONSTANTS
         and (run.isupper() or not _is_product(run))
         and not _NAME.fullmatch(run)
-        for run in runs
+        for run in _RUN.findall(text)
     )
 
 

@@ -4,14 +4,18 @@ The program is the last fenced block of a trace. "code" is the share of tests th
 "code_all" is 1 if it passes all of them, else 0. A problem's tests are in its columns, in one of
 these layouts, all of which may also be JSON in a string:
 
-    tests               [{"input", "output"}, ...], or assertions in Python
-    input_output        {"inputs": [..], "outputs": [..], "fn_name"?} (APPS, TACO); as the reference
-                        answer too, as verl's files have it
+    tests               [{"input", "output"}, ...], or assertions in Python; of functions with
+                        "fn_name" (DeepCoder)
+    input_output        {"inputs": [..], "outputs": [..], "fn_name"?} (APPS, TACO)
     public_test_cases, private_test_cases
                         [{"input", "output", "testtype"}, ...] (LiveCodeBench), the private ones
                         packed or not; for functions, metadata has func_name, of the problem or of
-                        each test; as the reference answer too
+                        each test
     test_list           assertions, behind test_imports or test_setup_code (MBPP)
+
+All but the last may also have each other's form, or be one test, or {"input": [..], "output":
+[..]} (rllm); and the reference answer may stand for them, as in verl's files. An input or output
+may be a list of lines. What has another layout is refused.
 
 What a program must print is compared line by line, without space at the ends of lines, and numbers
 with a point or an exponent up to 1e-6. Expected outputs stay in the worker: a program never sees
@@ -41,6 +45,8 @@ _TEXTS = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 _AROUND_TEXT = ("PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP")
 _CLOSE = 1e-6  # relative, or absolute below 1
 _FOR_TESTS = 0.9  # share of an answer's time that its tests may take
+# what data sets call the types of tests
+_OF_STDIN, _OF_FUNCTIONS = ("stdin", "stdin_stdout"), ("functional", "function_call")
 
 
 class Output(NamedTuple):
@@ -171,64 +177,103 @@ def read_tests(problem: Problem) -> list[Test]:
 
 
 def _read_columns(columns: Mapping[str, Any]) -> Iterator[Test]:
-    for name in ("tests", "public_test_cases", "private_test_cases"):
-        for case in _plain(name, columns.get(name) or []):
-            yield _read_case(name, case, columns)
-    if columns.get("input_output"):
-        yield from _read_pairs(_plain("input_output", columns["input_output"]))
+    for name in ("tests", "public_test_cases", "private_test_cases", "input_output"):
+        yield from _read_cases(name, columns.get(name) or [], columns)
     before = columns.get("test_imports") or columns.get("test_setup_code") or ""
     if isinstance(before, list):
         before = "\n".join(before)
-    for code in _plain("test_list", columns.get("test_list") or []):
-        yield Assertion(f"{before}\n{code}")
+    for code in _listed("test_list", _plain("test_list", columns.get("test_list") or [])):
+        yield _read_assertion("test_list", code, before)
 
 
 def _read_answer(problem: Problem) -> Iterator[Test]:
     """Tests in the place of the reference answer."""
-    name, answer = "the reference answer", problem.answer
-    if not isinstance(answer, str) or answer.lstrip()[:1] not in ("{", "["):
-        return
-    tests = _plain(name, answer)
-    if isinstance(tests, Mapping):
-        yield from _read_pairs(tests)
-    else:
-        for case in tests:
-            yield _read_case(name, case, problem.columns)
+    answer = problem.answer
+    if isinstance(answer, str) and answer.lstrip()[:1] in ("{", "["):
+        yield from _read_cases("the reference answer", answer, problem.columns)
+
+
+def _read_cases(name: str, value: Any, columns: Mapping[str, Any]) -> Iterator[Test]:
+    """Of a list of tests, of one test, or of a mapping to a list of inputs and one of outputs."""
+    cases = _plain(name, value)
+    for case in _split(name, cases) if isinstance(cases, Mapping) else _listed(name, cases):
+        yield _read_case(name, case, columns)
+
+
+def _listed(name: str, value: Any) -> list:
+    if not isinstance(value, list):
+        raise BrokenTests(f"{name}: must be a list of tests, not {_short(value)}")
+    return value
+
+
+def _split(name: str, cases: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """{"inputs": [..], "outputs": [..], "fn_name"?} as a mapping for each test."""
+    for names in (("inputs", "outputs"), ("input", "output")):
+        inputs, outputs = map(cases.get, names)
+        if not isinstance(inputs, list) or not isinstance(outputs, list):
+            continue
+        if len(inputs) != len(outputs):
+            raise BrokenTests(f"{name} has {len(inputs)} inputs and {len(outputs)} outputs")
+        pairs = zip(inputs, outputs, strict=True)
+        return [{**cases, "input": given, "output": expected} for given, expected in pairs]
+    return [cases]
 
 
 def _read_case(name: str, case: Any, columns: Mapping[str, Any]) -> Test:
+    if isinstance(case, str) and case.lstrip().startswith("{"):
+        case = _plain(name, case)
     if isinstance(case, str):
-        return Assertion(case)
-    if not isinstance(case, Mapping) or "input" not in case or case.get("output") is None:
-        raise BrokenTests(f'{name}: a test must have "input" and "output", not {_short(case)}')
-    if case.get("testtype") != "functional":
-        return Output(str(case["input"]), str(case["output"]))
-    about = _plain("metadata", case.get("metadata") or columns.get("metadata") or {})
-    function = about.get("func_name")
+        return _read_assertion(name, case)
+    if not isinstance(case, Mapping) or not {"input", "output"} <= case.keys():
+        raise BrokenTests(
+            f'{name}: a test must have "input" and "output", or several lists of "inputs" and '
+            f'"outputs", not {_short(case)}'
+        )
+    given, expected = case["input"], case["output"]
+    function = _function(name, case, columns)
     if not function:
-        raise BrokenTests(f"{name}: a functional test needs func_name in the column metadata")
-    arguments = [_plain(name, line) for line in str(case["input"]).splitlines() if line.strip()]
-    return Call(function, arguments, _plain(name, case["output"]))
+        return Output(_text(name, given), _text(name, expected))
+    if isinstance(given, list):
+        # some files have each result in a list of its own
+        is_wrapped = isinstance(expected, list) and len(expected) == 1
+        return Call(function, given, expected[0] if is_wrapped else expected)
+    if expected is None:
+        raise BrokenTests(f"{name}: a test has no output: {_short(case)}")
+    arguments = [_plain(name, line) for line in _text(name, given).splitlines() if line.strip()]
+    return Call(function, arguments, _plain(name, expected))
 
 
-def _read_pairs(pairs: Any) -> Iterator[Test]:
-    """APPS's and TACO's {"inputs", "outputs", "fn_name"?}."""
-    if not isinstance(pairs, Mapping) or not {"inputs", "outputs"} <= pairs.keys():
-        raise BrokenTests(f'input_output must have "inputs" and "outputs", not {_short(pairs)}')
-    inputs, outputs, name = pairs["inputs"], pairs["outputs"], pairs.get("fn_name")
-    if len(inputs) != len(outputs):
-        raise BrokenTests(f"input_output has {len(inputs)} inputs and {len(outputs)} outputs")
-    for given, expected in zip(inputs, outputs, strict=True):
-        if name:
-            # some files have each result in a list of its own
-            is_wrapped = isinstance(expected, list) and len(expected) == 1
-            yield Call(name, given, expected[0] if is_wrapped else expected)
-        else:
-            yield Output(_text(given), _text(expected))
+def _function(name: str, case: Mapping[str, Any], columns: Mapping[str, Any]) -> str:
+    """The function that a test calls; "" where a program reads stdin."""
+    kind = case.get("testtype") or case.get("type")
+    if kind and kind not in (*_OF_STDIN, *_OF_FUNCTIONS):
+        known = ", ".join((*_OF_STDIN, *_OF_FUNCTIONS))
+        raise BrokenTests(f"{name}: a test is of the type {kind!r}; known are {known}")
+    if case.get("fn_name") or kind not in _OF_FUNCTIONS:
+        return case.get("fn_name") or ""
+    about = _plain("metadata", case.get("metadata") or columns.get("metadata") or {})
+    if not isinstance(about, Mapping) or not about.get("func_name"):
+        raise BrokenTests(
+            f"{name}: a test of a function needs fn_name, or func_name in the column metadata"
+        )
+    return about["func_name"]
 
 
-def _text(lines: Any) -> str:
-    return "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)
+def _read_assertion(name: str, code: Any, before: str = "") -> Assertion:
+    if not isinstance(code, str) or not code.strip():
+        raise BrokenTests(f"{name}: an assertion must be a line of Python, not {_short(code)}")
+    return Assertion(f"{before}\n{code}" if before else code)
+
+
+def _text(name: str, value: Any) -> str:
+    """What a program reads or prints: a text, a number, or a list of these, one a line."""
+    lines = value if isinstance(value, list) else [value]
+    if not all(isinstance(line, str | int | float) for line in lines):
+        raise BrokenTests(
+            f"{name}: an input or output must be a text, a number or a list of lines, not "
+            f"{_short(value)}"
+        )
+    return "\n".join(map(str, lines))
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -48,6 +48,9 @@ def _check_each(problems: Sequence[Problem], check: Callable[[Problem], Any], wh
             check(problem)
         except (BrokenTests, BrokenInstructions) as error:
             failing.append(f"{problem.id}: {error}")
+        except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            failing.append(f"{problem.id}: a column has a type that cannot be read ({reason})")
     advice = "Correct the data, remove these problems, or set config.task.reward to another reward."
     _refuse(failing, len(problems), what, advice)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from spiral_jax.core.config import ConfigError
-from spiral_jax.core.functions import describe_error, load_function, source_fingerprint
+from spiral_jax.core.functions import describe_error, hint_at, load_function, source_fingerprint
 from spiral_jax.tasks.answer import last_boxed
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier import instructions, mathematics, programs
@@ -210,8 +210,8 @@ def judge(reward: RewardFunction, text: str, problem: Problem) -> Verdict:
         value, answer = returned if _is_pair(returned) else (returned, None)
         if value is None:
             return Verdict(0.0, Status.UNPARSED, "", answer)
-        plain = value.item() if hasattr(value, "item") else value  # numpy's bool, a scalar array
-        if isinstance(plain, bool | int | float) and math.isfinite(plain):
+        plain = _plain(value)
+        if isinstance(plain, bool | int | float) and -1 <= plain <= 2:
             on_grid = round(plain / _GRID) * _GRID
             if 0 <= on_grid <= 1:
                 return Verdict.of_reward(on_grid, answer)
@@ -220,8 +220,16 @@ def judge(reward: RewardFunction, text: str, problem: Problem) -> Verdict:
             "False, a number in [0, 1], None, or (one of these, the answer as a string)"
         )
     except Exception as error:
-        detail = describe_error(error)
+        detail = describe_error(error) + hint_at(error)
     return Verdict.of(Status.ERROR, detail[:_DETAIL_LENGTH])
+
+
+def _plain(value: Any) -> Any:
+    """The one number of a numpy scalar or an array; all else as it is."""
+    try:
+        return value.item()
+    except Exception:  # it has no `item`, or holds several
+        return value
 
 
 def _is_pair(returned: Any) -> bool:

@@ -57,6 +57,13 @@ class _Prefixed(io.TextIOBase):
     def __init__(self, stream: TextIO, prefix: str):
         self._stream, self._prefix, self._line = stream, prefix, ""
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)  # buffer, reconfigure
+
+    @property
+    def encoding(self) -> str:
+        return self._stream.encoding
+
     def write(self, text: str) -> int:
         *lines, self._line = (self._line + text).split("\n")
         self._stream.write("".join(f"{self._prefix}{line}\n" for line in lines))

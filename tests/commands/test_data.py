@@ -561,3 +561,16 @@ def test_an_unknown_set_is_an_error_that_lists_the_known_ones(tmp_path):
         and "beyond_aime" in done.stdout + done.stderr
         and not (tmp_path / "data").exists()
     )
+
+
+@pytest.mark.parametrize("out", ["file", "file/data"])
+def test_an_out_that_can_be_no_directory_is_an_error_of_one_line(
+    out, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "file").write_text("kept")
+    monkeypatch.setattr(sys, "argv", ["prepare_data", f"--out={tmp_path / out}"])
+    with pytest.raises(SystemExit) as ended:
+        prepare_data.main()
+    assert ended.value.code not in (0, None)
+    assert f"--out={tmp_path / out}" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"

@@ -149,7 +149,7 @@ def test_all_other_fields_reach_the_reward_and_answers_may_be_several_or_none(tm
         ('{"problem": "a", "answer": ', r"t\.jsonl:2: not JSON"),
         ("[1, 2]", r"t\.jsonl:2: a list"),
         ('{"problem": "a", "answer": "  "}', r"t\.jsonl:2: needs \"answer\""),
-        ('{"problem": "a", "answer": "work, then ####"}', r"t\.jsonl:2: needs \"answer\""),
+        ('{"problem": "a", "answer": "work, then\\n####"}', r"t\.jsonl:2: needs \"answer\""),
         (
             '{"problem": "a", "answer": {}}',
             r"t\.jsonl:2: needs \"answer\".*\['answer', 'problem'\]",

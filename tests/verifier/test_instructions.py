@@ -166,11 +166,14 @@ def test_instructions_may_stand_in_the_reference_answer():
             },
             "relation",
         ),
+        ({"instruction_id_list": ["startend:quotation"], "kwargs": ["{}"]}, "train:7"),
+        ({"instruction_id_list": ["startend:quotation"], "kwargs": 5}, "train:7"),
+        ({"instruction_id_list": [["startend:quotation"]], "kwargs": [{}]}, "train:7"),
     ],
 )
 def test_instructions_that_cannot_be_checked_are_refused_at_the_start(columns, part):
-    problem = Problem("p", "?", "", columns)
-    if part != "as many":
+    problem = Problem("train:7", "?", "", columns)
+    if part not in ("as many", "train:7"):
         with pytest.raises(BrokenInstructions, match=part):
             instructions_reward("x", problem)
     with pytest.raises(TaskError, match=part):

@@ -148,6 +148,26 @@ x=5 | x=1=5 | !
 3/4 cm | 0.75 | =
 3/4cm | 0.75 | =
 \text{June 20} | June 20 | ?
+日本 | 中国 | !
+日本 | \text{日本} | =
+日 | 日本 | !
+日本, 中国 | 中国 and 日本 | =
+мир | Мир | =
+да | нет | !
+größer | \text{Größer} | =
+größer | kleiner | !
+größer | 3 | !
+naïve | naive | !
+café | café | =
+São Paulo | São Paulo | =
+18 рублей | 18 | =
+18 | 18 рублей | =
+α | \alpha | =
+2α+β | 2\alpha+\beta | =
+x≈3.14 | 3.14 | =
+5±1 | 5\pm 1 | =
+∅ | \emptyset | =
+3.14 | ≈3.14 | ?
 \text{June 20} | \text{june 20} | =
 \text{18 dollars} | 18 | =
 n is even | n | !
@@ -220,6 +240,29 @@ def test_references_that_cannot_be_read_are_refused_at_load_with_their_problems(
         check_references(fine + broken)
     for part in ("2 of 5", "train:7", "2024-01-01", "train:8", "3/4x", "task.reward"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        ("≈3.14", "≈"),
+        ("~3", "~"),
+        ("#3", "#"),
+        ("?", "?"),
+        ("１２", "１"),
+        ("3.14159...", ".."),
+        ("x⁴", "⁴"),
+        ("5 ℃", "℃"),
+        ("-", "-"),
+        ("3 + größe", "größe"),
+        (r"\frac{1}{2} + größe", "größe"),
+    ],
+)
+def test_a_reference_with_signs_that_no_rule_knows_is_refused_by_name(answer, named):
+    with pytest.raises(TaskError) as error:
+        check_references([problem("5", "train:6"), problem(answer, "train:7")])
+    _, _, reason = str(error.value).partition(f"train:7: {answer!r}: ")
+    assert "1 of 2" in str(error.value) and repr(named) in reason
 
 
 def test_problems_without_an_answer_are_refused_at_load_with_the_columns_that_they_have():

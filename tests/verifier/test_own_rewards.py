@@ -1,5 +1,8 @@
 """Reward functions of the user's: what they return, how they are found, chosen and told apart."""
 
+import errno
+import functools
+import io
 import json
 import sys
 
@@ -8,6 +11,7 @@ import pytest
 from small_verifier import make_verifier, problem
 
 from spiral_jax.core.config import ConfigError
+from spiral_jax.core.functions import source_fingerprint
 from spiral_jax.tasks.problem import Problem
 from spiral_jax.verifier.choice import RewardChoice, choose_fences, choose_rewards, reward_of_source
 from spiral_jax.verifier.rewards import (
@@ -17,6 +21,7 @@ from spiral_jax.verifier.rewards import (
     load_reward,
     reward_fingerprint,
 )
+from spiral_jax.verifier.sandbox import prefix_prints
 
 # What they return
 
@@ -27,7 +32,7 @@ from spiral_jax.verifier.rewards import (
         *[(value, Status.CORRECT) for value in (True, 1, np.bool_(True), np.int64(1))],
         *[(value, Status.WRONG) for value in (False, 0, np.bool_(False))],
         (None, Status.UNPARSED),
-        *[(value, Status.ERROR) for value in (2, -1, 1.001, -1e-3, np.ones(2))],
+        *[(value, Status.ERROR) for value in (2, -1, 1.001, -1e-3, np.ones(2), 10**400)],
         *[(value, Status.ERROR) for value in (float("nan"), float("inf"), "yes", "1", [1], ())],
         *[(value, Status.ERROR) for value in ((1, 2), (0.5, "a", "b"), ("a", 0.5), (2, "a"))],
     ],
@@ -38,6 +43,7 @@ def test_a_reward_is_a_number_in_0_to_1_or_none_and_all_else_an_error(value, exp
     reward = {Status.CORRECT: 1.0, Status.ERROR: np.nan}.get(expected, 0.0)
     np.testing.assert_equal(verdict.reward, reward)
     assert bool(verdict.detail) == (expected is Status.ERROR)
+    assert ("allowed" in verdict.detail) == (expected is Status.ERROR)
 
 
 @pytest.mark.parametrize(
@@ -75,12 +81,15 @@ def test_partial_credit_is_wrong_with_a_reward_and_an_answer_may_stand_beside(
         ("verifier_test_reward:no_such_function", "no function 'no_such_function'"),
         ("verifier_test_reward:ITEMS", "no function 'ITEMS'"),
         ("verifier_test_broken:reward", "ZeroDivisionError"),
+        ("verifier_test_command:reward", "SystemExit"),
     ],
 )
 def test_a_reward_that_cannot_be_loaded_is_a_config_error_before_any_worker(
     path, message, reward_path, tmp_path
 ):
     (tmp_path / "verifier_test_broken.py").write_text("1 / 0")
+    parses = "import argparse\nargparse.ArgumentParser().parse_args(['--no_such_flag'])"
+    (tmp_path / "verifier_test_command.py").write_text(parses)
     for load in (load_reward, make_verifier):
         with pytest.raises(ConfigError, match=r"config\.task\.reward") as error:
             load(path)
@@ -144,6 +153,16 @@ def test_public_sources_are_known_by_name(reward):
     assert {name: reward_of_source(name) for name in KNOWN[reward]} == dict.fromkeys(
         KNOWN[reward], reward
     )
+
+
+@pytest.mark.parametrize("source", [["gsm8k", "main"], {"name": "gsm8k"}, 5, None])
+def test_a_data_source_that_is_no_text_has_no_reward_of_its_own(source):
+    problems = [of_source(source)]
+    named = choose_rewards("e:f", {}, problems)
+    named.check(problems, training=True)
+    assert named.of(problems[0]) == "e:f"
+    with pytest.raises(ConfigError, match="1 of 1 problems have no reward"):
+        choose_rewards("", {}, problems).check(problems, training=True)
 
 
 def test_the_table_yields_to_the_config_and_a_named_reward_judges_all_others():
@@ -222,3 +241,33 @@ def test_a_rewards_fingerprint_is_that_of_its_source(tmp_path, monkeypatch):
     assert (
         reward_fingerprint("math") == reward_fingerprint("spiral_jax.tasks.end_digit:reward") == ""
     )
+
+
+def test_a_partial_has_the_fingerprint_of_its_function_and_what_has_no_source_none():
+    own, cut = source_fingerprint(of_source), functools.partial(of_source, "sums")
+    assert own == source_fingerprint(cut) == source_fingerprint(functools.partial(cut, name="p"))
+    assert len(own) == 64 and own != source_fingerprint(judge)
+    assert source_fingerprint(len) == source_fingerprint(functools.partial(len)) == ""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOMEM, "no memory")])
+def test_an_error_for_want_of_memory_names_the_field(error):
+    def reward(text, problem):
+        raise error
+
+    assert "config.verifier.memory_gb" in judge(reward, "", problem()).detail
+
+
+def test_a_reward_finds_all_of_its_stdout_though_lines_have_a_prefix(monkeypatch):
+    written = {name: io.BytesIO() for name in ("stdout", "stderr")}
+    for name, file in written.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(file, encoding="latin-1"))
+    prefix_prints("[mine] ")
+    sys.stdout.reconfigure(line_buffering=True)
+    print("one", end="\n")
+    sys.stdout.buffer.write(b"raw\n")
+    sys.stderr.writelines(["two\n"])
+    sys.stderr.flush()
+    assert written["stdout"].getvalue() == b"[mine] one\nraw\n"
+    assert written["stderr"].getvalue() == b"[mine] two\n"
+    assert sys.stdout.encoding == "latin-1"

@@ -73,6 +73,38 @@ LAYOUTS = {
         [Assertion("import math\nassert f(4) == 2")],
     ),
     "verl, in extra_info": ({"extra_info": {"tests": [PAIR]}}, [Output("2 3\n", "5\n")]),
+    "one mapping": (
+        {"tests": {"inputs": ["1", "2"], "outputs": ["3", 4]}},
+        [Output("1", "3"), Output("2", "4")],
+    ),
+    "one mapping in a string": (
+        {"tests": json.dumps({"inputs": ["1"], "outputs": ["3"]})},
+        [Output("1", "3")],
+    ),
+    "rllm": (
+        {"public_test_cases": {"input": ["1", "2"], "output": ["3", "4"]}},
+        [Output("1", "3"), Output("2", "4")],
+    ),
+    "one mapping, functions": (
+        {"tests": {"fn_name": "f", "inputs": [[1, [2]]], "outputs": [[7]]}},
+        [Call("f", [1, [2]], 7)],
+    ),
+    "each in a string": ({"tests": [json.dumps(PAIR)]}, [Output("2 3\n", "5\n")]),
+    "one test": ({"tests": PAIR}, [Output("2 3\n", "5\n")]),
+    "lists of lines": ({"tests": [{"input": ["1", 2], "output": ["3"]}]}, [Output("1\n2", "3")]),
+    "DeepCoder": (
+        {
+            "tests": [
+                {"type": "stdin_stdout", "input": "1", "output": "2", "fn_name": None},
+                {"type": "function_call", "fn_name": "f", "input": [1, "a"], "output": [2]},
+            ]
+        },
+        [Output("1", "2"), Call("f", [1, "a"], 2)],
+    ),
+    "a function without a type": (
+        {"tests": [{"fn_name": "f", "input": "[1]\n2", "output": "3"}]},
+        [Call("f", [[1], 2], 3)],
+    ),
 }
 
 
@@ -88,6 +120,7 @@ IN_ANSWERS = {
         [PAIR | {"testtype": "stdin"}, FUNCTIONAL | {"metadata": {"func_name": "join"}}],
         [Output("2 3\n", "5\n"), Call("join", [[1, 2], 3], [3, 1, 2])],
     ),
+    "rllm": ({"input": ["1"], "output": ["2"]}, [Output("1", "2")]),
 }
 
 
@@ -112,6 +145,26 @@ BROKEN = {
         {"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(Opens()))).decode()},
         "neither JSON",
     ),
+    "another mapping": ({"tests": {"stdin": ["1"], "stdout": ["2"]}}, '"input"'),
+    "a mapping of assertions": ({"test_list": {"a": "assert True"}}, "test_list"),
+    "a number": ({"tests": 5}, "tests"),
+    "a number in a string": ({"tests": "5"}, "tests"),
+    "no lists": ({"input_output": {"inputs": None, "outputs": None}}, "input_output"),
+    "an unknown type": ({"tests": [PAIR | {"type": "interactive"}]}, "interactive"),
+    "unknown types of a mapping": (
+        {"tests": {"inputs": ["1"], "outputs": ["2"], "testtype": ["stdin"]}},
+        "stdin",
+    ),
+    "a function without a name": (
+        {"tests": [{"type": "function_call", "input": [1], "output": [2]}]},
+        "fn_name",
+    ),
+    "a name in no mapping": ({"tests": [FUNCTIONAL], "metadata": "[]"}, "metadata"),
+    "an input that is no text": ({"tests": [{"input": {"n": 1}, "output": "2"}]}, "tests"),
+    "no input": ({"tests": [{"input": None, "output": "2"}]}, "tests"),
+    "arguments by name": ({"tests": [{"fn_name": "f", "input": {"n": 1}, "output": 2}]}, "tests"),
+    "an empty assertion": ({"tests": [" "]}, "tests"),
+    "an assertion that is no text": ({"test_list": [5]}, "test_list"),
 }
 
 
