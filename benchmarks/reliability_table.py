@@ -41,10 +41,27 @@ BEHAVIOUR = (
     Behaviour(
         event="newest checkpoint damaged",
         reaction=(
-            "moves it to `checkpoints_damaged/`, says so, goes on from the one before; an "
-            "only one is an error"
+            "goes on from the one before; once that has been read, moves it to "
+            "`checkpoints_damaged/` and says so; where none is whole, nothing is moved and it is "
+            "an error"
         ),
         tests="`test_checkpoint.py`, `test_drills.py`",
+    ),
+    Behaviour(
+        event=(
+            "a checkpoint that the machine refuses to read (memory of host or device, open files, "
+            "permissions, disk, mount)"
+        ),
+        reaction=(
+            "ends and says what was refused; nothing is moved, and the next start reads the same "
+            "one"
+        ),
+        tests="`test_refused_reads.py`",
+    ),
+    Behaviour(
+        event="a checkpoint that its run deletes while another command reads it",
+        reaction="that command ends and says so, and which there are",
+        tests="`test_refused_reads.py`",
     ),
     Behaviour(
         event="disk full while saving",

@@ -19,8 +19,8 @@ def random_like(shapes, mesh, seed, scale=0.1):
     return jax.device_put(tree, weight_shardings(tree, mesh))
 
 
-def make_run(path, c, model, mesh, steps=(1,), scale=0.1):
-    """Writes a run with a checkpoint of each step into `path`.
+def make_run(path, c, model, mesh, steps=(1,), scale=0.1, record=None):
+    """Writes a run with a checkpoint of each step into `path`; each has the same record.
 
     Returns:
       what was trained by step, random: adapters, or parameters at rank 0.
@@ -37,5 +37,5 @@ def make_run(path, c, model, mesh, steps=(1,), scale=0.1):
         for step in steps:
             trained[step] = random_like(trained_shapes, mesh, step, scale)
             state = jax.tree.map(zeros, state_shapes).replace(trained=trained[step])
-            checkpoints.save(step, state, {})
+            checkpoints.save(step, state, record or {})
     return trained

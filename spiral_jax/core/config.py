@@ -46,7 +46,7 @@ def defaults() -> ConfigDict:
     c.model.hf_path = ""
     # PEFT LoRA directory that a new run starts from; "" = a fresh adapter
     c.model.adapter_path = ""
-    # WORKDIR or WORKDIR@step of another run whose trained weights a new run starts from
+    # WORKDIR@step of another run: its trained weights of that step are what a new run starts from
     c.model.init_from = ""
     # of a frozen base, "float32", "bfloat16" or "int8"; what is trained is always float32. "int8":
     # the projections' matrices, with a scale for each output channel; one device then holds one

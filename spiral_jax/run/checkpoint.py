@@ -2,7 +2,8 @@
 
 A thin layer over orbax's `CheckpointManager`, which writes in the background, commits by renaming
 and deletes old ones. What it adds is a checksum for every array (`saved_arrays`). A damaged
-checkpoint is set aside, never deleted; a save that fails costs a checkpoint, not the run (`saver`).
+checkpoint is set aside, never deleted, and what the machine refuses (`refusals`) is no damage; a
+save that fails costs a checkpoint, not the run (`saver`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from spiral_jax.core import faults
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import path_name
 from spiral_jax.run import orbax_noise, stacked_checkpoints
+from spiral_jax.run.refusals import refusal
 from spiral_jax.run.retention import Retention, manager_options
 from spiral_jax.run.saved_arrays import (
     changed_arrays,
@@ -38,7 +40,11 @@ class CheckpointError(UserError):
 
 
 class Damaged(CheckpointError):
-    """A checkpoint whose files are not what was written."""
+    """A checkpoint whose files are not what was written; `what` is the damage in short."""
+
+    def __init__(self, message: str, what: str):
+        super().__init__(message)
+        self.what = what
 
 
 class Checkpoints:
@@ -128,41 +134,47 @@ class Checkpoints:
           that was saved).
 
         Raises:
-          CheckpointError: no such checkpoint; other arrays, shapes or dtypes than were saved;
-            damaged files.
+          CheckpointError: no such checkpoint, or no longer; other arrays, shapes or dtypes than
+            were saved; damaged files (`Damaged`); the machine has refused something.
           ValueError: a leaf of `abstract_state` has no sharding.
         """
         target = jax.tree_util.tree_map_with_path(_target, abstract_state)
         step = self.existing(step)
-        header = self._read_header(step)
 
-        def read(target: Any) -> Any:
+        def read(header: dict, target: Any) -> Any:
             self._check_structure(step, header["arrays"], target)
             return self._read(step, "state", ocp.args.StandardRestore(target))
 
-        return self._read_and_verify(step, header, target, read), header["record"]
+        return self._read_and_verify(step, target, read)
 
     def restore_newest(self, abstract_state: Any) -> tuple[Any, dict]:
         """As `restore` of the newest checkpoint that is whole.
 
-        Damaged ones are moved to `DIRECTORY_damaged/STEP` (one line says so on the terminal), so
-        that the run goes on from the one before.
+        Once it has been read, the damaged ones after it are moved to `DIRECTORY_damaged/STEP` (one
+        line says so on the terminal), and the run goes on from it.
 
         Raises:
-          CheckpointError: as `restore`; of a damaged one only where there is none before it, or in
-            an object store, which cannot rename.
+          CheckpointError: as `restore`, and nothing is moved; of damage only where no checkpoint is
+            whole, or in an object store, which cannot rename.
         """
-        while True:
-            step = self.existing(None)
+        self.existing(None)
+        damage: dict[int, str] = {}  # in words: an error would hold the arrays that were read
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return self.restore(abstract_state, step)
+                restored = self.restore(abstract_state, step)
             except Damaged as error:
-                if not self._local or not any(older < step for older in self._manager.all_steps()):
+                if not self._local:
                     raise
+                damage[step] = error.what
+                continue
+            for other, what in damage.items():
                 print(
-                    f"{error}\nSet aside: {self._set_aside(step)}. Trying the one before.",
+                    f"{self._damaged(other, what)}\nSet aside: {self._set_aside(other)}. The run "
+                    f"goes on from step {step}.",
                     flush=True,
                 )
+            return restored
+        raise self._all_damaged(damage)
 
     def _set_aside(self, step: int) -> str:
         """Moves the checkpoint of `step` out of the way; returns where to."""
@@ -193,9 +205,8 @@ class Checkpoints:
         """
         target = jax.tree_util.tree_map_with_path(_target, abstract_part)
         step = self.existing(step)
-        header = self._read_header(step)
 
-        def read(target: Any) -> Any:
+        def read(header: dict, target: Any) -> Any:
             wanted = dict(named_leaves(target))
             saved = {name: a for name, a in header["arrays"].items() if name in wanted}
             self._check_structure(step, saved, target)
@@ -203,21 +214,53 @@ class Checkpoints:
             part = ocp.args.PyTreeRestore(target, restore_args=where, partial_restore=True)
             return self._read(step, "state", part)
 
-        return self._read_and_verify(step, header, target, read)
+        return self._read_and_verify(step, target, read)[0]
 
     def _read_and_verify(
-        self, step: int, header: dict, target: Any, read: Callable[[Any], Any]
-    ) -> Any:
-        """The arrays of `target`, also from a checkpoint that has all layers in one stack."""
-        saved = header["arrays"]
-        stacked = stacked_checkpoints.is_stacked(saved, dict(named_leaves(target)))
-        state = read(stacked_checkpoints.stack(target, saved) if stacked else target)
-        changed = changed_arrays(state, saved)
-        if changed:
-            raise self._damaged(
-                step, f"the checksum of {few(changed)} is not the one that was saved"
+        self, step: int, target: Any, read: Callable[[dict, Any], Any]
+    ) -> tuple[Any, dict]:
+        """(arrays of `target`, record), also of a checkpoint with all layers in one stack."""
+        with self._not_taken_for_damage(step):
+            header = self._read_header(step)
+            saved = header["arrays"]
+            stacked = stacked_checkpoints.is_stacked(saved, dict(named_leaves(target)))
+            state = read(header, stacked_checkpoints.stack(target, saved) if stacked else target)
+            changed = changed_arrays(state, saved)
+            if changed:
+                raise self._damaged(
+                    step, f"the checksum of {few(changed)} is not the one that was saved"
+                )
+            state = stacked_checkpoints.split(state, target) if stacked else state
+            return state, header["record"]
+
+    @contextlib.contextmanager
+    def _not_taken_for_damage(self, step: int) -> Iterator[None]:
+        """Says what the machine has refused, or that the checkpoint is gone, where that is so."""
+        try:
+            yield
+        except Exception as error:
+            refused = refusal(error)
+            if refused is not None:
+                raise CheckpointError(
+                    f"{self.directory}: the checkpoint of step {step} was not read: the machine "
+                    f"refused it ({orbax_noise.in_short(refused)}). It may be whole, and stays "
+                    "where it is. Look at memory, open files (ulimit -n), permissions, disk and "
+                    "mounts; then give the same command again."
+                ) from error
+            if isinstance(error, Damaged):
+                self._check_there(step)
+            raise
+
+    def _check_there(self, step: int) -> None:
+        with self._reported("its checkpoints cannot be listed."):
+            self._manager.reload()
+        steps = sorted(self._manager.all_steps())
+        if step not in steps:
+            raise CheckpointError(
+                f"{self.directory}: the checkpoint of step {step} is no longer there: its run has "
+                f"deleted it (checkpoint.keep). There are {steps}; give the command again with one "
+                "of them."
             )
-        return stacked_checkpoints.split(state, target) if stacked else state
 
     def arrays(self, step: int) -> dict[str, dict]:
         """`saved_arrays.describe` of a checkpoint's arrays, none of which is read.
@@ -316,7 +359,18 @@ class Checkpoints:
         go_on = f"go on from step {max(older)}" if older else "start again: there is no older one"
         return Damaged(
             f"{self.directory}: the checkpoint of step {step} is damaged or unreadable: {what}. "
-            f"Put {self.directory}/{step} back from a copy, or delete it to {go_on}."
+            f"Put {self.directory}/{step} back from a copy, or delete it to {go_on}.",
+            what,
+        )
+
+    def _all_damaged(self, damage: dict[int, str]) -> Damaged:
+        if len(damage) == 1:
+            return self._damaged(*damage.popitem())
+        stated = "; ".join(f"step {step}: {what}" for step, what in damage.items())
+        return Damaged(
+            f"{self.directory}: no checkpoint is whole, so none is set aside. {stated}. Put one "
+            "back from a copy, or start again in another directory.",
+            stated,
         )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from spiral_jax.core.config import ConfigError, from_plain
+from spiral_jax.core.config import ConfigError, from_plain, require
 from spiral_jax.core.mesh import weight_shardings, with_shardings
 from spiral_jax.model import hf
 from spiral_jax.model.adapter import abstract_lora, check_adapter, load_adapter
@@ -77,6 +77,7 @@ class Start:
     Attributes:
       path: directory that config.model.hf_path names.
       adapter_path, init_from: the fields of config.model; at most one of them is not empty.
+        `init_from` names a step, so that a resumed run has the reference that it began with.
     """
 
     path: pathlib.Path
@@ -138,11 +139,13 @@ class Start:
         """The checkpoint that `init_from` names.
 
         Raises:
-          ConfigError: its run has not trained the same thing on the same base.
+          ConfigError: it names no step, or its run has not trained the same thing on the same
+            base.
         """
         field = f"config.model.init_from = {self.init_from!r}"
+        workdir, step = _parse(self.init_from)
         try:
-            trained = find_trained(*_parse(self.init_from))
+            trained = find_trained(workdir, step)
         except (WorkdirError, CheckpointError, ConfigError) as error:
             raise ConfigError(f"{field}: {error}") from error
         theirs = trained.c.model
@@ -171,9 +174,14 @@ def trained_digest(name: str) -> str:
     return find_trained(*_parse(name)).digest()
 
 
-def _parse(init_from: str) -> tuple[pathlib.Path, int | None]:
-    """WORKDIR or WORKDIR@step -> (workdir, step)."""
-    workdir, at, step = init_from.rpartition("@")
-    if at and step.isdecimal():
-        return pathlib.Path(workdir), int(step)
-    return pathlib.Path(init_from), None
+def _parse(init_from: str) -> tuple[pathlib.Path, int]:
+    """WORKDIR@step -> (workdir, step). Raises `ConfigError` where there is no step."""
+    workdir, _, step = init_from.rpartition("@")
+    require(
+        bool(workdir) and step.isdecimal(),
+        "model.init_from",
+        init_from,
+        "WORKDIR@step",
+        "The newest step may be another one when a run is resumed. WORKDIR/checkpoints has them.",
+    )
+    return pathlib.Path(workdir), int(step)

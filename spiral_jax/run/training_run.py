@@ -17,7 +17,7 @@ from spiral_jax.core.metrics import divide
 from spiral_jax.core.progress import Progress
 from spiral_jax.evaluation.tables import evaluation_line
 from spiral_jax.evaluation.wave import Evaluator, FailedEvaluation
-from spiral_jax.learner.state import TrainState, abstract_state, init_state
+from spiral_jax.learner.state import TrainState, abstract_state, init_state, keeps_base
 from spiral_jax.rollout.actor import Actor
 from spiral_jax.rollout.collect import Batch, FirstKept, NoSignal
 from spiral_jax.rollout.stages import Stage
@@ -284,16 +284,10 @@ def _start_or_resume(setup: Setup, checkpoints: Checkpoints) -> tuple[Any, Train
       WorkdirError: the data have changed since that checkpoint.
     """
     learner, model, mesh = setup.training.learner, setup.model, setup.mesh
-    new = checkpoints.latest() is None
-    reference = learner.kl_coef > 0 and not model.lora_rank  # KL is to what the run started from
-    if new or reference:
-        params, lora = setup.start.load()
-    else:
-        params, lora = setup.start.load_base(), None
-    base, state = init_state(learner, model, mesh, params, lora)
     start = Position.first(setup.training)
-    if new:
-        return base, state, start
+    if checkpoints.latest() is None:
+        return *init_state(learner, model, mesh, *setup.start.load()), start
+    base = _load_frozen(setup)
     state, record = checkpoints.restore_newest(abstract_state(learner, model, mesh))
     there, here = record["data"], setup.task.fingerprint
     if there != here:
@@ -308,6 +302,15 @@ def _start_or_resume(setup: Setup, checkpoints: Checkpoints) -> tuple[Any, Train
         if gone:
             print(f"note: {gone} of {saved} stored populations do not fit this configuration")
     return base, state, at
+
+
+def _load_frozen(setup: Setup) -> Any:
+    """What a resumed run reads and does not train; its checkpoint has all the rest."""
+    if setup.model.lora_rank:
+        return setup.start.load_base()
+    if keeps_base(setup.training.learner, setup.model):  # KL is to what the run started from
+        return setup.start.load()[0]
+    return None
 
 
 def _make_actor(

@@ -386,13 +386,22 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
 
 
 def test_a_damaged_only_checkpoint_is_an_error_and_stays_where_it_is(tmp_path):
-    save(tmp_path / "c", 1, 2)
-    for step in ("1", "2"):
-        truncate(tmp_path / "c" / step)
+    save(tmp_path / "c", 1)
+    truncate(tmp_path / "c" / "1")
     with Checkpoints(tmp_path / "c", 10) as checkpoints:
         with pytest.raises(Damaged, match="step 1 is damaged.*there is no older one"):
             checkpoints.restore_newest(abstract(make_state()))
-        assert checkpoints.latest() == 1 and (tmp_path / "c_damaged" / "2").is_dir()
+        assert checkpoints.latest() == 1 and not (tmp_path / "c_damaged").exists()
+
+
+def test_of_checkpoints_that_are_all_damaged_none_is_set_aside(tmp_path):
+    save(tmp_path / "c", 1, 2)
+    truncate(tmp_path / "c" / "1")
+    remove_a_file(tmp_path / "c" / "2")
+    with Checkpoints(tmp_path / "c", 10) as checkpoints:
+        with pytest.raises(Damaged, match="step 2: its record.*step 1: its state"):
+            checkpoints.restore_newest(abstract(make_state()))
+        assert checkpoints.latest() == 2 and not (tmp_path / "c_damaged").exists()
 
 
 def test_a_checkpoint_of_another_model_is_never_set_aside(tmp_path):
