@@ -53,8 +53,7 @@ def get_config(name: str = "") -> ConfigDict:
 def experiment(c: ConfigDict, arm: str, tokens: int, steps: int) -> ConfigDict:
     """A task's configuration of marginal_mean -> that of an arm."""
     # The search term is the larger one; with a quarter of it one round learns as much as before
-    # (`study_two_halves_ablations`), and reading aggregations is learned sooner. What answers earn
-    # by being read has this weight too.
+    # (`study_two_halves_ablations`), and reading aggregations is learned sooner.
     c.loss.search_weight = 0.25
     c.update_from_flattened_dict(_ARMS[arm])
     c.train.max_sampled_tokens, c.train.steps = tokens, steps

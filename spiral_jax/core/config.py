@@ -221,10 +221,10 @@ def defaults() -> ConfigDict:
     c.loss.estimator = "marginal_mean"  # a row of objective/estimators.py (paper)
     # "unbiased": both terms are gradients of the same J; "sum" (unpublished)
     c.loss.normalizer = "unbiased"
-    # w_s (unpublished): of what traces earn by the sets that read them: search traces and, with
-    # more rounds, answers that a later round reads
-    c.loss.search_weight = 1.0
-    c.loss.aggregation_weight = 1.0  # w_a (unpublished): of what answers earn against their own set
+    c.loss.search_weight = 1.0  # w_s (unpublished), of search traces
+    # w_a (unpublished), of answers: of what they earn against their own set and, with more rounds,
+    # by the sets that read them
+    c.loss.aggregation_weight = 1.0
     # positive advantages die above this length: tokens if > 1, else a fraction of the limit;
     # 0 = only on traces that were cut off by the limit (paper; its value is unpublished)
     c.loss.length_gate = 0.0

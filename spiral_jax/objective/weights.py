@@ -9,30 +9,38 @@ from __future__ import annotations
 
 import numpy as np
 
+from spiral_jax.core.groups import Role
 from spiral_jax.objective.rewards import Rewards
 from spiral_jax.objective.settings import ObjectiveSettings
 
 
 def candidate_weights(
-    settings: ObjectiveSettings, advantage_BxN: np.ndarray, rewards: Rewards, length_BxN: np.ndarray
+    settings: ObjectiveSettings,
+    advantage_BxN: np.ndarray,
+    rewards: Rewards,
+    length_BxN: np.ndarray,
+    role: Role = Role.SEARCH,
 ) -> np.ndarray:
     """Loss weights of the traces that are read, of the B kept problems -> float32 [B, N].
 
-    "unbiased": w_s / (B c_b) * A, with the estimator's factor c_b of the problem. "sum": w_s * A.
-    Without a factor (GRPO) both are the mean over tokens, w_s * A / (tokens of all traces with a
+    "unbiased": w / (B c_b) * A, with the estimator's factor c_b of the problem. "sum": w * A.
+    Without a factor (GRPO) both are the mean over tokens, w * A / (tokens of all traces with a
     valid reward): there is one term only, so there is nothing to balance.
 
     Args:
       advantage_BxN: after the length gate.
       length_BxN: tokens of these traces.
+      role: of these traces. w is w_s of search; of answers that are read it is w_a, as of their own
+        success, so that both together are the gradient of one mean.
 
     Raises:
       ValueError: a problem is starved, and should not have been kept.
     """
     factor = settings.row.factor
+    weight = settings.search_weight if role is Role.SEARCH else settings.aggregation_weight
     if factor is None:
         tokens = np.where(np.isnan(rewards.own_BxN), 0, length_BxN).sum(dtype=np.int64)
-        scale = settings.search_weight / max(int(tokens), 1)
+        scale = weight / max(int(tokens), 1)
     elif settings.normalizer == "unbiased":
         factor_B = factor(rewards)
         if not (factor_B > 0).all():
@@ -40,9 +48,9 @@ def candidate_weights(
                 f"{settings.estimator}: a problem without enough valid rewards was kept "
                 f"(c = {factor_B.min():g})"
             )
-        scale = settings.search_weight / (len(advantage_BxN) * factor_B[:, None])
+        scale = weight / (len(advantage_BxN) * factor_B[:, None])
     else:
-        scale = settings.search_weight
+        scale = weight
     return (scale * advantage_BxN.astype(np.float64)).astype(np.float32)
 
 

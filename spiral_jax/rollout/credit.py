@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from spiral_jax.core.groups import Groups
+from spiral_jax.core.groups import Groups, Role
 from spiral_jax.objective.advantages import Advantages, RoundAdvantages, length_gate
 from spiral_jax.objective.rewards import Rewards
 from spiral_jax.objective.settings import ObjectiveSettings
@@ -78,7 +78,8 @@ def _credit(
     credit = [_nothing(groups) for groups in stages]
     for r, (of_round, earned) in enumerate(zip(advantages.rounds, rewards, strict=True)):
         if not earned.stale:
-            credit[r] += _of_candidates(stages[r], of_round, earned, objective)
+            role = Role.SEARCH if r == 0 else Role.AGGREGATION
+            credit[r] += _of_candidates(stages[r], role, of_round, earned, objective)
         if of_round.aggregation_BxKxM is not None:
             credit[r + 1] += _of_aggregations(stages[r + 1], of_round, earned, objective)
     return credit
@@ -90,11 +91,15 @@ def _nothing(groups: Groups) -> Credit:
 
 
 def _of_candidates(
-    groups: Groups, advantages: RoundAdvantages, rewards: Rewards, objective: ObjectiveSettings
+    groups: Groups,
+    role: Role,
+    advantages: RoundAdvantages,
+    rewards: Rewards,
+    objective: ObjectiveSettings,
 ) -> Credit:
     gated_BxN = _gate(groups, advantages.candidate_BxN, objective)
     length_BxN = groups.trace_len_UxC.reshape(gated_BxN.shape)
-    weight_BxN = candidate_weights(objective, gated_BxN, rewards, length_BxN)
+    weight_BxN = candidate_weights(objective, gated_BxN, rewards, length_BxN, role)
     UxC = groups.trace_len_UxC.shape
     return Credit(gated_BxN.reshape(UxC), weight_BxN.reshape(UxC))
 

@@ -146,7 +146,8 @@ def test_answers_that_are_read_again_climb_the_mean_reward_of_both_rounds(estima
         for member, reward in ((of_first, reward_1), (of_second, reward_2))
     )
     replayed = Replayed([None] * B, [population(0)] * B, candidates, rounds)
-    settings = ObjectiveSettings(estimator, "unbiased", 1.0, 1.0, 1.0)
+    # answers have the weight of aggregation, also in what they earn by being read
+    settings = ObjectiveSettings(estimator, "unbiased", 0.25, 1.0, 1.0)
     advantages = compute_advantages(estimator, replayed.rewards())
     assert not advantages.rounds[0].candidate_BxN.any()
     credit = give_replay_credit(replayed, advantages, settings)
