@@ -143,6 +143,7 @@ def main(argv: list[str]) -> None:
             raise app.UsageError(
                 "--config and --workdir are required (or --compare A/results.json B/results.json)"
             )
+        config.require_whole(given.config)
         with distributed.session(given):
             distributed.announce(make_mesh(given.config.mesh))
             notice = evaluate(given.config, given.workdir)

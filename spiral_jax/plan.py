@@ -25,6 +25,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from spiral_jax.core.command import run_command
+from spiral_jax.core.config import require_whole
 from spiral_jax.core.errors import UserError
 from spiral_jax.planning.text import plan
 from spiral_jax.planning.work import Assumptions
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> None:
     f = flags.FLAGS
     jax.config.update("jax_platforms", "cpu")  # the programs are for other devices than ours
     try:
+        require_whole(f.config)
         report = plan(
             f.config,
             f.topology,

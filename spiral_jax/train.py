@@ -15,7 +15,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from spiral_jax.core import distributed
+from spiral_jax.core import config, distributed
 from spiral_jax.core.command import refuse_arguments, run_command
 from spiral_jax.core.errors import UserError
 from spiral_jax.core.mesh import make_mesh
@@ -111,13 +111,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--workdir is required (or --dry_run)")
     logging.set_verbosity(logging.WARNING)
     try:
+        config.require_whole(given.config)
         with distributed.session(given):
             keep_compiled_programs()
             distributed.announce(make_mesh(given.config.mesh))
             setup = set_up_training(given.config)
             if given.dry_run:
-                dry_run(setup, given.dry_run)
-                return
+                return dry_run(setup, given.dry_run)
             notice = train(setup, given.workdir)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -234,27 +234,9 @@ def _check_file(file: pathlib.Path) -> None:
 
 
 def _check_config(file: pathlib.Path, value: Any) -> None:
-    """Raises `ConfigError`: no whole configuration came of the file that --config names."""
-    if isinstance(value, str):  # a study reads its file itself
-        return
-    if not isinstance(value, ConfigDict):
+    """Raises `ConfigError`: no configuration came of the file that --config names."""
+    if not isinstance(value, ConfigDict | str):  # str: a study reads its file itself
         raise config.ConfigError(_not_a_config(file, value))
-    if missing := _first_missing(config.defaults(), value):
-        raise config.ConfigError(
-            f"--config={file}: {missing} is missing, or None. Start from core.config's defaults() "
-            "and leave what you do not need as it is."
-        )
-
-
-def _first_missing(defaults: ConfigDict, value: ConfigDict) -> str:
-    """The first field of `defaults` that `value` has not, or has as None; "": it has all."""
-    for name, default in defaults.items():
-        given = value.get(name)
-        if given is None:
-            return name
-        if isinstance(default, ConfigDict) and (inner := _first_missing(default, given)):
-            return f"{name}.{inner}"
-    return ""
 
 
 def _not_a_config(file: pathlib.Path, value: Any) -> str:

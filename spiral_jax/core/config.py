@@ -36,6 +36,30 @@ def require(ok: bool, field: str, value: object, allowed: str, advice: str = "")
         )
 
 
+def require_whole(c: ConfigDict) -> None:
+    """Checks that all fields of `defaults` are there.
+
+    Raises:
+      ConfigError: one is missing, or None.
+    """
+    if missing := _first_missing(defaults(), c):
+        raise ConfigError(
+            f"config.{missing} is missing, or None. Start from core.config's defaults() and leave "
+            "what you do not need as it is."
+        )
+
+
+def _first_missing(whole: ConfigDict, c: ConfigDict) -> str:
+    """The first field of `whole` that `c` has not, or has as None; "": it has all."""
+    for name, default in whole.items():
+        given = c.get(name)
+        if given is None:
+            return name
+        if isinstance(default, ConfigDict) and (inner := _first_missing(default, given)):
+            return f"{name}.{inner}"
+    return ""
+
+
 def defaults() -> ConfigDict:
     """Every field, at the paper's value or ours. Locked."""
     c = ConfigDict()

@@ -40,12 +40,6 @@ FILES = {
     "has no function": ("c = 1\n", ["get_config"]),
     "gives something else": ("def get_config():\n    return 7\n", ["get_config returned 7"]),
     "gives nothing": ("def get_config():\n    pass\n", ["get_config returned None"]),
-    "gives a config of its own": (
-        "from ml_collections import ConfigDict\n"
-        "def get_config():\n    return ConfigDict({'seed': 1})\n",
-        ["is missing", "defaults()"],
-    ),
-    "has None": (f"{SMALL}    c.eval.problems = None\n    return c\n", ["eval.problems", "None"]),
     "assigns to a key of an empty dict": (
         f"{SMALL}    c.task.generator_args.max_numbers = 4\n    return c\n",
         ["line 4", "max_numbers", "dict"],

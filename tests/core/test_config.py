@@ -13,6 +13,7 @@ from spiral_jax.core.config import (
     digest,
     digest_of,
     from_plain,
+    require_whole,
     to_plain,
 )
 
@@ -28,6 +29,17 @@ def test_an_unknown_field_is_an_error_that_names_the_nearest_one():
 def test_a_value_of_another_type_is_an_error():
     with pytest.raises(TypeError):
         tiny.get_config().train.steps = "many"
+
+
+def test_a_configuration_without_a_section_or_with_none_is_refused_by_name():
+    whole, without, none = (tiny.get_config() for _ in range(3))
+    require_whole(whole)
+    with without.unlocked():
+        del without["mesh"]
+    none.eval.problems = None
+    for c, field in ((without, "mesh"), (none, "eval.problems"), (ConfigDict(), "aggregation")):
+        with pytest.raises(ConfigError, match=rf"config\.{field} is missing, or None.*defaults"):
+            require_whole(c)
 
 
 def test_difference_lists_each_changed_field_once():
