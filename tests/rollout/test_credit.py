@@ -60,6 +60,7 @@ def test_a_stage_that_is_read_and_aggregates_has_the_sum_each_part_behind_the_ga
     own_weight, read_weight = own / 2, read / of_sets.marginal_mean_factor(4, 2, 2)
 
     search, of_first, of_second = credit_of("marginal_mean", rollouts)
+    search_weight = search.weight_UxC
     np.testing.assert_allclose(search.advantage_UxC, [[0.25, 0.25, -0.25, -0.25]])
     np.testing.assert_allclose(of_first.advantage_UxC, own + read)
     np.testing.assert_allclose(of_first.weight_UxC, own_weight + read_weight, rtol=1e-6)
@@ -72,10 +73,11 @@ def test_a_stage_that_is_read_and_aggregates_has_the_sum_each_part_behind_the_ga
     np.testing.assert_allclose(of_first.advantage_UxC, gated)
     assert gated[0, 1] == -0.5 and (own + read)[0, 1] == 0
 
-    # Each part has its own weight: a candidate's is that of search.
-    _, of_first, _ = credit_of("marginal_mean", rollouts, w_search=3.0, w_aggregation=5.0)
-    expected = 5 * own_weight + 3 * read_weight
-    np.testing.assert_allclose(of_first.weight_UxC, expected, rtol=1e-6)
+    # Each role has its own weight: both parts of an answer have that of aggregation.
+    weighed = credit_of("marginal_mean", rollouts, w_search=3.0, w_aggregation=5.0)
+    np.testing.assert_allclose(weighed[0].weight_UxC, 3 * search_weight, rtol=1e-6)
+    expected = 5 * (own_weight + read_weight)
+    np.testing.assert_allclose(weighed[1].weight_UxC, expected, rtol=1e-6)
 
 
 def test_without_aggregation_the_search_traces_alone_have_credit():
