@@ -175,7 +175,7 @@ class Populations:
           sampled: the first answers to search traces of its problems.
           replayed: the answers to what `drawn` has given, in that order, round by round.
         """
-        s, kept, deeper = self.settings, [], []
+        kept, deeper = [], []
         read = self.drawn(step)
         answers = dict(zip((each.cursor for each in read), replayed, strict=True))
         for population in self.kept:
@@ -184,11 +184,11 @@ class Populations:
                     deeper.append(answer[0])
                     continue
                 population = dataclasses.replace(population, uses=population.uses + 1)
-            if population.uses < s.uses and step + 1 - population.step <= s.max_age:
+            if self._is_fresh(population, step + 1):
                 kept.append(population)
         deeper = list(filter(self._is_readable, deeper))
         fresh = list(filter(self._is_readable, sampled))
-        room = s.capacity - len(kept) - len(deeper)
+        room = self.settings.capacity - len(kept) - len(deeper)
         return dataclasses.replace(self, kept=(*kept, *self._some(fresh, room, step), *deeper))
 
     def _some(self, fresh: list[Population], room: int, step: int) -> list[Population]:
@@ -221,5 +221,9 @@ class Populations:
         s = self.settings
         has_size = len(population.trace_len_C) == s.answers
         fits = has_size and population.trace_len_C.max() <= s.max_tokens
-        is_fresh = population.uses < s.uses and step - population.step <= s.max_age
-        return fits and is_fresh and self._is_readable(population)
+        return fits and self._is_fresh(population, step) and self._is_readable(population)
+
+    def _is_fresh(self, population: Population, step: int) -> bool:
+        """Whether it is young enough for that step, and was not read too often."""
+        s = self.settings
+        return population.uses < s.uses and step - population.step <= s.max_age

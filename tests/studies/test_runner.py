@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 import study_small
 from matplotlib.image import imread
+from small_studies import STEP
 
 from spiral_jax import study as command
 from spiral_jax.core.config import ConfigError, to_plain
@@ -68,20 +69,8 @@ if os.environ.get("FAIL", "nothing") in str(workdir):
 
 workdir.mkdir(parents=True, exist_ok=True)
 if command == "train":
-    row = {
-        "sampling/generated_tokens": 100.0,
-        "sampling/prefilled_tokens": 30.0,
-        "time/step": 0.5,
-        "reward/search": 0.1,
-        "reward/aggregated": 0.3,
-        "entropy/search": 0.2,
-        "grad_norm/search": 1.0,
-        "grad_norm/aggregation": 2.0,
-        "verifier/parse_rate_search": 0.9,
-        "verifier/parse_rate_aggregation": 1.0,
-        "tflop/sampling": 1.0,
-        "tflop/update": 2.0 if "grpo" in str(workdir) else 3.0,
-    }
+    row = json.loads(os.environ["STEP"])
+    row["tflop/update"] = 2.0 if "grpo" in str(workdir) else 3.0
     rows = [row | {"step": step} for step in range(int(os.environ.get("STEPS", "3")))]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     time.sleep(float(os.environ.get("LINGER", "0")))
@@ -143,6 +132,7 @@ def put_in_place(patch, folder):
     patch.setattr(runner, "find_trained", trained)
     patch.setenv("CALLS", str(folder / "calls"))
     patch.setenv("GOLDEN", str(GOLDEN))
+    patch.setenv("STEP", json.dumps(STEP))
     patch.setenv("SETTINGS", json.dumps(settings))
     return Calls(folder / "calls")
 
